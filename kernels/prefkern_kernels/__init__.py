@@ -1,0 +1,27 @@
+"""prefkern's Triton kernels, and nothing else: torch, triton, the standard library, itself.
+
+The way from hidden states to gradients, with products by the device's own library between them:
+
+    product -> `fold` -> (`rescale_rows`, product) -> log-probs and D      one pass, frozen head
+    log-probs -> `pair_loss` -> a loss, and one coefficient a sequence
+    product -> `logits_gradient` -> two products -> dH and dW              second pass, trained head
+
+One kernel a file, its launcher beside it under the same name. `launches` counts them.
+"""
+
+from .fold import fold
+from .launches import launches
+from .logits_gradient import logits_gradient
+from .pair import PairLossOutput, pair_loss
+from .primitives import INTERPRET
+from .rescale import rescale_rows
+
+__all__ = [
+    "INTERPRET",
+    "PairLossOutput",
+    "fold",
+    "launches",
+    "logits_gradient",
+    "pair_loss",
+    "rescale_rows",
+]

@@ -1,0 +1,67 @@
+"""Small jitted pieces that the kernels share: the logits transform, and what every mode gets right.
+
+The kernels run compiled on GPUs and, for tests, under Triton's interpreter on a CPU, where some
+things differ: `libdevice.tanh` and `log1p` are missing, and stores to bf16 truncate instead of
+rounding. Hence `tanh_and_slope`, `log1p` and `round_to`, which are right in both.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+# Read when the kernels are defined, as Triton itself does.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRET = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """tanh(x) and its derivative 1 - tanh(x)^2, to float32 accuracy at every x."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    t = tl.where(x < 0, -t, t)
+    # Near 0 the quotient cancels: tanh's series there, whose next term is below 2e-8 of x.
+    s = x * x
+    series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
+    t = tl.where(tl.abs(x) < 0.25, series, t)
+    return t, 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
+    """Transformed logits, and t in `d transform / d z = logit_scale / temperature * t`."""
+    if HAS_SOFTCAP:
+        t, slope = tanh_and_slope(z * (logit_scale / softcap))
+        return t * (softcap / temperature), slope
+    return z * (logit_scale / temperature), tl.full(z.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for y >= 0, without losing a small y."""
+    u = 1.0 + y
+    # log(u) / (u - 1) varies so slowly that the rounding of u cancels in it.
+    return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 to `dtype`, to the nearest even."""
+    if _INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+def check_rows(name: str, x: torch.Tensor) -> None:
+    """Kernels index rows by a stride and assume that a row's elements are adjacent."""
+    if x.ndim != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(
+            f"{name} must be 2-D with unit stride in its last dimension, "
+            f"got shape {list(x.shape)}, strides {list(x.stride())}"
+        )

@@ -1,0 +1,56 @@
+"""prefkern: memory-efficient, exact and fast preference training on PyTorch and Triton.
+
+Where to begin: `linear_logprobs` is the operator (log-probs of labels without logits in memory),
+`FusedPreferenceLoss` the pairwise loss on it, `objectives` the losses' formulas, `reference` the
+same calls with logits in memory, `token_logprobs` and `PreferenceTrainer` the way in from
+transformers. The latter two import transformers, so they are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from prefkern import objectives, reference
+from prefkern.api import linear_logprobs
+from prefkern.loss import FusedPreferenceLoss
+from prefkern.objectives import Pairs
+from prefkern.outputs import PreferenceOutput, TokenStats
+from prefkern.plan import Plan, last_plan
+
+if TYPE_CHECKING:
+    from prefkern.models import token_logprobs
+    from prefkern.trainer import PreferenceConfig, PreferenceTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedPreferenceLoss",
+    "Pairs",
+    "Plan",
+    "PreferenceConfig",
+    "PreferenceOutput",
+    "PreferenceTrainer",
+    "TokenStats",
+    "last_plan",
+    "linear_logprobs",
+    "objectives",
+    "reference",
+    "token_logprobs",
+]
+
+_LAZY = {
+    "token_logprobs": "prefkern.models",
+    "PreferenceConfig": "prefkern.trainer",
+    "PreferenceTrainer": "prefkern.trainer",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'prefkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

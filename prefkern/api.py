@@ -1,0 +1,182 @@
+"""The operator: log-probs of labels from hidden states and a head, without logits in memory.
+
+`linear_logprobs` checks its arguments, finds the scored tokens (`sequences`), makes a plan (`plan`)
+and runs it (`autograd` over `passes`) on one of two backends, which share everything but what is
+done to a tile: Triton kernels (`prefkern_kernels`) or their twins in torch (`torch_tiles`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from prefkern import checks, plan, sequences
+from prefkern.autograd import Call, scored_logprobs
+from prefkern.outputs import TokenStats
+from prefkern.passes import Operands, Transform
+
+BACKENDS = ("triton", "torch")
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | TokenStats:
+    """Log-probs of labels under `softmax(transform(hidden @ weight.T + bias))`, in tiles.
+
+    The transform is `softcap tanh(logit_scale z / softcap) / temperature`, without the tanh where
+    softcap is None. Labels are aligned already: `labels[t]` is the token that `hidden[t]` predicts.
+    Tokens whose label is ignore_index are never computed.
+
+    Args:
+        hidden: [..., H] float32, bfloat16 or float16.
+        weight: [V, H], of hidden's dtype (of any of the three under autocast).
+        labels: [...] int64.
+        bias: [V] or None.
+        workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
+        backend: "triton" (GPUs; CPU under TRITON_INTERPRET=1), "torch" (any device), or None:
+            triton on a GPU that has it, else torch.
+        return_stats: return TokenStats, with entropy, mean logit and top-1 beside the log-probs.
+
+    Returns:
+        [...] float32, in nats; 0 where not scored. Differentiable once in hidden, weight and bias;
+        each gradient has its argument's dtype. `prefkern.last_plan()` tells what ran.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. All
+            but one are found without a device synchronisation: the labels' range, which shares the
+            one synchronisation that counting the scored tokens takes.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    checks.head(hidden, weight, bias)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.ignore_index(ignore_index)
+    checks.transform(logit_scale, softcap, temperature)
+    workspace_mb = resolve_workspace(workspace_mb, hidden.device)
+    backend = resolve_backend(backend, hidden.device)
+    scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
+    logps, stats, _ = run(
+        hidden,
+        weight,
+        bias,
+        scored,
+        Transform(float(logit_scale), softcap, float(temperature)),
+        workspace_mb,
+        backend,
+        return_stats,
+    )
+    logps = place(logps, scored.rows, labels.shape)
+    if stats is None:
+        return logps
+    return TokenStats(logps, *(place(value, scored.rows, labels.shape) for value in stats))
+
+
+def run(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    scored: sequences.Scored,
+    transform: Transform,
+    workspace_mb: float,
+    backend: str,
+    with_stats: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, plan.Plan]:
+    """Plan and run checked arguments: (N,) log-probs and statistics of the scored tokens."""
+    operands = _operands(hidden)
+    grad = torch.is_grad_enabled()
+    bias_needs_grad = grad and bias is not None and bias.requires_grad
+    weight_needs_grad = grad and weight.requires_grad
+    made = plan.make_plan(
+        tokens=scored.count,
+        hidden_size=weight.shape[1],
+        vocab_size=weight.shape[0],
+        compute_dtype=operands.compute_dtype,
+        upcasts=operands.upcasts,
+        backend=backend,
+        workspace_mb=workspace_mb,
+        hidden_needs_grad=grad and hidden.requires_grad,
+        head_needs_grad=weight_needs_grad or bias_needs_grad,
+        weight_needs_grad=weight_needs_grad,
+        has_softcap=transform.softcap is not None,
+        with_stats=with_stats,
+        copies_weight=weight.dtype != operands.dtype,
+    )
+    plan.record(made)
+    call = Call(transform, operands, made, _tile_operations(backend), with_stats)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logps, stats = scored_logprobs(flat, weight, bias, scored.rows, scored.labels, call)
+    return logps, stats, made
+
+
+def place(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:  # (N,) -> (...)
+    """Values of scored tokens at their places, 0 elsewhere."""
+    if rows is not None:
+        values = values.new_zeros(shape.numel()).index_copy(0, rows, values)
+    return values.view(shape)
+
+
+def resolve_workspace(workspace_mb: float | None, device: torch.device) -> float:
+    if workspace_mb is None:
+        return plan.default_workspace_mb(device)
+    checks.positive("workspace_mb", workspace_mb)
+    return float(workspace_mb)
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """The backend to run: the one asked for, if it can run on the device, or the device's own."""
+    if backend is None:
+        return "triton" if device.type == "cuda" and _kernels() is not None else "torch"
+    if backend not in BACKENDS:
+        known = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
+    if backend == "triton":
+        kernels = _kernels()
+        if kernels is None:
+            raise RuntimeError("backend='triton' was asked for, but triton is not installed")
+        if device.type != "cuda" and not kernels.INTERPRET:
+            raise RuntimeError(
+                f"backend='triton' needs a GPU, and hidden is on {device.type}; "
+                "set TRITON_INTERPRET=1 before importing to run its kernels on a CPU"
+            )
+    return backend
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels, or None where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("prefkern_kernels")
+
+
+def _tile_operations(backend: str) -> ModuleType:
+    if backend == "triton":
+        kernels = _kernels()
+        assert kernels is not None
+        return kernels
+    return importlib.import_module("prefkern.torch_tiles")
+
+
+def _operands(hidden: Tensor) -> Operands:
+    device = hidden.device.type
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    # Only CUDA's libraries have products of half-precision operands with a float32 result.
+    has_wide_product = device == "cuda" and torch.version.hip is None
+    return Operands(dtype, upcasts=dtype != torch.float32 and not has_wide_product)

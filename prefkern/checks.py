@@ -1,0 +1,110 @@
+"""Checks of arguments: each error names the argument, what was given and what is expected.
+
+Everything here looks at types, shapes, dtypes, devices and Python numbers, so it costs no device
+synchronisation and takes no memory. The one check that needs values, the range of the labels, is
+`prefkern.sequences.select`'s.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def head(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    prefix: str = "",
+) -> None:
+    """Hidden states against a head; `prefix` is "ref_" for a reference's."""
+    for name, value, shape in (("hidden", hidden, "[..., H]"), ("weight", weight, "[V, H]")):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {_name(value)}")
+        if value.dtype == torch.float64:
+            raise TypeError(
+                f"{prefix}{name} is float64, which the fused path does not compute in; "
+                "use prefkern.reference, or give float32, bfloat16 or float16"
+            )
+        if value.dtype not in FLOATS:
+            raise TypeError(
+                f"{prefix}{name} must be float32, bfloat16 or float16, got {value.dtype}"
+            )
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"{prefix}weight must have shape [V, H], got {list(weight.shape)}")
+    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{prefix}hidden must have shape [..., H] with H = {weight.shape[1]} as in "
+            f"{prefix}weight {list(weight.shape)}, got {list(hidden.shape)}"
+        )
+    if weight.device != hidden.device:
+        raise ValueError(
+            f"{prefix}weight is on {weight.device} and {prefix}hidden on {hidden.device}; "
+            "they must be on one device"
+        )
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    if weight.dtype != hidden.dtype and not autocast:
+        raise TypeError(
+            f"{prefix}hidden is {hidden.dtype} and {prefix}weight {weight.dtype}; "
+            "they must have one dtype, or the call must run under torch.autocast"
+        )
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{prefix}bias must be a tensor [V] or None, got {_name(bias)}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
+        )
+    if bias.dtype not in FLOATS or (bias.dtype != weight.dtype and not autocast):
+        raise TypeError(f"{prefix}bias must be {weight.dtype} as weight is, got {bias.dtype}")
+    if bias.device != weight.device:
+        raise ValueError(f"{prefix}bias is on {bias.device} and weight on {weight.device}")
+
+
+def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """The labels' type and shape: that of hidden without its last dimension."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an int64 tensor, got {_name(labels)}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(
+            f"labels must have the shape of hidden without its last dimension, {list(shape)}, "
+            f"got {list(labels.shape)}"
+        )
+    if labels.device != device:
+        raise ValueError(f"labels are on {labels.device} and hidden on {device}")
+
+
+def transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
+    number("logit_scale", logit_scale)
+    positive("temperature", temperature)
+    if softcap is not None:
+        positive("softcap", softcap)
+
+
+def ignore_index(value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"ignore_index must be an int, got {value!r}")
+
+
+def number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {_name(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be > 0, got {value!r}")
+
+
+def _name(value: object) -> str:
+    return f"{type(value).__name__} {value!r}"[:80]

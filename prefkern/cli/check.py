@@ -1,0 +1,302 @@
+"""`prefkern check`: every backend of this machine against the float64 reference.
+
+For a grid of shapes, dtypes, transforms and heads (frozen: the one-pass structure; trained: two
+passes) it compares log-probs, dH and dW, and then the whole preference loss, with
+`prefkern.reference` in float64 on the same, already rounded, inputs. A row is the worst of its
+shapes. Bounds:
+
+- log-probs: 1e-3 nats per token for half-precision inputs, 1e-4 for float32;
+- dH and dW, as norm of the error over norm of the truth: 1e-5 for float32; for half precision, what
+  the eager path (logits in memory, same dtype, same device) errs on the same inputs.
+
+Without a GPU the Triton kernels run under Triton's interpreter. Exit status 1 on a miss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+
+# Products of half precision rounded once differ from eager's by the luck of the roundings alone.
+EAGER_SLACK = 1.02
+LOGP_BOUND = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
+# N, H, V and a workspace in MiB so small that there are several tiles both ways; the interpreter
+# takes its time for each token and tile, and gets fewer of them.
+SHAPES = ((96, 64, 1000, 0.1), (33, 96, 127, 0.02), (256, 32, 4099, 0.5))
+INTERPRETED_SHAPES = ((18, 64, 300, 0.03), (17, 32, 127, 0.01))
+TRANSFORMS = {
+    "none": {},
+    "bias": {"bias": True},
+    "scale": {"logit_scale": 0.125},
+    "softcap": {"softcap": 5.0},
+    "all": {"bias": True, "logit_scale": 1.5, "softcap": 20.0, "temperature": 0.7},
+}
+
+
+@dataclasses.dataclass
+class Row:
+    """The worst errors of one backend, dtype, transform and head, with their bounds."""
+
+    backend: str
+    dtype: str
+    case: str
+    head: str
+    logp: float = 0.0
+    logp_bound: float = 0.0
+    dhidden: float = 0.0
+    dhidden_bound: float = 0.0
+    dweight: float | None = None
+    dweight_bound: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        # Written so that a NaN fails.
+        return (
+            self.logp <= self.logp_bound
+            and self.dhidden <= self.dhidden_bound
+            and (
+                self.dweight is None
+                or self.dweight_bound is None
+                or self.dweight <= self.dweight_bound
+            )
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="prefkern check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=list(LOGP_BOUND),
+        help="only this dtype; may be given more than once",
+    )
+    args = parser.parse_args(argv)
+
+    import torch
+
+    if not torch.cuda.is_available() and "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console()
+    runs = _backends()
+    cases = [
+        (backend, device, dtype, name, trained)
+        for backend, device in runs
+        for dtype in args.dtype or LOGP_BOUND
+        for name in [*TRANSFORMS, "loss"]
+        for trained in (False, True)
+    ]
+    rows = [
+        _check(*case, seed=args.seed)
+        for case in track(cases, "checking", console=console, transient=True)
+    ]
+    for backend in dict.fromkeys(row.backend for row in rows):
+        console.print(_table(backend, [row for row in rows if row.backend == backend]))
+    console.print(_environment(runs))
+    missed = [row for row in rows if not row.passed]
+    console.print(f"{len(rows) - len(missed)} of {len(rows)} within bounds")
+    return 1 if missed else 0
+
+
+def _backends() -> list[tuple[str, str]]:
+    """(backend, device) of each way that this machine can run."""
+    import torch
+
+    from prefkern import api
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    runs = [("torch", device) for device in devices]
+    for device in devices:
+        try:
+            api.resolve_backend("triton", torch.device(device))
+        except RuntimeError:
+            continue
+        runs.append(("triton", device))
+    return runs
+
+
+def _check(backend: str, device: str, dtype: str, case: str, trained: bool, seed: int) -> Row:
+    row = Row(f"{backend} on {device}", dtype, case, "trained" if trained else "frozen")
+    measure = _loss_errors if case == "loss" else _operator_errors
+    interpreted = backend == "triton" and device == "cpu"
+    for shape in INTERPRETED_SHAPES if interpreted else SHAPES:
+        errors, bounds = measure(backend, device, dtype, case, trained, shape, seed)
+        for name, error in errors.items():
+            worst, bound = getattr(row, name), getattr(row, f"{name}_bound")
+            # Of several shapes the one that uses most of its bound, and NaN above all.
+            if worst is None or not bound or not error / bounds[name] <= worst / bound:
+                setattr(row, name, error)
+                setattr(row, f"{name}_bound", bounds[name])
+    return row
+
+
+def _operator_errors(
+    backend: str,
+    device: str,
+    dtype: str,
+    case: str,
+    trained: bool,
+    shape: tuple[int, int, int, float],
+    seed: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Errors and bounds of logp, dH and dW of `linear_logprobs` on one shape."""
+    import torch
+
+    from prefkern import linear_logprobs, reference
+
+    N, H, V, workspace_mb = shape
+    options = dict(TRANSFORMS[case])
+    has_bias = options.pop("bias", False)
+    generator = torch.Generator().manual_seed(seed)
+    # Logits with a spread of 5, as a trained model's, some tokens of them confident.
+    hidden = torch.randn(N, H, generator=generator) * 5 / H**0.5
+    weight = torch.randn(V, H, generator=generator)
+    bias = torch.randn(V, generator=generator)
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[: N // 2] = (hidden @ weight.T).argmax(-1)[: N // 2]
+    labels[::7] = -100
+    grad = torch.randn(N, generator=generator).to(device)
+
+    def run(function, cast, **keywords):
+        h, w, b = (cast(x).to(device).requires_grad_() for x in (hidden, weight, bias))
+        w.requires_grad_(trained)
+        b.requires_grad_(trained)
+        logps = function(h, w, labels.to(device), b if has_bias else None, **options, **keywords)
+        logps.backward(grad.to(logps.dtype))
+        return logps.detach(), h.grad, w.grad
+
+    rounded = getattr(torch, dtype)
+    ours = run(
+        linear_logprobs,
+        lambda x: x.to(rounded, copy=True),
+        backend=backend,
+        workspace_mb=workspace_mb,
+    )
+    eager = run(reference.linear_logprobs, lambda x: x.to(rounded, copy=True))
+    truth = run(reference.linear_logprobs, lambda x: x.to(rounded).double())
+    return _compare(ours, eager, truth, dtype)
+
+
+def _loss_errors(
+    backend: str,
+    device: str,
+    dtype: str,
+    case: str,
+    trained: bool,
+    shape: tuple[int, int, int, float],
+    seed: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The same of AdaDPO's loss; in place of logp, a sequence's log-prob per token."""
+    import torch
+
+    from prefkern import FusedPreferenceLoss, objectives, reference
+
+    del case
+    N, H, V, workspace_mb = shape
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(4, N // 4, H, generator=generator) * 5 / H**0.5
+    ref_hidden = hidden + 0.1 * torch.randn(hidden.shape, generator=generator) / H**0.5
+    weight = torch.randn(V, H, generator=generator)
+    labels = torch.randint(V, hidden.shape[:-1], generator=generator)
+    labels[:, : N // 16] = -100
+    objective = objectives.build("adadpo", beta=0.1)
+
+    def run(function, cast):
+        h, w = (cast(x).to(device).requires_grad_() for x in (hidden, weight))
+        w.requires_grad_(trained)
+        out = function(
+            h, w, labels.to(device), ref_hidden=cast(ref_hidden).to(device), ref_weight=w
+        )
+        out.loss.backward()
+        return out.chosen_logps.detach() / out.chosen_lengths, h.grad, w.grad
+
+    def oracle(*args, **keywords):
+        return reference.preference_loss(objective, *args, **keywords)
+
+    rounded = getattr(torch, dtype)
+    fused = FusedPreferenceLoss(objective, backend=backend, workspace_mb=workspace_mb)
+    ours = run(fused, lambda x: x.to(rounded, copy=True))
+    eager = run(oracle, lambda x: x.to(rounded, copy=True))
+    truth = run(oracle, lambda x: x.to(rounded).double())
+    return _compare(ours, eager, truth, dtype)
+
+
+def _compare(ours, eager, truth, dtype: str) -> tuple[dict[str, float], dict[str, float]]:
+    errors = {"logp": (ours[0].double() - truth[0]).abs().max().item()}
+    bounds = {"logp": LOGP_BOUND[dtype]}
+    for index, name in ((1, "dhidden"), (2, "dweight")):
+        if truth[index] is None:
+            continue
+        size = truth[index].norm()
+        errors[name] = ((ours[index].double() - truth[index]).norm() / size).item()
+        bounds[name] = 1e-5
+        if dtype != "float32":
+            bounds[name] = (
+                EAGER_SLACK * ((eager[index].double() - truth[index]).norm() / size).item()
+            )
+    return errors, bounds
+
+
+def _table(backend: str, rows: list[Row]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"{backend}: error / bound (logp in nats, dH and dW relative)",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("dtype", "case", "head"):
+        table.add_column(column)
+    for column in ("logp", "dH", "dW"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("")
+    previous = rows[0].dtype
+    for row in rows:
+        if row.dtype != previous:
+            table.add_section()
+        previous = row.dtype
+        cells = [
+            "-" if error is None or bound is None else f"{_short(error)} / {_short(bound)}"
+            for error, bound in (
+                (row.logp, row.logp_bound),
+                (row.dhidden, row.dhidden_bound),
+                (row.dweight, row.dweight_bound),
+            )
+        ]
+        verdict = "[green]ok[/]" if row.passed else "[bold red]MISS[/]"
+        table.add_row(_SHORT_DTYPES[row.dtype], row.case, row.head, *cells, verdict)
+    return table
+
+
+_SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}".replace("e-0", "e-")
+
+
+def _environment(runs: list[tuple[str, str]]) -> str:
+    import platform
+
+    import torch
+
+    import prefkern
+
+    versions = f"prefkern {prefkern.__version__}, torch {torch.__version__}"
+    lines = [f"{versions}, Python {platform.python_version()}, {platform.machine()}"]
+    if torch.cuda.is_available():
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        lines.append(f"{torch.cuda.get_device_name()}; TF32 products {'on' if tf32 else 'off'}")
+    if ("triton", "cpu") in runs:
+        lines.append("no GPU: the Triton kernels ran under Triton's interpreter")
+    elif not any(backend == "triton" for backend, _ in runs):
+        lines.append("the triton backend cannot run here")
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""What the operator and the loss return: plain named values, shared by the fused path and the oracle.
+
+Dimensions, here and everywhere: N scored tokens, B pairs, S = 2B sequences, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from prefkern.plan import Plan
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics of the next-token distribution, each of the labels' shape.
+
+    `logps` is differentiable; the other three are statistics for logging and carry no gradient.
+    Tokens that are not scored hold 0 (False).
+    """
+
+    logps: Tensor  # float32, log p(label), nats
+    entropy: Tensor  # float32, -sum_v p_v log p_v, nats
+    mean_logit: Tensor  # float32, mean of the transformed logits over the vocabulary
+    is_top1: Tensor  # bool, the label is the argmax (the first one, where logits tie)
+
+
+@dataclass
+class PreferenceOutput:
+    """A preference loss and what one wants to log beside it.
+
+    `loss` and `losses` are differentiable, and so are `chosen_logps` and `rejected_logps`, so that
+    a term of one's own may be added. The rest is detached. Log-probs are sums over the scored
+    tokens of a sequence, in nats; rewards are the coefficient in force times the log-ratio.
+    """
+
+    loss: Tensor  # scalar, mean over pairs
+    losses: Tensor  # (B,)
+    chosen_logps: Tensor  # (B,)
+    rejected_logps: Tensor  # (B,)
+    ref_chosen_logps: Tensor | None  # (B,)
+    ref_rejected_logps: Tensor | None  # (B,)
+    chosen_rewards: Tensor  # (B,)
+    rejected_rewards: Tensor  # (B,)
+    chosen_lengths: Tensor  # (B,) int64, scored tokens
+    rejected_lengths: Tensor  # (B,) int64
+    beta_chosen: Tensor  # (B,)
+    beta_rejected: Tensor  # (B,)
+    token_stats: TokenStats | None = None  # of the labels' shape, on request
+    plan: Plan | None = None  # what ran; None for the oracle

@@ -1,0 +1,351 @@
+"""The passes over tiles: from hidden states and the head to log-probs and gradients.
+
+For token t with label y: `z_v = transform(h . W_v + b_v)`, `logp = z_y - logsumexp_v z_v`. Tiles of
+raw products `(n, v)` are made in float32, folded into a state per token, and forgotten.
+
+The state leaves the label's column out: with m the maximum over v != y met so far,
+`total = sum_{v != y} exp(z_v - m)`. At the end, with M = max(m, z_y) and s the sum over all v
+relative to M,
+
+    logp    = -log1p(total exp(m - z_y))           where z_y >= m: exact for confident tokens
+    1 - p_y = total exp(m - M) / s                 no cancellation
+    D       = d logp / d h = c ((1 - p_y) t_y W_y - (exp(m - M) / s) A)
+    A       = sum_{v != y} exp(z_v - m) t_v W_v
+
+where `c t_v` is the derivative of the transform, t_v = 1 without a softcap. `forward` accumulates A
+when asked (one pass, nothing recomputed); `backward` is the second of two passes, for a head that
+trains: vocabulary outermost, so that each tile of dW is finished in float32 and rounded once.
+
+Numerics: products of half-precision operands with a float32 result, whether by the GPU's own
+(`out_dtype`) or by raising the operands of a tile; all sums in float32; nothing is accumulated by
+atomics, so two runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from prefkern.plan import Plan, Tiles
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What the model does to its raw logits: scale, tanh softcap, temperature, in this order."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        """The constant part c of the transform's derivative."""
+        return self.logit_scale / self.temperature
+
+    def keywords(self) -> dict[str, float | None]:
+        return {
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "temperature": self.temperature,
+        }
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How a call's operands reach the products.
+
+    `compute_dtype` is what a plain linear layer would multiply in (autocast's dtype under
+    autocast); `upcasts` says that the device has no product of such operands with a float32 result,
+    so that tiles of them are raised to float32 instead.
+    """
+
+    compute_dtype: torch.dtype
+    upcasts: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.upcasts else self.compute_dtype
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Round to the compute dtype, as autocast would, then raise if need be."""
+        return x.to(self.compute_dtype).to(self.dtype)
+
+
+class FoldState:
+    """What a token needs of its logits: maximum, sum, label's logit; (N,) float32 each.
+
+    It is a value of its own: states of two parts of the vocabulary can be combined, whichever
+    kernels, tiles or ranks they came from.
+    """
+
+    def __init__(self, tokens: int, device: torch.device, with_stats: bool) -> None:
+        def filled(value: float) -> Tensor:
+            return torch.full((tokens,), value, dtype=torch.float32, device=device)
+
+        self.maximum = filled(-math.inf)  # m, over v != y
+        self.total = filled(0.0)  # sum_{v != y} exp(z_v - m)
+        self.label_logit = filled(-math.inf)  # z_y
+        self.label_slope = filled(1.0)  # t_y
+        self.shifted = filled(0.0) if with_stats else None  # sum_{v != y} exp(z_v - m) (z_v - m)
+        self.logit_sum = filled(0.0) if with_stats else None  # sum_v z_v
+        self.before = filled(-math.inf) if with_stats else None  # max_{v < y} z_v
+
+    def __getitem__(self, tokens: slice) -> FoldState:
+        """The state of some tokens, a view."""
+        part = object.__new__(FoldState)
+        for name, value in vars(self).items():
+            setattr(part, name, None if value is None else value[tokens])
+        return part
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The end of a fold: (N,) float32 each."""
+
+    logps: Tensor
+    maximum: Tensor  # M, over all v
+    total: Tensor  # s = sum_v exp(z_v - M)
+    rest: Tensor  # exp(m - M) / s: what turns `A` into a mean under the distribution
+    miss: Tensor  # 1 - p_y
+
+
+def finish(state: FoldState) -> Folded:
+    """Combine the label's own logit with the fold over the others."""
+    m, label = state.maximum, state.label_logit
+    confident = label >= m
+    top = torch.maximum(m, label)
+    # exp(-inf) where there is no other word than the label; total is then 0.
+    drop = torch.exp(m - top)
+    own = torch.exp(label - top)
+    total = state.total * drop + own
+    logps = torch.where(
+        confident, -torch.log1p(state.total * drop), (label - top) - torch.log(total)
+    )
+    return Folded(logps, top, total, drop / total, state.total * drop / total)
+
+
+def statistics(state: FoldState, folded: Folded, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, mean logit and is_top1, (N,) each, of a state folded with statistics."""
+    assert state.shifted is not None and state.logit_sum is not None and state.before is not None
+    # entropy = log s - sum_v p_v (z_v - M), in terms that are all small for a confident token.
+    drop = torch.exp(state.maximum - folded.maximum)
+    moved = torch.where(
+        state.total > 0, (state.maximum - folded.maximum) * state.total, torch.zeros_like(drop)
+    )
+    below = state.label_logit - folded.maximum
+    own = torch.where(below > -math.inf, torch.exp(below) * below, torch.zeros_like(drop))
+    spread = (state.shifted + moved) * drop + own
+    entropy = torch.log(folded.total) - spread / folded.total
+    # A tie with an earlier word is not a top-1 prediction, as argmax takes the first maximum.
+    is_top1 = (state.label_logit >= state.maximum) & (state.label_logit > state.before)
+    return entropy, state.logit_sum / vocab_size, is_top1
+
+
+def forward(
+    hidden: Tensor,  # (M, H), all tokens
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,) which of the M tokens are scored; None: all
+    labels: Tensor,  # (N,)
+    transform: Transform,
+    operands: Operands,
+    plan: Plan,
+    ops: ModuleType,
+    with_stats: bool,
+) -> tuple[FoldState, Folded, Tensor | None]:
+    """Fold all tiles; with plan.structure "one_pass" also `D`, (N, H) float32."""
+    N, H = labels.shape[0], hidden.shape[1]
+    device = hidden.device
+    one_pass = plan.structure == "one_pass"
+    state = FoldState(N, device, with_stats)
+    derivative = torch.empty((N, H), dtype=torch.float32, device=device) if one_pass else None
+    buffers = _Buffers(plan.forward_tiles, operands, device, one_pass)
+
+    for tokens in _slices(N, plan.forward_tiles.token_tile):
+        part = state[tokens]
+        h = operands.prepare(_take(hidden, rows, tokens))
+        accumulator = derivative[tokens] if derivative is not None else None
+        rescale = torch.empty_like(part.maximum) if one_pass else None
+        for words in _slices(weight.shape[0], plan.forward_tiles.vocab_tile):
+            w = operands.prepare(weight[words])
+            tile, weights = buffers.views(h.shape[0], w.shape[0])
+            _product(h, w.t(), tile)
+            ops.fold(
+                tile,
+                labels[tokens],
+                None if bias is None else bias[words],
+                part.maximum,
+                part.total,
+                part.label_logit,
+                part.label_slope,
+                rescale,
+                weights,
+                part.shifted,
+                part.logit_sum,
+                part.before,
+                start=words.start,
+                **transform.keywords(),
+            )
+            if accumulator is not None:
+                assert rescale is not None and weights is not None
+                if words.start == 0:
+                    _product(weights, w, accumulator)
+                else:
+                    ops.rescale_rows(accumulator, rescale)
+                    _add_product(weights, w, accumulator)
+            del w
+        if accumulator is not None:
+            folded = finish(part)
+            # D = c ((1 - p_y) t_y W_y - rest A)
+            accumulator.mul_((-transform.factor * folded.rest).unsqueeze(1))
+            label_rows = weight.index_select(0, labels[tokens]).to(operands.compute_dtype)
+            share = (transform.factor * folded.miss * part.label_slope).unsqueeze(1)
+            accumulator.addcmul_(label_rows.float(), share)
+            del label_rows
+    return state, finish(state), derivative
+
+
+def backward(
+    grad: Tensor,  # (N,) d loss / d logp, float32
+    hidden: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    labels: Tensor,  # (N,)
+    maximum: Tensor,  # (N,) M
+    total: Tensor,  # (N,) s
+    miss: Tensor,  # (N,) 1 - p_y
+    transform: Transform,
+    operands: Operands,
+    plan: Plan,
+    ops: ModuleType,
+    needs: tuple[bool, bool, bool],  # gradients of hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The second pass: gradients of hidden (M, H), weight (V, H) and bias (V,), in their dtypes."""
+    assert plan.backward_tiles is not None
+    N, H = labels.shape[0], hidden.shape[1]
+    device = hidden.device
+    needs_hidden, needs_weight, needs_bias = needs
+    dhidden = torch.zeros((N, H), dtype=torch.float32, device=device) if needs_hidden else None
+    dweight = torch.empty_like(weight) if needs_weight else None
+    dbias = torch.empty_like(bias) if needs_bias and bias is not None else None
+    coefficient = -grad / total
+    label_gradient = grad * miss
+    buffers = _Buffers(plan.backward_tiles, operands, device, True)
+
+    for words in _slices(weight.shape[0], plan.backward_tiles.vocab_tile):
+        w = operands.prepare(weight[words])
+        size = w.shape[0]
+        dweight_tile = (
+            torch.zeros((size, H), dtype=torch.float32, device=device) if needs_weight else None
+        )
+        dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
+        for tokens in _slices(N, plan.backward_tiles.token_tile):
+            h = operands.prepare(_take(hidden, rows, tokens))
+            tile, dlogits = buffers.views(h.shape[0], size)
+            assert dlogits is not None
+            _product(h, w.t(), tile)
+            ops.logits_gradient(
+                tile,
+                labels[tokens],
+                None if bias is None else bias[words],
+                maximum[tokens],
+                coefficient[tokens],
+                label_gradient[tokens],
+                dlogits,
+                start=words.start,
+                **transform.keywords(),
+            )
+            # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
+            if dweight_tile is not None:
+                _add_product(dlogits.t(), h, dweight_tile)
+            if dhidden is not None:
+                _add_product(dlogits, w, dhidden[tokens])
+            if dbias_tile is not None:
+                dbias_tile += dlogits.sum(0, dtype=torch.float32)
+        if dweight is not None and dweight_tile is not None:
+            dweight[words] = dweight_tile
+        if dbias is not None and dbias_tile is not None:
+            dbias[words] = dbias_tile
+        del w
+    if dhidden is not None:
+        tile = plan.backward_tiles.token_tile
+        dhidden = scatter_rows(dhidden, None, rows, hidden.shape, hidden.dtype, tile)
+    return dhidden, dweight, dbias
+
+
+def scatter_rows(
+    values: Tensor,  # (N, H) float32
+    scale: Tensor | None,  # (N,) float32
+    rows: Tensor | None,  # (N,)
+    shape: torch.Size,  # (M, H)
+    dtype: torch.dtype,
+    token_tile: int,
+) -> Tensor:  # (M, H)
+    """Rows of values, scaled and rounded once, at their places; 0 where not scored."""
+    make = torch.empty if rows is None else torch.zeros
+    out = make(shape, dtype=dtype, device=values.device)
+    for tokens in _slices(values.shape[0], token_tile):
+        part = values[tokens]
+        if scale is not None:
+            part = part * scale[tokens].unsqueeze(1)
+        if rows is None:
+            out[tokens] = part
+        else:
+            out.index_copy_(0, rows[tokens], part.to(out.dtype))
+    return out
+
+
+class _Buffers:
+    """One float32 tile, and the tile that the second product reads: the same where it can be."""
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        operands: Operands,
+        device: torch.device,
+        second_product: bool,
+    ) -> None:
+        size = tiles.token_tile * tiles.vocab_tile
+        self.tile = torch.empty(size, dtype=torch.float32, device=device)
+        self.second = None
+        if second_product:
+            self.second = (
+                self.tile
+                if operands.dtype == torch.float32
+                else torch.empty(size, dtype=operands.dtype, device=device)
+            )
+
+    def views(self, n: int, v: int) -> tuple[Tensor, Tensor | None]:
+        tile = self.tile[: n * v].view(n, v)
+        if self.second is None or self.second is self.tile:
+            return tile, None if self.second is None else tile
+        return tile, self.second[: n * v].view(n, v)
+
+
+def _take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
+    return hidden[tokens] if rows is None else hidden.index_select(0, rows[tokens])
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b` in float32, without rounding to the operands' dtype on the way."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out += a @ b` in float32."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

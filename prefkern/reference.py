@@ -1,0 +1,142 @@
+"""The oracle: the same calls as the fused path, with the logits in memory.
+
+This is the textbook loss: one `[tokens, V]` tensor of logits in the inputs' dtype, as a model would
+return it, `log_softmax` of it in float32 (float64 for float64 inputs), and autograd for every
+gradient. In float64 it is what the tests, `prefkern check` and the benchmark hold the fused path
+to; in bf16 it is what an eager training step does. It imports nothing of the fused path, nor does
+the fused path import it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from prefkern.objectives import Objective, Pairs
+from prefkern.outputs import PreferenceOutput, TokenStats
+
+
+def logits(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:  # (..., V)
+    """Transformed logits, in float64 for float64 inputs and float32 otherwise."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    z = (z if z.dtype == torch.float64 else z.float()) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | TokenStats:
+    """`prefkern.linear_logprobs` with logits in memory, in any float dtype, float64 included.
+
+    `workspace_mb` and `backend` are taken so that the two calls can be exchanged; there is one way
+    to do it here. Float64 inputs give float64 results, all others float32.
+    """
+    del workspace_mb, backend
+    scored = labels != ignore_index
+    if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
+        raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}")
+    z = logits(
+        hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
+    )
+    log_p = z.log_softmax(-1)
+    index = labels.clamp(min=0, max=weight.shape[0] - 1)
+    logps = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    # where, not a product: a token that is not scored must pass back a gradient of exactly 0.
+    logps = torch.where(scored, logps, torch.zeros_like(logps))
+    if not return_stats:
+        return logps
+    with torch.no_grad():
+        p = log_p.exp()
+        entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+        return TokenStats(
+            logps,
+            torch.where(scored, entropy, 0.0),
+            torch.where(scored, z.mean(-1), 0.0),
+            scored & (z.argmax(-1) == labels),
+        )
+
+
+def preference_loss(
+    objective: Objective,
+    hidden: Tensor,  # (2B, T, H), or (tokens, H) with cu_seqlens
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (2B, T), or (tokens,)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ref_hidden: Tensor | None = None,  # as hidden, its own width allowed
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,  # (2B,)
+    reward_margins: Tensor | None = None,  # (B,)
+    cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    return_stats: bool = False,
+) -> PreferenceOutput:
+    """`prefkern.FusedPreferenceLoss(objective)(...)` with logits in memory, float64 too."""
+    transform = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+
+    def sequence_sums(per_token: Tensor) -> Tensor:  # (tokens) or (2B, T) -> (2B,)
+        if cu_seqlens is None:
+            return per_token.sum(-1)
+        bounds = cu_seqlens.tolist()
+        return torch.stack([per_token[a:b].sum() for a, b in itertools.pairwise(bounds)])
+
+    stats = linear_logprobs(
+        hidden, weight, labels, bias, ignore_index=ignore_index, return_stats=True, **transform
+    )
+    assert isinstance(stats, TokenStats)
+    sums = sequence_sums(stats.logps)
+    lengths = sequence_sums((labels != ignore_index).long())
+    if ref_hidden is not None and ref_weight is not None:
+        with torch.no_grad():
+            ref_logps = sequence_sums(
+                linear_logprobs(
+                    ref_hidden, ref_weight, labels, ref_bias, ignore_index=ignore_index, **transform
+                )  # pyright: ignore[reportArgumentType]
+            )
+    chosen, rejected = sums.chunk(2)
+    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
+    result = objective(
+        Pairs(chosen, rejected, ref_chosen, ref_rejected, *lengths.chunk(2), reward_margins)
+    )
+    return PreferenceOutput(
+        loss=result.losses.mean(),
+        losses=result.losses,
+        chosen_logps=chosen,
+        rejected_logps=rejected,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
+        chosen_rewards=result.chosen_rewards,
+        rejected_rewards=result.rejected_rewards,
+        chosen_lengths=lengths.chunk(2)[0],
+        rejected_lengths=lengths.chunk(2)[1],
+        beta_chosen=result.beta_chosen,
+        beta_rejected=result.beta_rejected,
+        token_stats=stats if return_stats else None,
+    )
