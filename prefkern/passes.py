@@ -197,7 +197,9 @@ def forward(
                 else:
                     ops.rescale_rows(accumulator, rescale)
                     _add_product(weights, w, accumulator)
+            # A tile's copy of the weight must be gone before the next one is made.
             del w
+        del h
         if accumulator is not None:
             folded = finish(part)
             # D = c ((1 - p_y) t_y W_y - rest A)
@@ -237,12 +239,15 @@ def backward(
     label_gradient = grad * miss
     buffers = _Buffers(plan.backward_tiles, operands, device, True)
 
+    dweight_buffer = None
+    if needs_weight:
+        rows_of_weight = (plan.backward_tiles.vocab_tile, H)
+        dweight_buffer = torch.empty(rows_of_weight, dtype=torch.float32, device=device)
+
     for words in _slices(weight.shape[0], plan.backward_tiles.vocab_tile):
         w = operands.prepare(weight[words])
         size = w.shape[0]
-        dweight_tile = (
-            torch.zeros((size, H), dtype=torch.float32, device=device) if needs_weight else None
-        )
+        dweight_tile = None if dweight_buffer is None else dweight_buffer[:size].zero_()
         dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
         for tokens in _slices(N, plan.backward_tiles.token_tile):
             h = operands.prepare(_take(hidden, rows, tokens))
@@ -267,6 +272,7 @@ def backward(
                 _add_product(dlogits, w, dhidden[tokens])
             if dbias_tile is not None:
                 dbias_tile += dlogits.sum(0, dtype=torch.float32)
+            del h
         if dweight is not None and dweight_tile is not None:
             dweight[words] = dweight_tile
         if dbias is not None and dbias_tile is not None:

@@ -128,7 +128,7 @@ def test_half_precision_is_no_worse_than_eager(dtype, head, backend, device):
         for name, value in make(1000, 6.0, N=60, H=64).items()
     }
     grad = torch.randn(case["labels"].shape)
-    keywords = dict(trains=HEADS[head], grad=grad)
+    keywords = {"trains": HEADS[head], "grad": grad}
     ours = run(
         prefkern.linear_logprobs, case, dtype, device, backend=backend, workspace_mb=0.1, **keywords
     )
@@ -152,7 +152,7 @@ def test_a_confident_token_keeps_its_relative_precision(head, backend, device):
     case["weight"] = torch.randn(V, H) * 0.1
     case["weight"][7, 0] = 1.0
     case["labels"] = torch.full((3, 1), 7)
-    keywords = dict(trains=HEADS[head], has_bias=False, grad=torch.ones(3, 1))
+    keywords = {"trains": HEADS[head], "has_bias": False, "grad": torch.ones(3, 1)}
     ours = run(
         prefkern.linear_logprobs, case, torch.float32, device, backend=backend,
         workspace_mb=SMALL, **keywords,
@@ -219,7 +219,7 @@ def test_top1_ties_go_to_the_first_word(backend, device):
 def test_the_structures_agree_bit_for_bit(head, backend, device):
     """A reference pass (forward only) gives the policy's numbers, so that their ratio is exact."""
     case = make(300, 5.0)
-    keywords = dict(backend=backend, workspace_mb=0.02)
+    keywords = {"backend": backend, "workspace_mb": 0.02}
     logps, *_ = run(
         prefkern.linear_logprobs, case, torch.float32, device, trains=HEADS[head],
         grad=torch.ones(case["labels"].shape), **keywords,

@@ -42,16 +42,12 @@ class PairLossOutput(NamedTuple):
 
 @triton.jit
 def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
-    """Sum of logps[begin:end], with the rounding of each addition carried along (Kahan)."""
-    total = tl.zeros((BLOCK_T,), tl.float32)
-    carry = tl.zeros((BLOCK_T,), tl.float32)
+    """Sum of logps[begin:end], added in float64 and rounded once, so that no order shows."""
+    total = tl.zeros((BLOCK_T,), tl.float64)
     for block in range(0, (end - begin).to(tl.int32), BLOCK_T):
         offsets = begin + block + tl.arange(0, BLOCK_T)
-        value = tl.load(logps_ptr + offsets, mask=offsets < end, other=0.0) - carry
-        raised = total + value
-        carry = (raised - total) - value
-        total = raised
-    return tl.sum(total, axis=0) - tl.sum(carry, axis=0)
+        total += tl.load(logps_ptr + offsets, mask=offsets < end, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0).to(tl.float32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .primitives import INTERPRET
 
 # Each program costs a fixed time under the interpreter, each block little: one block a row there.
-_LARGEST_BLOCK = 65536 if INTERPRET else 4096
+_LARGEST_BLOCK = 65536 if INTERPRET else 2048
 
 
 class RowConfig(NamedTuple):

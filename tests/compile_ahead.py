@@ -1,0 +1,150 @@
+"""Compile every launch of every kernel for a GPU that need not be there; print a report as JSON.
+
+usage: python tests/compile_ahead.py sm_90      (or sm_80, sm_100, gfx942)
+
+The real launchers are driven on meta tensors, with Triton's driver replaced by one that names the
+target and launches nothing. A process of its own, since Triton must be imported compiling, not
+interpreting. Each row: kernel, variant, shared memory, and for NVIDIA registers, stack and spills.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+
+import prefkern_kernels as kernels
+from prefkern.objectives import DPO, Adaptive
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class OfflineDriver:
+    """What a launch asks of a driver, answered without a device."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_interface(self):
+        return torch.cpu
+
+
+compiled: list[CompiledKernel] = []
+
+
+def keep_and_do_not_load(kernel: CompiledKernel) -> None:
+    compiled.append(kernel)
+    kernel.module = kernel.function = None
+    kernel._run = lambda *args, **keywords: None
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launch_all() -> None:
+    """Every combination of the constexprs that the launchers set, at the size of a real tile."""
+    n, v, h = 2048, 16384, 4096
+    labels = meta(n, dtype=torch.int64)
+    plain = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
+    capped = {"logit_scale": 0.5, "softcap": 30.0, "temperature": 1.0}
+    for transform, bias, out, stats in itertools.product(
+        (plain, capped),
+        (None, torch.bfloat16),
+        (None, torch.bfloat16, torch.float32),
+        (False, True),
+    ):
+        per_token = [meta(n) for _ in range(8)]
+        kernels.fold(
+            meta(n, v),
+            labels,
+            None if bias is None else meta(v, dtype=bias),
+            *per_token[:4],
+            per_token[4] if out else None,
+            meta(n, v, dtype=out) if out else None,
+            *(per_token[5:8] if stats else (None, None, None)),
+            start=0,
+            **transform,
+        )
+        if out is not None and not stats:
+            kernels.logits_gradient(
+                meta(n, v),
+                labels,
+                None if bias is None else meta(v, dtype=bias),
+                *per_token[:3],
+                meta(n, v, dtype=out),
+                start=0,
+                **transform,
+            )
+    kernels.rescale_rows(meta(n, h), meta(n))
+    for adaptive in (None, Adaptive(), Adaptive("policy", 1.0, None), Adaptive("ratio", 0.5, 2.0)):
+        kernels.pair_loss(
+            meta(n),
+            meta(17, dtype=torch.int64),
+            meta(16),
+            **DPO(0.1, adaptive=adaptive).pair_kernel_options(),
+        )
+
+
+def resources(kernel: CompiledKernel, backend: str) -> dict[str, int]:
+    if backend != "cuda":
+        pairs = re.findall(r"\.((?:vgpr|sgpr)(?:_spill)?_count):\s*(\d+)", kernel.asm["amdgcn"])
+        return {name: int(value) for name, value in pairs}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def main() -> None:
+    target = TARGETS[sys.argv[1]]
+    triton.runtime.driver.set_active(OfflineDriver(target))
+    CompiledKernel._init_handles = keep_and_do_not_load
+    launch_all()
+    rows = [
+        {
+            "kernel": kernel.name,
+            "shared": kernel.metadata.shared,
+            **resources(kernel, target.backend),
+        }
+        for kernel in compiled
+    ]
+    json.dump({"target": sys.argv[1], "triton": triton.__version__, "kernels": rows}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""FusedPreferenceLoss against the oracle, against itself packed, and against Liger."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import prefkern
+from prefkern import objectives, reference
+from prefkern.objectives import DPO, Adaptive
+
+OBJECTIVES = {
+    "dpo": DPO(0.1),
+    "adadpo": DPO(0.1, adaptive=Adaptive()),
+    "smoothed": DPO(0.5, label_smoothing=0.2),
+    "policy space": DPO(0.1, adaptive=Adaptive("policy", "length", 1.3, 0.8)),
+    "exponents": DPO(0.1, adaptive=Adaptive("ratio", (0.1, 0.2), None)),
+}
+SMALL = 0.01
+
+
+def batch(B=3, T=9, H=16, V=129, ref_H=None) -> dict[str, torch.Tensor]:
+    labels = torch.randint(V, (2 * B, T))
+    labels[:, :2] = -100  # prompts
+    labels[0, 4:] = -100  # padding
+    labels[B + 1, 6:] = -100
+    return {
+        "hidden": torch.randn(2 * B, T, H) * 5 / H**0.5,
+        "weight": torch.randn(V, H),
+        "labels": labels,
+        "bias": torch.randn(V),
+        "ref_hidden": torch.randn(2 * B, T, ref_H or H) * 5 / (ref_H or H) ** 0.5,
+        "ref_weight": torch.randn(V, ref_H or H),
+        "ref_bias": torch.randn(V),
+    }
+
+
+def move(data: dict, device: str, dtype=torch.float32) -> dict:
+    """Copies; the policy's tensors are leaves that require a gradient."""
+    moved = {
+        name: x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
+        for name, x in data.items()
+    }
+    for name in ("hidden", "weight", "bias"):
+        moved[name].requires_grad_()
+    return moved
+
+
+def assert_same(out, expected, leaves, truth, *, atol=1e-5):
+    for name in (
+        "loss", "losses", "chosen_logps", "rejected_logps", "ref_chosen_logps",
+        "ref_rejected_logps", "chosen_rewards", "rejected_rewards", "beta_chosen", "beta_rejected",
+    ):  # fmt: skip
+        mine, true = getattr(out, name), getattr(expected, name)
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=atol, msg=name)
+    assert torch.equal(out.chosen_lengths, expected.chosen_lengths)
+    assert torch.equal(out.rejected_lengths, expected.rejected_lengths)
+    for name in ("hidden", "weight", "bias"):
+        mine, true = leaves[name].grad, truth[name].grad
+        if true is not None:
+            error = (mine.double() - true).norm() / true.norm()
+            assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("trained", [False, True])
+def test_against_float64(name, trained, backend, device):
+    objective = OBJECTIVES[name]
+    data = batch(ref_H=24)
+    ours, truth = move(data, device), move(data, device, torch.float64)
+    for leaves in (ours, truth):
+        leaves["weight"].requires_grad_(trained)
+        leaves["bias"].requires_grad_(trained)
+    options = {"logit_scale": 0.9, "softcap": 15.0, "temperature": 1.1}
+    out = prefkern.FusedPreferenceLoss(objective, workspace_mb=SMALL, backend=backend)(
+        **ours, **options
+    )
+    expected = reference.preference_loss(objective, **truth, **options)
+    # Weights of one's own over the pairs, and a term of one's own on chosen log-probs.
+    for result in (out, expected):
+        weights = torch.tensor([0.2, 0.5, 1.5], device=device, dtype=result.losses.dtype)
+        ((result.losses * weights).sum() - 0.01 * result.chosen_logps.sum()).backward()
+    assert_same(out, expected, ours, truth)
+    assert out.plan.backend == backend
+    assert out.plan.structure == ("two_pass" if trained else "one_pass")
+
+
+@pytest.mark.parametrize("name", ["dpo", "adadpo"])
+def test_packed_is_padded(name, backend, device):
+    objective = OBJECTIVES[name]
+    data = batch()
+    padded = move(data, device)
+    loss_fn = prefkern.FusedPreferenceLoss(objective, workspace_mb=SMALL, backend=backend)
+    expected = loss_fn(**padded)
+    expected.loss.backward()
+
+    # Drop the padding at the end of rows, keep the prompts.
+    lengths = [4, 9, 9, 9, 6, 9]
+    kept = torch.cat([torch.arange(n) + 9 * row for row, n in enumerate(lengths)])
+    flat = {
+        name: x.reshape(-1, *x.shape[2:])[kept] if name in ("hidden", "labels", "ref_hidden") else x
+        for name, x in data.items()
+    }
+    packed = move(flat, device)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    out = loss_fn(**packed, cu_seqlens=cu_seqlens)
+    out.loss.backward()
+    torch.testing.assert_close(out.losses, expected.losses, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out.chosen_lengths, expected.chosen_lengths)
+    unpacked = torch.zeros_like(padded["hidden"]).reshape(-1, 16)
+    unpacked[kept.to(device)] = packed["hidden"].grad
+    torch.testing.assert_close(
+        unpacked.view_as(padded["hidden"]), padded["hidden"].grad, rtol=1e-5, atol=1e-7
+    )
+    torch.testing.assert_close(packed["weight"].grad, padded["weight"].grad, rtol=1e-5, atol=1e-7)
+
+    truth = move(flat, device, torch.float64)
+    oracle = reference.preference_loss(objective, **truth, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(out.losses.double(), oracle.losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_loss_of_equal_models_is_ln_2(dtype, backend, device):
+    data = move(batch(B=4, T=40), device, dtype)
+    data |= {"ref_hidden": data["hidden"].detach(), "ref_weight": data["weight"].detach()}
+    data["ref_bias"] = data["bias"].detach()
+    for name in ("dpo", "adadpo"):
+        out = prefkern.FusedPreferenceLoss(OBJECTIVES[name], workspace_mb=SMALL, backend=backend)(
+            **data
+        )
+        assert abs(out.loss.item() - math.log(2)) < 1e-6
+        assert (out.beta_chosen == out.beta_rejected).all()
+
+
+def test_reference_sums_computed_earlier(backend, device):
+    data = move(batch(), device)
+    loss_fn = prefkern.FusedPreferenceLoss(OBJECTIVES["adadpo"], backend=backend)
+    through_head = loss_fn(**data)
+    sums = torch.cat([through_head.ref_chosen_logps, through_head.ref_rejected_logps])
+    for name in ("ref_hidden", "ref_weight", "ref_bias"):
+        del data[name]
+    given = loss_fn(**data, ref_logps=sums)
+    assert torch.equal(given.losses, through_head.losses)
+
+
+def test_a_reference_gets_no_gradient(backend, device):
+    data = move(batch(), device)
+    for name in ("ref_hidden", "ref_weight", "ref_bias"):
+        data[name].requires_grad_()
+    prefkern.FusedPreferenceLoss(OBJECTIVES["dpo"], backend=backend)(**data).loss.backward()
+    assert all(data[name].grad is None for name in ("ref_hidden", "ref_weight", "ref_bias"))
+    assert data["hidden"].grad is not None
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_all_masked_responses_are_a_differentiable_zero(name, backend, device):
+    data = batch()
+    data["labels"][1] = -100
+    data["labels"][4] = -100  # the whole second pair
+    data["labels"][3] = -100  # the first pair's rejected response
+    leaves = move(data, device)
+    out = prefkern.FusedPreferenceLoss(OBJECTIVES[name], backend=backend)(**leaves)
+    out.loss.backward()
+    assert out.chosen_lengths.tolist()[1] == 0 and out.chosen_logps[1] == 0
+    for value in (out.losses, out.beta_chosen, *(leaves[n].grad for n in ("hidden", "weight"))):
+        assert value.isfinite().all()
+    assert (leaves["hidden"].grad[[1, 3, 4]] == 0).all()
+
+    data["labels"][:] = -100
+    leaves = move(data, device)
+    out = prefkern.FusedPreferenceLoss(OBJECTIVES[name], backend=backend)(**leaves)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert (leaves["hidden"].grad == 0).all()
+
+
+def test_one_pair(backend, device):
+    data = move(batch(B=2), device)
+    one = {
+        name: x.detach()[[0, 2]].requires_grad_(x.requires_grad)
+        if x.ndim > 1 and len(x) == 4
+        else x
+        for name, x in data.items()
+    }
+    loss_fn = prefkern.FusedPreferenceLoss(OBJECTIVES["adadpo"], backend=backend)
+    torch.testing.assert_close(loss_fn(**one).losses, loss_fn(**data).losses[:1])
+
+
+def test_statistics_on_request(backend, device):
+    data = move(batch(), device)
+    loss_fn = prefkern.FusedPreferenceLoss(OBJECTIVES["dpo"], backend=backend)
+    assert loss_fn(**data).token_stats is None
+    out = loss_fn(**data, return_stats=True)
+    stats = prefkern.linear_logprobs(
+        data["hidden"], data["weight"], data["labels"], data["bias"], return_stats=True
+    )
+    assert out.token_stats.logps.shape == data["labels"].shape
+    for mine, theirs in zip(out.token_stats, stats, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert not out.token_stats.logps.requires_grad
+
+
+def test_against_liger(backend, device):
+    """A peer's code: Liger's fused DPO loss in float32, value, dH and dW."""
+    dpo_loss = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss")
+    data = batch()
+    ours, theirs = move(data, device), move(data, device)
+    out = prefkern.FusedPreferenceLoss(DPO(0.3), workspace_mb=SMALL, backend=backend)(**ours)
+    out.loss.backward()
+    liger = dpo_loss.LigerFusedLinearDPOLoss(beta=0.3, compiled=False, average_log_prob=False)
+    loss, _ = liger(
+        theirs["weight"],
+        theirs["hidden"],
+        theirs["labels"],
+        theirs["bias"],
+        theirs["ref_hidden"],
+        theirs["ref_weight"],
+        theirs["ref_bias"],
+    )
+    loss.backward()
+    torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-5)
+    for name in ("hidden", "weight", "bias"):
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(5, 9, dtype=torch.int64), "hidden": torch.zeros(5, 9, 16)}, "2B"),
+        ({"labels": torch.zeros(6, 8, dtype=torch.int64)}, "labels"),
+        ({"labels": torch.full((6, 9), 129)}, "labels"),
+        ({"ref_hidden": None, "ref_weight": None, "ref_bias": None}, "needs a reference"),
+        ({"ref_weight": None, "ref_bias": None}, "without ref_weight"),
+        ({"ref_hidden": None}, "without ref_hidden"),
+        ({"ref_logps": torch.zeros(6)}, "not both"),
+        (
+            {"ref_hidden": None, "ref_weight": None, "ref_bias": None, "ref_logps": torch.zeros(3)},
+            "ref_logps",
+        ),
+        ({"ref_hidden": torch.zeros(6, 8, 16)}, "ref_hidden"),
+        ({"ref_weight": torch.zeros(129, 17)}, "ref_hidden"),
+        ({"reward_margins": torch.zeros(6)}, "reward_margins"),
+        ({"cu_seqlens": torch.tensor([0, 1, 2])}, "packed"),
+        ({"softcap": 0.0}, "softcap"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {**batch(), **change}
+    with pytest.raises((TypeError, ValueError), match=message):
+        prefkern.FusedPreferenceLoss(OBJECTIVES["dpo"])(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        (torch.tensor([0, 3, 9]), ValueError, "rise from 0"),
+        (torch.tensor([1, 3, 10]), ValueError, "rise from 0"),
+        (torch.tensor([0, 11, 10]), ValueError, "rise from 0"),
+        (torch.tensor([0, 2, 4, 10]), ValueError, "2B"),
+        (torch.tensor([0.0, 3.0, 10.0]), TypeError, "int32"),
+        ([0, 3, 10], TypeError, "int32"),
+    ],
+)
+def test_bad_cu_seqlens(cu_seqlens, error, message):
+    hidden, weight = torch.randn(10, 4), torch.randn(7, 4)
+    labels = torch.zeros(10, dtype=torch.int64)
+    with pytest.raises(error, match=message):
+        prefkern.FusedPreferenceLoss(OBJECTIVES["dpo"])(
+            hidden, weight, labels, ref_logps=torch.zeros(2), cu_seqlens=cu_seqlens
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "adadpo"}, "objective"),
+        ({"ignore_index": 1.5}, "ignore_index"),
+        ({"workspace_mb": 0}, "workspace_mb"),
+        ({"backend": "cuda"}, "backend"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        prefkern.FusedPreferenceLoss(**{"objective": objectives.build("dpo"), **options})
