@@ -86,7 +86,7 @@ class _LinearLogprobs(torch.autograd.Function):
                     derivative, grad, rows, ctx.hidden_shape, ctx.hidden_dtype, tile
                 )
                 return dhidden, None, None, None, None, None
-            hidden, weight, bias, rows, labels, *kept = ctx.saved_tensors
+            hidden, weight, bias, rows, labels, maximum, total, miss = ctx.saved_tensors
             gradients = passes.backward(
                 grad,
                 hidden,
@@ -94,7 +94,9 @@ class _LinearLogprobs(torch.autograd.Function):
                 bias,
                 rows,
                 labels,
-                *kept,
+                maximum,
+                total,
+                miss,
                 call.transform,
                 call.operands,
                 call.plan,

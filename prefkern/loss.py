@@ -165,8 +165,18 @@ class FusedPreferenceLoss(nn.Module):
             return PairLoss(losses, *rest), sums, lengths
         sums = sequences.sequence_sums(logps, offsets)
         lengths = offsets.diff()
-        halves = (None, None) if ref_logps is None else ref_logps.chunk(2)
-        pairs = Pairs(*sums.chunk(2), *halves, *lengths.chunk(2), reward_margins)
+        chosen, rejected = sums.chunk(2)
+        ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
+        chosen_lengths, rejected_lengths = lengths.chunk(2)
+        pairs = Pairs(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            chosen_lengths,
+            rejected_lengths,
+            reward_margins,
+        )
         return self.objective(pairs), sums, lengths
 
 

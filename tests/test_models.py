@@ -1,0 +1,345 @@
+"""token_logprobs against the model's own logits: values, and every parameter's gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import prefkern
+from prefkern import models
+from prefkern.models import HeadTransform, head_transform
+
+_MLA = {
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "num_key_value_heads": 4,
+}
+
+# family, options, the transform that its config must be read as
+FAMILIES = [
+    ("Llama", {}, HeadTransform()),
+    ("Llama", {"tie_word_embeddings": True}, HeadTransform()),
+    ("GPT2", {}, HeadTransform()),
+    ("Phi", {}, HeadTransform()),  # a head with a bias
+    ("Gemma2", {"final_logit_softcapping": 2.0}, HeadTransform(softcap=2.0)),
+    ("Cohere", {"logit_scale": 0.0625}, HeadTransform(logit_scale=0.0625)),
+    ("Granite", {"logits_scaling": 8.0}, HeadTransform(logit_scale=0.125)),
+    # divides before its head, so that the head's input needs no scale
+    ("MiniCPM3", {**_MLA, "dim_model_base": 16}, HeadTransform()),
+    ("HyperCLOVAX", {"logits_scaling": 0.5}, HeadTransform(logit_scale=0.5)),
+    ("Mixtral", {"num_local_experts": 4}, HeadTransform()),
+]
+IDS = [f"{family}-{i}" for i, (family, _, _) in enumerate(FAMILIES)]
+
+
+def _build(family: str, options: dict) -> nn.Module:
+    import transformers
+
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"this transformers has no {family}")
+    return tiny.model(family, **options)
+
+
+def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, mask (rows of 9, 6 and 4 tokens, padded on the right) and labels with a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, tiny.VOCAB_SIZE, (3, 9), generator=generator)
+    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return ids.masked_fill(mask == 0, 0), mask, labels
+
+
+def _oracle(model: nn.Module, ids, mask, labels, temperature: float = 1.0) -> torch.Tensor:
+    """log_softmax of the model's own logits, gathered at the labels."""
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float() / temperature
+    targets = labels[:, 1:]
+    picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return torch.where(targets == -100, 0.0, picked)
+
+
+@pytest.mark.parametrize(("family", "options", "transform"), FAMILIES, ids=IDS)
+def test_values_and_all_gradients_equal_the_models_own(family, options, transform):
+    model = _build(family, options)
+    ids, mask, labels = _batch()
+    weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+
+    expected = _oracle(model, ids, mask, labels)
+    (expected * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    actual = prefkern.token_logprobs(model, ids, mask, labels)
+    (actual * weights).sum().backward()
+
+    assert actual.dtype == torch.float32
+    assert expected.abs().max() > 1  # the case says something
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    assert prefkern.last_plan().backend == "torch"
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(gradients)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(
+                parameter.grad, gradients[name], atol=2e-5, rtol=2e-4, msg=lambda m, n=name: n + m
+            )
+    if transform is not None:
+        assert head_transform(model) == transform
+
+
+def test_no_logits_are_made():
+    """The largest last dimension of any output of a module is H or the MLP's, never V."""
+    model = tiny.model()
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(
+            lambda m, i, o: seen.append(o.shape) if isinstance(o, torch.Tensor) else None
+        )
+    ids, mask, labels = _batch()
+    head_transform(model)
+    seen.clear()
+    prefkern.token_logprobs(model, ids, mask, labels)
+    assert any(shape[-1] == 1 for shape in seen)  # the head's hooks fire, with the stand-in
+    assert all(shape[-1] != tiny.VOCAB_SIZE for shape in seen)
+
+
+def test_backward_passes_through_the_wrappers_output():
+    """DDP and FSDP hang their backward hooks on what the wrapped forward returns."""
+    model = tiny.model()
+    ids, mask, labels = _batch()
+    fired = []
+
+    def on_output(module, inputs, output):
+        if output.logits.requires_grad:
+            output.logits.register_hook(lambda gradient: fired.append(gradient.shape))
+
+    model.register_forward_hook(on_output)
+    prefkern.token_logprobs(model, ids, mask, labels).sum().backward()
+    assert fired == [(3, 9, 1)]
+
+
+def test_temperature_and_default_labels():
+    model = tiny.model()
+    ids, mask, _ = _batch()
+    expected = _oracle(model, ids, mask, ids.masked_fill(mask == 0, -100), temperature=0.7)
+    actual = prefkern.token_logprobs(model, ids, mask, temperature=0.7)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_left_padding_scores_no_token_from_a_pad():
+    model = tiny.model()
+    ids, _, _ = _batch()
+    row = ids[:1]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), row], dim=1)
+    mask = (torch.arange(12)[None] >= 3).long()
+    positions = (torch.arange(12)[None] - 3).clamp(min=0)
+    actual = prefkern.token_logprobs(model, padded, mask, position_ids=positions)
+    expected = prefkern.token_logprobs(model, row)
+    torch.testing.assert_close(actual[:, 3:], expected, atol=1e-5, rtol=1e-5)
+    assert not actual[:, :3].any()
+
+
+def test_bf16_model_is_at_least_as_exact_as_its_own_logits():
+    model = tiny.model()
+    ids, mask, labels = _batch()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    truth_model = copy.deepcopy(half).double()
+    with torch.no_grad():
+        # The hidden states are bf16 for both; only the head's arithmetic differs.
+        hidden = half.model(input_ids=ids, attention_mask=mask).last_hidden_state.double()
+        logits = truth_model.lm_head(hidden)[:, :-1].log_softmax(-1)
+        targets = labels[:, 1:]
+        truth = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        truth = torch.where(targets == -100, 0.0, truth)
+        ours = (prefkern.token_logprobs(half, ids, mask, labels) - truth).abs().max()
+        eager = (_oracle(half, ids, mask, labels) - truth).abs().max()
+    assert ours < 1e-4 < eager
+
+
+def test_autocast():
+    model = tiny.model()
+    ids, mask, labels = _batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = _oracle(model, ids, mask, labels)
+        actual = prefkern.token_logprobs(model, ids, mask, labels)
+    torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.02)
+    actual.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = tiny.model()
+    ids, mask, labels = _batch()
+    plain = prefkern.token_logprobs(model, ids, mask, labels)
+    plain.sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model.train()
+    prefkern.token_logprobs(model, ids, mask, labels).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_lora_on_the_body_trains_the_adapter_alone():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny.model("Gemma2", final_logit_softcapping=2.0),
+        peft.LoraConfig(r=4, init_lora_weights=False),
+    )
+    ids, mask, labels = _batch()
+    expected = _oracle(model, ids, mask, labels)
+    expected.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    actual = prefkern.token_logprobs(model, ids, mask, labels)
+    actual.sum().backward()
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+    assert gradients
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=2e-5, rtol=2e-4)
+        else:
+            assert parameter.grad is None
+
+
+def test_prompt_tuning_scores_the_real_tokens():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny.model(), config).eval()
+    ids, mask, labels = _batch()
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, 3:-1].log_softmax(-1)
+    targets = labels[:, 1:]
+    expected = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    actual = prefkern.token_logprobs(model, ids, mask, labels)
+    torch.testing.assert_close(
+        actual, torch.where(targets == -100, 0.0, expected), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_accelerates_device_hooks_on_the_head_still_fire():
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Count(hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, count = tiny.model(), Count()
+    ids, mask, labels = _batch()
+    expected = prefkern.token_logprobs(model, ids, mask, labels)
+    hooks.add_hook_to_module(model.lm_head, count)
+    actual = prefkern.token_logprobs(model, ids, mask, labels)
+    assert count.calls == 1
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+    assert model(input_ids=ids).logits.shape[-1] == tiny.VOCAB_SIZE
+
+
+def test_probe_leaves_no_trace():
+    model = tiny.model(attention_dropout=0.3)
+    model.train()
+    model.model.layers[0].eval()
+    model.gradient_checkpointing_enable()
+    modes = [module.training for module in model.modules()]
+    checkpointing = [getattr(m, "gradient_checkpointing", None) for m in model.modules()]
+    state = torch.get_rng_state()
+    during = []
+    handle = model.model.layers[1].register_forward_hook(
+        lambda module, *_: during.append((module.training, torch.is_grad_enabled()))
+    )
+    head_transform(model)
+    handle.remove()
+    assert during == [(False, False)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert [getattr(m, "gradient_checkpointing", None) for m in model.modules()] == checkpointing
+    assert "forward" not in vars(model.lm_head)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_probe_runs_once_and_again_for_an_edited_config(monkeypatch):
+    calls = []
+    probe = models._probe
+    monkeypatch.setattr(models, "_probe", lambda *a: calls.append(1) or probe(*a))
+    model = tiny.model("Gemma2", final_logit_softcapping=30.0)
+    assert head_transform(model).softcap == 30
+    assert head_transform(model).softcap == 30
+    assert len(calls) == 1
+    # Gemma 2 reads its config at every call, so the new value is the true one.
+    model.config.final_logit_softcapping = 5.0
+    assert head_transform(model).softcap == 5
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Cohere", "Gemma2"])
+def test_transform_that_the_config_does_not_tell_is_an_error(family, dtype):
+    model = tiny.model(family).to(dtype)
+    if family == "Cohere":
+        # Cohere keeps its scale from construction: the config now lies.
+        model.config.logit_scale = 0.07
+        message = r"logit_scale=0\.07.* other readings .*model turns it into"
+    else:
+        hidden_cap = model.config.final_logit_softcapping
+        forward = model.forward
+        model.forward = lambda **kw: _with_logits(forward(**kw), lambda z: z + 0.1 * z)
+        message = rf"softcap={hidden_cap}.*model turns it into"
+    with pytest.raises(ValueError, match=message):
+        prefkern.token_logprobs(model, torch.arange(5)[None])
+
+
+def _with_logits(output, change):
+    output.logits = change(output.logits)
+    return output
+
+
+def test_head_that_computes_something_else_is_an_error():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny.model()
+    head = Doubled(32, tiny.VOCAB_SIZE, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    with pytest.raises(ValueError, match=r"Doubled.* does not compute hidden @ weight"):
+        prefkern.token_logprobs(model, torch.arange(5)[None])
+
+
+def test_unsupported_heads_and_wrappers_are_named():
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(5)[None]
+    lora = peft.get_peft_model(tiny.model(), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="PEFT adapter.*not supported yet"):
+        prefkern.token_logprobs(lora, ids)
+    saved = peft.get_peft_model(tiny.model(), peft.LoraConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="modules_to_save.*not supported yet"):
+        prefkern.token_logprobs(saved, ids)
+    quantised = tiny.model()
+    weight = quantised.lm_head.weight.detach().to(torch.int8)
+    quantised.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match="int8.*quantised"):
+        prefkern.token_logprobs(quantised, ids)
+    with pytest.raises(TypeError, match="torchrun"):
+        prefkern.token_logprobs(nn.DataParallel(tiny.model()), ids)
+    with pytest.raises(ValueError, match="no output head"):
+        prefkern.token_logprobs(tiny.model().model, ids)
+
+
+def test_wrong_arguments():
+    model = tiny.model()
+    ids = torch.arange(5)[None]
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        prefkern.token_logprobs(model, ids[0])
+    with pytest.raises(ValueError, match="labels must have the shape"):
+        prefkern.token_logprobs(model, ids, labels=ids[:, 1:])
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        prefkern.token_logprobs(model, ids, logits_to_keep=1)
+    with pytest.raises(ValueError, match="labels must be in"):
+        prefkern.token_logprobs(model, ids, labels=ids + tiny.VOCAB_SIZE)

@@ -1,0 +1,80 @@
+"""Tiny models and a tiny tokenizer, built in the process: nothing is downloaded."""
+
+from __future__ import annotations
+
+import random
+
+import datasets
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["good", "bad", "fine", "poor", "film", "plot", "actor", "is", "was", "the", "a", "very"]
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
+VOCAB_SIZE = 97
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def model(family: str = "Llama", seed: int = 0, **options):
+    """A random causal LM of a family, hidden size 32, with logits spread enough to matter."""
+    sizes = dict(_SIZES)
+    if family == "GPT2":
+        sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    if family == "GPTNeoX":
+        sizes.pop("num_key_value_heads"), sizes.pop("head_dim")
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **options})
+    config.initializer_range = 0.2
+    torch.manual_seed(seed)
+    built = AutoModelForCausalLM.from_config(config)
+    return built.eval()
+
+
+def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """One token a word, split at spaces."""
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    if chat:
+        built.chat_template = CHAT_TEMPLATE
+    return built
+
+
+def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs of random sentences of different lengths."""
+    draw = random.Random(seed)
+
+    def sentence(low: int, high: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
+    return [
+        {
+            "prompt": sentence(2, 5),
+            "chosen": f" {sentence(1, 7)} good",
+            "rejected": f" {sentence(1, 7)} bad",
+        }
+        for _ in range(count)
+    ]
+
+
+def dataset(count: int, seed: int = 0) -> datasets.Dataset:
+    return datasets.Dataset.from_list(pairs(count, seed))
