@@ -85,7 +85,9 @@ class _SequenceSums(torch.autograd.Function):
         ctx.count = values.shape[0]
         if values.shape[0] == 0:
             return values.new_zeros(offsets.shape[0] - 1)
-        sums = torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0.0)
+        sums = torch.segment_reduce(
+            values.double(), "sum", offsets=offsets, initial=0.0, unsafe=True
+        )
         return sums.to(values.dtype)
 
     @staticmethod

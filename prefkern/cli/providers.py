@@ -63,13 +63,15 @@ class Prefkern(Provider):
         return out.loss, torch.cat([out.chosen_logps, out.rejected_logps])
 
     def token_logps(self, problem: Problem) -> Tensor:
-        return prefkern.linear_logprobs(
+        logps = prefkern.linear_logprobs(
             problem.hidden,
             problem.weight,
             problem.labels,
             softcap=problem.softcap,
             workspace_mb=self.workspace_mb,
         )
+        assert isinstance(logps, Tensor)
+        return logps
 
 
 class Eager(Provider):
