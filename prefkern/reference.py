@@ -85,17 +85,17 @@ def preference_loss(
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (2B, T), or (tokens,)
     bias: Tensor | None = None,  # (V,)
-    *,
     ref_hidden: Tensor | None = None,  # as hidden, its own width allowed
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_logps: Tensor | None = None,  # (2B,)
     reward_margins: Tensor | None = None,  # (B,)
     cu_seqlens: Tensor | None = None,  # (2B + 1,)
-    ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    *,
+    ignore_index: int = -100,
     return_stats: bool = False,
 ) -> PreferenceOutput:
     """`prefkern.FusedPreferenceLoss(objective)(...)` with logits in memory, float64 too."""

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from listing import listing_1
 
 import prefkern
 from prefkern import objectives, reference
@@ -85,6 +86,42 @@ def test_against_float64(name, trained, backend, device):
     assert_same(out, expected, ours, truth)
     assert out.plan.backend == backend
     assert out.plan.structure == ("two_pass" if trained else "one_pass")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adadpo_is_listing_1_down_to_the_head(dtype, backend, device):
+    """The paper's code on the log-probs of float64 logits: value, dH and dW of the whole loss."""
+    data = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch(B=4).items()}
+    ours, truth = move(data, device, dtype), move(data, device, torch.float64)
+    out = prefkern.FusedPreferenceLoss(
+        objectives.build("adadpo", beta=0.1), workspace_mb=SMALL, backend=backend
+    )(**ours)
+    out.loss.backward()
+
+    labels = truth["labels"]
+    scored = labels != -100
+
+    def sums(hidden, weight, bias):
+        log_p = (hidden @ weight.T + bias).log_softmax(-1)
+        logps = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return (logps * scored).sum(-1)
+
+    lengths = scored.sum(-1)
+    losses = listing_1(
+        sums(truth["hidden"], truth["weight"], truth["bias"]),
+        sums(truth["ref_hidden"], truth["ref_weight"], truth["ref_bias"]).detach(),
+        slice(0, 4),
+        slice(4, 8),
+        beta=0.1,
+        yw_lens=lengths[:4],
+        yl_lens=lengths[4:],
+    )
+    losses.mean().backward()
+    torch.testing.assert_close(out.losses.double(), losses, rtol=1e-5, atol=1e-5)
+    bound = 1e-5 if dtype == torch.float32 else 4e-3  # of bf16, one rounding
+    for name in ("hidden", "weight", "bias"):
+        mine, true = ours[name].grad.double(), truth[name].grad
+        assert (mine - true).norm() <= bound * true.norm(), name
 
 
 @pytest.mark.parametrize("name", ["dpo", "adadpo"])

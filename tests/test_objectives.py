@@ -8,25 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from listing import listing_1
 
 from prefkern import Pairs, objectives
 from prefkern.objectives import DPO, Adaptive
-
-
-def listing_1(pi_logps, ref_logps, yw_idx, yl_idx, beta, C=2.0, yw_lens=None, yl_lens=None):
-    """AdaDPO's Listing 1, as printed in the paper."""
-    pi_yw, pi_yl = pi_logps[yw_idx], pi_logps[yl_idx]
-    ref_yw, ref_yl = ref_logps[yw_idx], ref_logps[yl_idx]
-
-    lw = yw_lens.float().detach()
-    ll = yl_lens.float().detach()
-    log_ratio = (
-        pi_yw.detach() / lw - pi_yl.detach() / ll - ref_yw.detach() / lw + ref_yl.detach() / ll
-    )
-    beta_w = beta * torch.clamp(log_ratio.exp(), max=C)
-
-    delta = beta_w * (pi_yw - ref_yw) - beta * (pi_yl - ref_yl)
-    return -F.logsigmoid(delta)
 
 
 def random_pairs(B=16, spread=20.0, dtype=torch.float64, seed=0) -> Pairs:
