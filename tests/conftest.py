@@ -19,6 +19,8 @@ if not HAS_GPU:
 DEVICE = "cuda" if HAS_GPU else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ["torch", "triton"] if HAS_TRITON else ["torch"]
+# Operators this small gain nothing from a second thread, and lose much where a core is busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

