@@ -11,6 +11,7 @@ means "of positive sentiment": no person ranked these sentences.
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 import prefkern
+from prefkern.cli.bench import environment
 from prefkern.data import load_preference_dataset
 from prefkern.measure import Cost, cost_of
 from prefkern.models import align_labels, forward_with_head, head_transform, token_states
@@ -171,7 +173,7 @@ def report_learning(
     watcher: Watcher,
     before: tuple[Tensor, Tensor],
     after: tuple[Tensor, Tensor],
-) -> None:
+) -> dict[str, list[float]]:
     """Held-out pairs before and after: the trainer's metrics, and log-probs scored on their own."""
 
     def per_token_accuracy(scores: tuple[Tensor, Tensor]) -> float:
@@ -187,16 +189,17 @@ def report_learning(
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for label, key in {
+    keys = {
         "loss": "eval_loss",
         "reward accuracy [1]": "eval_rewards/accuracies",
         "reward margin": "eval_rewards/margins",
         "mean log-prob of a chosen response": "eval_logps/chosen",
         "mean log-prob of a rejected response": "eval_logps/rejected",
-    }.items():
-        table.add_row(label, f"{first[key]:.4f}", f"{last[key]:.4f}")
-    accuracies = (per_token_accuracy(scores) for scores in (before, after))
-    table.add_row("log-prob accuracy [2]", *(f"{accuracy:.4f}" for accuracy in accuracies))
+    }
+    rows = {label: [first[key], last[key]] for label, key in keys.items()}
+    rows["log-prob accuracy [2]"] = [per_token_accuracy(scores) for scores in (before, after)]
+    for label, row in rows.items():
+        table.add_row(label, *(f"{value:.4f}" for value in row))
     console.print(table)
     console.print(
         "\\[1] pairs whose chosen response has strictly the higher reward; before\n"
@@ -205,6 +208,7 @@ def report_learning(
         "    without a reference.\n",
         style="dim",
     )
+    return rows
 
 
 def loss_step_inputs(trainer: prefkern.PreferenceTrainer) -> dict[str, Any]:
@@ -245,8 +249,8 @@ def eager_loss(
     return objective(pairs).losses.mean()
 
 
-def report_loss_step(console: Console, trainer: prefkern.PreferenceTrainer) -> None:
-    """Hidden states to loss to their gradient: bytes, operations and time, two ways."""
+def report_loss_step(console: Console, trainer: prefkern.PreferenceTrainer) -> dict[str, Any]:
+    """Hidden states to loss to their gradient: bytes, operations, time and error, two ways."""
     inputs = loss_step_inputs(trainer)
     device = inputs["hidden"].device
 
@@ -292,16 +296,19 @@ def report_loss_step(console: Console, trainer: prefkern.PreferenceTrainer) -> N
     table.add_column("")
     for column in ("peak MiB", "ms", "NHV", "loss error", "dH error"):
         table.add_column(column, justify="right")
+    shape = {"tokens": tokens, "hidden_size": hidden_size, "vocab_size": vocab_size}
+    rows: dict[str, dict[str, float]] = {}
     for is_fused, milliseconds in times.items():
-        loss_error, gradient_error = errors[is_fused]
-        table.add_row(
-            "prefkern" if is_fused else "logits in memory",
-            f"{costs[is_fused].peak_bytes / 2**20:.1f}",
-            f"{statistics.median(milliseconds):.1f}",
-            f"{costs[is_fused].operations / (tokens * hidden_size * vocab_size):.2f}",
-            f"{loss_error:.1e}",
-            f"{gradient_error:.1e}",
-        )
+        row = rows["prefkern" if is_fused else "logits in memory"] = {
+            "peak_mib": costs[is_fused].peak_bytes / 2**20,
+            "median_ms": statistics.median(milliseconds),
+            "operations_nhv": costs[is_fused].operations / (tokens * hidden_size * vocab_size),
+            "loss_error": errors[is_fused][0],
+            "dhidden_error": errors[is_fused][1],
+        }
+        formats = (".1f", ".1f", ".2f", ".1e", ".1e")
+        cells = [format(value, spec) for value, spec in zip(row.values(), formats, strict=True)]
+        table.add_row([*rows][-1], *cells)
     console.print(table)
     console.print(
         "Peak of temporary memory and gradients; median time of forward and backward;\n"
@@ -315,6 +322,7 @@ def report_loss_step(console: Console, trainer: prefkern.PreferenceTrainer) -> N
             "units of its own; what a GPU gains or loses is for `prefkern bench` to say.",
             style="dim",
         )
+    return {**shape, "rows": rows}
 
 
 def report_plans(console: Console, watcher: Watcher, steps: int) -> None:
@@ -427,13 +435,25 @@ def main() -> None:
     report_plans(console, watcher, trainer.state.global_step)
 
     console.rule("What changed")
-    report_learning(console, watcher, before, after)
-    report_loss_step(console, trainer)
+    learning = report_learning(console, watcher, before, after)
+    loss_step = report_loss_step(console, trainer)
     picture = arguments.output / "learning.png"
     draw(watcher, picture)
     check_adapter(console, trainer, model, arguments.output / "adapter")
-    console.print(f"Picture: {picture}")
-    console.print(f"{time.perf_counter() - started:.0f} s in all.")
+    is_default = not (arguments.model or arguments.data)
+    seconds = time.perf_counter() - started
+    numbers = {
+        **environment(trainer.args.device, "make demo" if is_default else " ".join(sys.argv)),
+        "seconds": round(seconds),
+        "steps": trainer.state.global_step,
+        "held_out_pairs": len(held_out),
+        "learning": learning,
+        "loss_step": loss_step,
+    }
+    report = arguments.output / "report.json"
+    report.write_text(json.dumps(numbers, indent=1) + "\n")
+    console.print(f"Picture: {picture}. The numbers above: {report}.")
+    console.print(f"{seconds:.0f} s in all.")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ def run(
     plan.record(made)
     call = Call(transform, operands, made, _tile_operations(backend), with_stats)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    # Kernels walk the bias word by word: no strides, no expanded views. (V,), so a copy is small.
+    bias = None if bias is None else bias.contiguous()
     logps, stats = scored_logprobs(flat, weight, bias, scored.rows, scored.labels, call)
     return logps, stats, made
 

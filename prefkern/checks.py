@@ -81,6 +81,16 @@ def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
         raise ValueError(f"labels are on {labels.device} and hidden on {device}")
 
 
+def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
+    """One number for each pair, or each sequence."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape [{size}], got {_name(value)}")
+    if value.shape != (size,) or value.is_complex():
+        raise ValueError(f"{name} must have shape [{size}], got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} and hidden on {device}")
+
+
 def transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
     number("logit_scale", logit_scale)
     positive("temperature", temperature)

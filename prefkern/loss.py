@@ -93,13 +93,13 @@ class FusedPreferenceLoss(nn.Module):
         bounds = _bounds(labels, cu_seqlens)
         n_sequences = bounds.shape[0] - 1
         _check_reference(
-            self.objective, hidden, ref_hidden, ref_weight, ref_bias, ref_logps, n_sequences
+            self.objective, hidden, weight, ref_hidden, ref_weight, ref_bias, ref_logps, n_sequences
         )
-        if reward_margins is not None and reward_margins.shape != (n_sequences // 2,):
-            raise ValueError(
-                f"reward_margins must have shape [B] = [{n_sequences // 2}], "
-                f"got {list(reward_margins.shape)}"
-            )
+        if reward_margins is not None:
+            if not self.objective.uses_reward_margins:
+                name = type(self.objective).__name__
+                raise ValueError(f"reward_margins was given, which {name} does not use")
+            checks.vector("reward_margins", reward_margins, n_sequences // 2, hidden.device)
         workspace_mb = api.resolve_workspace(self.workspace_mb, hidden.device)
         backend = api.resolve_backend(self.backend, hidden.device)
         transform = Transform(float(logit_scale), softcap, float(temperature))
@@ -235,6 +235,7 @@ def _bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (2B + 1,)
 def _check_reference(
     objective: Objective,
     hidden: Tensor,
+    weight: Tensor,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
@@ -253,19 +254,19 @@ def _check_reference(
         raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
     if ref_hidden is not None and ref_weight is not None:
         checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+        if ref_weight.shape[0] < weight.shape[0]:
+            raise ValueError(
+                f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+                "the reference must know every word that labels may name"
+            )
         if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
             raise ValueError(
                 f"ref_hidden must have hidden's shape but for H and its device, "
                 f"{list(hidden.shape)} on {hidden.device}; "
                 f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
             )
-    if ref_logps is not None and (
-        not isinstance(ref_logps, Tensor) or ref_logps.shape != (n_sequences,)
-    ):
-        raise ValueError(
-            f"ref_logps must be a tensor of shape [2B] = [{n_sequences}], chosen first, "
-            f"got {list(ref_logps.shape) if isinstance(ref_logps, Tensor) else ref_logps!r}"
-        )
+    if ref_logps is not None:
+        checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
     if objective.needs_reference and ref_hidden is None and ref_logps is None:
         raise ValueError(
             f"{name} needs a reference: give ref_hidden and ref_weight, or ref_logps, "

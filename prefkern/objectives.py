@@ -108,6 +108,10 @@ class Adaptive:
         if self.clip is not None:
             _require_positive("clip", self.clip)
         _require_positive("k", self.k)
+        if self.k > 1e6:
+            raise ValueError(
+                f"k must be at most 1e6, for coefficients to stay finite, got {self.k}"
+            )
 
     @property
     def exponents(self) -> tuple[float, float] | None:
@@ -143,10 +147,12 @@ class Objective(nn.Module):
     """A pairwise objective: `forward(Pairs) -> PairLoss`.
 
     A module, so that statistics that an objective carries live in the state_dict of the model's
-    loss. `needs_reference` says whether reference log-probs must be given.
+    loss. `needs_reference` says whether reference log-probs must be given, `uses_reward_margins`
+    whether margins may.
     """
 
     needs_reference: ClassVar[bool] = True
+    uses_reward_margins: ClassVar[bool] = False
     adaptive: Adaptive | None = None
 
     def forward(self, pairs: Pairs) -> PairLoss:

@@ -38,6 +38,8 @@ def select(
     Raises ValueError for a label outside [0, vocab_size) that is not ignore_index, and for bounds
     that do not rise from 0 to M.
     """
+    # What follows, kernels included, walks labels one by one: no strides, no expanded views.
+    labels = labels.contiguous()
     mask = labels != ignore_index
     outside = mask & ((labels < 0) | (labels >= vocab_size))
     checks = [mask.sum(), outside.sum()]

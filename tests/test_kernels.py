@@ -293,6 +293,13 @@ def test_launchers_refuse_strided_rows(device):
         kernels.rescale_rows(tile, torch.ones(4, device=device))
 
 
+def test_launchers_refuse_strided_vectors(device):
+    with pytest.raises(ValueError, match="factor must be contiguous"):
+        kernels.rescale_rows(
+            torch.randn(4, 8, device=device), torch.ones(1, device=device).expand(4)
+        )
+
+
 def test_loss_is_one_launch_after_the_log_probs(device):
     """FusedPreferenceLoss on the triton backend: folds, then one pair kernel, and in backward
     nothing that computes a loss."""

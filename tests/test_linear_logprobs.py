@@ -320,6 +320,34 @@ def test_views_and_shapes(backend, device):
     assert one.shape == () and math.isclose(one.item(), expected[1, 2].item(), rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("view", ["strided", "expanded"])
+def test_labels_and_bias_may_be_views(view, backend, device):
+    """A kernel that walks memory word by word must not walk past what the view shows."""
+    hidden = torch.randn(6, 8)
+    weight = torch.randn(30, 8)
+    if view == "strided":
+        labels, bias = torch.randint(30, (6, 2))[:, 0], torch.randn(60)[::2]
+    else:
+        labels, bias = torch.tensor([3]).expand(6), torch.tensor([0.7]).expand(30)
+    assert not labels.is_contiguous() and not bias.is_contiguous()
+    case = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias}
+    leaves = {name: case[name].detach().requires_grad_() for name in ("hidden", "weight", "bias")}
+    logps = prefkern.linear_logprobs(
+        leaves["hidden"].to(device),
+        leaves["weight"].to(device),
+        labels.to(device),
+        leaves["bias"].to(device),
+        backend=backend,
+        workspace_mb=SMALL,
+    )
+    gradients = torch.autograd.grad(logps.sum(), list(leaves.values()))
+    grad = torch.ones(6)
+    truth = run(reference.linear_logprobs, case, torch.float64, "cpu", grad=grad)
+    torch.testing.assert_close(logps.cpu().double(), truth[0], rtol=1e-6, atol=2e-6)
+    for mine, true in zip(gradients, truth[1:], strict=True):
+        assert relative(mine, true) < 1e-5
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_no_token_scored(trained, backend, device):
     """A differentiable zero."""

@@ -278,7 +278,21 @@ def test_against_liger(backend, device):
         ),
         ({"ref_hidden": torch.zeros(6, 8, 16)}, "ref_hidden"),
         ({"ref_weight": torch.zeros(129, 17)}, "ref_hidden"),
-        ({"reward_margins": torch.zeros(6)}, "reward_margins"),
+        ({"ref_weight": torch.zeros(128, 16), "ref_bias": None}, "128 words and weight 129"),
+        ({"reward_margins": torch.zeros(3)}, "DPO does not use"),
+        (
+            {
+                "ref_hidden": None,
+                "ref_weight": None,
+                "ref_bias": None,
+                "ref_logps": torch.zeros(6, device="meta"),
+            },
+            "ref_logps is on meta",
+        ),
+        (
+            {"ref_hidden": None, "ref_weight": None, "ref_bias": None, "ref_logps": [0.0] * 6},
+            "ref_logps must be a tensor",
+        ),
         ({"cu_seqlens": torch.tensor([0, 1, 2])}, "packed"),
         ({"softcap": 0.0}, "softcap"),
     ],

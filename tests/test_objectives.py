@@ -172,6 +172,7 @@ def test_label_smoothing_is_cdpo():
         (lambda: Adaptive(clip=0), "clip"),
         (lambda: Adaptive(clip=math.inf), "clip"),
         (lambda: Adaptive(k=-1), "k must"),
+        (lambda: Adaptive(k=1e20), "k must"),
         (lambda: objectives.build("dop"), "adadpo"),
         (lambda: objectives.build("adadpo", gamma=1), "'gamma'.*clip"),
         (lambda: objectives.build("dpo", clip=2.0), "'clip'"),

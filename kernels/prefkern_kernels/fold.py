@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import check_rows, round_to, transform
+from .primitives import check_rows, check_vectors, on_device_of, round_to, transform
 from .tiles import row_config
 
 
@@ -146,35 +146,48 @@ def fold(
     check_rows("tile", tile)
     if weights is not None:
         check_rows("weights", weights)
+    check_vectors(
+        labels=labels,
+        bias=bias,
+        maximum=maximum,
+        total=total,
+        label_logit=label_logit,
+        label_slope=label_slope,
+        rescale=rescale,
+        shifted=shifted,
+        logit_sum=logit_sum,
+        before=before,
+    )
     n, v = tile.shape
     if n == 0:
         return
     config = row_config(v)
     count("fold")
-    _fold_kernel[(n,)](
-        tile,
-        tile.stride(0),
-        labels,
-        bias,
-        maximum,
-        total,
-        label_logit,
-        label_slope,
-        rescale,
-        weights,
-        0 if weights is None else weights.stride(0),
-        shifted,
-        logit_sum,
-        before,
-        start,
-        v,
-        float(logit_scale),
-        float(softcap or 1.0),
-        float(temperature),
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_WEIGHTS=weights is not None,
-        HAS_STATS=shifted is not None,
-        BLOCK_V=config.block,
-        num_warps=config.num_warps,
-    )
+    with on_device_of(tile):
+        _fold_kernel[(n,)](
+            tile,
+            tile.stride(0),
+            labels,
+            bias,
+            maximum,
+            total,
+            label_logit,
+            label_slope,
+            rescale,
+            weights,
+            0 if weights is None else weights.stride(0),
+            shifted,
+            logit_sum,
+            before,
+            start,
+            v,
+            float(logit_scale),
+            float(softcap or 1.0),
+            float(temperature),
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_WEIGHTS=weights is not None,
+            HAS_STATS=shifted is not None,
+            BLOCK_V=config.block,
+            num_warps=config.num_warps,
+        )

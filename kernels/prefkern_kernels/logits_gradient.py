@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import check_rows, round_to, transform
+from .primitives import check_rows, check_vectors, on_device_of, round_to, transform
 from .tiles import row_config
 
 
@@ -79,28 +79,36 @@ def logits_gradient(
     """Turn a tile into `d loss / d (h . W_v + b_v)`; one launch."""
     check_rows("tile", tile)
     check_rows("gradient", gradient)
+    check_vectors(
+        labels=labels,
+        bias=bias,
+        maximum=maximum,
+        coefficient=coefficient,
+        label_gradient=label_gradient,
+    )
     n, v = tile.shape
     if n == 0:
         return
     config = row_config(v)
     count("logits_gradient")
-    _logits_gradient_kernel[(n,)](
-        tile,
-        tile.stride(0),
-        labels,
-        bias,
-        maximum,
-        coefficient,
-        label_gradient,
-        gradient,
-        gradient.stride(0),
-        start,
-        v,
-        float(logit_scale),
-        float(softcap or 1.0),
-        float(temperature),
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        BLOCK_V=config.block,
-        num_warps=config.num_warps,
-    )
+    with on_device_of(tile):
+        _logits_gradient_kernel[(n,)](
+            tile,
+            tile.stride(0),
+            labels,
+            bias,
+            maximum,
+            coefficient,
+            label_gradient,
+            gradient,
+            gradient.stride(0),
+            start,
+            v,
+            float(logit_scale),
+            float(softcap or 1.0),
+            float(temperature),
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            BLOCK_V=config.block,
+            num_warps=config.num_warps,
+        )

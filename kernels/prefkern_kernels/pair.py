@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import log1p
+from .primitives import log1p, on_device_of
 
 
 class PairLossOutput(NamedTuple):
@@ -157,23 +157,24 @@ def pair_loss(
     )
     alpha_chosen, alpha_rejected = exponents or (0.0, 0.0)
     count("pair_loss")
-    _pair_loss_kernel[(n_pairs,)](
-        logps.contiguous(),
-        offsets.contiguous(),
-        ref_logps.contiguous(),
-        *out,
-        n_pairs,
-        float(beta),
-        float(label_smoothing),
-        float(alpha_chosen),
-        float(alpha_rejected),
-        float(clip or 0.0),
-        float(k),
-        float(max_log_ratio),
-        RATIO_SPACE=ratio_space,
-        BY_LENGTH=exponents is None,
-        HAS_CLIP=clip is not None,
-        BLOCK_T=1024,
-        num_warps=4,
-    )
+    with on_device_of(logps):
+        _pair_loss_kernel[(n_pairs,)](
+            logps.contiguous(),
+            offsets.contiguous(),
+            ref_logps.contiguous(),
+            *out,
+            n_pairs,
+            float(beta),
+            float(label_smoothing),
+            float(alpha_chosen),
+            float(alpha_rejected),
+            float(clip or 0.0),
+            float(k),
+            float(max_log_ratio),
+            RATIO_SPACE=ratio_space,
+            BY_LENGTH=exponents is None,
+            HAS_CLIP=clip is not None,
+            BLOCK_T=1024,
+            num_warps=4,
+        )
     return out

@@ -7,6 +7,7 @@ rounding. Hence `tanh_and_slope`, `log1p` and `round_to`, which are right in bot
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -56,6 +57,18 @@ def round_to(x, dtype: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+def check_vectors(**vectors: torch.Tensor | None) -> None:
+    """Kernels index vectors without a stride."""
+    for name, x in vectors.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Launches go to the current device, as torch's own operators do not: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def check_rows(name: str, x: torch.Tensor) -> None:

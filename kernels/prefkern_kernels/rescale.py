@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import check_rows
+from .primitives import check_rows, check_vectors, on_device_of
 from .tiles import row_config
 
 
@@ -42,16 +42,18 @@ def rescale_rows(
 ) -> None:
     """Multiply each row by its factor; one launch."""
     check_rows("accumulator", accumulator)
+    check_vectors(factor=factor)
     n, h = accumulator.shape
     if n == 0:
         return
     config = row_config(h)
     count("rescale_rows")
-    _rescale_rows_kernel[(n,)](
-        accumulator,
-        accumulator.stride(0),
-        factor,
-        h,
-        BLOCK_H=config.block,
-        num_warps=config.num_warps,
-    )
+    with on_device_of(accumulator):
+        _rescale_rows_kernel[(n,)](
+            accumulator,
+            accumulator.stride(0),
+            factor,
+            h,
+            BLOCK_H=config.block,
+            num_warps=config.num_warps,
+        )

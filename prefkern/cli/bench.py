@@ -3,8 +3,7 @@
 One step is hidden states, head and labels in; loss and gradients out; the reference's log-probs
 computed inside, through the reference's own head. Providers take turns within each round, so that a
 clock or a neighbour that drifts touches all of them alike, and one that is missing, refuses a shape
-or runs out of memory is a row that says so. The
-providers are in `providers.py`.
+or runs out of memory is a row that says so. The providers are in `providers.py`.
 
 Operations are matrix products, counted, in units of NHV (N scored tokens x hidden size x
 vocabulary); 2 of them are the reference's. Memory is the most alive beyond the inputs, gradients
@@ -329,14 +328,21 @@ def table_of(shape: Shape, head: str, rows: Iterable[Row], dtype: str) -> Table:
     return table
 
 
+def _rounded(value: float | None) -> str:
+    """Three digits, without an exponent."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _cells(row: Row) -> list[str]:
     times = row.all_ms or [float("nan")]
     errors = (row.token_logp_error, row.sum_logp_error, row.dhidden_error, row.dweight_error)
     return [
         f"{row.operations_nhv:.2f}",
         f"{row.peak_mib:.1f}",
-        f"{row.median_ms:.3g}",
-        f"{min(times):.3g}-{max(times):.3g}",
+        _rounded(row.median_ms),
+        f"{_rounded(min(times))}-{_rounded(max(times))}",
         *("-" if error is None else f"{error:.1e}" for error in errors),
     ]
 
@@ -356,7 +362,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": name,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "command": command,
     }
@@ -390,7 +396,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
 
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_gpu = torch.device(arguments.device).type == "cuda"
+    is_gpu = arguments.device.startswith("cuda")
+    if is_gpu and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: there is no CUDA device here")
     shapes = QUICK_SHAPES if arguments.quick else GPU_SHAPES if is_gpu else CPU_SHAPES
     known = {shape.name: shape for shape in QUICK_SHAPES + CPU_SHAPES + GPU_SHAPES}
     if unknown := set(arguments.shape or []) - set(known):
