@@ -34,13 +34,15 @@ def source(report: dict[str, Any], name: str) -> str:
 def loss_step_table(name: str) -> str:
     """Operations, memory, error and time of a DPO step at the model's shape, by provider."""
     report = json.loads((RESULTS / name).read_text())
-    shape = report["shapes"][-1]
+    shape = next(each for each in report["shapes"] if each["name"] == "SmolLM2-135M")
     lines = [
-        f"A DPO loss step (hidden states to gradients, reference included) in {report['dtype']} at "
-        f"H = {shape['hidden_size']:,}, V = {shape['vocab_size']:,}, "
-        f"{shape['pairs']} pairs of {shape['length']} tokens, {shape['prompt']} of them prompt. "
-        "NHV: matrix-product operations, 2 of them the reference's. "
-        "Errors are the worst against float64, of a sequence's log-prob in nats and of dH and dW relative.",
+        (
+            f"A DPO loss step (hidden states to gradients, reference included) in {report['dtype']} at "
+            f"H = {shape['hidden_size']:,}, V = {shape['vocab_size']:,}, "
+            f"{shape['pairs']} pairs of {shape['length']} tokens, {shape['prompt']} of them prompt. "
+            "NHV: matrix-product operations, 2 of them the reference's. "
+            "Errors are the worst against float64, of a sequence's log-prob in nats and of dH and dW relative."
+        ),
         "",
         "| head | provider | NHV | peak MiB | log-prob error | dH error | dW error | ms |",
         "|---|---|---|---|---|---|---|---|",
@@ -64,8 +66,10 @@ def demo_tables(name: str) -> str:
     """What the demo's training changed, and what its loss step costs."""
     report = json.loads((RESULTS / name).read_text())
     lines = [
-        f"The demo: {report['steps']} steps of 8 pairs, {report['held_out_pairs']} held-out pairs, "
-        f"{report['seconds']} s in all with the check.",
+        (
+            f"The demo: {report['steps']} steps of 8 pairs, {report['held_out_pairs']} held-out pairs, "
+            f"{report['seconds']} s in all with the check."
+        ),
         "",
         "| held-out | before | after |",
         "|---|---|---|",
@@ -76,8 +80,10 @@ def demo_tables(name: str) -> str:
     step = report["loss_step"]
     lines += [
         "",
-        "Before training policy and reference agree, so every reward is 0 and none is above the other. "
-        "Log-prob accuracy: pairs whose chosen response has the higher log-prob per token, without a reference.",
+        (
+            "Before training policy and reference agree, so every reward is 0 and none is above the other. "
+            "Log-prob accuracy: pairs whose chosen response has the higher log-prob per token, without a reference."
+        ),
         "",
         f"| its loss step, {step['tokens']} scored tokens | peak MiB | NHV | loss error | dH error | ms |",
         "|---|---|---|---|---|---|",
