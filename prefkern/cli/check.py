@@ -125,7 +125,7 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _check(backend: str, device: str, dtype: str, case: str, trained: bool, seed: int) -> Row:
-    row = Row(f"{backend} on {device}", dtype, case, "trained" if trained else "frozen")
+    row = Row(f"{backend} on {device}", dtype, case, "train" if trained else "frozen")
     measure = _loss_errors if case == "loss" else _operator_errors
     interpreted = backend == "triton" and device == "cpu"
     for shape in INTERPRETED_SHAPES if interpreted else SHAPES:

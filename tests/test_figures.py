@@ -1,0 +1,14 @@
+"""The README's figures are those of the result files, as the script writes them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_is_what_the_script_writes():
+    check = [sys.executable, ROOT / "bench/readme.py", "--check"]
+    assert subprocess.run(check, check=False).returncode == 0
