@@ -14,10 +14,19 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from prefkern import objectives
+from prefkern import checks, objectives
+from prefkern.api import BACKENDS
 from prefkern.objectives import Objective
 
 _JSON_OPTIONS = ("objective_options", "model_init_kwargs")
+# Whole numbers that may be None, and the least that each may be.
+_LEAST = {
+    "max_length": 2,
+    "max_prompt_length": 1,
+    "pad_to_multiple_of": 1,
+    "dataset_num_proc": 1,
+    "precompute_ref_batch_size": 1,
+}
 
 
 @dataclass
@@ -86,6 +95,23 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in _JSON_OPTIONS:
             setattr(self, name, _json_object(name, getattr(self, name)))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_whole and value >= least):
+                raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
+        if self.workspace_mb is not None:
+            checks.positive("workspace_mb", self.workspace_mb)
+        if self.backend is not None and self.backend not in BACKENDS:
+            known = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"backend must be None or one of {known}, got {self.backend!r}")
+        strategy = getattr(self, "train_sampling_strategy", "random")
+        if strategy not in ("random", "sequential") or getattr(self, "group_by_length", False):
+            # Trainer's other samplers read the length of one sequence, and a row here has three.
+            raise ValueError(
+                "batches by length are not supported on preference pairs; "
+                'train_sampling_strategy must be "random" or "sequential"'
+            )
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             supported = on_gpu and torch.cuda.is_bf16_supported()

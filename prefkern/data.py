@@ -152,11 +152,26 @@ def tokenize_preferences(
         raise ValueError(f"max_length must be at least 2, got {max_length}")
     if max_prompt_length is not None and max_prompt_length < 1:
         raise ValueError(f"max_prompt_length must be at least 1, got {max_prompt_length}")
-    references = [column in dataset.column_names for column in _REFERENCE_COLUMNS]
+    columns = dataset.column_names
+    references = [column in columns for column in _REFERENCE_COLUMNS]
     if any(references) and not all(references):
         raise ValueError(f"dataset {name!r} has only one of {' and '.join(_REFERENCE_COLUMNS)}")
 
+    numbers: dict[str, tuple[str, ...]] = {}
+    if all(references):
+        numbers["reference sum"] = _REFERENCE_COLUMNS
+    margin_columns = _margin_columns(columns)
+    if margin_columns:
+        numbers["margin"] = margin_columns
+
     def process(example: dict[str, Any], row: int) -> dict[str, Any]:
+        for what, sources in numbers.items():
+            for column in sources:
+                value = example[column]
+                if not _is_number(value):
+                    raise ValueError(
+                        f"dataset {name!r}, row {row}: no {what} ({column!r} is {value!r})"
+                    )
         if all(example.get(column) is not None for column in _TOKEN_COLUMNS):
             prompt, chosen, rejected = (list(example[column]) for column in _TOKEN_COLUMNS)
             merged = False
@@ -169,12 +184,13 @@ def tokenize_preferences(
         prompt, chosen, rejected = _truncate(*full, max_length, max_prompt_length)
         # The first token of a sequence has nothing to be predicted from.
         unscored = 0 if prompt else 1
-        margin = _reward_margin(example)
         return {
             "prompt_ids": prompt,
             "chosen_ids": chosen,
             "rejected_ids": rejected,
-            **({} if margin is None else {"reward_margin": margin}),
+            **(
+                {"reward_margin": _reward_margin(example, margin_columns)} if margin_columns else {}
+            ),
             "_dropped": min(len(chosen), len(rejected)) <= unscored,
             "_prompt_truncated": len(prompt) < len(full[0]),
             "_response_truncated": len(chosen) < len(full[1]) or len(rejected) < len(full[2]),
@@ -294,9 +310,10 @@ def _tokenize_pair(
     is_conversation = isinstance(chosen, list)
     if isinstance(rejected, list) != is_conversation:
         raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
-    if prompt is None or (is_conversation and isinstance(prompt, str)):
-        # Some conversational datasets keep the first question's text in `prompt`, too.
+    if prompt is None:
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
+    elif is_conversation and isinstance(prompt, str):
+        prompt, chosen, rejected = _text_prompt(prompt, chosen, rejected)
     elif isinstance(prompt, list) != is_conversation:
         raise ValueError("'prompt' is a conversation, and 'chosen' and 'rejected' are text")
 
@@ -324,6 +341,25 @@ def _tokenize_pair(
     return prompt_ids[:start], chosen_ids, rejected_ids, start < len(prompt_ids)
 
 
+def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Prompt and responses of conversations that carry the question as text."""
+    common, chosen, rejected = extract_prompt(chosen, rejected)
+    if not prompt:
+        return common, chosen, rejected
+    if common:
+        # Some conversational datasets keep the first question's text in `prompt`, too.
+        asked = [m.get("content") for m in common if m.get("role") == "user"]
+        if prompt.strip() not in (text.strip() for text in asked if isinstance(text, str)):
+            raise ValueError(
+                f"'prompt' is {prompt[:60]!r}, and no message that 'chosen' and 'rejected' both "
+                "begin with is a user's of that text; correct 'prompt', or leave it out"
+            )
+        return common, chosen, rejected
+    if any(messages[0].get("role") == "user" for messages in (chosen, rejected)):
+        raise ValueError("'chosen' and 'rejected' begin with different questions")
+    return [{"role": "user", "content": prompt}], chosen, rejected
+
+
 def _truncate(
     prompt: list[int],
     chosen: list[int],
@@ -348,9 +384,18 @@ def _common_length(first: list[int], second: list[int]) -> int:
     return next((i for i in range(limit) if first[i] != second[i]), limit)
 
 
-def _reward_margin(example: dict[str, Any]) -> float | None:
-    for column in ("reward_margin", "margin"):
-        if example.get(column) is not None:
-            return float(example[column])
-    chosen, rejected = example.get("score_chosen"), example.get("score_rejected")
-    return None if chosen is None or rejected is None else float(chosen) - float(rejected)
+def _margin_columns(columns: Sequence[str]) -> tuple[str, ...]:
+    """What the margin is taken from: one column, two to subtract, or none."""
+    for sources in (("reward_margin",), ("margin",), ("score_chosen", "score_rejected")):
+        if set(sources) <= set(columns):
+            return sources
+    return ()
+
+
+def _reward_margin(example: dict[str, Any], sources: tuple[str, ...]) -> float:
+    chosen, *rejected = (float(example[column]) for column in sources)
+    return chosen - sum(rejected)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -219,6 +219,11 @@ def find_head(model: nn.Module) -> tuple[Any, Any]:
         )
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(base).__name__} is an encoder-decoder; a causal LM is needed")
+    if getattr(getattr(head, "weight", None), "dtype", None) == torch.float64:
+        raise ValueError(
+            f"the output head of {type(base).__name__} is float64; log-probs are computed in "
+            "float32: load the model in float32, bfloat16 or float16"
+        )
     problem = _head_problem(head)
     if problem:
         raise ValueError(
@@ -274,7 +279,7 @@ def _head_problem(head: nn.Module) -> str | None:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor):
         return f"a {kind} without a weight"
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"a {kind} with a weight of {weight.dtype}, probably quantised"
     # FSDP flattens a weight outside the forward; inside, the operator checks its shape.
     return None

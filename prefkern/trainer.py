@@ -24,9 +24,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    Trainer,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils.import_utils import is_peft_available
 
 from prefkern import objectives
@@ -46,11 +53,15 @@ from prefkern.models import (
     forward_with_head,
     head_transform,
     token_states,
+    unwrap,
 )
 from prefkern.objectives import Objective
 from prefkern.outputs import PreferenceOutput
 
 logger = logging.getLogger(__name__)
+
+# In the names of rates: attention_dropout, attn_pdrop, layerdrop.
+_DROPOUTS = ("dropout", "pdrop", "layerdrop")
 
 
 class PreferenceTrainer(Trainer):
@@ -73,6 +84,7 @@ class PreferenceTrainer(Trainer):
         dataset_reports: `DatasetReport` of each dataset by name ("train", "eval", ...).
 
     Raises ValueError for what cannot be trained as asked: unusable datasets, heads and arguments.
+    Raises TypeError for a model, arguments or a dataset of another kind.
     """
 
     args: PreferenceConfig
@@ -92,6 +104,16 @@ class PreferenceTrainer(Trainer):
         data_collator: Any = None,
     ) -> None:
         args = args if args is not None else PreferenceConfig()
+        if not isinstance(args, PreferenceConfig):
+            raise TypeError(f"args must be a PreferenceConfig, got {type(args).__name__}")
+        if not isinstance(model, str | nn.Module):
+            raise TypeError(
+                f"model must be a causal LM, or a name or path to load, got {type(model).__name__}"
+            )
+        if isinstance(ref_model, nn.Module) and unwrap(ref_model) is unwrap(model):
+            raise ValueError(
+                "ref_model is the model that is trained; pass None to have a copy made, or a copy"
+            )
         objective = objective if objective is not None else args.build_objective()
         for name, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
             check_columns(dataset, name)
@@ -116,6 +138,8 @@ class PreferenceTrainer(Trainer):
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
+        _check_batches(train_dataset, args.train_batch_size, args, "train")
+        _check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         if args.disable_dropout:
             _disable_dropout(model)
         carried = all(
@@ -125,6 +149,8 @@ class PreferenceTrainer(Trainer):
         ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
         if isinstance(ref_model, str):
             ref_model = _load_model(ref_model, args, dtype=model.dtype)
+        if ref_model is not None and objective.needs_reference:
+            find_head(ref_model)
         is_adapted = _is_peft_model(model)
         if is_adapted and peft_config is None and ref_model is None and _is_trained_adapter(model):
             logger.warning("the reference is the base model, without the adapter that was given")
@@ -216,10 +242,18 @@ class PreferenceTrainer(Trainer):
         """Loss and metrics on a dataset, which may be raw pairs; see transformers' Trainer."""
         # A string names one of the datasets given to the constructor.
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenized(eval_dataset, self.args, metric_key_prefix)
-            if self._needs_reference and self.args.precompute_ref_log_probs:
-                eval_dataset = self._with_reference(eval_dataset)
+            eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """As `evaluate`, in the form of Trainer's `predict`: metrics alone, without predictions."""
+        test_dataset = self._prepared(test_dataset, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
@@ -249,12 +283,14 @@ class PreferenceTrainer(Trainer):
         if self._needs_reference and ref_logps is None:
             ref_logps = self._reference_logps(inputs)
         self.loss_fn.train(model.training)
+        # A dataset may carry margins that this objective has no use for.
+        uses_margins = self.loss_fn.objective.uses_reward_margins
         return _fused_forward(
             model,
             inputs,
             self.loss_fn,
             ref_logps=ref_logps,
-            reward_margins=inputs.get("reward_margins"),
+            reward_margins=inputs.get("reward_margins") if uses_margins else None,
             return_stats=self.args.token_metrics,
         )
 
@@ -308,6 +344,14 @@ class PreferenceTrainer(Trainer):
         if not is_prepared or report.dropped:
             self.dataset_reports[name] = report
             logger.info("%s", report)
+        return dataset
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        """Raw pairs as a dataset to evaluate on."""
+        dataset = self._tokenized(dataset, self.args, name)
+        _check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        if self._needs_reference and self.args.precompute_ref_log_probs:
+            dataset = self._with_reference(dataset)
         return dataset
 
     def _with_reference(self, dataset: Any) -> Any:
@@ -447,6 +491,19 @@ def _named(dataset: Any, name: str) -> list[tuple[str, Any]]:
     return [(name, dataset)]
 
 
+def _check_batches(dataset: Any, batch_size: int, args: PreferenceConfig, name: str) -> None:
+    """Raise where dropping the last partial batch leaves none."""
+    if not args.dataloader_drop_last:
+        return
+    across_ranks = batch_size * args.world_size
+    for each, part in _named(dataset, name):
+        if len(part) < across_ranks:
+            raise ValueError(
+                f"dataset {each!r} has {len(part)} pairs, fewer than a batch of {across_ranks} "
+                "over all processes, and dataloader_drop_last drops partial batches"
+            )
+
+
 def _load_model(name: str, args: PreferenceConfig, **defaults: Any) -> Any:
     kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
     return AutoModelForCausalLM.from_pretrained(name, **kwargs)
@@ -470,6 +527,12 @@ def _adapt(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     if peft_config is not None:
         if _is_peft_model(model):
             raise ValueError("model is a PEFT model already; pass no peft_config with it")
+        rates = _dropout_rates(peft_config)
+        if rates and args.disable_dropout:
+            raise ValueError(
+                f"peft_config's {next(iter(rates))} has no effect under disable_dropout; set "
+                "disable_dropout=False, or the adapter's dropout to 0"
+            )
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
@@ -479,7 +542,21 @@ def _adapt(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     return model
 
 
+def _dropout_rates(owner: Any) -> dict[str, float]:
+    """The attributes of a module or config that are dropout rates above 0."""
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and value > 0 and any(part in name for part in _DROPOUTS)
+    }
+
+
 def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, _DropoutNd):
             module.p = 0.0
+        # Llama's attention keeps its rate as a number, and Falcon reads it off the config each time.
+        config = getattr(module, "config", None)
+        for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
+            for name in _dropout_rates(owner):
+                setattr(owner, name, 0.0)

@@ -110,6 +110,13 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
         ({"eval_fraction": 1.5}, "--eval_fraction must be in [0, 1)"),
         ({"eval_strategy": "epoch"}, "--eval_strategy needs --eval_dataset"),
         ({"lora_dropout": 0.1}, "--lora_dropout has no effect"),
+        ({"lora_r": -1}, "--lora_r must be >= 0, got -1"),
+        ({"lora_r": 4, "lora_alpha": 0}, "--lora_alpha must be > 0, got 0"),
+        ({"lora_dropout": 1.0, "disable_dropout": "false"}, "--lora_dropout must be in [0, 1)"),
+        ({"backend": "cuda"}, "backend must be None or one of 'triton', 'torch'"),
+        ({"workspace_mb": -1}, "workspace_mb must be > 0"),
+        ({"max_length": 1}, "max_length must be None or an int >= 2"),
+        ({"train_sampling_strategy": "group_by_length"}, "batches by length are not supported"),
         ({"eval_dataset": "none.csv"}, "no such file"),
         ({"label_smoothing_factor": 0.1}, "no effect on preference pairs"),
     ],
@@ -141,6 +148,59 @@ def test_errors_of_yaml(files, tmp_path, capsys):
     assert "is not YAML" in error([str(path)], capsys)
     path.write_text("- a\n")
     assert "must be a mapping" in error([str(path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float8"}, "--dtype: invalid choice: 'float8'"),
+        ({"max_length": 12.5}, "--max_length/--max-length: invalid int value: '12.5'"),
+        ({"beta": True}, "--beta: invalid float value: 'true'"),
+        ({"lora_r": 2.5}, "--lora_r/--lora-r: invalid int value: '2.5'"),
+        ({"use_cpu": "perhaps"}, "--use_cpu/--use-cpu: Truthy value expected"),
+        ({"dtype": ["float32"]}, "'dtype' takes one value, got the list ['float32']"),
+        ({"model": "x"}, "'model' and 'model_name_or_path' are the same option"),
+        ({"help": True}, "unknown option 'help'"),
+    ],
+)
+def test_values_of_yaml_are_checked_as_flags_are(files, tmp_path, capsys, change, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**files, **change}))
+    assert message in error([str(path)], capsys)
+
+
+def test_what_yaml_says(files, tmp_path):
+    path = tmp_path / "run.yaml"
+    renamed = {"model_name_or_path": "model", "dataset": "dataset_name"}
+    options = {
+        **{renamed.get(name, name): value for name, value in files.items()},
+        "max_length": None,
+        "dtype": None,
+        "gradient_checkpointing": False,
+        "lora_target_modules": "q_proj",
+        "objective_options": {"clip": 3.0, "exponent": [0.1, 0.2]},
+        "report_to": ["tensorboard", "wandb"],
+        "run_name": "-a run",
+        "learning_rate": 1e-5,
+    }
+    path.write_text(yaml.safe_dump(options))
+    model, data, lora, config = train.parse([str(path), "--beta", "0.2"])
+    assert (model.model_name_or_path, data.dataset) == (
+        files["model_name_or_path"],
+        files["dataset"],
+    )
+    assert (config.max_length, model.dtype, config.gradient_checkpointing) == (
+        None,
+        "float32",
+        False,
+    )
+    assert lora.lora_target_modules == ["q_proj"]
+    assert config.build_objective().adaptive.exponent == (0.1, 0.2)
+    assert config.report_to == ["tensorboard", "wandb"]
+    assert (config.run_name, config.learning_rate, config.beta) == ("-a run", 1e-5, 0.2)
+    path.write_text(yaml.safe_dump({**options, "lora_target_modules": ["q_proj", "v_proj"]}))
+    assert train.parse([str(path)])[2].lora_target_modules == ["q_proj", "v_proj"]
+    assert train.parse([str(path), "--max_length", "64"])[3].max_length == 64
 
 
 def test_error_of_a_model_that_does_not_exist(files, tmp_path, capsys):

@@ -157,6 +157,23 @@ def test_extra_columns():
         _tokenize([{**STANDARD, "ref_chosen_logps": 0.0}])
 
 
+@pytest.mark.parametrize("value", [None, float("nan")])
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        (["reward_margin"], "margin"),
+        (["margin"], "margin"),
+        (["score_chosen", "score_rejected"], "margin"),
+        (["ref_chosen_logps", "ref_rejected_logps"], "reference sum"),
+    ],
+)
+def test_missing_numbers_are_named(columns, what, value):
+    for absent in columns:
+        good = {**STANDARD, **dict.fromkeys(columns, 1.0)}
+        with pytest.raises(ValueError, match=f"dataset 'train', row 1: no {what} .'{absent}' is"):
+            _tokenize([good, {**good, absent: value}])
+
+
 def test_tokenising_again_changes_nothing():
     tokenised, _ = _tokenize([STANDARD, CONVERSATION][:1])
     again, report = data.tokenize_preferences(tokenised, TOKENIZER)
@@ -186,6 +203,20 @@ def test_bad_rows_are_named(row, message):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(data, "check_columns", lambda *_: None)
         data.tokenize_preferences(rows, TOKENIZER)
+
+
+def test_text_prompts_of_conversations():
+    chat, _ = _tokenize([CONVERSATION])
+    answers = {key: CONVERSATION[key] for key in ("chosen", "rejected")}
+    alone, _ = _tokenize([{**answers, "prompt": "film ?"}])
+    assert alone[0] == chat[0]
+    both = FORMATS["conversational, implicit prompt"]
+    assert _tokenize([{**both, "prompt": ""}])[0][0] == chat[0]
+    with pytest.raises(ValueError, match="row 0: 'prompt' is 'plot \\?', and no message"):
+        _tokenize([{**both, "prompt": "plot ?"}])
+    apart = {**both, "rejected": [_user("plot ?"), _assistant("bad")]}
+    with pytest.raises(ValueError, match="row 0: .* begin with different questions"):
+        _tokenize([{**apart, "prompt": "film ?"}])
 
 
 def test_conversations_need_a_chat_template():

@@ -342,14 +342,41 @@ def test_adapters_start_from_the_seed(tmp_path):
 
 
 def test_dropout_is_off_unless_asked_for(tmp_path):
+    dropping = peft.LoraConfig(r=4, lora_dropout=0.5)
     for disable in (True, False):
         run = trainer(
             tmp_path,
-            peft_config=peft.LoraConfig(r=4, lora_dropout=0.5),
+            # An adapter that comes with its model is the model's.
+            model=peft.get_peft_model(tiny.model(), dropping),
             disable_dropout=disable,
         )
         rates = {m.p for m in run.model.modules() if isinstance(m, torch.nn.Dropout)}
         assert rates == ({0.0} if disable else {0.5})
+    trainer(tmp_path, peft_config=dropping, disable_dropout=False)
+    with pytest.raises(ValueError, match="lora_dropout has no effect under disable_dropout"):
+        trainer(tmp_path, peft_config=dropping)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {"attention_dropout": 0.5}),
+        ("GPT2", {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5}),
+        # reads its rates off the config at every call
+        ("Falcon", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    ],
+)
+def test_no_kind_of_dropout_disturbs_the_first_loss(tmp_path, family, options):
+    losses = {}
+    for disable in (True, False):
+        model = tiny.model(family, **options)
+        run = trainer(
+            tmp_path, model=model, objective="dpo", max_steps=1, disable_dropout=disable, beta=1.0
+        )
+        run.train()
+        losses[disable] = step_logs(run)[0]["loss"]
+    assert losses[True] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(losses[False] - math.log(2)) > 1e-3
 
 
 def test_config_can_be_parsed_from_flags():
@@ -377,6 +404,12 @@ def test_config_can_be_parsed_from_flags():
         ({"objective_options": "3"}, "must be a JSON object"),
         ({"label_smoothing_factor": 0.1}, "no effect on preference pairs"),
         ({"torch_compile": True}, "torch_compile is not supported"),
+        ({"backend": "cuda"}, "backend must be None or one of 'triton', 'torch', got 'cuda'"),
+        ({"workspace_mb": 0}, "workspace_mb must be > 0"),
+        ({"max_length": 1}, "max_length must be None or an int >= 2, got 1"),
+        ({"max_length": 12.5}, "max_length must be None or an int"),
+        ({"max_prompt_length": 0}, "max_prompt_length must be None or an int >= 1"),
+        ({"train_sampling_strategy": "group_by_length"}, "batches by length are not supported"),
     ],
 )
 def test_wrong_arguments_are_found_before_anything_is_loaded(tmp_path, options, message):
@@ -396,6 +429,80 @@ def test_wrong_data_and_models(tmp_path):
         trainer(tmp_path, peft_config=peft.LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="PEFT model already"):
         trainer(tmp_path, model=peft.get_peft_model(tiny.model(), lora()), peft_config=lora())
+    for options in ({"model": tiny.model().double()}, {"ref_model": tiny.model().double()}):
+        with pytest.raises(ValueError, match="output head of LlamaForCausalLM is float64"):
+            trainer(tmp_path, **options)
+
+
+def test_wrong_kinds_of_arguments(tmp_path):
+    plain = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(TypeError, match="args must be a PreferenceConfig, got TrainingArguments"):
+        PreferenceTrainer(tiny.model(), plain, tiny.dataset(4))
+    for model in (None, 3):
+        with pytest.raises(TypeError, match="model must be a causal LM"):
+            PreferenceTrainer(model, config(tmp_path), tiny.dataset(4))
+    model = tiny.model()
+    with pytest.raises(ValueError, match="ref_model is the model that is trained"):
+        trainer(tmp_path, model=model, ref_model=model)
+    # PEFT puts its layers into the model it is given.
+    with pytest.raises(ValueError, match="ref_model is the model that is trained"):
+        trainer(tmp_path, model=peft.get_peft_model(model, lora()), ref_model=model)
+
+
+def test_rows_without_their_numbers_are_named_before_training(tmp_path):
+    for column, message in (("margin", "margin"), ("reward_margin", "margin")):
+        rows = tiny.dataset(4).add_column(column, [0.5, None, 0.5, 0.5])
+        with pytest.raises(ValueError, match=f"dataset 'train', row 1: no {message}"):
+            trainer(tmp_path, train_dataset=rows)
+    sums = tiny.dataset(4).add_column("ref_chosen_logps", [-1.0] * 4)
+    sums = sums.add_column("ref_rejected_logps", [-1.0, -1.0, None, -1.0])
+    with pytest.raises(ValueError, match="dataset 'train', row 2: no reference sum"):
+        trainer(tmp_path, train_dataset=sums)
+
+
+def test_margins_go_only_to_objectives_that_use_them(tmp_path):
+    class Margins(objectives.DPO):
+        uses_reward_margins = True
+
+        def forward(self, pairs):
+            seen.append(pairs.reward_margins)
+            return super().forward(pairs)
+
+        def pair_kernel_options(self):
+            return None
+
+    class Plain(Margins):
+        uses_reward_margins = False
+
+    rows = tiny.dataset(4).add_column("margin", [0.5] * 4)
+    for objective, expected in ((Margins(), [0.5] * 4), (Plain(), None)):
+        seen = []
+        trainer(tmp_path, train_dataset=rows, objective=objective).train()
+        assert len(seen) == 1
+        assert (seen[0] if seen[0] is None else seen[0].tolist()) == expected
+
+
+def test_dropping_the_last_batch_has_to_leave_one(tmp_path):
+    message = "'train' has 3 pairs, fewer than a batch of 4 .* dataloader_drop_last"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, count=3, dataloader_drop_last=True)
+    run = trainer(tmp_path, count=5, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    run.train()
+    assert run.state.global_step == 1
+    with pytest.raises(ValueError, match="'eval' has 3 pairs"):
+        run.evaluate(tiny.dataset(3))
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_predict_takes_raw_pairs_as_evaluate_does(tmp_path, precompute):
+    run = trainer(tmp_path, ref_model=tiny.model(seed=1), precompute_ref_log_probs=precompute)
+    evaluated = run.evaluate(tiny.dataset(5, 2))
+    predicted = run.predict(tiny.dataset(5, 2))
+    assert predicted.predictions is None
+    names = {n.removeprefix("test_") for n in predicted.metrics if "rewards" in n or "loss" in n}
+    assert len(names) > 4
+    for name in names:
+        assert predicted.metrics[f"test_{name}"] == evaluated[f"eval_{name}"]
 
 
 @pytest.mark.parametrize("adapted", ["full", "lora"])

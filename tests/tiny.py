@@ -37,7 +37,7 @@ def model(family: str = "Llama", seed: int = 0, **options):
     sizes = dict(_SIZES)
     if family == "GPT2":
         sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    if family == "GPTNeoX":
+    if family in ("GPTNeoX", "Falcon"):
         sizes.pop("num_key_value_heads"), sizes.pop("head_dim")
     config = getattr(transformers, f"{family}Config")(**{**sizes, **options})
     config.initializer_range = 0.2

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import check_rows, check_vectors, on_device_of, round_to, transform
+from .primitives import check_rows, check_vectors, load_logits, on_device_of, round_to
 from .tiles import row_config
 
 
@@ -69,10 +69,17 @@ def _fold_kernel(
     for block in range(0, n_words, BLOCK_V):
         words = block + offs_v
         mask = words < n_words
-        z = tl.load(tile_row + words, mask=mask, other=0.0)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + words, mask=mask, other=0.0).to(tl.float32)
-        z, slope = transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
+        z, slope = load_logits(
+            tile_row,
+            bias_ptr,
+            words,
+            mask,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
         is_label = words == local
         tile_max = tl.maximum(tile_max, tl.where(mask & ~is_label, z, -float("inf")))
         if HAS_STATS:
@@ -95,10 +102,17 @@ def _fold_kernel(
     for block in range(0, n_words, BLOCK_V):
         words = block + offs_v
         mask = words < n_words
-        z = tl.load(tile_row + words, mask=mask, other=0.0)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + words, mask=mask, other=0.0).to(tl.float32)
-        z, slope = transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
+        z, slope = load_logits(
+            tile_row,
+            bias_ptr,
+            words,
+            mask,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
         z = tl.where(mask & (words != local), z - offset, -float("inf"))
         e = tl.exp(z)
         sums += e

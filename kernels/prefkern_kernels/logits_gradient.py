@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import check_rows, check_vectors, on_device_of, round_to, transform
+from .primitives import check_rows, check_vectors, load_logits, on_device_of, round_to
 from .tiles import row_config
 
 
@@ -50,10 +50,17 @@ def _logits_gradient_kernel(
     for block in range(0, n_words, BLOCK_V):
         words = block + tl.arange(0, BLOCK_V)
         mask = words < n_words
-        z = tl.load(tile_ptr + row * stride_tn + words, mask=mask, other=0.0)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + words, mask=mask, other=0.0).to(tl.float32)
-        z, slope = transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
+        z, slope = load_logits(
+            tile_ptr + row * stride_tn,
+            bias_ptr,
+            words,
+            mask,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
         z = tl.where(mask, z, -float("inf"))
         # d logp / d z_v = [v = label] - p_v
         dz = tl.where(words == local, label_gradient, coefficient * tl.exp(z - maximum))

@@ -42,6 +42,25 @@ def transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def load_logits(
+    row_ptr,
+    bias_ptr,
+    words,
+    mask,
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """A block of a row of raw products, as `transform` gives it; anything where masked out."""
+    z = tl.load(row_ptr + words, mask=mask, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + words, mask=mask, other=0.0).to(tl.float32)
+    return transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
+
+
+@triton.jit
 def log1p(y):
     """log(1 + y) for y >= 0, without losing a small y."""
     u = 1.0 + y

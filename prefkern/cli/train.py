@@ -3,7 +3,8 @@
     prefkern train --model_name_or_path M --dataset pairs.jsonl --objective adadpo --lora_r 16
     prefkern train config.yaml --learning_rate 1e-5
 
-The keys of the file are the flags' names. What can be wrong is looked at in the order of what it
+The keys of the file are the flags' names, and its items become flags in front of those given, so
+that one path checks both. What can be wrong is looked at in the order of what it
 costs: arguments and objective, then the dataset, then the model. An error is one line on stderr and
 exit status 2.
 """
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import NoneType
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -92,13 +95,17 @@ class LoraArguments:
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line, and whose defaults a YAML file may set."""
+    """HfArgumentParser whose errors are one line, and which turns a YAML file into flags."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def read_yaml(self, path: Path) -> None:
-        """Set defaults from a file. Raises ValueError for a key that is no flag, and for no YAML."""
+    def flags_of_yaml(self, path: Path) -> list[str]:
+        """The file's items as flags. Raises ValueError for a key that is no flag, and for no YAML.
+
+        What flags cannot say (null, and lists for options that also take one word) is let through
+        as a default where the option's type allows it.
+        """
         import yaml
 
         if not path.exists():
@@ -109,13 +116,45 @@ class _Parser(HfArgumentParser):
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise TypeError(f"{path} must be a mapping of options to values")
-        known = [f for kind in self.dataclass_types for f in kind.__dataclass_fields__]
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
+        # Flags without a value (--help, --no_bf16) make no keys.
+        actions = {
+            option.removeprefix("--"): action
+            for option, action in self._option_string_actions.items()
+            if option.startswith("--") and action.nargs != 0
+        }
+        types = {n: t for kind in self.dataclass_types for n, t in get_type_hints(kind).items()}
+        given: dict[str, str] = {}
+        flags: list[str] = []
+        for key, value in values.items():
+            action = actions.get(str(key))
+            if action is None:
+                close = difflib.get_close_matches(str(key), actions, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"{path}: unknown option {key!r}{hint}")
-        self.set_defaults(**values)
+            if action.dest in given:
+                raise ValueError(f"{path}: {given[action.dest]!r} and {key!r} are the same option")
+            given[action.dest] = str(key)
+            allowed = [get_origin(t) or t for t in get_args(types[action.dest])]
+            if value is None:
+                if NoneType in allowed:
+                    self.set_defaults(**{action.dest: None})
+            elif isinstance(value, list):
+                if action.nargs is None and list in allowed:
+                    self.set_defaults(**{action.dest: value})
+                elif action.nargs == "+":
+                    flags += [f"--{key}", *map(_word, value)]
+                else:
+                    raise ValueError(f"{path}: {key!r} takes one value, got the list {value}")
+            else:
+                flags.append(f"--{key}={_word(value)}")
+        return flags
+
+
+def _word(value: Any) -> str:
+    """A value of a YAML file as a word of the command line."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=str) if isinstance(value, bool | dict | list) else str(value)
 
 
 def main(argv: list[str]) -> int:
@@ -162,8 +201,7 @@ def parse(
         allow_abbrev=False,
     )
     if argv and argv[0].endswith((".yaml", ".yml")):
-        parser.read_yaml(Path(argv[0]))
-        argv = argv[1:]
+        argv = [*parser.flags_of_yaml(Path(argv[0])), *argv[1:]]
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
@@ -182,6 +220,12 @@ def parse(
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
     if config.eval_strategy != "no" and not (data.eval_fraction or data.eval_dataset):
         raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
+    if lora.lora_r < 0:
+        raise ValueError(f"--lora_r must be >= 0, got {lora.lora_r}")
+    if lora.lora_alpha <= 0:
+        raise ValueError(f"--lora_alpha must be > 0, got {lora.lora_alpha}")
+    if not 0 <= lora.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
     if lora.lora_dropout and config.disable_dropout:
         raise ValueError("--lora_dropout has no effect without --disable_dropout false")
     return model, data, lora, config
