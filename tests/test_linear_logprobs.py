@@ -275,6 +275,10 @@ def test_autocast(trained, backend, device):
         weight = case["weight"].to(device, copy=True).requires_grad_(trained)
         labels = case["labels"].to(device)
         logps = prefkern.linear_logprobs(hidden, weight, labels, backend=backend)
+        with torch.no_grad():
+            alone = prefkern.linear_logprobs(hidden, weight, labels, backend=backend)
+    # A reference pass under autocast gives the policy's numbers: its tiles stay float32, too.
+    assert torch.equal(alone, logps)
     logps.backward(grad.to(device))
     assert logps.dtype == torch.float32 and hidden.grad.dtype == torch.float32
     rounded = {
