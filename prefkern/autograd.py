@@ -133,5 +133,5 @@ def _values(
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
-    # The operands are cast here, tile by tile; autocast would round the float32 products.
+    # Operands are cast tile by tile, and nothing else may be: autocast is kept out.
     return torch.autocast(x.device.type, enabled=False)
