@@ -99,9 +99,9 @@ def demo_tables(name: str) -> str:
 def section() -> str:
     """The whole section, between its markers."""
     closing = (
-        "On this CPU a step in prefkern takes longer than with logits in memory: it multiplies in "
-        "float32, where bfloat16 has units of its own. Operations, memory and errors carry over to "
-        "other machines; times do not."
+        "On a CPU prefkern multiplies in float32, eager and Liger in the inputs' dtype, so these "
+        "times say little about a GPU. Operations carry over to other machines, and memory follows "
+        "`workspace_mb`."
     )
     parts = [demo_tables("demo-cpu.json"), loss_step_table("bench-cpu.json"), closing]
     return START + "\n" + "\n\n".join(parts) + "\n\n" + END

@@ -444,7 +444,7 @@ def main(argv: list[str]) -> int:
     )
     if device.type != "cuda":
         console.print(
-            "Times on a CPU say little about a GPU; operations, memory and errors do carry over."
+            "Times on a CPU say little about a GPU, and errors not all: operations carry over."
         )
     if arguments.json:
         shapes = [asdict(shape) for shape in arguments.shapes]
