@@ -1,9 +1,11 @@
 """prefkern: memory-efficient, exact and fast preference training on PyTorch and Triton.
 
 Where to begin: `linear_logprobs` is the operator (log-probs of labels without logits in memory),
-`FusedPreferenceLoss` the pairwise loss on it, `objectives` the losses' formulas, `reference` the
-same calls with logits in memory, `token_logprobs` and `PreferenceTrainer` the way in from
-transformers. The latter two import transformers, so they are loaded on first use.
+`linear_kl` the same with the KL to a
+reference, `FusedPreferenceLoss` the loss on them, `objectives` the losses' formulas, `reference` the
+same calls with logits in memory, `diagnostics` a look at who is pushed how hard, `token_logprobs`
+and `PreferenceTrainer` the way in from transformers. The latter two import transformers, so they
+are loaded on first use.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from prefkern import objectives, reference
+from prefkern import diagnostics, objectives, reference
 from prefkern.api import linear_logprobs
+from prefkern.kl import linear_kl
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.objectives import Pairs
-from prefkern.outputs import PreferenceOutput, TokenStats
+from prefkern.outputs import PreferenceOutput, TokenKL, TokenStats, UnpairedOutput
 from prefkern.plan import Plan, last_plan
 
 if TYPE_CHECKING:
@@ -31,8 +34,12 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceOutput",
     "PreferenceTrainer",
+    "TokenKL",
     "TokenStats",
+    "UnpairedOutput",
+    "diagnostics",
     "last_plan",
+    "linear_kl",
     "linear_logprobs",
     "objectives",
     "reference",

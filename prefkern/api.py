@@ -83,7 +83,7 @@ def linear_logprobs(
     logps = place(logps, scored.rows, labels.shape)
     if stats is None:
         return logps
-    return TokenStats(logps, *(place(value, scored.rows, labels.shape) for value in stats))
+    return TokenStats(logps, *(place(value, scored.rows, labels.shape) for value in stats[:3]))
 
 
 def run(
@@ -95,9 +95,9 @@ def run(
     workspace_mb: float,
     backend: str,
     with_stats: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None, plan.Plan]:
-    """Plan and run checked arguments: (N,) log-probs and statistics of the scored tokens."""
-    operands = _operands(hidden)
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None, plan.Plan]:
+    """Plan and run checked arguments: (N,) log-probs and `passes.statistics` of scored tokens."""
+    operands = operands_of(hidden)
     grad = torch.is_grad_enabled()
     bias_needs_grad = grad and bias is not None and bias.requires_grad
     weight_needs_grad = grad and weight.requires_grad
@@ -114,10 +114,10 @@ def run(
         weight_needs_grad=weight_needs_grad,
         has_softcap=transform.softcap is not None,
         with_stats=with_stats,
-        copies_weight=weight.dtype != operands.dtype,
+        copies_weight=operands.upcasts or weight.dtype != operands.dtype,
     )
     plan.record(made)
-    call = Call(transform, operands, made, _tile_operations(backend), with_stats)
+    call = Call(transform, operands, made, tile_operations(backend), with_stats)
     flat = hidden.reshape(-1, hidden.shape[-1])
     # Kernels walk the bias word by word: no strides, no expanded views. (V,), so a copy is small.
     bias = None if bias is None else bias.contiguous()
@@ -166,15 +166,17 @@ def _kernels() -> ModuleType | None:
     return importlib.import_module("prefkern_kernels")
 
 
-def _tile_operations(backend: str) -> ModuleType:
+def tile_operations(backend: str, twin: str = "prefkern.torch_tiles") -> ModuleType:
+    """The backend's functions on tiles; `twin` names the module that has them in torch."""
     if backend == "triton":
         kernels = _kernels()
         assert kernels is not None
         return kernels
-    return importlib.import_module("prefkern.torch_tiles")
+    return importlib.import_module(twin)
 
 
-def _operands(hidden: Tensor) -> Operands:
+def operands_of(hidden: Tensor) -> Operands:
+    """How a call with these hidden states multiplies, autocast included."""
     device = hidden.device.type
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device):

@@ -40,14 +40,14 @@ def scored_logprobs(
     rows: Tensor | None,  # (N,)
     labels: Tensor,  # (N,)
     call: Call,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """Log-probs (N,) float32 of the scored tokens; entropy, mean logit and is_top1 when asked."""
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
+    """Log-probs (N,) float32 of the scored tokens; when asked, `passes.statistics` of them."""
     if call.plan.structure == "forward":
-        with torch.no_grad(), _without_autocast(hidden):
+        with torch.no_grad(), without_autocast(hidden):
             logps, *stats = _values(hidden, weight, bias, rows, labels, call)[0]
     else:
         logps, *stats = _LinearLogprobs.apply(hidden, weight, bias, rows, labels, call)
-    return logps, (stats[0], stats[1], stats[2]) if call.with_stats else None
+    return logps, (stats[0], stats[1], stats[2], stats[3]) if call.with_stats else None
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -61,7 +61,7 @@ class _LinearLogprobs(torch.autograd.Function):
         labels: Tensor,
         call: Call,
     ) -> tuple[Tensor, ...]:
-        with _without_autocast(hidden):
+        with without_autocast(hidden):
             outputs, folded, derivative = _values(hidden, weight, bias, rows, labels, call)
         ctx.call = call
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
@@ -78,7 +78,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
         grad = grad.float()
-        with _without_autocast(grad):
+        with without_autocast(grad):
             if call.plan.structure == "one_pass":
                 derivative, rows = ctx.saved_tensors
                 tile = call.plan.forward_tiles.token_tile
@@ -132,6 +132,6 @@ def _values(
     return (folded.logps, *stats), folded, derivative
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
-    # Operands are cast tile by tile, and nothing else may be: autocast is kept out.
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Operands are cast tile by tile, and nothing else may be: autocast is kept out."""
     return torch.autocast(x.device.type, enabled=False)

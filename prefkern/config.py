@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from prefkern import checks, objectives
 from prefkern.api import BACKENDS
-from prefkern.objectives import Objective
+from prefkern.objectives import Objective, UnpairedObjective
 
 _JSON_OPTIONS = ("objective_options", "model_init_kwargs")
 # Whole numbers that may be None, and the least that each may be.
@@ -50,10 +50,18 @@ class PreferenceConfig(TrainingArguments):
     )
 
     objective: str = field(default="adadpo", metadata={"help": "Name of the objective."})
-    beta: float = field(default=0.1, metadata={"help": "Strength of the pull to the reference."})
+    beta: float | None = field(
+        default=None, metadata={"help": "beta of the objective. Default: the objective's own."}
+    )
     objective_options: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": 'Further options of the objective, as JSON: {"clip": 3.0}.'},
+    )
+    rpo_alpha: float | None = field(
+        default=None, metadata={"help": "Weight of an NLL term on chosen responses. Default: none."}
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "Weight pairs as WPO does, alignment included."}
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Bound on prompt plus response, in tokens."}
@@ -128,9 +136,22 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError("torch_compile is not supported yet")
         super().__post_init__()
 
-    def build_objective(self) -> Objective:
+    def build_objective(self) -> Objective | UnpairedObjective:
         """The configured objective. Raises ValueError for an unknown name, option or value."""
-        options = {"beta": self.beta, **(self.objective_options or {})}  # pyright: ignore[reportGeneralTypeIssues]
+        configured: Any = self.objective_options  # a dict or None, since __post_init__
+        options: dict[str, Any] = dict(configured or {})
+        given = {
+            "beta": self.beta,
+            "rpo_alpha": self.rpo_alpha,
+            "use_weighting": self.use_weighting or None,
+        }
+        for name, value in given.items():
+            if value is None:
+                continue
+            if options.setdefault(name, value) != value:
+                raise ValueError(
+                    f"{name} is {value!r}, and {options[name]!r} in objective_options; give one"
+                )
         try:
             return objectives.build(self.objective, **options)
         except TypeError as error:

@@ -12,10 +12,14 @@ only if the response alone does not fit. Chosen and rejected keep the same promp
 dropped silently: a `DatasetReport` counts it.
 
 Batches hold 2B rows, B chosen and then their B rejected, padded on the right.
+
+For KTO, which knows no pairs, a row is `prompt`, `completion` and a `label` (whether it is
+desirable), as in TRL, or each response of a pair by itself; see `tokenize_examples`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +42,10 @@ from prefkern.models import IGNORE_INDEX
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-# What the collator reads; every other column is dropped.
-COLUMNS = (*_TOKEN_COLUMNS, *_REFERENCE_COLUMNS, "reward_margin")
+_EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
+_MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
+# What the collators read; every other column is dropped.
+COLUMNS = (*_TOKEN_COLUMNS, *_REFERENCE_COLUMNS, "reward_margin", *_EXAMPLE_COLUMNS[1:])
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,15 @@ class DatasetReport:
     responses_truncated: int
     identical: int
     merged: int  # prompts whose last token merged with the response
+    unit: str = "pairs"
 
     def __str__(self) -> str:
+        identical = f"{self.identical} with identical responses, " if self.unit == "pairs" else ""
         return (
-            f"{self.name}: {self.pairs} pairs ({self.dropped} dropped for an empty response, "
+            f"{self.name}: {self.pairs} {self.unit} ({self.dropped} dropped for an empty response, "
             f"{self.prompts_truncated} with a truncated prompt, {self.responses_truncated} with a "
-            f"truncated response, {self.identical} with identical responses, {self.merged} whose "
-            "prompt does not end on a token boundary)"
+            f"truncated response, {identical}{self.merged} whose prompt does not end on a token "
+            "boundary)"
         )
 
 
@@ -95,12 +103,18 @@ def load_preference_dataset(
     except (DatasetsError, OSError, KeyError, ValueError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"dataset {source!r} cannot be loaded: {reason[0]}") from error
-    check_columns(dataset, source)
+    check_columns(dataset, source, paired=False)
     return dataset
 
 
-def check_columns(dataset: Any, name: str) -> None:
-    """Raise unless `dataset` is a map-style dataset with the columns of preference pairs and rows.
+def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool = False) -> None:
+    """Raise unless `dataset` is a map-style dataset with rows and the columns that are needed.
+
+    Args:
+        dataset: the dataset, as `load_preference_dataset` gives it.
+        name: what errors call it.
+        paired: False admits single responses (`prompt`, `completion`, `label`) as well.
+        margins: whether a reward model's margin is needed of each pair.
 
     Raises TypeError for another kind of dataset, ValueError for missing columns or no rows.
     """
@@ -112,13 +126,37 @@ def check_columns(dataset: Any, name: str) -> None:
     if len(dataset) == 0:
         raise ValueError(f"dataset {name!r} is empty")
     found = dataset.column_names
+    if not paired and _has_examples(found):
+        return
     missing = [column for column in ("chosen", "rejected") if column not in found]
     if missing and not set(_TOKEN_COLUMNS) <= set(found):
+        hint = ""
+        if not paired:
+            hint = "; or 'prompt', 'completion' and 'label' for single responses"
+        elif _has_examples(found):
+            hint = "; single responses are for the objective 'kto'"
         raise ValueError(
             f"dataset {name!r} has no column {' and no column '.join(map(repr, missing))}; found "
             f"{', '.join(found)}; expected 'chosen' and 'rejected', and 'prompt' unless both "
-            "begin with it"
+            f"begin with it{hint}"
         )
+    if margins and not _margin_columns(found):
+        raise ValueError(
+            f"dataset {name!r} has no margins, which this objective weighs pairs by: no column "
+            "'reward_margin' or 'margin', nor 'score_chosen' and 'score_rejected'; found "
+            f"{', '.join(found)}; `prefkern margins` writes one"
+        )
+
+
+def check_labels(dataset: datasets.Dataset, name: str) -> None:
+    """Raise ValueError unless every `label` of single responses is true or false."""
+    if not {"prompt", "completion", "label"} <= set(dataset.column_names):
+        return
+    for row, label in enumerate(dataset["label"][:]):
+        if not (isinstance(label, bool) or label in (0, 1)):
+            raise ValueError(
+                f"dataset {name!r}, row {row}: 'label' must be true or false, got {label!r}"
+            )
 
 
 def tokenize_preferences(
@@ -148,6 +186,30 @@ def tokenize_preferences(
     Raises ValueError for a dataset, row or length that cannot be used.
     """
     check_columns(dataset, name)
+    flagged = _with_tokens(dataset, tokenizer, max_length, max_prompt_length, num_proc, name)
+    kept = _without_dropped(flagged, name, "pair with two responses")
+    report = DatasetReport(
+        name=name,
+        pairs=len(kept),
+        dropped=len(flagged) - len(kept),
+        prompts_truncated=sum(kept["_prompt_truncated"]),
+        responses_truncated=sum(map(max, kept["_responses_truncated"])),
+        identical=sum(kept["_identical"]),
+        merged=sum(kept["_merged"]),
+    )
+    flags = [column for column in kept.column_names if column.startswith("_")]
+    return kept.remove_columns(flags), report
+
+
+def _with_tokens(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    num_proc: int | None,
+    name: str,
+) -> datasets.Dataset:
+    """Token columns of pairs, every row kept, and what became of each in columns `_...`."""
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
     if max_prompt_length is not None and max_prompt_length < 1:
@@ -193,35 +255,92 @@ def tokenize_preferences(
             ),
             "_dropped": min(len(chosen), len(rejected)) <= unscored,
             "_prompt_truncated": len(prompt) < len(full[0]),
-            "_response_truncated": len(chosen) < len(full[1]) or len(rejected) < len(full[2]),
+            "_responses_truncated": [len(chosen) < len(full[1]), len(rejected) < len(full[2])],
             "_identical": chosen == rejected,
             "_merged": merged,
         }
 
     unused = [column for column in dataset.column_names if column not in COLUMNS]
-    dataset = dataset.map(
+    return dataset.map(
         process,
         with_indices=True,
         remove_columns=unused,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
+
+
+def _without_dropped(dataset: datasets.Dataset, name: str, what: str) -> datasets.Dataset:
     dropped = sum(dataset["_dropped"])
     if dropped == len(dataset):
-        raise ValueError(f"dataset {name!r} has no pair with two responses that can be scored")
-    if dropped:
-        dataset = dataset.filter(lambda dropped: not dropped, input_columns="_dropped")
+        raise ValueError(f"dataset {name!r} has no {what} that can be scored")
+    if not dropped:
+        return dataset
+    return dataset.filter(lambda dropped: not dropped, input_columns="_dropped")
+
+
+def tokenize_examples(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[datasets.Dataset, DatasetReport]:
+    """Tokenise single responses into columns `prompt_ids`, `completion_ids`, `desirable`.
+
+    Args: as in `tokenize_preferences`; a row of `dataset` is one response (`prompt`, `completion`,
+    `label`), or a pair, of which the chosen response is desirable and the rejected one is not. The
+    report counts responses.
+
+    Raises ValueError for a dataset, row or length that cannot be used.
+    """
+    check_columns(dataset, name, paired=False)
+    check_labels(dataset, name)
+    is_paired = not _has_examples(dataset.column_names)
+    # Numbers of pairs are of no concern here, nor are those that are missing.
+    numbers = (*_REFERENCE_COLUMNS, *itertools.chain(*_MARGIN_SOURCES))
+    dataset = dataset.remove_columns([c for c in numbers if c in dataset.column_names])
+    if not is_paired:
+        own = ("completion", "label", "completion_ids")
+        dataset = dataset.map(
+            lambda example, row: _as_pair(example, row, name),
+            with_indices=True,
+            remove_columns=[column for column in own if column in dataset.column_names],
+            num_proc=num_proc,
+            desc=f"Reading {name} dataset",
+        )
+    flagged = _with_tokens(dataset, tokenizer, max_length, max_prompt_length, num_proc, name)
+    kept = _without_dropped(flagged, name, "response")
+    of_prompt = ("prompt_ids", "_prompt_truncated", "_merged")
+
+    def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows: dict[str, list[Any]] = {column: [] for column in _EXAMPLE_COLUMNS}
+        rows |= {column: [] for column in (*of_prompt, "_truncated")}
+        for row, truncated in enumerate(batch["_responses_truncated"]):
+            sides = ("chosen_ids", "rejected_ids") if is_paired else ("chosen_ids",)
+            for side, column in enumerate(sides):
+                for shared in of_prompt:
+                    rows[shared].append(batch[shared][row])
+                rows["completion_ids"].append(batch[column][row])
+                rows["desirable"].append(side == 0 if is_paired else batch["desirable"][row])
+                rows["_truncated"].append(truncated[side])
+        return rows
+
+    examples = kept.map(split, batched=True, remove_columns=kept.column_names)
     report = DatasetReport(
         name=name,
-        pairs=len(dataset),
-        dropped=dropped,
-        prompts_truncated=sum(dataset["_prompt_truncated"]),
-        responses_truncated=sum(dataset["_response_truncated"]),
-        identical=sum(dataset["_identical"]),
-        merged=sum(dataset["_merged"]),
+        pairs=len(examples),
+        dropped=(len(flagged) - len(kept)) * (2 if is_paired else 1),
+        prompts_truncated=sum(examples["_prompt_truncated"]),
+        responses_truncated=sum(examples["_truncated"]),
+        identical=0,
+        merged=sum(examples["_merged"]),
+        unit="responses",
     )
-    flags = [column for column in dataset.column_names if column.startswith("_")]
-    return dataset.remove_columns(flags), report
+    flags = [column for column in examples.column_names if column.startswith("_")]
+    return examples.remove_columns(flags), report
 
 
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -264,18 +383,7 @@ class PreferenceCollator:
             for column in ("chosen_ids", "rejected_ids")
             for example in examples
         ]
-        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        multiple = self.pad_to_multiple_of or 1
-        shape = (len(prompts), math.ceil(longest / multiple) * multiple)
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORE_INDEX)
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            start, end = len(prompt), len(prompt) + len(response)
-            input_ids[row, :end] = torch.tensor(prompt + response)
-            attention_mask[row, :end] = 1
-            labels[row, start:end] = torch.tensor(response)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = _padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
         if all(column in examples[0] for column in _REFERENCE_COLUMNS):
             batch["ref_logps"] = torch.tensor(
                 [example[column] for column in _REFERENCE_COLUMNS for example in examples],
@@ -286,6 +394,94 @@ class PreferenceCollator:
                 [example["reward_margin"] for example in examples], dtype=torch.float32
             )
         return batch
+
+
+@dataclass
+class ExampleCollator:
+    """Single responses -> padded batch of S rows, and of their mismatched prompts and responses.
+
+    Args:
+        pad_token_id, pad_to_multiple_of: as in `PreferenceCollator`.
+        max_length: bound on a mismatched prompt plus response, cut as in tokenisation.
+
+    A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool),
+    and the first three again under `mismatched_...` ([M, T']): each prompt with the next response
+    of the batch that answers another prompt (KTO); M is 0 where all prompts are one.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    max_length: int | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [list(example["prompt_ids"]) for example in examples]
+        responses = [list(example["completion_ids"]) for example in examples]
+        batch = _padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+        batch["desirable"] = torch.tensor([bool(example["desirable"]) for example in examples])
+        count = len(examples)
+        mismatched = []
+        for row, prompt in enumerate(prompts):
+            others = ((row + step) % count for step in range(1, count))
+            other = next((each for each in others if prompts[each] != prompt), None)
+            if other is not None:
+                response = responses[other]
+                cut, response, _ = _truncate(prompt, response, response, self.max_length, None)
+                mismatched.append((cut, response))
+        if mismatched:
+            rows = _padded(
+                [prompt for prompt, _ in mismatched],
+                [response for _, response in mismatched],
+                self.pad_token_id,
+                self.pad_to_multiple_of,
+            )
+        else:
+            rows = {name: value[:0] for name, value in batch.items() if name != "desirable"}
+        return {**batch, **{f"mismatched_{name}": value for name, value in rows.items()}}
+
+
+def _padded(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+) -> dict[str, Tensor]:
+    """Rows of prompt and response, padded on the right; only responses have labels."""
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    multiple = pad_to_multiple_of or 1
+    shape = (len(prompts), math.ceil(longest / multiple) * multiple)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, end = len(prompt), len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor(prompt + response)
+        attention_mask[row, :end] = 1
+        labels[row, start:end] = torch.tensor(response)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _has_examples(columns: Sequence[str]) -> bool:
+    """Whether rows are single responses, as text or tokens."""
+    return {"prompt", "completion", "label"} <= set(columns) or set(_EXAMPLE_COLUMNS) <= set(
+        columns
+    )
+
+
+def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
+    """A single response in the form of a pair of it with itself."""
+    if set(_EXAMPLE_COLUMNS) <= example.keys():
+        ids = example["completion_ids"]
+        return {"chosen_ids": ids, "rejected_ids": ids}
+    if example["prompt"] is None:
+        # Of a pair, the common beginning would be the prompt: here, all of the response.
+        raise ValueError(f"dataset {name!r}, row {row}: 'prompt' must not be null")
+    completion = example["completion"]
+    if not isinstance(completion, str | list) or completion == []:
+        raise ValueError(
+            f"dataset {name!r}, row {row}: 'completion' must be text or a list of messages, "
+            f"got {completion!r}"
+        )
+    return {"chosen": completion, "rejected": completion, "desirable": bool(example["label"])}
 
 
 def _load_file(path: Path) -> datasets.Dataset:
@@ -386,7 +582,7 @@ def _common_length(first: list[int], second: list[int]) -> int:
 
 def _margin_columns(columns: Sequence[str]) -> tuple[str, ...]:
     """What the margin is taken from: one column, two to subtract, or none."""
-    for sources in (("reward_margin",), ("margin",), ("score_chosen", "score_rejected")):
+    for sources in _MARGIN_SOURCES:
         if set(sources) <= set(columns):
             return sources
     return ()

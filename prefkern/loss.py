@@ -1,28 +1,26 @@
-"""FusedPreferenceLoss: hidden states, head and labels in; a pairwise loss out; no logits between.
+"""FusedPreferenceLoss: hidden states, head and labels in; a preference loss out; no logits between.
 
-Per-token log-probs come from the operator's passes over tiles; their sequence sums, the objective
-and each sequence's gradient coefficient are a matter of `[2B]` numbers. Two ways lead through the
-latter: the objective's own torch code, differentiated by autograd, on any device; or, where the
-objective has that form and the backend is triton, one launch of the pair kernel, which returns the
-coefficient `d loss / d logps` of each sequence along with the loss.
+Per-token log-probs come from the operator's passes over tiles (and, for TDPO, divergences from
+`prefkern.kl`'s); their sequence sums and the objective are `prefkern.pairwise`'s. KTO, which knows
+no pairs, takes single responses through the same call.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from prefkern import api, checks, sequences
-from prefkern.objectives import Objective, PairLoss, Pairs
-from prefkern.once import differentiable_once
-from prefkern.outputs import PreferenceOutput, TokenStats
+from prefkern import api, checks, kl, pairwise, sequences
+from prefkern.objectives import Examples, Objective, UnpairedObjective
+from prefkern.outputs import PreferenceOutput, TokenStats, UnpairedOutput
 from prefkern.passes import Transform
+from prefkern.plan import Plan
 
 
 class FusedPreferenceLoss(nn.Module):
-    """A pairwise objective on log-probs that are computed in tiles.
+    """A preference objective on log-probs that are computed in tiles.
 
     Args:
         objective: an objective of `prefkern.objectives`.
@@ -33,13 +31,13 @@ class FusedPreferenceLoss(nn.Module):
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective | UnpairedObjective,
         ignore_index: int = -100,
         workspace_mb: float | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(objective, Objective):
+        if not isinstance(objective, Objective | UnpairedObjective):
             raise TypeError(
                 f"objective must be an objective of prefkern.objectives, got {objective!r}; "
                 'prefkern.objectives.build("adadpo") makes one by name'
@@ -71,7 +69,9 @@ class FusedPreferenceLoss(nn.Module):
         temperature: float = 1.0,
         *,
         return_stats: bool = False,
-    ) -> PreferenceOutput:
+        desirable: Tensor | None = None,  # (S,), KTO
+        mismatched_log_ratios: Tensor | None = None,  # (M,), KTO
+    ) -> PreferenceOutput | UnpairedOutput:
         """The loss of B pairs: B chosen sequences, then their B rejected ones.
 
         Args:
@@ -79,145 +79,221 @@ class FusedPreferenceLoss(nn.Module):
                 `prefkern.linear_logprobs`; labels[t] is the token that hidden[t] predicts.
             ref_hidden, ref_weight, ref_bias: the reference's, through its own head; no gradient
                 reaches them. The labels and the transform are the policy's.
-            ref_logps: instead, sums computed earlier, [2B], chosen first.
-            reward_margins: [B], for objectives that use them.
+            ref_logps: instead, sums computed earlier, [2B], chosen first. Not for TDPO, which needs
+                the reference's distributions.
+            reward_margins: [B], for objectives that need them; others leave them alone.
             cu_seqlens: [2B + 1] int32 or int64, where each sequence of a packed batch begins.
             return_stats: also return per-token statistics, of the labels' shape.
+            desirable: for an unpaired objective (KTO), [S] bool: the batch is then S single
+                responses, hidden [S, T, H] (or packed, cu_seqlens [S + 1]), and the result an
+                `UnpairedOutput`.
+            mismatched_log_ratios: KTO, [M]: log policy / reference of mismatched pairs, summed;
+                see `prefkern.objectives.Examples`.
 
         Raises TypeError and ValueError as `prefkern.linear_logprobs` does, for an odd number of
-        sequences, and for a reference that is missing, given twice, or given in part.
+        sequences, and for a reference or margins that are missing, given twice, or given in part.
         """
+        is_paired = isinstance(self.objective, Objective)
         checks.head(hidden, weight, bias)
         checks.labels(labels, hidden.shape[:-1], hidden.device)
         checks.transform(logit_scale, softcap, temperature)
-        bounds = _bounds(labels, cu_seqlens)
+        bounds = _bounds(labels, cu_seqlens, is_paired)
         n_sequences = bounds.shape[0] - 1
         _check_reference(
             self.objective, hidden, weight, ref_hidden, ref_weight, ref_bias, ref_logps, n_sequences
         )
+        _check_unpaired(self.objective, desirable, mismatched_log_ratios, n_sequences, hidden)
         if reward_margins is not None:
-            if not self.objective.uses_reward_margins:
-                name = type(self.objective).__name__
-                raise ValueError(f"reward_margins was given, which {name} does not use")
             checks.vector("reward_margins", reward_margins, n_sequences // 2, hidden.device)
+        elif is_paired and self.objective.needs_reward_margins:
+            name = _inner_name(self.objective)
+            raise ValueError(
+                f"{name} needs reward_margins, [B] margins of a reward model, got None"
+            )
         workspace_mb = api.resolve_workspace(self.workspace_mb, hidden.device)
         backend = api.resolve_backend(self.backend, hidden.device)
         transform = Transform(float(logit_scale), softcap, float(temperature))
 
         scored = sequences.select(labels.reshape(-1), self.ignore_index, weight.shape[0], bounds)
         assert scored.offsets is not None
+        head = _Head(hidden, weight, bias)
+        reference = None
         if ref_hidden is not None and ref_weight is not None:
-            with torch.no_grad():
-                logps, _, _ = api.run(
-                    ref_hidden,
-                    ref_weight,
-                    ref_bias,
-                    scored,
-                    transform,
-                    workspace_mb,
-                    backend,
-                    False,
-                )
-                ref_logps = sequences.sequence_sums(logps, scored.offsets)
+            reference = _Head(ref_hidden, ref_weight, ref_bias)
+        tokens = _score_tokens(
+            self.objective, head, reference, scored, transform, workspace_mb, backend, return_stats
+        )
+        if tokens.ref_logps is not None:
+            ref_logps = sequences.sequence_sums(tokens.ref_logps, scored.offsets)
         elif ref_logps is not None:
             ref_logps = ref_logps.detach().float()
-        logps, stats, plan = api.run(
-            hidden, weight, bias, scored, transform, workspace_mb, backend, return_stats
-        )
-        result, sums, lengths = self._pair_loss(
-            logps, scored.offsets, ref_logps, reward_margins, backend
-        )
-        chosen_logps, rejected_logps = sums.chunk(2)
-        ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
-        return PreferenceOutput(
+        token_stats = None
+        if return_stats and tokens.stats is not None:
+            token_stats = TokenStats(
+                *(
+                    api.place(x, scored.rows, labels.shape)
+                    for x in (tokens.logps.detach(), *tokens.stats[:3])
+                )
+            )
+        if isinstance(self.objective, Objective):
+            return _paired_output(
+                self.objective, tokens, scored, ref_logps, reward_margins, backend, token_stats
+            )
+        assert ref_logps is not None and desirable is not None
+        assert mismatched_log_ratios is not None
+        sums = sequences.sequence_sums(tokens.logps, scored.offsets)
+        result = self.objective(Examples(sums, desirable, ref_logps, mismatched_log_ratios))
+        return UnpairedOutput(
             loss=result.losses.mean(),
             losses=result.losses,
-            chosen_logps=chosen_logps,
-            rejected_logps=rejected_logps,
-            ref_chosen_logps=ref_chosen,
-            ref_rejected_logps=ref_rejected,
-            chosen_rewards=result.chosen_rewards,
-            rejected_rewards=result.rejected_rewards,
-            chosen_lengths=lengths.chunk(2)[0],
-            rejected_lengths=lengths.chunk(2)[1],
-            beta_chosen=result.beta_chosen,
-            beta_rejected=result.beta_rejected,
-            token_stats=None
-            if stats is None
-            else TokenStats(
-                *(api.place(x, scored.rows, labels.shape) for x in (logps.detach(), *stats))
-            ),
-            plan=plan,
+            logps=sums,
+            ref_logps=ref_logps,
+            rewards=result.rewards,
+            lengths=scored.offsets.diff(),
+            desirable=desirable,
+            reference_point=result.reference_point,
+            token_stats=token_stats,
+            plan=tokens.plan,
         )
 
-    def _pair_loss(
-        self,
-        logps: Tensor,  # (N,)
-        offsets: Tensor,  # (2B + 1,)
-        ref_logps: Tensor | None,  # (2B,)
-        reward_margins: Tensor | None,  # (B,)
-        backend: str,
-    ) -> tuple[PairLoss, Tensor, Tensor]:
-        """The pairs' losses, and the sums and lengths of their sequences, (2B,) each."""
-        options = self.objective.pair_kernel_options()
-        if backend == "triton" and options is not None and ref_logps is not None:
-            losses, sums, lengths, *rest = _PairLoss.apply(logps, offsets, ref_logps, options)
-            return PairLoss(losses, *rest), sums, lengths
-        sums = sequences.sequence_sums(logps, offsets)
-        lengths = offsets.diff()
-        chosen, rejected = sums.chunk(2)
-        ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
-        chosen_lengths, rejected_lengths = lengths.chunk(2)
-        pairs = Pairs(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            chosen_lengths,
-            rejected_lengths,
-            reward_margins,
+
+@dataclass(frozen=True)
+class _Head:
+    """Hidden states and the head that they go through."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The scored tokens' numbers, (N,) each."""
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    kls: Tensor | None
+    stats: tuple[Tensor, ...] | None  # entropy, mean logit, is_top1, log sum_v p_v^2
+    plan: Plan
+
+
+def _score_tokens(
+    objective: Objective | UnpairedObjective,
+    head: _Head,
+    reference: _Head | None,
+    scored: sequences.Scored,
+    transform: Transform,
+    workspace_mb: float,
+    backend: str,
+    return_stats: bool,
+) -> _Tokens:
+    """Log-probs of policy and reference, and what else the objective needs of a token."""
+    is_paired = isinstance(objective, Objective)
+    needs_stats = return_stats or (is_paired and objective.needs_alignments)
+
+    def run(head: _Head, with_stats: bool):
+        return api.run(
+            head.hidden,
+            head.weight,
+            head.bias,
+            scored,
+            transform,
+            workspace_mb,
+            backend,
+            with_stats,
         )
-        return self.objective(pairs), sums, lengths
+
+    if is_paired and objective.needs_kls:
+        assert reference is not None
+        stats = None
+        if needs_stats:
+            # The pass over both heads folds no statistics: they take a pass of their own.
+            with torch.no_grad():
+                _, stats, _ = run(head, True)
+        logps, ref_logps, kls, plan = kl.run(
+            head.hidden,
+            head.weight,
+            head.bias,
+            reference.hidden,
+            reference.weight,
+            reference.bias,
+            scored,
+            transform,
+            workspace_mb,
+            backend,
+        )
+        return _Tokens(logps, ref_logps, kls, stats, plan)
+    ref_logps = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_logps, _, _ = run(reference, False)
+    logps, stats, plan = run(head, needs_stats)
+    return _Tokens(logps, ref_logps, None, stats, plan)
 
 
-class _PairLoss(torch.autograd.Function):
-    """The pair kernel: sums, losses and each sequence's gradient coefficient in one launch."""
+def _paired_output(
+    objective: Objective,
+    tokens: _Tokens,
+    scored: sequences.Scored,
+    ref_logps: Tensor | None,  # (2B,)
+    reward_margins: Tensor | None,  # (B,)
+    backend: str,
+    token_stats: TokenStats | None,
+) -> PreferenceOutput:
+    offsets = scored.offsets
+    assert offsets is not None
+    alignments = None
+    if objective.needs_alignments:
+        assert tokens.stats is not None
+        per_token = tokens.logps.detach() - tokens.stats[3]
+        alignments = sequences.sequence_sums(per_token, offsets) / offsets.diff().clamp(min=1)
+    paired = pairwise.pair_loss(
+        objective,
+        pairwise.Scores(
+            tokens.logps,
+            offsets,
+            ref_logps,
+            None if reward_margins is None else reward_margins.detach().float(),
+            alignments,
+            None if tokens.kls is None else sequences.sequence_sums(tokens.kls, offsets),
+        ),
+        backend,
+    )
+    result, pairs = paired.result, paired.pairs
+    assert pairs.chosen_lengths is not None and pairs.rejected_lengths is not None
+    with torch.no_grad():
+        metrics = objective.metrics(pairs, result)
+    return PreferenceOutput(
+        loss=result.losses.mean(),
+        losses=result.losses,
+        chosen_logps=pairs.chosen_logps,
+        rejected_logps=pairs.rejected_logps,
+        ref_chosen_logps=pairs.ref_chosen_logps,
+        ref_rejected_logps=pairs.ref_rejected_logps,
+        chosen_rewards=result.chosen_rewards,
+        rejected_rewards=result.rejected_rewards,
+        chosen_lengths=pairs.chosen_lengths,
+        rejected_lengths=pairs.rejected_lengths,
+        beta_chosen=result.beta_chosen,
+        beta_rejected=result.beta_rejected,
+        chosen_gradients=paired.gradients[0],
+        rejected_gradients=paired.gradients[1],
+        metrics=metrics,
+        token_stats=token_stats,
+        plan=tokens.plan,
+    )
 
-    @staticmethod
-    def forward(
-        ctx,
-        logps: Tensor,  # (N,)
-        offsets: Tensor,  # (2B + 1,)
-        ref_logps: Tensor,  # (2B,)
-        options: dict[str, Any],
-    ) -> tuple[Tensor, ...]:
-        from prefkern_kernels import pair_loss
 
-        out = pair_loss(logps, offsets, ref_logps, **options)
-        ctx.save_for_backward(out.coefficients, offsets)
-        ctx.count = logps.shape[0]
-        rewards = out.rewards.chunk(2)
-        constant = (out.lengths, out.beta_chosen, out.beta_rejected, *rewards)
-        ctx.mark_non_differentiable(*constant)
-        return out.losses, out.sums, *constant
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, dlosses: Tensor, dsums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, offsets = ctx.saved_tensors
-        # d loss_b / d logp_t is the same for every token of a sequence.
-        dsequence = coefficients * dlosses.repeat(2) + dsums
-        return sequences.spread(dsequence, offsets, ctx.count), None, None, None
-
-
-def _bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (2B + 1,)
+def _bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor:  # (S + 1,)
     """Where each sequence begins among the flat tokens; checks what shapes can tell."""
     if cu_seqlens is None:
-        if labels.ndim != 2 or labels.shape[0] == 0 or labels.shape[0] % 2:
-            raise ValueError(
-                "labels must have shape [2B, T], B chosen rows and then their B rejected rows "
-                f"(or [M] with cu_seqlens), got {list(labels.shape)}"
+        if labels.ndim != 2 or labels.shape[0] == 0 or (is_paired and labels.shape[0] % 2):
+            expected = (
+                "[2B, T], B chosen rows and then their B rejected rows (or [M] with cu_seqlens)"
+                if is_paired
+                else "[S, T], a row for each response (or [M] with cu_seqlens)"
             )
+            raise ValueError(f"labels must have shape {expected}, got {list(labels.shape)}")
         rows, length = labels.shape
         return torch.arange(rows + 1, device=labels.device) * length
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -227,13 +303,15 @@ def _bounds(labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:  # (2B + 1,)
             "with cu_seqlens the batch is packed: hidden must have shape [M, H] and labels [M], "
             f"got labels {list(labels.shape)}"
         )
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 3 or cu_seqlens.shape[0] % 2 == 0:
-        raise ValueError(f"cu_seqlens must have shape [2B + 1], got {list(cu_seqlens.shape)}")
+    least, kind = (3, "[2B + 1]") if is_paired else (2, "[S + 1]")
+    size = cu_seqlens.shape[0] if cu_seqlens.ndim == 1 else 0
+    if size < least or (is_paired and size % 2 == 0):
+        raise ValueError(f"cu_seqlens must have shape {kind}, got {list(cu_seqlens.shape)}")
     return cu_seqlens.to(labels.device)
 
 
 def _check_reference(
-    objective: Objective,
+    objective: Objective | UnpairedObjective,
     hidden: Tensor,
     weight: Tensor,
     ref_hidden: Tensor | None,
@@ -242,7 +320,7 @@ def _check_reference(
     ref_logps: Tensor | None,
     n_sequences: int,
 ) -> None:
-    name = type(objective).__name__
+    name = _inner_name(objective)
     if (ref_hidden is None) != (ref_weight is None):
         given, missing = ("ref_hidden", "ref_weight")
         if ref_hidden is None:
@@ -252,12 +330,18 @@ def _check_reference(
         raise ValueError("ref_bias was given without ref_weight")
     if ref_hidden is not None and ref_logps is not None:
         raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
+    needs_kls = isinstance(objective, Objective) and objective.needs_kls
     if ref_hidden is not None and ref_weight is not None:
         checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
         if ref_weight.shape[0] < weight.shape[0]:
             raise ValueError(
                 f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
                 "the reference must know every word that labels may name"
+            )
+        if needs_kls and ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+                f"{name} compares their distributions, which must be over the same words"
             )
         if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
             raise ValueError(
@@ -267,8 +351,44 @@ def _check_reference(
             )
     if ref_logps is not None:
         checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
+    if needs_kls and ref_hidden is None:
+        raise ValueError(
+            f"{name} needs the reference's distributions: give ref_hidden and ref_weight, "
+            "ref_logps are not enough"
+        )
     if objective.needs_reference and ref_hidden is None and ref_logps is None:
         raise ValueError(
             f"{name} needs a reference: give ref_hidden and ref_weight, or ref_logps, "
             "sums computed earlier"
         )
+
+
+def _check_unpaired(
+    objective: Objective | UnpairedObjective,
+    desirable: Tensor | None,
+    mismatched_log_ratios: Tensor | None,
+    n_sequences: int,
+    hidden: Tensor,
+) -> None:
+    name = type(objective).__name__
+    given = {"desirable": desirable, "mismatched_log_ratios": mismatched_log_ratios}
+    for argument, value in given.items():
+        if isinstance(objective, Objective):
+            if value is not None:
+                raise ValueError(f"{argument} was given, and {name} trains on pairs")
+        elif value is None:
+            raise ValueError(f"{name} needs {argument}, got None")
+    if desirable is None or mismatched_log_ratios is None:
+        return
+    checks.vector("desirable", desirable, n_sequences, hidden.device)
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable must be a bool tensor, got {desirable.dtype}")
+    size = mismatched_log_ratios.shape[0] if mismatched_log_ratios.ndim == 1 else -1
+    checks.vector("mismatched_log_ratios", mismatched_log_ratios, size, hidden.device)
+
+
+def _inner_name(objective: Objective | UnpairedObjective) -> str:
+    """The name of the objective that asks, inside what is wrapped around it."""
+    while isinstance(getattr(objective, "objective", None), Objective):
+        objective = objective.objective  # pyright: ignore[reportAssignmentType]
+    return type(objective).__name__

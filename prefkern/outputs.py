@@ -5,7 +5,7 @@ Dimensions, here and everywhere: N scored tokens, B pairs, S = 2B sequences, H h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -27,13 +27,27 @@ class TokenStats(NamedTuple):
     is_top1: Tensor  # bool, the label is the argmax (the first one, where logits tie)
 
 
+class TokenKL(NamedTuple):
+    """Per-token log-probs and divergence of a policy from a reference, of the labels' shape.
+
+    `logps` and `kl` are differentiable in what belongs to the policy; `ref_logps` carries no
+    gradient. Tokens that are not scored hold 0.
+    """
+
+    logps: Tensor  # float32, log p(label) of the policy, nats
+    ref_logps: Tensor  # float32, log r(label) of the reference, nats
+    kl: Tensor  # float32, sum_v r_v (log r_v - log p_v) over the vocabulary, nats, >= 0
+
+
 @dataclass
 class PreferenceOutput:
     """A preference loss and what one wants to log beside it.
 
     `loss` and `losses` are differentiable, and so are `chosen_logps` and `rejected_logps`, so that
     a term of one's own may be added. The rest is detached. Log-probs are sums over the scored
-    tokens of a sequence, in nats; rewards are the coefficient in force times the log-ratio.
+    tokens of a sequence, in nats; rewards are the coefficient in force times what the objective
+    scores a response by (DPO: the log-ratio); gradients are those of `losses` with respect to the
+    log-probs, so what a sequence is pushed by.
     """
 
     loss: Tensor  # scalar, mean over pairs
@@ -48,5 +62,24 @@ class PreferenceOutput:
     rejected_lengths: Tensor  # (B,) int64
     beta_chosen: Tensor  # (B,)
     beta_rejected: Tensor  # (B,)
+    chosen_gradients: Tensor  # (B,)
+    rejected_gradients: Tensor  # (B,)
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # the objective's own, (B,) each
     token_stats: TokenStats | None = None  # of the labels' shape, on request
     plan: Plan | None = None  # what ran; None for the oracle
+
+
+@dataclass
+class UnpairedOutput:
+    """A loss of single responses (KTO); what is said of `PreferenceOutput` holds here as well."""
+
+    loss: Tensor  # scalar, mean over responses
+    losses: Tensor  # (S,)
+    logps: Tensor  # (S,), differentiable
+    ref_logps: Tensor  # (S,)
+    rewards: Tensor  # (S,)
+    lengths: Tensor  # (S,) int64, scored tokens
+    desirable: Tensor  # (S,) bool
+    reference_point: Tensor  # scalar, KTO's z0
+    token_stats: TokenStats | None = None
+    plan: Plan | None = None

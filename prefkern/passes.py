@@ -93,6 +93,7 @@ class FoldState:
         self.shifted = filled(0.0) if with_stats else None  # sum_{v != y} exp(z_v - m) (z_v - m)
         self.logit_sum = filled(0.0) if with_stats else None  # sum_v z_v
         self.before = filled(-math.inf) if with_stats else None  # max_{v < y} z_v
+        self.squares = filled(0.0) if with_stats else None  # sum_{v != y} exp(2 (z_v - m))
 
     def __getitem__(self, tokens: slice) -> FoldState:
         """The state of some tokens, a view."""
@@ -111,6 +112,8 @@ class Folded:
     total: Tensor  # s = sum_v exp(z_v - M)
     rest: Tensor  # exp(m - M) / s: what turns `A` into a mean under the distribution
     miss: Tensor  # 1 - p_y
+    hit: Tensor  # p_y
+    log_total: Tensor  # log s
 
 
 def finish(state: FoldState) -> Folded:
@@ -122,15 +125,18 @@ def finish(state: FoldState) -> Folded:
     drop = torch.exp(m - top)
     own = torch.exp(label - top)
     total = state.total * drop + own
-    logps = torch.where(
-        confident, -torch.log1p(state.total * drop), (label - top) - torch.log(total)
-    )
-    return Folded(logps, top, total, drop / total, state.total * drop / total)
+    log_total = torch.where(confident, torch.log1p(state.total * drop), torch.log(total))
+    logps = torch.where(confident, -log_total, (label - top) - log_total)
+    miss = state.total * drop / total
+    return Folded(logps, top, total, drop / total, miss, own / total, log_total)
 
 
-def statistics(state: FoldState, folded: Folded, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy, mean logit and is_top1, (N,) each, of a state folded with statistics."""
-    assert state.shifted is not None and state.logit_sum is not None and state.before is not None
+def statistics(
+    state: FoldState, folded: Folded, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, mean logit, is_top1 and log sum_v p_v^2, (N,) each, of a fold with statistics."""
+    assert state.shifted is not None and state.logit_sum is not None
+    assert state.before is not None and state.squares is not None
     # entropy = log s - sum_v p_v (z_v - M), in terms that are all small for a confident token.
     drop = torch.exp(state.maximum - folded.maximum)
     moved = torch.where(
@@ -142,7 +148,16 @@ def statistics(state: FoldState, folded: Folded, vocab_size: int) -> tuple[Tenso
     entropy = torch.log(folded.total) - spread / folded.total
     # A tie with an earlier word is not a top-1 prediction, as argmax takes the first maximum.
     is_top1 = (state.label_logit >= state.maximum) & (state.label_logit > state.before)
-    return entropy, state.logit_sum / vocab_size, is_top1
+    # sum_v p_v^2 = (1 + others) / s^2, where the 1 is the label's own term if it is the largest:
+    # both logarithms are then small numbers, formed of small numbers, for a confident token.
+    others = state.squares * drop * drop
+    collision = torch.where(
+        state.label_logit >= state.maximum,
+        torch.log1p(others) - 2 * torch.log1p(state.total * drop),
+        torch.log(others + torch.exp(2 * below)) - 2 * torch.log(folded.total),
+    )
+    # A probability's logarithm, which rounding may carry above 0.
+    return entropy, state.logit_sum / vocab_size, is_top1, collision.clamp(max=0.0)
 
 
 def forward(
@@ -163,17 +178,17 @@ def forward(
     one_pass = plan.structure == "one_pass"
     state = FoldState(N, device, with_stats)
     derivative = torch.empty((N, H), dtype=torch.float32, device=device) if one_pass else None
-    buffers = _Buffers(plan.forward_tiles, operands, device, one_pass)
+    buffers = Buffers(plan.forward_tiles, operands, device, one_pass)
 
-    for tokens in _slices(N, plan.forward_tiles.token_tile):
+    for tokens in slices(N, plan.forward_tiles.token_tile):
         part = state[tokens]
-        h = operands.prepare(_take(hidden, rows, tokens))
+        h = operands.prepare(take(hidden, rows, tokens))
         accumulator = derivative[tokens] if derivative is not None else None
         rescale = torch.empty_like(part.maximum) if one_pass else None
-        for words in _slices(weight.shape[0], plan.forward_tiles.vocab_tile):
+        for words in slices(weight.shape[0], plan.forward_tiles.vocab_tile):
             w = operands.prepare(weight[words])
             tile, weights = buffers.views(h.shape[0], w.shape[0])
-            _product(h, w.t(), tile)
+            product(h, w.t(), tile)
             ops.fold(
                 tile,
                 labels[tokens],
@@ -187,16 +202,17 @@ def forward(
                 part.shifted,
                 part.logit_sum,
                 part.before,
+                part.squares,
                 start=words.start,
                 **transform.keywords(),
             )
             if accumulator is not None:
                 assert rescale is not None and weights is not None
                 if words.start == 0:
-                    _product(weights, w, accumulator)
+                    product(weights, w, accumulator)
                 else:
                     ops.rescale_rows(accumulator, rescale)
-                    _add_product(weights, w, accumulator)
+                    add_product(weights, w, accumulator)
             # A tile's copy of the weight must be gone before the next one is made.
             del w
         del h
@@ -237,23 +253,23 @@ def backward(
     dbias = torch.empty_like(bias) if needs_bias and bias is not None else None
     coefficient = -grad / total
     label_gradient = grad * miss
-    buffers = _Buffers(plan.backward_tiles, operands, device, True)
+    buffers = Buffers(plan.backward_tiles, operands, device, True)
 
     dweight_buffer = None
     if needs_weight:
         rows_of_weight = (plan.backward_tiles.vocab_tile, H)
         dweight_buffer = torch.empty(rows_of_weight, dtype=torch.float32, device=device)
 
-    for words in _slices(weight.shape[0], plan.backward_tiles.vocab_tile):
+    for words in slices(weight.shape[0], plan.backward_tiles.vocab_tile):
         w = operands.prepare(weight[words])
         size = w.shape[0]
         dweight_tile = None if dweight_buffer is None else dweight_buffer[:size].zero_()
         dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
-        for tokens in _slices(N, plan.backward_tiles.token_tile):
-            h = operands.prepare(_take(hidden, rows, tokens))
+        for tokens in slices(N, plan.backward_tiles.token_tile):
+            h = operands.prepare(take(hidden, rows, tokens))
             tile, dlogits = buffers.views(h.shape[0], size)
             assert dlogits is not None
-            _product(h, w.t(), tile)
+            product(h, w.t(), tile)
             ops.logits_gradient(
                 tile,
                 labels[tokens],
@@ -267,9 +283,9 @@ def backward(
             )
             # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
             if dweight_tile is not None:
-                _add_product(dlogits.t(), h, dweight_tile)
+                add_product(dlogits.t(), h, dweight_tile)
             if dhidden is not None:
-                _add_product(dlogits, w, dhidden[tokens])
+                add_product(dlogits, w, dhidden[tokens])
             if dbias_tile is not None:
                 dbias_tile += dlogits.sum(0, dtype=torch.float32)
             del h
@@ -295,18 +311,23 @@ def scatter_rows(
     """Rows of values, scaled and rounded once, at their places; 0 where not scored."""
     make = torch.empty if rows is None else torch.zeros
     out = make(shape, dtype=dtype, device=values.device)
-    for tokens in _slices(values.shape[0], token_tile):
+    for tokens in slices(values.shape[0], token_tile):
         part = values[tokens]
         if scale is not None:
             part = part * scale[tokens].unsqueeze(1)
-        if rows is None:
-            out[tokens] = part
-        else:
-            out.index_copy_(0, rows[tokens], part.to(out.dtype))
+        put(out, part, rows, tokens)
     return out
 
 
-class _Buffers:
+def put(out: Tensor, part: Tensor, rows: Tensor | None, tokens: slice) -> None:
+    """Write the rows of some scored tokens at their places, rounded to out's dtype."""
+    if rows is None:
+        out[tokens] = part
+    else:
+        out.index_copy_(0, rows[tokens], part.to(out.dtype))
+
+
+class Buffers:
     """One float32 tile, and the tile that the second product reads: the same where it can be."""
 
     def __init__(
@@ -333,15 +354,15 @@ class _Buffers:
         return tile, self.second[: n * v].view(n, v)
 
 
-def _take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
+def take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
     return hidden[tokens] if rows is None else hidden.index_select(0, rows[tokens])
 
 
-def _slices(size: int, step: int) -> list[slice]:
+def slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out = a @ b` in float32, without rounding to the operands' dtype on the way."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=out)
@@ -349,7 +370,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out += a @ b` in float32."""
     if a.dtype == torch.float32:
         out.addmm_(a, b)

@@ -14,6 +14,11 @@ Tokens are walked in tiles of `token_tile`, the vocabulary in tiles of `vocab_ti
 are those that read least memory within the bound: every token tile reads the whole weight once,
 and every vocabulary tile reads and writes the `[token_tile, H]` accumulator once. "forward" uses
 the tiles of "one_pass", so that a reference pass adds in the same order as the policy's pass.
+
+A call with the divergence from a reference has the same structures over pairs of tiles
+(`make_kl_plan`). With H_ref the reference's width, one product of its is 2NH_refV, and "forward"
+takes one of each head, "one_pass" two more of the policy's (8NHV in all at equal widths) and
+"two_pass" one of the reference's and three of the policy's (12NHV).
 """
 
 from __future__ import annotations
@@ -55,6 +60,7 @@ class Plan:
     forward_operations: int  # multiplications and additions of the matrix products
     backward_operations: int
     saved_bytes: int  # kept for backward, beyond the inputs
+    ref_hidden_size: int | None = None  # of the reference's head, in a call with a divergence
 
     @property
     def operations(self) -> int:
@@ -113,12 +119,7 @@ def make_plan(
         head_needs_grad: the weight or the bias needs a gradient; weight_needs_grad: the weight.
         copies_weight: a weight tile is copied to the operands' dtype.
     """
-    structure: Structure = "forward"
-    if head_needs_grad:
-        structure = "two_pass"
-    elif hidden_needs_grad:
-        structure = "one_pass"
-
+    structure = _structure(hidden_needs_grad, head_needs_grad)
     operand_size = 4 if upcasts else compute_dtype.itemsize
     # Bytes a logit: the float32 tile, and what a backend holds beside it.
     if backend == "torch":
@@ -173,6 +174,109 @@ def make_plan(
             "two_pass": 3 * 4 * tokens,
         }[structure],
     )
+
+
+@dataclass(frozen=True)
+class Head:
+    """One of the two heads of a call with a divergence: what its rows cost."""
+
+    hidden_size: int
+    compute_dtype: torch.dtype  # of the products' operands, before any upcast
+    upcasts: bool  # operands are raised to float32 tile by tile
+    copies_weight: bool  # a weight tile is copied on its way to the product
+
+    @property
+    def operand_size(self) -> int:
+        return 4 if self.upcasts else self.compute_dtype.itemsize
+
+    @property
+    def hidden_row(self) -> int:
+        """Bytes of a token's gathered row, in both dtypes where it is raised."""
+        raised = self.compute_dtype.itemsize if self.upcasts else 0
+        return self.hidden_size * (self.operand_size + raised)
+
+    @property
+    def weight_row(self) -> int:
+        return self.hidden_size * self.operand_size if self.copies_weight else 0
+
+
+def make_kl_plan(
+    *,
+    tokens: int,
+    vocab_size: int,
+    policy: Head,
+    reference: Head,
+    backend: str,
+    workspace_mb: float,
+    hidden_needs_grad: bool,
+    head_needs_grad: bool,
+    weight_needs_grad: bool,
+    has_softcap: bool,
+) -> Plan:
+    """The plan of a call with log-probs and their divergence; what needs a gradient: the policy."""
+    structure = _structure(hidden_needs_grad, head_needs_grad)
+    # Bytes a logit: both float32 tiles, and what a backend holds beside them. Backward needs one
+    # tile for its second products, forward one for each of its two.
+    forward_logit = backward_logit = 8
+    if backend == "torch":
+        forward_logit += 4 + (4 if has_softcap else 0)
+        backward_logit += 4 if has_softcap else 0
+    if policy.operand_size != 4:
+        forward_logit += 2 * policy.operand_size
+        backward_logit += policy.operand_size
+    hidden_rows = policy.hidden_row + reference.hidden_row
+    # Two accumulators, and the label's row of the weight as stored and in float32.
+    accumulator_rows = policy.hidden_size * (4 + 4 + 4 + policy.compute_dtype.itemsize)
+
+    budget = int(workspace_mb * MIB)
+    product = 2 * tokens * policy.hidden_size * vocab_size
+    ref_product = 2 * tokens * reference.hidden_size * vocab_size
+    forward_tiles = choose_tiles(
+        tokens,
+        vocab_size,
+        budget,
+        logit=forward_logit,
+        token=hidden_rows + accumulator_rows + 128,
+        # One head's tile of weight at a time.
+        word=max(policy.weight_row, reference.weight_row),
+    )
+    backward_tiles = None
+    backward_operations = 0
+    if structure == "two_pass":
+        backward_tiles = choose_tiles(
+            tokens,
+            vocab_size,
+            budget,
+            logit=backward_logit,
+            token=hidden_rows + 128,
+            word=policy.weight_row
+            + reference.weight_row
+            + (4 * policy.hidden_size if weight_needs_grad else 0),
+        )
+        backward_operations = product * (1 + weight_needs_grad + hidden_needs_grad) + ref_product
+    return Plan(
+        backend=backend,
+        structure=structure,
+        tokens=tokens,
+        hidden_size=policy.hidden_size,
+        vocab_size=vocab_size,
+        forward_tiles=forward_tiles,
+        backward_tiles=backward_tiles,
+        forward_operations=product * (3 if structure == "one_pass" else 1) + ref_product,
+        backward_operations=backward_operations,
+        saved_bytes={
+            "forward": 0,
+            "one_pass": 2 * 4 * tokens * policy.hidden_size,
+            "two_pass": 6 * 4 * tokens,
+        }[structure],
+        ref_hidden_size=reference.hidden_size,
+    )
+
+
+def _structure(hidden_needs_grad: bool, head_needs_grad: bool) -> Structure:
+    if head_needs_grad:
+        return "two_pass"
+    return "one_pass" if hidden_needs_grad else "forward"
 
 
 def choose_tiles(

@@ -14,8 +14,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from prefkern.objectives import Objective, Pairs
-from prefkern.outputs import PreferenceOutput, TokenStats
+from prefkern.objectives import Examples, Objective, Pairs, UnpairedObjective
+from prefkern.outputs import PreferenceOutput, TokenKL, TokenStats, UnpairedOutput
 
 
 def logits(
@@ -80,7 +80,7 @@ def linear_logprobs(
 
 
 def preference_loss(
-    objective: Objective,
+    objective: Objective | UnpairedObjective,
     hidden: Tensor,  # (2B, T, H), or (tokens, H) with cu_seqlens
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (2B, T), or (tokens,)
@@ -97,9 +97,12 @@ def preference_loss(
     *,
     ignore_index: int = -100,
     return_stats: bool = False,
-) -> PreferenceOutput:
+    desirable: Tensor | None = None,  # (S,), KTO
+    mismatched_log_ratios: Tensor | None = None,  # (M,), KTO
+) -> PreferenceOutput | UnpairedOutput:
     """`prefkern.FusedPreferenceLoss(objective)(...)` with logits in memory, float64 too."""
     transform = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    scored = labels != ignore_index
 
     def sequence_sums(per_token: Tensor) -> Tensor:  # (tokens) or (2B, T) -> (2B,)
         if cu_seqlens is None:
@@ -112,7 +115,7 @@ def preference_loss(
     )
     assert isinstance(stats, TokenStats)
     sums = sequence_sums(stats.logps)
-    lengths = sequence_sums((labels != ignore_index).long())
+    lengths = sequence_sums(scored.long())
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
             ref_logps = sequence_sums(
@@ -120,32 +123,94 @@ def preference_loss(
                     ref_hidden, ref_weight, labels, ref_bias, ignore_index=ignore_index, **transform
                 )  # pyright: ignore[reportArgumentType]
             )
-    chosen, rejected = sums.chunk(2)
-    ref_chosen, ref_rejected = (None, None) if ref_logps is None else ref_logps.chunk(2)
-    chosen_lengths, rejected_lengths = lengths.chunk(2)
-    result = objective(
-        Pairs(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            chosen_lengths,
-            rejected_lengths,
-            reward_margins,
+    if isinstance(objective, UnpairedObjective):
+        assert ref_logps is not None and desirable is not None
+        assert mismatched_log_ratios is not None
+        answer = objective(Examples(sums, desirable, ref_logps, mismatched_log_ratios))
+        return UnpairedOutput(
+            loss=answer.losses.mean(),
+            losses=answer.losses,
+            logps=sums,
+            ref_logps=ref_logps,
+            rewards=answer.rewards,
+            lengths=lengths,
+            desirable=desirable,
+            reference_point=answer.reference_point,
+            token_stats=stats if return_stats else None,
         )
-    )
+
+    alignments = kls = None
+    if objective.needs_alignments:
+        with torch.no_grad():
+            p = logits(hidden, weight, bias, **transform).softmax(-1)
+            per_token = torch.where(scored, stats.logps - p.square().sum(-1).log(), 0.0)
+            alignments = sequence_sums(per_token) / lengths.clamp(min=1)
+    if objective.needs_kls:
+        assert ref_hidden is not None and ref_weight is not None
+        log_p = logits(hidden, weight, bias, **transform).log_softmax(-1)
+        log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1).detach()
+        per_token = (log_r.exp() * (log_r - log_p)).sum(-1)
+        kls = sequence_sums(torch.where(scored, per_token, 0.0))
+    with torch.enable_grad():
+        tracked = sums if sums.requires_grad else sums.detach().requires_grad_()
+        pairs = Pairs.of_sequences(tracked, ref_logps, lengths, reward_margins, alignments, kls)
+        result = objective(pairs)
+        (gradients,) = torch.autograd.grad(
+            result.losses.sum(), tracked, retain_graph=True, materialize_grads=True
+        )
+    losses = result.losses if sums.requires_grad else result.losses.detach()
+    chosen, rejected = sums.chunk(2)
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
     return PreferenceOutput(
-        loss=result.losses.mean(),
-        losses=result.losses,
+        loss=losses.mean(),
+        losses=losses,
         chosen_logps=chosen,
         rejected_logps=rejected,
-        ref_chosen_logps=ref_chosen,
-        ref_rejected_logps=ref_rejected,
+        ref_chosen_logps=pairs.ref_chosen_logps,
+        ref_rejected_logps=pairs.ref_rejected_logps,
         chosen_rewards=result.chosen_rewards,
         rejected_rewards=result.rejected_rewards,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
         beta_chosen=result.beta_chosen,
         beta_rejected=result.beta_rejected,
+        chosen_gradients=gradients.chunk(2)[0],
+        rejected_gradients=gradients.chunk(2)[1],
+        metrics=objective.metrics(pairs, result),
         token_stats=stats if return_stats else None,
     )
+
+
+def linear_kl(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    ref_hidden: Tensor,  # (..., H_ref)
+    ref_weight: Tensor,  # (V, H_ref)
+    bias: Tensor | None = None,  # (V,)
+    ref_bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+) -> TokenKL:
+    """`prefkern.kl.linear_kl` with both models' logits in memory, in any float dtype."""
+    del workspace_mb, backend
+    transform = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    scored = labels != ignore_index
+    if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
+        raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}")
+    index = labels.clamp(min=0, max=weight.shape[0] - 1).unsqueeze(-1)
+    log_p = logits(hidden, weight, bias, **transform).log_softmax(-1)
+    with torch.no_grad():
+        log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1)
+    values = (
+        log_p.gather(-1, index).squeeze(-1),
+        log_r.gather(-1, index).squeeze(-1),
+        (log_r.exp() * (log_r - log_p)).sum(-1),
+    )
+    # where, not a product: a token that is not scored must pass back a gradient of exactly 0.
+    return TokenKL(*(torch.where(scored, value, torch.zeros_like(value)) for value in values))

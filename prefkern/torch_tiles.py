@@ -24,9 +24,10 @@ def fold(
     label_slope: Tensor,  # (n,)
     rescale: Tensor | None,  # (n,), out
     weights: Tensor | None,  # (n, v), out; may be the tile itself
-    shifted: Tensor | None,  # (n,), in and out, as are the next two; None: no statistics
+    shifted: Tensor | None,  # (n,), in and out, as are the next ones; None: no statistics
     logit_sum: Tensor | None,  # (n,)
     before: Tensor | None,  # (n,)
+    squares: Tensor | None,  # (n,)
     *,
     start: int,
     logit_scale: float,
@@ -34,7 +35,7 @@ def fold(
     temperature: float,
 ) -> None:
     """Fold a tile into each token's running state; see `prefkern.passes.FoldState`."""
-    z, slope = _transform(tile, bias, logit_scale, softcap, temperature)
+    z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
     local = labels - start
     inside = (local >= 0) & (local < z.shape[1])
     column = local.clamp(0, z.shape[1] - 1).unsqueeze(1)
@@ -62,6 +63,8 @@ def fold(
         shifted.add_(moved).mul_(factor)
         z.exp_()
         shifted += distance.mul_(z).sum(1)
+        if squares is not None:
+            squares.mul_(factor).mul_(factor).add_(torch.mul(z, z, out=distance).sum(1))
     else:
         z.exp_()
     total.mul_(factor).add_(z.sum(1))
@@ -90,7 +93,7 @@ def logits_gradient(
     temperature: float,
 ) -> None:
     """Turn a tile into `d loss / d (h . W_v + b_v)`, transform included."""
-    z, slope = _transform(tile, bias, logit_scale, softcap, temperature)
+    z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
     local = labels - start
     inside = (local >= 0) & (local < z.shape[1])
     column = local.clamp(0, z.shape[1] - 1).unsqueeze(1)
@@ -113,14 +116,14 @@ def rescale_rows(
     accumulator.mul_(factor.unsqueeze(1))
 
 
-def _transform(
+def transform_in_place(
     tile: Tensor,
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Transform a tile in place; with a softcap also tanh's derivative, (n, v)."""
+    """Transformed logits, the tile's own memory; with a softcap also tanh's derivative, (n, v)."""
     if bias is not None:
         tile += bias
     if softcap is None:

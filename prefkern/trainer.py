@@ -20,6 +20,8 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,16 +38,19 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils.import_utils import is_peft_available
 
-from prefkern import objectives
 from prefkern.config import PreferenceConfig
 from prefkern.data import (
     COLUMNS,
     DatasetReport,
+    ExampleCollator,
     PreferenceCollator,
     check_columns,
+    check_labels,
+    tokenize_examples,
     tokenize_preferences,
 )
 from prefkern.loss import FusedPreferenceLoss
+from prefkern.metrics import item_values, means, per_item
 from prefkern.models import (
     IGNORE_INDEX,
     align_labels,
@@ -55,13 +60,16 @@ from prefkern.models import (
     token_states,
     unwrap,
 )
-from prefkern.objectives import Objective
-from prefkern.outputs import PreferenceOutput
+from prefkern.objectives import KTO, Objective, UnpairedObjective
+from prefkern.outputs import PreferenceOutput, UnpairedOutput
 
 logger = logging.getLogger(__name__)
 
 # In the names of rates: attention_dropout, attn_pdrop, layerdrop.
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
+# Beside the optimizer's in a checkpoint: the statistics of objectives that have them.
+_OBJECTIVE_FILE = "objective.pt"
+_MISMATCHED = "mismatched_"
 
 
 class PreferenceTrainer(Trainer):
@@ -96,7 +104,7 @@ class PreferenceTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        objective: Objective | None = None,
+        objective: Objective | UnpairedObjective | None = None,
         ref_model: Any = None,
         peft_config: Any = None,
         callbacks: list[Any] | None = None,
@@ -115,8 +123,16 @@ class PreferenceTrainer(Trainer):
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         objective = objective if objective is not None else args.build_objective()
+        is_paired = isinstance(objective, Objective)
+        self._objective_needs = _Needs(
+            paired=is_paired,
+            reference=objective.needs_reference,
+            margins=is_paired and objective.needs_reward_margins,
+            distributions=is_paired and objective.needs_kls,
+        )
+        _check_needs(self._objective_needs, args)
         for name, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
-            check_columns(dataset, name)
+            self._check_columns(dataset, name)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
         model = _load_model(model, args) if isinstance(model, str) else model
@@ -133,7 +149,6 @@ class PreferenceTrainer(Trainer):
         find_head(model)
 
         self._tokenizer = tokenizer
-        self._needs_reference = objective.needs_reference
         self.dataset_reports: dict[str, DatasetReport] = {}
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
@@ -142,7 +157,8 @@ class PreferenceTrainer(Trainer):
         _check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         if args.disable_dropout:
             _disable_dropout(model)
-        carried = all(
+        # Sums alone: neither distributions nor mismatched pairs can be had from them.
+        carried = self._objective_needs.sums_suffice and all(
             "ref_chosen_logps" in dataset.column_names
             for _, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval")
         )
@@ -155,15 +171,20 @@ class PreferenceTrainer(Trainer):
         if is_adapted and peft_config is None and ref_model is None and _is_trained_adapter(model):
             logger.warning("the reference is the base model, without the adapter that was given")
         has_reference = ref_model is not None or carried or is_adapted
-        if self._needs_reference and not has_reference and not args.precompute_ref_log_probs:
+        needs_reference = objective.needs_reference
+        if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
-        self.ref_model = ref_model if self._needs_reference else None
+        self.ref_model = ref_model if needs_reference else None
+        collator = (
+            PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
+            if is_paired
+            else ExampleCollator(pad_token_id, args.pad_to_multiple_of, args.max_length)
+        )
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or PreferenceCollator(pad_token_id, args.pad_to_multiple_of),
+            data_collator=data_collator or collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -176,8 +197,12 @@ class PreferenceTrainer(Trainer):
         options = {"ignore_index": IGNORE_INDEX, "workspace_mb": args.workspace_mb}
         self.loss_fn = FusedPreferenceLoss(objective, backend=args.backend, **options)
         self.loss_fn.to(args.device)
-        # The reference's sums are formed by the policy's own code; the objective does not matter.
-        self._sum_fn = FusedPreferenceLoss(objectives.DPO(), backend=args.backend, **options)
+        for module in self.loss_fn.modules():
+            if hasattr(module, "manual_seed"):
+                module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
+        # Sums are formed by the policy's own code. An objective on single responses takes any
+        # number of them, and in evaluation asks nothing of other ranks.
+        self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
         self._train_sums: dict[str, Tensor] = {}
         self._eval_sums: dict[str, Tensor] = {}
 
@@ -187,7 +212,7 @@ class PreferenceTrainer(Trainer):
             self.ref_model.requires_grad_(False).eval()
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
-        if self._needs_reference and args.precompute_ref_log_probs:
+        if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
 
@@ -200,14 +225,14 @@ class PreferenceTrainer(Trainer):
     ) -> Any:
         """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
         outputs, loss = self._preference_outputs(model, inputs)
-        for name, values in _pair_values(outputs, self.loss_fn.objective).items():
+        for name, values in item_values(outputs, self.loss_fn.objective).items():
             total = values.sum(0)
             previous = self._train_sums.get(name)
             self._train_sums[name] = total if previous is None else previous + total
         if num_items_in_batch is not None:
             # Ranks' gradients are averaged, and the mean is over the pairs of all ranks.
-            pairs = len(outputs.losses)
-            loss = loss * (pairs * self.accelerator.num_processes / num_items_in_batch)
+            items = len(outputs.losses)
+            loss = loss * (items * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -222,8 +247,8 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs, loss = self._preference_outputs(model, inputs)
         values = {
-            "loss": _per_pair(outputs.losses),
-            **_pair_values(outputs, self.loss_fn.objective),
+            "loss": per_item(outputs.losses),
+            **item_values(outputs, self.loss_fn.objective),
         }
         # Pair by pair, so that what pads the last batch of the ranks is left out.
         stacked = torch.stack([*values.values()], dim=1)  # (B, metrics, 2)
@@ -261,7 +286,7 @@ class PreferenceTrainer(Trainer):
         """Trainer's loop, with means over pairs in place of its mean over batches."""
         self._eval_sums = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = _means(self._eval_sums)
+        metrics = means(self._eval_sums)
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return output
@@ -271,35 +296,87 @@ class PreferenceTrainer(Trainer):
         if self._train_sums and ("loss" in logs or "train_loss" in logs):
             names = list(self._train_sums)
             sums = self.accelerator.reduce(torch.stack([*self._train_sums.values()]), "sum")
-            logs.update(_means(dict(zip(names, sums, strict=True))))
+            logs.update(means(dict(zip(names, sums, strict=True))))
             self._train_sums = {}
         super().log(logs, start_time)
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
-    ) -> tuple[PreferenceOutput, Tensor]:
+    ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
         """The loss, computed inside the policy's forward, and the scalar to differentiate."""
-        ref_logps = inputs.get("ref_logps")
-        if self._needs_reference and ref_logps is None:
-            ref_logps = self._reference_logps(inputs)
+        needs = self._objective_needs
+        options: dict[str, Any] = {"return_stats": self.args.token_metrics}
+        # A dataset may carry sums and margins that this objective has no use for.
+        if needs.distributions:
+            options |= self._reference_states(model, inputs)
+        elif needs.reference:
+            ref_logps = inputs.get("ref_logps")
+            options["ref_logps"] = self._reference_logps(inputs) if ref_logps is None else ref_logps
+        if needs.margins:
+            options["reward_margins"] = inputs.get("reward_margins")
+        if not needs.paired:
+            options["desirable"] = inputs["desirable"]
+            options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
-        # A dataset may carry margins that this objective has no use for.
-        uses_margins = self.loss_fn.objective.uses_reward_margins
-        return _fused_forward(
-            model,
-            inputs,
-            self.loss_fn,
-            ref_logps=ref_logps,
-            reward_margins=inputs.get("reward_margins") if uses_margins else None,
-            return_stats=self.args.token_metrics,
-        )
+        return _fused_forward(model, inputs, self.loss_fn, **options)
 
-    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (2B,)
-        zeros = torch.zeros(len(inputs["input_ids"]), device=inputs["input_ids"].device)
+    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
         # Models are wrapped in autocast only once training starts; sums computed before count too.
         with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
-            outputs, _ = _fused_forward(model, inputs, self._sum_fn, ref_logps=zeros)
-        return torch.cat([outputs.chosen_logps, outputs.rejected_logps])
+            return self._sums(model, inputs)
+
+    def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
+        """Log-prob sums of a batch's rows under a model, without gradient."""
+        count = len(inputs["input_ids"])
+        zeros = torch.zeros(count, device=inputs["input_ids"].device)
+        with torch.no_grad():
+            outputs, _ = _fused_forward(
+                model,
+                inputs,
+                self._sum_fn,
+                ref_logps=zeros,
+                desirable=zeros.bool(),
+                mismatched_log_ratios=zeros,
+            )
+        assert isinstance(outputs, UnpairedOutput)
+        return outputs.logps
+
+    def _mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (M,)
+        """Log policy / reference of the batch's mismatched prompts and responses (KTO)."""
+        rows = {
+            name.removeprefix(_MISMATCHED): value
+            for name, value in inputs.items()
+            if name.startswith(_MISMATCHED)
+        }
+        count = len(rows["input_ids"])
+        if count == 0:
+            # Wrapped forwards are collective (DDP's buffers, FSDP's weights): every rank makes one.
+            rows = {name: inputs[name][:1] for name in rows}
+        return (self._sums(model, rows) - self._reference_logps(rows))[:count]
+
+    def _reference_states(self, policy: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The reference's hidden states and head, for objectives that compare distributions."""
+        labels = align_labels(inputs["labels"])
+
+        def keep(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None
+        ) -> tuple[dict[str, Any], Tensor]:
+            states = {
+                "ref_hidden": token_states(hidden, labels).detach(),
+                "ref_weight": weight.detach(),
+                "ref_bias": None if bias is None else bias.detach(),
+            }
+            return states, hidden
+
+        with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
+            if head_transform(model) != head_transform(policy):
+                raise ValueError(
+                    "policy and reference transform their logits differently "
+                    f"({head_transform(policy)} and {head_transform(model)}): their distributions "
+                    "cannot be compared in one pass"
+                )
+            states, _ = forward_with_head(model, _model_inputs(inputs), keep)
+        return states
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -332,8 +409,9 @@ class PreferenceTrainer(Trainer):
             return {
                 key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
             }
-        is_prepared = {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names)
-        dataset, report = tokenize_preferences(
+        is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
+        tokenize = tokenize_preferences if self._objective_needs.paired else tokenize_examples
+        dataset, report = tokenize(
             dataset,
             self._tokenizer,
             max_length=args.max_length,
@@ -348,9 +426,11 @@ class PreferenceTrainer(Trainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """Raw pairs as a dataset to evaluate on."""
+        for each, part in _named(dataset, name):
+            self._check_columns(part, each)
         dataset = self._tokenized(dataset, self.args, name)
         _check_batches(dataset, self.args.eval_batch_size, self.args, name)
-        if self._needs_reference and self.args.precompute_ref_log_probs:
+        if self._objective_needs.reference and self.args.precompute_ref_log_probs:
             dataset = self._with_reference(dataset)
         return dataset
 
@@ -382,8 +462,32 @@ class PreferenceTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Pairs of an optimiser step, over its accumulated batches and over ranks."""
-        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
-        return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "sum")
+        rows = sum(len(batch["input_ids"]) for batch in batch_samples)
+        items = rows / 2 if self._objective_needs.paired else rows
+        return self.accelerator.reduce(torch.tensor(float(items), device=device), "sum")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.loss_fn.objective.state_dict()
+        if state and self.args.should_save:
+            torch.save(state, Path(output_dir) / _OBJECTIVE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.loss_fn.objective.state_dict():
+            return
+        file = Path(checkpoint) / _OBJECTIVE_FILE
+        if not file.exists():
+            logger.warning("%s is missing: the objective's statistics start over", file)
+            return
+        state = torch.load(file, map_location=self.args.device, weights_only=True)
+        self.loss_fn.objective.load_state_dict(state)
+
+    def _check_columns(self, dataset: Any, name: str) -> None:
+        needs = self._objective_needs
+        check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
+        if not needs.paired:
+            check_labels(dataset, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)
@@ -397,23 +501,56 @@ class PreferenceTrainer(Trainer):
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
             raise ValueError("tensor, context and sequence parallelism are not supported yet")
-        if self.ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self._objective_needs.distributions and is_sharded:
+            # The reference's head is gone when its forward has ended.
+            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
+        if self.ref_model is not None and is_sharded:
             raise ValueError(
                 "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
                 "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"
             )
 
 
+@dataclass(frozen=True)
+class _Needs:
+    """What the objective asks of the trainer."""
+
+    paired: bool
+    reference: bool
+    margins: bool
+    distributions: bool  # the reference's, and not only its sums
+
+    @property
+    def sums_suffice(self) -> bool:
+        """Whether the reference's sums over a dataset's own responses are all that it gives."""
+        return self.paired and not self.distributions
+
+
+def _check_needs(needs: _Needs, args: PreferenceConfig) -> None:
+    if args.precompute_ref_log_probs and needs.reference and not needs.sums_suffice:
+        what = "the reference's distributions" if needs.paired else "mismatched pairs of each batch"
+        raise ValueError(
+            f"precompute_ref_log_probs keeps sums, and this objective needs {what}; leave it out"
+        )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if not needs.paired and getattr(args, name) < 2:
+            raise ValueError(
+                "this objective takes its reference point from mismatched responses of a batch: "
+                f"{name} must be at least 2, got {getattr(args, name)}"
+            )
+
+
 def _fused_forward(
     model: nn.Module, inputs: dict[str, Any], loss_fn: FusedPreferenceLoss, **options: Any
-) -> tuple[PreferenceOutput, Tensor]:
+) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
     """Run `loss_fn` inside the model's forward: its output, and the loss to differentiate."""
     transform = head_transform(model)
     labels = align_labels(inputs["labels"])
 
     def score(
         hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[PreferenceOutput, Tensor]:
+    ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
         outputs = loss_fn(
             token_states(hidden, labels),
             weight,
@@ -425,62 +562,18 @@ def _fused_forward(
         )
         return outputs, outputs.loss
 
-    ours = ("labels", "ref_logps", "reward_margins")
-    model_inputs = {name: value for name, value in inputs.items() if name not in ours}
-    outputs, zero = forward_with_head(model, model_inputs, score)
+    outputs, zero = forward_with_head(model, _model_inputs(inputs), score)
     return outputs, outputs.loss + zero
 
 
-@torch.no_grad()
-def _pair_values(outputs: PreferenceOutput, objective: Objective) -> dict[str, Tensor]:
-    """Each metric as [B, 2]: a pair's numerator and its weight."""
-    chosen, rejected = outputs.chosen_rewards, outputs.rejected_rewards
-    values = {
-        "rewards/chosen": _per_pair(chosen),
-        "rewards/rejected": _per_pair(rejected),
-        "rewards/accuracies": _per_pair(chosen > rejected),
-        "rewards/margins": _per_pair(chosen - rejected),
-        "logps/chosen": _per_pair(outputs.chosen_logps),
-        "logps/rejected": _per_pair(outputs.rejected_logps),
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch is the model's, and not the loss's."""
+    ours = ("labels", "ref_logps", "reward_margins", "desirable")
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name not in ours and not name.startswith(_MISMATCHED)
     }
-    adaptive = objective.adaptive
-    if adaptive is not None:
-        ratio = outputs.beta_chosen / outputs.beta_rejected
-        values["adaptive/beta_ratio"] = _per_pair(ratio)
-        if adaptive.clip is not None:
-            # beta cancels up to the rounding of a product and a quotient.
-            at_clip = ratio >= adaptive.k * adaptive.clip * (1 - 1e-6)
-            values["adaptive/clip_fraction"] = _per_pair(at_clip)
-        if outputs.ref_chosen_logps is not None and outputs.ref_rejected_logps is not None:
-            # Rewards above use the coefficients in force; these compare with plain DPO's.
-            base = (outputs.chosen_logps - outputs.ref_chosen_logps) - (
-                outputs.rejected_logps - outputs.ref_rejected_logps
-            )
-            values["rewards/base_margins"] = _per_pair(outputs.beta_rejected * base)
-            values["rewards/base_accuracies"] = _per_pair(base > 0)
-    stats = outputs.token_stats
-    if stats is not None:
-        lengths = torch.stack([outputs.chosen_lengths, outputs.rejected_lengths])  # (2, B)
-
-        def token_sums(per_token: Tensor) -> Tensor:  # (2B, T) -> (2, B)
-            return per_token.float().sum(1).view(2, -1)
-
-        entropies, logits = token_sums(stats.entropy), token_sums(stats.mean_logit)
-        values["entropy"] = _per_pair(entropies.sum(0), lengths.sum(0))
-        values["logits/chosen"] = _per_pair(logits[0], lengths[0])
-        values["logits/rejected"] = _per_pair(logits[1], lengths[1])
-        values["mean_token_accuracy"] = _per_pair(token_sums(stats.is_top1)[0], lengths[0])
-    return values
-
-
-def _per_pair(numerators: Tensor, weights: Tensor | None = None) -> Tensor:  # (B,) -> (B, 2)
-    numerators = numerators.detach().float()
-    weights = torch.ones_like(numerators) if weights is None else weights.float()
-    return torch.stack([numerators, weights], dim=1)
-
-
-def _means(sums: dict[str, Tensor]) -> dict[str, float]:
-    return {name: (total[0] / total[1].clamp(min=1)).item() for name, total in sums.items()}
 
 
 def _named(dataset: Any, name: str) -> list[tuple[str, Any]]:

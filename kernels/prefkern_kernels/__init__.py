@@ -6,10 +6,17 @@ The way from hidden states to gradients, with products by the device's own libra
     log-probs -> `pair_loss` -> a loss, and one coefficient a sequence
     product -> `logits_gradient` -> two products -> dH and dW              second pass, trained head
 
+With a divergence from a reference, whose logits are a second product over the same words:
+
+    two products -> `fold_kl` -> (`rescale_rows`, product) twice -> log-probs, kl and both D
+    two products -> `kl_gradient` -> two products -> dH and dW
+
 One kernel a file, its launcher beside it under the same name. `launches` counts them.
 """
 
 from .fold import fold
+from .fold_kl import fold_kl
+from .kl_gradient import kl_gradient
 from .launches import launches
 from .logits_gradient import logits_gradient
 from .pair import PairLossOutput, pair_loss
@@ -20,6 +27,8 @@ __all__ = [
     "INTERPRET",
     "PairLossOutput",
     "fold",
+    "fold_kl",
+    "kl_gradient",
     "launches",
     "logits_gradient",
     "pair_loss",

@@ -8,8 +8,9 @@ For token t with label y and a tile of raw products `(n, v)` over words `start .
 
 and `label_logit = z_y` where y lies in the tile. The label's own term is left out of the sum, so
 that a confident token's `1 - p_y` is never a difference of near-equal numbers. When asked, also
-`shifted = sum_{v != y} exp(z_v - m) (z_v - m)`, `logit_sum = sum_v z_v` and `before`, the largest
-logit ahead of the label: entropy, mean logit and top-1 follow from them.
+`shifted = sum_{v != y} exp(z_v - m) (z_v - m)`, `logit_sum = sum_v z_v`, `before`, the largest logit
+ahead of the label, and `squares = sum_{v != y} exp(2 (z_v - m))`: entropy, mean logit, top-1 and
+`sum_v p_v^2` follow from them.
 
 With `weights`, the row is written back as `exp(z_v - m') t_v` (t_v the softcap's derivative, 0 in
 the label's column) for a second product with the weight, and `rescale = exp(m - m')` is what the
@@ -45,6 +46,7 @@ def _fold_kernel(
     shifted_ptr,
     logit_sum_ptr,
     before_ptr,
+    squares_ptr,
     start,
     n_words,
     logit_scale,
@@ -99,6 +101,7 @@ def _fold_kernel(
     # Second reading: the sum, and the weights.
     sums = tl.zeros((BLOCK_V,), tl.float32)
     shifted = tl.zeros((BLOCK_V,), tl.float32)
+    squares = tl.zeros((BLOCK_V,), tl.float32)
     for block in range(0, n_words, BLOCK_V):
         words = block + offs_v
         mask = words < n_words
@@ -119,6 +122,7 @@ def _fold_kernel(
         if HAS_STATS:
             # exp is 0 from -104 down: the bound changes no product, and keeps 0 * -inf out.
             shifted += e * tl.maximum(z, -200.0)
+            squares += e * e
         if HAS_WEIGHTS:
             value = round_to(e * slope, weights_ptr.dtype.element_ty)
             tl.store(weights_ptr + row * stride_wn + words, value, mask=mask)
@@ -135,6 +139,8 @@ def _fold_kernel(
         tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tl.sum(logit_sum, axis=0))
         highest = tl.maximum(tl.load(before_ptr + row), tl.max(before_max, axis=0))
         tl.store(before_ptr + row, highest)
+        running = tl.load(squares_ptr + row) * factor * factor
+        tl.store(squares_ptr + row, running + tl.sum(squares, axis=0))
 
 
 def fold(
@@ -147,9 +153,10 @@ def fold(
     label_slope: torch.Tensor,  # (n,)
     rescale: torch.Tensor | None,  # (n,), out
     weights: torch.Tensor | None,  # (n, v), out; may be the tile itself
-    shifted: torch.Tensor | None,  # (n,), in and out, as are the next two; None: no statistics
+    shifted: torch.Tensor | None,  # (n,), in and out, as are the next ones; None: no statistics
     logit_sum: torch.Tensor | None,  # (n,)
     before: torch.Tensor | None,  # (n,)
+    squares: torch.Tensor | None,  # (n,)
     *,
     start: int,
     logit_scale: float,
@@ -171,6 +178,7 @@ def fold(
         shifted=shifted,
         logit_sum=logit_sum,
         before=before,
+        squares=squares,
     )
     n, v = tile.shape
     if n == 0:
@@ -193,6 +201,7 @@ def fold(
             shifted,
             logit_sum,
             before,
+            squares,
             start,
             v,
             float(logit_scale),

@@ -1,31 +1,34 @@
 """The pair kernel: from per-token log-probs to a pairwise loss and its gradient, in one launch.
 
-One program a pair. It sums the log-probs of the pair's two runs of tokens (L_w, L_l), forms the
-log-ratios `rho = L - R` to the reference's sums, AdaDPO's coefficients (Eq. 7)
+One program a pair. It sums the log-probs of the pair's two runs of tokens (L_w, L_l) and forms, of
+these, the reference's sums R and the lengths n, an objective of AdaDPO's Eq. 8:
 
-    ratio         = exp(alpha_w x_w - alpha_l x_l),  x = rho or L,  alpha = 1 / |y| or given
-    beta_chosen   = beta k min(ratio, clip),         beta_rejected = beta
+    s            = rho, rho / n, L, L / n or log-odds     rho = L - R, log-odds of P = exp(L / n)
+    ratio        = exp(alpha_w x_w - alpha_l x_l)         Eq. 7; x = rho, L, or log P (1 - P)
+    beta_chosen  = beta k min(ratio, clip),   beta_rejected = beta
+    delta        = beta_chosen s_w - beta_rejected s_l - margin
+    loss         = weight link(delta) - nll_weight L_w / n_w
 
-and, with `delta = beta_chosen rho_w - beta_rejected rho_l` and label smoothing e,
+The margin may hold a z-score (alpha-DPO's Eq. 12), the weight be MADPO's Eq. 4. Coefficients,
+margin and weight are constants to the gradient, so that
 
-    loss          = -(1 - e) logsigmoid(delta) - e logsigmoid(-delta)
-    d loss/d delta = -(1 - e) sigmoid(-delta) + e sigmoid(delta)
+    d loss / d L_w =  weight link'(delta) beta_chosen ds_w/dL_w - nll_weight / n_w
+    d loss / d L_l = -weight link'(delta) beta_rejected ds_l/dL_l
 
-The coefficients are constants to the gradient, so `d loss / d L_w = beta_chosen d loss/d delta` and
-`d loss / d L_l = -beta_rejected d loss/d delta`: one number a sequence, the same for every token.
-It is the twin of `prefkern.objectives.DPO`, which the tests hold it to.
+one number a sequence, the same for every token. It is the twin of `prefkern.objectives.Contrastive`,
+whose declarations are its options; the tests hold the two together.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import log1p, on_device_of
+from .primitives import log1p, on_device_of, one_minus_exp
 
 
 class PairLossOutput(NamedTuple):
@@ -36,8 +39,21 @@ class PairLossOutput(NamedTuple):
     lengths: torch.Tensor  # (S,) int64, tokens of each sequence
     beta_chosen: torch.Tensor  # (B,) float32
     beta_rejected: torch.Tensor  # (B,) float32
-    rewards: torch.Tensor  # (S,) float32, coefficient times log-ratio
+    rewards: torch.Tensor  # (S,) float32, coefficient times score
     coefficients: torch.Tensor  # (S,) float32, d losses / d sums
+
+
+class MarginWeight(TypedDict):
+    """MADPO's weight of a reward margin h (Eq. 4), `c_range` being c_max - c_min."""
+
+    tau: float
+    c_min: float
+    c_range: float
+    log_k: float  # log((c_max - 1) / (1 - c_min))
+    lam: float
+    max_margin: float
+    amplifies: bool  # False: weight 1 where |h| < tau
+    damps: bool  # False: weight 1 where |h| >= tau
 
 
 @triton.jit
@@ -51,10 +67,66 @@ def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def _log_sigmoid(x):
+    # log sigmoid(x) = -log(1 + exp(-x)); exp of a negative number cannot overflow.
+    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _score(logp, ref_logp, length, least_miss, SCORE: tl.constexpr):
+    """A response's score s, ds/dL, and log P (1 - P) where the score is log-odds."""
+    value = logp
+    if SCORE == "log_ratio" or SCORE == "mean_log_ratio":
+        value = logp - ref_logp
+    slope = 1.0
+    extra = 0.0
+    if SCORE == "mean_log_ratio" or SCORE == "mean_log_prob":
+        value = value / length
+        slope = 1.0 / length
+    if SCORE == "log_odds":
+        # o = log P - log(1 - P), d o / d log P = 1 / (1 - P)
+        log_p = tl.minimum(value / length, -least_miss)
+        miss = one_minus_exp(log_p)
+        slope = tl.where(value / length <= -least_miss, 1.0 / miss / length, 0.0)
+        value = log_p - tl.log(miss)
+        extra = log_p + tl.log(miss)
+    return value, slope, extra
+
+
+@triton.jit
+def _link(delta, label_smoothing, max_squared, LINK: tl.constexpr):
+    """The link of delta, and its derivative."""
+    if LINK == "hinge":
+        loss = tl.maximum(1.0 - delta, 0.0)
+        ddelta = tl.where(delta < 1.0, -1.0, 0.0)
+    elif LINK == "square":
+        bounded = tl.minimum(tl.maximum(delta, -max_squared), max_squared)
+        loss = bounded * bounded
+        ddelta = tl.where(tl.abs(delta) <= max_squared, 2.0 * bounded, 0.0)
+    else:
+        tail = tl.exp(-tl.abs(delta))
+        kept = -_log_sigmoid(delta)
+        flipped = -_log_sigmoid(-delta)
+        below = tl.where(delta >= 0, tail, 1.0) / (1.0 + tail)  # sigmoid(-delta)
+        above = tl.where(delta >= 0, 1.0, tail) / (1.0 + tail)  # sigmoid(delta)
+        if LINK == "robust":
+            scale = 1.0 - 2.0 * label_smoothing
+            loss = ((1.0 - label_smoothing) * kept - label_smoothing * flipped) / scale
+            ddelta = -((1.0 - label_smoothing) * below + label_smoothing * above) / scale
+        else:
+            loss = kept + label_smoothing * (flipped - kept)
+            ddelta = label_smoothing * above - (1.0 - label_smoothing) * below
+    return loss, ddelta
+
+
+@triton.jit
 def _pair_loss_kernel(
     logps_ptr,
     offsets_ptr,
     ref_logps_ptr,
+    reward_margins_ptr,
+    gap_mean_ptr,
+    gap_variance_ptr,
     losses_ptr,
     sums_ptr,
     lengths_ptr,
@@ -65,14 +137,36 @@ def _pair_loss_kernel(
     n_pairs,
     beta,
     label_smoothing,
+    margin,
+    length_penalty,
+    nll_weight,
     alpha_chosen,
     alpha_rejected,
     clip,
     k,
     max_log_ratio,
+    least_miss,
+    max_squared,
+    gap_policy,
+    gap_reference,
+    gap_scale,
+    tau,
+    c_min,
+    c_range,
+    log_k,
+    lam,
+    max_margin,
+    SCORE: tl.constexpr,
+    LINK: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
     RATIO_SPACE: tl.constexpr,
     BY_LENGTH: tl.constexpr,
+    COUNTS_LENGTHS: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    HAS_GAP: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    AMPLIFIES: tl.constexpr,
+    DAMPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """One pair."""
@@ -84,60 +178,105 @@ def _pair_loss_kernel(
     end_l = tl.load(offsets_ptr + rejected + 1)
     sum_w = _sum_run(logps_ptr, begin_w, end_w, BLOCK_T)
     sum_l = _sum_run(logps_ptr, begin_l, end_l, BLOCK_T)
-    rho_w = sum_w - tl.load(ref_logps_ptr + chosen)
-    rho_l = sum_l - tl.load(ref_logps_ptr + rejected)
+    # An empty response has a log-prob of 0, whatever it is divided by.
+    n_w = tl.maximum((end_w - begin_w).to(tl.float32), 1.0)
+    n_l = tl.maximum((end_l - begin_l).to(tl.float32), 1.0)
+    ref_w, ref_l = 0.0, 0.0
+    if HAS_REFERENCE:
+        ref_w = tl.load(ref_logps_ptr + chosen)
+        ref_l = tl.load(ref_logps_ptr + rejected)
+    s_w, slope_w, extra_w = _score(sum_w, ref_w, n_w, least_miss, SCORE)
+    s_l, slope_l, extra_l = _score(sum_l, ref_l, n_l, least_miss, SCORE)
 
-    if RATIO_SPACE:
-        x_w, x_l = rho_w, rho_l
+    if SCORE == "log_odds":
+        x_w, x_l = extra_w, extra_l
+    elif RATIO_SPACE:
+        x_w, x_l = sum_w - ref_w, sum_l - ref_l
     else:
         x_w, x_l = sum_w, sum_l
-    if BY_LENGTH:
-        # An empty response has a log-prob of 0, whatever it is divided by.
-        x_w = x_w / tl.maximum((end_w - begin_w).to(tl.float32), 1.0)
-        x_l = x_l / tl.maximum((end_l - begin_l).to(tl.float32), 1.0)
-    else:
+    if not BY_LENGTH:
         x_w = x_w * alpha_chosen
         x_l = x_l * alpha_rejected
-    ratio = tl.exp(tl.minimum(x_w - x_l, max_log_ratio))
+    elif SCORE != "log_odds":
+        x_w = x_w / n_w
+        x_l = x_l / n_l
+    log_ratio = x_w - x_l
+    if COUNTS_LENGTHS:
+        log_ratio += tl.log(n_w) - tl.log(n_l)
+    ratio = tl.exp(tl.minimum(log_ratio, max_log_ratio))
     if HAS_CLIP:
         ratio = tl.minimum(ratio, clip)
     beta_w = beta * (k * ratio)
 
-    delta = beta_w * rho_w - beta * rho_l
-    # -logsigmoid(delta) = log(1 + exp(-delta)); exp of a negative number cannot overflow.
-    tail = tl.exp(-tl.abs(delta))
-    softplus = log1p(tail)
-    loss = softplus + tl.maximum(-delta, 0.0)
-    flipped = softplus + tl.maximum(delta, 0.0)
-    below = tl.where(delta >= 0, tail, 1.0) / (1.0 + tail)  # sigmoid(-delta)
-    above = tl.where(delta >= 0, 1.0, tail) / (1.0 + tail)  # sigmoid(delta)
-    ddelta = label_smoothing * above - (1.0 - label_smoothing) * below
+    offset = margin + length_penalty * (
+        (end_w - begin_w).to(tl.float32) - (end_l - begin_l).to(tl.float32)
+    )
+    if HAS_GAP:
+        gap_w = gap_policy * sum_w + gap_reference * ref_w
+        gap_l = gap_policy * sum_l + gap_reference * ref_l
+        if SCORE == "mean_log_prob":
+            gap_w = gap_w / n_w
+            gap_l = gap_l / n_l
+        spread = tl.sqrt(tl.load(gap_variance_ptr))
+        z = (gap_w - gap_l - tl.load(gap_mean_ptr)) / tl.where(spread > 0, spread, 1.0)
+        offset += gap_scale * tl.where(spread > 0, z, 0.0)
+    delta = beta_w * s_w - beta * s_l - offset
+    loss, ddelta = _link(delta, label_smoothing, max_squared, LINK)
 
-    tl.store(losses_ptr + chosen, loss + label_smoothing * (flipped - loss))
+    if HAS_WEIGHT:
+        h = tl.load(reward_margins_ptr + chosen).to(tl.float32)
+        h = tl.minimum(tl.maximum(h, -max_margin), max_margin)
+        size = tl.abs(h)
+        # 1 / (1 + K exp(lam (|h| - tau))) = exp(log sigmoid(-(lam (|h| - tau) + log K)))
+        c = c_min + c_range * tl.exp(_log_sigmoid(-(lam * (size - tau) + log_k)))
+        weight = tl.exp(_log_sigmoid(c * h) - _log_sigmoid(h))
+        weighted = h > -tau
+        if not AMPLIFIES:
+            weighted = weighted & (size >= tau)
+        if not DAMPS:
+            weighted = weighted & (size < tau)
+        weight = tl.where(weighted, weight, 1.0)
+        loss *= weight
+        ddelta *= weight
+
+    tl.store(losses_ptr + chosen, loss - nll_weight * (sum_w / n_w))
     tl.store(sums_ptr + chosen, sum_w)
     tl.store(sums_ptr + rejected, sum_l)
     tl.store(lengths_ptr + chosen, end_w - begin_w)
     tl.store(lengths_ptr + rejected, end_l - begin_l)
     tl.store(beta_chosen_ptr + chosen, beta_w)
     tl.store(beta_rejected_ptr + chosen, beta)
-    tl.store(rewards_ptr + chosen, beta_w * rho_w)
-    tl.store(rewards_ptr + rejected, beta * rho_l)
-    tl.store(coefficients_ptr + chosen, ddelta * beta_w)
-    tl.store(coefficients_ptr + rejected, -ddelta * beta)
+    tl.store(rewards_ptr + chosen, beta_w * s_w)
+    tl.store(rewards_ptr + rejected, beta * s_l)
+    tl.store(coefficients_ptr + chosen, ddelta * beta_w * slope_w - nll_weight / n_w)
+    tl.store(coefficients_ptr + rejected, -ddelta * beta * slope_l)
 
 
 def pair_loss(
     logps: torch.Tensor,  # (N,) float32
     offsets: torch.Tensor,  # (S + 1,) int64, where each sequence's tokens begin
-    ref_logps: torch.Tensor,  # (S,) float32
+    ref_logps: torch.Tensor | None,  # (S,) float32; None where nothing needs it
+    reward_margins: torch.Tensor | None = None,  # (B,), with margin_weight
     *,
+    score: str,  # "log_ratio", "mean_log_ratio", "log_prob", "mean_log_prob" or "log_odds"
+    link: str,  # "logistic", "robust", "hinge" or "square"
     beta: float,
     label_smoothing: float,
+    margin: float,
+    length_penalty: float,
+    nll_weight: float,
     ratio_space: bool,
     exponents: tuple[float, float] | None,  # None: one over each length
+    counts_lengths: bool,  # ratio times n_w / n_l
     clip: float | None,
     k: float,
     max_log_ratio: float,
+    least_miss: float,
+    max_squared: float,
+    gap: tuple[float, float] | None = None,  # policy's and reference's part in alpha-DPO's gap
+    gap_scale: float = 0.0,
+    gap_statistics: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean and variance, scalars
+    margin_weight: MarginWeight | None = None,
 ) -> PairLossOutput:
     """Loss, coefficients and gradients of B pairs; one launch."""
     n_sequences = offsets.shape[0] - 1
@@ -156,24 +295,61 @@ def pair_loss(
         coefficients=empty(n_sequences),
     )
     alpha_chosen, alpha_rejected = exponents or (0.0, 0.0)
+    gap_policy, gap_reference = gap or (0.0, 0.0)
+    gap_mean, gap_variance = gap_statistics or (None, None)
+    weight = margin_weight or MarginWeight(
+        tau=1.0,
+        c_min=0.0,
+        c_range=0.0,
+        log_k=0.0,
+        lam=1.0,
+        max_margin=0.0,
+        amplifies=True,
+        damps=True,
+    )
     count("pair_loss")
     with on_device_of(logps):
         _pair_loss_kernel[(n_pairs,)](
             logps.contiguous(),
             offsets.contiguous(),
-            ref_logps.contiguous(),
+            None if ref_logps is None else ref_logps.contiguous(),
+            None if reward_margins is None else reward_margins.contiguous(),
+            gap_mean,
+            gap_variance,
             *out,
             n_pairs,
             float(beta),
             float(label_smoothing),
+            float(margin),
+            float(length_penalty),
+            float(nll_weight),
             float(alpha_chosen),
             float(alpha_rejected),
             float(clip or 0.0),
             float(k),
             float(max_log_ratio),
+            float(least_miss),
+            float(max_squared),
+            float(gap_policy),
+            float(gap_reference),
+            float(gap_scale),
+            float(weight["tau"]),
+            float(weight["c_min"]),
+            float(weight["c_range"]),
+            float(weight["log_k"]),
+            float(weight["lam"]),
+            float(weight["max_margin"]),
+            SCORE=score,
+            LINK=link,
+            HAS_REFERENCE=ref_logps is not None,
             RATIO_SPACE=ratio_space,
             BY_LENGTH=exponents is None,
+            COUNTS_LENGTHS=counts_lengths,
             HAS_CLIP=clip is not None,
+            HAS_GAP=gap is not None,
+            HAS_WEIGHT=margin_weight is not None,
+            AMPLIFIES=weight["amplifies"],
+            DAMPS=weight["damps"],
             BLOCK_T=1024,
             num_warps=4,
         )

@@ -69,6 +69,16 @@ def log1p(y):
 
 
 @triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x < 0, to float32 accuracy down to the smallest x."""
+    # Below 1/2 the difference cancels: the series of expm1 there, whose next term is 1e-8 of x.
+    s = 1.0 + x * (1.0 / 7) * (1.0 + x * (1.0 / 8))
+    s = 1.0 + x * (1.0 / 4) * (1.0 + x * (1.0 / 5) * (1.0 + x * (1.0 / 6) * s))
+    s = x * (1.0 + x * (1.0 / 2) * (1.0 + x * (1.0 / 3) * s))
+    return tl.where(x > -0.5, -s, 1.0 - tl.exp(x))
+
+
+@triton.jit
 def round_to(x, dtype: tl.constexpr):
     """float32 to `dtype`, to the nearest even."""
     if _INTERPRET and dtype == tl.bfloat16:

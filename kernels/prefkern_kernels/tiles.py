@@ -26,3 +26,9 @@ def row_config(row_size: int) -> RowConfig:
     while block < row_size and block < _LARGEST_BLOCK:
         block *= 2
     return RowConfig(block, min(max(block // 256, 1), 8))
+
+
+def pair_config(row_size: int) -> RowConfig:
+    """As `row_config`, for kernels that hold blocks of two rows at once: half as many elements."""
+    block, num_warps = row_config(row_size)
+    return RowConfig(block if INTERPRET else min(block, 1024), num_warps)

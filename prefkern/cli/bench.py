@@ -349,8 +349,11 @@ def _cells(row: Row) -> list[str]:
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
     """What the numbers belong to."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("prefkern", "torch", "triton", "transformers", "liger-kernel"):
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "prefkern": prefkern.__version__,
+    }
+    for package in ("torch", "triton", "transformers", "liger-kernel"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,11 +1,11 @@
 """`prefkern check`: every backend of this machine against the float64 reference.
 
 For a grid of shapes, dtypes, transforms and heads (frozen: the one-pass structure; trained: two
-passes) it compares log-probs, dH and dW, and then the whole preference loss, with
-`prefkern.reference` in float64 on the same, already rounded, inputs. A row is the worst of its
+passes) it compares log-probs, dH and dW, then log-probs with the KL to a reference through a second
+head, and then the whole preference loss, with `prefkern.reference` in float64 on the same, already rounded, inputs. A row is the worst of its
 shapes. Bounds:
 
-- log-probs: 1e-3 nats per token for half-precision inputs, 1e-4 for float32;
+- log-probs and KL: 1e-3 nats per token for half-precision inputs, 1e-4 for float32;
 - dH and dW, as norm of the error over norm of the truth: 1e-5 for float32; for half precision, what
   the eager path (logits in memory, same dtype, same device) errs on the same inputs.
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
         (backend, device, dtype, name, trained)
         for backend, device in runs
         for dtype in args.dtype or LOGP_BOUND
-        for name in [*TRANSFORMS, "loss"]
+        for name in [*TRANSFORMS, "kl", "loss"]
         for trained in (False, True)
     ]
     rows = [
@@ -126,7 +126,7 @@ def _backends() -> list[tuple[str, str]]:
 
 def _check(backend: str, device: str, dtype: str, case: str, trained: bool, seed: int) -> Row:
     row = Row(f"{backend} on {device}", dtype, case, "train" if trained else "frozen")
-    measure = _loss_errors if case == "loss" else _operator_errors
+    measure = {"loss": _loss_errors, "kl": _kl_errors}.get(case, _operator_errors)
     interpreted = backend == "triton" and device == "cpu"
     for shape in INTERPRETED_SHAPES if interpreted else SHAPES:
         errors, bounds = measure(backend, device, dtype, case, trained, shape, seed)
@@ -183,6 +183,48 @@ def _operator_errors(
     )
     eager = run(reference.linear_logprobs, lambda x: x.to(rounded, copy=True))
     truth = run(reference.linear_logprobs, lambda x: x.to(rounded).double())
+    return _compare(ours, eager, truth, dtype)
+
+
+def _kl_errors(
+    backend: str,
+    device: str,
+    dtype: str,
+    case: str,
+    trained: bool,
+    shape: tuple[int, int, int, float],
+    seed: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The same of `linear_kl`; in place of logp, the worse of log-prob and divergence."""
+    import torch
+
+    from prefkern import linear_kl, reference
+
+    del case
+    N, H, V, workspace_mb = shape
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=generator) * 5 / H**0.5
+    ref_hidden = hidden + 0.3 * torch.randn(N, H, generator=generator) / H**0.5
+    weight = torch.randn(V, H, generator=generator)
+    labels = torch.randint(V, (N,), generator=generator)
+    labels[::7] = -100
+    grads = torch.randn(2, N, generator=generator).to(device)
+
+    def run(function, cast, **keywords):
+        h, w = (cast(x).to(device).requires_grad_() for x in (hidden, weight))
+        w.requires_grad_(trained)
+        reference_head = (cast(ref_hidden).to(device), cast(weight).to(device))
+        out = function(h, w, labels.to(device), *reference_head, **keywords)
+        values = torch.stack([out.logps, out.kl])
+        values.backward(grads.to(values.dtype))
+        return values.detach(), h.grad, w.grad
+
+    rounded = getattr(torch, dtype)
+    ours = run(
+        linear_kl, lambda x: x.to(rounded, copy=True), backend=backend, workspace_mb=workspace_mb
+    )
+    eager = run(reference.linear_kl, lambda x: x.to(rounded, copy=True))
+    truth = run(reference.linear_kl, lambda x: x.to(rounded).double())
     return _compare(ours, eager, truth, dtype)
 
 

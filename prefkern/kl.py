@@ -1,0 +1,149 @@
+"""The second operator: log-probs, and the divergence from a reference to the policy, per token.
+
+Objectives with a term of each token's divergence (TDPO, arXiv 2404.11999) need `sum_v r_v (log r_v -
+log p_v)` beside the log-probs, over two distributions of V words. `linear_kl` folds tiles of both
+models' logits at once, so that neither set of logits is ever in memory; the way through the package
+is that of `linear_logprobs`, with `kl_passes` over pairs of tiles (`prefkern_kernels.fold_kl` and
+`kl_gradient`, or `torch_kl_tiles`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefkern import api, checks, plan, sequences
+from prefkern.kl_autograd import Call, scored_kl
+from prefkern.outputs import TokenKL
+from prefkern.passes import Operands, Transform
+
+
+def linear_kl(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    ref_hidden: Tensor,  # (..., H_ref)
+    ref_weight: Tensor,  # (V, H_ref)
+    bias: Tensor | None = None,  # (V,)
+    ref_bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+) -> TokenKL:
+    """Log-probs of labels, and the forward KL divergence from a reference, in tiles.
+
+    With p and r the distributions of policy and reference, `kl = sum_v r_v (log r_v - log p_v)` over
+    the whole vocabulary, whatever the label. Equal models give exactly 0.
+
+    Args:
+        hidden, weight, labels, bias: as in `prefkern.linear_logprobs`.
+        ref_hidden: [..., H_ref] of the reference at the same tokens; its width and dtype may differ.
+        ref_weight: [V, H_ref], over the same words as weight.
+        ref_bias: [V] or None.
+        ignore_index, logit_scale, softcap, temperature, workspace_mb, backend: as in
+            `prefkern.linear_logprobs`; the transform is the same for both models.
+
+    Returns:
+        TokenKL(logps, ref_logps, kl), [...] float32 each, in nats; 0 where not scored. `logps` and
+        `kl` are differentiable once in hidden, weight and bias; nothing of the reference carries a
+        gradient. `prefkern.last_plan()` tells what ran.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `prefkern.linear_logprobs` does, of the reference's
+            arguments too.
+    """
+    checks.head(hidden, weight, bias)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    _check_reference(hidden, weight, ref_hidden, ref_weight)
+    checks.ignore_index(ignore_index)
+    checks.transform(logit_scale, softcap, temperature)
+    workspace_mb = api.resolve_workspace(workspace_mb, hidden.device)
+    backend = api.resolve_backend(backend, hidden.device)
+    scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
+    *values, _ = run(
+        hidden,
+        weight,
+        bias,
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        scored,
+        Transform(float(logit_scale), softcap, float(temperature)),
+        workspace_mb,
+        backend,
+    )
+    return TokenKL(*(api.place(value, scored.rows, labels.shape) for value in values))
+
+
+def run(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ref_hidden: Tensor,  # (..., H_ref)
+    ref_weight: Tensor,  # (V, H_ref)
+    ref_bias: Tensor | None,  # (V,)
+    scored: sequences.Scored,
+    transform: Transform,
+    workspace_mb: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, plan.Plan]:
+    """Plan and run checked arguments: (N,) log-probs of both and divergence of scored tokens."""
+    operands, ref_operands = api.operands_of(hidden), api.operands_of(ref_hidden)
+    grad = torch.is_grad_enabled()
+    bias_needs_grad = grad and bias is not None and bias.requires_grad
+    weight_needs_grad = grad and weight.requires_grad
+    made = plan.make_kl_plan(
+        tokens=scored.count,
+        vocab_size=weight.shape[0],
+        policy=_planned(weight, operands),
+        reference=_planned(ref_weight, ref_operands),
+        backend=backend,
+        workspace_mb=workspace_mb,
+        hidden_needs_grad=grad and hidden.requires_grad,
+        head_needs_grad=weight_needs_grad or bias_needs_grad,
+        weight_needs_grad=weight_needs_grad,
+        has_softcap=transform.softcap is not None,
+    )
+    plan.record(made)
+    ops = api.tile_operations(backend, twin="prefkern.torch_kl_tiles")
+    call = Call(transform, operands, ref_operands, made, ops)
+    logps, ref_logps, kl = scored_kl(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        # Kernels walk a bias word by word: no strides, no expanded views.
+        None if bias is None else bias.contiguous(),
+        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        ref_weight.detach(),
+        None if ref_bias is None else ref_bias.detach().contiguous(),
+        scored.rows,
+        scored.labels,
+        call,
+    )
+    return logps, ref_logps, kl, made
+
+
+def _planned(weight: Tensor, operands: Operands) -> plan.Head:
+    copies = operands.upcasts or weight.dtype != operands.dtype
+    return plan.Head(weight.shape[1], operands.compute_dtype, operands.upcasts, copies)
+
+
+def _check_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> None:
+    """What the two models must share: the tokens, the words and the device."""
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+            "a divergence needs two distributions over the same words"
+        )
+    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"ref_hidden must have hidden's shape but for H and its device, "
+            f"{list(hidden.shape)} on {hidden.device}; "
+            f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
+        )

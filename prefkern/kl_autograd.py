@@ -1,0 +1,151 @@
+"""The autograd function of the second operator: scored tokens' log-probs and divergence.
+
+As `autograd` does it for log-probs alone. With a frozen head, `D = d logp / d hidden` and `K = d kl /
+d hidden` are kept, (N, H) float32 each, and backward is `g D + k K`, rounded once; with a trainable
+head, the inputs themselves and six numbers a token, from which the tiles are recomputed. Nothing
+saved is overwritten, nothing of the reference has a gradient, and differentiating a gradient raises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from prefkern import kl_passes, passes
+from prefkern.autograd import without_autocast
+from prefkern.kl_passes import FoldedPair, Head
+from prefkern.once import differentiable_once
+from prefkern.plan import Plan
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call runs on, beside its tensors."""
+
+    transform: passes.Transform
+    operands: passes.Operands
+    ref_operands: passes.Operands
+    plan: Plan
+    ops: ModuleType
+
+
+def scored_kl(
+    hidden: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    ref_hidden: Tensor,  # (M, H_ref)
+    ref_weight: Tensor,  # (V, H_ref)
+    ref_bias: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    labels: Tensor,  # (N,)
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of policy and reference, and the divergence, of scored tokens: (N,) float32."""
+    tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels)
+    if call.plan.structure == "forward":
+        with torch.no_grad():
+            return _outputs(_fold(*tensors, call))
+    return _LinearKL.apply(*tensors, call)
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        ref_bias: Tensor | None,
+        rows: Tensor | None,
+        labels: Tensor,
+        call: Call,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels)
+        folded = _fold(*tensors, call)
+        ctx.call = call
+        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
+        if folded.derivatives is not None:
+            ctx.save_for_backward(*folded.derivatives, rows)
+        else:
+            policy, reference = folded.policy, folded.reference
+            ctx.save_for_backward(
+                *tensors,
+                policy.maximum,
+                policy.total,
+                reference.maximum,
+                reference.total,
+                policy.miss,
+                folded.label_difference,
+            )
+        outputs = _outputs(folded)
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, dlogps: Tensor, _: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.call
+        dlogps, dkl = dlogps.float(), dkl.float()
+        with without_autocast(dlogps):
+            if call.plan.structure == "one_pass":
+                logps_derivative, kl_derivative, rows = ctx.saved_tensors
+                dhidden = kl_passes.scatter_hidden(
+                    (logps_derivative, kl_derivative),
+                    (dlogps, dkl),
+                    rows,
+                    ctx.hidden_shape,
+                    ctx.hidden_dtype,
+                    call.plan.forward_tiles.token_tile,
+                )
+                return dhidden, *(None,) * 8
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels, *kept = (
+                ctx.saved_tensors
+            )
+            maximum, total, ref_maximum, ref_total, miss, label_difference = kept
+            gradients = kl_passes.backward(
+                dlogps,
+                dkl,
+                Head(hidden, weight, bias, call.operands),
+                Head(ref_hidden, ref_weight, ref_bias, call.ref_operands),
+                rows,
+                labels,
+                maximum,
+                total,
+                ref_maximum,
+                ref_total,
+                miss,
+                label_difference,
+                call.transform,
+                call.plan,
+                call.ops,
+                needs=ctx.needs_input_grad[:3],
+            )
+        return *gradients, *(None,) * 6
+
+
+def _fold(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    rows: Tensor | None,
+    labels: Tensor,
+    call: Call,
+) -> FoldedPair:
+    policy = Head(hidden, weight, bias, call.operands)
+    reference = Head(ref_hidden, ref_weight, ref_bias, call.ref_operands)
+    with without_autocast(hidden):
+        return kl_passes.forward(
+            policy, reference, rows, labels, call.transform, call.plan, call.ops
+        )
+
+
+def _outputs(folded: FoldedPair) -> tuple[Tensor, Tensor, Tensor]:
+    return folded.policy.logps, folded.reference.logps, folded.kl

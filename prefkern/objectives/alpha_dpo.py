@@ -1,0 +1,140 @@
+"""alpha-DPO: SimPO with a margin of each pair's own, a z-score of how far the policy has moved.
+
+The stop-gradient in Eq. 12 makes the margin a constant, and `AlphaDPO(alpha=0)` is SimPO. Of the
+ablations in Table 2, gamma = 0 is an argument. "w/o sg" and "w/o normalization" change what the
+method is: without both, Eq. 9 is `-logsigmoid((1 - alpha) u + alpha u_ref - gamma)`, SimPO with a
+reference mixed in, and neither is offered here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prefkern.objectives.base import (
+    PairLoss,
+    Pairs,
+    require_below,
+    require_bool,
+    require_not_negative,
+    require_number,
+    require_one_of,
+    require_positive,
+)
+from prefkern.objectives.contrastive import Contrastive
+from prefkern.objectives.running import RunningStatistics
+
+# The gap is (policy) x the policy's difference of log-probs + (reference) x the reference's.
+_GAPS = {
+    "ratio": (1.0, -1.0),
+    "policy": (1.0, 0.0),
+    "reference": (0.0, 1.0),
+    "inverse_reference": (0.0, -1.0),
+}
+
+
+class AlphaDPO(Contrastive):
+    """alpha-DPO (Wu et al. 2024a, Eq. 12): `-logsigmoid(u - sg[gamma + alpha s Z])`.
+
+    `u = beta (L_w / n_w - L_l / n_l)`, and Z is the z-score of the gap
+    `(L_w / n_w - L_l / n_l) - (R_w / n_w - R_l / n_l)` under running statistics over the batches of
+    all ranks, which training moves (the current batch included) and evaluation does not. A spread
+    of 0 gives Z = 0.
+
+    Args:
+        beta: scale of the log-probs, > 0.
+        gamma: target margin, any number.
+        alpha: weight of Z, >= 0; 0 is SimPO.
+        length_normalized: False leaves out every division by n (Appendix C.2).
+        implicit_reference: of Table 2, "ratio" (Eq. 8: U (policy/reference)^alpha), "policy"
+            (U policy^alpha), "reference" (U reference^alpha) or "inverse_reference".
+        momentum: share that the statistics' past keeps, in [0, 1).
+        scale_by_beta: s = beta, as in the authors' code, to which the paper's hyper-parameters
+            belong; False: s = 1, as Eq. 12 is printed.
+    """
+
+    has_statistics = True
+    alpha: float
+    length_normalized: bool
+    implicit_reference: str
+    momentum: float
+    scale_by_beta: bool
+
+    def __init__(
+        self,
+        beta: float = 10.0,
+        gamma: float = 4.0,
+        alpha: float = 0.05,
+        length_normalized: bool = True,
+        implicit_reference: Literal["ratio", "policy", "reference", "inverse_reference"] = "ratio",
+        momentum: float = 0.9,
+        scale_by_beta: bool = True,
+    ) -> None:
+        super().__init__()
+        self._set(
+            None,
+            beta=require_positive("beta", beta),
+            gamma=require_number("gamma", gamma),
+            alpha=require_not_negative("alpha", alpha),
+            length_normalized=require_bool("length_normalized", length_normalized),
+            implicit_reference=require_one_of(
+                "implicit_reference", implicit_reference, tuple(_GAPS)
+            ),
+            momentum=require_below("momentum", momentum, 1),
+            scale_by_beta=require_bool("scale_by_beta", scale_by_beta),
+        )
+        del self._options["adaptive"]
+        self.score = "mean_log_prob" if length_normalized else "log_prob"
+        self.fixed_margin = float(gamma)
+        self.statistics = RunningStatistics(self.momentum)
+
+    @property
+    def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return _GAPS[self.implicit_reference][1] != 0
+
+    def forward(self, pairs: Pairs) -> PairLoss:
+        if self.training:
+            self.observe(pairs)
+        return super().forward(pairs)
+
+    def observe(self, pairs: Pairs) -> None:
+        self.statistics.update(self.gap(pairs))
+
+    @torch.no_grad()
+    def gap(self, pairs: Pairs) -> Tensor:  # (B,)
+        """What Z is the z-score of."""
+        policy, reference = _GAPS[self.implicit_reference]
+        chosen, rejected = policy * pairs.chosen_logps, policy * pairs.rejected_logps
+        if reference:
+            ref_chosen, ref_rejected = pairs.reference(self._name)
+            chosen, rejected = chosen + reference * ref_chosen, rejected + reference * ref_rejected
+        if self.length_normalized:
+            n_chosen, n_rejected = pairs.lengths(self._name)
+            chosen, rejected = chosen / n_chosen, rejected / n_rejected
+        return chosen - rejected
+
+    @torch.no_grad()
+    def margin(self, pairs: Pairs) -> Tensor:
+        spread = self.statistics.variance.sqrt()
+        z = (self.gap(pairs) - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
+        return self.fixed_margin + self._gap_scale * torch.where(spread > 0, z, 0.0)
+
+    def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
+        return {"alpha_dpo/margin": self.margin(pairs)}
+
+    def pair_kernel_options(self) -> dict[str, Any] | None:
+        options = super().pair_kernel_options()
+        assert options is not None
+        return {
+            **options,
+            "gap": _GAPS[self.implicit_reference],
+            "gap_scale": self._gap_scale,
+            "gap_statistics": (self.statistics.mean, self.statistics.variance),
+        }
+
+    @property
+    def _gap_scale(self) -> float:
+        scale = self.beta if self.scale_by_beta else 1.0
+        return self.alpha * scale

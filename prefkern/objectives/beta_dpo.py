@@ -1,0 +1,129 @@
+"""beta-DPO: one beta for a batch, from how easy the batch is, and fewer of its outliers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefkern.objectives.base import (
+    Objective,
+    PairLoss,
+    Pairs,
+    is_number,
+    require_below,
+    require_not_negative,
+    require_positive,
+)
+from prefkern.objectives.running import RunningStatistics, gather
+
+
+class BetaDPO(Objective):
+    """beta-DPO (Wu et al. 2024b; MADPO, section 2.5): DPO at the batch's own beta.
+
+    `beta_batch = max(beta (1 + m (mean h - h0)), beta_min)`, h = rho_w - rho_l of a pair, the mean
+    over the kept pairs of all ranks. Training keeps a share of the batch: pairs are drawn without
+    replacement, in proportion to the normal density N(h; h0, sigma^2), and the loss is the mean
+    over those drawn; a pair that is left out has a loss of 0. h0 and sigma are running statistics
+    (of mean 0 and spread 1 before the first batch). Evaluation keeps every pair and moves nothing.
+
+    The draw depends on a seed and on the number of draws before, both in the state_dict: a resumed
+    run draws what an uninterrupted one would.
+
+    Args:
+        beta: as in DPO, > 0.
+        m: how strongly the batch's margin moves beta, >= 0.
+        keep: share of a batch that is trained on, in (0, 1].
+        momentum: share that the statistics' past keeps, in [0, 1).
+        beta_min: lower bound of beta_batch, > 0.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        m: float = 0.6,
+        keep: float = 1.0,
+        momentum: float = 0.9,
+        beta_min: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.beta = require_positive("beta", beta)
+        self.m = require_not_negative("m", m)
+        if not (is_number(keep) and 0 < keep <= 1):
+            raise ValueError(f"keep must be in (0, 1], got {keep!r}")
+        self.keep = float(keep)
+        self.momentum = require_below("momentum", momentum, 1)
+        self.beta_min = require_positive("beta_min", beta_min)
+        self.statistics = RunningStatistics(self.momentum, variance=1.0, bias_corrected=False)
+        self.seed = 0
+        self.draws = 0
+        # Of the last batch, 1 or 0. Losses cannot tell: a kept pair's may underflow to 0, and what
+        # wraps this objective may add to one that was left out.
+        self._kept = torch.ones(0)
+
+    def forward(self, pairs: Pairs) -> PairLoss:
+        ref_chosen, ref_rejected = pairs.reference("BetaDPO")
+        rho_chosen = pairs.chosen_logps - ref_chosen
+        rho_rejected = pairs.rejected_logps - ref_rejected
+        h = rho_chosen - rho_rejected
+        beta, share = self._batch(h.detach())
+        losses = -F.logsigmoid(beta * h)
+        self._kept = torch.ones_like(h.detach())
+        if share is not None:
+            losses = share * losses
+            self._kept = (share > 0).to(h.dtype)
+        betas = beta.expand_as(h)
+        return PairLoss(
+            losses,
+            betas,
+            betas,
+            (beta * rho_chosen).detach(),
+            (beta * rho_rejected).detach(),
+        )
+
+    def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
+        return {"beta_dpo/beta": result.beta_chosen, "beta_dpo/kept": self._kept}
+
+    def manual_seed(self, seed: int) -> None:
+        """Start the draws over from a seed of one's own; the same on every rank."""
+        self.seed, self.draws = int(seed), 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seed": self.seed, "draws": self.draws}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seed, self.draws = state["seed"], state["draws"]
+
+    def extra_repr(self) -> str:
+        names = ("beta", "m", "keep", "momentum", "beta_min")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    @torch.no_grad()
+    def _batch(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The batch's beta, and what multiplies each pair's loss: pairs over kept pairs, or 0."""
+        everyone, mine = h, slice(0, len(h))
+        share = None
+        if self.training:
+            self.statistics.update(h)
+            everyone, mine = gather(h)
+            if self.keep < 1:
+                kept = self._draw(everyone)
+                share = kept * (len(kept) / kept.sum())
+                everyone = everyone[kept > 0]
+        beta = self.beta * (1 + self.m * (everyone.mean() - self.statistics.mean.to(h.dtype)))
+        return beta.clamp(min=self.beta_min), None if share is None else share[mine]
+
+    def _draw(self, h: Tensor) -> Tensor:  # (B of all ranks,) -> the same, 1 where kept
+        """Weighted sampling without replacement: the largest of log-weight plus Gumbel noise."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.draws) % 2**63)
+        self.draws += 1
+        uniform = torch.rand(len(h), generator=generator, dtype=torch.float64)
+        gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
+        spread = self.statistics.variance.sqrt()
+        z = (h - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
+        keys = -0.5 * z.double().square() + gumbel.to(h.device)
+        # A hair above, so that 0.29 of 100 is 29 and not 28.
+        count = max(int(self.keep * len(h) + 1e-6), 1)
+        return torch.zeros_like(h).index_fill(0, keys.topk(count).indices, 1.0)

@@ -1,0 +1,122 @@
+"""KTO: responses that are desirable or not, without pairs.
+
+Here a batch is S single responses, and what stands for a pair's other half is a reference point
+shared by all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prefkern.objectives.base import check_vectors, require_not_negative, require_positive
+from prefkern.objectives.running import all_sum
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an unpaired objective sees of S responses.
+
+    Args:
+        logps: (S,) summed log-probs under the policy, nats.
+        desirable: (S,) bool.
+        ref_logps: (S,) the same log-probs under the reference.
+        mismatched_log_ratios: (M,) log policy / reference of prompts with responses that belong to
+            other prompts of the batch; constants, and M may be 0.
+
+    Half-precision inputs are raised to float32. Raises TypeError and ValueError as `Pairs` does.
+    """
+
+    logps: Tensor
+    desirable: Tensor
+    ref_logps: Tensor
+    mismatched_log_ratios: Tensor
+
+    def __post_init__(self) -> None:
+        names = ["logps", "desirable", "ref_logps"]
+        check_vectors(self, names, required=tuple(names), size="S")
+        # M is a size of its own.
+        mismatched = self.mismatched_log_ratios
+        if not isinstance(mismatched, Tensor) or mismatched.ndim != 1:
+            raise TypeError(
+                f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}"
+            )
+        object.__setattr__(self, "mismatched_log_ratios", mismatched.detach().to(self.logps.dtype))
+        if self.desirable.dtype != torch.bool:
+            raise TypeError(f"desirable must be a bool tensor, got {self.desirable.dtype}")
+
+
+class ExampleLoss(NamedTuple):
+    """Loss of each response; only `losses` carries a gradient."""
+
+    losses: Tensor  # (S,)
+    rewards: Tensor  # (S,) beta times log-ratio
+    reference_point: Tensor  # scalar, z0
+
+
+class UnpairedObjective(nn.Module):
+    """An objective on single responses: `forward(Examples) -> ExampleLoss`."""
+
+    needs_reference: bool = True
+    beta: float
+
+    def forward(self, examples: Examples) -> ExampleLoss:
+        raise NotImplementedError(f"{type(self).__name__} does not define forward(examples)")
+
+
+class KTO(UnpairedObjective):
+    """KTO (Ethayarajh et al. 2024, Eq. 7), with r = log policy / reference of a response:
+
+        lambda_D (1 - sigmoid(beta (r - z0)))   desirable
+        lambda_U (1 - sigmoid(beta (z0 - r)))   undesirable
+
+    z0 = max(0, mean of the mismatched log-ratios), in training over the batches of all ranks, a
+    constant; 0 where there are none.
+
+    Args:
+        beta: strength of the pull to the reference, > 0.
+        desirable_weight: lambda_D, >= 0.
+        undesirable_weight: lambda_U, >= 0, not both 0.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.beta = require_positive("beta", beta)
+        self.desirable_weight = require_not_negative("desirable_weight", desirable_weight)
+        self.undesirable_weight = require_not_negative("undesirable_weight", undesirable_weight)
+        if not (desirable_weight or undesirable_weight):
+            raise ValueError("desirable_weight and undesirable_weight are both 0")
+
+    def forward(self, examples: Examples) -> ExampleLoss:
+        ratio = examples.logps - examples.ref_logps
+        reference_point = self.reference_point(examples.mismatched_log_ratios)
+        # 1 - sigmoid(x) = sigmoid(-x), without the difference; through its logarithm, because the
+        # derivative of torch.sigmoid is s (1 - s), which is 0 in float32 from x = 17 on.
+        desirable = F.logsigmoid(self.beta * (reference_point - ratio)).exp()
+        undesirable = F.logsigmoid(self.beta * (ratio - reference_point)).exp()
+        losses = torch.where(
+            examples.desirable,
+            self.desirable_weight * desirable,
+            self.undesirable_weight * undesirable,
+        )
+        return ExampleLoss(losses, (self.beta * ratio).detach(), reference_point)
+
+    @torch.no_grad()
+    def reference_point(self, mismatched: Tensor) -> Tensor:  # (M,) -> ()
+        totals = torch.stack([mismatched.sum(), torch.ones_like(mismatched).sum()])
+        if self.training:
+            totals = all_sum(totals)
+        return (totals[0] / totals[1].clamp(min=1)).clamp(min=0)
+
+    def extra_repr(self) -> str:
+        names = ("beta", "desirable_weight", "undesirable_weight")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

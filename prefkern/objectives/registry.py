@@ -1,0 +1,112 @@
+"""Objectives by name: `build("adadpo", beta=0.1)`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from prefkern.objectives.adaptive import Adaptive
+from prefkern.objectives.alpha_dpo import AlphaDPO
+from prefkern.objectives.base import Objective, require_bool
+from prefkern.objectives.beta_dpo import BetaDPO
+from prefkern.objectives.composed import WPO, WithNLL
+from prefkern.objectives.contrastive import CPO, DPO, IPO, ORPO, RDPO, Hinge, RobustDPO, SimPO
+from prefkern.objectives.kto import KTO, UnpairedObjective
+from prefkern.objectives.madpo import MADPO
+from prefkern.objectives.tdpo import TDPO1, TDPO2
+
+REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
+    "dpo": DPO,
+    "robust": RobustDPO,
+    "hinge": Hinge,
+    "ipo": IPO,
+    "rdpo": RDPO,
+    "cpo": CPO,
+    "orpo": ORPO,
+    "simpo": SimPO,
+    "alphadpo": AlphaDPO,
+    "madpo": MADPO,
+    "betadpo": BetaDPO,
+    "tdpo1": TDPO1,
+    "tdpo2": TDPO2,
+    "kto": KTO,
+}
+# Options that every pairwise objective takes beside its own.
+_COMPOSED = ("use_weighting", "rpo_alpha")
+
+
+def names() -> list[str]:
+    """Every name that `build` takes: each objective, and `ada...` for its adaptive counterpart."""
+    adaptive = [f"ada{name}" for name, cls in REGISTRY.items() if "adaptive" in _parameters(cls)]
+    return [*REGISTRY, *adaptive]
+
+
+def options(name: str) -> list[str]:
+    """The options that `build` takes for a name. Raises ValueError for an unknown name."""
+    cls, is_adaptive = _lookup(name)
+    own = [p for p in _parameters(cls) if not (is_adaptive and p == "adaptive")]
+    adaptive = [field.name for field in fields(Adaptive)] if is_adaptive else []
+    if is_adaptive and not _has_ratio_space(cls):
+        adaptive.remove("space")
+    return [*own, *adaptive, *(_COMPOSED if issubclass(cls, Objective) else ())]
+
+
+def build(name: str, **given: Any) -> Objective | UnpairedObjective:
+    """An objective by name: "dpo", or "adadpo" for the adaptive one with the paper's defaults.
+
+    An adaptive objective takes the options of `Adaptive` (space, exponent, clip, k) beside its own:
+    `build("adadpo", beta=0.1, clip=3.0)` is `DPO(beta=0.1, adaptive=Adaptive(clip=3.0))`. Every
+    pairwise one takes `use_weighting=True` (`WPO`) and `rpo_alpha` (`WithNLL`, outermost). Case,
+    "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo".
+
+    Raises ValueError for an unknown name and TypeError for an unknown option, naming the known.
+    """
+    cls, is_adaptive = _lookup(name)
+    known = options(name)
+    for option in given:
+        if option not in known:
+            raise TypeError(
+                f"objective {name!r} has no option {option!r}{_nearest(option, known)}; "
+                f"it takes {', '.join(known)}"
+            )
+    composed = {option: given.pop(option) for option in _COMPOSED if option in given}
+    if is_adaptive:
+        chosen = {f.name: given.pop(f.name) for f in fields(Adaptive) if f.name in given}
+        given["adaptive"] = Adaptive(**chosen)
+    objective = cls(**given)
+    if isinstance(objective, UnpairedObjective):
+        return objective
+    if require_bool("use_weighting", composed.get("use_weighting", False)):
+        objective = WPO(objective)
+    if composed.get("rpo_alpha") is not None:
+        objective = WithNLL(objective, composed["rpo_alpha"])
+    return objective
+
+
+def _lookup(name: str) -> tuple[type[Objective | UnpairedObjective], bool]:
+    """The class of a name, and whether the name means its adaptive counterpart."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of an objective must be a string, got {name!r}")
+    plain = name.lower().replace("-", "").replace("_", "")
+    if plain not in names():
+        raise ValueError(
+            f"unknown objective {name!r}{_nearest(plain, names())}; known: {', '.join(names())}"
+        )
+    is_adaptive = plain not in REGISTRY
+    return REGISTRY[plain.removeprefix("ada") if is_adaptive else plain], is_adaptive
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _parameters(cls: type) -> list[str]:
+    return list(inspect.signature(cls).parameters)
+
+
+def _has_ratio_space(cls: type) -> bool:
+    return cls not in (CPO, ORPO, SimPO)

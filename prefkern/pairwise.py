@@ -1,0 +1,139 @@
+"""From per-token log-probs to a pairwise loss: sums of sequences, objective, gradient coefficients.
+
+All of it is a matter of `[2B]` numbers, and there are two ways through. Where the objective has the
+form of the pair kernel and the backend is triton, one launch returns the losses and, with them,
+`d loss / d logps` of each sequence. Elsewhere the objective's own torch code runs, differentiated
+by autograd. Either way those gradients are part of the result: they are what each response is
+pushed by, and what `prefkern.diagnostics` reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefkern import sequences
+from prefkern.objectives import Objective, PairLoss, Pairs
+from prefkern.once import differentiable_once
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known of 2B sequences before the objective is asked, B chosen ones first."""
+
+    logps: Tensor  # (N,) per scored token, differentiable
+    offsets: Tensor  # (2B + 1,)
+    ref_logps: Tensor | None = None  # (2B,) sums
+    reward_margins: Tensor | None = None  # (B,)
+    alignments: Tensor | None = None  # (2B,) means over tokens (WPO)
+    kls: Tensor | None = None  # (2B,) sums, differentiable (TDPO)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The objective's answer, and what it was asked about."""
+
+    result: PairLoss
+    pairs: Pairs
+    gradients: tuple[Tensor, Tensor]  # d losses / d logps, chosen and rejected, (B,) each
+
+
+def pair_loss(objective: Objective, scores: Scores, backend: str) -> Paired:
+    """The losses of B pairs and what they come from."""
+    options = objective.pair_kernel_options() if backend == "triton" else None
+    if options is not None:
+        return _by_kernel(objective, scores, options)
+    return _by_objective(objective, scores)
+
+
+def _by_objective(objective: Objective, scores: Scores) -> Paired:
+    sums = sequences.sequence_sums(scores.logps, scores.offsets)
+    trains = sums.requires_grad
+    if torch.is_inference_mode_enabled():
+        # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
+        with torch.inference_mode(False):
+            values: dict[str, Any] = {
+                name: None if value is None else value.detach().clone()
+                for name, value in vars(scores).items()
+            }
+            return _by_objective(objective, Scores(**values))
+    with torch.enable_grad():
+        # Without a graph to hang on (evaluation), the gradients are still wanted.
+        sums = sums if trains else sums.detach().requires_grad_()
+        pairs = _pairs(sums, scores)
+        result = objective(pairs)
+        gradients = torch.zeros_like(sums)
+        if result.losses.requires_grad:
+            (gradients,) = torch.autograd.grad(
+                result.losses.sum(), sums, retain_graph=trains, materialize_grads=True
+            )
+    if not trains:
+        result = PairLoss(*(value.detach() for value in result))
+        pairs = replace(
+            pairs,
+            chosen_logps=pairs.chosen_logps.detach(),
+            rejected_logps=pairs.rejected_logps.detach(),
+        )
+    chosen, rejected = gradients.detach().chunk(2)
+    return Paired(result, pairs, (chosen, rejected))
+
+
+def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) -> Paired:
+    # The kernel would take a missing reference for one of probability 1.
+    name = type(objective).__name__
+    if objective.needs_reference and scores.ref_logps is None:
+        raise ValueError(f"{name} needs ref_logps, got None")
+    if objective.needs_reward_margins and scores.reward_margins is None:
+        raise ValueError(f"{name} needs reward_margins, got None")
+    if objective.has_statistics and objective.training:
+        sums = sequences.sequence_sums(scores.logps.detach(), scores.offsets)
+        objective.observe(_pairs(sums, scores))
+    losses, sums, coefficients, *rest = _PairLoss.apply(
+        scores.logps, scores.offsets, scores.ref_logps, scores.reward_margins, options
+    )
+    chosen, rejected = coefficients.chunk(2)
+    return Paired(PairLoss(losses, *rest), _pairs(sums, scores), (chosen, rejected))
+
+
+class _PairLoss(torch.autograd.Function):
+    """The pair kernel: sums, losses and each sequence's gradient coefficient in one launch."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logps: Tensor,  # (N,)
+        offsets: Tensor,  # (2B + 1,)
+        ref_logps: Tensor | None,  # (2B,)
+        reward_margins: Tensor | None,  # (B,)
+        options: dict[str, Any],
+    ) -> tuple[Tensor, ...]:
+        from prefkern_kernels import pair_loss as launch
+
+        out = launch(logps, offsets, ref_logps, reward_margins, **options)
+        ctx.save_for_backward(out.coefficients, offsets)
+        ctx.count = logps.shape[0]
+        constant = (out.coefficients, out.beta_chosen, out.beta_rejected, *out.rewards.chunk(2))
+        ctx.mark_non_differentiable(*constant)
+        return out.losses, out.sums, *constant
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, dlosses: Tensor, dsums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, offsets = ctx.saved_tensors
+        # d loss_b / d logp_t is the same for every token of a sequence.
+        dsequence = coefficients * dlosses.repeat(2) + dsums
+        return sequences.spread(dsequence, offsets, ctx.count), None, None, None, None
+
+
+def _pairs(sums: Tensor, scores: Scores) -> Pairs:  # (2B,) ->
+    return Pairs.of_sequences(
+        sums,
+        scores.ref_logps,
+        scores.offsets.diff(),
+        scores.reward_margins,
+        scores.alignments,
+        scores.kls,
+    )
