@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 
 import prefkern_kernels as kernels
-from prefkern.objectives import DPO, Adaptive
+from prefkern.objectives import Objective, build, names
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,6 +36,18 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+# The pair kernel as each name has it (R-DPO's is DPO's), and what an option adds to its constexprs.
+WITHOUT_A_KERNEL = ("betadpo", "tdpo1", "tdpo2", "kto")
+OBJECTIVES = [
+    *(build(name) for name in names() if name not in (*WITHOUT_A_KERNEL, "rdpo", "adardpo")),
+    build("ipo", length_normalized=True),
+    build("adadpo", space="policy", exponent=1.0, clip=None),
+    build("adasimpo", exponent=0.0, clip=None),
+    build("alphadpo", length_normalized=False, implicit_reference="policy"),
+    build("madpo", mode="amplify"),
+    build("madpo", mode="regularize"),
+]
 
 
 class OfflineDriver:
@@ -82,7 +94,7 @@ def launch_all() -> None:
         (None, torch.bfloat16, torch.float32),
         (False, True),
     ):
-        per_token = [meta(n) for _ in range(8)]
+        per_token = [meta(n) for _ in range(9)]
         kernels.fold(
             meta(n, v),
             labels,
@@ -90,7 +102,7 @@ def launch_all() -> None:
             *per_token[:4],
             per_token[4] if out else None,
             meta(n, v, dtype=out) if out else None,
-            *(per_token[5:8] if stats else (None, None, None)),
+            *(per_token[5:9] if stats else (None,) * 4),
             start=0,
             **transform,
         )
@@ -104,13 +116,59 @@ def launch_all() -> None:
                 start=0,
                 **transform,
             )
+        if not stats:
+            launch_pair(transform, bias, out, n, v)
     kernels.rescale_rows(meta(n, h), meta(n))
-    for adaptive in (None, Adaptive(), Adaptive("policy", 1.0, None), Adaptive("ratio", 0.5, 2.0)):
-        kernels.pair_loss(
-            meta(n),
-            meta(17, dtype=torch.int64),
-            meta(16),
-            **DPO(0.1, adaptive=adaptive).pair_kernel_options(),
+    for objective in OBJECTIVES:
+        launch_pair_loss(objective, pairs=8)
+    # A size of 1 is a constant to Triton.
+    launch_pair_loss(OBJECTIVES[0], pairs=1)
+
+
+def launch_pair_loss(objective: Objective, pairs: int) -> None:
+    """The loss of pairs, with what its objective needs and nothing else."""
+    options = objective.to("meta").pair_kernel_options()
+    assert options is not None
+    kernels.pair_loss(
+        meta(2048),
+        meta(2 * pairs + 1, dtype=torch.int64),
+        meta(2 * pairs) if objective.needs_reference else None,
+        meta(pairs) if objective.needs_reward_margins else None,
+        **options,
+    )
+
+
+def launch_pair(
+    transform: dict[str, float | None],
+    bias: torch.dtype | None,
+    out: torch.dtype | None,
+    n: int,
+    v: int,
+) -> None:
+    """The kernels of a policy's tile beside a reference's."""
+    labels = meta(n, dtype=torch.int64)
+    biases = [None if bias is None else meta(v, dtype=dtype) for dtype in (bias, torch.float32)]
+    kernels.fold_kl(
+        meta(n, v),
+        meta(n, v),
+        labels,
+        *biases,
+        *(meta(n) for _ in range(8)),
+        *(meta(n) if out else None for _ in range(2)),
+        *(meta(n, v, dtype=out) if out else None for _ in range(2)),
+        start=0,
+        **transform,
+    )
+    if out is not None:
+        kernels.kl_gradient(
+            meta(n, v),
+            meta(n, v),
+            labels,
+            *biases,
+            *(meta(n) for _ in range(5)),
+            meta(n, v, dtype=out),
+            start=0,
+            **transform,
         )
 
 

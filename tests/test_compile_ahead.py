@@ -15,7 +15,14 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 # Shared memory that a block may have, in bytes.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-KERNELS = {"_fold_kernel", "_logits_gradient_kernel", "_rescale_rows_kernel", "_pair_loss_kernel"}
+KERNELS = {
+    "_fold_kernel",
+    "_fold_kl_kernel",
+    "_kl_gradient_kernel",
+    "_logits_gradient_kernel",
+    "_pair_loss_kernel",
+    "_rescale_rows_kernel",
+}
 
 
 @pytest.mark.parametrize("target", SHARED)
@@ -37,4 +44,5 @@ def test_compiles(target):
         if target == "gfx942":
             assert row["vgpr_spill_count"] == 0 and row["sgpr_spill_count"] == 0, row
         else:
-            assert row["LOCAL"] == 0 and 0 < row["REG"] <= 255, row
+            # What ptxas spills is stack; LOCAL is what the source itself asks for.
+            assert row["STACK"] == row["LOCAL"] == 0 and 0 < row["REG"] <= 255, row

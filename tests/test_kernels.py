@@ -79,6 +79,7 @@ def test_fold(n, v, start, started, transform, out_dtype, device):
             state.shifted,
             state.logit_sum,
             state.before,
+            state.squares,
             start=start,
             **transform,
         )
@@ -183,7 +184,7 @@ def test_softcap_near_0_and_saturated(x, device):
         state.total,
         state.label_logit,
         state.label_slope,
-        *(None,) * 5,
+        *(None,) * 6,
         start=0,
         logit_scale=1.0,
         softcap=1.0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prefkern
-from prefkern import reference
+from prefkern import api, passes, reference, sequences
 
 TRANSFORM = {"logit_scale": 1.3, "softcap": 6.0, "temperature": 0.7}
 # name: (V, spread of the logits, options, has bias)
@@ -204,6 +204,45 @@ def test_statistics(softcap, backend, device):
         torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=5e-6, msg=name)
     assert torch.equal(ours.is_top1, truth.is_top1)
     assert 0 < ours.is_top1.sum() < ours.is_top1.numel()
+
+
+def run_statistics(arguments, backend, device, **transform):
+    """`api.run`'s statistics of (N,) scored tokens, the log of the collision probability last."""
+    hidden, weight, labels, bias = (x if x is None else x.to(device) for x in arguments)
+    scored = sequences.select(labels, -100, weight.shape[0])
+    _, stats, _ = api.run(
+        hidden, weight, bias, scored, passes.Transform(**transform), SMALL, backend, True
+    )
+    return stats
+
+
+@pytest.mark.parametrize("V", [1, 127, 300])
+@pytest.mark.parametrize("transform", [{}, TRANSFORM])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_log_collision(with_bias, transform, V, backend, device):
+    """log sum_v p_v^2, over several tiles: labels that are the largest logit and that are not."""
+    case = make(V, 5.0)
+    hidden, labels = case["hidden"].flatten(0, 1), case["labels"].clamp(min=0).flatten()
+    bias = case["bias"] if with_bias else None
+    ours = run_statistics((hidden, case["weight"], labels, bias), backend, device, **transform)[3]
+    doubles = (hidden.double(), case["weight"].double(), bias if bias is None else bias.double())
+    truth = (2 * reference.logits(*doubles, **transform).log_softmax(-1)).logsumexp(-1)
+    assert (ours <= 0).all()
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-6, atol=3e-6)
+
+
+def test_log_collision_of_a_confident_token_keeps_its_relative_precision(backend, device):
+    """Where the label holds all but 1e-9 of the probability, it is -2e-9 and not 0."""
+    hidden = torch.tensor([[10.0], [20.0], [30.0]])
+    weight = torch.linspace(-0.1, 0.0, 127).unsqueeze(1)
+    weight[7] = 1.0
+    labels = torch.full((3,), 7)
+    ours = run_statistics((hidden, weight, labels, None), backend, device)[3]
+    z = hidden.double() @ weight.double().T
+    distances = z - z[:, 7:8]
+    others = torch.cat([distances[:, :7], distances[:, 8:]], 1)
+    truth = (2 * others).exp().sum(1).log1p() - 2 * others.exp().sum(1).log1p()
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-5, atol=0)
 
 
 def test_top1_ties_go_to_the_first_word(backend, device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,7 +11,21 @@ from listing import listing_1
 
 import prefkern
 from prefkern import objectives, reference
-from prefkern.objectives import DPO, Adaptive
+from prefkern.objectives import (
+    DPO,
+    IPO,
+    KTO,
+    MADPO,
+    ORPO,
+    TDPO1,
+    TDPO2,
+    WPO,
+    Adaptive,
+    AlphaDPO,
+    BetaDPO,
+    SimPO,
+    WithNLL,
+)
 
 OBJECTIVES = {
     "dpo": DPO(0.1),
@@ -18,7 +33,20 @@ OBJECTIVES = {
     "smoothed": DPO(0.5, label_smoothing=0.2),
     "policy space": DPO(0.1, adaptive=Adaptive("policy", "length", 1.3, 0.8)),
     "exponents": DPO(0.1, adaptive=Adaptive("ratio", (0.1, 0.2), None)),
+    "ipo": IPO(0.5, length_normalized=True),
+    "adaorpo": ORPO(1.0, adaptive=Adaptive()),
+    "adasimpo": SimPO(2.0, 0.5, adaptive=Adaptive(clip=3.0)),
+    "alphadpo": AlphaDPO(2.5, 0.3, 0.4),
+    "madpo": MADPO(0.1, tau=2.0),
+    "betadpo": BetaDPO(0.1, m=0.1, keep=0.7),
+    "wpo": WPO(DPO(0.1)),
+    "rpo": WithNLL(DPO(0.1), 0.5),
+    "tdpo1": TDPO1(0.1),
+    "tdpo2": TDPO2(0.1, 0.8),
+    "wpo, tdpo2": WithNLL(WPO(TDPO2(0.1, 0.8)), 0.5),
 }
+# Of each way through the loss, one: kernel or torch, statistics or not, one head's pass or both's.
+WAYS = ("adadpo", "adaorpo", "alphadpo", "madpo", "betadpo", "wpo", "rpo", "tdpo2")
 SMALL = 0.01
 
 
@@ -35,7 +63,13 @@ def batch(B=3, T=9, H=16, V=129, ref_H=None) -> dict[str, torch.Tensor]:
         "ref_hidden": torch.randn(2 * B, T, ref_H or H) * 5 / (ref_H or H) ** 0.5,
         "ref_weight": torch.randn(V, ref_H or H),
         "ref_bias": torch.randn(V),
+        "reward_margins": torch.linspace(-3, 5, B),
     }
+
+
+def fresh(name: str, device: str) -> objectives.Objective:
+    """A copy, whose statistics nothing has moved."""
+    return copy.deepcopy(OBJECTIVES[name]).to(device)
 
 
 def move(data: dict, device: str, dtype=torch.float32) -> dict:
@@ -53,11 +87,17 @@ def assert_same(out, expected, leaves, truth, *, atol=1e-5):
     for name in (
         "loss", "losses", "chosen_logps", "rejected_logps", "ref_chosen_logps",
         "ref_rejected_logps", "chosen_rewards", "rejected_rewards", "beta_chosen", "beta_rejected",
+        "chosen_gradients", "rejected_gradients",
     ):  # fmt: skip
         mine, true = getattr(out, name), getattr(expected, name)
         torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=atol, msg=name)
     assert torch.equal(out.chosen_lengths, expected.chosen_lengths)
     assert torch.equal(out.rejected_lengths, expected.rejected_lengths)
+    assert out.metrics.keys() == expected.metrics.keys()
+    for name, mine in out.metrics.items():
+        torch.testing.assert_close(
+            mine.double(), expected.metrics[name].double(), rtol=1e-4, atol=atol, msg=name
+        )
     for name in ("hidden", "weight", "bias"):
         mine, true = leaves[name].grad, truth[name].grad
         if true is not None:
@@ -65,20 +105,22 @@ def assert_same(out, expected, leaves, truth, *, atol=1e-5):
             assert error < 1e-5, name
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("trained", [False, True])
+# The head's gradient is no concern of the objective's: one of its two passes each is enough.
+CASES = [(name, trained) for name in ("dpo", "adadpo") for trained in (False, True)]
+CASES += [(name, i % 2 == 1) for i, name in enumerate(OBJECTIVES) if name not in ("dpo", "adadpo")]
+
+
+@pytest.mark.parametrize(("name", "trained"), CASES)
 def test_against_float64(name, trained, backend, device):
-    objective = OBJECTIVES[name]
     data = batch(ref_H=24)
     ours, truth = move(data, device), move(data, device, torch.float64)
     for leaves in (ours, truth):
         leaves["weight"].requires_grad_(trained)
         leaves["bias"].requires_grad_(trained)
     options = {"logit_scale": 0.9, "softcap": 15.0, "temperature": 1.1}
-    out = prefkern.FusedPreferenceLoss(objective, workspace_mb=SMALL, backend=backend)(
-        **ours, **options
-    )
-    expected = reference.preference_loss(objective, **truth, **options)
+    loss_fn = prefkern.FusedPreferenceLoss(fresh(name, device), workspace_mb=SMALL, backend=backend)
+    out = loss_fn(**ours, **options)
+    expected = reference.preference_loss(fresh(name, device), **truth, **options)
     # Weights of one's own over the pairs, and a term of one's own on chosen log-probs.
     for result in (out, expected):
         weights = torch.tensor([0.2, 0.5, 1.5], device=device, dtype=result.losses.dtype)
@@ -124,12 +166,16 @@ def test_adadpo_is_listing_1_down_to_the_head(dtype, backend, device):
         assert (mine - true).norm() <= bound * true.norm(), name
 
 
-@pytest.mark.parametrize("name", ["dpo", "adadpo"])
+@pytest.mark.parametrize("name", ["dpo", "adadpo", "alphadpo", "wpo", "tdpo2"])
 def test_packed_is_padded(name, backend, device):
-    objective = OBJECTIVES[name]
     data = batch()
     padded = move(data, device)
-    loss_fn = prefkern.FusedPreferenceLoss(objective, workspace_mb=SMALL, backend=backend)
+
+    def loss_fn(*args, **kwargs):
+        objective = fresh(name, device)
+        made = prefkern.FusedPreferenceLoss(objective, workspace_mb=SMALL, backend=backend)
+        return made(*args, **kwargs)
+
     expected = loss_fn(**padded)
     expected.loss.backward()
 
@@ -154,7 +200,7 @@ def test_packed_is_padded(name, backend, device):
     torch.testing.assert_close(packed["weight"].grad, padded["weight"].grad, rtol=1e-5, atol=1e-7)
 
     truth = move(flat, device, torch.float64)
-    oracle = reference.preference_loss(objective, **truth, cu_seqlens=cu_seqlens)
+    oracle = reference.preference_loss(fresh(name, device), **truth, cu_seqlens=cu_seqlens)
     torch.testing.assert_close(out.losses.double(), oracle.losses, rtol=1e-5, atol=1e-5)
 
 
@@ -191,6 +237,14 @@ def test_a_reference_gets_no_gradient(backend, device):
     assert data["hidden"].grad is not None
 
 
+# The loss of a pair of empty responses; MADPO's is weighted, SimPO's and alpha-DPO's have margins.
+EMPTY_LOSS = {
+    "ipo": 1.0,
+    "adasimpo": math.log1p(math.exp(0.5)),
+    "alphadpo": math.log1p(math.exp(0.3)),
+}
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_all_masked_responses_are_a_differentiable_zero(name, backend, device):
     data = batch()
@@ -198,7 +252,7 @@ def test_all_masked_responses_are_a_differentiable_zero(name, backend, device):
     data["labels"][4] = -100  # the whole second pair
     data["labels"][3] = -100  # the first pair's rejected response
     leaves = move(data, device)
-    out = prefkern.FusedPreferenceLoss(OBJECTIVES[name], backend=backend)(**leaves)
+    out = prefkern.FusedPreferenceLoss(fresh(name, device), backend=backend)(**leaves)
     out.loss.backward()
     assert out.chosen_lengths.tolist()[1] == 0 and out.chosen_logps[1] == 0
     for value in (out.losses, out.beta_chosen, *(leaves[n].grad for n in ("hidden", "weight"))):
@@ -207,9 +261,12 @@ def test_all_masked_responses_are_a_differentiable_zero(name, backend, device):
 
     data["labels"][:] = -100
     leaves = move(data, device)
-    out = prefkern.FusedPreferenceLoss(OBJECTIVES[name], backend=backend)(**leaves)
+    out = prefkern.FusedPreferenceLoss(fresh(name, device), backend=backend)(**leaves)
     out.loss.backward()
-    assert out.loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    expected = EMPTY_LOSS.get(name, math.log(2))
+    if name == "madpo":
+        expected *= out.metrics["madpo/weight"].mean().item()
+    assert out.loss.item() == pytest.approx(expected, abs=1e-6)
     assert (leaves["hidden"].grad == 0).all()
 
 
@@ -220,6 +277,7 @@ def test_one_pair(backend, device):
         if x.ndim > 1 and len(x) == 4
         else x
         for name, x in data.items()
+        if name != "reward_margins"
     }
     loss_fn = prefkern.FusedPreferenceLoss(OBJECTIVES["adadpo"], backend=backend)
     torch.testing.assert_close(loss_fn(**one).losses, loss_fn(**data).losses[:1])
@@ -262,6 +320,168 @@ def test_against_liger(backend, device):
         torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dpo", *WAYS])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
+)
+def test_without_gradients_the_numbers_are_the_same(name, mode, backend, device):
+    """Evaluation's losses, gradients on log-probs and metrics are those of a differentiated call."""
+    data = batch()
+    loss_fn = prefkern.FusedPreferenceLoss(fresh(name, device), backend=backend).eval()
+    before = str(loss_fn.state_dict())
+    expected = loss_fn(**move(data, device))
+    assert expected.loss.requires_grad
+    with mode():
+        out = loss_fn(**move(data, device))
+    for key, value in vars(expected).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(out, key), value), key
+            assert not getattr(out, key).requires_grad, key
+    assert out.metrics.keys() == expected.metrics.keys()
+    for key, value in expected.metrics.items():
+        assert torch.equal(out.metrics[key], value), key
+    assert out.chosen_gradients.abs().max() > 0
+    assert str(loss_fn.state_dict()) == before
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_kto_against_float64(packed, trained, backend, device):
+    """Five responses, one of them empty, and three mismatched log-ratios."""
+    data = {name: x[:5] if x.ndim > 1 and len(x) == 6 else x for name, x in batch().items()}
+    data.pop("reward_margins")
+    data["labels"][3] = -100
+    extra = {}
+    if packed:
+        for name in ("hidden", "ref_hidden", "labels"):
+            data[name] = data[name].flatten(0, 1)[:-2]
+        extra["cu_seqlens"] = torch.tensor([0, 9, 18, 27, 36, 43], device=device)
+    desirable = torch.tensor([True, False, True, True, False], device=device)
+    mismatched = torch.tensor([2.0, -1.5, 3.0], device=device)
+    ours, truth = move(data, device), move(data, device, torch.float64)
+    for leaves in (ours, truth):
+        leaves["weight"].requires_grad_(trained)
+        leaves["bias"].requires_grad_(trained)
+    objective = KTO(0.1, 1.3, 0.7)
+    loss_fn = prefkern.FusedPreferenceLoss(objective, workspace_mb=SMALL, backend=backend)
+    out = loss_fn(
+        **ours, **extra, desirable=desirable, mismatched_log_ratios=mismatched, return_stats=True
+    )
+    expected = reference.preference_loss(
+        objective,
+        **truth,
+        **extra,
+        desirable=desirable,
+        mismatched_log_ratios=mismatched.double(),
+        return_stats=True,
+    )
+    for result in (out, expected):
+        (result.loss - 0.01 * result.logps.sum()).backward()
+    for name in ("loss", "losses", "logps", "ref_logps", "rewards", "reference_point"):
+        mine, true = getattr(out, name), getattr(expected, name)
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5, msg=name)
+    assert out.reference_point.item() == pytest.approx(3.5 / 3)
+    assert torch.equal(out.lengths, expected.lengths) and out.lengths[3] == 0
+    assert torch.equal(out.desirable, desirable)
+    for mine, true in zip(out.token_stats, expected.token_stats, strict=True):
+        torch.testing.assert_close(mine.double(), true.double(), rtol=1e-4, atol=1e-5)
+    for name in ("hidden", "weight", "bias"):
+        mine, true = ours[name].grad, truth[name].grad
+        assert (mine is None) == (true is None)
+        if true is not None:
+            assert (mine.double() - true).norm() < 1e-5 * true.norm(), name
+    assert out.plan.structure == ("two_pass" if trained else "one_pass")
+
+
+def test_kto_without_mismatched_pairs_has_a_reference_point_of_zero(backend, device):
+    data = move(batch(), device)
+    del data["reward_margins"]
+    desirable = torch.ones(6, dtype=torch.bool, device=device)
+    loss_fn = prefkern.FusedPreferenceLoss(KTO(), backend=backend)
+    for values in (torch.zeros(0), torch.tensor([-3.0, 1.0])):
+        out = loss_fn(**data, desirable=desirable, mismatched_log_ratios=values.to(device))
+        assert out.reference_point == 0
+        expected = torch.sigmoid(-0.1 * (out.logps - out.ref_logps))
+        torch.testing.assert_close(out.losses, expected)
+
+
+RESPONSES = {
+    "desirable": torch.tensor([True, False] * 3),
+    "mismatched_log_ratios": torch.zeros(2),
+}
+SUMS_ONLY = {
+    "ref_hidden": None,
+    "ref_weight": None,
+    "ref_bias": None,
+    "ref_logps": torch.zeros(6),
+}
+
+
+@pytest.mark.parametrize(
+    ("objective", "change", "error", "message"),
+    [
+        (TDPO2(), SUMS_ONLY, ValueError, "TDPO2 needs the reference's distributions: .*not enough"),
+        (WithNLL(TDPO1()), SUMS_ONLY, ValueError, "TDPO1 needs the reference's distributions"),
+        (
+            TDPO1(),
+            {"ref_weight": torch.zeros(130, 16), "ref_bias": None},
+            ValueError,
+            "130 words and weight 129: TDPO1 compares their distributions",
+        ),
+        (MADPO(), {"reward_margins": None}, ValueError, "MADPO needs reward_margins, .*got None"),
+        (WPO(MADPO()), {"reward_margins": None}, ValueError, "MADPO needs reward_margins"),
+        (MADPO(), {"reward_margins": torch.zeros(6)}, ValueError, "reward_margins"),
+        (MADPO(), {"reward_margins": [0.0] * 3}, TypeError, "reward_margins must be a tensor"),
+        (KTO(), {}, ValueError, "KTO needs desirable, got None"),
+        (
+            KTO(),
+            {"desirable": RESPONSES["desirable"]},
+            ValueError,
+            "KTO needs mismatched_log_ratios, got None",
+        ),
+        (
+            KTO(),
+            {**RESPONSES, "desirable": torch.ones(6)},
+            TypeError,
+            "desirable must be a bool tensor, got torch.float32",
+        ),
+        (KTO(), {**RESPONSES, "desirable": torch.ones(3).bool()}, ValueError, "desirable"),
+        (
+            KTO(),
+            {**RESPONSES, "mismatched_log_ratios": torch.zeros(2, 1)},
+            ValueError,
+            "mismatched_log_ratios",
+        ),
+        (
+            KTO(),
+            {**RESPONSES, **SUMS_ONLY, "ref_logps": None},
+            ValueError,
+            "KTO needs a reference",
+        ),
+        (KTO(), {**RESPONSES, "labels": torch.zeros(54).long()}, ValueError, "labels"),
+        (DPO(), RESPONSES, ValueError, "desirable was given, and DPO trains on pairs"),
+        (
+            DPO(),
+            {"mismatched_log_ratios": torch.zeros(2)},
+            ValueError,
+            "mismatched_log_ratios was given, and DPO trains on pairs",
+        ),
+    ],
+)
+def test_what_an_objective_needs_is_asked_for(objective, change, error, message):
+    with pytest.raises(error, match=message):
+        prefkern.FusedPreferenceLoss(objective)(**{**batch(), **change})
+
+
+def test_what_an_objective_has_no_use_for_is_left_alone(device):
+    data = move(batch(), device)
+    loss_fn = prefkern.FusedPreferenceLoss(SimPO())
+    expected = loss_fn(**data)
+    for name in ("ref_hidden", "ref_weight", "ref_bias", "reward_margins"):
+        del data[name]
+    assert torch.equal(loss_fn(**data).losses, expected.losses)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -279,7 +499,6 @@ def test_against_liger(backend, device):
         ({"ref_hidden": torch.zeros(6, 8, 16)}, "ref_hidden"),
         ({"ref_weight": torch.zeros(129, 17)}, "ref_hidden"),
         ({"ref_weight": torch.zeros(128, 16), "ref_bias": None}, "128 words and weight 129"),
-        ({"reward_margins": torch.zeros(3)}, "DPO does not use"),
         (
             {
                 "ref_hidden": None,
