@@ -145,7 +145,9 @@ def test_dropped_and_identical_pairs_are_counted():
 def test_extra_columns():
     rows = [{**STANDARD, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5, "id": 7}]
     tokenised, _ = _tokenize(rows)
-    assert set(tokenised.column_names) == set(data.COLUMNS) - {"reward_margin"}
+    sums = {"ref_chosen_logps", "ref_rejected_logps"}
+    assert set(tokenised.column_names) == {"prompt_ids", "chosen_ids", "rejected_ids"} | sums
+    assert set(tokenised.column_names) < set(data.COLUMNS)
     assert (tokenised[0]["ref_chosen_logps"], tokenised[0]["ref_rejected_logps"]) == (-1.5, -2.5)
     for extra in (
         {"reward_margin": 0.5},
@@ -252,6 +254,195 @@ def test_collator():
     wide = data.PreferenceCollator(pad_token_id=0, pad_to_multiple_of=8)(examples)
     assert wide["input_ids"].shape == (4, 8)
     assert "ref_logps" not in wide
+
+
+def _examples(rows: list[dict], **options):
+    dataset = datasets.Dataset.from_list(rows)
+    return data.tokenize_examples(dataset, TOKENIZER, **options)
+
+
+SINGLE = {"prompt": "the film is", "completion": " very good", "label": True}
+SINGLE_CHAT = {
+    "prompt": CONVERSATION["prompt"],
+    "completion": CONVERSATION["chosen"],
+    "label": False,
+}
+TURNS = {**SINGLE_CHAT, "completion": [_assistant("fine"), _user("really ?"), _assistant("a")]}
+CHAT_PROMPT = "<user> film ? <eos> <assistant>"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_both_responses_of_a_pair_are_examples(name):
+    row = FORMATS[name]
+    pairs, _ = _tokenize([row])
+    examples, report = _examples([row])
+    prompt, chosen, rejected = (
+        pairs[0][column] for column in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    assert examples.to_list() == [
+        {"prompt_ids": prompt, "completion_ids": chosen, "desirable": True},
+        {"prompt_ids": prompt, "completion_ids": rejected, "desirable": False},
+    ]
+    assert (report.pairs, report.unit, report.dropped) == (2, "responses", 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompt", "completion", "desirable"),
+    [
+        ([SINGLE], "the film is", "very good", True),
+        ([{**SINGLE, "label": 0}], "the film is", "very good", False),
+        ([{**SINGLE, "completion": " very good <eos>"}], "the film is", "very good", True),
+        ([SINGLE_CHAT], CHAT_PROMPT, "very good", False),
+        ([{**SINGLE_CHAT, "prompt": "film ?"}], CHAT_PROMPT, "very good", False),
+        ([TURNS], CHAT_PROMPT, "fine <eos> <user> really ? <eos> <assistant> a", False),
+    ],
+)
+def test_single_responses(rows, prompt, completion, desirable):
+    # A column that pairs would need is of no concern here.
+    examples, report = _examples([{**row, "margin": None, "id": 1} for row in rows])
+    assert examples.to_list() == [
+        {
+            "prompt_ids": _ids(prompt),
+            "completion_ids": [*_ids(completion), EOS],
+            "desirable": desirable,
+        }
+    ]
+    assert str(report).startswith("train: 1 responses (0 dropped for an empty response")
+    assert "identical" not in str(report)
+
+
+def test_single_responses_are_trls():
+    unpair = pytest.importorskip("trl.data_utils").unpair_preference_dataset
+    rows = tiny.pairs(4)
+    theirs = unpair(datasets.Dataset.from_list(rows)).to_list()
+    ours = _examples(rows)[0].to_list()
+
+    def order(examples):
+        return sorted(examples, key=lambda row: (row["prompt_ids"], row["completion_ids"]))
+
+    assert order(_examples(theirs)[0].to_list()) == order(ours)
+
+
+def test_truncation_of_single_responses_is_counted():
+    rows = [
+        {**SINGLE, "prompt": "the a was is film plot"},
+        {**SINGLE, "completion": " very very very very good"},
+    ]
+    examples, report = _examples(rows, max_length=5)
+    assert [len(row["prompt_ids"]) for row in examples] == [2, 1]
+    assert [len(row["completion_ids"]) for row in examples] == [3, 4]
+    assert (report.prompts_truncated, report.responses_truncated) == (2, 1)
+    # What is tokenised already is truncated, too.
+    again, report = data.tokenize_examples(examples, TOKENIZER, max_length=4)
+    assert [len(row["prompt_ids"]) for row in again] == [1, 1]
+    assert [len(row["completion_ids"]) for row in again] == [3, 3]
+    assert (report.prompts_truncated, report.responses_truncated) == (1, 1)
+    assert data.tokenize_examples(examples, TOKENIZER)[0].to_list() == examples.to_list()
+    # Of a pair, each response counts by itself.
+    pair = {"prompt": "the a was", "chosen": " very very very good", "rejected": " bad"}
+    _, report = _examples([pair], max_length=4)
+    assert (report.prompts_truncated, report.responses_truncated) == (2, 1)
+
+
+def test_single_responses_without_a_scored_token_are_dropped_and_counted():
+    empty = {"prompt": "", "completion": "", "label": False}
+    examples, report = _examples([SINGLE, empty, SINGLE])
+    assert len(examples) == report.pairs == 2
+    assert report.dropped == 1
+    _, report = _examples([STANDARD, {"prompt": "", "chosen": "", "rejected": "good"}])
+    assert (report.pairs, report.dropped) == (2, 2)
+    with pytest.raises(ValueError, match="'train' has no response that can be scored"):
+        _examples([empty])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": None}, "row 1: 'label' must be true or false, got None"),
+        ({"label": 2}, "row 1: 'label' must be true or false, got 2"),
+        ({"label": -1}, "row 1: 'label' must be true or false, got -1"),
+        ({"prompt": None}, "row 1: 'prompt' must not be null"),
+        ({"completion": None}, "row 1: 'completion' must be text or a list of messages, got None"),
+    ],
+)
+def test_bad_single_responses_are_named(change, message):
+    good = {**SINGLE, "label": 1}
+    with pytest.raises(ValueError, match=f"dataset 'train', {message}"):
+        _examples([good, {**good, **change}])
+    with pytest.raises(ValueError, match="row 0: 'label' must be true or false, got 'yes'"):
+        _examples([{**SINGLE, "label": "yes"}])
+
+
+def _example(prompt: list[int], completion: list[int], desirable: bool = True) -> dict:
+    return {"prompt_ids": prompt, "completion_ids": completion, "desirable": desirable}
+
+
+def test_example_collator():
+    # Both responses of a pair lie next to one another: neither is the other's mismatched one.
+    examples = [
+        _example([5], [6, 7]),
+        _example([5], [8], False),
+        _example([9, 10], [11]),
+    ]
+    batch = data.ExampleCollator(pad_token_id=0)(examples)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 8, 0], [9, 10, 11]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 8, -100], [-100, -100, 11]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 2, 3]
+    assert batch["desirable"].tolist() == [True, False, True]
+    # The next response of another prompt, around the end of the batch.
+    assert batch["mismatched_input_ids"].tolist() == [[5, 11, 0, 0], [5, 11, 0, 0], [9, 10, 6, 7]]
+    assert batch["mismatched_labels"].tolist() == [
+        [-100, 11, -100, -100],
+        [-100, 11, -100, -100],
+        [-100, -100, 6, 7],
+    ]
+    assert batch["mismatched_attention_mask"].sum(1).tolist() == [2, 2, 4]
+    # A long prompt meets a long response: the bound on the sum holds here, too.
+    short = data.ExampleCollator(pad_token_id=0, max_length=3)(examples)
+    assert short["mismatched_input_ids"].tolist() == [[5, 11, 0], [5, 11, 0], [10, 6, 7]]
+    assert short["input_ids"].tolist() == batch["input_ids"].tolist()
+    wide = data.ExampleCollator(pad_token_id=0, pad_to_multiple_of=8)(examples)
+    assert wide["input_ids"].shape == wide["mismatched_labels"].shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    "examples", [[_example([5], [6])], [_example([5], [6]), _example([5], [7, 8])]]
+)
+def test_one_prompt_has_no_mismatched_response(examples):
+    batch = data.ExampleCollator(pad_token_id=0)(examples)
+    assert len(batch["input_ids"]) == len(examples)
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert batch[f"mismatched_{name}"].shape[0] == 0
+        assert batch[f"mismatched_{name}"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_loading_single_responses(tmp_path, kind):
+    rows = [SINGLE, {**SINGLE, "label": False}]
+    path = tmp_path / f"responses.{kind}"
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_json(path) if kind == "jsonl" else getattr(dataset, f"to_{kind}")(path)
+    loaded = data.load_preference_dataset(str(path))
+    assert loaded.to_list() == rows
+    examples, _ = data.tokenize_examples(loaded, TOKENIZER)
+    assert examples["desirable"][:] == [True, False]
+    with pytest.raises(ValueError, match="no column 'chosen' .*; single responses are for .*'kto'"):
+        data.check_columns(loaded, "x")
+    with pytest.raises(ValueError, match="found prompt, completion; .* or 'prompt', 'completion'"):
+        data.check_columns(loaded.remove_columns("label"), "x", paired=False)
+
+
+def test_margins_are_asked_for_where_they_are_needed():
+    rows = datasets.Dataset.from_list([STANDARD])
+    data.check_columns(rows, "x")
+    with pytest.raises(ValueError, match="'x' has no margins, .*score_chosen.*found prompt, chos"):
+        data.check_columns(rows, "x", margins=True)
+    for columns in (["reward_margin"], ["margin"], ["score_chosen", "score_rejected"]):
+        extra = {**STANDARD, **dict.fromkeys(columns, 1.0)}
+        data.check_columns(datasets.Dataset.from_list([extra]), "x", margins=True)
+    half = datasets.Dataset.from_list([{**STANDARD, "score_chosen": 1.0}])
+    with pytest.raises(ValueError, match="'x' has no margins"):
+        data.check_columns(half, "x", margins=True)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "disk", "folder"])

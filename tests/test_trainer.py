@@ -45,7 +45,15 @@ def config(path: Path, **options) -> PreferenceConfig:
 
 
 def trainer(path: Path, count: int = 12, model=None, **options) -> PreferenceTrainer:
-    names = ("objective", "ref_model", "peft_config", "eval_dataset", "train_dataset", "callbacks")
+    names = (
+        "objective",
+        "ref_model",
+        "peft_config",
+        "eval_dataset",
+        "train_dataset",
+        "callbacks",
+        "data_collator",
+    )
     given = {name: options.pop(name) for name in names if name in options}
     if isinstance(given.get("objective"), str):
         options["objective"] = given.pop("objective")
@@ -81,7 +89,9 @@ def test_dpo_trains_as_trls_does(tmp_path, adapted):
     trl = pytest.importorskip("trl")
     arguments = config(tmp_path).to_dict()
     names = {field.name for field in trl.DPOConfig.__dataclass_fields__.values()}
-    shared = {k: v for k, v in arguments.items() if k in names and k != "accelerator_config"}
+    # A beta of None is the objective's own; TRL's own is the same.
+    skipped = ("accelerator_config", "beta")
+    shared = {k: v for k, v in arguments.items() if k in names and k not in skipped}
     theirs = trl.DPOTrainer(
         tiny.model(),
         ref_model=None if adapted else tiny.model(),
@@ -397,8 +407,8 @@ def test_config_can_be_parsed_from_flags():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "adadopo"}, "unknown objective 'adadopo'; known: dpo"),
-        ({"objective_options": {"klip": 1}}, "no option 'klip'; it takes .*clip"),
+        ({"objective": "adadopo"}, r"unknown objective 'adadopo' \(did you mean 'adadpo'\?\)"),
+        ({"objective_options": {"klip": 1}}, r"no option 'klip' \(did you mean 'clip'\?\)"),
         ({"beta": -1.0}, "beta must be a finite number > 0"),
         ({"objective_options": "{clip"}, "objective_options is not JSON"),
         ({"objective_options": "3"}, "must be a JSON object"),
@@ -462,7 +472,7 @@ def test_rows_without_their_numbers_are_named_before_training(tmp_path):
 
 def test_margins_go_only_to_objectives_that_use_them(tmp_path):
     class Margins(objectives.DPO):
-        uses_reward_margins = True
+        needs_reward_margins = True
 
         def forward(self, pairs):
             seen.append(pairs.reward_margins)
@@ -472,7 +482,7 @@ def test_margins_go_only_to_objectives_that_use_them(tmp_path):
             return None
 
     class Plain(Margins):
-        uses_reward_margins = False
+        needs_reward_margins = False
 
     rows = tiny.dataset(4).add_column("margin", [0.5] * 4)
     for objective, expected in ((Margins(), [0.5] * 4), (Plain(), None)):
@@ -505,9 +515,8 @@ def test_predict_takes_raw_pairs_as_evaluate_does(tmp_path, precompute):
         assert predicted.metrics[f"test_{name}"] == evaluated[f"eval_{name}"]
 
 
-@pytest.mark.parametrize("adapted", ["full", "lora"])
-def test_two_ranks_train_and_evaluate_as_one(tmp_path, adapted):
-    """Every gradient, every metric: 2 ranks x 1 pair x 2 accumulated against one batch of 4."""
+def run_on_two_ranks(script: str, *arguments: str) -> None:
+    """Run a test module as a script in two processes that find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -521,7 +530,7 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, adapted):
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), adapted],
+            [sys.executable, script, *arguments],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -529,9 +538,35 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, adapted):
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        # A rank that waits for the other one in vain would never end.
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
 
+
+class Record(transformers.TrainerCallback):
+    """Keeps the gradients of every optimiser step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients.append(
+            {
+                name.removeprefix("module."): p.grad.clone()
+                for name, p in model.named_parameters()
+                if p.grad is not None
+            }
+        )
+
+
+@pytest.mark.parametrize("adapted", ["full", "lora"])
+def test_two_ranks_train_and_evaluate_as_one(tmp_path, adapted):
+    """Every gradient, every metric: 2 ranks x 1 pair x 2 accumulated against one batch of 4."""
+    run_on_two_ranks(__file__, str(tmp_path), adapted)
     expected = _train_recording_gradients(tmp_path, adapted, ranks=1)
     for rank in range(2):
         actual = torch.load(tmp_path / f"rank{rank}.pt")
@@ -547,19 +582,6 @@ def test_two_ranks_train_and_evaluate_as_one(tmp_path, adapted):
 
 
 def _train_recording_gradients(path: Path, adapted: str, ranks: int) -> dict:
-    class Record(transformers.TrainerCallback):
-        def __init__(self):
-            self.gradients = []
-
-        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            self.gradients.append(
-                {
-                    name.removeprefix("module."): p.grad.clone()
-                    for name, p in model.named_parameters()
-                    if p.grad is not None
-                }
-            )
-
     record = Record()
     run = trainer(
         path,
