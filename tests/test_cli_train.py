@@ -50,7 +50,8 @@ def error(argv: list[str], capsys) -> str:
     """The one line that a failing run prints on stderr."""
     assert cli.main(["train", *argv]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    lines = [line for line in lines if "it/s" not in line and "examples/s" not in line]
+    bars = ("it/s", "examples/s")
+    lines = [line for line in lines if line.strip() and not any(bar in line for bar in bars)]
     assert len(lines) == 1, lines
     assert lines[0].startswith("prefkern train: error: ")
     return lines[0]
@@ -69,6 +70,44 @@ def test_lora_run_from_flags(files, tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(files["output_dir"]).chat_template
     metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert metrics["eval_loss"] > 0
+
+
+def _write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+RUNS = {
+    "simpo": ({"objective_options": '{"gamma": 0.3}', "beta": 2.5}, {"rewards/margins"}),
+    "alphadpo": ({"rpo_alpha": 0.2}, {"alpha_dpo/margin"}),
+    "madpo": ({"use_weighting": "true"}, {"madpo/weight", "wpo/weight"}),
+    "kto": ({"beta": 0.2}, {"kl", "rewards/chosen"}),
+    "tdpo2": ({"lora_r": 4}, {"kl/chosen", "kl/rejected"}),
+    "adaorpo": ({"objective_options": '{"clip": 3.0}'}, {"adaptive/beta_ratio"}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_objectives_from_flags(files, tmp_path, capsys, name):
+    options, metrics = RUNS[name]
+    rows = tiny.pairs(12)
+    if name == "madpo":
+        rows = [{**row, "margin": i - 5.0} for i, row in enumerate(rows)]
+    if name == "kto":
+        rows = [
+            {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0}
+            for i, row in enumerate(rows)
+        ]
+    argv = {**files, "objective": name, **options, "dataset": _write(tmp_path / "d.jsonl", rows)}
+    assert cli.main(["train", *flags({**argv, "logging_steps": 1, "eval_fraction": 0.25})]) == 0
+    out = capsys.readouterr().out
+    unit = "responses" if name == "kto" else "pairs"
+    assert f"train: 9 {unit} (0 dropped" in out and f"eval: 3 {unit}" in out
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    logs = [log for log in state["log_history"] if "loss" in log]
+    assert len(logs) == 2 and all(metrics <= log.keys() for log in logs)
+    evaluated = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert {f"eval_{metric}" for metric in metrics} <= evaluated.keys()
 
 
 def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
@@ -101,8 +140,11 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
         ({"dataset": "missing.jsonl"}, "no such file"),
         ({"dataset": None}, "--dataset is required"),
         ({"model_name_or_path": None}, "--model_name_or_path is required"),
-        ({"objective": "adadopo"}, "unknown objective 'adadopo'; known: dpo, adadpo"),
-        ({"objective_options": '{"klip": 3}'}, "no option 'klip'; it takes"),
+        (
+            {"objective": "adadopo"},
+            "unknown objective 'adadopo' (did you mean 'adadpo'?); known: dpo, ",
+        ),
+        ({"objective_options": '{"klip": 3}'}, "no option 'klip' (did you mean 'clip'?); it takes"),
         ({"objective_options": '{"clip": -3}'}, "clip must be a finite number > 0"),
         ({"betta": 0.1}, "unknown argument '--betta'"),
         ({"dtype": "int4"}, "--dtype: invalid choice: 'int4'"),
@@ -119,6 +161,20 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
         ({"train_sampling_strategy": "group_by_length"}, "batches by length are not supported"),
         ({"eval_dataset": "none.csv"}, "no such file"),
         ({"label_smoothing_factor": 0.1}, "no effect on preference pairs"),
+        ({"objective": "ipo", "beta": 0.1}, "'ipo' has no option 'beta'"),
+        ({"objective": "kto", "rpo_alpha": 0.1}, "'kto' has no option 'rpo_alpha'"),
+        ({"objective": "kto", "use_weighting": "true"}, "'kto' has no option 'use_weighting'"),
+        ({"beta": 0.1, "objective_options": '{"beta": 0.2}'}, "beta is 0.1, and 0.2 in"),
+        ({"rpo_alpha": -1}, "rpo_alpha must be a finite number > 0, got -1"),
+        ({"objective": "madpo"}, "dataset 'train' has no margins"),
+        (
+            {"objective": "kto", "per_device_train_batch_size": 1},
+            "per_device_train_batch_size must be at least 2, got 1",
+        ),
+        (
+            {"objective": "tdpo1", "precompute_ref_log_probs": True},
+            "precompute_ref_log_probs keeps sums",
+        ),
     ],
 )
 def test_errors_come_before_the_model_is_loaded(files, capsys, monkeypatch, change, message):
@@ -135,6 +191,13 @@ def test_errors_of_datasets(files, tmp_path, capsys):
     path.write_text('{"prompt": "a", "better": "b", "rejected": "c"}\n')
     message = error(flags({**files, "dataset": path}), capsys)
     assert "no column 'chosen'; found prompt, better, rejected; expected" in message
+    _write(path, [{"prompt": "a", "completion": "b", "label": True}] * 4)
+    message = error(flags({**files, "dataset": path}), capsys)
+    assert "no column 'chosen' and no column 'rejected'; found prompt, completion, label" in message
+    assert "single responses are for the objective 'kto'" in message
+    _write(path, [{"prompt": "a", "completion": "b", "label": "yes"}] * 4)
+    message = error(flags({**files, "dataset": path, "objective": "kto"}), capsys)
+    assert "row 0: 'label' must be true or false, got 'yes'" in message
     path.write_text("")
     assert "empty" in error(flags({**files, "dataset": path}), capsys)
 

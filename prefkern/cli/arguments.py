@@ -1,0 +1,153 @@
+"""What the commands that train share: arguments from flags, from a YAML file, or from both.
+
+The keys of the file are the flags' names, and its items become flags in front of those given, so
+that one path checks both. An error is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    """The model that is trained."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or hub name (required).", "aliases": ["--model"]}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the weights; auto is the file's.", "choices": _DTYPES},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, flash_attention_2, ... Default: the model's."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the hub."}
+    )
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """Keywords of `from_pretrained`."""
+        kwargs: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation is not None:
+            kwargs["attn_implementation"] = self.attn_implementation
+        return kwargs
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line, and which turns a YAML file into flags."""
+
+    def __init__(self, kinds: tuple[type, ...], command: str, description: str) -> None:
+        super().__init__(
+            kinds,  # pyright: ignore[reportArgumentType]
+            prog=f"prefkern {command}",
+            usage=f"prefkern {command} [CONFIG.yaml] [--option value ...]",
+            description=description,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def parse(self, argv: list[str]) -> tuple[tuple[Any, ...], set[str]]:
+        """The dataclasses, and the names of the options that were given.
+
+        Options come from flags, after those of a YAML file if the first word names it. Raises
+        ValueError for what is unknown or malformed.
+        """
+        if argv and argv[0].endswith((".yaml", ".yml")):
+            argv = [*self.flags_of_yaml(Path(argv[0])), *argv[1:]]
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0]!r}")
+        # argparse gives a default only to what the namespace lacks.
+        unset = object()
+        blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        filled = vars(self.parse_known_args(argv, blank)[0])
+        return tuple(parsed), {name for name, value in filled.items() if value is not unset}
+
+    def flags_of_yaml(self, path: Path) -> list[str]:
+        """The file's items as flags. Raises ValueError for a key that is no flag, and for no YAML.
+
+        What flags cannot say (null, and lists for options that also take one word) is let through
+        as a default where the option's type allows it.
+        """
+        import yaml
+
+        if not path.exists():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise TypeError(f"{path} must be a mapping of options to values")
+        # Flags without a value (--help, --no_bf16) make no keys.
+        actions = {
+            option.removeprefix("--"): action
+            for option, action in self._option_string_actions.items()
+            if option.startswith("--") and action.nargs != 0
+        }
+        types = {n: t for kind in self.dataclass_types for n, t in get_type_hints(kind).items()}
+        given: dict[str, str] = {}
+        flags: list[str] = []
+        for key, value in values.items():
+            action = actions.get(str(key))
+            if action is None:
+                close = difflib.get_close_matches(str(key), actions, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"{path}: unknown option {key!r}{hint}")
+            if action.dest in given:
+                raise ValueError(f"{path}: {given[action.dest]!r} and {key!r} are the same option")
+            given[action.dest] = str(key)
+            allowed = [get_origin(t) or t for t in get_args(types[action.dest])]
+            if value is None:
+                if NoneType in allowed:
+                    self.set_defaults(**{action.dest: None})
+            elif isinstance(value, list):
+                if action.nargs is None and list in allowed:
+                    self.set_defaults(**{action.dest: value})
+                elif action.nargs == "+":
+                    flags += [f"--{key}", *map(_word, value)]
+                else:
+                    raise ValueError(f"{path}: {key!r} takes one value, got the list {value}")
+            else:
+                flags.append(f"--{key}={_word(value)}")
+        return flags
+
+
+def resume_from(config: TrainingArguments) -> Any:
+    """What `Trainer.train` takes as `resume_from_checkpoint`: a folder, True, False or None."""
+    resume: Any = config.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        return resume.lower() == "true"
+    return resume
+
+
+def fail(command: str, message: str) -> int:
+    """Say what is wrong, in one line; the exit status."""
+    print(f"prefkern {command}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _word(value: Any) -> str:
+    """A value of a YAML file as a word of the command line."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, default=str) if isinstance(value, bool | dict | list) else str(value)

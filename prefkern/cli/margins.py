@@ -1,0 +1,406 @@
+"""`prefkern margins`: step 1 of MADPO, a dataset of pairs with a reward margin in every row.
+
+    prefkern margins --model_name_or_path M --dataset pairs.jsonl --output margins.jsonl
+    prefkern margins --reward_model R --dataset pairs.jsonl --output margins.jsonl
+    prefkern train --objective madpo --dataset margins.jsonl ...
+
+The first trains a reward model on the pairs, with some held out for early stopping (MADPO, Section
+5.1), saves it to --output_dir and scores every pair with its best checkpoint; the second scores with
+a model that is there already. The column `margin` is r(chosen) - r(rejected); rows, their order and
+their other columns stay as they are. Arguments come from flags, a YAML file, or both.
+
+Everything that can be wrong is looked at before training. An error is one line on stderr and exit
+status 2. Several processes (`accelerate launch`, `torchrun`) share the work; the first one writes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefkern.cli.arguments import ModelArguments, Parser, fail, resume_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefkern.rewards import RewardConfig, RewardTrainer
+
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+# The margins that `prefkern train` reads.
+_MARGIN_COLUMNS = ("margin", "reward_margin")
+_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# Options of a run that only scores; the others would have no effect there.
+_SCORING = {
+    *("reward_model", "dtype", "attn_implementation", "trust_remote_code"),
+    *("dataset", "dataset_config", "dataset_split", "output", "overwrite"),
+    *("max_length", "max_prompt_length", "dataset_num_proc", "per_device_eval_batch_size"),
+    *("use_cpu", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("disable_tqdm", "log_level", "log_level_replica", "ddp_backend", "ddp_timeout"),
+}
+_QUANTILES = {"min": 0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1}
+
+
+@dataclass
+class RewardModelArguments(ModelArguments):
+    """The reward model: one to train, or one that is trained already."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name of the model to train the reward model from.",
+            "aliases": ["--model"],
+        },
+    )
+    reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead: a trained reward model, a sequence classifier with one output or a "
+            "PEFT adapter of one, such as an earlier run's --output_dir."
+        },
+    )
+
+
+@dataclass
+class MarginsDataArguments:
+    """The preference pairs, and where they go."""
+
+    _argument_group_name = "data"
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": ".jsonl, .json, .parquet or .csv file, folder, or hub name (required).",
+            "aliases": ["--dataset_name"],
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to take."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to write (required): a .jsonl, .json, .parquet or .csv file, or a folder."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace --output if it exists."})
+    eval_fraction: float = field(
+        default=1 / 6,
+        metadata={
+            "help": "Share of the pairs, drawn by --seed, that is held out of training to stop it "
+            "early. Default: 1/6, MADPO's 2,000 of 12,000."
+        },
+    )
+
+
+@dataclass
+class RewardLoraArguments:
+    """The adapter of a reward model that is trained; its head is trained, too."""
+
+    _argument_group_name = "LoRA"
+
+    lora_r: int = field(default=16, metadata={"help": "Rank. 0 trains all weights."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale: alpha / r."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of layers. Default: every linear layer but the head."},
+    )
+
+
+@dataclass
+class _Run:
+    """What is loaded and checked before anything is computed."""
+
+    trainer: RewardTrainer
+    dataset: Any
+    tokens: Any
+    held_out: list[int]  # rows; none without training
+    output: Path
+
+
+def main(argv: list[str]) -> int:
+    """Run `prefkern margins`; returns the exit status."""
+    missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
+    if missing:
+        return fail("margins", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
+    # Trainer makes its folder even for a run that only scores and saves no model.
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            run = _prepare(argv, scratch)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            return fail("margins", str(error))
+        is_writer = run.trainer.args.process_index == 0
+        if run.held_out:
+            _train(run.trainer)
+        rewards = run.trainer.rewards(run.tokens).double()
+    bad = (~rewards.isfinite()).any(1).nonzero().flatten().tolist()
+    if bad:
+        return fail("margins", f"the rewards of row {bad[0]} are not finite; nothing was written")
+    if is_writer:
+        margins = (rewards[:, 0] - rewards[:, 1]).tolist()
+        try:
+            _write(run.dataset.add_column("margin", margins), run.output)
+        except OSError as error:
+            return fail("margins", f"{run.output} cannot be written: {error}")
+        _report(run, rewards)
+    return 0
+
+
+def parse(
+    argv: list[str],
+) -> tuple[RewardModelArguments, MarginsDataArguments, RewardLoraArguments, RewardConfig]:
+    """Arguments from flags, after those of a YAML file if the first one names it.
+
+    Raises ValueError for what is unknown, missing, malformed or contradictory.
+    """
+    from prefkern.rewards import RewardConfig
+
+    parser = Parser(
+        (RewardModelArguments, MarginsDataArguments, RewardLoraArguments, RewardConfig),
+        "margins",
+        "Write reward margins into a dataset of preference pairs, by a reward model that is "
+        "trained on them or given.",
+    )
+    (model, data, lora, config), given = parser.parse(argv)
+    if (model.model_name_or_path is None) == (model.reward_model is None):
+        raise ValueError(
+            "give either --model_name_or_path, to train a reward model, or --reward_model"
+        )
+    for name, value in (("dataset", data.dataset), ("output", data.output)):
+        if value is None:
+            raise ValueError(f"--{name} is required")
+    if model.reward_model is not None:
+        unused = sorted(given - _SCORING)
+        if unused:
+            names = ", ".join(f"--{name}" for name in unused)
+            raise ValueError(f"with --reward_model nothing is trained; no effect of {names}")
+        return model, data, lora, config
+    if not 0 < data.eval_fraction < 1:
+        raise ValueError(f"--eval_fraction must be in (0, 1), got {data.eval_fraction}")
+    if lora.lora_r < 0:
+        raise ValueError(f"--lora_r must be >= 0, got {lora.lora_r}")
+    if lora.lora_alpha <= 0:
+        raise ValueError(f"--lora_alpha must be > 0, got {lora.lora_alpha}")
+    for name in sorted(given & {"lora_alpha", "lora_target_modules"}):
+        if not lora.lora_r:
+            raise ValueError(f"--{name} has no effect with --lora_r 0")
+    for name in sorted(given & {"save_strategy", "save_steps"}):
+        raise ValueError(f"--{name} has no effect: models are saved whenever they are evaluated")
+    if not lora.lora_r and "learning_rate" not in given:
+        config.learning_rate = 1e-5
+    return model, data, lora, config
+
+
+def _prepare(argv: list[str], scratch: str) -> _Run:
+    """Check and load everything, the cheapest first."""
+    model, data, lora, config = parse(argv)
+    assert data.dataset is not None and data.output is not None
+    output = Path(data.output).expanduser()
+    _check_output(output, data.overwrite)
+    name = model.reward_model or model.model_name_or_path
+    assert name is not None and config.output_dir is not None
+    is_new = model.reward_model is None
+    if not is_new:
+        config.output_dir = scratch
+    elif Path(config.output_dir).expanduser().resolve() == output.resolve():
+        raise ValueError("--output and --output_dir are the same folder")
+
+    from transformers import set_seed
+
+    from prefkern import rewards
+    from prefkern.data import load_preference_dataset
+
+    with config.main_process_first(desc="loading", local=False):
+        dataset = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config)
+    _check_columns(dataset, data.dataset, output)
+    held_out = _draw(len(dataset), data.eval_fraction, config) if is_new else []
+
+    # The head and the adapter are drawn before Trainer seeds.
+    set_seed(config.seed)
+    if is_new:
+        adapter = _adapter(lora) if lora.lora_r else None
+        classifier, tokenizer = rewards.new_reward_model(name, adapter, **model.init_kwargs())
+        # The second is the newer name of the first, from transformers 5.2x on.
+        recomputes = config.gradient_checkpointing or getattr(config, "activation_checkpointing", 0)
+        if adapter is not None and recomputes:
+            # Else the checkpointed blocks of a frozen model have no input to differentiate.
+            classifier.enable_input_require_grads()
+    else:
+        classifier, tokenizer = rewards.load_reward_model(name, **model.init_kwargs())
+    with config.main_process_first(desc="tokenisation", local=False):
+        tokens, report = rewards.tokenize_for_rewards(dataset, tokenizer, config, data.dataset)
+    pad_token_id = rewards.set_pad_token(classifier, tokenizer, tokens, is_new)
+    trained_on = sorted(set(range(len(tokens))) - set(held_out))
+    trainer = rewards.RewardTrainer(
+        classifier,
+        config,
+        tokenizer,
+        pad_token_id,
+        train_dataset=tokens.select(trained_on),
+        eval_dataset=tokens.select(held_out) if held_out else None,
+    )
+    if config.process_index == 0:
+        print(report)
+    return _Run(trainer, dataset, tokens, held_out, output)
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    """Raise unless the file or folder can be written when all is done."""
+    if path.suffix and path.suffix not in _SUFFIXES:
+        raise ValueError(
+            f"--output: unknown file type {path.suffix!r}; known: {', '.join(_SUFFIXES)}, or a "
+            "folder, without a dot"
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output: no such folder: {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--output: cannot write to {path.parent}")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"--output: {path} exists; --overwrite replaces it")
+    is_dataset = path.is_file() if path.suffix else (path / "dataset_info.json").exists()
+    if not is_dataset:
+        raise FileExistsError(f"--output: {path} exists, is no dataset, and is not replaced")
+
+
+def _check_columns(dataset: Any, name: str, output: Path) -> None:
+    """Raise for columns that the margins would contradict, or that the file cannot hold."""
+    from datasets import Value
+
+    for column in _MARGIN_COLUMNS:
+        if column in dataset.column_names:
+            raise ValueError(
+                f"dataset {name!r} has a column {column!r}, which is what training reads margins "
+                "from; remove it, or train on it as it is"
+            )
+    for column in _TOKEN_COLUMNS:
+        if column in dataset.column_names:
+            raise ValueError(
+                f"dataset {name!r} has a column {column!r}; a reward model needs text, since "
+                "tokens may be another tokenizer's"
+            )
+    if output.suffix == ".csv":
+        nested = [name for name, kind in dataset.features.items() if not isinstance(kind, Value)]
+        if nested:
+            raise ValueError(f"--output: a .csv file cannot hold column {nested[0]!r}, no scalar")
+
+
+def _draw(pairs: int, fraction: float, config: RewardConfig) -> list[int]:
+    """The rows that are held out."""
+    count = round(pairs * fraction)
+    if not 0 < count < pairs:
+        raise ValueError(
+            f"{pairs} pairs are too few: with --eval_fraction {fraction:.3g}, {count} would be "
+            f"held out and {pairs - count} trained on"
+        )
+    step = config.train_batch_size * config.world_size
+    if config.dataloader_drop_last and pairs - count < step:
+        raise ValueError(
+            f"{pairs - count} pairs to train on are fewer than a batch of {step} over all "
+            "processes, and --dataloader_drop_last drops partial batches"
+        )
+    return sorted(random.Random(config.seed).sample(range(pairs), count))
+
+
+def _adapter(lora: RewardLoraArguments) -> Any:
+    from peft import LoraConfig
+
+    targets: Any = lora.lora_target_modules
+    if targets in (None, ["all-linear"]):
+        targets = "all-linear"
+    return LoraConfig(
+        task_type="SEQ_CLS", r=lora.lora_r, lora_alpha=lora.lora_alpha, target_modules=targets
+    )
+
+
+def _train(trainer: RewardTrainer) -> None:
+    """Train, end with the best checkpoint, and save it."""
+    trainer.train(resume_from_checkpoint=resume_from(trainer.args))
+    trainer.save_model()
+    trainer.save_state()
+
+
+def _write(dataset: Any, path: Path) -> None:
+    """Write the file or folder under another name, then rename it into place."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    if path.suffix in (".jsonl", ".json"):
+        # Row by row: pandas, by which datasets writes JSON, rounds floats to ten digits.
+        with unfinished.open("w", encoding="utf-8") as file:
+            rows = (json.dumps(row, ensure_ascii=False, default=str) for row in dataset)
+            if path.suffix == ".jsonl":
+                file.writelines(f"{row}\n" for row in rows)
+            else:
+                file.write("[\n" + ",\n".join(rows) + "\n]\n")
+    elif path.suffix == ".parquet":
+        dataset.to_parquet(unfinished)
+    elif path.suffix == ".csv":
+        dataset.to_csv(unfinished)
+    else:
+        dataset.save_to_disk(unfinished)
+        shutil.rmtree(path, ignore_errors=True)
+    unfinished.replace(path)
+
+
+def _report(run: _Run, rewards: Tensor) -> None:
+    """Print what the margins look like, and warn where they say nothing."""
+    import numpy
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from prefkern.rewards import pair_metrics
+
+    parts = {"all pairs": rewards}
+    if run.held_out:
+        parts["held out"] = rewards[run.held_out]
+    metrics = {name: pair_metrics(part) for name, part in parts.items()}
+    table = Table(title="r(chosen) - r(rejected)", box=SIMPLE)
+    table.add_column("")
+    for name in parts:
+        table.add_column(name, justify="right")
+    table.add_row("pairs", *(str(len(part)) for part in parts.values()))
+    table.add_row("loss", *(f"{m['loss']:.4f}" for m in metrics.values()))
+    table.add_row("accuracy: share > 0", *(f"{m['accuracy']:.4f}" for m in metrics.values()))
+    table.add_row("mean", *(f"{m['margin']:.4f}" for m in metrics.values()))
+    margins = [part[:, 0] - part[:, 1] for part in parts.values()]
+    table.add_row("std", *(f"{m.std(correction=0):.4f}" for m in margins))
+    # torch.quantile takes no more than 2^24 values.
+    quantiles = [numpy.quantile(m.numpy(), [*_QUANTILES.values()]) for m in margins]
+    for name, values in zip(_QUANTILES, zip(*quantiles, strict=True), strict=True):
+        table.add_row(name, *(f"{value:.4f}" for value in values))
+    console = Console(highlight=False)
+    console.print(table)
+    judged = "held out" if run.held_out else "all pairs"
+    if run.held_out:
+        state, args = run.trainer.state, run.trainer.args
+        stopped = "stopped early" if state.global_step < state.max_steps else "done"
+        # None where training ended before the first evaluation.
+        best = state.best_global_step or state.global_step
+        print(
+            f"training {stopped} at step {state.global_step} of {state.max_steps}; the model is "
+            f"that of step {best}"
+        )
+        evaluation = {f"eval_{name}": value for name, value in metrics[judged].items()}
+        run.trainer.save_metrics("all", evaluation, combined=False)
+        print(f"reward model saved to {args.output_dir}")
+    print(f"{len(rewards)} margins written to {run.output}")
+    pairs, accuracy = len(parts[judged]), metrics[judged]["accuracy"]
+    needed = 0.5 + 1.645 * 0.5 / math.sqrt(pairs)
+    if accuracy <= needed:
+        print(
+            f"prefkern margins: warning: an accuracy of {accuracy:.3f} on {pairs} pairs "
+            f"({judged}) is no better than chance, which is above {needed:.3f} once in twenty "
+            "times; these margins say little",
+            file=sys.stderr,
+        )
