@@ -1,9 +1,10 @@
-"""Write the README's section "What was measured" from the files under bench/results/.
+"""Write the sections of measured figures in the README and the page of objectives.
 
-usage: python bench/readme.py            (--check: exit 1 if the README is not what this would write)
+usage: python bench/readme.py            (--check: exit 1 if a page is not what this would write)
 
-No figure of that section is typed by hand: each comes from a JSON file that `prefkern bench` or
-`make demo` wrote, whose machine, versions, date and command stand beside it.
+No figure of those sections is typed by hand: each comes from a JSON file under bench/results/ that
+`prefkern bench`, `make demo` or bench/objectives.py wrote, whose machine, versions, date and command
+stand beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
-START, END = "<!-- measured -->\n", "<!-- /measured -->\n"
+MARKERS = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 
 def source(report: dict[str, Any], name: str) -> str:
@@ -96,27 +97,72 @@ def demo_tables(name: str) -> str:
     return "\n".join([*lines, "", source(report, name)])
 
 
-def section() -> str:
-    """The whole section, between its markers."""
+def measured() -> str:
+    """The README's section."""
     closing = (
         "On a CPU prefkern multiplies in float32, eager and Liger in the inputs' dtype, so these "
         "times say little about a GPU. Operations carry over to other machines, and memory follows "
         "`workspace_mb`."
     )
-    parts = [demo_tables("demo-cpu.json"), loss_step_table("bench-cpu.json"), closing]
-    return START + "\n" + "\n\n".join(parts) + "\n\n" + END
+    return "\n\n".join([demo_tables("demo-cpu.json"), loss_step_table("bench-cpu.json"), closing])
+
+
+def objectives_table(name: str) -> str:
+    """The worst errors of every objective, plain and adaptive, against its oracle."""
+    report = json.loads((RESULTS / name).read_text())
+    bounds = report["bounds"]
+    lines = [
+        (
+            "Worst relative error of value / of gradient over each objective's cases (options, P from near 0 to "
+            "1 - 1e-12, log-ratios to 1e4, 32,768 tokens), against the textbook formulas in 150-digit decimals "
+            f"of tests/oracles.py. Bounds: {bounds['float64']:.0e} in float64, {bounds['float32']:.0e} in float32. The pair "
+            f"kernel ran {report['kernel']}, in one launch a loss; where there is none, the torch class is "
+            "what runs on every backend."
+        ),
+        "",
+        "| objective | | cases | torch, float64 | torch, float32 | pair kernel, float32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["objective"], row["adaptive"]), []).append(row)
+    for (objective, adaptive), rows in groups.items():
+        cells = []
+        for path in ("float64", "float32", "kernel"):
+            found = [row[path] for row in rows if row[path] is not None]
+            worst = (max(row[kind] for row in found) for kind in ("value", "gradient") if found)
+            cells.append(" / ".join(f"{error:.0e}" for error in worst) or "-")
+        kind = "adaptive" if adaptive else "plain"
+        lines.append(f"| `{objective}` | {kind} | {len(rows)} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "AdaDPO's A.6, |dL/dP_w| / |dL/dP_l|: "
+        + "; ".join(
+            f"`{row['objective']}` at P_w/P_l = {row['odds']:g}: {row['balance']:.4g}"
+            for row in report["appendix_a6"]
+        )
+        + f". Its Listing 1 and `adadpo` differ by {report['listing_1']:.0e} at most, relative, in loss and gradient.",
+    ]
+    return "\n".join([*lines, "", source(report, name)])
+
+
+PAGES = {
+    ROOT / "README.md": measured,
+    ROOT / "prefkern/objectives/README.md": lambda: objectives_table("objectives-cpu.json"),
+}
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
-    written = before + section() + after
-    if "--check" in sys.argv:
-        return int(written != text)
-    path.write_text(written)
-    return 0
+    differ = False
+    for path, section in PAGES.items():
+        text = path.read_text()
+        before, rest = text.split(MARKERS[0])
+        after = rest.split(MARKERS[1])[1]
+        written = f"{before}{MARKERS[0]}\n{section()}\n\n{MARKERS[1]}{after}"
+        differ |= written != text
+        if "--check" not in sys.argv:
+            path.write_text(written)
+    return int(differ and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

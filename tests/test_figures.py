@@ -1,4 +1,4 @@
-"""The README's figures are those of the result files, as the script writes them."""
+"""The pages' figures are those of the result files, as the script writes them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_readme_is_what_the_script_writes():
+def test_pages_are_what_the_script_writes():
     check = [sys.executable, ROOT / "bench/readme.py", "--check"]
     assert subprocess.run(check, check=False).returncode == 0
