@@ -87,6 +87,9 @@ def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
         raise TypeError(f"{name} must be a tensor of shape [{size}], got {_name(value)}")
     if value.shape != (size,) or value.is_complex():
         raise ValueError(f"{name} must have shape [{size}], got {list(value.shape)}")
+    if (value.dtype == torch.bool) != (name == "desirable"):
+        kind = "a bool tensor" if name == "desirable" else "numbers"
+        raise TypeError(f"{name} must be {kind}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} and hidden on {device}")
 

@@ -159,6 +159,23 @@ def check_labels(dataset: datasets.Dataset, name: str) -> None:
             )
 
 
+def without_unused(
+    dataset: datasets.Dataset, *, references: bool, margins: bool
+) -> datasets.Dataset:
+    """The dataset without numbers that nothing will read, whose gaps are then nobody's concern.
+
+    Args:
+        references: whether the reference's sums are kept.
+        margins: whether the columns that a reward margin is taken from are.
+    """
+    unused: list[str] = []
+    if not references:
+        unused += _REFERENCE_COLUMNS
+    if not margins:
+        unused += [column for sources in _MARGIN_SOURCES for column in sources]
+    return dataset.remove_columns([c for c in unused if c in dataset.column_names])
+
+
 def tokenize_preferences(
     dataset: datasets.Dataset,
     tokenizer: Any,
@@ -318,9 +335,10 @@ def tokenize_examples(
     def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {column: [] for column in _EXAMPLE_COLUMNS}
         rows |= {column: [] for column in (*of_prompt, "_truncated")}
-        for row, truncated in enumerate(batch["_responses_truncated"]):
-            sides = ("chosen_ids", "rejected_ids") if is_paired else ("chosen_ids",)
-            for side, column in enumerate(sides):
+        # Side by side, and not pair by pair: neighbours are then of different prompts, and an
+        # unshuffled batch has mismatched rows.
+        for side, column in enumerate(("chosen_ids", "rejected_ids")[: 1 + is_paired]):
+            for row, truncated in enumerate(batch["_responses_truncated"]):
                 for shared in of_prompt:
                     rows[shared].append(batch[shared][row])
                 rows["completion_ids"].append(batch[column][row])

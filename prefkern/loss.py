@@ -381,10 +381,10 @@ def _check_unpaired(
     if desirable is None or mismatched_log_ratios is None:
         return
     checks.vector("desirable", desirable, n_sequences, hidden.device)
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable must be a bool tensor, got {desirable.dtype}")
-    size = mismatched_log_ratios.shape[0] if mismatched_log_ratios.ndim == 1 else -1
-    checks.vector("mismatched_log_ratios", mismatched_log_ratios, size, hidden.device)
+    mismatched = mismatched_log_ratios
+    if not isinstance(mismatched, Tensor) or mismatched.ndim != 1:
+        raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}")
+    checks.vector("mismatched_log_ratios", mismatched, len(mismatched), hidden.device)
 
 
 def _inner_name(objective: Objective | UnpairedObjective) -> str:

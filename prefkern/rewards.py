@@ -33,7 +33,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from prefkern.data import COLUMNS, PreferenceCollator, tokenize_preferences
+from prefkern.data import COLUMNS, PreferenceCollator, check_columns, tokenize_preferences
 
 # What transformers calls the head of a sequence classifier, as far as PEFT knows.
 _HEADS = ("score", "classifier")
@@ -264,6 +264,7 @@ def tokenize_for_rewards(
 
     Raises ValueError where a row cannot be used, also for one that the trainer would drop.
     """
+    check_columns(dataset, name)
     text = dataset.select_columns([c for c in dataset.column_names if c in _TEXT_COLUMNS])
     options = {
         "max_length": config.max_length,

@@ -53,8 +53,10 @@ def fold_kl(
     difference = torch.sub(x, z)
     factor = _fold(z, inside, column, maximum, total, label_logit)
     ref_factor = _fold(x, inside, column, ref_maximum, ref_total, ref_label_logit)
-    # exp(x_v - m_r) is 0 in the label's column, where the difference is finite.
-    cross.mul_(ref_factor).add_(difference.mul_(x).sum(1))
+    # exp(x_v - m_r) is 0 in the label's column, where the difference is finite, and at a word that
+    # neither model can say, where it is not: a logit of -inf in both is no difference.
+    terms = difference.mul_(x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    cross.mul_(ref_factor).add_(terms.sum(1))
     for e, changed, into, out in (
         (z, factor, rescale, weights),
         (x, ref_factor, ref_rescale, ref_weights),

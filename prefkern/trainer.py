@@ -6,7 +6,9 @@ Policy and reference go through the same code, dtype and summation, so that equa
 loss of ln 2.
 
 The loss is the mean over the pairs of an optimiser step: pairs are counted over accumulated batches
-and over ranks, so 1 x 8 pairs trains like 4 x 2, the last partial batch included. Metrics have
+and over ranks, so 1 x 8 pairs trains like 4 x 2, the last partial batch included. What an objective
+takes from a batch as a whole (running statistics, beta-DPO's beta and draws, KTO's reference point)
+it takes from each forward batch, over all ranks, accumulated or not. Metrics have
 TRL's names and are means over pairs (or tokens) since the last log, over all ranks. Evaluation
 gathers values per pair, so that neither a partial batch nor a repeated pair shifts a mean.
 
@@ -48,6 +50,7 @@ from prefkern.data import (
     check_labels,
     tokenize_examples,
     tokenize_preferences,
+    without_unused,
 )
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.metrics import item_values, means, per_item
@@ -122,7 +125,8 @@ class PreferenceTrainer(Trainer):
             raise ValueError(
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
-        objective = objective if objective is not None else args.build_objective()
+        is_built = objective is None
+        objective = args.build_objective() if objective is None else _given(objective, args)
         is_paired = isinstance(objective, Objective)
         self._objective_needs = _Needs(
             paired=is_paired,
@@ -163,9 +167,11 @@ class PreferenceTrainer(Trainer):
             for _, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval")
         )
         ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
+        if not objective.needs_reference:
+            ref_model = None
         if isinstance(ref_model, str):
             ref_model = _load_model(ref_model, args, dtype=model.dtype)
-        if ref_model is not None and objective.needs_reference:
+        if ref_model is not None:
             find_head(ref_model)
         is_adapted = _is_peft_model(model)
         if is_adapted and peft_config is None and ref_model is None and _is_trained_adapter(model):
@@ -174,7 +180,7 @@ class PreferenceTrainer(Trainer):
         needs_reference = objective.needs_reference
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
-        self.ref_model = ref_model if needs_reference else None
+        self.ref_model = ref_model
         collator = (
             PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
             if is_paired
@@ -198,11 +204,13 @@ class PreferenceTrainer(Trainer):
         self.loss_fn = FusedPreferenceLoss(objective, backend=args.backend, **options)
         self.loss_fn.to(args.device)
         for module in self.loss_fn.modules():
-            if hasattr(module, "manual_seed"):
+            # An objective that was given may have drawn before.
+            if is_built and hasattr(module, "manual_seed"):
                 module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
         # Sums are formed by the policy's own code. An objective on single responses takes any
         # number of them, and in evaluation asks nothing of other ranks.
         self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
+        self._told_of_no_mismatch = False
         self._train_sums: dict[str, Tensor] = {}
         self._eval_sums: dict[str, Tensor] = {}
 
@@ -350,6 +358,13 @@ class PreferenceTrainer(Trainer):
         }
         count = len(rows["input_ids"])
         if count == 0:
+            if not self._told_of_no_mismatch:
+                self._told_of_no_mismatch = True
+                logger.warning(
+                    "a batch of %d has one prompt only, so no mismatched pairs: its reference "
+                    "point is 0. Larger batches, or shuffled ones, make it meaningful",
+                    len(inputs["input_ids"]),
+                )
             # Wrapped forwards are collective (DDP's buffers, FSDP's weights): every rank makes one.
             rows = {name: inputs[name][:1] for name in rows}
         return (self._sums(model, rows) - self._reference_logps(rows))[:count]
@@ -410,6 +425,10 @@ class PreferenceTrainer(Trainer):
                 key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
             }
         is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
+        needs = self._objective_needs
+        dataset = without_unused(
+            dataset, references=needs.reference and needs.sums_suffice, margins=needs.margins
+        )
         tokenize = tokenize_preferences if self._objective_needs.paired else tokenize_examples
         dataset, report = tokenize(
             dataset,
@@ -474,14 +493,28 @@ class PreferenceTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.loss_fn.objective.state_dict():
+        if checkpoint is not None:
+            self._load_objective(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._load_objective(self.state.best_model_checkpoint)
+
+    def _load_objective(self, checkpoint: str) -> None:
+        """The statistics that belong to a checkpoint's weights."""
+        if not self.loss_fn.objective.state_dict():
             return
         file = Path(checkpoint) / _OBJECTIVE_FILE
         if not file.exists():
             logger.warning("%s is missing: the objective's statistics start over", file)
             return
         state = torch.load(file, map_location=self.args.device, weights_only=True)
-        self.loss_fn.objective.load_state_dict(state)
+        try:
+            self.loss_fn.objective.load_state_dict(state)
+        except RuntimeError as error:
+            name = type(self.loss_fn.objective).__name__
+            raise ValueError(f"{file} is of another objective than {name}: {error}") from error
 
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs
@@ -525,6 +558,22 @@ class _Needs:
     def sums_suffice(self) -> bool:
         """Whether the reference's sums over a dataset's own responses are all that it gives."""
         return self.paired and not self.distributions
+
+
+def _given(objective: Any, args: PreferenceConfig) -> Objective | UnpairedObjective:
+    """An objective that was passed as such: args must not describe another."""
+    if not isinstance(objective, Objective | UnpairedObjective):
+        raise TypeError(
+            f"objective must be an objective of prefkern.objectives, got {objective!r}; "
+            'a name goes into args: PreferenceConfig(objective="adadpo")'
+        )
+    for name in ("beta", "rpo_alpha", "use_weighting", "objective_options"):
+        if getattr(args, name):
+            raise ValueError(
+                f"args.{name} is {getattr(args, name)!r}, which has no effect on an objective that "
+                "is passed itself; give it to the objective"
+            )
+    return objective
 
 
 def _check_needs(needs: _Needs, args: PreferenceConfig) -> None:

@@ -188,6 +188,27 @@ def test_all_logits_far_below_zero(backend, device):
         assert relative(mine, true) < 3e-4
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_words_that_neither_model_can_say(head, backend, device):
+    """A vocabulary padded with biases of -inf is the vocabulary without them."""
+    case = make(129, 3.0)
+    case["labels"] %= 120
+    options = {"trains": HEADS[head], "loss": LOSSES["both"]}
+    padded = dict(case)
+    for name in ("bias", "ref_bias"):
+        padded[name] = case[name].clone()
+        padded[name][120:] = -math.inf
+    cut = {name: value[:120] if value.shape[0] == 129 else value for name, value in padded.items()}
+    ours = run(
+        linear_kl, padded, torch.float32, device, backend=backend, workspace_mb=SMALL, **options
+    )
+    truth = run(reference.linear_kl, cut, torch.float64, device, **options)
+    for mine, true in zip(ours[:4], truth[:4], strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+    assert all(value.isfinite().all() for value in ours if value is not None)
+
+
 # The word each model is confident of (None: of none), and the label.
 CONFIDENCE = {
     "both, of the label": (7, 7, 7),

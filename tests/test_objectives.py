@@ -627,7 +627,10 @@ def test_no_hyperparameter_is_unchecked():
         (lambda: TDPO2()(Pairs(*torch.zeros(4, 2))), "TDPO2 needs chosen_kls"),
         (lambda: WPO(DPO())(Pairs(*torch.zeros(4, 2))), "WPO needs chosen_alignments"),
         (lambda: Examples(*torch.zeros(3, 2), torch.zeros(1)), "desirable must be a bool"),
-        (lambda: Examples(*torch.zeros(3, 2), None), "mismatched_log_ratios"),
+        (
+            lambda: Examples(torch.zeros(2), torch.ones(2).bool(), torch.zeros(2), None),
+            "mismatched_log_ratios",
+        ),
     ],
 )
 def test_errors_name_the_argument(make, message):
@@ -673,3 +676,57 @@ def test_a_case_is_not_shared():
     """Tests move statistics; a row must make its objective anew."""
     case: Case = CASES["alphadpo: plain"]
     assert case.make() is not case.make()
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (lambda: IPO(tau=0.1), "tau", 0.3),
+        (lambda: IPO(), "length_normalized", True),
+        (lambda: RDPO(), "alpha", 0.5),
+        (lambda: SimPO(), "gamma", 2.0),
+        (lambda: AlphaDPO().eval(), "gamma", 2.0),
+        (lambda: DPO(), "beta", 0.7),
+        (lambda: MADPO(), "tau", 1.0),
+    ],
+)
+def test_a_hyperparameter_that_is_changed_later_counts(make, name, value):
+    """A schedule of one's own: the loss, the kernel's options and the repr follow."""
+    changed, built = make(), make()
+    type(built).__init__(built, **{name: value})
+    built.train(changed.training)
+    setattr(changed, name, value)
+    generator = torch.Generator().manual_seed(0)
+    values = -10 * torch.rand(4, 5, generator=generator)
+    pairs = Pairs(*values, torch.arange(1, 6), torch.full((5,), 3), torch.linspace(-3, 3, 5))
+    losses = changed(pairs).losses
+    assert torch.equal(losses, built(pairs).losses)
+    assert not torch.equal(losses, make()(pairs).losses)
+    assert repr(changed) == repr(built)
+
+
+def test_integers_are_numbers_only_where_they_count():
+    floats = torch.full((2,), -3.0)
+    for name in ("chosen_logps", "ref_chosen_logps", "chosen_kls"):
+        values = {"chosen_logps": floats, "rejected_logps": floats}
+        with pytest.raises(TypeError, match=f"{name} must be a floating-point tensor"):
+            Pairs(**{**values, name: floats.long()})
+    with pytest.raises(TypeError, match="reward_margins must be"):
+        Pairs(floats, floats, reward_margins=floats > 0)
+    short = torch.tensor([3, 9], dtype=torch.uint8)
+    long = torch.tensor([9, 3], dtype=torch.uint8)
+    margins = torch.tensor([2, -1])
+    small = Pairs(floats, floats, floats, floats, short, long, margins)
+    plain = Pairs(floats, floats, floats, floats, short.float(), long.float(), margins.float())
+    for objective in (RDPO(alpha=0.5), MADPO()):
+        assert torch.equal(objective(small).losses, objective(plain).losses)
+
+
+@pytest.mark.parametrize("wrap", [WPO, WithNLL])
+def test_what_raises_moves_no_statistics(wrap):
+    objective = wrap(AlphaDPO())
+    floats = torch.full((2,), -3.0)
+    lengths = (None, None) if wrap is WithNLL else (torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match="needs"):
+        objective(Pairs(floats, floats, floats, floats, *lengths))
+    assert objective.objective.statistics.batches == 0

@@ -280,3 +280,25 @@ def test_what_is_missing_is_not_taken_for_0(objective, missing, message, backend
     given = vars(scores(ORDINARY[:2], device)) | {missing: None}
     with pytest.raises(ValueError, match=message):
         pairwise.pair_loss(objective.to(device), Scores(**given), backend)
+
+
+def test_a_margin_that_is_nan_is_seen(backend, device):
+    """Not a weight of 1: whatever made it NaN has to show."""
+    objective = objectives.MADPO()
+    logps = torch.full((8,), -1.0, device=device)
+    offsets = torch.arange(0, 9, 2, device=device)
+    margins = torch.tensor([math.nan, 1.0], device=device)
+    asked = Scores(logps, offsets, torch.zeros(4, device=device), margins)
+    losses = pairwise.pair_loss(objective, asked, backend).result.losses
+    assert losses.isnan().tolist() == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_delta_that_overflows_is_no_nan(backend, device):
+    """Hyper-parameters at their bounds and log-ratios of 1e4: a loss of 0 or infinity."""
+    adaptive = objectives.Adaptive(exponent=1.0, clip=None, k=1e6)
+    objective = objectives.DPO(1e6, adaptive=adaptive)
+    logps = torch.tensor([1e4, -1e4, -1e4, 1e4], device=device)
+    asked = Scores(logps, torch.arange(5, device=device), torch.zeros(4, device=device))
+    losses = pairwise.pair_loss(objective, asked, backend).result.losses
+    assert not losses.isnan().any() and losses[0] == 0

@@ -352,3 +352,39 @@ if __name__ == "__main__":
     rank = torch.distributed.get_rank()
     torch.save(everything(_part(rank)), Path(sys.argv[1]) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_what_overflowed_leaves_statistics_alone(name, bad):
+    """A step that a gradient scaler skips: the ones after it are as if it had not been."""
+    clean, spoilt = (STATEFUL[name]() for _ in range(2))
+    for objective in (clean, spoilt):
+        objective(pairs_with_gaps(BATCHES[0]))
+    spoilt(pairs_with_gaps(torch.full((3,), bad)))
+    mixed = torch.cat([BATCHES[2], torch.tensor([bad])])
+    losses = spoilt(pairs_with_gaps(mixed)).losses
+    expected = clean(pairs_with_gaps(BATCHES[2])).losses
+    for mine, true in zip(spoilt.buffers(), clean.buffers(), strict=True):
+        torch.testing.assert_close(mine, true)
+    # With a share kept, another pair changes the draw.
+    if name == "alphadpo":
+        torch.testing.assert_close(losses[:-1], expected)
+
+
+def test_equal_gaps_have_no_spread_whatever_their_rounding():
+    objective = AlphaDPO(gamma=4.0, alpha=0.5)
+    for _ in range(5):
+        pairs = pairs_with_gaps(torch.full((3,), 0.1, dtype=torch.float64))
+        objective(pairs)
+        assert (objective.margin(pairs) == 4.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_statistics_keep_their_dtype(dtype):
+    objective = AlphaDPO()
+    objective(pairs_with_gaps(BATCHES[0]))
+    before = [buffer.clone() for buffer in objective.buffers()]
+    objective.to(dtype)
+    assert all(map(torch.equal, before, objective.buffers()))
+    assert objective.to("meta").statistics.mean.is_meta

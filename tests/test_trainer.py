@@ -463,7 +463,7 @@ def test_rows_without_their_numbers_are_named_before_training(tmp_path):
     for column, message in (("margin", "margin"), ("reward_margin", "margin")):
         rows = tiny.dataset(4).add_column(column, [0.5, None, 0.5, 0.5])
         with pytest.raises(ValueError, match=f"dataset 'train', row 1: no {message}"):
-            trainer(tmp_path, train_dataset=rows)
+            trainer(tmp_path, train_dataset=rows, objective="madpo")
     sums = tiny.dataset(4).add_column("ref_chosen_logps", [-1.0] * 4)
     sums = sums.add_column("ref_rejected_logps", [-1.0, -1.0, None, -1.0])
     with pytest.raises(ValueError, match="dataset 'train', row 2: no reference sum"):

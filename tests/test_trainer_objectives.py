@@ -866,6 +866,81 @@ def test_numbers_that_the_objective_has_no_use_for_change_nothing(tmp_path):
     assert {k: v for k, v in log.items() if "per_second" not in k} == plain
 
 
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
+def test_gaps_in_what_is_not_read_are_nobodys_concern(tmp_path, name):
+    rows = [{**row, "score_chosen": None, "margin": float("nan")} for row in tiny.pairs(4)]
+    if name == "simpo":
+        rows = [{**row, "ref_chosen_logps": None} for row in rows]
+    run = trainer(tmp_path, train_dataset=made(rows), objective=name, ref_model=tiny.model(seed=1))
+    assert (run.ref_model is None) == (name == "simpo")
+    run.train()
+    assert run.state.global_step == 1
+
+
+def test_a_given_objective_is_all_there_is(tmp_path):
+    """Its options are its own, and so is its state."""
+    for option in ({"beta": 5.0}, {"rpo_alpha": 1.0}, {"use_weighting": True}):
+        with pytest.raises(ValueError, match=f"args.{next(iter(option))} is .* no effect"):
+            trainer(tmp_path, objective=objectives.DPO(), **option)
+    with pytest.raises(TypeError, match="objective must be an objective of prefkern.objectives"):
+        trainer(tmp_path, objective=objectives.DPO)
+    objective = objectives.BetaDPO(keep=0.5)
+    objective.manual_seed(7)
+    objective.draws = 100
+    run = trainer(tmp_path, objective=objective)
+    assert (run.loss_fn.objective.seed, run.loss_fn.objective.draws) == (7, 100)
+
+
+def test_the_best_model_comes_with_its_statistics(tmp_path):
+    run = trainer(
+        tmp_path,
+        count=12,
+        objective="alphadpo",
+        eval_dataset=tiny.dataset(4, seed=3),
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    run.train()
+    best = torch.load(Path(run.state.best_model_checkpoint) / "objective.pt")
+    assert run.state.best_global_step < run.state.global_step
+    assert str(run.loss_fn.objective.state_dict()) == str(best)
+    logged = [log["eval_loss"] for log in run.state.log_history if "eval_loss" in log]
+    assert run.evaluate()["eval_loss"] == pytest.approx(max(logged), abs=1e-6)
+
+
+def test_statistics_of_another_objective_are_refused(tmp_path):
+    options = {"count": 8, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, objective="alphadpo", **options).train()
+    other = trainer(tmp_path, objective="alphadpo", use_weighting=True, **options)
+    with pytest.raises(ValueError, match="objective.pt is of another objective than WPO"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_unshuffled_pairs_have_mismatched_responses(tmp_path, caplog):
+    """The two responses of a pair are not neighbours."""
+    run = trainer(
+        tmp_path,
+        count=4,
+        ref_model=tiny.model(seed=1),
+        objective="kto",
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=2,
+    )
+    batches = [*run.get_train_dataloader()]
+    assert [len(batch["mismatched_input_ids"]) for batch in batches] == [2, 2, 2, 2]
+    assert torch.cat([batch["desirable"] for batch in batches]).tolist() == [True] * 4 + [False] * 4
+    run.train()
+    assert "mismatched" not in caplog.text
+    same = made([{**row, "prompt": "the film"} for row in single_rows(4)])
+    trainer(tmp_path, train_dataset=same, objective="kto").train()
+    assert caplog.text.count("no mismatched pairs: its reference point is 0") == 1
+
+
 def test_sharded_setups_refuse_tdpo(tmp_path, monkeypatch):
     run = trainer(tmp_path, objective="tdpo2", peft_config=lora())
     run.is_fsdp_enabled = True

@@ -183,7 +183,8 @@ def _fold_kl_kernel(
         ref_e = tl.exp(tl.where(kept, x - ref_offset, -float("inf")))
         sums += e
         ref_sums += ref_e
-        cross += ref_e * (x - z)
+        # A word that neither model can say, of logit -inf in both, is no difference.
+        cross += ref_e * tl.where(ref_e > 0, x - z, 0.0)
         if HAS_WEIGHTS:
             value = round_to(e * slope, weights_ptr.dtype.element_ty)
             tl.store(weights_ptr + row * stride_wn + words, value, mask=mask)

@@ -114,7 +114,9 @@ def _link(delta, label_smoothing, max_squared, LINK: tl.constexpr):
             loss = ((1.0 - label_smoothing) * kept - label_smoothing * flipped) / scale
             ddelta = -((1.0 - label_smoothing) * below + label_smoothing * above) / scale
         else:
-            loss = kept + label_smoothing * (flipped - kept)
+            # Where delta overflows, 0 times the flipped loss would be NaN.
+            smoothed = kept + label_smoothing * (flipped - kept)
+            loss = tl.where(label_smoothing > 0, smoothed, kept)
             ddelta = label_smoothing * above - (1.0 - label_smoothing) * below
     return loss, ddelta
 
@@ -150,6 +152,7 @@ def _pair_loss_kernel(
     gap_policy,
     gap_reference,
     gap_scale,
+    least_spread,
     tau,
     c_min,
     c_range,
@@ -217,25 +220,28 @@ def _pair_loss_kernel(
         if SCORE == "mean_log_prob":
             gap_w = gap_w / n_w
             gap_l = gap_l / n_l
+        mean = tl.load(gap_mean_ptr)
         spread = tl.sqrt(tl.load(gap_variance_ptr))
-        z = (gap_w - gap_l - tl.load(gap_mean_ptr)) / tl.where(spread > 0, spread, 1.0)
-        offset += gap_scale * tl.where(spread > 0, z, 0.0)
+        has_spread = spread > least_spread * tl.abs(mean)
+        z = (gap_w - gap_l - mean) / tl.where(has_spread, spread, 1.0)
+        offset += gap_scale * tl.where(has_spread, z, 0.0)
     delta = beta_w * s_w - beta * s_l - offset
     loss, ddelta = _link(delta, label_smoothing, max_squared, LINK)
 
     if HAS_WEIGHT:
         h = tl.load(reward_margins_ptr + chosen).to(tl.float32)
-        h = tl.minimum(tl.maximum(h, -max_margin), max_margin)
+        # Written so that NaN stays NaN, which Triton's minimum would make a number of.
+        h = tl.where(h > max_margin, max_margin, tl.where(h < -max_margin, -max_margin, h))
         size = tl.abs(h)
         # 1 / (1 + K exp(lam (|h| - tau))) = exp(log sigmoid(-(lam (|h| - tau) + log K)))
         c = c_min + c_range * tl.exp(_log_sigmoid(-(lam * (size - tau) + log_k)))
         weight = tl.exp(_log_sigmoid(c * h) - _log_sigmoid(h))
-        weighted = h > -tau
+        unweighted = h <= -tau
         if not AMPLIFIES:
-            weighted = weighted & (size >= tau)
+            unweighted = unweighted | (size < tau)
         if not DAMPS:
-            weighted = weighted & (size < tau)
-        weight = tl.where(weighted, weight, 1.0)
+            unweighted = unweighted | (size >= tau)
+        weight = tl.where(unweighted, 1.0, weight)
         loss *= weight
         ddelta *= weight
 
@@ -276,6 +282,7 @@ def pair_loss(
     gap: tuple[float, float] | None = None,  # policy's and reference's part in alpha-DPO's gap
     gap_scale: float = 0.0,
     gap_statistics: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean and variance, scalars
+    least_spread: float = 0.0,  # relative to the mean
     margin_weight: MarginWeight | None = None,
 ) -> PairLossOutput:
     """Loss, coefficients and gradients of B pairs; one launch."""
@@ -333,6 +340,7 @@ def pair_loss(
             float(gap_policy),
             float(gap_reference),
             float(gap_scale),
+            float(least_spread),
             float(weight["tau"]),
             float(weight["c_min"]),
             float(weight["c_range"]),

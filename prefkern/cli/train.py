@@ -128,7 +128,7 @@ def parse(
 def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     """Check and load everything, the cheapest first."""
     model, data, lora, config = parse(argv)
-    objective = config.build_objective()
+    config.build_objective()
 
     from prefkern.data import load_preference_dataset
 
@@ -166,7 +166,6 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
         config,
         train_dataset=train,
         eval_dataset=evaluation,
-        objective=objective,
         peft_config=adapter,
     )
     return trainer, config

@@ -23,8 +23,8 @@ from prefkern.objectives.base import (
     require_one_of,
     require_positive,
 )
-from prefkern.objectives.contrastive import Contrastive
-from prefkern.objectives.running import RunningStatistics
+from prefkern.objectives.contrastive import Contrastive, Score
+from prefkern.objectives.running import LEAST_SPREAD, RunningStatistics
 
 # The gap is (policy) x the policy's difference of log-probs + (reference) x the reference's.
 _GAPS = {
@@ -56,6 +56,7 @@ class AlphaDPO(Contrastive):
     """
 
     has_statistics = True
+    gamma: float
     alpha: float
     length_normalized: bool
     implicit_reference: str
@@ -74,7 +75,6 @@ class AlphaDPO(Contrastive):
     ) -> None:
         super().__init__()
         self._set(
-            None,
             beta=require_positive("beta", beta),
             gamma=require_number("gamma", gamma),
             alpha=require_not_negative("alpha", alpha),
@@ -85,10 +85,15 @@ class AlphaDPO(Contrastive):
             momentum=require_below("momentum", momentum, 1),
             scale_by_beta=require_bool("scale_by_beta", scale_by_beta),
         )
-        del self._options["adaptive"]
-        self.score = "mean_log_prob" if length_normalized else "log_prob"
-        self.fixed_margin = float(gamma)
         self.statistics = RunningStatistics(self.momentum)
+
+    @property
+    def score(self) -> Score:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "mean_log_prob" if self.length_normalized else "log_prob"
+
+    @property
+    def fixed_margin(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.gamma
 
     @property
     def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -117,7 +122,7 @@ class AlphaDPO(Contrastive):
 
     @torch.no_grad()
     def margin(self, pairs: Pairs) -> Tensor:
-        spread = self.statistics.variance.sqrt()
+        spread = self.statistics.spread()
         z = (self.gap(pairs) - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
         return self.fixed_margin + self._gap_scale * torch.where(spread > 0, z, 0.0)
 
@@ -132,6 +137,7 @@ class AlphaDPO(Contrastive):
             "gap": _GAPS[self.implicit_reference],
             "gap_scale": self._gap_scale,
             "gap_statistics": (self.statistics.mean, self.statistics.variance),
+            "least_spread": LEAST_SPREAD,
         }
 
     @property

@@ -32,8 +32,9 @@ class Pairs:
         chosen_kls, rejected_kls: (B,) sums over a response's tokens of KL(reference || policy),
             nats (TDPO); differentiable.
 
-    Half-precision inputs are raised to float32. Raises TypeError for what is not a tensor and
-    ValueError for shapes other than (B,).
+    Half-precision inputs are raised to float32, and margins and lengths may be integers. Raises
+    TypeError for what is not a tensor of numbers of that kind and ValueError for shapes other than
+    (B,).
     """
 
     chosen_logps: Tensor
@@ -161,7 +162,10 @@ class Objective(nn.Module):
 
 
 def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size: str) -> None:
-    """Hold fields of a frozen dataclass to one shape, and raise half precision to float32."""
+    """Hold fields of a frozen dataclass to one shape, and raise half precision to float32.
+
+    Lengths and margins may be integers; a field called `desirable` is bool.
+    """
     first = getattr(values, names[0])
     for name in names:
         value = getattr(values, name)
@@ -174,37 +178,52 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
                 f"{name} must have the shape [{size}] of {names[0]}, "
                 f"{list(first.shape)}, got {list(value.shape)}"
             )
+        if name == "desirable":
+            if value.dtype != torch.bool:
+                raise TypeError(f"desirable must be a bool tensor, got {value.dtype}")
+            continue
+        may_be_integers = name.endswith("_lengths") or name == "reward_margins"
+        is_integer = not value.is_floating_point() and value.dtype != torch.bool
+        if not value.is_floating_point() and not (may_be_integers and is_integer):
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
         if value.dtype in (torch.float16, torch.bfloat16):
             object.__setattr__(values, name, value.float())
+        elif is_integer:
+            # Of small unsigned types a difference would wrap.
+            object.__setattr__(values, name, value.long())
+
+
+# Hyper-parameters beyond this have no use, and their products would leave float32.
+LARGEST = 1e6
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def require_number(name: str, value: object) -> float:
-    if not is_number(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)  # pyright: ignore[reportArgumentType]
+def require_number(name: str, value: Any) -> float:
+    if not is_number(value) or abs(value) > LARGEST:
+        raise ValueError(f"{name} must be a finite number, within +-{LARGEST:g}, got {value!r}")
+    return float(value)
 
 
-def require_positive(name: str, value: object) -> float:
-    if not is_number(value) or value <= 0:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-    return float(value)  # pyright: ignore[reportArgumentType]
+def require_positive(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 < value <= LARGEST:
+        raise ValueError(f"{name} must be a finite number > 0, at most {LARGEST:g}, got {value!r}")
+    return float(value)
 
 
-def require_not_negative(name: str, value: object) -> float:
-    if not is_number(value) or value < 0:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    return float(value)  # pyright: ignore[reportArgumentType]
+def require_not_negative(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 <= value <= LARGEST:
+        raise ValueError(f"{name} must be a finite number >= 0, at most {LARGEST:g}, got {value!r}")
+    return float(value)
 
 
-def require_below(name: str, value: object, end: float) -> float:
+def require_below(name: str, value: Any, end: float) -> float:
     """A number in [0, end)."""
-    if not (is_number(value) and 0 <= value < end):  # pyright: ignore[reportOperatorIssue]
+    if not (is_number(value) and 0 <= value < end):
         raise ValueError(f"{name} must be in [0, {end:g}), got {value!r}")
-    return float(value)  # pyright: ignore[reportArgumentType]
+    return float(value)
 
 
 def require_bool(name: str, value: object) -> bool:

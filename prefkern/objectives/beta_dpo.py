@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class BetaDPO(Objective):
     over the kept pairs of all ranks. Training keeps a share of the batch: pairs are drawn without
     replacement, in proportion to the normal density N(h; h0, sigma^2), and the loss is the mean
     over those drawn; a pair that is left out has a loss of 0. h0 and sigma are running statistics
-    (of mean 0 and spread 1 before the first batch). Evaluation keeps every pair and moves nothing.
+    (of mean 0 and spread 1 before the first batch). Evaluation keeps every pair and moves nothing;
+    its beta is that of the batch at hand, on its own rank, so its loss depends on the batch's size.
 
     The draw depends on a seed and on the number of draws before, both in the state_dict: a resumed
     run draws what an uninterrupted one would.
@@ -112,7 +114,10 @@ class BetaDPO(Objective):
                 kept = self._draw(everyone)
                 share = kept * (len(kept) / kept.sum())
                 everyone = everyone[kept > 0]
-        beta = self.beta * (1 + self.m * (everyone.mean() - self.statistics.mean.to(h.dtype)))
+        # What overflowed spoils its own pair, and not the others' beta.
+        finite = everyone.isfinite()
+        mean = torch.where(finite, everyone, 0.0).sum() / finite.sum().clamp(min=1)
+        beta = self.beta * (1 + self.m * (mean - self.statistics.mean.to(h.dtype)))
         return beta.clamp(min=self.beta_min), None if share is None else share[mine]
 
     def _draw(self, h: Tensor) -> Tensor:  # (B of all ranks,) -> the same, 1 where kept
@@ -121,9 +126,9 @@ class BetaDPO(Objective):
         self.draws += 1
         uniform = torch.rand(len(h), generator=generator, dtype=torch.float64)
         gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-        spread = self.statistics.variance.sqrt()
+        spread = self.statistics.spread()
         z = (h - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
-        keys = -0.5 * z.double().square() + gumbel.to(h.device)
+        keys = (-0.5 * z.double().square()).nan_to_num(nan=-math.inf) + gumbel.to(h.device)
         # A hair above, so that 0.29 of 100 is 29 and not 28.
         count = max(int(self.keep * len(h) + 1e-6), 1)
         return torch.zeros_like(h).index_fill(0, keys.topk(count).indices, 1.0)

@@ -74,8 +74,9 @@ class WithNLL(Wrapper):
         self.rpo_alpha = require_positive("rpo_alpha", rpo_alpha)
 
     def forward(self, pairs: Pairs) -> PairLoss:
-        result = self.objective(pairs)
+        # Asked for first: an objective that raises must not have moved its statistics.
         lengths, _ = pairs.lengths("rpo_alpha")
+        result = self.objective(pairs)
         nll = -pairs.chosen_logps / lengths
         return result._replace(losses=result.losses + self.rpo_alpha * nll)
 
@@ -112,8 +113,9 @@ class WPO(Wrapper):
         return self.alignment or self.objective.needs_alignments
 
     def forward(self, pairs: Pairs) -> PairLoss:
+        weight = self.weight(pairs)
         result = self.objective(pairs)
-        return result._replace(losses=self.weight(pairs) * result.losses)
+        return result._replace(losses=weight * result.losses)
 
     @torch.no_grad()
     def weight(self, pairs: Pairs) -> Tensor:  # (B,)

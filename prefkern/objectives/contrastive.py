@@ -149,18 +149,19 @@ class Contrastive(Objective):
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options.items())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
 
     @property
     def _name(self) -> str:
         return type(self).__name__
 
-    def _set(self, adaptive: Adaptive | None, **options: Any) -> None:
+    def _set(self, **options: Any) -> None:
         """Keep checked hyper-parameters under their own names."""
+        adaptive = options.get("adaptive")
         if not (adaptive is None or isinstance(adaptive, Adaptive)):
             raise TypeError(f"adaptive must be an Adaptive or None, got {adaptive!r}")
-        self._options = {**options, "adaptive": adaptive}
-        for name, value in self._options.items():
+        self._options = tuple(options)
+        for name, value in options.items():
             setattr(self, name, value)
 
 
@@ -180,9 +181,9 @@ class DPO(Contrastive):
     ) -> None:
         super().__init__()
         self._set(
-            adaptive,
             beta=require_positive("beta", beta),
             label_smoothing=require_below("label_smoothing", label_smoothing, 0.5),
+            adaptive=adaptive,
         )
 
 
@@ -204,9 +205,9 @@ class RobustDPO(Contrastive):
     ) -> None:
         super().__init__()
         self._set(
-            adaptive,
             beta=require_positive("beta", beta),
             label_smoothing=require_below("label_smoothing", label_smoothing, 0.5),
+            adaptive=adaptive,
         )
 
 
@@ -222,7 +223,7 @@ class Hinge(Contrastive):
 
     def __init__(self, beta: float = 0.1, adaptive: Adaptive | None = None) -> None:
         super().__init__()
-        self._set(adaptive, beta=require_positive("beta", beta))
+        self._set(beta=require_positive("beta", beta), adaptive=adaptive)
 
 
 class IPO(Contrastive):
@@ -235,6 +236,8 @@ class IPO(Contrastive):
     """
 
     link = "square"
+    tau: float
+    length_normalized: bool
 
     def __init__(
         self,
@@ -244,19 +247,25 @@ class IPO(Contrastive):
     ) -> None:
         super().__init__()
         self._set(
-            adaptive,
             tau=require_positive("tau", tau),
             length_normalized=require_bool("length_normalized", length_normalized),
+            adaptive=adaptive,
         )
-        self.score = "mean_log_ratio" if length_normalized else "log_ratio"
-        self.fixed_margin = 1 / (2 * float(tau))
+
+    @property
+    def score(self) -> Score:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "mean_log_ratio" if self.length_normalized else "log_ratio"
+
+    @property
+    def fixed_margin(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 1 / (2 * self.tau)
 
 
 class RDPO(Contrastive):
     """R-DPO (Park et al. 2024): DPO with a term of the lengths, `delta - alpha (n_w - n_l)`.
 
-    The sign is that of AdaDPO's Table 3. Park et al. derive `delta + a (n_w - n_l)` from a reward
-    that pays a for each token, so that their penalty a > 0 on length is `alpha = -a` here.
+    The sign is that of AdaDPO's Table 3. Park et al. derive `delta + a (n_w - n_l)` of a reward with
+    a penalty of a for each token: that is `alpha = -a` here.
 
     Args:
         beta: as in DPO, > 0.
@@ -264,16 +273,21 @@ class RDPO(Contrastive):
         adaptive: per-pair coefficients.
     """
 
+    alpha: float
+
     def __init__(
         self, beta: float = 0.1, alpha: float = -0.05, adaptive: Adaptive | None = None
     ) -> None:
         super().__init__()
         self._set(
-            adaptive,
             beta=require_positive("beta", beta),
             alpha=require_number("alpha", alpha),
+            adaptive=adaptive,
         )
-        self.length_penalty = float(alpha)
+
+    @property
+    def length_penalty(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.alpha
 
 
 class CPO(Contrastive):
@@ -292,9 +306,9 @@ class CPO(Contrastive):
     ) -> None:
         super().__init__()
         self._set(
-            _in_policy_space(adaptive),
             beta=require_positive("beta", beta),
             nll_weight=require_not_negative("nll_weight", nll_weight),
+            adaptive=_in_policy_space(adaptive),
         )
 
 
@@ -317,9 +331,9 @@ class ORPO(Contrastive):
     ) -> None:
         super().__init__()
         self._set(
-            _in_policy_space(adaptive),
             beta=require_positive("beta", beta),
             nll_weight=require_not_negative("nll_weight", nll_weight),
+            adaptive=_in_policy_space(adaptive),
         )
 
     def log_ratio(self, pairs: Pairs, adaptive: Adaptive) -> Tensor:
@@ -346,17 +360,21 @@ class SimPO(Contrastive):
     """
 
     score = "mean_log_prob"
+    gamma: float
 
     def __init__(
         self, beta: float = 2.0, gamma: float = 1.0, adaptive: Adaptive | None = None
     ) -> None:
         super().__init__()
         self._set(
-            _in_policy_space(adaptive),
             beta=require_positive("beta", beta),
             gamma=require_number("gamma", gamma),
+            adaptive=_in_policy_space(adaptive),
         )
-        self.fixed_margin = float(gamma)
+
+    @property
+    def fixed_margin(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.gamma
 
     def log_ratio(self, pairs: Pairs, adaptive: Adaptive) -> Tensor:
         log_ratio = super().log_ratio(pairs, adaptive)

@@ -46,8 +46,6 @@ class Examples:
                 f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}"
             )
         object.__setattr__(self, "mismatched_log_ratios", mismatched.detach().to(self.logps.dtype))
-        if self.desirable.dtype != torch.bool:
-            raise TypeError(f"desirable must be a bool tensor, got {self.desirable.dtype}")
 
 
 class ExampleLoss(NamedTuple):

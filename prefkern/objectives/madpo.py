@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefkern.objectives.base import (
+    LARGEST,
     PairLoss,
     Pairs,
     is_number,
@@ -55,12 +56,13 @@ class MADPO(Contrastive):
         mode: Literal["full", "amplify", "regularize"] = "full",
     ) -> None:
         super().__init__()
-        if not (is_number(c_max) and c_max > 1):
-            raise ValueError(f"c_max must be a finite number > 1, got {c_max!r}")
+        if not (is_number(c_max) and 1 < c_max <= LARGEST):
+            raise ValueError(
+                f"c_max must be a finite number > 1, at most {LARGEST:g}, got {c_max!r}"
+            )
         if c_min is not None and not (is_number(c_min) and 0 <= c_min < 1):
             raise ValueError(f"c_min must be None or in [0, 1), got {c_min!r}")
         self._set(
-            None,
             beta=require_positive("beta", beta),
             tau=require_positive("tau", tau),
             c_max=float(c_max),
@@ -68,7 +70,6 @@ class MADPO(Contrastive):
             lam=require_positive("lam", lam),
             mode=require_one_of("mode", mode, ("full", "amplify", "regularize")),
         )
-        del self._options["adaptive"]
 
     @torch.no_grad()
     def weight(self, pairs: Pairs) -> Tensor:

@@ -73,6 +73,9 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
                 f"it takes {', '.join(known)}"
             )
     composed = {option: given.pop(option) for option in _COMPOSED if option in given}
+    if isinstance(given.get("adaptive"), dict):
+        # From a command line or a file.
+        given["adaptive"] = Adaptive(**given["adaptive"])
     if is_adaptive:
         chosen = {f.name: given.pop(f.name) for f in fields(Adaptive) if f.name in given}
         given["adaptive"] = Adaptive(**chosen)

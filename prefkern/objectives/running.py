@@ -8,14 +8,21 @@ are merged as two samples would be,
     variance' = (1 - w) (variance + w (m - mean)^2) + w v
 
 which is the running mean of the first two moments without their cancellation: batches of one pair
-have a variance of 0 each and still add up to the spread of the data.
+have a variance of 0 each and still add up to the spread of the data. Numbers that are not finite
+are left out: a step that overflows is skipped by a gradient scaler, and must not stay in here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+# Relative to the mean. Numbers that differ by less than float32 can tell have no spread: a z-score
+# of them would be rounding errors blown up to 1.
+LEAST_SPREAD = 1e-6
 
 
 class RunningStatistics(nn.Module):
@@ -49,19 +56,37 @@ class RunningStatistics(nn.Module):
     @torch.no_grad()
     def update(self, values: Tensor) -> None:  # (B,) of this rank
         """Move by one batch; every rank must call it. Takes no synchronisation of its own."""
-        values = values.detach().double()
-        count, total = all_sum(torch.stack([torch.ones_like(values).sum(), values.sum()]))
-        mean = total / count
-        variance = all_sum((values - mean).square().sum()) / count
-        self.batches += 1
-        weight: Tensor | float = 1 - self.momentum
+        finite = values.isfinite()
+        values = torch.where(finite, values.detach().double(), 0.0)
+        count, total = all_sum(torch.stack([finite.sum(dtype=torch.float64), values.sum()]))
+        mean = total / count.clamp(min=1)
+        distances = torch.where(finite, values - mean, 0.0)
+        variance = all_sum(distances.square().sum()) / count.clamp(min=1)
+        self.batches += count > 0
+        weight = torch.full_like(mean, 1 - self.momentum)
         if self.bias_corrected:
-            weight = weight / (1 - torch.pow(self.momentum, self.batches.double()))
+            weight = weight / (1 - torch.pow(self.momentum, self.batches.clamp(min=1).double()))
+        weight = torch.where(count > 0, weight, 0.0)
         step = mean - self.mean
         self.variance.copy_(
             (1 - weight) * (self.variance + weight * step.square()) + weight * variance
         )
         self.mean.copy_(self.mean + weight * step)
+
+    def spread(self) -> Tensor:
+        """The standard deviation; 0 where it is no more than the rounding of the numbers."""
+        spread = self.variance.sqrt()
+        return torch.where(spread > LEAST_SPREAD * self.mean.abs(), spread, 0.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
+        # Devices may change and dtypes not: in half precision a running mean stands still.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != buffer.dtype and not buffer.is_meta:
+                setattr(self, name, buffer.to(after.device))
+        return self
 
 
 def all_sum(values: Tensor) -> Tensor:
