@@ -1,14 +1,17 @@
-# make demo, make test, make check, make lint: each does the set-up that it needs, once, into .venv.
+# make demo, make study, make test, make check, make lint: each does the set-up that it needs, once,
+# into .venv.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
-#   MODEL    demo: a model folder or hub name instead of SmolLM2-135M
-#   DATA     demo: a JSONL file of prompt, chosen, rejected instead of the movie reviews
+#   MODEL    demo, study: a model folder or hub name instead of SmolLM2-135M
+#   DATA     demo, study: a JSONL file of prompt, chosen, rejected instead of the movie reviews
+#   STUDY    study: further options, e.g. STUDY="--seeds 5 --steps 100"
 
 PYTHON ?= python3
 TORCH ?=
 MODEL ?=
 DATA ?=
+STUDY ?=
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := .venv/bin
@@ -24,11 +27,12 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test check lint clean
+.PHONY: help demo study test check lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train SmolLM2-135M with AdaDPO and show what changed (MODEL=, DATA= for your own)"
+	@echo "make study   train five objectives side by side and draw their curves (MODEL=, DATA=, STUDY=)"
 	@echo "make test    the tests"
 	@echo "make check   every backend of this machine against float64"
 	@echo "make lint    ruff and pyright"
@@ -36,6 +40,9 @@ help:
 
 demo: $(DEMO_SETUP)
 	@$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+
+study: $(DEMO_SETUP)
+	@$(BIN)/python bench/study.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(STUDY)
 
 # One thread: the tests' tensors are tiny, and threads that wait for a core that another process
 # holds double the time.

@@ -382,8 +382,11 @@ def _check_unpaired(
         return
     checks.vector("desirable", desirable, n_sequences, hidden.device)
     mismatched = mismatched_log_ratios
-    if not isinstance(mismatched, Tensor) or mismatched.ndim != 1:
+    if not isinstance(mismatched, Tensor):
         raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}")
+    if mismatched.ndim != 1:
+        shape = list(mismatched.shape)
+        raise ValueError(f"mismatched_log_ratios must have shape [M], got {shape}")
     checks.vector("mismatched_log_ratios", mismatched, len(mismatched), hidden.device)
 
 
