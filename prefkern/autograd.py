@@ -83,7 +83,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 derivative, rows = ctx.saved_tensors
                 tile = call.plan.forward_tiles.token_tile
                 dhidden = passes.scatter_rows(
-                    derivative, grad, rows, ctx.hidden_shape, ctx.hidden_dtype, tile
+                    [(derivative, grad)], rows, ctx.hidden_shape, ctx.hidden_dtype, tile
                 )
                 return dhidden, None, None, None, None, None
             hidden, weight, bias, rows, labels, maximum, total, miss = ctx.saved_tensors

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from prefkern import kl_passes, passes
 from prefkern.autograd import without_autocast
-from prefkern.kl_passes import FoldedPair, Head
+from prefkern.kl_passes import FoldedPair
 from prefkern.once import differentiable_once
+from prefkern.passes import Head
 from prefkern.plan import Plan
 
 
@@ -94,9 +95,8 @@ class _LinearKL(torch.autograd.Function):
         with without_autocast(dlogps):
             if call.plan.structure == "one_pass":
                 logps_derivative, kl_derivative, rows = ctx.saved_tensors
-                dhidden = kl_passes.scatter_hidden(
-                    (logps_derivative, kl_derivative),
-                    (dlogps, dkl),
+                dhidden = passes.scatter_rows(
+                    [(logps_derivative, dlogps), (kl_derivative, dkl)],
                     rows,
                     ctx.hidden_shape,
                     ctx.hidden_dtype,

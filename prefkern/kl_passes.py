@@ -34,36 +34,16 @@ from prefkern.passes import (
     Buffers,
     Folded,
     FoldState,
-    Operands,
+    Head,
+    TileGradient,
     Transform,
     add_product,
     finish,
     product,
-    put,
-    scatter_rows,
+    second_pass,
     slices,
-    take,
 )
 from prefkern.plan import Plan
-
-
-@dataclass(frozen=True)
-class Head:
-    """Hidden states and the head that they meet: the policy's or the reference's."""
-
-    hidden: Tensor  # (M, H), all tokens
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    operands: Operands
-
-    def rows(self, rows: Tensor | None, tokens: slice) -> Tensor:  # (n, H)
-        return self.operands.prepare(take(self.hidden, rows, tokens))
-
-    def words(self, words: slice) -> Tensor:  # (v, H)
-        return self.operands.prepare(self.weight[words])
-
-    def bias_of(self, words: slice) -> Tensor | None:  # (v,)
-        return None if self.bias is None else self.bias[words]
 
 
 @dataclass(frozen=True)
@@ -219,24 +199,6 @@ def _finish_derivatives(
     dlogps.mul_(-factor).addcmul_(label_rows, share)
 
 
-def scatter_hidden(
-    derivatives: tuple[Tensor, Tensor],  # D and K, (N, H)
-    grads: tuple[Tensor, Tensor],  # d loss / d logp and d loss / d kl, (N,) float32
-    rows: Tensor | None,  # (N,)
-    shape: torch.Size,  # (M, H)
-    dtype: torch.dtype,
-    token_tile: int,
-) -> Tensor:  # (M, H)
-    """`g D + k K`, rounded once, at the scored tokens' places; 0 elsewhere."""
-    make = torch.empty if rows is None else torch.zeros
-    out = make(shape, dtype=dtype, device=derivatives[0].device)
-    for tokens in slices(derivatives[0].shape[0], token_tile):
-        part = derivatives[0][tokens] * grads[0][tokens].unsqueeze(1)
-        part.addcmul_(derivatives[1][tokens], grads[1][tokens].unsqueeze(1))
-        put(out, part, rows, tokens)
-    return out
-
-
 def backward(
     dlogps: Tensor,  # (N,) d loss / d logp, float32
     dkl: Tensor,  # (N,) d loss / d kl, float32
@@ -255,38 +217,20 @@ def backward(
     ops: ModuleType,
     needs: tuple[bool, bool, bool],  # gradients of the policy's hidden, weight, bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The second pass: gradients of hidden (M, H), weight (V, H) and bias (V,), in their dtypes."""
+    """Gradients of hidden (M, H), weight (V, H) and bias (V,), in their dtypes."""
     assert plan.backward_tiles is not None
-    N, H = labels.shape[0], policy.hidden.shape[1]
-    V = policy.weight.shape[0]
-    device = policy.hidden.device
-    tiles = plan.backward_tiles
-    needs_hidden, needs_weight, needs_bias = needs
-    dhidden = torch.zeros((N, H), dtype=torch.float32, device=device) if needs_hidden else None
-    dweight = torch.empty_like(policy.weight) if needs_weight else None
-    dbias = torch.empty_like(policy.bias) if needs_bias and policy.bias is not None else None
     # d loss / d z_v = g ([v = y] - p_v) + k (p_v - r_v), as one factor of each distribution
     coefficient = (dkl - dlogps) / total
     ref_coefficient = -dkl / ref_total
     label_gradient = dlogps * miss + dkl * label_difference
-    buffers = Buffers(tiles, policy.operands, device, True)
-    ref_buffers = Buffers(tiles, policy.operands, device, False)
-    dweight_buffer = None
-    if needs_weight:
-        dweight_buffer = torch.empty((tiles.vocab_tile, H), dtype=torch.float32, device=device)
+    ref_buffers = Buffers(plan.backward_tiles, policy.operands, dlogps.device, False)
 
-    for words in slices(V, tiles.vocab_tile):
-        w, ref_w = policy.words(words), reference.words(words)
-        size = w.shape[0]
-        dweight_tile = None if dweight_buffer is None else dweight_buffer[:size].zero_()
-        dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
-        for tokens in slices(N, tiles.token_tile):
-            h, ref_h = policy.rows(rows, tokens), reference.rows(rows, tokens)
-            tile, dlogits = buffers.views(h.shape[0], size)
-            ref_tile, _ = ref_buffers.views(h.shape[0], size)
-            assert dlogits is not None
-            product(h, w.t(), tile)
-            product(ref_h, ref_w.t(), ref_tile)
+    def of_words(words: slice) -> TileGradient:
+        ref_w = reference.words(words)
+
+        def of_tokens(tokens: slice, tile: Tensor, dlogits: Tensor) -> None:
+            ref_tile, _ = ref_buffers.views(*tile.shape)
+            product(reference.rows(rows, tokens), ref_w.t(), ref_tile)
             ops.kl_gradient(
                 tile,
                 ref_tile,
@@ -302,20 +246,7 @@ def backward(
                 start=words.start,
                 **transform.keywords(),
             )
-            # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
-            if dweight_tile is not None:
-                add_product(dlogits.t(), h, dweight_tile)
-            if dhidden is not None:
-                add_product(dlogits, w, dhidden[tokens])
-            if dbias_tile is not None:
-                dbias_tile += dlogits.sum(0, dtype=torch.float32)
-            del h, ref_h
-        if dweight is not None and dweight_tile is not None:
-            dweight[words] = dweight_tile
-        if dbias is not None and dbias_tile is not None:
-            dbias[words] = dbias_tile
-        del w, ref_w
-    if dhidden is not None:
-        shape, dtype = policy.hidden.shape, policy.hidden.dtype
-        dhidden = scatter_rows(dhidden, None, rows, shape, dtype, tiles.token_tile)
-    return dhidden, dweight, dbias
+
+        return of_tokens
+
+    return second_pass(policy, rows, labels.shape[0], plan.backward_tiles, needs, of_words)

@@ -24,6 +24,7 @@ atomics, so two runs are bitwise equal.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -73,6 +74,25 @@ class Operands:
     def prepare(self, x: Tensor) -> Tensor:
         """Round to the compute dtype, as autocast would, then raise if need be."""
         return x.to(self.compute_dtype).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states and the head that they meet."""
+
+    hidden: Tensor  # (M, H), all tokens
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    operands: Operands
+
+    def rows(self, rows: Tensor | None, tokens: slice) -> Tensor:  # (n, H)
+        return self.operands.prepare(take(self.hidden, rows, tokens))
+
+    def words(self, words: slice) -> Tensor:  # (v, H)
+        return self.operands.prepare(self.weight[words])
+
+    def bias_of(self, words: slice) -> Tensor | None:  # (v,)
+        return None if self.bias is None else self.bias[words]
 
 
 class FoldState:
@@ -243,33 +263,13 @@ def backward(
     ops: ModuleType,
     needs: tuple[bool, bool, bool],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The second pass: gradients of hidden (M, H), weight (V, H) and bias (V,), in their dtypes."""
+    """Gradients of hidden (M, H), weight (V, H) and bias (V,), in their dtypes."""
     assert plan.backward_tiles is not None
-    N, H = labels.shape[0], hidden.shape[1]
-    device = hidden.device
-    needs_hidden, needs_weight, needs_bias = needs
-    dhidden = torch.zeros((N, H), dtype=torch.float32, device=device) if needs_hidden else None
-    dweight = torch.empty_like(weight) if needs_weight else None
-    dbias = torch.empty_like(bias) if needs_bias and bias is not None else None
     coefficient = -grad / total
     label_gradient = grad * miss
-    buffers = Buffers(plan.backward_tiles, operands, device, True)
 
-    dweight_buffer = None
-    if needs_weight:
-        rows_of_weight = (plan.backward_tiles.vocab_tile, H)
-        dweight_buffer = torch.empty(rows_of_weight, dtype=torch.float32, device=device)
-
-    for words in slices(weight.shape[0], plan.backward_tiles.vocab_tile):
-        w = operands.prepare(weight[words])
-        size = w.shape[0]
-        dweight_tile = None if dweight_buffer is None else dweight_buffer[:size].zero_()
-        dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
-        for tokens in slices(N, plan.backward_tiles.token_tile):
-            h = operands.prepare(take(hidden, rows, tokens))
-            tile, dlogits = buffers.views(h.shape[0], size)
-            assert dlogits is not None
-            product(h, w.t(), tile)
+    def of_words(words: slice) -> TileGradient:
+        def of_tokens(tokens: slice, tile: Tensor, dlogits: Tensor) -> None:
             ops.logits_gradient(
                 tile,
                 labels[tokens],
@@ -281,6 +281,53 @@ def backward(
                 start=words.start,
                 **transform.keywords(),
             )
+
+        return of_tokens
+
+    head = Head(hidden, weight, bias, operands)
+    return second_pass(head, rows, labels.shape[0], plan.backward_tiles, needs, of_words)
+
+
+# Turns the raw products of some tokens, (n, v), into the loss's gradient with respect to them.
+TileGradient = Callable[[slice, Tensor, Tensor], None]
+
+
+def second_pass(
+    head: Head,
+    rows: Tensor | None,  # (N,)
+    count: int,  # N
+    tiles: Tiles,
+    needs: tuple[bool, bool, bool],  # gradients of hidden, weight, bias
+    of_words: Callable[[slice], TileGradient],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Recompute each tile, turn it into its gradient, and take the products with that.
+
+    `of_words(words)` is asked once for each tile of the vocabulary, and what it returns holds all
+    that belongs to those words.
+    """
+    H = head.hidden.shape[1]
+    device = head.hidden.device
+    needs_hidden, needs_weight, needs_bias = needs
+    dhidden = torch.zeros((count, H), dtype=torch.float32, device=device) if needs_hidden else None
+    dweight = torch.empty_like(head.weight) if needs_weight else None
+    dbias = torch.empty_like(head.bias) if needs_bias and head.bias is not None else None
+    buffers = Buffers(tiles, head.operands, device, True)
+    dweight_buffer = None
+    if needs_weight:
+        dweight_buffer = torch.empty((tiles.vocab_tile, H), dtype=torch.float32, device=device)
+
+    for words in slices(head.weight.shape[0], tiles.vocab_tile):
+        w = head.words(words)
+        of_tokens = of_words(words)
+        size = w.shape[0]
+        dweight_tile = None if dweight_buffer is None else dweight_buffer[:size].zero_()
+        dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
+        for tokens in slices(count, tiles.token_tile):
+            h = head.rows(rows, tokens)
+            tile, dlogits = buffers.views(h.shape[0], size)
+            assert dlogits is not None
+            product(h, w.t(), tile)
+            of_tokens(tokens, tile, dlogits)
             # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
             if dweight_tile is not None:
                 add_product(dlogits.t(), h, dweight_tile)
@@ -293,38 +340,37 @@ def backward(
             dweight[words] = dweight_tile
         if dbias is not None and dbias_tile is not None:
             dbias[words] = dbias_tile
-        del w
+        # A tile's copies of weights must be gone before the next ones are made.
+        del w, of_tokens
     if dhidden is not None:
-        tile = plan.backward_tiles.token_tile
-        dhidden = scatter_rows(dhidden, None, rows, hidden.shape, hidden.dtype, tile)
+        shape, dtype = head.hidden.shape, head.hidden.dtype
+        dhidden = scatter_rows([(dhidden, None)], rows, shape, dtype, tiles.token_tile)
     return dhidden, dweight, dbias
 
 
 def scatter_rows(
-    values: Tensor,  # (N, H) float32
-    scale: Tensor | None,  # (N,) float32
+    terms: Sequence[tuple[Tensor, Tensor | None]],  # (N, H) and what scales it, (N,), float32
     rows: Tensor | None,  # (N,)
     shape: torch.Size,  # (M, H)
     dtype: torch.dtype,
     token_tile: int,
 ) -> Tensor:  # (M, H)
-    """Rows of values, scaled and rounded once, at their places; 0 where not scored."""
+    """The sum of the terms, rounded once, at the rows' places; 0 where not scored."""
+    (first, first_scale), *others = terms
     make = torch.empty if rows is None else torch.zeros
-    out = make(shape, dtype=dtype, device=values.device)
-    for tokens in slices(values.shape[0], token_tile):
-        part = values[tokens]
-        if scale is not None:
-            part = part * scale[tokens].unsqueeze(1)
-        put(out, part, rows, tokens)
+    out = make(shape, dtype=dtype, device=first.device)
+    for tokens in slices(first.shape[0], token_tile):
+        part = first[tokens]
+        if first_scale is not None:
+            part = part * first_scale[tokens].unsqueeze(1)
+        for values, scale in others:
+            assert scale is not None
+            part = part.addcmul(values[tokens], scale[tokens].unsqueeze(1))
+        if rows is None:
+            out[tokens] = part
+        else:
+            out.index_copy_(0, rows[tokens], part.to(out.dtype))
     return out
-
-
-def put(out: Tensor, part: Tensor, rows: Tensor | None, tokens: slice) -> None:
-    """Write the rows of some scored tokens at their places, rounded to out's dtype."""
-    if rows is None:
-        out[tokens] = part
-    else:
-        out.index_copy_(0, rows[tokens], part.to(out.dtype))
 
 
 class Buffers:
