@@ -45,7 +45,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 import prefkern
 from prefkern.cli import margins as margins_command
 from prefkern.cli.bench import environment
-from prefkern.data import PreferenceCollator, load_preference_dataset, tokenize_preferences
+from prefkern.collate import PreferenceCollator
+from prefkern.data import load_preference_dataset, tokenize_preferences
 from prefkern.diagnostics import objective_balance
 from prefkern.objectives import Objective, Pairs
 

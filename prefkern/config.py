@@ -113,13 +113,7 @@ class PreferenceConfig(TrainingArguments):
         if self.backend is not None and self.backend not in BACKENDS:
             known = ", ".join(map(repr, BACKENDS))
             raise ValueError(f"backend must be None or one of {known}, got {self.backend!r}")
-        strategy = getattr(self, "train_sampling_strategy", "random")
-        if strategy not in ("random", "sequential") or getattr(self, "group_by_length", False):
-            # Trainer's other samplers read the length of one sequence, and a row here has three.
-            raise ValueError(
-                "batches by length are not supported on preference pairs; "
-                'train_sampling_strategy must be "random" or "sequential"'
-            )
+        refuse_batches_by_length(self)
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             supported = on_gpu and torch.cuda.is_bf16_supported()
@@ -156,6 +150,17 @@ class PreferenceConfig(TrainingArguments):
             return objectives.build(self.objective, **options)
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def refuse_batches_by_length(args: TrainingArguments) -> None:
+    """Raise ValueError for a sampler that reads the length of one sequence: rows have several."""
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    # The latter is what transformers 4 called it.
+    if strategy not in ("random", "sequential") or getattr(args, "group_by_length", False):
+        raise ValueError(
+            "batches by length are not supported on preference pairs; "
+            'train_sampling_strategy must be "random" or "sequential"'
+        )
 
 
 def _json_object(name: str, value: Any) -> dict[str, Any] | None:

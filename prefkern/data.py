@@ -1,4 +1,4 @@
-"""Preference datasets: loading, tokenisation, truncation and collation.
+"""Preference datasets: loading, tokenisation and truncation.
 
 The formats are TRL's. Standard: `prompt`, `chosen`, `rejected` as text. Conversational: the same as
 lists of messages, rendered by the tokenizer's chat template. Implicit prompt: `chosen` and
@@ -10,8 +10,6 @@ in TRL: no token boundary is invented. An end-of-sequence token closes text resp
 A pair longer than `max_length` loses the beginning of its prompt first, and the end of a response
 only if the response alone does not fit. Chosen and rejected keep the same prompt. Nothing is cut or
 dropped silently: a `DatasetReport` counts it.
-
-Batches hold 2B rows, B chosen and then their B rejected, padded on the right.
 
 For KTO, which knows no pairs, a row is `prompt`, `completion` and a `label` (whether it is
 desirable), as in TRL, or each response of a pair by itself; see `tokenize_examples`.
@@ -26,9 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 try:
     import datasets
     from datasets.exceptions import DatasetsError
@@ -37,15 +32,13 @@ except ImportError as error:
         "training needs more packages than the operator does: pip install 'prefkern[train]'"
     ) from error
 
-from prefkern.models import IGNORE_INDEX
-
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
 _MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
 # What the collators read; every other column is dropped.
-COLUMNS = (*_TOKEN_COLUMNS, *_REFERENCE_COLUMNS, "reward_margin", *_EXAMPLE_COLUMNS[1:])
+COLUMNS = (*_TOKEN_COLUMNS, *REFERENCE_COLUMNS, "reward_margin", *_EXAMPLE_COLUMNS[1:])
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ def without_unused(
     """
     unused: list[str] = []
     if not references:
-        unused += _REFERENCE_COLUMNS
+        unused += REFERENCE_COLUMNS
     if not margins:
         unused += [column for sources in _MARGIN_SOURCES for column in sources]
     return dataset.remove_columns([c for c in unused if c in dataset.column_names])
@@ -232,13 +225,13 @@ def _with_tokens(
     if max_prompt_length is not None and max_prompt_length < 1:
         raise ValueError(f"max_prompt_length must be at least 1, got {max_prompt_length}")
     columns = dataset.column_names
-    references = [column in columns for column in _REFERENCE_COLUMNS]
+    references = [column in columns for column in REFERENCE_COLUMNS]
     if any(references) and not all(references):
-        raise ValueError(f"dataset {name!r} has only one of {' and '.join(_REFERENCE_COLUMNS)}")
+        raise ValueError(f"dataset {name!r} has only one of {' and '.join(REFERENCE_COLUMNS)}")
 
     numbers: dict[str, tuple[str, ...]] = {}
     if all(references):
-        numbers["reference sum"] = _REFERENCE_COLUMNS
+        numbers["reference sum"] = REFERENCE_COLUMNS
     margin_columns = _margin_columns(columns)
     if margin_columns:
         numbers["margin"] = margin_columns
@@ -260,7 +253,7 @@ def _with_tokens(
             except ValueError as error:
                 raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
         full = (prompt, chosen, rejected)
-        prompt, chosen, rejected = _truncate(*full, max_length, max_prompt_length)
+        prompt, chosen, rejected = truncate(*full, max_length, max_prompt_length)
         # The first token of a sequence has nothing to be predicted from.
         unscored = 0 if prompt else 1
         return {
@@ -317,7 +310,7 @@ def tokenize_examples(
     check_labels(dataset, name)
     is_paired = not _has_examples(dataset.column_names)
     # Numbers of pairs are of no concern here, nor are those that are missing.
-    numbers = (*_REFERENCE_COLUMNS, *itertools.chain(*_MARGIN_SOURCES))
+    numbers = (*REFERENCE_COLUMNS, *itertools.chain(*_MARGIN_SOURCES))
     dataset = dataset.remove_columns([c for c in numbers if c in dataset.column_names])
     if not is_paired:
         own = ("completion", "label", "completion_ids")
@@ -376,106 +369,6 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if isinstance(chosen, str) and length and chosen[length - 1] == " ":
         length -= 1
     return chosen[:length], chosen[length:], rejected[length:]
-
-
-@dataclass
-class PreferenceCollator:
-    """Pairs -> padded batch of 2B rows: B chosen rows, then their B rejected rows.
-
-    Args:
-        pad_token_id: what fills `input_ids` on the right.
-        pad_to_multiple_of: rounds the length T up.
-
-    A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
-    labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and
-    `reward_margins` ([B] float32).
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts = [list(example["prompt_ids"]) for example in examples] * 2
-        responses = [
-            list(example[column])
-            for column in ("chosen_ids", "rejected_ids")
-            for example in examples
-        ]
-        batch = _padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
-        if all(column in examples[0] for column in _REFERENCE_COLUMNS):
-            batch["ref_logps"] = torch.tensor(
-                [example[column] for column in _REFERENCE_COLUMNS for example in examples],
-                dtype=torch.float32,
-            )
-        if "reward_margin" in examples[0]:
-            batch["reward_margins"] = torch.tensor(
-                [example["reward_margin"] for example in examples], dtype=torch.float32
-            )
-        return batch
-
-
-@dataclass
-class ExampleCollator:
-    """Single responses -> padded batch of S rows, and of their mismatched prompts and responses.
-
-    Args:
-        pad_token_id, pad_to_multiple_of: as in `PreferenceCollator`.
-        max_length: bound on a mismatched prompt plus response, cut as in tokenisation.
-
-    A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool),
-    and the first three again under `mismatched_...` ([M, T']): each prompt with the next response
-    of the batch that answers another prompt (KTO); M is 0 where all prompts are one.
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-    max_length: int | None = None
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts = [list(example["prompt_ids"]) for example in examples]
-        responses = [list(example["completion_ids"]) for example in examples]
-        batch = _padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
-        batch["desirable"] = torch.tensor([bool(example["desirable"]) for example in examples])
-        count = len(examples)
-        mismatched = []
-        for row, prompt in enumerate(prompts):
-            others = ((row + step) % count for step in range(1, count))
-            other = next((each for each in others if prompts[each] != prompt), None)
-            if other is not None:
-                response = responses[other]
-                cut, response, _ = _truncate(prompt, response, response, self.max_length, None)
-                mismatched.append((cut, response))
-        if mismatched:
-            rows = _padded(
-                [prompt for prompt, _ in mismatched],
-                [response for _, response in mismatched],
-                self.pad_token_id,
-                self.pad_to_multiple_of,
-            )
-        else:
-            rows = {name: value[:0] for name, value in batch.items() if name != "desirable"}
-        return {**batch, **{f"mismatched_{name}": value for name, value in rows.items()}}
-
-
-def _padded(
-    prompts: list[list[int]],
-    responses: list[list[int]],
-    pad_token_id: int,
-    pad_to_multiple_of: int | None,
-) -> dict[str, Tensor]:
-    """Rows of prompt and response, padded on the right; only responses have labels."""
-    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    multiple = pad_to_multiple_of or 1
-    shape = (len(prompts), math.ceil(longest / multiple) * multiple)
-    input_ids = torch.full(shape, pad_token_id)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        start, end = len(prompt), len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor(prompt + response)
-        attention_mask[row, :end] = 1
-        labels[row, start:end] = torch.tensor(response)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def _has_examples(columns: Sequence[str]) -> bool:
@@ -574,7 +467,7 @@ def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any
     return [{"role": "user", "content": prompt}], chosen, rejected
 
 
-def _truncate(
+def truncate(
     prompt: list[int],
     chosen: list[int],
     rejected: list[int],

@@ -5,8 +5,8 @@ the pairs, P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)) (MADPO, Eq. 1 and 2
 
     loss = -log sigmoid(m),  m = r(x, y_w) - r(x, y_l),  d loss / d r_w = -d loss / d r_l = -sigmoid(-m)
 
-Pairs are tokenised, cut and batched by `prefkern.data`, so that a margin m belongs to exactly the
-tokens that the policy is trained on. The head's weights and its product are float32 whatever the
+Pairs are tokenised and cut by `prefkern.data` and batched by `prefkern.collate`, so that a margin m
+belongs to exactly the tokens that the policy is trained on. The head's weights and its product are float32 whatever the
 dtype of the body (autocast aside): a margin is a difference of two scores.
 
 transformers' decoders score the last token that is not the pad token. Where the pad token is also
@@ -27,13 +27,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     EarlyStoppingCallback,
-    Trainer,
     TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from prefkern.data import COLUMNS, PreferenceCollator, check_columns, tokenize_preferences
+from prefkern.collate import PreferenceCollator
+from prefkern.config import refuse_batches_by_length
+from prefkern.data import check_columns, tokenize_preferences
+from prefkern.item_trainer import ItemTrainer
 
 # What transformers calls the head of a sequence classifier, as far as PEFT knows.
 _HEADS = ("score", "classifier")
@@ -100,12 +102,7 @@ class RewardConfig(TrainingArguments):
         for name, default in _UNUSED.items():
             if getattr(self, name, default) != default:
                 raise ValueError(f"{name} has no effect on a reward model")
-        if getattr(self, "train_sampling_strategy", "random") not in ("random", "sequential"):
-            # Trainer's other samplers read the length of one sequence, and a row here has three.
-            raise ValueError(
-                "batches by length are not supported on preference pairs; "
-                'train_sampling_strategy must be "random" or "sequential"'
-            )
+        refuse_batches_by_length(self)
         if self.eval_strategy == "no":
             raise ValueError(
                 "early stopping needs evaluation: eval_strategy must be steps or epoch"
@@ -139,7 +136,7 @@ def pair_metrics(rewards: Tensor) -> dict[str, float]:  # (pairs, 2)
     }
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(ItemTrainer):
     """Trains a reward model on tokenised pairs, with early stopping where some are held out.
 
     The loss is the mean over the pairs of an optimiser step, over accumulated batches and ranks.
@@ -165,11 +162,6 @@ class RewardTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
     ) -> None:
-        if args.n_gpu > 1:
-            raise ValueError(
-                "nn.DataParallel is not supported: start one process per GPU with `accelerate "
-                "launch` or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
-            )
         callbacks: list[Any] = []
         if eval_dataset is None:
             args.eval_strategy = IntervalStrategy.NO
@@ -185,8 +177,6 @@ class RewardTrainer(Trainer):
             callbacks=callbacks,
         )
         self._tokenizer = tokenizer
-        # compute_loss divides by the number of pairs itself.
-        self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self,
@@ -198,11 +188,7 @@ class RewardTrainer(Trainer):
         """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
         rewards = pair_rewards(model, inputs)
         losses = bradley_terry_loss(*rewards.unbind(1))
-        if num_items_in_batch is None:
-            loss = losses.mean()
-        else:
-            # Ranks' gradients are averaged, and the mean is over the pairs of all ranks.
-            loss = losses.sum() * (self.accelerator.num_processes / num_items_in_batch)
+        loss = self._share(losses.mean(), len(losses), num_items_in_batch)
         return (loss, rewards) if return_outputs else loss
 
     def prediction_step(
@@ -247,14 +233,6 @@ class RewardTrainer(Trainer):
         super()._save(output_dir, state_dict)
         config.pad_token_id = used
         self._tokenizer.save_pretrained(output_dir or self.args.output_dir)
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Pairs of an optimiser step, over its accumulated batches and over ranks."""
-        pairs = sum(len(batch["input_ids"]) // 2 for batch in batch_samples)
-        return self.accelerator.reduce(torch.tensor(float(pairs), device=device), "sum")
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(COLUMNS)
 
 
 def tokenize_for_rewards(

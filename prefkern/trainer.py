@@ -5,10 +5,9 @@ wrapped forward, in which `FusedPreferenceLoss` stands where the output head was
 Policy and reference go through the same code, dtype and summation, so that equal models give a DPO
 loss of ln 2.
 
-The loss is the mean over the pairs of an optimiser step: pairs are counted over accumulated batches
-and over ranks, so 1 x 8 pairs trains like 4 x 2, the last partial batch included. What an objective
-takes from a batch as a whole (running statistics, beta-DPO's beta and draws, KTO's reference point)
-it takes from each forward batch, over all ranks, accumulated or not. Metrics have
+The loss is the mean over the pairs of an optimiser step, as `prefkern.item_trainer` counts them.
+What an objective takes from a batch as a whole (running statistics, beta-DPO's beta and draws, KTO's
+reference point) it takes from each forward batch, over all ranks, accumulated or not. Metrics have
 TRL's names and are means over pairs (or tokens) since the last log, over all ranks. Evaluation
 gathers values per pair, so that neither a partial batch nor a repeated pair shifts a mean.
 
@@ -28,30 +27,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    Trainer,
-    set_seed,
-)
+from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
-from transformers.utils.import_utils import is_peft_available
 
+from prefkern.collate import ExampleCollator, PreferenceCollator
 from prefkern.config import PreferenceConfig
 from prefkern.data import (
-    COLUMNS,
     DatasetReport,
-    ExampleCollator,
-    PreferenceCollator,
     check_columns,
     check_labels,
     tokenize_examples,
     tokenize_preferences,
     without_unused,
 )
+from prefkern.item_trainer import ItemTrainer
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.metrics import item_values, means, per_item
 from prefkern.models import (
@@ -65,17 +55,22 @@ from prefkern.models import (
 )
 from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.preparation import (
+    adapt,
+    disable_dropout,
+    is_peft_model,
+    is_trained_adapter,
+    load_model,
+)
 
 logger = logging.getLogger(__name__)
 
-# In the names of rates: attention_dropout, attn_pdrop, layerdrop.
-_DROPOUTS = ("dropout", "pdrop", "layerdrop")
 # Beside the optimizer's in a checkpoint: the statistics of objectives that have them.
 _OBJECTIVE_FILE = "objective.pt"
 _MISMATCHED = "mismatched_"
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(ItemTrainer):
     """Trains a causal LM on preference pairs.
 
     Args:
@@ -139,7 +134,7 @@ class PreferenceTrainer(Trainer):
             self._check_columns(dataset, name)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
-        model = _load_model(model, args) if isinstance(model, str) else model
+        model = load_model(model, args) if isinstance(model, str) else model
         processing_class = processing_class or AutoTokenizer.from_pretrained(
             model.config._name_or_path
         )
@@ -149,7 +144,7 @@ class PreferenceTrainer(Trainer):
         pad_token_id: int | None = tokenizer.pad_token_id
         if pad_token_id is None:
             raise ValueError("the tokenizer has neither a pad nor an eos token; set pad_token")
-        model = _adapt(model, peft_config, args)
+        model = adapt(model, peft_config, args)
         find_head(model)
 
         self._tokenizer = tokenizer
@@ -160,7 +155,7 @@ class PreferenceTrainer(Trainer):
         _check_batches(train_dataset, args.train_batch_size, args, "train")
         _check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         if args.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         # Sums alone: neither distributions nor mismatched pairs can be had from them.
         carried = self._objective_needs.sums_suffice and all(
             "ref_chosen_logps" in dataset.column_names
@@ -170,11 +165,11 @@ class PreferenceTrainer(Trainer):
         if not objective.needs_reference:
             ref_model = None
         if isinstance(ref_model, str):
-            ref_model = _load_model(ref_model, args, dtype=model.dtype)
+            ref_model = load_model(ref_model, args, dtype=model.dtype)
         if ref_model is not None:
             find_head(ref_model)
-        is_adapted = _is_peft_model(model)
-        if is_adapted and peft_config is None and ref_model is None and _is_trained_adapter(model):
+        is_adapted = is_peft_model(model)
+        if is_adapted and peft_config is None and ref_model is None and is_trained_adapter(model):
             logger.warning("the reference is the base model, without the adapter that was given")
         has_reference = ref_model is not None or carried or is_adapted
         needs_reference = objective.needs_reference
@@ -197,9 +192,8 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._rows_an_item = 2 if is_paired else 1
         self._refuse_unsupported_setups()
-        # compute_loss scales by the number of pairs itself; Trainer must not divide once more.
-        self.model_accepts_loss_kwargs = True
         options = {"ignore_index": IGNORE_INDEX, "workspace_mb": args.workspace_mb}
         self.loss_fn = FusedPreferenceLoss(objective, backend=args.backend, **options)
         self.loss_fn.to(args.device)
@@ -216,7 +210,7 @@ class PreferenceTrainer(Trainer):
 
         if self.ref_model is not None:
             if args.disable_dropout:
-                _disable_dropout(self.ref_model)
+                disable_dropout(self.ref_model)
             self.ref_model.requires_grad_(False).eval()
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
@@ -237,10 +231,7 @@ class PreferenceTrainer(Trainer):
             total = values.sum(0)
             previous = self._train_sums.get(name)
             self._train_sums[name] = total if previous is None else previous + total
-        if num_items_in_batch is not None:
-            # Ranks' gradients are averaged, and the mean is over the pairs of all ranks.
-            items = len(outputs.losses)
-            loss = loss * (items * self.accelerator.num_processes / num_items_in_batch)
+        loss = self._share(loss, len(outputs.losses), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -400,7 +391,7 @@ class PreferenceTrainer(Trainer):
             yield self.ref_model
             return
         model = self.accelerator.unwrap_model(self.model)
-        is_adapted = _is_peft_model(model)
+        is_adapted = is_peft_model(model)
         if not is_adapted and self.state.global_step > 0:
             raise ValueError(
                 "the reference is the initial model, which training has changed: pass this "
@@ -479,12 +470,6 @@ class PreferenceTrainer(Trainer):
             "ref_rejected_logps", rejected
         )
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Pairs of an optimiser step, over its accumulated batches and over ranks."""
-        rows = sum(len(batch["input_ids"]) for batch in batch_samples)
-        items = rows / 2 if self._objective_needs.paired else rows
-        return self.accelerator.reduce(torch.tensor(float(items), device=device), "sum")
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         state = self.loss_fn.objective.state_dict()
@@ -522,15 +507,7 @@ class PreferenceTrainer(Trainer):
         if not needs.paired:
             check_labels(dataset, name)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(COLUMNS)
-
     def _refuse_unsupported_setups(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "nn.DataParallel is not supported: start one process per GPU with `accelerate "
-                "launch` or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
-            )
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
             raise ValueError("tensor, context and sequence parallelism are not supported yet")
@@ -644,61 +621,3 @@ def _check_batches(dataset: Any, batch_size: int, args: PreferenceConfig, name: 
                 f"dataset {each!r} has {len(part)} pairs, fewer than a batch of {across_ranks} "
                 "over all processes, and dataloader_drop_last drops partial batches"
             )
-
-
-def _load_model(name: str, args: PreferenceConfig, **defaults: Any) -> Any:
-    kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-
-
-def _is_peft_model(model: Any) -> bool:
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
-def _is_trained_adapter(model: nn.Module) -> bool:
-    """Whether a LoRA adapter changes its base model; a fresh one has B = 0."""
-    return any("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters())
-
-
-def _adapt(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
-    """The model with its adapter, if one is asked for."""
-    if peft_config is not None:
-        if _is_peft_model(model):
-            raise ValueError("model is a PEFT model already; pass no peft_config with it")
-        rates = _dropout_rates(peft_config)
-        if rates and args.disable_dropout:
-            raise ValueError(
-                f"peft_config's {next(iter(rates))} has no effect under disable_dropout; set "
-                "disable_dropout=False, or the adapter's dropout to 0"
-            )
-        from peft import get_peft_model
-
-        model = get_peft_model(model, peft_config)
-    if _is_peft_model(model) and args.gradient_checkpointing:
-        # Without this the checkpointed blocks of a frozen model have no input to differentiate.
-        model.enable_input_require_grads()
-    return model
-
-
-def _dropout_rates(owner: Any) -> dict[str, float]:
-    """The attributes of a module or config that are dropout rates above 0."""
-    return {
-        name: value
-        for name, value in vars(owner).items()
-        if isinstance(value, float) and value > 0 and any(part in name for part in _DROPOUTS)
-    }
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.p = 0.0
-        # Llama's attention keeps its rate as a number, and Falcon reads it off the config each time.
-        config = getattr(module, "config", None)
-        for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
-            for name in _dropout_rates(owner):
-                setattr(owner, name, 0.0)

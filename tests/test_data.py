@@ -11,6 +11,7 @@ import torch
 datasets = pytest.importorskip("datasets")
 
 from prefkern import data
+from prefkern.collate import ExampleCollator, PreferenceCollator
 
 TOKENIZER = tiny.tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -234,7 +235,7 @@ def test_collator():
         {"prompt_ids": [9, 10], "chosen_ids": [11], "rejected_ids": [12, 13]},
     ]
     extra = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0, "reward_margin": 0.5}
-    batch = data.PreferenceCollator(pad_token_id=0)([{**e, **extra} for e in examples])
+    batch = PreferenceCollator(pad_token_id=0)([{**e, **extra} for e in examples])
     assert batch["input_ids"].tolist() == [
         [5, 6, 7, 0],
         [9, 10, 11, 0],
@@ -251,7 +252,7 @@ def test_collator():
     assert batch["ref_logps"].tolist() == [-1, -1, -2, -2]
     assert batch["reward_margins"].tolist() == [0.5, 0.5]
     assert all(batch[k].dtype == torch.int64 for k in ("input_ids", "labels", "attention_mask"))
-    wide = data.PreferenceCollator(pad_token_id=0, pad_to_multiple_of=8)(examples)
+    wide = PreferenceCollator(pad_token_id=0, pad_to_multiple_of=8)(examples)
     assert wide["input_ids"].shape == (4, 8)
     assert "ref_logps" not in wide
 
@@ -384,7 +385,7 @@ def test_example_collator():
         _example([5], [8], False),
         _example([9, 10], [11]),
     ]
-    batch = data.ExampleCollator(pad_token_id=0)(examples)
+    batch = ExampleCollator(pad_token_id=0)(examples)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 8, 0], [9, 10, 11]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 8, -100], [-100, -100, 11]]
     assert batch["attention_mask"].sum(1).tolist() == [3, 2, 3]
@@ -398,10 +399,10 @@ def test_example_collator():
     ]
     assert batch["mismatched_attention_mask"].sum(1).tolist() == [2, 2, 4]
     # A long prompt meets a long response: the bound on the sum holds here, too.
-    short = data.ExampleCollator(pad_token_id=0, max_length=3)(examples)
+    short = ExampleCollator(pad_token_id=0, max_length=3)(examples)
     assert short["mismatched_input_ids"].tolist() == [[5, 11, 0], [5, 11, 0], [10, 6, 7]]
     assert short["input_ids"].tolist() == batch["input_ids"].tolist()
-    wide = data.ExampleCollator(pad_token_id=0, pad_to_multiple_of=8)(examples)
+    wide = ExampleCollator(pad_token_id=0, pad_to_multiple_of=8)(examples)
     assert wide["input_ids"].shape == wide["mismatched_labels"].shape == (3, 8)
 
 
@@ -409,7 +410,7 @@ def test_example_collator():
     "examples", [[_example([5], [6])], [_example([5], [6]), _example([5], [7, 8])]]
 )
 def test_one_prompt_has_no_mismatched_response(examples):
-    batch = data.ExampleCollator(pad_token_id=0)(examples)
+    batch = ExampleCollator(pad_token_id=0)(examples)
     assert len(batch["input_ids"]) == len(examples)
     for name in ("input_ids", "attention_mask", "labels"):
         assert batch[f"mismatched_{name}"].shape[0] == 0

@@ -51,6 +51,21 @@ def test_import_is_quick_and_lazy():
     assert loaded == []
 
 
+def test_arguments_of_training_need_no_extra():
+    """So that `prefkern train` can say what to install."""
+    out = run("""if 1:
+        import sys
+        for name in ("accelerate", "datasets", "peft", "trl"):
+            sys.modules[name] = None
+        import prefkern.cli.train
+        try:
+            import prefkern.trainer
+        except ImportError as error:
+            print(error)
+    """)
+    assert "pip install 'prefkern[train]'" in out
+
+
 def test_public_names():
     import prefkern
 

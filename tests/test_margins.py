@@ -22,9 +22,10 @@ datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 yaml = pytest.importorskip("yaml")
 
-from prefkern import data, rewards
+from prefkern import PreferenceConfig, data, rewards
 from prefkern.cli import __main__ as cli
 from prefkern.cli import margins
+from prefkern.collate import PreferenceCollator
 
 PAIRS = 48
 
@@ -180,7 +181,7 @@ def test_padding_changes_no_reward(family, case):
     assert model.config.pad_token_id == pad
     assert tokenizer.pad_token_id == (None if case == "only eos" else pad)
     with torch.no_grad():
-        batch = data.PreferenceCollator(pad)(list(tokens))
+        batch = PreferenceCollator(pad)(list(tokens))
         assert not batch["attention_mask"].all()
         padded = rewards.pair_rewards(model, batch)
     pairs = sequences(tokenizer, rows)
@@ -461,6 +462,13 @@ def test_errors_come_before_the_model_is_loaded(files, capsys, monkeypatch, chan
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
     assert message in error(flags({**files, **change}), capsys)
+
+
+@pytest.mark.parametrize("kind", [PreferenceConfig, rewards.RewardConfig])
+def test_batches_by_length_are_refused_by_their_older_name(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(kind, "group_by_length", True, raising=False)
+    with pytest.raises(ValueError, match="batches by length are not supported"):
+        kind(output_dir=str(tmp_path), use_cpu=True)
 
 
 @pytest.mark.parametrize(

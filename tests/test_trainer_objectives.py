@@ -30,7 +30,8 @@ from test_trainer import (
 )
 
 import prefkern
-from prefkern import PreferenceTrainer, data, metrics, objectives, reference
+from prefkern import PreferenceTrainer, metrics, objectives, reference
+from prefkern.collate import ExampleCollator
 from prefkern.models import align_labels, head_transform
 
 LN2 = math.log(2)
@@ -959,7 +960,7 @@ class MismatchedByRank:
     """KTO's batch of one process, its mismatched pairs those that two ranks would form."""
 
     def __init__(self, pad_token_id: int):
-        self.inner = data.ExampleCollator(pad_token_id)
+        self.inner = ExampleCollator(pad_token_id)
 
     def __call__(self, examples):
         half = len(examples) // 2

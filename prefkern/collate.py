@@ -1,0 +1,120 @@
+"""Batches of what `prefkern.data` has tokenised, padded on the right.
+
+Pairs: 2B rows, B chosen and then their B rejected. Single responses (KTO): S rows, and beside them
+the batch's prompts with responses to other prompts, from which KTO estimates its reference point.
+
+Only responses have labels; the prompt's and the padding's are -100. Labels are not shifted here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefkern.data import REFERENCE_COLUMNS, truncate
+from prefkern.models import IGNORE_INDEX
+
+
+@dataclass
+class PreferenceCollator:
+    """Pairs -> padded batch of 2B rows: B chosen rows, then their B rejected rows.
+
+    Args:
+        pad_token_id: what fills `input_ids` on the right.
+        pad_to_multiple_of: rounds the length T up.
+
+    A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
+    labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and
+    `reward_margins` ([B] float32).
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [list(example["prompt_ids"]) for example in examples] * 2
+        responses = [
+            list(example[column])
+            for column in ("chosen_ids", "rejected_ids")
+            for example in examples
+        ]
+        batch = _padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+        if all(column in examples[0] for column in REFERENCE_COLUMNS):
+            batch["ref_logps"] = torch.tensor(
+                [example[column] for column in REFERENCE_COLUMNS for example in examples],
+                dtype=torch.float32,
+            )
+        if "reward_margin" in examples[0]:
+            batch["reward_margins"] = torch.tensor(
+                [example["reward_margin"] for example in examples], dtype=torch.float32
+            )
+        return batch
+
+
+@dataclass
+class ExampleCollator:
+    """Single responses -> padded batch of S rows, and of their mismatched prompts and responses.
+
+    Args:
+        pad_token_id, pad_to_multiple_of: as in `PreferenceCollator`.
+        max_length: bound on a mismatched prompt plus response, cut as in tokenisation.
+
+    A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool),
+    and the first three again under `mismatched_...` ([M, T']): each prompt with the next response
+    of the batch that answers another prompt (KTO); M is 0 where all prompts are one.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    max_length: int | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [list(example["prompt_ids"]) for example in examples]
+        responses = [list(example["completion_ids"]) for example in examples]
+        batch = _padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of)
+        batch["desirable"] = torch.tensor([bool(example["desirable"]) for example in examples])
+        count = len(examples)
+        mismatched = []
+        for row, prompt in enumerate(prompts):
+            others = ((row + step) % count for step in range(1, count))
+            other = next((each for each in others if prompts[each] != prompt), None)
+            if other is not None:
+                response = responses[other]
+                cut, response, _ = truncate(prompt, response, response, self.max_length, None)
+                mismatched.append((cut, response))
+        if mismatched:
+            rows = _padded(
+                [prompt for prompt, _ in mismatched],
+                [response for _, response in mismatched],
+                self.pad_token_id,
+                self.pad_to_multiple_of,
+            )
+        else:
+            rows = {name: value[:0] for name, value in batch.items() if name != "desirable"}
+        return {**batch, **{f"mismatched_{name}": value for name, value in rows.items()}}
+
+
+def _padded(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+) -> dict[str, Tensor]:
+    """Rows of prompt and response, padded on the right; only responses have labels."""
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    multiple = pad_to_multiple_of or 1
+    shape = (len(prompts), math.ceil(longest / multiple) * multiple)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, end = len(prompt), len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor(prompt + response)
+        attention_mask[row, :end] = 1
+        labels[row, start:end] = torch.tensor(response)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,0 +1,51 @@
+"""What the trainers share: a loss that is the mean over the items of an optimiser step.
+
+An item is a pair, two rows of a batch, or for KTO a response, one row. Trainer would divide a sum
+over tokens, or take the mean of batches' means; here items are counted over accumulated batches and
+over ranks, so that 1 x 8 pairs trains like 4 x 2, the last partial batch included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from prefkern.data import COLUMNS
+
+
+class ItemTrainer(Trainer):
+    """transformers' Trainer over items; `compute_loss` of a subclass scales by `_share`.
+
+    Raises ValueError under nn.DataParallel.
+    """
+
+    _rows_an_item = 2
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "nn.DataParallel is not supported: start one process per GPU with `accelerate "
+                "launch` or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
+            )
+        # compute_loss scales by the number of items itself; Trainer must not divide once more.
+        self.model_accepts_loss_kwargs = True
+
+    def _share(self, mean: Tensor, items: int, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """A batch's share of the mean over a step's items; None: the batch's own mean."""
+        if num_items_in_batch is None:
+            return mean
+        # Ranks' gradients are averaged, and the mean is over the items of all ranks.
+        return mean * (items * self.accelerator.num_processes / num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Items of an optimiser step, over its accumulated batches and over ranks."""
+        rows = sum(len(batch["input_ids"]) for batch in batch_samples)
+        items = torch.tensor(rows / self._rows_an_item, device=device)
+        return self.accelerator.reduce(items, "sum")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(COLUMNS)
