@@ -48,6 +48,25 @@ class ModelArguments:
         return kwargs
 
 
+@dataclass
+class DatasetArguments:
+    """The preference pairs."""
+
+    _argument_group_name = "data"
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": ".jsonl, .json, .parquet or .csv file, folder, or hub name (required).",
+            "aliases": ["--dataset_name"],
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to take."})
+
+
 class Parser(HfArgumentParser):
     """HfArgumentParser whose errors are one line, and which turns a YAML file into flags."""
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefkern.cli.arguments import ModelArguments, Parser, fail, resume_from
+from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,22 +71,9 @@ class RewardModelArguments(ModelArguments):
 
 
 @dataclass
-class MarginsDataArguments:
+class MarginsDataArguments(DatasetArguments):
     """The preference pairs, and where they go."""
 
-    _argument_group_name = "data"
-
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": ".jsonl, .json, .parquet or .csv file, folder, or hub name (required).",
-            "aliases": ["--dataset_name"],
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub dataset."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split to take."})
     output: str | None = field(
         default=None,
         metadata={

@@ -13,7 +13,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prefkern.cli.arguments import ModelArguments, Parser, fail, resume_from
+from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
 from prefkern.config import PreferenceConfig
 
 if TYPE_CHECKING:
@@ -21,22 +21,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DataArguments:
-    """The preference pairs."""
+class DataArguments(DatasetArguments):
+    """The preference pairs, and those to evaluate on."""
 
-    _argument_group_name = "data"
-
-    dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": ".jsonl, .json, .parquet or .csv file, folder, or hub name (required).",
-            "aliases": ["--dataset_name"],
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a hub dataset."}
-    )
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     eval_dataset: str | None = field(
         default=None, metadata={"help": "File, folder or hub name to evaluate on."}
     )
