@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
+from ranks import run_on_two_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -587,17 +584,6 @@ def test_two_ranks_do_as_one(files, tmp_path):
     write(Path(files["dataset"]), tiny.pairs(47))
     options = {**files, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0, "eval_steps": 2}
     expected = run({**options, "max_steps": 4, "per_device_train_batch_size": 4})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
     options = {
         **options,
         "output": str(tmp_path / "two.jsonl"),
@@ -606,18 +592,7 @@ def test_two_ranks_do_as_one(files, tmp_path):
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 3,
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "prefkern.cli", "margins", *flags(options)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    outputs = run_on_two_ranks("-m", "prefkern.cli", "margins", *flags(options))
     assert ["margins written" in output for output in outputs] == [True, False]
     found = [row["margin"] for row in read(options["output"])]
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_on_two_ranks
 
 from prefkern import Pairs
 from prefkern.objectives import KTO, WPO, AlphaDPO, BetaDPO, Examples, WithNLL
@@ -309,30 +307,7 @@ def _part(rank: int):
 
 
 def test_two_ranks_are_one_process_on_the_joined_batch(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**shared, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
-
+    run_on_two_ranks(__file__, str(tmp_path))
     expected = everything(lambda values, step: values)
     zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert zero.keys() == one.keys() == expected.keys()

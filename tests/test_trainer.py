@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
+from ranks import run_on_two_ranks
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -513,38 +512,6 @@ def test_predict_takes_raw_pairs_as_evaluate_does(tmp_path, precompute):
     assert len(names) > 4
     for name in names:
         assert predicted.metrics[f"test_{name}"] == evaluated[f"eval_{name}"]
-
-
-def run_on_two_ranks(script: str, *arguments: str) -> None:
-    """Run a test module as a script in two processes that find each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, *arguments],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    finally:
-        # A rank that waits for the other one in vain would never end.
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
 
 
 class Record(transformers.TrainerCallback):

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from ranks import run_on_two_ranks
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -23,7 +24,6 @@ from test_trainer import (
     assert_same_weights,
     config,
     lora,
-    run_on_two_ranks,
     step_logs,
     trainer,
     weights,
