@@ -448,8 +448,6 @@ def test_pairs_train_as_in_trl(tmp_path, name):
 
 def test_kto_trains_as_trls_does(tmp_path):
     trl = pytest.importorskip("trl")
-    if not hasattr(trl, "KTOTrainer"):
-        pytest.skip("this TRL has no KTOTrainer")
     rows = single_rows(12, seed=4)
     own = {"objective": "kto", "beta": 0.2, "train_sampling_strategy": "sequential"}
     own["objective_options"] = {"desirable_weight": 1.5, "undesirable_weight": 0.8}
