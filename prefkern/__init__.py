@@ -1,11 +1,11 @@
 """prefkern: memory-efficient, exact and fast preference training on PyTorch and Triton.
 
 Where to begin: `linear_logprobs` is the operator (log-probs of labels without logits in memory),
-`linear_kl` the same with the KL to a
-reference, `FusedPreferenceLoss` the loss on them, `objectives` the losses' formulas, `reference` the
-same calls with logits in memory, `diagnostics` a look at who is pushed how hard, `token_logprobs`
-and `PreferenceTrainer` the way in from transformers. The latter two import transformers, so they
-are loaded on first use.
+`linear_kl` the same with the KL to a reference, `plan_for` tells what a call costs,
+`FusedPreferenceLoss` is the loss on them, `objectives` the losses' formulas, `reference` the same
+calls with logits in memory, `diagnostics` a look at who is pushed how hard, `token_logprobs` and
+`PreferenceTrainer` the way in from transformers. The latter two import transformers, so they are
+loaded on first use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from prefkern import diagnostics, objectives, reference
-from prefkern.api import linear_logprobs
+from prefkern.api import linear_logprobs, plan_for
 from prefkern.kl import linear_kl
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.objectives import Pairs
@@ -42,6 +42,7 @@ __all__ = [
     "linear_kl",
     "linear_logprobs",
     "objectives",
+    "plan_for",
     "reference",
     "token_logprobs",
 ]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from prefkern import checks, plan, sequences
-from prefkern.autograd import Call, scored_logprobs
+from prefkern.autograd import Call, Result, scored_logprobs
+from prefkern.operands import Operands, Transform
 from prefkern.outputs import TokenStats
-from prefkern.passes import Operands, Transform
 
 BACKENDS = ("triton", "torch")
 
@@ -70,7 +70,7 @@ def linear_logprobs(
     workspace_mb = resolve_workspace(workspace_mb, hidden.device)
     backend = resolve_backend(backend, hidden.device)
     scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
-    logps, stats, _ = run(
+    result, _ = run(
         hidden,
         weight,
         bias,
@@ -80,10 +80,11 @@ def linear_logprobs(
         backend,
         return_stats,
     )
-    logps = place(logps, scored.rows, labels.shape)
-    if stats is None:
+    logps = place(result.logps, scored.rows, labels.shape)
+    if result.stats is None:
         return logps
-    return TokenStats(logps, *(place(value, scored.rows, labels.shape) for value in stats[:3]))
+    stats = result.stats[:3]
+    return TokenStats(logps, *(place(value, scored.rows, labels.shape) for value in stats))
 
 
 def run(
@@ -95,34 +96,107 @@ def run(
     workspace_mb: float,
     backend: str,
     with_stats: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None, plan.Plan]:
-    """Plan and run checked arguments: (N,) log-probs and `passes.statistics` of scored tokens."""
+    ref_hidden: Tensor | None = None,  # (..., H), a reference's, through the same head
+) -> tuple[Result, plan.Plan]:
+    """Plan and run checked arguments."""
     operands = operands_of(hidden)
-    grad = torch.is_grad_enabled()
-    bias_needs_grad = grad and bias is not None and bias.requires_grad
-    weight_needs_grad = grad and weight.requires_grad
     made = plan.make_plan(
         tokens=scored.count,
-        hidden_size=weight.shape[1],
         vocab_size=weight.shape[0],
-        compute_dtype=operands.compute_dtype,
-        upcasts=operands.upcasts,
+        head=planned_head(weight, operands),
+        gradients=wanted_gradients(hidden, weight, bias),
         backend=backend,
         workspace_mb=workspace_mb,
-        hidden_needs_grad=grad and hidden.requires_grad,
-        head_needs_grad=weight_needs_grad or bias_needs_grad,
-        weight_needs_grad=weight_needs_grad,
         has_softcap=transform.softcap is not None,
         with_stats=with_stats,
-        copies_weight=operands.upcasts or weight.dtype != operands.dtype,
+        with_reference=ref_hidden is not None,
     )
     plan.record(made)
     call = Call(transform, operands, made, tile_operations(backend), with_stats)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    # Kernels walk the bias word by word: no strides, no expanded views. (V,), so a copy is small.
-    bias = None if bias is None else bias.contiguous()
-    logps, stats = scored_logprobs(flat, weight, bias, scored.rows, scored.labels, call)
-    return logps, stats, made
+    result = scored_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        # Kernels walk the bias word by word: no strides, no expanded views. (V,): a small copy.
+        None if bias is None else bias.contiguous(),
+        None if ref_hidden is None else ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        scored.rows,
+        scored.labels,
+        call,
+    )
+    return result, made
+
+
+def planned_head(weight: Tensor, operands: Operands) -> plan.Head:
+    """What the plan must know of a head."""
+    copies = operands.upcasts or weight.dtype != operands.dtype
+    return plan.Head(weight.shape[1], operands.compute_dtype, operands.upcasts, copies)
+
+
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> plan.Gradients:
+    if not torch.is_grad_enabled():
+        return plan.Gradients(False, False, False)
+    bias_needs_grad = bias is not None and bias.requires_grad
+    return plan.Gradients(hidden.requires_grad, weight.requires_grad, bias_needs_grad)
+
+
+def plan_for(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    trains_hidden: bool = True,
+    trains_head: bool = False,
+    softcap: bool = False,
+    return_stats: bool = False,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+) -> plan.Plan:
+    """What a call of that shape runs and costs, without running it; nothing is allocated.
+
+    Args:
+        tokens: N, scored tokens; hidden_size: H; vocab_size: V.
+        dtype: of hidden and weight.
+        device: where the call would run, which need not be here; None: a GPU if there is one.
+        trains_hidden, trains_head: what needs a gradient; neither: log-probs alone.
+        softcap: whether the model caps its logits; return_stats: as in `linear_logprobs`.
+        workspace_mb, backend: as in `linear_logprobs`.
+
+    Returns:
+        A Plan: structure, tiles, `operations` (`operations_nhv`), `workspace_bytes`, `saved_bytes`.
+
+    Raises TypeError and ValueError for what is not a shape, dtype or device, and for a GPU's default
+    workspace where there is no GPU to ask.
+    """
+    for name, size in (
+        ("tokens", tokens),
+        ("hidden_size", hidden_size),
+        ("vocab_size", vocab_size),
+    ):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        checks.positive(name, size)
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if workspace_mb is None and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "workspace_mb must be given: its default depends on a GPU, and none is here"
+        )
+    operands = operands_for(dtype, device.type)
+    return plan.make_plan(
+        tokens=tokens,
+        vocab_size=vocab_size,
+        head=plan.Head(hidden_size, dtype, operands.upcasts, operands.upcasts),
+        gradients=plan.Gradients(trains_hidden, trains_head, False),
+        backend=resolve_backend(backend, device),
+        workspace_mb=resolve_workspace(workspace_mb, device),
+        has_softcap=softcap,
+        with_stats=return_stats,
+    )
 
 
 def place(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:  # (N,) -> (...)
@@ -178,9 +252,12 @@ def tile_operations(backend: str, twin: str = "prefkern.torch_tiles") -> ModuleT
 def operands_of(hidden: Tensor) -> Operands:
     """How a call with these hidden states multiplies, autocast included."""
     device = hidden.device.type
-    dtype = hidden.dtype
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+        return operands_for(torch.get_autocast_dtype(device), device)
+    return operands_for(hidden.dtype, device)
+
+
+def operands_for(dtype: torch.dtype, device_type: str) -> Operands:
     # Only CUDA's libraries have products of half-precision operands with a float32 result.
-    has_wide_product = device == "cuda" and torch.version.hip is None
+    has_wide_product = device_type == "cuda" and torch.version.hip is None
     return Operands(dtype, upcasts=dtype != torch.float32 and not has_wide_product)

@@ -1,9 +1,9 @@
 """The autograd function of the operator: scored tokens' log-probs, differentiable.
 
-What is kept for backward depends on what needs a gradient. With a frozen head it is
-`D = d logp / d hidden`, (N, H) in float32, so that `dhidden = grad * D` is rounded once. With a
-trainable head it is the inputs themselves and three numbers a token, from which the tiles are
-recomputed. Nothing saved is ever overwritten: a second backward call with `retain_graph` is right.
+What is kept for backward: `D = d logp / d hidden`, (N, H) in float32, where hidden needs a gradient,
+so that `dhidden = grad * D` is rounded once; where the head needs one, `passes.HeadTerms` and the
+inputs themselves. Nothing saved is ever overwritten: a second backward call with `retain_graph` is
+right.
 
 A plain function, in the graph of whatever module's forward calls it, so that the hooks of DDP, FSDP
 and PEFT see the parameters as they see any other. Differentiating its gradient raises.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prefkern import passes
 from prefkern.once import differentiable_once
+from prefkern.operands import Head, Operands, Transform, scatter_rows
 from prefkern.plan import Plan
 
 
@@ -26,28 +27,39 @@ from prefkern.plan import Plan
 class Call:
     """What a call runs on, beside its tensors."""
 
-    transform: passes.Transform
-    operands: passes.Operands
+    transform: Transform
+    operands: Operands
     plan: Plan
     ops: ModuleType
     with_stats: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """(N,) each, of the scored tokens; only `logps` carries a gradient."""
+
+    logps: Tensor
+    stats: tuple[Tensor, Tensor, Tensor, Tensor] | None  # as `fold_state.statistics`
+    ref_logps: Tensor | None
 
 
 def scored_logprobs(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
+    ref_hidden: Tensor | None,  # (M, H), a reference's, through the same head
     rows: Tensor | None,  # (N,)
     labels: Tensor,  # (N,)
     call: Call,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
-    """Log-probs (N,) float32 of the scored tokens; when asked, `passes.statistics` of them."""
+) -> Result:
+    """Log-probs of the scored tokens; when asked, statistics of them and a reference's log-probs."""
+    tensors = (hidden, weight, bias, ref_hidden, rows, labels)
     if call.plan.structure == "forward":
-        with torch.no_grad(), without_autocast(hidden):
-            logps, *stats = _values(hidden, weight, bias, rows, labels, call)[0]
-    else:
-        logps, *stats = _LinearLogprobs.apply(hidden, weight, bias, rows, labels, call)
-    return logps, (stats[0], stats[1], stats[2], stats[3]) if call.with_stats else None
+        with torch.no_grad():
+            passed = _forward(*tensors, call)
+        return Result(passed.logps, passed.stats, passed.ref_logps)
+    logps, ref_logps, *stats = _LinearLogprobs.apply(*tensors, call)
+    return Result(logps, (stats[0], stats[1], stats[2], stats[3]) if stats else None, ref_logps)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -57,79 +69,74 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        ref_hidden: Tensor | None,
         rows: Tensor | None,
         labels: Tensor,
         call: Call,
-    ) -> tuple[Tensor, ...]:
-        with without_autocast(hidden):
-            outputs, folded, derivative = _values(hidden, weight, bias, rows, labels, call)
+    ) -> tuple[Tensor | None, ...]:
+        passed = _forward(hidden, weight, bias, ref_hidden, rows, labels, call)
         ctx.call = call
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
-        if derivative is not None:
-            ctx.save_for_backward(derivative, rows)
-        else:
-            kept = (folded.maximum, folded.total, folded.miss)
-            ctx.save_for_backward(hidden, weight, bias, rows, labels, *kept)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        saved: tuple[Tensor | None, ...] = (passed.derivative, rows)
+        if passed.terms is not None:
+            saved += (hidden, weight, bias, labels, *vars(passed.terms).values())
+        ctx.save_for_backward(*saved)
+        constant = (passed.ref_logps, *(passed.stats or ()))
+        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
+        return passed.logps, *constant
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
         grad = grad.float()
+        derivative, rows, *for_head = ctx.saved_tensors
+        dhidden = dweight = dbias = None
         with without_autocast(grad):
-            if call.plan.structure == "one_pass":
-                derivative, rows = ctx.saved_tensors
+            if derivative is not None:
                 tile = call.plan.forward_tiles.token_tile
-                dhidden = passes.scatter_rows(
-                    [(derivative, grad)], rows, ctx.hidden_shape, ctx.hidden_dtype, tile
+                terms = [(derivative, grad)]
+                dhidden = scatter_rows(terms, rows, ctx.hidden_shape, ctx.hidden_dtype, tile)
+            if for_head:
+                hidden, weight, bias, labels, *values = for_head
+                dweight, dbias = passes.head_gradient(
+                    grad,
+                    Head(hidden, weight, bias, call.operands),
+                    rows,
+                    labels,
+                    passes.HeadTerms(*values),
+                    call.transform,
+                    call.plan,
+                    call.ops,
+                    needs_weight=ctx.needs_input_grad[1],
+                    needs_bias=ctx.needs_input_grad[2],
                 )
-                return dhidden, None, None, None, None, None
-            hidden, weight, bias, rows, labels, maximum, total, miss = ctx.saved_tensors
-            gradients = passes.backward(
-                grad,
-                hidden,
-                weight,
-                bias,
-                rows,
-                labels,
-                maximum,
-                total,
-                miss,
-                call.transform,
-                call.operands,
-                call.plan,
-                call.ops,
-                needs=ctx.needs_input_grad[:3],
-            )
-        return *gradients, None, None, None
+        return dhidden, dweight, dbias, None, None, None, None
 
 
-def _values(
+def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    ref_hidden: Tensor | None,
     rows: Tensor | None,
     labels: Tensor,
     call: Call,
-) -> tuple[tuple[Tensor, ...], passes.Folded, Tensor | None]:
-    state, folded, derivative = passes.forward(
-        hidden,
-        weight,
-        bias,
-        rows,
-        labels,
-        call.transform,
-        call.operands,
-        call.plan,
-        call.ops,
-        call.with_stats,
-    )
-    if not call.with_stats:
-        return (folded.logps,), folded, derivative
-    stats = passes.statistics(state, folded, weight.shape[0])
-    return (folded.logps, *stats), folded, derivative
+) -> passes.Passed:
+    reference = None
+    if ref_hidden is not None:
+        reference = Head(ref_hidden, weight, bias, call.operands)
+    with without_autocast(hidden):
+        return passes.forward(
+            Head(hidden, weight, bias, call.operands),
+            rows,
+            labels,
+            call.transform,
+            call.plan,
+            call.ops,
+            call.with_stats,
+            reference,
+        )
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

@@ -9,13 +9,12 @@ is that of `linear_logprobs`, with `kl_passes` over pairs of tiles (`prefkern_ke
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from prefkern import api, checks, plan, sequences
 from prefkern.kl_autograd import Call, scored_kl
+from prefkern.operands import Transform
 from prefkern.outputs import TokenKL
-from prefkern.passes import Operands, Transform
 
 
 def linear_kl(
@@ -94,19 +93,14 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, plan.Plan]:
     """Plan and run checked arguments: (N,) log-probs of both and divergence of scored tokens."""
     operands, ref_operands = api.operands_of(hidden), api.operands_of(ref_hidden)
-    grad = torch.is_grad_enabled()
-    bias_needs_grad = grad and bias is not None and bias.requires_grad
-    weight_needs_grad = grad and weight.requires_grad
     made = plan.make_kl_plan(
         tokens=scored.count,
         vocab_size=weight.shape[0],
-        policy=_planned(weight, operands),
-        reference=_planned(ref_weight, ref_operands),
+        policy=api.planned_head(weight, operands),
+        reference=api.planned_head(ref_weight, ref_operands),
+        gradients=api.wanted_gradients(hidden, weight, bias),
         backend=backend,
         workspace_mb=workspace_mb,
-        hidden_needs_grad=grad and hidden.requires_grad,
-        head_needs_grad=weight_needs_grad or bias_needs_grad,
-        weight_needs_grad=weight_needs_grad,
         has_softcap=transform.softcap is not None,
     )
     plan.record(made)
@@ -125,11 +119,6 @@ def run(
         call,
     )
     return logps, ref_logps, kl, made
-
-
-def _planned(weight: Tensor, operands: Operands) -> plan.Head:
-    copies = operands.upcasts or weight.dtype != operands.dtype
-    return plan.Head(weight.shape[1], operands.compute_dtype, operands.upcasts, copies)
 
 
 def _check_reference(

@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prefkern import kl_passes, passes
+from prefkern import kl_passes
 from prefkern.autograd import without_autocast
 from prefkern.kl_passes import FoldedPair
 from prefkern.once import differentiable_once
-from prefkern.passes import Head
+from prefkern.operands import Head, Operands, Transform, scatter_rows
 from prefkern.plan import Plan
 
 
@@ -26,9 +26,9 @@ from prefkern.plan import Plan
 class Call:
     """What a call runs on, beside its tensors."""
 
-    transform: passes.Transform
-    operands: passes.Operands
-    ref_operands: passes.Operands
+    transform: Transform
+    operands: Operands
+    ref_operands: Operands
     plan: Plan
     ops: ModuleType
 
@@ -95,7 +95,7 @@ class _LinearKL(torch.autograd.Function):
         with without_autocast(dlogps):
             if call.plan.structure == "one_pass":
                 logps_derivative, kl_derivative, rows = ctx.saved_tensors
-                dhidden = passes.scatter_rows(
+                dhidden = scatter_rows(
                     [(logps_derivative, dlogps), (kl_derivative, dkl)],
                     rows,
                     ctx.hidden_shape,

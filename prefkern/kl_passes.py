@@ -24,26 +24,16 @@ order, so equal models give a divergence and a K of exactly 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from prefkern.passes import (
-    Buffers,
-    Folded,
-    FoldState,
-    Head,
-    TileGradient,
-    Transform,
-    add_product,
-    finish,
-    product,
-    second_pass,
-    slices,
-)
-from prefkern.plan import Plan
+from prefkern.fold_state import Folded, FoldState, clear, finish
+from prefkern.operands import Buffers, Head, Transform, add_product, product, scatter_rows
+from prefkern.plan import Plan, Tiles, slices
 
 
 @dataclass(frozen=True)
@@ -70,8 +60,10 @@ def forward(
     N, H = labels.shape[0], policy.hidden.shape[1]
     device = policy.hidden.device
     one_pass = plan.structure == "one_pass"
-    state = FoldState(N, device, with_stats=False)
-    ref_state = FoldState(N, device, with_stats=False)
+    state = FoldState.empty(N, device)
+    ref_state = FoldState.empty(N, device)
+    clear(*state.sums())
+    clear(*ref_state.sums())
     cross = torch.zeros(N, dtype=torch.float32, device=device)
     derivatives = None
     if one_pass:
@@ -83,12 +75,12 @@ def forward(
     buffers = Buffers(plan.forward_tiles, policy.operands, device, one_pass)
     ref_buffers = Buffers(plan.forward_tiles, policy.operands, device, one_pass)
 
-    for tokens in slices(N, plan.forward_tiles.token_tile):
+    for tokens in slices(0, N, plan.forward_tiles.token_tile):
         part, ref_part = state[tokens], ref_state[tokens]
         h, ref_h = policy.rows(rows, tokens), reference.rows(rows, tokens)
         rescale = torch.empty_like(part.maximum) if one_pass else None
         ref_rescale = torch.empty_like(part.maximum) if one_pass else None
-        for words in slices(policy.weight.shape[0], plan.forward_tiles.vocab_tile):
+        for words in slices(0, policy.weight.shape[0], plan.forward_tiles.vocab_tile):
             shape = h.shape[0], words.stop - words.start
             ref_tile, ref_weights = ref_buffers.views(*shape)
             # A tile's copy of the reference's weight must be gone before the policy's is made.
@@ -225,11 +217,11 @@ def backward(
     label_gradient = dlogps * miss + dkl * label_difference
     ref_buffers = Buffers(plan.backward_tiles, policy.operands, dlogps.device, False)
 
-    def of_words(words: slice) -> TileGradient:
+    def of_words(words: slice) -> _TileGradient:
         ref_w = reference.words(words)
 
         def of_tokens(tokens: slice, tile: Tensor, dlogits: Tensor) -> None:
-            ref_tile, _ = ref_buffers.views(*tile.shape)
+            ref_tile, _ = ref_buffers.views(tile.shape[0], tile.shape[1])
             product(reference.rows(rows, tokens), ref_w.t(), ref_tile)
             ops.kl_gradient(
                 tile,
@@ -249,4 +241,64 @@ def backward(
 
         return of_tokens
 
-    return second_pass(policy, rows, labels.shape[0], plan.backward_tiles, needs, of_words)
+    return _second_pass(policy, rows, labels.shape[0], plan.backward_tiles, needs, of_words)
+
+
+# Turns the raw products of some tokens, (n, v), into the loss's gradient with respect to them.
+_TileGradient = Callable[[slice, Tensor, Tensor], None]
+
+
+def _second_pass(
+    head: Head,
+    rows: Tensor | None,  # (N,)
+    count: int,  # N
+    tiles: Tiles,
+    needs: tuple[bool, bool, bool],  # gradients of hidden, weight, bias
+    of_words: Callable[[slice], _TileGradient],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Recompute each tile, turn it into its gradient, and take the products with that.
+
+    `of_words(words)` is asked once for each tile of the vocabulary, and what it returns holds all
+    that belongs to those words.
+    """
+    H = head.hidden.shape[1]
+    device = head.hidden.device
+    needs_hidden, needs_weight, needs_bias = needs
+    dhidden = torch.zeros((count, H), dtype=torch.float32, device=device) if needs_hidden else None
+    dweight = torch.empty_like(head.weight) if needs_weight else None
+    dbias = torch.empty_like(head.bias) if needs_bias and head.bias is not None else None
+    buffers = Buffers(tiles, head.operands, device, True)
+    dweight_buffer = None
+    if needs_weight:
+        dweight_buffer = torch.empty((tiles.vocab_tile, H), dtype=torch.float32, device=device)
+
+    for words in slices(0, head.weight.shape[0], tiles.vocab_tile):
+        w = head.words(words)
+        of_tokens = of_words(words)
+        size = w.shape[0]
+        dweight_tile = None if dweight_buffer is None else dweight_buffer[:size].zero_()
+        dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
+        for tokens in slices(0, count, tiles.token_tile):
+            h = head.rows(rows, tokens)
+            tile, dlogits = buffers.views(h.shape[0], size)
+            assert dlogits is not None
+            product(h, w.t(), tile)
+            of_tokens(tokens, tile, dlogits)
+            # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
+            if dweight_tile is not None:
+                add_product(dlogits.t(), h, dweight_tile)
+            if dhidden is not None:
+                add_product(dlogits, w, dhidden[tokens])
+            if dbias_tile is not None:
+                dbias_tile += dlogits.sum(0, dtype=torch.float32)
+            del h
+        if dweight is not None and dweight_tile is not None:
+            dweight[words] = dweight_tile
+        if dbias is not None and dbias_tile is not None:
+            dbias[words] = dbias_tile
+        # A tile's copies of weights must be gone before the next ones are made.
+        del w, of_tokens
+    if dhidden is not None:
+        shape, dtype = head.hidden.shape, head.hidden.dtype
+        dhidden = scatter_rows([(dhidden, None)], rows, shape, dtype, tiles.token_tile)
+    return dhidden, dweight, dbias

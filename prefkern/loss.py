@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from prefkern import api, checks, kl, pairwise, sequences
 from prefkern.objectives import Examples, Objective, UnpairedObjective
+from prefkern.operands import Transform
 from prefkern.outputs import PreferenceOutput, TokenStats, UnpairedOutput
-from prefkern.passes import Transform
 from prefkern.plan import Plan
 
 
@@ -191,7 +191,7 @@ def _score_tokens(
     is_paired = isinstance(objective, Objective)
     needs_stats = return_stats or (is_paired and objective.needs_alignments)
 
-    def run(head: _Head, with_stats: bool):
+    def run(head: _Head, with_stats: bool = False, ref_hidden: Tensor | None = None):
         return api.run(
             head.hidden,
             head.weight,
@@ -201,6 +201,7 @@ def _score_tokens(
             workspace_mb,
             backend,
             with_stats,
+            ref_hidden,
         )
 
     if is_paired and objective.needs_kls:
@@ -209,7 +210,7 @@ def _score_tokens(
         if needs_stats:
             # The pass over both heads folds no statistics: they take a pass of their own.
             with torch.no_grad():
-                _, stats, _ = run(head, True)
+                stats = run(head, True)[0].stats
         logps, ref_logps, kls, plan = kl.run(
             head.hidden,
             head.weight,
@@ -224,11 +225,32 @@ def _score_tokens(
         )
         return _Tokens(logps, ref_logps, kls, stats, plan)
     ref_logps = None
+    if reference is not None and _same_head(head, reference):
+        # One reading of the weight serves both, and both are folded in the same order.
+        result, plan = run(head, needs_stats, reference.hidden)
+        return _Tokens(result.logps, result.ref_logps, None, result.stats, plan)
     if reference is not None:
         with torch.no_grad():
-            ref_logps, _, _ = run(reference, False)
-    logps, stats, plan = run(head, needs_stats)
-    return _Tokens(logps, ref_logps, None, stats, plan)
+            ref_logps = run(reference)[0].logps
+    result, plan = run(head, needs_stats)
+    return _Tokens(result.logps, ref_logps, None, result.stats, plan)
+
+
+def _same_head(head: _Head, reference: _Head) -> bool:
+    """Whether both go through the same numbers, in the same dtype."""
+    if head.hidden.dtype != reference.hidden.dtype:
+        return False
+    if (head.bias is None) != (reference.bias is None):
+        return False
+    pairs = [(head.weight, reference.weight)]
+    if head.bias is not None and reference.bias is not None:
+        pairs.append((head.bias, reference.bias))
+    return all(
+        a is b
+        or (a.data_ptr(), a.shape, a.stride(), a.dtype)
+        == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+        for a, b in pairs
+    )
 
 
 def _paired_output(

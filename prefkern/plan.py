@@ -1,29 +1,37 @@
 """The tile plan: from a bound on temporary memory to tile sizes and a structure of passes.
 
-Three structures, with operations counted in NHV (N scored tokens x H hidden x V vocabulary; one
-product of these is 2NHV):
+Operations are counted in NHV (N scored tokens x H hidden x V vocabulary; one product of these is
+2NHV). What a call takes:
 
-- "forward": log-probs only, 2NHV.
-- "one_pass": hidden needs a gradient and the head does not (LoRA on the body). Forward also
-  accumulates `D = d logp / d hidden`, as attention's forward accumulates `softmax(q K^T) V`;
-  backward is then `g D`, without a product: 4NHV in all.
-- "two_pass": the head (or its bias) trains. Forward is 2NHV; backward recomputes each tile, with
-  the vocabulary outermost so that dW is finished one tile at a time: 6NHV more.
+- Log-probs alone: 2NHV ("forward").
+- Hidden needs a gradient (always, in training): forward also accumulates `D = d logp / d hidden`,
+  as attention's forward accumulates `softmax(q K^T) V`, and backward is `g D`, without a product:
+  2NHV more.
+- The head needs one as well: `dW = sum_t g_t u_t h_t^T`, with u_t the derivative of logp with
+  respect to the logits: 2NHV more, if forward has kept u. It keeps unnormalised probabilities, in
+  the operands' dtype, for as many tokens as the workspace holds; those of the rest are recomputed
+  in backward, 2NHV of their share.
 
-Tokens are walked in tiles of `token_tile`, the vocabulary in tiles of `vocab_tile`. A tile's sizes
-are those that read least memory within the bound: every token tile reads the whole weight once,
-and every vocabulary tile reads and writes the `[token_tile, H]` accumulator once. "forward" uses
-the tiles of "one_pass", so that a reference pass adds in the same order as the policy's pass.
+So a frozen head takes 4NHV and a trained one 6NHV if all tokens are kept ("one_pass": nothing is
+recomputed), up to 8NHV if none is ("two_pass"). In backward the vocabulary is outermost: dW is
+finished a tile at a time in float32 and rounded once.
+
+Tokens are walked in tiles of `token_tile`, the vocabulary in tiles of `vocab_tile`, and how many
+tokens are kept is weighed against the size of tiles: both spend the same memory. What is least is
+the time of the products and of the bytes that the walk moves (`_OPERATIONS_A_BYTE`). "forward" uses
+the tiles that a frozen head's "one_pass" has, so that a reference pass adds in the same order as
+the policy's pass.
 
 A call with the divergence from a reference has the same structures over pairs of tiles
-(`make_kl_plan`). With H_ref the reference's width, one product of its is 2NH_refV, and "forward"
-takes one of each head, "one_pass" two more of the policy's (8NHV in all at equal widths) and
-"two_pass" one of the reference's and three of the policy's (12NHV).
+(`make_kl_plan`), and keeps no probabilities. With H_ref the reference's width, one product of its
+is 2NH_refV, and "forward" takes one of each head, "one_pass" two more of the policy's (8NHV in all
+at equal widths) and "two_pass" one of the reference's and three of the policy's (12NHV).
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,9 +40,18 @@ import torch
 Structure = Literal["forward", "one_pass", "two_pass"]
 
 MIB = 2**20
-# Below this a tile no longer makes a product worth calling; a smaller workspace gets this tile.
+# Below this a tile no longer makes a product worth calling.
 MIN_TOKEN_TILE = 16
 MIN_VOCAB_TILE = 128
+# Where that does not fit (8 MiB and H of 8192), words are given up to this. A workspace too small
+# for it, below 8 MiB, gets the tile above.
+_FEWEST_WORDS = 16
+# The narrowest tile of kept tokens, whose maximum is remembered tile by tile.
+_LEAST_KEPT_TILE = 1024
+# What a GPU multiplies in the time that it takes to move a byte (A100 156, H100 295, H200 184).
+_OPERATIONS_A_BYTE = 200
+# Shares of the tokens that may be kept.
+_EIGHTHS = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,7 @@ class Tiles:
     token_tile: int
     vocab_tile: int
     bytes: int
+    traffic: float  # bytes that a walk over all tiles moves, per token, hidden unit and word
 
 
 @dataclass(frozen=True)
@@ -55,11 +73,15 @@ class Plan:
     tokens: int  # N, scored tokens
     hidden_size: int  # H
     vocab_size: int  # V
+    trains_hidden: bool
+    trains_head: bool
     forward_tiles: Tiles
-    backward_tiles: Tiles | None  # of the recomputation; None where backward needs no product
+    backward_tiles: Tiles | None  # of the head's gradient; None where backward needs no product
+    kept_tokens: int  # of N, those whose probabilities forward keeps for backward
+    kept_bytes: int
     forward_operations: int  # multiplications and additions of the matrix products
     backward_operations: int
-    saved_bytes: int  # kept for backward, beyond the inputs
+    saved_bytes: int  # kept for backward beyond the inputs and the probabilities
     ref_hidden_size: int | None = None  # of the reference's head, in a call with a divergence
 
     @property
@@ -68,10 +90,15 @@ class Plan:
         return self.forward_operations + self.backward_operations
 
     @property
+    def operations_nhv(self) -> float:
+        """`operations` in units of NHV."""
+        return self.operations / max(self.tokens * self.hidden_size * self.vocab_size, 1)
+
+    @property
     def workspace_bytes(self) -> int:
         """Most temporary bytes held at once, beyond inputs, outputs and `[N, H]` gradients."""
         backward = self.backward_tiles.bytes if self.backward_tiles else 0
-        return max(self.forward_tiles.bytes, backward)
+        return self.kept_bytes + max(self.forward_tiles.bytes, backward)
 
 
 _local = threading.local()
@@ -94,95 +121,25 @@ def default_workspace_mb(device: torch.device) -> float:
     return max(256.0, total / 128 / MIB)
 
 
-def make_plan(
-    *,
-    tokens: int,
-    hidden_size: int,
-    vocab_size: int,
-    compute_dtype: torch.dtype,
-    upcasts: bool,
-    backend: str,
-    workspace_mb: float,
-    hidden_needs_grad: bool,
-    head_needs_grad: bool,
-    weight_needs_grad: bool,
-    has_softcap: bool,
-    with_stats: bool,
-    copies_weight: bool,
-) -> Plan:
-    """The plan of one call.
+def kept_row(vocab_size: int) -> int:
+    """Elements from one kept token to the next: V, rounded up so that rows are aligned."""
+    return -(-vocab_size // 64) * 64
 
-    Args:
-        compute_dtype: dtype that the products' operands have, before any upcast.
-        upcasts: operands are raised to float32 tile by tile, since the device has no product of
-            half-precision operands with a float32 result.
-        head_needs_grad: the weight or the bias needs a gradient; weight_needs_grad: the weight.
-        copies_weight: a weight tile is copied to the operands' dtype.
-    """
-    structure = _structure(hidden_needs_grad, head_needs_grad)
-    operand_size = 4 if upcasts else compute_dtype.itemsize
-    # Bytes a logit: the float32 tile, and what a backend holds beside it.
-    if backend == "torch":
-        forward_logit = 4 + (4 if has_softcap else 0) + (9 if with_stats else 0)
-        backward_logit = 4 + (4 if has_softcap else 0)
-    else:
-        forward_logit = backward_logit = 4
-    if operand_size != 4:
-        forward_logit += operand_size
-        backward_logit += operand_size
-    # Bytes a token: the gathered rows of hidden, in both dtypes where they are raised.
-    hidden_row = hidden_size * (operand_size + (compute_dtype.itemsize if upcasts else 0))
-    # The accumulator of D, and the label's row of the weight as stored and in float32.
-    accumulator_row = hidden_size * (4 + 4 + compute_dtype.itemsize)
-    weight_row = hidden_size * operand_size if copies_weight else 0
 
-    budget = int(workspace_mb * MIB)
-    product = 2 * tokens * hidden_size * vocab_size
-    forward_tiles = choose_tiles(
-        tokens,
-        vocab_size,
-        budget,
-        logit=forward_logit,
-        token=hidden_row + accumulator_row + 64,
-        word=weight_row,
-    )
-    backward_tiles = None
-    backward_operations = 0
-    if structure == "two_pass":
-        backward_tiles = choose_tiles(
-            tokens,
-            vocab_size,
-            budget,
-            logit=backward_logit,
-            token=hidden_row + 64,
-            word=weight_row + (4 * hidden_size if weight_needs_grad else 0),
-        )
-        backward_operations = product * (1 + weight_needs_grad + hidden_needs_grad)
-    return Plan(
-        backend=backend,
-        structure=structure,
-        tokens=tokens,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        forward_tiles=forward_tiles,
-        backward_tiles=backward_tiles,
-        forward_operations=product * (2 if structure == "one_pass" else 1),
-        backward_operations=backward_operations,
-        saved_bytes={
-            "forward": 0,
-            "one_pass": 4 * tokens * hidden_size,
-            "two_pass": 3 * 4 * tokens,
-        }[structure],
-    )
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """`start : stop` in slices of `step`, the last one shorter."""
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
 @dataclass(frozen=True)
 class Head:
-    """One of the two heads of a call with a divergence: what its rows cost."""
+    """A head as the plan sees it: what its rows cost on their way to a product."""
 
     hidden_size: int
     compute_dtype: torch.dtype  # of the products' operands, before any upcast
-    upcasts: bool  # operands are raised to float32 tile by tile
+    # Operands are raised to float32 tile by tile, since the device has no product of
+    # half-precision operands with a float32 result.
+    upcasts: bool
     copies_weight: bool  # a weight tile is copied on its way to the product
 
     @property
@@ -200,21 +157,166 @@ class Head:
         return self.hidden_size * self.operand_size if self.copies_weight else 0
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """Whose gradients a call is asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+
+def make_plan(
+    *,
+    tokens: int,
+    vocab_size: int,
+    head: Head,
+    gradients: Gradients,
+    backend: str,
+    workspace_mb: float,
+    has_softcap: bool = False,
+    with_stats: bool = False,
+    with_reference: bool = False,
+) -> Plan:
+    """The plan of one call; `with_reference`: a reference's tokens go through the same head."""
+    size = _Sizes(tokens, vocab_size, head, backend, has_softcap, with_stats, with_reference)
+    budget = int(workspace_mb * MIB)
+    kept = 0
+    forward_tiles, backward_tiles = size.forward(budget, kept=0), None
+    if gradients.head:
+        kept, forward_tiles, backward_tiles = _cheapest(size, gradients, budget)
+    product = 2 * head.hidden_size * vocab_size
+    recomputed = tokens - kept if gradients.head else 0
+    structure: Structure = "forward"
+    if gradients.hidden or gradients.head:
+        structure = "two_pass" if recomputed else "one_pass"
+    return Plan(
+        backend=backend,
+        structure=structure,
+        tokens=tokens,
+        hidden_size=head.hidden_size,
+        vocab_size=vocab_size,
+        trains_hidden=gradients.hidden,
+        trains_head=gradients.head,
+        forward_tiles=forward_tiles,
+        backward_tiles=backward_tiles,
+        kept_tokens=kept,
+        kept_bytes=size.kept_bytes(kept),
+        forward_operations=product * tokens * (1 + gradients.hidden + with_reference),
+        backward_operations=product * (tokens * gradients.weight + recomputed),
+        saved_bytes=4 * tokens * (head.hidden_size * gradients.hidden + 3 * gradients.head),
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What tiles of a call cost in bytes, and which of them fit."""
+
+    tokens: int
+    vocab_size: int
+    head: Head
+    backend: str
+    has_softcap: bool
+    with_stats: bool
+    with_reference: bool
+
+    def kept_bytes(self, kept: int) -> int:
+        return kept * kept_row(self.vocab_size) * self.head.operand_size
+
+    def forward(self, budget: int, kept: int) -> Tiles:
+        """The largest tiles of forward, with `kept` tokens' probabilities beside them."""
+        head = self.head
+        all_kept = 0 < kept == self.tokens
+        # A logit: the float32 tile and, for the second product, a rounded copy. The latter of a
+        # kept token has its place among the kept ones; in float32 the two are one.
+        logit = 0 if all_kept and head.operand_size == 4 else 4
+        if head.operand_size != 4 and not all_kept:
+            logit += head.operand_size
+        if self.backend == "torch":
+            logit += 4 * self.has_softcap + 9 * self.with_stats
+        # A token: its rows of hidden, its label's row of the weight as stored, rounded and in
+        # float32, its state.
+        token = head.hidden_row + head.hidden_size * (4 + 4 + head.compute_dtype.itemsize) + 128
+        if self.with_reference:
+            token += head.hidden_row + 64
+        if kept:
+            # Its maximum after each tile, and no tile is so narrow that these would add up.
+            token += 4 * (self.vocab_size // _LEAST_KEPT_TILE + 1)
+        return choose_tiles(
+            self.tokens,
+            self.vocab_size,
+            budget - self.kept_bytes(kept),
+            logit=logit,
+            token=token,
+            word=head.weight_row,
+            # The weight is read once for each token tile, the accumulator read and written once
+            # for each vocabulary tile.
+            traffic=(2, 8),
+            min_vocab_tile=_LEAST_KEPT_TILE if kept else MIN_VOCAB_TILE,
+        )
+
+    def backward(self, budget: int, kept: int, trains_weight: bool) -> Tiles:
+        """The largest tiles of the head's gradient."""
+        head = self.head
+        logit = 0
+        if kept < self.tokens:
+            logit = 4 + (4 * self.has_softcap if self.backend == "torch" else 0)
+            if head.operand_size != 4:
+                logit += head.operand_size
+        # Its rows of hidden, and the same scaled, in float32 and rounded.
+        scaled = head.hidden_size * (4 + (head.operand_size if head.operand_size != 4 else 0))
+        return choose_tiles(
+            self.tokens,
+            self.vocab_size,
+            budget - self.kept_bytes(kept),
+            logit=logit,
+            token=head.hidden_row + scaled + 64,
+            word=head.weight_row + (4 * head.hidden_size if trains_weight else 0),
+            # The tile of dW is read and written once for each token tile; hidden is read, scaled
+            # and read again once for each vocabulary tile.
+            traffic=(8, 6),
+        )
+
+
+def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Tiles, Tiles]:
+    """How many tokens to keep, and the tiles that then fit, for the least time."""
+    best: tuple[float, int, Tiles, Tiles] | None = None
+    for eighths in range(_EIGHTHS, -1, -1):
+        kept = size.tokens * eighths // _EIGHTHS
+        rest = budget - size.kept_bytes(kept)
+        forward = size.forward(budget, kept)
+        backward = size.backward(budget, kept, gradients.weight)
+        if kept and max(forward.bytes, backward.bytes) > rest:
+            continue
+        # Per token, hidden unit and word, of what depends on the choice.
+        operations = 2 * (size.tokens - kept) / max(size.tokens, 1)
+        moved = forward.traffic + backward.traffic
+        cost = operations + _OPERATIONS_A_BYTE * moved
+        if best is None or cost < best[0]:
+            best = cost, kept, forward, backward
+    assert best is not None
+    return best[1:]
+
+
 def make_kl_plan(
     *,
     tokens: int,
     vocab_size: int,
     policy: Head,
     reference: Head,
+    gradients: Gradients,  # the policy's
     backend: str,
     workspace_mb: float,
-    hidden_needs_grad: bool,
-    head_needs_grad: bool,
-    weight_needs_grad: bool,
     has_softcap: bool,
 ) -> Plan:
-    """The plan of a call with log-probs and their divergence; what needs a gradient: the policy."""
-    structure = _structure(hidden_needs_grad, head_needs_grad)
+    """The plan of a call with log-probs and their divergence."""
+    structure: Structure = "forward"
+    if gradients.hidden or gradients.head:
+        structure = "two_pass" if gradients.head else "one_pass"
     # Bytes a logit: both float32 tiles, and what a backend holds beside them. Backward needs one
     # tile for its second products, forward one for each of its two.
     forward_logit = backward_logit = 8
@@ -242,7 +344,7 @@ def make_kl_plan(
     )
     backward_tiles = None
     backward_operations = 0
-    if structure == "two_pass":
+    if gradients.head:
         backward_tiles = choose_tiles(
             tokens,
             vocab_size,
@@ -251,17 +353,21 @@ def make_kl_plan(
             token=hidden_rows + 128,
             word=policy.weight_row
             + reference.weight_row
-            + (4 * policy.hidden_size if weight_needs_grad else 0),
+            + (4 * policy.hidden_size if gradients.weight else 0),
         )
-        backward_operations = product * (1 + weight_needs_grad + hidden_needs_grad) + ref_product
+        backward_operations = product * (1 + gradients.weight + gradients.hidden) + ref_product
     return Plan(
         backend=backend,
         structure=structure,
         tokens=tokens,
         hidden_size=policy.hidden_size,
         vocab_size=vocab_size,
+        trains_hidden=gradients.hidden,
+        trains_head=gradients.head,
         forward_tiles=forward_tiles,
         backward_tiles=backward_tiles,
+        kept_tokens=0,
+        kept_bytes=0,
         forward_operations=product * (3 if structure == "one_pass" else 1) + ref_product,
         backward_operations=backward_operations,
         saved_bytes={
@@ -273,35 +379,39 @@ def make_kl_plan(
     )
 
 
-def _structure(hidden_needs_grad: bool, head_needs_grad: bool) -> Structure:
-    if head_needs_grad:
-        return "two_pass"
-    return "one_pass" if hidden_needs_grad else "forward"
-
-
 def choose_tiles(
-    tokens: int, vocab_size: int, budget: int, *, logit: int, token: int, word: int
+    tokens: int,
+    vocab_size: int,
+    budget: int,
+    *,
+    logit: int,
+    token: int,
+    word: int,
+    traffic: tuple[int, int] = (2, 8),
+    min_vocab_tile: int = MIN_VOCAB_TILE,
 ) -> Tiles:
-    """Tile sizes within `budget` bytes that read least memory.
+    """Tile sizes within `budget` bytes that move least memory.
 
-    A tile of n tokens and v words costs `n v logit + n token + v word` bytes. Walking all tiles
-    reads the weight N/n times and the accumulators V/v times, reading and writing: the traffic is
-    proportional to `1/n + 4/v`, of which the least is taken over n in powers of two.
+    A tile of n tokens and v words costs `n v logit + n token + v word` bytes. A walk over all tiles
+    moves `traffic[0]` bytes an element of the weight for each of its N/n token tiles and
+    `traffic[1]` bytes an element of `[N, H]` for each of its V/v vocabulary tiles: per NHV,
+    `traffic[0] / n + traffic[1] / v`, of which the least is taken over n in powers of two.
     """
-    best: tuple[float, int, int] | None = None
-    n = MIN_TOKEN_TILE
-    while True:
-        n = min(n, max(tokens, 1))
-        v = (budget - n * token) // (n * logit + word)
-        if v >= MIN_VOCAB_TILE or v >= vocab_size:
-            v = vocab_size if v >= vocab_size else v // MIN_VOCAB_TILE * MIN_VOCAB_TILE
-            traffic = 1 / n + (4 / v if v < vocab_size else 0)
-            if best is None or traffic < best[0]:
-                best = traffic, n, v
-        if n >= tokens:
-            break
-        n *= 2
-    if best is None:
-        best = 0.0, min(MIN_TOKEN_TILE, max(tokens, 1)), min(MIN_VOCAB_TILE, vocab_size)
-    _, n, v = best
-    return Tiles(n, v, n * v * logit + n * token + v * word)
+    smallest = min(MIN_TOKEN_TILE, max(tokens, 1))
+    for least in (min_vocab_tile, _FEWEST_WORDS):
+        best: Tiles | None = None
+        n = smallest
+        while True:
+            v = max(budget - n * token, 0) // max(n * logit + word, 1)
+            v = vocab_size if v >= vocab_size else v // least * least
+            if v > 0:
+                moved = traffic[0] / n + (traffic[1] / v if v < vocab_size else 0)
+                if best is None or moved < best.traffic:
+                    best = Tiles(n, v, n * v * logit + n * token + v * word, moved)
+            if n >= tokens:
+                break
+            n = min(2 * n, tokens)
+        if best is not None:
+            return best
+    n, v = smallest, min(min_vocab_tile, vocab_size)
+    return Tiles(n, v, n * v * logit + n * token + v * word, traffic[0] / n + traffic[1] / v)

@@ -1,6 +1,6 @@
 """The twins in torch of the kernels that take a pair of tiles, policy's and reference's.
 
-As `torch_tiles` is to `fold` and `logits_gradient`, this is to `fold_kl` and `kl_gradient` of
+As `torch_tiles` is to `fold` and `remake_weights`, this is to `fold_kl` and `kl_gradient` of
 `prefkern_kernels` (see there and `prefkern.kl_passes` for the mathematics). Both functions
 overwrite both tiles.
 """

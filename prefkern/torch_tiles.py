@@ -2,8 +2,8 @@
 
 Same calls, same order of operations and same results as `prefkern_kernels` (see there and
 `prefkern.passes` for the mathematics); the tests hold the two together. A tile is float32
-`(n, v)`: n tokens by v consecutive words of the vocabulary, holding raw products `h . W_v`. Both
-functions overwrite it.
+`(n, v)`: n tokens by v consecutive words of the vocabulary, holding raw products `h . W_v`. What
+takes a tile overwrites it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from prefkern import fold_state
 
 
 def fold(
@@ -24,17 +26,21 @@ def fold(
     label_slope: Tensor,  # (n,)
     rescale: Tensor | None,  # (n,), out
     weights: Tensor | None,  # (n, v), out; may be the tile itself
-    shifted: Tensor | None,  # (n,), in and out, as are the next ones; None: no statistics
-    logit_sum: Tensor | None,  # (n,)
-    before: Tensor | None,  # (n,)
-    squares: Tensor | None,  # (n,)
+    shifted: Tensor | None = None,  # (n,), in and out, as are the next ones; None: no statistics
+    logit_sum: Tensor | None = None,  # (n,)
+    before: Tensor | None = None,  # (n,)
+    squares: Tensor | None = None,  # (n,)
     *,
     start: int,
+    first: bool,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Fold a tile into each token's running state; see `prefkern.passes.FoldState`."""
+    """Fold a tile into each token's running state, a new one if it is the first."""
+    if first:
+        state = (maximum, total, label_logit, label_slope, shifted, logit_sum, before, squares)
+        fold_state.clear(*state)
     z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
     local = labels - start
     inside = (local >= 0) & (local < z.shape[1])
@@ -78,34 +84,75 @@ def fold(
             weights.copy_(z)
 
 
-def logits_gradient(
+def remake_weights(
     tile: Tensor,  # (n, v) float32, overwritten
     labels: Tensor,  # (n,) int64
     bias: Tensor | None,  # (v,)
-    maximum: Tensor,  # (n,) float32
-    coefficient: Tensor,  # (n,), -(d loss / d logp) / sum of exp(z - maximum)
-    label_gradient: Tensor,  # (n,), (d loss / d logp) (1 - p_label)
-    gradient: Tensor,  # (n, v), out; may be the tile itself
+    unit: Tensor,  # (n,) float32
+    label_value: Tensor,  # (n,) float32
+    weights: Tensor,  # (n, v), out; may be the tile itself
     *,
     start: int,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Turn a tile into `d loss / d (h . W_v + b_v)`, transform included."""
+    """Turn a tile into `exp(z_v - unit) t_v`, and `label_value` in the label's column."""
     z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
-    local = labels - start
-    inside = (local >= 0) & (local < z.shape[1])
-    column = local.clamp(0, z.shape[1] - 1).unsqueeze(1)
-    # d logp / d z_v = [v = label] - p_v
-    z.sub_(maximum.unsqueeze(1)).exp_().mul_(coefficient.unsqueeze(1))
-    kept = z.gather(1, column)
-    z.scatter_(1, column, torch.where(inside.unsqueeze(1), label_gradient.unsqueeze(1), kept))
+    z.sub_(unit.unsqueeze(1)).exp_()
     if slope is not None:
         z.mul_(slope)
-    z.mul_(logit_scale / temperature)
-    if gradient is not tile:
-        gradient.copy_(z)
+    _put_label_values(z, labels - start, label_value)
+    if weights is not tile:
+        weights.copy_(z)
+
+
+def settle(
+    kept: Tensor,  # (n, V), in place
+    maxima: Tensor,  # (tiles, n) float32, what each tile's columns are relative to
+    unit: Tensor,  # (n,) float32, what they shall be relative to
+    label_value: Tensor,  # (n,) float32
+    labels: Tensor,  # (n,) int64
+    vocab_tile: int,
+) -> None:
+    """Bring kept rows to one unit, and put `label_value` in the label's column."""
+    factors = torch.exp(maxima - unit)
+    for columns, factor in zip(kept.split(vocab_tile, 1), factors, strict=True):
+        columns.mul_(factor.unsqueeze(1))
+    kept.scatter_(1, labels.unsqueeze(1), label_value.unsqueeze(1).to(kept.dtype))
+
+
+def finish(
+    maximum: Tensor,  # (n,) float32
+    total: Tensor,  # (n,)
+    label_logit: Tensor,  # (n,)
+    label_slope: Tensor,  # (n,)
+    labels: Tensor,  # (n,) int64
+    logps: Tensor,  # (n,), out
+    unit: Tensor | None = None,  # (n,), out, as are the next two; None: the head needs no gradient
+    share: Tensor | None = None,  # (n,)
+    label_value: Tensor | None = None,  # (n,)
+    derivative: Tensor | None = None,  # (n, H) float32, in: A, out: D; None: neither
+    weight: Tensor | None = None,  # (V, H)
+    *,
+    factor: float = 1.0,
+    compute_dtype: torch.dtype = torch.float32,
+    operand_dtype: torch.dtype = torch.float32,
+) -> None:
+    """The end of a fold; see `prefkern_kernels.finish`."""
+    state = fold_state.FoldState(maximum, total, label_logit, label_slope)
+    folded = fold_state.finish(state)
+    logps.copy_(folded.logps)
+    if unit is not None and share is not None and label_value is not None:
+        excess = torch.log(total / fold_state.largest_total(operand_dtype)).clamp(min=0.0)
+        unit.copy_(torch.where(maximum == -math.inf, 0.0, maximum)).add_(excess)
+        share.copy_(folded.rest).mul_(excess.exp())
+        label_value.copy_(-total * torch.exp(-excess) * label_slope)
+    if derivative is not None and weight is not None:
+        # D = c ((1 - p_y) t_y W_y - rest A)
+        derivative.mul_((-factor * folded.rest).unsqueeze(1))
+        label_rows = weight.index_select(0, labels).to(compute_dtype).float()
+        derivative.addcmul_(label_rows, (factor * folded.miss * label_slope).unsqueeze(1))
 
 
 def rescale_rows(
@@ -114,6 +161,13 @@ def rescale_rows(
 ) -> None:
     """Multiply each row by its factor, 1 for most rows once the maximum has been met."""
     accumulator.mul_(factor.unsqueeze(1))
+
+
+def _put_label_values(tile: Tensor, local: Tensor, values: Tensor) -> None:
+    """Write each token's value at its label's column, if the tile has it."""
+    inside = (local >= 0) & (local < tile.shape[1])
+    column = local.clamp(0, tile.shape[1] - 1).unsqueeze(1)
+    tile.scatter_(1, column, torch.where(inside, values, tile.gather(1, column)[:, 0]).unsqueeze(1))
 
 
 def transform_in_place(

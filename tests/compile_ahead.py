@@ -104,14 +104,15 @@ def launch_all() -> None:
             meta(n, v, dtype=out) if out else None,
             *(per_token[5:9] if stats else (None,) * 4),
             start=0,
+            first=True,
             **transform,
         )
         if out is not None and not stats:
-            kernels.logits_gradient(
+            kernels.remake_weights(
                 meta(n, v),
                 labels,
                 None if bias is None else meta(v, dtype=bias),
-                *per_token[:3],
+                *per_token[:2],
                 meta(n, v, dtype=out),
                 start=0,
                 **transform,
@@ -119,10 +120,29 @@ def launch_all() -> None:
         if not stats:
             launch_pair(transform, bias, out, n, v)
     kernels.rescale_rows(meta(n, h), meta(n))
+    for dtype in (torch.float32, torch.bfloat16):
+        vectors = meta(n), meta(n), labels
+        kernels.settle(meta(n, 8 * v, dtype=dtype), meta(8, n), *vectors, v)
+        for gradients in itertools.product((False, True), repeat=2):
+            launch_finish(dtype, *gradients, n, h)
     for objective in OBJECTIVES:
         launch_pair_loss(objective, pairs=8)
     # A size of 1 is a constant to Triton.
     launch_pair_loss(OBJECTIVES[0], pairs=1)
+
+
+def launch_finish(dtype: torch.dtype, of_head: bool, of_hidden: bool, n: int, h: int) -> None:
+    """The end of a fold, with what its gradients need."""
+    kernels.finish(
+        *(meta(n) for _ in range(4)),
+        meta(n, dtype=torch.int64),
+        meta(n),
+        *(meta(n) if of_head else None for _ in range(3)),
+        meta(n, h) if of_hidden else None,
+        meta(128256, h, dtype=dtype) if of_hidden else None,
+        compute_dtype=dtype,
+        operand_dtype=dtype,
+    )
 
 
 def launch_pair_loss(objective: Objective, pairs: int) -> None:

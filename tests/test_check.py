@@ -17,21 +17,25 @@ def test_passes(capsys):
     assert "MISS" not in out and "within bounds" in out
 
 
-@pytest.mark.parametrize("wrong", ["gradient", "value", "nan"])
+@pytest.mark.parametrize("wrong", ["dH", "dW, kept", "dW, recomputed", "value", "nan"])
 def test_fails_on_a_wrong_result(wrong, capsys, monkeypatch):
-    """A label's gradient rounded before the subtraction, a tail read, a NaN."""
-    right = {"gradient": torch_tiles.logits_gradient, "value": torch_tiles.fold}
-    name = "logits_gradient" if wrong == "gradient" else "fold"
+    """A per cent in a gradient or a sum, a NaN."""
+    name = {"dH": "finish", "dW, kept": "settle", "dW, recomputed": "remake_weights"}
+    name = name.get(wrong, "fold")
+    right = getattr(torch_tiles, name)
 
-    def broken(tile, *args, **keywords):
-        result = right["gradient" if wrong == "gradient" else "value"](tile, *args, **keywords)
-        if wrong == "gradient":
+    def broken(*args, **keywords):
+        right(*args, **keywords)
+        if wrong == "dH" and args[9:]:
+            args[9].mul_(1.01)
+        elif wrong == "dW, kept":
+            args[0].mul_(1.01)
+        elif wrong == "dW, recomputed":
             args[5].mul_(1.01)
         elif wrong == "value":
-            args[3].mul_(1.01)
-        else:
-            args[3].fill_(float("nan"))
-        return result
+            args[4].mul_(1.01)
+        elif wrong == "nan":
+            args[4].fill_(float("nan"))
 
     monkeypatch.setattr(torch_tiles, name, broken)
     monkeypatch.setattr(check, "_backends", lambda: [("torch", DEVICE)])

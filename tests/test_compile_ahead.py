@@ -16,12 +16,14 @@ ROOT = Path(__file__).parent.parent
 # Shared memory that a block may have, in bytes.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 KERNELS = {
+    "_finish_kernel",
     "_fold_kernel",
     "_fold_kl_kernel",
     "_kl_gradient_kernel",
-    "_logits_gradient_kernel",
     "_pair_loss_kernel",
+    "_remake_weights_kernel",
     "_rescale_rows_kernel",
+    "_settle_kernel",
 }
 
 

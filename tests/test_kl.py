@@ -10,7 +10,7 @@ from test_kernels import assert_guard_kept, guarded
 from test_linear_logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
 
 import prefkern
-from prefkern import api, kl, passes, reference, sequences, torch_kl_tiles
+from prefkern import api, fold_state, kl, operands, reference, sequences, torch_kl_tiles
 from prefkern.kl import linear_kl
 from prefkern.measure import Meter
 
@@ -497,16 +497,16 @@ def test_run_gives_scored_tokens_and_the_plan(backend, device):
     scored = sequences.select(labels.reshape(-1), -100, 129)
     arguments = [case[name] for name in (*POLICY, *REFERENCE)]
     logps, ref_logps, divergence, made = kl.run(
-        *arguments, scored, passes.Transform(), SMALL, backend
+        *arguments, scored, operands.Transform(), SMALL, backend
     )
     assert made is prefkern.last_plan() and made.tokens == 18
     whole = linear_kl(**case, labels=labels, backend=backend, workspace_mb=SMALL)
     for part, all_tokens in zip((logps, ref_logps, divergence), whole, strict=True):
         assert torch.equal(part, all_tokens[labels != -100])
-    policy, _, _ = api.run(
-        *arguments[:3], scored, passes.Transform(), SMALL, backend, with_stats=False
+    policy, _ = api.run(
+        *arguments[:3], scored, operands.Transform(), SMALL, backend, with_stats=False
     )
-    torch.testing.assert_close(logps, policy, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(logps, policy.logps, rtol=1e-6, atol=2e-6)
 
 
 N, H, H_REF, V = 512, 64, 32, 8192
@@ -621,7 +621,7 @@ class TestKernels:
     @pytest.mark.parametrize(("n", "v", "start"), [(5, 127, 100), (3, 1, 6), (4, 300, 0)])
     def test_fold_kl(self, n, v, start, started, transform, out_dtype, device):
         tiles, labels, biases, guards = pair_of_tiles(n, v, start, device)
-        transform = passes.Transform(**transform).keywords()
+        transform = operands.Transform(**transform).keywords()
         states, outs = [], []
         for ops in (self.kernels, torch_kl_tiles):
             state = running_state(n, started, device)
@@ -666,7 +666,7 @@ class TestKernels:
             *(torch.full((n,), value, device=device) for value in (20.0, 25.0)),
             *(torch.randn(n, device=device) for _ in range(3)),
         ]
-        options = {"start": start, **passes.Transform(**transform).keywords()}
+        options = {"start": start, **operands.Transform(**transform).keywords()}
         results = []
         for ops in (self.kernels, torch_kl_tiles):
             whole, out = guarded(n, v, out_dtype, device)
@@ -684,7 +684,7 @@ class TestKernels:
     def test_launchers_refuse_what_they_would_misread(self, device):
         tiles, labels, biases, _ = pair_of_tiles(4, 8, 0, device)
         vectors = [torch.ones(4, device=device) for _ in range(5)]
-        options = {"start": 0, **passes.Transform().keywords()}
+        options = {"start": 0, **operands.Transform().keywords()}
         out = torch.empty(4, 8, device=device)
         with pytest.raises(ValueError, match="ref_tile must be 2-D with unit stride"):
             strided = tiles[1].T.contiguous().T
@@ -707,12 +707,14 @@ def pair_of_tiles(n: int, v: int, start: int, device: str):
 
 def running_state(n: int, started: bool, device: str) -> dict[str, torch.Tensor]:
     """The vectors that fold_kl updates, in its order."""
-    state, ref_state = (passes.FoldState(n, torch.device(device), False) for _ in range(2))
+    state, ref_state = (fold_state.FoldState.empty(n, torch.device(device)) for _ in range(2))
     vectors = {
         name: getattr(state, name) for name in ("maximum", "total", "label_logit", "label_slope")
     }
     for name in ("maximum", "total", "label_logit"):
         vectors[f"ref_{name}"] = getattr(ref_state, name)
+    fold_state.clear(*state.sums())
+    fold_state.clear(*ref_state.sums())
     vectors["cross"] = torch.zeros(n, device=device)
     if started:
         generator = torch.Generator().manual_seed(5)

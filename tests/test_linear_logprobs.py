@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prefkern
-from prefkern import api, passes, reference, sequences
+from prefkern import api, operands, reference, sequences
 
 TRANSFORM = {"logit_scale": 1.3, "softcap": 6.0, "temperature": 0.7}
 # name: (V, spread of the logits, options, has bias)
@@ -55,9 +55,11 @@ def relative(error: torch.Tensor, truth: torch.Tensor) -> float:
     return ((error.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
 
 
+@pytest.mark.parametrize("workspace_mb", [SMALL, 4])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", CASES)
-def test_float32_against_float64(name, head, backend, device):
+def test_float32_against_float64(name, head, workspace_mb, backend, device):
+    """In many tiles, of which none is kept for the head's gradient, and in one, kept."""
     V, spread, options, has_bias = CASES[name]
     case = make(V, spread)
     grad = torch.randn(case["labels"].shape)
@@ -68,13 +70,16 @@ def test_float32_against_float64(name, head, backend, device):
         torch.float32,
         device,
         backend=backend,
-        workspace_mb=SMALL,
+        workspace_mb=workspace_mb,
         **keywords,
     )
     plan = prefkern.last_plan()
     assert plan is not None and plan.backend == backend
     trains = HEADS[head][0] or (HEADS[head][1] and has_bias)
-    assert plan.structure == ("two_pass" if trains else "one_pass")
+    assert plan.trains_head == trains
+    recomputes = trains and workspace_mb == SMALL
+    assert plan.structure == ("two_pass" if recomputes else "one_pass")
+    assert plan.kept_tokens == (18 if trains and not recomputes else 0)
     truth = run(reference.linear_logprobs, case, torch.float64, device, **keywords)
     assert ours[0].dtype == torch.float32
     # The error of a float32 logit is of the order of 1e-7 times its size.
@@ -210,10 +215,10 @@ def run_statistics(arguments, backend, device, **transform):
     """`api.run`'s statistics of (N,) scored tokens, the log of the collision probability last."""
     hidden, weight, labels, bias = (x if x is None else x.to(device) for x in arguments)
     scored = sequences.select(labels, -100, weight.shape[0])
-    _, stats, _ = api.run(
-        hidden, weight, bias, scored, passes.Transform(**transform), SMALL, backend, True
+    result, _ = api.run(
+        hidden, weight, bias, scored, operands.Transform(**transform), SMALL, backend, True
     )
-    return stats
+    return result.stats
 
 
 @pytest.mark.parametrize("V", [1, 127, 300])

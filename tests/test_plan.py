@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -11,22 +13,37 @@ from prefkern.measure import Meter
 
 N, H, V = 512, 64, 8192
 NHV = N * H * V
+MIB = 2**20
 
 
-def problem(trained: bool, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-    hidden = torch.randn(N, H, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(V, H, device=device, dtype=dtype, requires_grad=trained)
-    return hidden, weight, torch.randint(V, (N,), device=device)
+def problem(
+    case: str, dtype: torch.dtype, device: str, shape: tuple[int, int, int] = (N, H, V)
+) -> tuple[torch.Tensor, ...]:
+    """hidden, weight and labels, of which `case` says what is trained."""
+    n, h, v = shape
+    hidden = torch.randn(n, h, device=device, dtype=dtype)
+    weight = torch.randn(v, h, device=device, dtype=dtype)
+    hidden.requires_grad_(case in ("frozen", "trained"))
+    weight.requires_grad_(case in ("head only", "trained"))
+    return hidden, weight, torch.randint(v, (n,), device=device)
 
 
-@pytest.mark.parametrize("workspace_mb", [0.5, 4, 64])
+# The probabilities of all tokens in float32 are 16 MiB.
 @pytest.mark.parametrize(
-    ("case", "operations"), [("forward", 2), ("frozen", 4), ("trained", 8), ("head only", 6)]
+    ("case", "workspace_mb", "operations"),
+    [
+        ("forward", 0.5, 2),
+        ("forward", 64, 2),
+        ("frozen", 0.5, 4),
+        ("frozen", 64, 4),
+        ("trained", 0.5, 8),
+        ("trained", 64, 6),
+        ("head only", 0.5, 6),
+        ("head only", 64, 4),
+    ],
 )
-def test_operations_in_nhv(case, operations, workspace_mb, device):
-    hidden, weight, labels = problem(case in ("trained", "head only"), torch.float32, device)
-    if case in ("forward", "head only"):
-        hidden = hidden.detach()
+def test_operations_in_nhv(case, workspace_mb, operations, device):
+    hidden, weight, labels = problem(case, torch.float32, device)
     with Meter() as meter:
         logps = prefkern.linear_logprobs(
             hidden, weight, labels, workspace_mb=workspace_mb, backend="torch"
@@ -38,63 +55,103 @@ def test_operations_in_nhv(case, operations, workspace_mb, device):
     # The Meter counts what the products' shapes say; the plan says what it meant to do.
     assert meter.operations / NHV == pytest.approx(operations, abs=1e-9)
     assert made.operations == meter.operations
+    assert made.operations_nhv == operations
+
+
+def test_a_workspace_between_keeps_some_tokens(device):
+    """Every token kept saves its 2HV: the cost falls in steps, not at once."""
+    costs = []
+    for workspace_mb in (1, 12, 14, 16, 18):
+        hidden, weight, labels = problem("trained", torch.float32, device)
+        with Meter() as meter:
+            out = prefkern.linear_logprobs(hidden, weight, labels, workspace_mb=workspace_mb)
+            out.sum().backward()
+        made = prefkern.last_plan()
+        assert meter.operations == made.operations
+        assert made.operations == (8 * N - 2 * made.kept_tokens) * H * V
+        assert made.structure == ("one_pass" if made.kept_tokens == N else "two_pass")
+        costs.append(meter.operations / NHV)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == 8 and costs[-1] == 6 and len({*costs}) == 5
 
 
 def test_tokens_that_are_not_scored_cost_nothing(device):
-    hidden, weight, labels = problem(False, torch.float32, device)
+    hidden, weight, labels = problem("frozen", torch.float32, device)
     labels[: N // 2] = -100
     with Meter() as meter:
         prefkern.linear_logprobs(hidden, weight, labels, backend="torch").sum().backward()
     assert meter.operations / NHV == pytest.approx(2.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("stats", [False, True])
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace_mb", [1, 4])
-def test_temporary_memory_stays_within_the_workspace(
-    workspace_mb, dtype, trained, stats, softcap, device
-):
-    hidden, weight, labels = problem(trained, dtype, device)
+def peak_beyond_outputs(case, dtype, device, shape, workspace_mb, **options) -> int:
+    """Bytes at the peak beyond inputs, outputs and one float32 `[N, H]`."""
+    hidden, weight, labels = problem(case, dtype, device, shape)
     labels[::3] = -100
     scored = int((labels != -100).sum())
     with Meter() as meter:
         out = prefkern.linear_logprobs(
-            hidden, weight, labels, workspace_mb=workspace_mb, backend="torch",
-            return_stats=stats, softcap=softcap,
-        )  # fmt: skip
-        logps = out.logps if stats else out
-        logps.sum().backward()
-    # Beyond the workspace: the gradients, D or dH in float32, and some numbers a token.
-    allowed = hidden.grad.nbytes + 4 * scored * H + 200 * N
-    allowed += weight.grad.nbytes if trained else 0
-    assert meter.peak_bytes <= 1.05 * (workspace_mb * 2**20) + allowed
-    # The logits in float32 alone would be this, so that the bound means something.
-    assert 1.05 * (workspace_mb * 2**20) + allowed < N * V * 4
+            hidden, weight, labels, workspace_mb=workspace_mb, backend="torch", **options
+        )
+        if case != "forward":
+            (out.logps if options.get("return_stats") else out).sum().backward()
+    # D or dH in float32, and some numbers a token.
+    allowed = 4 * scored * shape[1] + 200 * shape[0]
+    allowed += sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
+    return meter.peak_bytes - allowed
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("case", ["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace_mb", [1, 4, 10])
+def test_temporary_memory_stays_within_the_workspace(
+    workspace_mb, dtype, case, stats, softcap, device
+):
+    options = {"return_stats": stats, "softcap": softcap}
+    used = peak_beyond_outputs(case, dtype, device, (N, H, V), workspace_mb, **options)
+    assert used <= 1.05 * workspace_mb * MIB
+
+
+# Few tokens or many, of a few words or many, wide or narrow: (tokens, hidden, words).
+SHAPES = [(1, 8192, 512), (24, 16384, 300), (60_000, 8, 40), (300, 16, 262_144), (4000, 640, 9000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", ["forward", "frozen", "trained"])
+def test_8_mb_are_enough_for_any_shape(case, shape, device):
+    used = peak_beyond_outputs(case, torch.bfloat16, device, shape, 8)
+    assert used <= 1.05 * 8 * MIB
+
+
+COMMON = {
+    "tokens": 16384,
+    "vocab_size": 128256,
+    "head": plan.Head(4096, torch.bfloat16, upcasts=False, copies_weight=False),
+    "backend": "triton",
+}
 
 
 def test_the_plan_uses_the_workspace():
     """Neither more than the bound nor so little that the products become slivers."""
-    common = {
-        "tokens": 16384,
-        "hidden_size": 4096,
-        "vocab_size": 128256,
-        "compute_dtype": torch.bfloat16,
-        "upcasts": False,
-        "backend": "triton",
-        "weight_needs_grad": False,
-        "has_softcap": False,
-        "with_stats": False,
-        "copies_weight": False,
-        "hidden_needs_grad": True,
-        "head_needs_grad": False,
-    }
-    for workspace_mb in (8, 64, 512, 4096):
-        made = plan.make_plan(**common, workspace_mb=workspace_mb)
-        assert made.structure == "one_pass"
-        assert 0.5 * workspace_mb * 2**20 < made.workspace_bytes <= workspace_mb * 2**20
-        assert made.operations == 4 * 16384 * 4096 * 128256
+    for workspace_mb, trained in itertools.product((8, 64, 512, 4096, 8192), (False, True)):
+        made = plan.make_plan(
+            **COMMON, gradients=plan.Gradients(True, trained, False), workspace_mb=workspace_mb
+        )
+        assert 0.5 * workspace_mb * MIB < made.workspace_bytes <= workspace_mb * MIB or (
+            made.forward_tiles.token_tile == 16384
+        )
+        expected = 4 if not trained else 8 - 2 * made.kept_tokens / made.tokens
+        assert made.operations_nhv == expected
+    # At the last, everything is kept, and the tiles beside it are of a size worth having.
+    assert made.kept_tokens == 16384 and made.structure == "one_pass"
+    assert made.forward_tiles.token_tile >= 1024 and made.forward_tiles.vocab_tile >= 8192
+
+
+def test_a_small_batch_is_one_tile():
+    for gradients in (plan.Gradients(True, False, False), plan.Gradients(True, True, False)):
+        made = plan.make_plan(**{**COMMON, "tokens": 256}, gradients=gradients, workspace_mb=1024)
+        assert (made.forward_tiles.token_tile, made.forward_tiles.vocab_tile) == (256, 128256)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 17, 1000])
@@ -112,8 +169,44 @@ def test_last_plan_is_per_thread(device):
     import threading
 
     seen = []
-    prefkern.linear_logprobs(*problem(False, torch.float32, device))
+    prefkern.linear_logprobs(*problem("frozen", torch.float32, device))
     thread = threading.Thread(target=lambda: seen.append(prefkern.last_plan()))
     thread.start()
     thread.join()
     assert seen == [None] and prefkern.last_plan() is not None
+
+
+def test_plan_for_is_the_plan_that_runs(device):
+    hidden, weight, labels = problem("trained", torch.bfloat16, device)
+    prefkern.linear_logprobs(hidden, weight, labels, workspace_mb=3, softcap=5.0)
+    made = prefkern.plan_for(
+        N, H, V, dtype=torch.bfloat16, device=device, trains_head=True, softcap=True,
+        workspace_mb=3,
+    )  # fmt: skip
+    assert made == prefkern.last_plan()
+
+
+def test_plan_for_a_gpu_that_is_not_here():
+    """What a call will cost can be asked anywhere: a Llama-3-8B head, trained, on a GPU."""
+    made = prefkern.plan_for(
+        16384, 4096, 128256, device="cuda", trains_head=True, workspace_mb=6000
+    )
+    assert made.backend == "triton" and made.structure == "one_pass"
+    assert made.operations_nhv == 6
+    assert made.kept_bytes == 16384 * 128256 * 2
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="workspace_mb must be given"):
+            prefkern.plan_for(16384, 4096, 128256, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 8, 8), "tokens must be"),
+        ((8, 0, 8), "hidden_size must be"),
+        ((8, 8, 2.5), "vocab_size must be"),
+    ],
+)
+def test_plan_for_refuses_no_shape(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        prefkern.plan_for(*arguments)

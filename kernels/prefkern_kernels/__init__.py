@@ -2,9 +2,10 @@
 
 The way from hidden states to gradients, with products by the device's own library between them:
 
-    product -> `fold` -> (`rescale_rows`, product) -> log-probs and D      one pass, frozen head
+    product -> `fold` -> (`rescale_rows`, product) -> `finish` -> log-probs, D
     log-probs -> `pair_loss` -> a loss, and one coefficient a sequence
-    product -> `logits_gradient` -> two products -> dH and dW              second pass, trained head
+    the fold's weights, kept and `settle`d -> product -> dW      trained head, as memory allows
+    product -> `remake_weights` -> product -> dW                 trained head, elsewhere
 
 With a divergence from a reference, whose logits are a second product over the same words:
 
@@ -14,23 +15,27 @@ With a divergence from a reference, whose logits are a second product over the s
 One kernel a file, its launcher beside it under the same name. `launches` counts them.
 """
 
+from .finish import finish
 from .fold import fold
 from .fold_kl import fold_kl
 from .kl_gradient import kl_gradient
 from .launches import launches
-from .logits_gradient import logits_gradient
 from .pair import PairLossOutput, pair_loss
 from .primitives import INTERPRET
+from .remake_weights import remake_weights
 from .rescale import rescale_rows
+from .settle import settle
 
 __all__ = [
     "INTERPRET",
     "PairLossOutput",
+    "finish",
     "fold",
     "fold_kl",
     "kl_gradient",
     "launches",
-    "logits_gradient",
     "pair_loss",
+    "remake_weights",
     "rescale_rows",
+    "settle",
 ]

@@ -16,6 +16,8 @@ With `weights`, the row is written back as `exp(z_v - m') t_v` (t_v the softcap'
 the label's column) for a second product with the weight, and `rescale = exp(m - m')` is what the
 accumulator of that product must be multiplied by first. `weights` may be the tile itself.
 
+The first tile of a token begins its state, whatever the vectors held.
+
 One program a token; the row is read twice, the second time from cache.
 """
 
@@ -30,7 +32,7 @@ from .primitives import check_rows, check_vectors, load_logits, on_device_of, ro
 from .tiles import row_config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _fold_kernel(
     tile_ptr,
     stride_tn,
@@ -48,6 +50,7 @@ def _fold_kernel(
     before_ptr,
     squares_ptr,
     start,
+    first,
     n_words,
     logit_scale,
     softcap,
@@ -89,10 +92,9 @@ def _fold_kernel(
             before_max = tl.maximum(before_max, tl.where(mask & (words < local), z, -float("inf")))
         if (local >= block) & (local < block + BLOCK_V) & (local < n_words):
             tl.store(label_logit_ptr + row, tl.sum(tl.where(is_label, z, 0.0), axis=0))
-            if HAS_SOFTCAP:
-                tl.store(label_slope_ptr + row, tl.sum(tl.where(is_label, slope, 0.0), axis=0))
+            tl.store(label_slope_ptr + row, tl.sum(tl.where(is_label, slope, 0.0), axis=0))
 
-    old = tl.load(maximum_ptr + row)
+    old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
     new = tl.maximum(old, tl.max(tile_max, axis=0))
     # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
     offset = tl.where(new == -float("inf"), 0.0, new)
@@ -127,19 +129,24 @@ def _fold_kernel(
             value = round_to(e * slope, weights_ptr.dtype.element_ty)
             tl.store(weights_ptr + row * stride_wn + words, value, mask=mask)
 
-    total = tl.load(total_ptr + row)
+    total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
     tl.store(maximum_ptr + row, new)
     tl.store(total_ptr + row, total * factor + tl.sum(sums, axis=0))
+    begins_elsewhere = (first != 0) & ((local < 0) | (local >= n_words))
+    tl.store(label_logit_ptr + row, -float("inf"), mask=begins_elsewhere)
+    tl.store(label_slope_ptr + row, 1.0, mask=begins_elsewhere)
     if HAS_WEIGHTS:
         tl.store(rescale_ptr + row, factor)
     if HAS_STATS:
         moved = tl.where(total > 0, old - offset, 0.0) * total
-        running = (tl.load(shifted_ptr + row) + moved) * factor
+        running = tl.load(shifted_ptr + row, mask=first == 0, other=0.0)
+        running = (running + moved) * factor
         tl.store(shifted_ptr + row, running + tl.sum(shifted, axis=0))
-        tl.store(logit_sum_ptr + row, tl.load(logit_sum_ptr + row) + tl.sum(logit_sum, axis=0))
-        highest = tl.maximum(tl.load(before_ptr + row), tl.max(before_max, axis=0))
-        tl.store(before_ptr + row, highest)
-        running = tl.load(squares_ptr + row) * factor * factor
+        running = tl.load(logit_sum_ptr + row, mask=first == 0, other=0.0)
+        tl.store(logit_sum_ptr + row, running + tl.sum(logit_sum, axis=0))
+        highest = tl.load(before_ptr + row, mask=first == 0, other=-float("inf"))
+        tl.store(before_ptr + row, tl.maximum(highest, tl.max(before_max, axis=0)))
+        running = tl.load(squares_ptr + row, mask=first == 0, other=0.0) * factor * factor
         tl.store(squares_ptr + row, running + tl.sum(squares, axis=0))
 
 
@@ -153,12 +160,13 @@ def fold(
     label_slope: torch.Tensor,  # (n,)
     rescale: torch.Tensor | None,  # (n,), out
     weights: torch.Tensor | None,  # (n, v), out; may be the tile itself
-    shifted: torch.Tensor | None,  # (n,), in and out, as are the next ones; None: no statistics
-    logit_sum: torch.Tensor | None,  # (n,)
-    before: torch.Tensor | None,  # (n,)
-    squares: torch.Tensor | None,  # (n,)
+    shifted: torch.Tensor | None = None,  # (n,), in and out, as the next ones; None: no statistics
+    logit_sum: torch.Tensor | None = None,  # (n,)
+    before: torch.Tensor | None = None,  # (n,)
+    squares: torch.Tensor | None = None,  # (n,)
     *,
     start: int,
+    first: bool,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -203,6 +211,7 @@ def fold(
             before,
             squares,
             start,
+            int(first),
             v,
             float(logit_scale),
             float(softcap or 1.0),

@@ -1,9 +1,9 @@
 """`prefkern check`: every backend of this machine against the float64 reference.
 
-For a grid of shapes, dtypes, transforms and heads (frozen: the one-pass structure; trained: two
-passes) it compares log-probs, dH and dW, then log-probs with the KL to a reference through a second
-head, and then the whole preference loss, with `prefkern.reference` in float64 on the same, already rounded, inputs. A row is the worst of its
-shapes. Bounds:
+For a grid of shapes, dtypes, transforms and heads (frozen; trained, its probabilities kept for
+backward; trained, recomputed there) it compares log-probs, dH and dW, then log-probs with the KL to
+a reference through a second head, and then the whole preference loss, with `prefkern.reference` in
+float64 on the same, already rounded, inputs. A row is the worst of its shapes. Bounds:
 
 - log-probs and KL: 1e-3 nats per token for half-precision inputs, 1e-4 for float32;
 - dH and dW, as norm of the error over norm of the truth: 1e-5 for float32; for half precision, what
@@ -26,6 +26,9 @@ LOGP_BOUND = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
 # takes its time for each token and tile, and gets fewer of them.
 SHAPES = ((96, 64, 1000, 0.1), (33, 96, 127, 0.02), (256, 32, 4099, 0.5))
 INTERPRETED_SHAPES = ((18, 64, 300, 0.03), (17, 32, 127, 0.01))
+# MiB that hold everything, so that there is one tile and a trained head's probabilities are kept.
+ROOMY = 64
+HEADS = ("frozen", "kept", "recomputed")
 TRANSFORMS = {
     "none": {},
     "bias": {"bias": True},
@@ -89,11 +92,13 @@ def main(argv: list[str]) -> int:
     console = Console()
     runs = _backends()
     cases = [
-        (backend, device, dtype, name, trained)
+        (backend, device, dtype, name, head)
         for backend, device in runs
         for dtype in args.dtype or LOGP_BOUND
         for name in [*TRANSFORMS, "kl", "loss"]
-        for trained in (False, True)
+        for head in HEADS
+        # With a divergence, nothing is kept.
+        if (name, head) != ("kl", "kept")
     ]
     rows = [
         _check(*case, seed=args.seed)
@@ -124,12 +129,13 @@ def _backends() -> list[tuple[str, str]]:
     return runs
 
 
-def _check(backend: str, device: str, dtype: str, case: str, trained: bool, seed: int) -> Row:
-    row = Row(f"{backend} on {device}", dtype, case, "train" if trained else "frozen")
+def _check(backend: str, device: str, dtype: str, case: str, head: str, seed: int) -> Row:
+    row = Row(f"{backend} on {device}", dtype, case, head)
     measure = {"loss": _loss_errors, "kl": _kl_errors}.get(case, _operator_errors)
     interpreted = backend == "triton" and device == "cpu"
-    for shape in INTERPRETED_SHAPES if interpreted else SHAPES:
-        errors, bounds = measure(backend, device, dtype, case, trained, shape, seed)
+    for *sizes, small in INTERPRETED_SHAPES if interpreted else SHAPES:
+        shape = (*sizes, ROOMY if head == "kept" else small)
+        errors, bounds = measure(backend, device, dtype, case, head != "frozen", shape, seed)
         for name, error in errors.items():
             worst, bound = getattr(row, name), getattr(row, f"{name}_bound")
             # Of several shapes the one that uses most of its bound, and NaN above all.
@@ -183,6 +189,7 @@ def _operator_errors(
     )
     eager = run(reference.linear_logprobs, lambda x: x.to(rounded, copy=True))
     truth = run(reference.linear_logprobs, lambda x: x.to(rounded).double())
+    _assert_structure(trained, workspace_mb)
     return _compare(ours, eager, truth, dtype)
 
 
@@ -267,9 +274,19 @@ def _loss_errors(
     rounded = getattr(torch, dtype)
     fused = FusedPreferenceLoss(objective, backend=backend, workspace_mb=workspace_mb)
     ours = run(fused, lambda x: x.to(rounded, copy=True))
+    _assert_structure(trained, workspace_mb)
     eager = run(oracle, lambda x: x.to(rounded, copy=True))
     truth = run(oracle, lambda x: x.to(rounded).double())
     return _compare(ours, eager, truth, dtype)
+
+
+def _assert_structure(trained: bool, workspace_mb: float) -> None:
+    """What a row says of its head is what ran."""
+    from prefkern import last_plan
+
+    plan = last_plan()
+    assert plan is not None and plan.trains_head == trained
+    assert (plan.structure == "two_pass") == (trained and workspace_mb != ROOMY)
 
 
 def _compare(ours, eager, truth, dtype: str) -> tuple[dict[str, float], dict[str, float]]:

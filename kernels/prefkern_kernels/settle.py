@@ -1,0 +1,84 @@
+"""Bring the kept weights of a token to one unit, and put its label's value in its column.
+
+`fold` writes weights relative to the maximum at the time of their tile. Where it rose later, or
+where the unit is not the maximum, the tile's part of the row is multiplied by `exp(maximum - unit)`;
+elsewhere, which is nearly everywhere, nothing but the label's element is touched.
+
+One program a token and tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launches import count
+from .primitives import check_rows, check_vectors, on_device_of, round_to
+from .tiles import row_config
+
+
+@triton.jit
+def _settle_kernel(
+    kept_ptr,
+    stride_kn,
+    maxima_ptr,
+    unit_ptr,
+    label_value_ptr,
+    labels_ptr,
+    n_tokens,
+    vocab_size,
+    vocab_tile,
+    BLOCK_V: tl.constexpr,
+):
+    """One token's part of one tile."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    start = tile * vocab_tile
+    n_words = tl.minimum(vocab_tile, vocab_size - start)
+    row_ptr = kept_ptr + row * stride_kn + start
+    local = tl.load(labels_ptr + row) - start
+    label_value = tl.load(label_value_ptr + row)
+    factor = tl.exp(tl.load(maxima_ptr + tile * n_tokens + row) - tl.load(unit_ptr + row))
+    dtype: tl.constexpr = kept_ptr.dtype.element_ty
+    if factor != 1.0:
+        for block in range(0, n_words, BLOCK_V):
+            words = block + tl.arange(0, BLOCK_V)
+            mask = words < n_words
+            value = tl.load(row_ptr + words, mask=mask, other=0.0).to(tl.float32) * factor
+            value = tl.where(words == local, label_value, value)
+            tl.store(row_ptr + words, round_to(value, dtype), mask=mask)
+    elif (local >= 0) & (local < n_words):
+        tl.store(row_ptr + local, round_to(label_value, dtype))
+
+
+def settle(
+    kept: torch.Tensor,  # (n, V), in place
+    maxima: torch.Tensor,  # (tiles, n) float32, what each tile's columns are relative to
+    unit: torch.Tensor,  # (n,) float32, what they shall be relative to
+    label_value: torch.Tensor,  # (n,) float32
+    labels: torch.Tensor,  # (n,) int64
+    vocab_tile: int,
+) -> None:
+    """Bring kept rows to one unit, the label's value included; one launch."""
+    check_rows("kept", kept)
+    check_vectors(maxima=maxima, unit=unit, label_value=label_value, labels=labels)
+    n, vocab_size = kept.shape
+    if n == 0:
+        return
+    config = row_config(min(vocab_tile, vocab_size))
+    count("settle")
+    with on_device_of(kept):
+        _settle_kernel[(n, triton.cdiv(vocab_size, vocab_tile))](
+            kept,
+            kept.stride(0),
+            maxima,
+            unit,
+            label_value,
+            labels,
+            n,
+            vocab_size,
+            vocab_tile,
+            BLOCK_V=config.block,
+            num_warps=config.num_warps,
+        )

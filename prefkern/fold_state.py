@@ -1,0 +1,124 @@
+"""What a token needs of its logits, gathered tile by tile, and what is formed of it at the end.
+
+The state leaves the label's column out: with m the maximum over v != y met so far,
+`total = sum_{v != y} exp(z_v - m)`. At the end, with M = max(m, z_y) and s the sum over all v
+relative to M,
+
+    logp    = -log1p(total exp(m - z_y))           where z_y >= m: exact for confident tokens
+    1 - p_y = total exp(m - M) / s                 no cancellation
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FoldState:
+    """What a token needs of its logits: maximum, sum, label's logit; (N,) float32 each.
+
+    It is a value of its own: states of two parts of the vocabulary can be combined, whichever
+    kernels, tiles or ranks they came from.
+    """
+
+    maximum: Tensor  # m, over v != y
+    total: Tensor  # sum_{v != y} exp(z_v - m)
+    label_logit: Tensor  # z_y
+    label_slope: Tensor  # t_y
+    # With statistics:
+    shifted: Tensor | None = None  # sum_{v != y} exp(z_v - m) (z_v - m)
+    logit_sum: Tensor | None = None  # sum_v z_v
+    before: Tensor | None = None  # max_{v < y} z_v
+    squares: Tensor | None = None  # sum_{v != y} exp(2 (z_v - m))
+
+    @staticmethod
+    def empty(tokens: int, device: torch.device, with_stats: bool = False) -> FoldState:
+        """Room for a state: it holds anything until `clear` or a first `fold`."""
+        size = (8 if with_stats else 4, tokens)
+        return FoldState(*torch.empty(size, dtype=torch.float32, device=device))
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.maximum, self.total, self.label_logit, self.label_slope
+
+    def moments(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What statistics need beside `sums`."""
+        return self.shifted, self.logit_sum, self.before, self.squares
+
+    def __getitem__(self, tokens: slice) -> FoldState:
+        """The state of some tokens, a view."""
+        vectors = (*self.sums(), *self.moments())
+        return FoldState(*(None if x is None else x[tokens] for x in vectors))  # pyright: ignore[reportArgumentType]
+
+
+def clear(*vectors: Tensor | None) -> None:
+    """Begin a state, its vectors in their order; the first `fold` does it by itself."""
+    beginnings = (-math.inf, 0.0, -math.inf, 1.0, 0.0, 0.0, -math.inf, 0.0)
+    for vector, beginning in zip(vectors, beginnings, strict=False):
+        if vector is not None:
+            vector.fill_(beginning)
+
+
+def largest_total(dtype: torch.dtype) -> float:
+    """The largest sum that a row of operands may stand for, with room for its own elements."""
+    return torch.finfo(dtype).max / 4
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The end of a fold: (N,) float32 each."""
+
+    logps: Tensor
+    maximum: Tensor  # M, over all v
+    total: Tensor  # s = sum_v exp(z_v - M)
+    rest: Tensor  # exp(m - M) / s: what turns `A` into a mean under the distribution
+    miss: Tensor  # 1 - p_y
+    hit: Tensor  # p_y
+    log_total: Tensor  # log s
+
+
+def finish(state: FoldState) -> Folded:
+    """Combine the label's own logit with the fold over the others."""
+    m, label = state.maximum, state.label_logit
+    confident = label >= m
+    top = torch.maximum(m, label)
+    # exp(-inf) where there is no other word than the label; total is then 0.
+    drop = torch.exp(m - top)
+    own = torch.exp(label - top)
+    total = state.total * drop + own
+    log_total = torch.where(confident, torch.log1p(state.total * drop), torch.log(total))
+    logps = torch.where(confident, -log_total, (label - top) - log_total)
+    miss = state.total * drop / total
+    return Folded(logps, top, total, drop / total, miss, own / total, log_total)
+
+
+def statistics(
+    state: FoldState, folded: Folded, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entropy, mean logit, is_top1 and log sum_v p_v^2, (N,) each, of a fold with statistics."""
+    assert state.shifted is not None and state.logit_sum is not None
+    assert state.before is not None and state.squares is not None
+    # entropy = log s - sum_v p_v (z_v - M), in terms that are all small for a confident token.
+    drop = torch.exp(state.maximum - folded.maximum)
+    moved = torch.where(
+        state.total > 0, (state.maximum - folded.maximum) * state.total, torch.zeros_like(drop)
+    )
+    below = state.label_logit - folded.maximum
+    own = torch.where(below > -math.inf, torch.exp(below) * below, torch.zeros_like(drop))
+    spread = (state.shifted + moved) * drop + own
+    entropy = torch.log(folded.total) - spread / folded.total
+    # A tie with an earlier word is not a top-1 prediction, as argmax takes the first maximum.
+    is_top1 = (state.label_logit >= state.maximum) & (state.label_logit > state.before)
+    # sum_v p_v^2 = (1 + others) / s^2, where the 1 is the label's own term if it is the largest:
+    # both logarithms are then small numbers, formed of small numbers, for a confident token.
+    others = state.squares * drop * drop
+    collision = torch.where(
+        state.label_logit >= state.maximum,
+        torch.log1p(others) - 2 * torch.log1p(state.total * drop),
+        torch.log(others + torch.exp(2 * below)) - 2 * torch.log(folded.total),
+    )
+    # A probability's logarithm, which rounding may carry above 0.
+    return entropy, state.logit_sum / vocab_size, is_top1, collision.clamp(max=0.0)

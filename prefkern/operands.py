@@ -1,0 +1,160 @@
+"""What the passes over tiles are made of: operands, products with a float32 result, tile buffers.
+
+Products of half-precision operands have a float32 result, whether by the GPU's own (`out_dtype`) or
+by raising the operands of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefkern.plan import Tiles, slices
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What the model does to its raw logits: scale, tanh softcap, temperature, in this order."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        """The constant part c of the transform's derivative."""
+        return self.logit_scale / self.temperature
+
+    def keywords(self) -> dict[str, float | None]:
+        return {
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+            "temperature": self.temperature,
+        }
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How a call's operands reach the products.
+
+    `compute_dtype` is what a plain linear layer would multiply in (autocast's dtype under
+    autocast); `upcasts` says that the device has no product of such operands with a float32 result,
+    so that tiles of them are raised to float32 instead.
+    """
+
+    compute_dtype: torch.dtype
+    upcasts: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.upcasts else self.compute_dtype
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Round to the compute dtype, as autocast would, then raise if need be."""
+        return x.to(self.compute_dtype).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states and the head that they meet."""
+
+    hidden: Tensor  # (M, H), all tokens
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    operands: Operands
+
+    def rows(self, rows: Tensor | None, tokens: slice) -> Tensor:  # (n, H)
+        return self.operands.prepare(take(self.hidden, rows, tokens))
+
+    def words(self, words: slice) -> Tensor:  # (v, H)
+        return self.operands.prepare(self.weight[words])
+
+    def bias_of(self, words: slice) -> Tensor | None:  # (v,)
+        return None if self.bias is None else self.bias[words]
+
+
+def scatter_rows(
+    terms: Sequence[tuple[Tensor, Tensor | None]],  # (N, H) and what scales it, (N,), float32
+    rows: Tensor | None,  # (N,)
+    shape: torch.Size,  # (M, H)
+    dtype: torch.dtype,
+    token_tile: int,
+) -> Tensor:  # (M, H)
+    """The sum of the terms, rounded once, at the rows' places; 0 where not scored."""
+    (first, first_scale), *others = terms
+    make = torch.empty if rows is None else torch.zeros
+    out = make(shape, dtype=dtype, device=first.device)
+    for tokens in slices(0, first.shape[0], token_tile):
+        part = first[tokens]
+        if first_scale is not None:
+            part = part * first_scale[tokens].unsqueeze(1)
+        for values, scale in others:
+            assert scale is not None
+            part = part.addcmul(values[tokens], scale[tokens].unsqueeze(1))
+        if rows is None:
+            out[tokens] = part
+        else:
+            out.index_copy_(0, rows[tokens], part.to(out.dtype))
+    return out
+
+
+class Buffers:
+    """One float32 tile, and the tile that the second product reads: the same where it can be.
+
+    Args:
+        second_product: there is one. scratch: not every tile has a place of its own (`views`).
+    """
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        operands: Operands,
+        device: torch.device,
+        second_product: bool,
+        scratch: bool = True,
+    ) -> None:
+        size = tiles.token_tile * tiles.vocab_tile
+        self._in_place = operands.dtype == torch.float32
+        self._second_product = second_product
+        self._tile = self._second = None
+        if scratch or not self._in_place:
+            self._tile = torch.empty(size, dtype=torch.float32, device=device)
+        if scratch and second_product and not self._in_place:
+            self._second = torch.empty(size, dtype=operands.dtype, device=device)
+
+    def views(self, n: int, v: int, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The float32 tile `(n, v)` and the second product's operand, at `place` if one is given."""
+
+        def part(buffer: Tensor | None) -> Tensor:
+            assert buffer is not None
+            return buffer[: n * v].view(n, v)
+
+        if place is not None:
+            return (place if self._in_place else part(self._tile)), place
+        tile = part(self._tile)
+        if not self._second_product:
+            return tile, None
+        return tile, tile if self._in_place else part(self._second)
+
+
+def take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
+    return hidden[tokens] if rows is None else hidden.index_select(0, rows[tokens])
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b` in float32, without rounding to the operands' dtype on the way."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out += a @ b` in float32."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
