@@ -67,6 +67,15 @@ def linear_logprobs(
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
+    transform = Transform(float(logit_scale), softcap, float(temperature))
+    if torch.compiler.is_compiling():
+        from prefkern import compiled
+
+        logps, stats = compiled.token_logprobs(
+            hidden, weight, labels, bias, ignore_index, transform, workspace_mb, backend,
+            return_stats,
+        )  # fmt: skip
+        return logps if stats is None else TokenStats(logps, *stats[:3])
     workspace_mb = resolve_workspace(workspace_mb, hidden.device)
     backend = resolve_backend(backend, hidden.device)
     scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
@@ -75,7 +84,7 @@ def linear_logprobs(
         weight,
         bias,
         scored,
-        Transform(float(logit_scale), softcap, float(temperature)),
+        transform,
         workspace_mb,
         backend,
         return_stats,
@@ -123,6 +132,8 @@ def run(
         scored.labels,
         call,
     )
+    if scored.live is not None:
+        result = result.masked(scored.masked)
     return result, made
 
 

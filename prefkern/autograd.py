@@ -11,6 +11,7 @@ and PEFT see the parameters as they see any other. Differentiating its gradient 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -41,6 +42,15 @@ class Result:
     logps: Tensor
     stats: tuple[Tensor, Tensor, Tensor, Tensor] | None  # as `fold_state.statistics`
     ref_logps: Tensor | None
+
+    def masked(self, mask: Callable[[Tensor], Tensor]) -> Result:
+        """The same with `mask` applied to everything."""
+        stats = None
+        if self.stats is not None:
+            entropy, mean_logit, is_top1, collision = map(mask, self.stats)
+            stats = entropy, mean_logit, is_top1, collision
+        ref_logps = None if self.ref_logps is None else mask(self.ref_logps)
+        return Result(mask(self.logps), stats, ref_logps)
 
 
 def scored_logprobs(

@@ -7,8 +7,6 @@ synchronisation and takes no memory. The one check that needs values, the range 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -109,7 +107,8 @@ def ignore_index(value: int) -> None:
 def number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_name(value)}")
-    if not math.isfinite(value):
+    # Finite, in terms that torch.compile can trace where the number is a symbol to it.
+    if value - value != 0:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 

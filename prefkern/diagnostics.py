@@ -46,6 +46,11 @@ def gradient_balance(out: PreferenceOutput) -> GradientBalance:
     """
     if not isinstance(out, PreferenceOutput):
         raise TypeError(f"out must be a PreferenceOutput, got {type(out).__name__}")
+    if out.chosen_gradients is None or out.rejected_gradients is None:
+        raise ValueError(
+            "out has no gradients, as it comes from a compiled call; call the loss outside of "
+            "torch.compile, or use objective_balance on its log-probs"
+        )
     return _balance(
         out.chosen_gradients, out.rejected_gradients, out.chosen_logps, out.rejected_logps
     )

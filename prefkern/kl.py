@@ -118,7 +118,7 @@ def run(
         scored.labels,
         call,
     )
-    return logps, ref_logps, kl, made
+    return scored.masked(logps), scored.masked(ref_logps), scored.masked(kl), made
 
 
 def _check_reference(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkern import api, checks, kl, pairwise, sequences
-from prefkern.objectives import Examples, Objective, UnpairedObjective
+from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
 from prefkern.operands import Transform
 from prefkern.outputs import PreferenceOutput, TokenStats, UnpairedOutput
 from prefkern.plan import Plan
@@ -110,9 +110,24 @@ class FusedPreferenceLoss(nn.Module):
             raise ValueError(
                 f"{name} needs reward_margins, [B] margins of a reward model, got None"
             )
+        transform = Transform(float(logit_scale), softcap, float(temperature))
+        if torch.compiler.is_compiling():
+            return self._compiled(
+                _Head(hidden, weight, bias),
+                None
+                if ref_hidden is None or ref_weight is None
+                else _Head(ref_hidden.detach(), ref_weight.detach(), ref_bias),
+                labels,
+                bounds,
+                ref_logps,
+                reward_margins,
+                transform,
+                return_stats,
+                desirable,
+                mismatched_log_ratios,
+            )
         workspace_mb = api.resolve_workspace(self.workspace_mb, hidden.device)
         backend = api.resolve_backend(self.backend, hidden.device)
-        transform = Transform(float(logit_scale), softcap, float(temperature))
 
         scored = sequences.select(labels.reshape(-1), self.ignore_index, weight.shape[0], bounds)
         assert scored.offsets is not None
@@ -139,22 +154,103 @@ class FusedPreferenceLoss(nn.Module):
             return _paired_output(
                 self.objective, tokens, scored, ref_logps, reward_margins, backend, token_stats
             )
-        assert ref_logps is not None and desirable is not None
-        assert mismatched_log_ratios is not None
-        sums = sequences.sequence_sums(tokens.logps, scored.offsets)
-        result = self.objective(Examples(sums, desirable, ref_logps, mismatched_log_ratios))
-        return UnpairedOutput(
-            loss=result.losses.mean(),
-            losses=result.losses,
-            logps=sums,
-            ref_logps=ref_logps,
-            rewards=result.rewards,
-            lengths=scored.offsets.diff(),
-            desirable=desirable,
-            reference_point=result.reference_point,
-            token_stats=token_stats,
-            plan=tokens.plan,
+        return _unpaired_output(
+            self.objective,
+            sequences.sequence_sums(tokens.logps, scored.offsets),
+            scored.offsets.diff(),
+            ref_logps,
+            desirable,
+            mismatched_log_ratios,
+            token_stats,
+            tokens.plan,
         )
+
+    def _compiled(
+        self,
+        head: _Head,
+        reference: _Head | None,
+        labels: Tensor,  # (2B, T), or (M,)
+        bounds: Tensor,  # (2B + 1,)
+        ref_logps: Tensor | None,
+        reward_margins: Tensor | None,
+        transform: Transform,
+        return_stats: bool,
+        desirable: Tensor | None,
+        mismatched_log_ratios: Tensor | None,
+    ) -> PreferenceOutput | UnpairedOutput:
+        """The same under torch.compile: the passes are opaque to it, all else is traced."""
+        from prefkern import compiled
+
+        objective = self.objective
+        is_paired = isinstance(objective, Objective)
+        if is_paired and objective.needs_kls:
+            name = _inner_name(objective)
+            raise NotImplementedError(f"{name} under torch.compile is not supported yet")
+
+        def token_logprobs(head: _Head, with_stats: bool = False):
+            return compiled.token_logprobs(
+                head.hidden,
+                head.weight,
+                labels,
+                head.bias,
+                self.ignore_index,
+                transform,
+                self.workspace_mb,
+                self.backend,
+                with_stats,
+            )
+
+        if reference is not None:
+            with torch.no_grad():
+                ref_logps = compiled.sequence_sums(token_logprobs(reference)[0], bounds)
+        elif ref_logps is not None:
+            ref_logps = ref_logps.detach().float()
+        needs_alignments = is_paired and objective.needs_alignments
+        logps, stats = token_logprobs(head, return_stats or needs_alignments)
+        mask = labels != self.ignore_index
+        lengths = compiled.sequence_sums(mask, bounds)
+        sums = compiled.sequence_sums(logps, bounds)
+        token_stats = None
+        if return_stats and stats is not None:
+            token_stats = TokenStats(logps.detach(), *stats[:3])
+        if not isinstance(objective, Objective):
+            return _unpaired_output(
+                objective, sums, lengths, ref_logps, desirable, mismatched_log_ratios, token_stats
+            )
+        alignments = None
+        if needs_alignments and stats is not None:
+            per_token = (logps.detach() - stats[3]) * mask
+            alignments = compiled.sequence_sums(per_token, bounds) / lengths.clamp(min=1)
+        margins = None if reward_margins is None else reward_margins.detach().float()
+        pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments)
+        return _output_of(objective, pairs, objective(pairs), token_stats)
+
+
+def _unpaired_output(
+    objective: UnpairedObjective,
+    sums: Tensor,  # (S,)
+    lengths: Tensor,  # (S,)
+    ref_logps: Tensor | None,  # (S,)
+    desirable: Tensor | None,  # (S,)
+    mismatched_log_ratios: Tensor | None,  # (M,)
+    token_stats: TokenStats | None,
+    plan: Plan | None = None,
+) -> UnpairedOutput:
+    assert ref_logps is not None and desirable is not None
+    assert mismatched_log_ratios is not None
+    result = objective(Examples(sums, desirable, ref_logps, mismatched_log_ratios))
+    return UnpairedOutput(
+        loss=result.losses.mean(),
+        losses=result.losses,
+        logps=sums,
+        ref_logps=ref_logps,
+        rewards=result.rewards,
+        lengths=lengths,
+        desirable=desirable,
+        reference_point=result.reference_point,
+        token_stats=token_stats,
+        plan=plan,
+    )
 
 
 @dataclass(frozen=True)
@@ -281,7 +377,19 @@ def _paired_output(
         ),
         backend,
     )
-    result, pairs = paired.result, paired.pairs
+    return _output_of(
+        objective, paired.pairs, paired.result, token_stats, paired.gradients, tokens.plan
+    )
+
+
+def _output_of(
+    objective: Objective,
+    pairs: Pairs,
+    result: PairLoss,
+    token_stats: TokenStats | None,
+    gradients: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    plan: Plan | None = None,
+) -> PreferenceOutput:
     assert pairs.chosen_lengths is not None and pairs.rejected_lengths is not None
     with torch.no_grad():
         metrics = objective.metrics(pairs, result)
@@ -298,11 +406,11 @@ def _paired_output(
         rejected_lengths=pairs.rejected_lengths,
         beta_chosen=result.beta_chosen,
         beta_rejected=result.beta_rejected,
-        chosen_gradients=paired.gradients[0],
-        rejected_gradients=paired.gradients[1],
+        chosen_gradients=gradients[0],
+        rejected_gradients=gradients[1],
         metrics=metrics,
         token_stats=token_stats,
-        plan=tokens.plan,
+        plan=plan,
     )
 
 

@@ -62,11 +62,11 @@ class PreferenceOutput:
     rejected_lengths: Tensor  # (B,) int64
     beta_chosen: Tensor  # (B,)
     beta_rejected: Tensor  # (B,)
-    chosen_gradients: Tensor  # (B,)
-    rejected_gradients: Tensor  # (B,)
+    chosen_gradients: Tensor | None  # (B,); None under torch.compile
+    rejected_gradients: Tensor | None  # (B,); None under torch.compile
     metrics: dict[str, Tensor] = field(default_factory=dict)  # the objective's own, (B,) each
     token_stats: TokenStats | None = None  # of the labels' shape, on request
-    plan: Plan | None = None  # what ran; None for the oracle
+    plan: Plan | None = None  # what ran; None for the oracle and under torch.compile
 
 
 @dataclass

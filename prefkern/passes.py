@@ -72,21 +72,23 @@ def forward(
     ops: ModuleType,
     with_stats: bool = False,
     reference: Head | None = None,
+    derivative: Tensor | None = None,
+    terms: HeadTerms | None = None,
 ) -> Passed:
     """Fold all tiles, and gather what the plan's gradients need.
 
     A reference's hidden states go through the same tiles of the same weight, which is then read
-    once for both.
+    once for both. `derivative` and `terms` are room for what is gathered, if there is some already.
     """
     N, H = labels.shape[0], head.hidden.shape[1]
     device = head.hidden.device
     tiles = plan.forward_tiles
     logps = torch.empty(N, dtype=torch.float32, device=device)
     ref_logps = torch.empty_like(logps) if reference is not None else None
-    derivative = None
-    if plan.trains_hidden:
+    if plan.trains_hidden and derivative is None:
         derivative = torch.empty((N, H), dtype=torch.float32, device=device)
-    terms = HeadTerms.empty(plan, head.operands.dtype, device) if plan.trains_head else None
+    if plan.trains_head and terms is None:
+        terms = HeadTerms.empty(plan, head.operands.dtype, device)
     state = FoldState.empty(tiles.token_tile, device, with_stats)
     ref_state = FoldState.empty(tiles.token_tile, device)
     buffers = Buffers(tiles, head.operands, device, plan.trains_hidden, plan.kept_tokens < N)

@@ -181,14 +181,23 @@ def make_plan(
     has_softcap: bool = False,
     with_stats: bool = False,
     with_reference: bool = False,
+    kept: int | None = None,
 ) -> Plan:
-    """The plan of one call; `with_reference`: a reference's tokens go through the same head."""
+    """The plan of one call.
+
+    Args:
+        with_reference: a reference's tokens go through the same head.
+        kept: how many tokens' probabilities a trained head keeps; None: as many as is best.
+    """
     size = _Sizes(tokens, vocab_size, head, backend, has_softcap, with_stats, with_reference)
     budget = int(workspace_mb * MIB)
-    kept = 0
-    forward_tiles, backward_tiles = size.forward(budget, kept=0), None
-    if gradients.head:
+    if not gradients.head:
+        kept, forward_tiles, backward_tiles = 0, size.forward(budget, kept=0), None
+    elif kept is None:
         kept, forward_tiles, backward_tiles = _cheapest(size, gradients, budget)
+    else:
+        forward_tiles = size.forward(budget, kept)
+        backward_tiles = size.backward(budget, kept, gradients.weight)
     product = 2 * head.hidden_size * vocab_size
     recomputed = tokens - kept if gradients.head else 0
     structure: Structure = "forward"

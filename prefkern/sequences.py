@@ -22,6 +22,15 @@ class Scored:
     labels: Tensor  # (N,) int64
     offsets: Tensor | None  # (S + 1,) int64 into the N tokens; None where not asked for
     count: int  # N
+    # () how many of the N tokens, the first ones, are really scored; None: all
+    live: Tensor | None = None
+
+    def masked(self, values: Tensor) -> Tensor:  # (N,) -> (N,)
+        """Values of the scored tokens, 0 of those that are only there to fill the shape."""
+        if self.live is None:
+            return values
+        is_live = torch.arange(self.count, device=values.device) < self.live
+        return torch.where(is_live, values, values.new_zeros(()))
 
 
 def select(
@@ -35,6 +44,9 @@ def select(
     The synchronisation cannot be had for less: N decides the shapes of what follows. The check of
     the labels' range and of `bounds` rides on it.
 
+    While a CUDA graph is captured nothing can be synchronised with: then all M tokens are computed,
+    those that are scored first, and the checks are made on the device whenever the graph runs.
+
     Raises ValueError for a label outside [0, vocab_size) that is not ignore_index, and for bounds
     that do not rise from 0 to M.
     """
@@ -46,6 +58,8 @@ def select(
     if bounds is not None:
         bounds = bounds.long()
         checks += [(bounds.diff() < 0).sum(), bounds[0], bounds[-1]]
+    if is_capturing(labels):
+        return _select_all(labels, mask, outside, bounds)
     count, n_outside, *bound_checks = torch.stack(checks).tolist()
     if n_outside:
         first = labels[outside][0].item()
@@ -58,15 +72,50 @@ def select(
             f"cu_seqlens must rise from 0 to the number of tokens, {labels.shape[0]}; "
             f"got {bounds.tolist()}"
         )
-    offsets = None
-    if bounds is not None:
-        before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
-        offsets = before.index_select(0, bounds)
+    offsets = None if bounds is None else _scored_before(mask, bounds)
     if count == labels.shape[0]:
         return Scored(None, labels, offsets, count)
-    # A stable sort, and not nonzero, which would synchronise again.
-    rows = mask.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
+    rows = _scored_first(mask)[:count]
     return Scored(rows, labels.index_select(0, rows), offsets, count)
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether what is done to x is being recorded into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _select_all(
+    labels: Tensor,  # (M,)
+    mask: Tensor,  # (M,) which are scored
+    outside: Tensor,  # (M,) which are out of range
+    bounds: Tensor | None,  # (S + 1,)
+) -> Scored:
+    """All tokens, those that are scored first, without a synchronisation."""
+    _assert_on_device(~outside.any(), "labels must be in the vocabulary or equal ignore_index")
+    offsets = None
+    if bounds is not None:
+        rises = (bounds.diff() >= 0).all() & (bounds[0] == 0) & (bounds[-1] == labels.shape[0])
+        _assert_on_device(rises, "cu_seqlens must rise from 0 to the number of tokens")
+        offsets = _scored_before(mask, bounds)
+    rows = _scored_first(mask)
+    labels = torch.where(mask, labels, 0).index_select(0, rows)
+    return Scored(rows, labels, offsets, labels.shape[0], live=mask.sum())
+
+
+def _assert_on_device(holds: Tensor, message: str) -> None:
+    torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _scored_first(mask: Tensor) -> Tensor:  # (M,)
+    """The scored tokens' indices in their order, then the others'."""
+    # A stable sort, and not nonzero, which would synchronise.
+    return mask.to(torch.uint8).sort(descending=True, stable=True).indices
+
+
+def _scored_before(mask: Tensor, bounds: Tensor) -> Tensor:  # (S + 1,)
+    """How many tokens are scored ahead of each bound."""
+    before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+    return before.index_select(0, bounds)
 
 
 def sequence_sums(
@@ -99,5 +148,8 @@ class _SequenceSums(torch.autograd.Function):
 
 
 def spread(values: Tensor, offsets: Tensor, count: int) -> Tensor:  # (S,) -> (N,)
-    """Each sequence's value at each of its tokens."""
-    return values.repeat_interleave(offsets.diff(), output_size=count)
+    """Each sequence's value at each of its tokens; 0 at tokens after the last sequence."""
+    sequence = torch.searchsorted(
+        offsets[1:], torch.arange(count, device=offsets.device), right=True
+    )
+    return torch.cat([values, values.new_zeros(1)]).index_select(0, sequence)

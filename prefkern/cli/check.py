@@ -133,8 +133,8 @@ def _check(backend: str, device: str, dtype: str, case: str, head: str, seed: in
     row = Row(f"{backend} on {device}", dtype, case, head)
     measure = {"loss": _loss_errors, "kl": _kl_errors}.get(case, _operator_errors)
     interpreted = backend == "triton" and device == "cpu"
-    for *sizes, small in INTERPRETED_SHAPES if interpreted else SHAPES:
-        shape = (*sizes, ROOMY if head == "kept" else small)
+    for N, H, V, small in INTERPRETED_SHAPES if interpreted else SHAPES:
+        shape = (N, H, V, ROOMY if head == "kept" else small)
         errors, bounds = measure(backend, device, dtype, case, head != "frozen", shape, seed)
         for name, error in errors.items():
             worst, bound = getattr(row, name), getattr(row, f"{name}_bound")

@@ -1,0 +1,310 @@
+"""The operator and the loss as `torch.compile` sees them: opaque operators around the same passes.
+
+Inside a compiled region `linear_logprobs` and `FusedPreferenceLoss` come here. What happens to a
+tile is behind two operators of torch's library, `prefkern::logprobs` and its backward, so that the
+graph is whole (`fullgraph=True`); sequence sums and the objective are traced, and the compiler
+fuses them. How many tokens are scored is known only when the operator runs: its outputs have room
+for all M tokens, of which the first N are used, so nothing in the graph depends on N.
+
+What differs from an eager call: a label out of range is found when the compiled function runs; an
+output has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefkern import api, passes, plan, sequences
+from prefkern.autograd import without_autocast
+from prefkern.operands import Head, Operands, Transform, scatter_rows
+
+# What both operators are told beside their tensors.
+_OPTIONS = (
+    "int ignore_index, float logit_scale, float? softcap, float temperature, "
+    "float workspace_mb, str backend, ScalarType compute_dtype, bool upcasts"
+)
+# The share of the workspace that kept probabilities may take: the rest is for the tiles.
+_KEPT_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments that are not tensors, as an operator takes them."""
+
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    workspace_mb: float
+    backend: str
+    compute_dtype: torch.dtype
+    upcasts: bool
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(self.compute_dtype, self.upcasts)
+
+    @property
+    def transform(self) -> Transform:
+        return Transform(self.logit_scale, self.softcap, self.temperature)
+
+    def values(self) -> tuple:
+        return tuple(vars(self).values())
+
+
+def kept_rows(tokens: int, vocab_size: int, options: Options) -> int:
+    """For how many tokens probabilities may be kept; `tokens` may be a symbol."""
+    budget = int(options.workspace_mb * plan.MIB * _KEPT_SHARE)
+    most = budget // (plan.kept_row(vocab_size) * options.operands.dtype.itemsize)
+    return torch.sym_min(tokens, most)  # pyright: ignore[reportReturnType]
+
+
+def _prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    gradients: plan.Gradients,
+    options: Options,
+    with_stats: bool,
+    room: int,
+) -> tuple[sequences.Scored, plan.Plan]:
+    scored = sequences.select(labels, options.ignore_index, weight.shape[0])
+    made = plan.make_plan(
+        tokens=scored.count,
+        vocab_size=weight.shape[0],
+        head=api.planned_head(weight, options.operands),
+        gradients=gradients,
+        backend=options.backend,
+        workspace_mb=options.workspace_mb,
+        has_softcap=options.softcap is not None,
+        with_stats=with_stats,
+        kept=min(scored.count, room),
+    )
+    return scored, made
+
+
+def _logprobs(
+    hidden: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (M,)
+    trains_hidden: bool,
+    trains_head: bool,
+    with_stats: bool,
+    *options,
+) -> tuple[Tensor, ...]:
+    given = Options(*options)
+    gradients = plan.Gradients(trains_hidden, trains_head, False)
+    outputs = _room(hidden, weight, labels, trains_hidden, trains_head, with_stats, given)
+    logps, *stats, derivative, unit, share, label_value, kept = outputs
+    scored, made = _prepare(hidden, weight, labels, gradients, given, with_stats, kept.shape[0])
+    plan.record(made)
+    N = scored.count
+    terms = None
+    if trains_head:
+        terms = passes.HeadTerms(unit[:N], share[:N], label_value[:N], kept[: made.kept_tokens])
+    with torch.no_grad(), without_autocast(hidden):
+        passed = passes.forward(
+            Head(hidden, weight, None if bias is None else bias.contiguous(), given.operands),
+            scored.rows,
+            scored.labels,
+            given.transform,
+            made,
+            api.tile_operations(given.backend),
+            with_stats,
+            derivative=derivative[:N] if trains_hidden else None,
+            terms=terms,
+        )
+    for out, values in zip((logps, *stats), (passed.logps, *(passed.stats or ())), strict=False):
+        out.copy_(api.place(values, scored.rows, labels.shape))
+    # What is not used is not left to chance either: an operator's outputs are its inputs' doing.
+    for out in (derivative, unit, share, label_value):
+        out[N:].zero_()
+    kept[made.kept_tokens :].zero_()
+    kept[:, weight.shape[0] :].zero_()
+    return outputs
+
+
+def _room(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    trains_hidden: bool,
+    trains_head: bool,
+    with_stats: bool,
+    options: Options,
+) -> tuple[Tensor, ...]:
+    """Empty outputs: log-probs, four statistics, D, the head's terms; of no size if not wanted."""
+    M, (V, H) = labels.shape[0], weight.shape
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return hidden.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    rows = kept_rows(M, V, options) if trains_head else 0
+    return (
+        empty(True, M),
+        empty(with_stats, M),
+        empty(with_stats, M),
+        empty(with_stats, M, dtype=torch.bool),
+        empty(with_stats, M),
+        empty(trains_hidden, M, H),
+        empty(trains_head, M),
+        empty(trains_head, M),
+        empty(trains_head, M),
+        empty(True, rows, plan.kept_row(V), dtype=options.operands.dtype),
+    )
+
+
+def _logprobs_backward(
+    grad: Tensor,  # (M,)
+    hidden: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (M,)
+    derivative: Tensor,
+    unit: Tensor,
+    share: Tensor,
+    label_value: Tensor,
+    kept: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    trains_hidden: bool,
+    *options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = Options(*options)
+    gradients = plan.Gradients(trains_hidden, needs_weight, needs_bias)
+    scored, made = _prepare(hidden, weight, labels, gradients, given, False, kept.shape[0])
+    N = scored.count
+    grad = grad.float() if scored.rows is None else grad.float().index_select(0, scored.rows)
+    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+    with torch.no_grad(), without_autocast(grad):
+        if needs_hidden:
+            tile = made.forward_tiles.token_tile
+            rows, terms = scored.rows, [(derivative[:N], grad)]
+            dhidden = scatter_rows(terms, rows, hidden.shape, hidden.dtype, tile)
+        if needs_weight or needs_bias:
+            of_weight, of_bias = passes.head_gradient(
+                grad,
+                Head(hidden, weight, None if bias is None else bias.contiguous(), given.operands),
+                scored.rows,
+                scored.labels,
+                passes.HeadTerms(unit[:N], share[:N], label_value[:N], kept[: made.kept_tokens]),
+                given.transform,
+                made,
+                api.tile_operations(given.backend),
+                needs_weight,
+                needs_bias,
+            )
+            dweight = dweight if of_weight is None else of_weight
+            dbias = dbias if of_bias is None else of_bias
+    return dhidden, dweight, dbias
+
+
+_forward_op = torch.library.custom_op(
+    "prefkern::logprobs",
+    _logprobs,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, bool trains_hidden, "
+    f"bool trains_head, bool with_stats, {_OPTIONS}) -> ({', '.join(['Tensor'] * 10)})",
+)
+_backward_op = torch.library.custom_op(
+    "prefkern::logprobs_backward",
+    _logprobs_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "Tensor derivative, Tensor unit, Tensor share, Tensor label_value, Tensor kept, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias, bool trains_hidden, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(hidden, weight, bias, labels, trains_hidden, trains_head, with_stats, *options):
+    return _room(hidden, weight, labels, trains_hidden, trains_head, with_stats, Options(*options))
+
+
+@_backward_op.register_fake
+def _(
+    grad, hidden, weight, bias, labels, derivative, unit, share, label_value, kept,
+    needs_hidden, needs_weight, needs_bias, trains_hidden, *options,
+):  # fmt: skip
+    return (
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, bias, labels, trains_hidden, _, _, *options = inputs
+    ctx.trains_hidden, ctx.options = trains_hidden, options
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[5:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad, *_):
+    hidden, weight, bias, labels, *kept = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    gradients = _backward_op(
+        grad, hidden, weight, bias, labels, *kept, *needs, ctx.trains_hidden, *ctx.options
+    )
+    wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return *wanted, *(None,) * (4 + len(ctx.options))
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def token_logprobs(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None,  # (V,)
+    ignore_index: int,
+    transform: Transform,
+    workspace_mb: float | None,
+    backend: str | None,
+    with_stats: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
+    """Log-probs of all tokens, 0 where not scored, and statistics if asked for; of labels' shape."""
+    operands = api.operands_of(hidden)
+    options = Options(
+        ignore_index,
+        transform.logit_scale,
+        transform.softcap,
+        transform.temperature,
+        api.resolve_workspace(workspace_mb, hidden.device),
+        api.resolve_backend(backend, hidden.device),
+        operands.compute_dtype,
+        operands.upcasts,
+    )
+    wanted = api.wanted_gradients(hidden, weight, bias)
+    logps, *stats = _forward_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1),
+        wanted.hidden,
+        wanted.head,
+        with_stats,
+        *options.values(),
+    )[:5]
+    if not with_stats:
+        return logps.view(labels.shape), None
+    entropy, mean_logit, is_top1, collision = (x.view(labels.shape) for x in stats)
+    return logps.view(labels.shape), (entropy, mean_logit, is_top1, collision)
+
+
+def sequence_sums(
+    values: Tensor,  # of labels' shape
+    bounds: Tensor,  # (S + 1,) int64, where each sequence begins among the M tokens
+) -> Tensor:  # (S,)
+    """The sum of each sequence's values, added in float64 (integers in int64) and rounded once."""
+    exact = values.double() if values.is_floating_point() else values.long()
+    running = torch.nn.functional.pad(exact.reshape(-1).cumsum(0), (1, 0))
+    sums = running.index_select(0, bounds).diff()
+    return sums.to(values.dtype) if values.is_floating_point() else sums
