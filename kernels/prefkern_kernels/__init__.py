@@ -3,6 +3,7 @@
 The way from hidden states to gradients, with products by the device's own library between them:
 
     product -> `fold` -> (`rescale_rows`, product) -> log-probs and D      one pass, frozen head
+    `product_fold` -> log-probs                            no gradient: product and fold in one
     log-probs -> `pair_loss` -> a loss, and one coefficient a sequence
     product -> `logits_gradient` -> two products -> dH and dW              second pass, trained head
 
@@ -21,6 +22,7 @@ from .launches import launches
 from .logits_gradient import logits_gradient
 from .pair import PairLossOutput, pair_loss
 from .primitives import INTERPRET
+from .product_fold import product_fold, product_fold_bytes
 from .rescale import rescale_rows
 
 __all__ = [
@@ -32,5 +34,7 @@ __all__ = [
     "launches",
     "logits_gradient",
     "pair_loss",
+    "product_fold",
+    "product_fold_bytes",
     "rescale_rows",
 ]
