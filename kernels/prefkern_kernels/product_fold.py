@@ -35,7 +35,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launches import count
 from .primitives import INTERPRET, check_rows, check_vectors, on_device_of, transform
-from .tiles import ProductConfig, allows_tf32, product_choice_of, product_class
+from .tiles import ProductConfig, VocabPart, allows_tf32, product_choice_of, product_class
 
 _INTERPRET = tl.constexpr(INTERPRET)
 # A descriptor's base and the strides of its rows are multiples of this many bytes.
@@ -262,7 +262,9 @@ def product_fold(
     temperature: float,
     config: ProductConfig | None = None,  # None: the device's, from `tiles`
 ) -> None:
-    """Fold the logits of these words into each token's running state; two launches.
+    """Fold the logits of these words into each token's running state.
+
+    Two launches, or three where the last tile is cut by the end of the words.
 
     Temporary memory: `product_fold_bytes`.
     """
@@ -297,54 +299,32 @@ def product_fold(
             hidden, rows = hidden.index_select(0, rows), None
         if not (fits_descriptor(hidden) and fits_descriptor(weight)):
             config = config._replace(by_descriptor=False)
-    operands: list[torch.Tensor | TensorDescriptor] = [hidden, weight]
-    if config.by_descriptor:
-        operands = [
-            TensorDescriptor.from_tensor(x, [block, config.block_h])
-            for x, block in ((hidden, config.block_n), (weight, config.block_v))
-        ]
     n_splits = config.splits(v)
     maxima = torch.empty((n_splits, n), dtype=torch.float32, device=hidden.device)
     totals = torch.empty_like(maxima)
+    first_split = 0
     count("product_fold")
     with on_device_of(hidden):
-        _product_fold_kernel[(triton.cdiv(n, config.block_n) * n_splits,)](
-            operands[0],
-            hidden.stride(0),
-            operands[1],
-            weight.stride(0),
-            rows,
-            labels,
-            bias,
-            maxima,
-            totals,
-            label_logit,
-            label_slope,
-            n,
-            v,
-            h,
-            n_splits,
-            start,
-            float(logit_scale),
-            float(softcap or 1.0),
-            float(temperature),
-            HAS_ROWS=rows is not None,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            EVEN_V=v % config.block_v == 0,
-            EVEN_H=h % config.block_h == 0,
-            PRECISION="tf32" if product.operands == "tf32" else "ieee",
-            BY_DESCRIPTOR=config.by_descriptor,
-            FLATTEN=config.flatten,
-            SPECIALIZE=config.specialize,
-            BLOCK_N=config.block_n,
-            BLOCK_V=config.block_v,
-            BLOCK_H=config.block_h,
-            TILES=config.tiles,
-            GROUP=config.group,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        for part in config.parts(v):
+            words = slice(part.start, part.stop)
+            _launch_strips(
+                hidden,
+                weight[words],
+                rows,
+                labels,
+                None if bias is None else bias[words],
+                maxima[first_split:],
+                totals[first_split:],
+                label_logit,
+                label_slope,
+                part,
+                start=start + part.start,
+                logit_scale=logit_scale,
+                softcap=softcap,
+                temperature=temperature,
+                precision="tf32" if product.operands == "tf32" else "ieee",
+            )
+            first_split += part.splits
         _merge_splits_kernel[(triton.cdiv(n, _MERGE_TOKENS),)](
             maxima,
             totals,
@@ -356,6 +336,71 @@ def product_fold(
             BLOCK_S=_MERGE_SPLITS,
             num_warps=4,
         )
+
+
+def _launch_strips(
+    hidden: torch.Tensor,  # (M, H)
+    weight: torch.Tensor,  # (v, H)
+    rows: torch.Tensor | None,  # (n,)
+    labels: torch.Tensor,  # (n,)
+    bias: torch.Tensor | None,  # (v,)
+    maxima: torch.Tensor,  # (splits or more, n)
+    totals: torch.Tensor,  # (splits or more, n)
+    label_logit: torch.Tensor,  # (n,)
+    label_slope: torch.Tensor,  # (n,)
+    part: VocabPart,
+    *,
+    start: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    precision: str,
+) -> None:
+    """The strips of some words; one launch."""
+    n, (v, h), config = labels.shape[0], weight.shape, part.config
+    operands: list[torch.Tensor | TensorDescriptor] = [hidden, weight]
+    if config.by_descriptor:
+        operands = [
+            TensorDescriptor.from_tensor(x, [block, config.block_h])
+            for x, block in ((hidden, config.block_n), (weight, config.block_v))
+        ]
+    _product_fold_kernel[(triton.cdiv(n, config.block_n) * part.splits,)](
+        operands[0],
+        hidden.stride(0),
+        operands[1],
+        weight.stride(0),
+        rows,
+        labels,
+        bias,
+        maxima,
+        totals,
+        label_logit,
+        label_slope,
+        n,
+        v,
+        h,
+        part.splits,
+        start,
+        float(logit_scale),
+        float(softcap or 1.0),
+        float(temperature),
+        HAS_ROWS=rows is not None,
+        HAS_BIAS=bias is not None,
+        HAS_SOFTCAP=softcap is not None,
+        EVEN_V=v % config.block_v == 0,
+        EVEN_H=h % config.block_h == 0,
+        PRECISION=precision,
+        BY_DESCRIPTOR=config.by_descriptor,
+        FLATTEN=config.flatten,
+        SPECIALIZE=config.specialize,
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        TILES=config.tiles,
+        GROUP=config.group,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def product_fold_bytes(

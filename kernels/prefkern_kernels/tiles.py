@@ -25,6 +25,8 @@ from .primitives import INTERPRET
 _LARGEST_BLOCK = 65536 if INTERPRET else 2048
 # Below this H a product is short beside the fold of its logits.
 _WIDE = 2048
+# Words of a tile that is cut by the end of the vocabulary.
+_TAIL_BLOCK = 64
 
 
 class RowConfig(NamedTuple):
@@ -62,9 +64,30 @@ class ProductConfig(NamedTuple):
     tiles: int = 4  # tiles of the vocabulary in a split
     group: int = 8  # token blocks that walk the vocabulary together
 
+    def parts(self, vocab_size: int) -> list[VocabPart]:
+        """Whole tiles, and what is left in smaller ones: a mask beside a large tile spills."""
+        whole = vocab_size - vocab_size % self.block_v
+        tail = self._replace(
+            block_v=min(self.block_v, _TAIL_BLOCK), flatten=False, specialize=False, tiles=1
+        )
+        parts = [VocabPart(0, whole, self), VocabPart(whole, vocab_size, tail)]
+        return [part for part in parts if part.start < part.stop]
+
     def splits(self, vocab_size: int) -> int:
         """Parts of the vocabulary that are folded apart: the same for every number of tokens."""
-        return -(-vocab_size // (self.block_v * self.tiles))
+        return sum(part.splits for part in self.parts(vocab_size))
+
+
+class VocabPart(NamedTuple):
+    """Consecutive words that one launch folds."""
+
+    start: int
+    stop: int
+    config: ProductConfig
+
+    @property
+    def splits(self) -> int:
+        return -(-(self.stop - self.start) // (self.config.block_v * self.config.tiles))
 
 
 class ProductClass(NamedTuple):
