@@ -14,13 +14,15 @@ from prefkern import passes
 
 kernels = pytest.importorskip("prefkern_kernels")
 
-from prefkern_kernels import tiles  # noqa: E402
+from prefkern_kernels import tiles
 
 PLAIN = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
 TRANSFORMS = {
     "plain": PLAIN,
     "scaled": {"logit_scale": 0.25, "softcap": None, "temperature": 0.7},
     "negative": {"logit_scale": -0.5, "softcap": None, "temperature": 1.0},
+    # What is left out of a sum must not come back as the cap's own lower end.
+    "low softcap": {"logit_scale": 1.0, "softcap": 0.5, "temperature": 1.0},
     "softcap": {"logit_scale": 1.7, "softcap": 8.0, "temperature": 0.6},
 }
 CONFIGS = {
@@ -213,9 +215,7 @@ def test_parts_of_the_vocabulary_add_up(softcap, device):
     )  # fmt: skip
     # The two round a softcap's logit, of 10 at most, in their own ways.
     for name in ("maximum", "total", "label_logit", "label_slope"):
-        torch.testing.assert_close(
-            getattr(whole, name), getattr(parts, name), rtol=2e-5, atol=3e-6
-        )
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=2e-5, atol=3e-6)
 
 
 def test_state_is_that_of_fold(device):
@@ -235,9 +235,7 @@ def test_state_is_that_of_fold(device):
 def test_bitwise_the_same(config, device):
     """In two runs, and for a token whichever tokens are beside it."""
     hidden, weight, labels = case(50, 333, 64, torch.bfloat16, device)
-    first, second = (
-        run(hidden, weight, None, labels, config=CONFIGS[config]) for _ in range(2)
-    )
+    first, second = (run(hidden, weight, None, labels, config=CONFIGS[config]) for _ in range(2))
     few = run(hidden[20:27].contiguous(), weight, None, labels[20:27].contiguous(),
               config=CONFIGS[config])  # fmt: skip
     for name in ("maximum", "total", "label_logit"):
@@ -279,9 +277,7 @@ def test_no_tokens_no_launch(device):
     _, weight, labels = case(4, 20, 16, torch.bfloat16, device)
     before = kernels.launches["product_fold"]
     empty = torch.empty(0, device=device)
-    kernels.product_fold(
-        weight[:0], weight, None, labels[:0], empty, empty, empty, empty, **PLAIN
-    )
+    kernels.product_fold(weight[:0], weight, None, labels[:0], empty, empty, empty, empty, **PLAIN)
     assert kernels.launches["product_fold"] == before
 
 

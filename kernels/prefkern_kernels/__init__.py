@@ -22,7 +22,7 @@ from .launches import launches
 from .logits_gradient import logits_gradient
 from .pair import PairLossOutput, pair_loss
 from .primitives import INTERPRET
-from .product_fold import product_fold, product_fold_bytes
+from .product_fold import product_fold, product_fold_bytes, tune_product_fold
 from .rescale import rescale_rows
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "product_fold",
     "product_fold_bytes",
     "rescale_rows",
+    "tune_product_fold",
 ]

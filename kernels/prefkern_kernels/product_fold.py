@@ -28,14 +28,24 @@ has, or by tensor descriptors (TMA, from compute capability 9.0 on), as the conf
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import autotune
 from .launches import count
 from .primitives import INTERPRET, check_rows, check_vectors, on_device_of, transform
-from .tiles import ProductConfig, VocabPart, allows_tf32, product_choice_of, product_class
+from .tiles import (
+    ProductClass,
+    ProductConfig,
+    VocabPart,
+    allows_tf32,
+    product_choice_of,
+    product_class,
+)
 
 _INTERPRET = tl.constexpr(INTERPRET)
 # A descriptor's base and the strides of its rows are multiples of this many bytes.
@@ -228,9 +238,7 @@ def _merge_splits_kernel(
         splits = block + tl.arange(0, BLOCK_S)
         mask = (splits < n_splits)[:, None] & is_token[None, :]
         part = splits.to(tl.int64)[:, None] * n_tokens + tokens[None, :]
-        highest = tl.maximum(
-            highest, tl.load(maxima_ptr + part, mask=mask, other=-float("inf"))
-        )
+        highest = tl.maximum(highest, tl.load(maxima_ptr + part, mask=mask, other=-float("inf")))
     new = tl.maximum(old, tl.max(highest, axis=0))
     offset = tl.where(new == -float("inf"), 0.0, new)
     sums = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
@@ -260,7 +268,7 @@ def product_fold(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
-    config: ProductConfig | None = None,  # None: the device's, from `tiles`
+    config: ProductConfig | None = None,  # None: the device's own
 ) -> None:
     """Fold the logits of these words into each token's running state.
 
@@ -289,10 +297,14 @@ def product_fold(
         raise ValueError(f"{n} labels for {hidden.shape[0]} rows of hidden")
     if n == 0 or v == 0:
         return
-    product = product_class(
-        hidden.dtype, allows_tf32(), h, plain=bias is None and softcap is None
-    )
-    config = config or product_choice_of(hidden.device, product).candidates[0]
+    product = product_class(hidden.dtype, allows_tf32(), h, plain=bias is None and softcap is None)
+    if config is None:
+        key = _tuning_key(hidden, weight, product)
+        config = autotune.recall(key)
+        if config is None and autotune.is_enabled():
+            gathered = hidden if rows is None else hidden.index_select(0, rows)
+            config = tune_product_fold(gathered, weight, bias, softcap=softcap)
+        config = config or product_choice_of(hidden.device, product).candidates[0]
     if config.by_descriptor:
         if rows is not None:
             # A descriptor reads adjacent rows.
@@ -400,6 +412,44 @@ def _launch_strips(
         GROUP=config.group,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+    )
+
+
+def tune_product_fold(
+    hidden: torch.Tensor,  # (n, H)
+    weight: torch.Tensor,  # (V, H)
+    bias: torch.Tensor | None = None,  # (V,)
+    *,
+    softcap: float | None = None,
+    timer: Callable[[Callable[[], object]], float] | None = None,
+) -> ProductConfig:
+    """Time the device's candidates on these operands and store the fastest; see `autotune`."""
+    n, h = hidden.shape
+    product = product_class(hidden.dtype, allows_tf32(), h, plain=bias is None and softcap is None)
+    labels = torch.zeros(n, dtype=torch.int64, device=hidden.device)
+    state = [torch.zeros(n, dtype=torch.float32, device=hidden.device) for _ in range(4)]
+
+    def run(config: ProductConfig) -> None:
+        product_fold(
+            hidden,
+            weight,
+            bias,
+            labels,
+            *state,
+            logit_scale=1.0,
+            softcap=softcap,
+            temperature=1.0,
+            config=config,
+        )
+
+    candidates = product_choice_of(hidden.device, product).candidates
+    return autotune.tune(_tuning_key(hidden, weight, product), candidates, run, timer)
+
+
+def _tuning_key(hidden: torch.Tensor, weight: torch.Tensor, product: ProductClass) -> autotune.Key:
+    v, h = weight.shape
+    return autotune.key_of(
+        "product_fold", hidden.device, hidden.dtype, product.operands, h, v, product.plain
     )
 
 

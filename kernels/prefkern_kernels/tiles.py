@@ -169,7 +169,8 @@ PRODUCTS: dict[str, dict[ProductClass, Choice]] = {
             ("float32", False): _FLOAT32,
         }
     ),
-    # Specialised loops are flattened as well: Triton 3.6.0 fails on the others.
+    # Specialised loops are flattened as well, since Triton 3.6.0 fails on the others; with a bias and
+    # a softcap both they spill.
     "sm_100": _choices(
         {
             ("half", True): (
@@ -179,21 +180,14 @@ PRODUCTS: dict[str, dict[ProductClass, Choice]] = {
                 _Config(128, 256, 64, 8, 4, by_descriptor=True),
                 _Config(128, 256, 64, 8, 3),
             ),
-            ("half", False): (
-                _Config(128, 128, 64, 8, 4, True, True, True),
-                _Config(128, 128, 64, 8, 4, by_descriptor=True),
-                _Config(128, 128, 64, 8, 3),
-            ),
+            ("half", False): (_Config(128, 128, 64, 8, 4, by_descriptor=True),),
             ("tf32", True): (
                 _Config(128, 128, 32, 8, 4, True, True, True),
                 _Config(128, 128, 32, 8, 3, by_descriptor=True),
             ),
-            ("tf32", False): (
-                _Config(128, 128, 32, 8, 4, True, True, True),
-                _Config(128, 128, 32, 8, 3, by_descriptor=True),
-            ),
-            ("float32", True): _FLOAT32,
-            ("float32", False): _FLOAT32,
+            ("tf32", False): (_Config(128, 128, 32, 8, 3, by_descriptor=True),),
+            ("float32", True): _FLOAT32[:1],
+            ("float32", False): _FLOAT32[:1],
         }
     ),
     "gfx942": _choices(
