@@ -1,6 +1,9 @@
 """Compile every launch of every kernel for a GPU that need not be there; print a report as JSON.
 
-usage: python tests/compile_ahead.py sm_90      (or sm_80, sm_100, gfx942)
+usage: python tests/compile_ahead.py sm_90 [--all]      (or sm_80, sm_100, gfx942)
+
+Of the product's configurations those in use, the first of each class, with what a call may add to
+them; `--all` takes every candidate of the table, and nothing but them.
 
 The real launchers are driven on meta tensors, with Triton's driver replaced by one that names the
 target and launches nothing. A process of its own, since Triton must be imported compiling, not
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
@@ -28,6 +32,7 @@ from triton.compiler.compiler import CompiledKernel
 
 import prefkern_kernels as kernels
 from prefkern.objectives import Objective, build, names
+from prefkern_kernels import tiles
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -192,6 +197,87 @@ def launch_pair(
         )
 
 
+# What a call adds to a product: none of it, or all that a class allows. The bare one has sizes that
+# every block divides; the others leave a tail of words, which goes to a kernel of its own.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bare": {},
+    "rows and tail": {"rows": True, "cut": True},
+    "bias": {"bias": True},
+    "softcap": {"softcap": 30.0},
+    "softcap, bias, rows and tail": {"softcap": 30.0, "bias": True, "rows": True, "cut": True},
+}
+
+
+def launch_products(arch: str, every: bool) -> list[dict[str, Any]]:
+    """The products of an architecture's table; one description for each kernel compiled."""
+    descriptions = []
+    seen = set()
+    for product, choice in tiles.PRODUCTS[arch].items():
+        # Narrow products have the wide ones' tiles in longer strips, which no compiler sees.
+        if not product.wide:
+            continue
+        names = ["bare", "rows and tail"] if product.plain else ["softcap", "bias"]
+        if every and not product.plain:
+            names.append("softcap, bias, rows and tail")
+        if not every and product.operands != "half":
+            names = names[:1]
+        for config in choice.candidates if every else choice.candidates[:1]:
+            for name in names:
+                if (product.operands, config, name) in seen:
+                    continue
+                seen.add((product.operands, config, name))
+                before = len(compiled)
+                launch_product(product.operands, config, **VARIANTS[name])
+                for kernel in compiled[before:]:
+                    descriptions.append(
+                        {
+                            "operands": product.operands,
+                            "plain": product.plain,
+                            "in_use": config == choice.candidates[0],
+                            "config": config._asdict(),
+                            "variant": name,
+                            "instructions": instructions(kernel),
+                        }
+                    )
+    return descriptions
+
+
+def launch_product(
+    operands: str,
+    config: tiles.ProductConfig,
+    rows: bool = False,
+    bias: bool = False,
+    cut: bool = False,
+    softcap: float | None = None,
+) -> None:
+    n, v, h = 2048, 131072 - 3 * cut, 4096 - 32 * cut
+    dtype = torch.bfloat16 if operands == "half" else torch.float32
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if operands == "tf32" else "ieee"
+    kernels.product_fold(
+        meta(n, h, dtype=dtype),
+        meta(v, h, dtype=dtype),
+        meta(v, dtype=torch.bfloat16) if bias else None,
+        meta(n, dtype=torch.int64),
+        *(meta(n) for _ in range(4)),
+        rows=meta(n, dtype=torch.int64) if rows else None,
+        logit_scale=1.0,
+        softcap=softcap,
+        temperature=1.0,
+        config=config,
+    )
+
+
+def instructions(kernel: CompiledKernel) -> list[str]:
+    """Which of the products', the copies' and the warps' instructions a kernel has."""
+    text = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
+    names = (
+        ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
+        + ("cp.async.bulk", "cp.async.cg")
+        + ("setmaxnreg",)
+    )
+    return [name for name in names if name in text]
+
+
 def resources(kernel: CompiledKernel, backend: str) -> dict[str, int]:
     if backend != "cuda":
         pairs = re.findall(r"\.((?:vgpr|sgpr)(?:_spill)?_count):\s*(\d+)", kernel.asm["amdgcn"])
@@ -212,16 +298,23 @@ def main() -> None:
     target = TARGETS[sys.argv[1]]
     triton.runtime.driver.set_active(OfflineDriver(target))
     CompiledKernel._init_handles = keep_and_do_not_load
-    launch_all()
+    every = "--all" in sys.argv
+    if not every:
+        launch_all()
+    others: list[dict[str, Any]] = [{} for _ in compiled]
     rows = [
         {
             "kernel": kernel.name,
             "shared": kernel.metadata.shared,
             **resources(kernel, target.backend),
+            **description,
         }
-        for kernel in compiled
+        for kernel, description in zip(
+            compiled, others + launch_products(sys.argv[1], every), strict=True
+        )
     ]
-    json.dump({"target": sys.argv[1], "triton": triton.__version__, "kernels": rows}, sys.stdout)
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    json.dump({"target": sys.argv[1], **versions, "kernels": rows}, sys.stdout)
 
 
 if __name__ == "__main__":

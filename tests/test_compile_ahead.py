@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+tiles = pytest.importorskip("prefkern_kernels.tiles")
 
 ROOT = Path(__file__).parent.parent
 # Shared memory that a block may have, in bytes.
@@ -20,7 +22,9 @@ KERNELS = {
     "_fold_kernel",
     "_fold_kl_kernel",
     "_kl_gradient_kernel",
+    "_merge_splits_kernel",
     "_pair_loss_kernel",
+    "_product_fold_kernel",
     "_remake_weights_kernel",
     "_rescale_rows_kernel",
     "_settle_kernel",
@@ -42,9 +46,52 @@ def test_compiles(target):
     rows = json.loads(done.stdout)["kernels"]
     assert {row["kernel"] for row in rows} == KERNELS
     for row in rows:
-        assert row["shared"] <= SHARED[target], row
-        if target == "gfx942":
-            assert row["vgpr_spill_count"] == 0 and row["sgpr_spill_count"] == 0, row
-        else:
-            # What ptxas spills is stack; LOCAL is what the source itself asks for.
-            assert row["STACK"] == row["LOCAL"] == 0 and 0 < row["REG"] <= 255, row
+        assert_fits(row, target)
+
+
+def assert_fits(row: dict[str, Any], target: str) -> None:
+    assert row["shared"] <= SHARED[target], row
+    if target == "gfx942":
+        # Scalar registers spill into lanes of a vector register, and not to memory: the product has
+        # a few such masks.
+        few = 16 if row["kernel"] == "_product_fold_kernel" else 0
+        assert row["vgpr_spill_count"] == 0 and row["sgpr_spill_count"] <= few, row
+    else:
+        # What ptxas spills is stack; LOCAL is what the source itself asks for.
+        assert row["STACK"] == row["LOCAL"] == 0 and 0 < row["REG"] <= 255, row
+    if "instructions" in row and row["kernel"] == "_product_fold_kernel":
+        assert_is_made_of(row, target)
+
+
+def assert_is_made_of(row: dict[str, Any], target: str) -> None:
+    """The device's own matrix unit, copies that run ahead, and warps of their own where asked."""
+    config, has = row["config"], row["instructions"]
+    units = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    if row["operands"] != "float32":
+        assert units.get(target, "v_mfma") in has, row
+    if config["by_descriptor"]:
+        assert "cp.async.bulk" in has, row
+    elif target != "gfx942":
+        assert "cp.async.cg" in has, row
+    if config["specialize"] and row["variant"] == "bare":
+        assert "setmaxnreg" in has, row
+
+
+def test_report_has_every_configuration():
+    """`bench/compile_reports.py` compiles them all; what it wrote is this table, and fits."""
+    reports = json.loads((ROOT / "bench/results/compile-reports.json").read_text())["reports"]
+    assert {report["target"] for report in reports} == set(SHARED)
+    for report in reports:
+        target = report["target"]
+        reported = set()
+        for row in report["kernels"]:
+            assert_fits(row, target)
+            config = tiles.ProductConfig(**row["config"])
+            reported.add((row["operands"], row["plain"], config))
+        table = {
+            (product.operands, product.plain, config)
+            for product, choice in tiles.PRODUCTS[target].items()
+            if product.wide
+            for config in choice.candidates
+        }
+        assert reported == table

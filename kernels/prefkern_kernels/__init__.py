@@ -3,6 +3,7 @@
 The way from hidden states to gradients, with products by the device's own library between them:
 
     product -> `fold` -> (`rescale_rows`, product) -> `finish` -> log-probs, D
+    `product_fold` -> `finish` -> log-probs                      no gradient: one kernel
     log-probs -> `pair_loss` -> a loss, and one coefficient a sequence
     the fold's weights, kept and `settle`d -> product -> dW      trained head, as memory allows
     product -> `remake_weights` -> product -> dW                 trained head, elsewhere
@@ -22,6 +23,7 @@ from .kl_gradient import kl_gradient
 from .launches import launches
 from .pair import PairLossOutput, pair_loss
 from .primitives import INTERPRET
+from .product_fold import product_fold, product_fold_bytes, tune_product_fold
 from .remake_weights import remake_weights
 from .rescale import rescale_rows
 from .settle import settle
@@ -35,7 +37,10 @@ __all__ = [
     "kl_gradient",
     "launches",
     "pair_loss",
+    "product_fold",
+    "product_fold_bytes",
     "remake_weights",
     "rescale_rows",
     "settle",
+    "tune_product_fold",
 ]

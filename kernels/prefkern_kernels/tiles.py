@@ -1,16 +1,32 @@
-"""Block sizes of the kernels, a static choice: nothing is tuned at a user's first call.
+"""Tile configurations, a table per device: nothing is tuned at a user's first call.
 
-The fold and the gradient walk a row of a tile in blocks of `BLOCK_V` words, one program a token.
+Kernels that walk a row of a tile, one program a token, take their blocks from `row_config` and
+`pair_config`. `product_fold` takes its tiles from `PRODUCTS`, by architecture or by a device's own
+name, and by class of product; a device that is not there has `FALLBACK`, small tiles by pointers
+that fit every GPU. A `Choice` names its candidates, the one in use first, and where their order was
+measured: an empty `measured` means nowhere yet, and then the order is a guess from registers and
+bytes. `autotune` orders them on one's own device; its file goes before this table.
+
+Every candidate compiles without spills for its architecture, which `tests/test_compile_ahead.py`
+asserts; `bench/COMPILE.md` has their registers and shared memory. That bounds a thread to 128
+accumulators, and to 64 where there is a bias or a softcap.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
 
 from .primitives import INTERPRET
 
 # Each program costs a fixed time under the interpreter, each block little: one block a row there.
 _LARGEST_BLOCK = 65536 if INTERPRET else 2048
+# Below this H a product is short beside the fold of its logits.
+_WIDE = 2048
+# Words of a tile that is cut by the end of the vocabulary.
+_TAIL_BLOCK = 64
 
 
 class RowConfig(NamedTuple):
@@ -32,3 +48,198 @@ def pair_config(row_size: int) -> RowConfig:
     """As `row_config`, for kernels that hold blocks of two rows at once: half as many elements."""
     block, num_warps = row_config(row_size)
     return RowConfig(block if INTERPRET else min(block, 1024), num_warps)
+
+
+class ProductConfig(NamedTuple):
+    """Tiles and launch configuration of `product_fold`."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    num_warps: int
+    num_stages: int
+    by_descriptor: bool = False  # operands by TMA, from compute capability 9.0 on
+    flatten: bool = False  # the tiles of a strip in one pipeline, no draining between them
+    specialize: bool = False  # loads, products and folds in warps of their own
+    tiles: int = 4  # tiles of the vocabulary in a split
+    group: int = 8  # token blocks that walk the vocabulary together
+
+    def parts(self, vocab_size: int) -> list[VocabPart]:
+        """Whole tiles, and what is left in smaller ones: a mask beside a large tile spills."""
+        whole = vocab_size - vocab_size % self.block_v
+        tail = self._replace(
+            block_v=min(self.block_v, _TAIL_BLOCK), flatten=False, specialize=False, tiles=1
+        )
+        parts = [VocabPart(0, whole, self), VocabPart(whole, vocab_size, tail)]
+        return [part for part in parts if part.start < part.stop]
+
+    def splits(self, vocab_size: int) -> int:
+        """Parts of the vocabulary that are folded apart: the same for every number of tokens."""
+        return sum(part.splits for part in self.parts(vocab_size))
+
+
+class VocabPart(NamedTuple):
+    """Consecutive words that one launch folds."""
+
+    start: int
+    stop: int
+    config: ProductConfig
+
+    @property
+    def splits(self) -> int:
+        return -(-(self.stop - self.start) // (self.config.block_v * self.config.tiles))
+
+
+class ProductClass(NamedTuple):
+    """Products that share their configurations."""
+
+    operands: str  # "half", "tf32" or "float32"
+    wide: bool  # H >= 2048
+    plain: bool  # no bias and no softcap
+
+
+class Choice(NamedTuple):
+    """Candidates for a class of products, the one in use first."""
+
+    candidates: tuple[ProductConfig, ...]
+    measured: str = ""  # device, versions and date; empty: not measured
+    # Whether the first one beat the library's product with a fold after it, where measured.
+    beats_library: bool = False
+
+
+def _choices(
+    table: dict[tuple[str, bool], tuple[ProductConfig, ...]],  # by operands and `plain`
+) -> dict[ProductClass, Choice]:
+    """The same candidates at both widths; a short product takes longer strips."""
+    choices = {}
+    for (operands, plain), candidates in table.items():
+        narrow = tuple(c._replace(tiles=4 * c.tiles) for c in candidates)
+        choices[ProductClass(operands, True, plain)] = Choice(candidates)
+        choices[ProductClass(operands, False, plain)] = Choice(narrow)
+    return choices
+
+
+_Config = ProductConfig
+# Products of float32 operands proper run on the ordinary units: registers bound their tiles.
+_FLOAT32 = (_Config(64, 64, 32, 8, 2), _Config(64, 64, 16, 8, 2))
+
+PRODUCTS: dict[str, dict[ProductClass, Choice]] = {
+    "sm_80": _choices(
+        {
+            ("half", True): (
+                _Config(128, 128, 64, 8, 3),
+                _Config(128, 128, 32, 8, 4),
+                _Config(64, 256, 64, 8, 3),
+            ),
+            ("half", False): (_Config(128, 128, 64, 8, 3), _Config(128, 128, 32, 8, 4)),
+            ("tf32", True): (_Config(128, 128, 32, 8, 3),),
+            ("tf32", False): (_Config(128, 128, 32, 8, 3),),
+            ("float32", True): _FLOAT32,
+            ("float32", False): _FLOAT32,
+        }
+    ),
+    # The compiler has no warp specialisation of these kernels for Hopper: Triton 3.7.1 fails on
+    # 128 x 128 tiles of four warps, 3.6.0 takes only those, and both ignore the others.
+    "sm_90": _choices(
+        {
+            ("half", True): (
+                _Config(128, 256, 64, 8, 4, by_descriptor=True, flatten=True),
+                _Config(128, 256, 64, 8, 3, by_descriptor=True, flatten=True),
+                _Config(128, 256, 64, 8, 3, by_descriptor=True),
+                _Config(256, 128, 64, 8, 4, by_descriptor=True, flatten=True),
+                _Config(128, 128, 64, 8, 4, by_descriptor=True, flatten=True),
+                _Config(128, 128, 64, 4, 3, by_descriptor=True),
+                _Config(128, 256, 64, 8, 3),
+                _Config(128, 128, 64, 8, 3),
+            ),
+            ("half", False): (
+                _Config(128, 128, 64, 8, 4, by_descriptor=True, flatten=True),
+                _Config(128, 128, 64, 8, 3, by_descriptor=True),
+                _Config(128, 128, 64, 8, 3),
+            ),
+            ("tf32", True): (
+                _Config(128, 128, 32, 8, 4, by_descriptor=True, flatten=True),
+                _Config(128, 128, 32, 8, 3),
+            ),
+            ("tf32", False): (
+                _Config(128, 128, 32, 8, 4, by_descriptor=True, flatten=True),
+                _Config(128, 128, 32, 8, 3),
+            ),
+            ("float32", True): _FLOAT32,
+            ("float32", False): _FLOAT32,
+        }
+    ),
+    # Specialised loops are flattened as well, since Triton 3.6.0 fails on the others; with a bias and
+    # a softcap both they spill.
+    "sm_100": _choices(
+        {
+            ("half", True): (
+                _Config(128, 256, 64, 8, 4, True, True, True),
+                _Config(128, 256, 64, 8, 3, True, True, True),
+                _Config(128, 128, 64, 4, 4, True, True, True),
+                _Config(128, 256, 64, 8, 4, by_descriptor=True),
+                _Config(128, 256, 64, 8, 3),
+            ),
+            ("half", False): (_Config(128, 128, 64, 8, 4, by_descriptor=True),),
+            ("tf32", True): (
+                _Config(128, 128, 32, 8, 4, True, True, True),
+                _Config(128, 128, 32, 8, 3, by_descriptor=True),
+            ),
+            ("tf32", False): (_Config(128, 128, 32, 8, 3, by_descriptor=True),),
+            ("float32", True): _FLOAT32[:1],
+            ("float32", False): _FLOAT32[:1],
+        }
+    ),
+    "gfx942": _choices(
+        {
+            ("half", True): (_Config(64, 128, 64, 8, 2), _Config(128, 64, 64, 8, 2)),
+            ("half", False): (_Config(64, 128, 64, 8, 2), _Config(128, 64, 64, 8, 2)),
+            ("float32", True): _FLOAT32[1:],
+            ("float32", False): _FLOAT32[1:],
+        }
+    ),
+}
+
+FALLBACK = Choice((_Config(64, 128, 32, 8, 3),))
+# Few programs, each with large blocks.
+_INTERPRETED = Choice((_Config(64, 512, 512, 8, 1),))
+_FALLBACK_FLOAT32 = Choice(_FLOAT32[1:])
+
+
+def product_class(dtype: torch.dtype, tf32: bool, hidden_size: int, plain: bool) -> ProductClass:
+    """The class of a product; `tf32` as `allows_tf32` has it."""
+    single = "tf32" if tf32 else "float32"
+    operands = single if dtype == torch.float32 else "half"
+    return ProductClass(operands, hidden_size >= _WIDE, plain)
+
+
+def product_choice(name: str, arch: str, product: ProductClass) -> Choice:
+    """What the table has for a device: under its own name, its architecture's, or the fallback."""
+    for key in (name, arch):
+        choice = PRODUCTS.get(key, {}).get(product)
+        if choice is not None:
+            return choice
+    return _FALLBACK_FLOAT32 if product.operands == "float32" else FALLBACK
+
+
+def product_choice_of(device: torch.device, product: ProductClass) -> Choice:
+    """The table's choice for the device that is there."""
+    if INTERPRET:
+        return _INTERPRETED
+    return product_choice(*device_names(device), product)
+
+
+@functools.cache
+def device_names(device: torch.device) -> tuple[str, str]:
+    """A device's name and its architecture, as "sm_90" or "gfx942"; its type, where not a GPU."""
+    if device.type != "cuda":
+        return device.type, device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.name, properties.gcnArchName.split(":")[0]
+    return properties.name, f"sm_{properties.major}{properties.minor}"
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own float32 products may round their operands to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
