@@ -70,14 +70,21 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
     """Median time and peak memory of suite "operator" against scored tokens, by provider."""
     plots = pyplot()
     rows = [row for row in _measured(report["rows"], "operator") if _head(row) == head]
+    tasks = {task: title for task, title in TASKS.items() if any(r["task"] == task for r in rows)}
     quantities = {"median_ms": "time, ms", "peak_mib": "peak memory beyond the inputs, MiB"}
     with plots.rc_context(_RC):
         figure, axes = plots.subplots(
-            2, len(TASKS), figsize=(12, 7.2), sharex=True, sharey="row", layout="constrained"
+            2,
+            len(tasks),
+            squeeze=False,
+            figsize=(12, 7.2),
+            sharex=True,
+            sharey="row",
+            layout="constrained",
         )
         for line, (quantity, label) in zip(axes, quantities.items(), strict=True):
             line[0].set_ylabel(label)
-            for panel, task in zip(line, TASKS, strict=True):
+            for panel, task in zip(line, tasks, strict=True):
                 for provider, style in STYLES.items():
                     points = _points(rows, task, provider, quantity)
                     if points:
@@ -94,7 +101,7 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
                 panel.set_yscale("log")
                 panel.grid(color="0.9", linewidth=0.6)
         tokens = sorted({row["tokens"] for row in rows})
-        for panel, title in zip(axes[0], TASKS.values(), strict=True):
+        for panel, title in zip(axes[0], tasks.values(), strict=True):
             panel.set_title(title, loc="left", fontsize=11)
         for panel in axes[-1]:
             panel.set_xticks(tokens, [f"{n:,}" for n in tokens])
@@ -128,11 +135,18 @@ def draw_errors(report: dict[str, Any], path: Path) -> None:
     plots = pyplot()
     rows = _measured(report["rows"], *SUITE_MARKERS)
     shown = [name for name in STYLES if any(row["provider"] == name for row in rows)]
+    # A logarithmic axis needs a number.
+    errors = {key: text for key, text in ERRORS.items() if any(row[key] for row in rows)}
     with plots.rc_context(_RC):
         figure, axes = plots.subplots(
-            1, len(ERRORS), figsize=(13, 1.6 + 0.42 * len(shown)), sharey=True, layout="constrained"
+            1,
+            len(errors),
+            squeeze=False,
+            figsize=(13, 1.6 + 0.42 * len(shown)),
+            sharey=True,
+            layout="constrained",
         )
-        for panel, (error, (title, unit)) in zip(axes, ERRORS.items(), strict=True):
+        for panel, (error, (title, unit)) in zip(axes[0], errors.items(), strict=True):
             for height, provider in enumerate(shown):
                 for suite, marker in SUITE_MARKERS.items():
                     values = [
@@ -159,8 +173,8 @@ def draw_errors(report: dict[str, Any], path: Path) -> None:
             for height in range(len(shown)):
                 panel.axhline(height, color="0.93", linewidth=0.8, zorder=1)
             _widen(panel)
-        axes[0].set_yticks(range(len(shown)), shown)
-        axes[0].set_ylim(len(shown) - 0.5, -0.5)
+        axes[0, 0].set_yticks(range(len(shown)), shown)
+        axes[0, 0].set_ylim(len(shown) - 0.5, -0.5)
         handles = [
             plots.Line2D(
                 [], [], linestyle="", marker=marker, markersize=7, color="0.3",
