@@ -21,6 +21,7 @@ from prefkern.cli.bench import command, group, pictures, problem, providers, sha
 from prefkern.cli.bench.group import Settings
 from prefkern.cli.bench.report import PLAIN_PRODUCT, Row
 from prefkern.cli.bench.timing import describe_failure, time_in_turns
+from prefkern.measure import Meter
 
 CPU = torch.device("cpu")
 MODULES = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
@@ -362,10 +363,26 @@ def test_a_training_step(task: str) -> None:
         assert row.failure is None and row.operations and row.peak_mib and row.median_ms
         assert row.sum_logp_error is not None and row.sum_logp_error < 0.1
         assert row.operations_nhv is None
-    ours = rows[0]
+    ours, eager = rows[:2]
+    # The model's own forward makes logits of every token, twice as many as are scored.
+    nhv = 16 * 32 * 500
+    extra = (eager.operations or 0) - (ours.operations or 0)
+    # A trainable head may take prefkern one pass or two.
+    assert extra in {"lora": [(8 - 4) * nhv], "full": [(12 - 6) * nhv, (12 - 8) * nhv]}[task]
     assert ours.plan is not None and ours.sum_logp_error < 1e-4  # type: ignore[operator]
     assert (ours.plan["structure"] == "one_pass") == (task == "lora")
     assert all(p.requires_grad for p in trained.model.parameters()) == (task == "full")
+
+
+def test_a_compiled_provider_is_counted_as_what_it_compiles() -> None:
+    trained = step.TrainedModel(step.QUICK[0], "full", settings())
+    operations = []
+    for provider in (providers.Compiled(CPU).uncompiled(), providers.Eager()):
+        with Meter() as meter:
+            trained.step(provider)
+        operations.append(meter.operations)
+    # Half the tokens are scored; the model's own forward takes all to logits.
+    assert operations[1] - operations[0] == 6 * 16 * 32 * 500
 
 
 def test_a_step_s_gradients_are_those_of_the_logits() -> None:

@@ -183,7 +183,7 @@ def _resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         parser.error(f"--suite {' '.join(arguments.suite)} has none of the shapes asked for")
 
     # A first round warms nothing on a CPU but caches; on a GPU clocks rise, and memory is taken.
-    defaults = (2, 1, 60.0) if quick else (20, 2, 2.0) if is_gpu else (5, 1, 20.0)
+    defaults = (2, 1, 60.0) if quick else (20, 2, 2.0) if is_gpu else (5, 1, 10.0)
     given = (arguments.repeats, arguments.warm_up, arguments.seconds)
     arguments.repeats, arguments.warm_up, arguments.seconds = (
         default if value is None else value for value, default in zip(given, defaults, strict=True)

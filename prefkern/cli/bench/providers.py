@@ -128,13 +128,17 @@ def label_logps(logits: Tensor, labels: Tensor) -> Tensor:  # (N, V), (N,) -> (N
     return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-class Eager(Provider):
-    """Of the scored tokens only, which is kinder to it than what a model's `forward` does."""
+class ScoredLogits(Provider):
+    """Logits of the scored tokens only, from hidden states: what `Compiled` compiles."""
 
     def token_logps(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
     ) -> Tensor:
         return eager_logps(hidden, weight, labels, softcap)
+
+
+class Eager(ScoredLogits):
+    """The same, which is kind to it; suite "step" gives it the logits of the model's own forward."""
 
 
 class Compiled(Provider):
@@ -149,7 +153,7 @@ class Compiled(Provider):
         return self.compiled(hidden, weight, labels, softcap)
 
     def uncompiled(self) -> Provider:
-        return Eager()
+        return ScoredLogits()
 
 
 class TorchLinearCrossEntropy(Provider):

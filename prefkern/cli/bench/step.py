@@ -90,7 +90,7 @@ QUICK = [
         8,
     )
 ]
-CPU = [Model("SmolLM2, 4 layers", "llama", _SMOLLM2 | {"num_hidden_layers": 4}, 4, 128)]
+CPU = [Model("SmolLM2, 2 layers", "llama", _SMOLLM2 | {"num_hidden_layers": 2}, 2, 128)]
 GPU = [
     Model("Qwen3-0.6B model", "qwen3", _QWEN3_06B, 8, 1024),
     Model("Llama-3.2-1B model", "llama", _LLAMA32_1B, 8, 1024),
