@@ -331,7 +331,7 @@ def test_what_cannot_be_counted_has_no_number(hides: str, monkeypatch: pytest.Mo
 
 def test_the_file_is_kept_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is stopped leaves the rows of all groups before."""
-    # Forward takes three calls: examined twice (memory and operations are one), timed once.
+    # One for each task: the second is stopped.
     monkeypatch.setitem(providers.PROVIDERS, "eager", lambda *_: next(made))
     made = iter([providers.Eager(), Failing(KeyboardInterrupt())])
     file = tmp_path / "result.json"
