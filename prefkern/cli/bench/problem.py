@@ -21,7 +21,8 @@ from prefkern.cli.bench.shapes import Shape
 IGNORE_INDEX = -100
 BETA = 0.1
 TOKEN_TILE, VOCAB_TILE = 4096, 8192  # of float64 logits: 256 MiB
-TRUTH_OPERATIONS = {"cuda": 10**13, "cpu": 2 * 10**11}  # for each gradient's sample
+TRUTH_OPERATIONS = {"cuda": 10**13}  # for each gradient's sample, and elsewhere:
+TRUTH_OPERATIONS_ELSEWHERE = 2 * 10**11
 
 
 class Problem(NamedTuple):
@@ -132,7 +133,9 @@ def truth_of(
     logps = label_logits - lse
     g = grads(logps).double()
 
-    budget = TRUTH_OPERATIONS[device.type] if operations is None else operations
+    budget = operations
+    if budget is None:
+        budget = TRUTH_OPERATIONS.get(device.type, TRUTH_OPERATIONS_ELSEWHERE)
     tokens = _sample(N, max(32, int(budget / (4 * H * V))), device)
     words = _sample(V, max(32, int(budget / (4 * H * N))), device, first=labels.unique())
     dhidden = torch.zeros(len(tokens), H, dtype=torch.float64, device=device)
