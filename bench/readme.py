@@ -1,6 +1,7 @@
 """Write the sections of measured figures in the README, its page here and the page of objectives.
 
-usage: python bench/readme.py            (--check: exit 1 if a page is not what this would write)
+usage: python bench/readme.py            (--check: exit 1 if a page is not what this would write;
+                                          --pictures: draw those of `prefkern bench` anew, too)
 
 No figure of those sections is typed by hand: each comes from a JSON file under bench/results/ that
 `prefkern bench`, `make demo`, bench/plans.py or bench/objectives.py wrote, whose machine, versions, date and command
@@ -68,14 +69,24 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         start = f"| {row['task']} | {row['provider']} |"
         if row["failure"]:
-            lines.append(f"{start} {row['failure']} ||||||||")
             continue
         errors = ("token_logp_error", "sum_logp_error", "dhidden_error", "dweight_error")
         cells = [number(row["operations_nhv"], ".2f"), number(row["peak_mib"])]
         cells += [number(row[error], ".1e") for error in errors]
         cells += [number(row["median_ms"]), number(row["product_ratio"], ".2f")]
         lines.append(f"{start} {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *failures(rows)])
+
+
+def failures(rows: list[dict[str, Any]]) -> list[str]:
+    """Who is missing from a table, and why, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["failure"]:
+            reason = row["failure"].removeprefix("NotImplementedError: ")
+            reasons.setdefault((row["provider"], reason), []).append(row["task"])
+    texts = [f"{name} ({', '.join(tasks)}): {why}" for (name, why), tasks in reasons.items()]
+    return ["", "Not there: " + "; ".join(texts)] if texts else []
 
 
 def model_table(rows: list[dict[str, Any]]) -> str:
@@ -87,13 +98,12 @@ def model_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         start = f"| {row['task']} | {row['provider']} |"
         if row["failure"]:
-            lines.append(f"{start} {row['failure']} ||||")
             continue
         operations = None if row["operations"] is None else row["operations"] / 1e9
         cells = [number(operations), number(row["peak_mib"])]
         cells += [number(row["sum_logp_error"], ".1e"), number(row["median_ms"])]
         lines.append(f"{start} {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *failures(rows)])
 
 
 COLUMNS = (
@@ -117,9 +127,9 @@ def bench_section(name: str) -> str:
     ]
     if any(each["name"].startswith("spread") for each in report["shapes"]):
         parts += fidelity(report)
-    picture = RESULTS / name.replace(".json", "-tokens.png")
+    picture = RESULTS / name.replace(".json", "-errors.png")
     if picture.exists():
-        parts.append(f"![time and memory against scored tokens](bench/results/{picture.name})")
+        parts.append(f"![errors against float64, by provider](bench/results/{picture.name})")
     return "\n\n".join([*parts, source(report, name)])
 
 
@@ -301,7 +311,17 @@ PAGES = {
 }
 
 
+def draw_pictures() -> None:
+    from prefkern.cli.bench import pictures
+
+    for name in kept("bench-*.json"):
+        report = json.loads((RESULTS / name).read_text())
+        pictures.draw(report, RESULTS, name.removesuffix(".json"))
+
+
 def main() -> int:
+    if "--pictures" in sys.argv:
+        draw_pictures()
     differ = False
     for path, section in PAGES.items():
         text = path.read_text()

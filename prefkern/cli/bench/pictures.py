@@ -117,10 +117,12 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
         figure.legend(
             handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=11
         )
+        is_gpu = report.get("device_type") == "cuda"
+        remark = "" if is_gpu else " (times on a CPU mean little)"
         sizes = next(shape for shape in report["shapes"] if shape["name"] == head)
         figure.suptitle(
             f"{head}: H = {sizes['hidden_size']:,}, V = {sizes['vocab_size']:,}, "
-            f"{report['dtype']}, {report['device']}",
+            f"{report['dtype']}, {report['device']}{remark}",
             x=0.01,
             ha="left",
             fontsize=12,

@@ -109,6 +109,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": name,
+        "device_type": device.type,
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "command": command,
