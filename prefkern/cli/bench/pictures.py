@@ -71,7 +71,9 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
     plots = pyplot()
     rows = [row for row in _measured(report["rows"], "operator") if _head(row) == head]
     tasks = {task: title for task, title in TASKS.items() if any(r["task"] == task for r in rows)}
-    quantities = {"median_ms": "time, ms", "peak_mib": "peak memory beyond the inputs, MiB"}
+    is_gpu = report.get("device_type") == "cuda"
+    time_label = "time, ms" if is_gpu else "time, ms (on a CPU: means little)"
+    quantities = {"median_ms": time_label, "peak_mib": "peak memory beyond the inputs, MiB"}
     with plots.rc_context(_RC):
         figure, axes = plots.subplots(
             2,
@@ -115,14 +117,12 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
             for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
         }
         figure.legend(
-            handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=11
+            handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=11
         )
-        is_gpu = report.get("device_type") == "cuda"
-        remark = "" if is_gpu else " (times on a CPU mean little)"
         sizes = next(shape for shape in report["shapes"] if shape["name"] == head)
         figure.suptitle(
             f"{head}: H = {sizes['hidden_size']:,}, V = {sizes['vocab_size']:,}, "
-            f"{report['dtype']}, {report['device']}{remark}",
+            f"{report['dtype']}, {report['device']}",
             x=0.01,
             ha="left",
             fontsize=12,
