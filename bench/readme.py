@@ -1,9 +1,10 @@
-"""Write the sections of measured figures in the README and the page of objectives.
+"""Write the sections of measured figures in the README, its page here and the page of objectives.
 
-usage: python bench/readme.py            (--check: exit 1 if a page is not what this would write)
+usage: python bench/readme.py            (--check: exit 1 if a page is not what this would write;
+                                          --pictures: draw those of `prefkern bench` anew, too)
 
 No figure of those sections is typed by hand: each comes from a JSON file under bench/results/ that
-`prefkern bench`, `make demo` or bench/objectives.py wrote, whose machine, versions, date and command
+`prefkern bench`, `make demo`, bench/plans.py or bench/objectives.py wrote, whose machine, versions, date and command
 stand beside it.
 """
 
@@ -19,48 +20,203 @@ RESULTS = ROOT / "bench/results"
 MARKERS = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 
-def source(report: dict[str, Any], name: str) -> str:
+def source(report: dict[str, Any], name: str, folder: str = "bench/results") -> str:
     """One line: where the figures of a table come from."""
     versions = ", ".join(
         f"{package} {report['versions'][package]}"
-        for package in ("torch", "transformers", "liger-kernel")
+        for package in ("torch", "transformers", "liger-kernel", "trl", "cut-cross-entropy")
         if report["versions"].get(package)
     )
     return (
         f"`{report['command']}` on {report['device']}; {versions}; {report['date'][:10]} "
-        f"([{name}](bench/results/{name}))."
+        f"([{name}]({folder}/{name}))."
     )
 
 
-def loss_step_table(name: str) -> str:
-    """Operations, memory, error and time of a DPO step at the model's shape, by provider."""
-    report = json.loads((RESULTS / name).read_text())
-    shape = next(each for each in report["shapes"] if each["name"] == "SmolLM2-135M")
+def kept(pattern: str) -> list[str]:
+    """Result files by name, those of GPUs first."""
+    return sorted((path.name for path in RESULTS.glob(pattern)), key=lambda n: ("cpu" in n, n))
+
+
+def rows_of(report: dict[str, Any], suite: str, shape: str) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if (row["suite"], row["shape"]) == (suite, shape)]
+
+
+def size(shape: dict[str, Any]) -> str:
+    softcap = f", softcap {shape['softcap']:g}" if shape["softcap"] else ""
+    spread = "" if shape["spread"] == 2 else f", logits' spread {shape['spread']:g}"
+    return (
+        f"{shape['tokens']:,} scored tokens, H = {shape['hidden_size']:,}, "
+        f"V = {shape['vocab_size']:,}{softcap}{spread}"
+    )
+
+
+def number(value: float | None, form: str = "") -> str:
+    """Three digits without an exponent, or by the format."""
+    if value is None:
+        return "-"
+    if form:
+        return format(value, form)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def bench_table(rows: list[dict[str, Any]]) -> str:
+    """One suite at one shape: a line for each task and provider."""
     lines = [
+        "| task | provider | NHV | peak MiB | token | sequence | dH | dW | ms | x |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        start = f"| {row['task']} | {row['provider']} |"
+        if row["failure"]:
+            continue
+        errors = ("token_logp_error", "sum_logp_error", "dhidden_error", "dweight_error")
+        cells = [number(row["operations_nhv"], ".2f"), number(row["peak_mib"])]
+        cells += [number(row[error], ".1e") for error in errors]
+        cells += [number(row["median_ms"]), number(row["product_ratio"], ".2f")]
+        lines.append(f"{start} {' | '.join(cells)} |")
+    return "\n".join([*lines, *failures(rows)])
+
+
+def failures(rows: list[dict[str, Any]]) -> list[str]:
+    """Who is missing from a table, and why, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["failure"]:
+            reason = row["failure"].removeprefix("NotImplementedError: ")
+            reasons.setdefault((row["provider"], reason), []).append(row["task"])
+    texts = [f"{name} ({', '.join(tasks)}): {why}" for (name, why), tasks in reasons.items()]
+    return ["", "Not there: " + "; ".join(texts)] if texts else []
+
+
+def model_table(rows: list[dict[str, Any]]) -> str:
+    """Suite "step" of one model: a line for each task and provider."""
+    lines = [
+        "| task | provider | GFLOP | peak MiB | sequence | ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        start = f"| {row['task']} | {row['provider']} |"
+        if row["failure"]:
+            continue
+        operations = None if row["operations"] is None else row["operations"] / 1e9
+        cells = [number(operations), number(row["peak_mib"])]
+        cells += [number(row["sum_logp_error"], ".1e"), number(row["median_ms"])]
+        lines.append(f"{start} {' | '.join(cells)} |")
+    return "\n".join([*lines, *failures(rows)])
+
+
+COLUMNS = (
+    "NHV: matrix-product operations, counted. Peak MiB: beyond the inputs, gradients included. "
+    "token, sequence: the worst error of a log-prob against float64, in nats; dH, dW: relative. "
+    "x: time over that of plain products of as many operations. -: not measured."
+)
+
+
+def bench_section(name: str) -> str:
+    """The README's part: log-probs and gradients at the first shape, and fidelity."""
+    report = json.loads((RESULTS / name).read_text())
+    shape = report["shapes"][0]
+    rows = [row for row in rows_of(report, "operator", shape["name"]) if row["task"] != "forward"]
+    parts = [
         (
-            f"A DPO loss step (hidden states to gradients, reference included) in {report['dtype']} at "
-            f"H = {shape['hidden_size']:,}, V = {shape['vocab_size']:,}, "
-            f"{shape['pairs']} pairs of {shape['length']} tokens, {shape['prompt']} of them prompt. "
-            "NHV: matrix-product operations, 2 of them the reference's. "
-            "Errors are the worst against float64, of a sequence's log-prob in nats and of dH and dW relative."
+            f"Log-probs and their gradients, forward and backward, {report['dtype']}, the head of "
+            f"{shape['name']}: {size(shape)}. {COLUMNS}"
+        ),
+        bench_table(rows),
+    ]
+    if any(each["name"].startswith("spread") for each in report["shapes"]):
+        parts += fidelity(report)
+    picture = RESULTS / name.replace(".json", "-errors.png")
+    if picture.exists():
+        parts.append(f"![errors against float64, by provider](bench/results/{picture.name})")
+    return "\n\n".join([*parts, source(report, name)])
+
+
+def fidelity(report: dict[str, Any]) -> list[str]:
+    """Errors of sums and of a DPO step's gradients, by the spread of the logits."""
+    spreads = [each for each in report["shapes"] if each["name"].startswith("spread")]
+    some = spreads[0]
+    length = some["tokens"] // (2 * some["pairs"])
+    lines = ["| provider |", "|---|"]
+    for shape in spreads:
+        lines[0] += f" spread {shape['spread']:g}: sum, worst | mean | DPO's dH | DPO's dW |"
+        lines[1] += "---|---|---|---|"
+    providers = {row["provider"]: None for row in rows_of(report, "loss", some["name"])}
+    for provider in providers:
+        cells: list[str] = []
+        for shape in spreads:
+            rows = {
+                row["task"]: row
+                for row in rows_of(report, "loss", shape["name"])
+                if row["provider"] == provider and row["sum_logp_error"] is not None
+            }
+            if len(rows) == 2:
+                cells += [
+                    number(rows["frozen"]["sum_logp_error"], ".1e"),
+                    number(rows["frozen"]["sum_logp_mean_error"], ".1e"),
+                    number(rows["frozen"]["dhidden_error"], ".1e"),
+                    number(rows["trainable"]["dweight_error"], ".1e"),
+                ]
+        if cells:
+            lines.append(f"| {provider} | {' | '.join(cells)} |")
+    intro = (
+        f"What logits in {report['dtype']} cost: errors of the log-prob of a sequence of {length} tokens, "
+        f"half of them confident, in nats, and of the gradients of a DPO step on such sequences "
+        f"(beta 0.1), against float64, at H = {some['hidden_size']:,}, V = {some['vocab_size']:,}, by "
+        "the spread of the logits:"
+    )
+    return [intro, "\n".join(lines)]
+
+
+def all_results() -> str:
+    """The benchmarks' own page: every table of every result, and the plans' bounds."""
+    return "\n\n".join([*(every_table(name) for name in kept("bench-*.json")), plans_table()])
+
+
+def every_table(name: str) -> str:
+    report = json.loads((RESULTS / name).read_text())
+    parts = [f"### {report['device']}", source(report, name, "results"), COLUMNS]
+    for shape in report["shapes"]:
+        for suite in ("operator", "loss"):
+            if rows := rows_of(report, suite, shape["name"]):
+                parts += [f"**{suite}, {shape['name']}**: {size(shape)}", bench_table(rows)]
+    for model in report["models"]:
+        if rows := rows_of(report, "step", model["name"]):
+            words = f"{2 * model['pairs']} rows of {model['length']} tokens, half of them scored"
+            parts += [f"**step, {model['name']}**: {words}", model_table(rows)]
+    pictures = sorted(RESULTS.glob(name.replace(".json", "-*.png")))
+    parts += [f"![{path.stem}](results/{path.name})" for path in pictures]
+    return "\n\n".join(parts)
+
+
+def plans_table(name: str = "plans-cpu.json") -> str:
+    """Temporary memory and operations of each task, by shape and workspace."""
+    report = json.loads((RESULTS / name).read_text())
+    tasks = list(dict.fromkeys(row["task"] for row in report["rows"]))
+    lines = [
+        "### Plans: operations and temporary memory",
+        "",
+        (
+            "Counted on the torch backend in bfloat16: NHV of a call, and the most bytes alive at once "
+            "beyond inputs, outputs, gradients and the float32 `[N, H]` of D or dH, which is what "
+            f"`workspace_mb` bounds. `bench/plans.py` fails where it is passed by more than "
+            f"{report['slack'] - 1:.0%}."
         ),
         "",
-        "| head | provider | NHV | peak MiB | log-prob error | dH error | dW error | ms |",
-        "|---|---|---|---|---|---|---|---|",
+        "| N, H, V | logits, MiB | workspace_mb |" + "".join(f" {t}: NHV | MiB |" for t in tasks),
+        "|---|---|---|" + "---|---|" * len(tasks),
     ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        if row["shape"] != shape["name"]:
-            continue
-        if row["failure"]:
-            lines.append(f"| {row['head']} | {row['provider']} | {row['failure']} |||||||")
-            continue
-        errors = (row["sum_logp_error"], row["dhidden_error"], row["dweight_error"])
-        cells = " | ".join("-" if error is None else f"{error:.1e}" for error in errors)
+        key = (row["tokens"], row["hidden_size"], row["vocab_size"], row["workspace_mb"])
+        groups.setdefault(key, []).append(row)
+    for (N, H, V, workspace_mb), rows in groups.items():
+        cells = "".join(f" {r['operations_nhv']:.2f} | {r['temporary_mib']:.1f} |" for r in rows)
         lines.append(
-            f"| {row['head']} | {row['provider']} | {row['operations_nhv']:.2f} "
-            f"| {row['peak_mib']:.0f} | {cells} | {row['median_ms']:.0f} |"
+            f"| {N:,}, {H:,}, {V:,} | {rows[0]['logits_mib']:.0f} | {workspace_mb} |{cells}"
         )
-    return "\n".join([*lines, "", source(report, name)])
+    return "\n".join([*lines, "", source(report, name, "results")])
 
 
 def demo_tables(name: str) -> str:
@@ -102,9 +258,11 @@ def measured() -> str:
     closing = (
         "On a CPU prefkern multiplies in float32, eager and Liger in the inputs' dtype, so these "
         "times say little about a GPU. Operations carry over to other machines, and memory follows "
-        "`workspace_mb`."
+        "`workspace_mb`. DPO steps, training steps of whole models, other shapes and the bounds of "
+        "memory: [bench/README.md](bench/README.md)."
     )
-    return "\n\n".join([demo_tables("demo-cpu.json"), loss_step_table("bench-cpu.json"), closing])
+    sections = [bench_section(name) for name in kept("bench-*.json")]
+    return "\n\n".join([demo_tables("demo-cpu.json"), *sections, closing])
 
 
 def objectives_table(name: str) -> str:
@@ -148,11 +306,22 @@ def objectives_table(name: str) -> str:
 
 PAGES = {
     ROOT / "README.md": measured,
+    ROOT / "bench/README.md": all_results,
     ROOT / "prefkern/objectives/README.md": lambda: objectives_table("objectives-cpu.json"),
 }
 
 
+def draw_pictures() -> None:
+    from prefkern.cli.bench import pictures
+
+    for name in kept("bench-*.json"):
+        report = json.loads((RESULTS / name).read_text())
+        pictures.draw(report, RESULTS, name.removesuffix(".json"))
+
+
 def main() -> int:
+    if "--pictures" in sys.argv:
+        draw_pictures()
     differ = False
     for path, section in PAGES.items():
         text = path.read_text()

@@ -109,16 +109,26 @@ def run(
 ) -> tuple[Result, plan.Plan]:
     """Plan and run checked arguments."""
     operands = operands_of(hidden)
+    gradients = wanted_gradients(hidden, weight, bias)
+    product_row = None
+    if backend == "triton" and not (gradients.hidden or gradients.head or with_stats):
+        is_plain = operands.dtype == hidden.dtype == weight.dtype and ref_hidden is None
+        kernels = _kernels()
+        assert kernels is not None
+        if is_plain:
+            plain = bias is None and transform.softcap is None
+            product_row = kernels.product_fold_row(hidden, weight, plain)
     made = plan.make_plan(
         tokens=scored.count,
         vocab_size=weight.shape[0],
         head=planned_head(weight, operands),
-        gradients=wanted_gradients(hidden, weight, bias),
+        gradients=gradients,
         backend=backend,
         workspace_mb=workspace_mb,
         has_softcap=transform.softcap is not None,
         with_stats=with_stats,
         with_reference=ref_hidden is not None,
+        product_row=product_row,
     )
     plan.record(made)
     call = Call(transform, operands, made, tile_operations(backend), with_stats)

@@ -7,8 +7,9 @@ what is freed is given back at the moment it is freed, so that `peak_bytes` is t
 alive at once. Both are properties of the algorithm, the same on every machine, where a process's
 resident memory also shows the allocator's habits.
 
-What it cannot see: scratch memory inside an operator, products inside a Triton kernel or a custom
-operator's own code. On CUDA, bytes are therefore the caching allocator's record (`cost_of`).
+A custom operator that is written in torch is taken apart, so that its products and its memory are
+seen too. What it cannot see: scratch memory inside an operator, products inside a Triton kernel. On
+CUDA, bytes are therefore the caching allocator's record (`cost_of`).
 
     with Meter() as meter:
         loss_fn(hidden, weight, labels).loss.backward()
@@ -46,6 +47,10 @@ _FACTORS = {
     _aten.vdot: (0, 1),
 }
 
+_BUILT_IN = ("aten", "prim", "prims")
+# Where `torch.library.custom_op` keeps an operator's code for any device, below autograd.
+_CUSTOM_CODE = torch._C.DispatchKey.CompositeExplicitAutograd
+
 
 class Meter(TorchDispatchMode):
     """Counts matrix-product operations and live bytes of what runs inside `with Meter() as meter:`.
@@ -75,6 +80,11 @@ class Meter(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+
+        # A custom operator is code around torch's operators: run that, and watch inside.
+        if func.namespace not in _BUILT_IN and func.has_kernel_for_dispatch_key(_CUSTOM_CODE):
+            with self:
+                return func._op_dk(_CUSTOM_CODE, *args, **kwargs)
 
         # A result on a storage that an argument already had is a view or written in place.
         given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}

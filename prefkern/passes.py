@@ -27,7 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prefkern.fold_state import FoldState, finish, statistics
+from prefkern.fold_state import FoldState, clear, finish, statistics
 from prefkern.operands import Buffers, Head, Transform, add_product, product
 from prefkern.plan import Plan, kept_row, slices
 
@@ -80,6 +80,8 @@ def forward(
     A reference's hidden states go through the same tiles of the same weight, which is then read
     once for both. `derivative` and `terms` are room for what is gathered, if there is some already.
     """
+    if plan.product_in_kernel:
+        return _product_in_kernel(head, rows, labels, transform, plan, ops)
     N, H = labels.shape[0], head.hidden.shape[1]
     device = head.hidden.device
     tiles = plan.forward_tiles
@@ -153,6 +155,28 @@ def forward(
     if with_stats:
         joined = _joined(stats, device)
     return Passed(logps, joined, derivative, terms, ref_logps)
+
+
+def _product_in_kernel(
+    head: Head,
+    rows: Tensor | None,  # (N,)
+    labels: Tensor,  # (N,)
+    transform: Transform,
+    plan: Plan,
+    ops: ModuleType,
+) -> Passed:
+    """Log-probs alone, by the kernel in which product and fold are one: no logit is written."""
+    device = head.hidden.device
+    logps = torch.empty(plan.tokens, dtype=torch.float32, device=device)
+    state = FoldState.empty(plan.forward_tiles.token_tile, device)
+    for tokens in token_slices(plan, plan.forward_tiles.token_tile):
+        part, y = state[: tokens.stop - tokens.start], labels[tokens]
+        clear(*part.sums())
+        ops.product_fold(
+            head.rows(rows, tokens), head.weight, head.bias, y, *part.sums(), **transform.keywords()
+        )
+        ops.finish(*part.sums(), y, logps[tokens])
+    return Passed(logps, None, None, None, None)
 
 
 def head_gradient(

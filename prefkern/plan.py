@@ -82,6 +82,7 @@ class Plan:
     forward_operations: int  # multiplications and additions of the matrix products
     backward_operations: int
     saved_bytes: int  # kept for backward beyond the inputs and the probabilities
+    product_in_kernel: bool = False  # product and fold are one kernel, which writes no logit
     ref_hidden_size: int | None = None  # of the reference's head, in a call with a divergence
 
     @property
@@ -181,18 +182,26 @@ def make_plan(
     has_softcap: bool = False,
     with_stats: bool = False,
     with_reference: bool = False,
+    product_row: int | None = None,
     kept: int | None = None,
 ) -> Plan:
     """The plan of one call.
 
     Args:
         with_reference: a reference's tokens go through the same head.
+        product_row: bytes a token of the kernel in which product and fold are one, where that is
+            to be used and nothing needs a gradient; None: it is not.
         kept: how many tokens' probabilities a trained head keeps; None: as many as is best.
     """
     size = _Sizes(tokens, vocab_size, head, backend, has_softcap, with_stats, with_reference)
     budget = int(workspace_mb * MIB)
     if not gradients.head:
         kept, forward_tiles, backward_tiles = 0, size.forward(budget, kept=0), None
+        if product_row is not None:
+            # Nothing of the size of a tile: as many tokens as their rows and partial states allow.
+            row = head.hidden_row + product_row + 64
+            n = max(min(tokens, budget // row), 1)
+            forward_tiles = Tiles(n, vocab_size, n * row, 2 / n)
     elif kept is None:
         kept, forward_tiles, backward_tiles = _cheapest(size, gradients, budget)
     else:
@@ -218,6 +227,7 @@ def make_plan(
         forward_operations=product * tokens * (1 + gradients.hidden + with_reference),
         backward_operations=product * (tokens * gradients.weight + recomputed),
         saved_bytes=4 * tokens * (head.hidden_size * gradients.hidden + 3 * gradients.head),
+        product_in_kernel=product_row is not None and structure == "forward",
     )
 
 

@@ -61,8 +61,25 @@ def attention_without_gradient() -> None:
         F.linear(query @ query.mT, torch.randn(3, 5))
 
 
+@torch.library.custom_op("prefkern_tests::twice", mutates_args=())
+def twice(left: Tensor, right: Tensor) -> Tensor:
+    first = left @ right
+    return first.addmm_(left, right)
+
+
+def custom_operator() -> None:
+    twice(torch.randn(5, 7), torch.randn(7, 11))
+
+
 @pytest.mark.parametrize(
-    "step", [linear_and_backward, in_place_accumulation, batched, attention_without_gradient]
+    "step",
+    [
+        linear_and_backward,
+        in_place_accumulation,
+        batched,
+        attention_without_gradient,
+        custom_operator,
+    ],
 )
 def test_operations_agree_with_the_profiler(step: Callable[[], None]) -> None:
     with Meter() as meter:

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from prefkern import passes
+from prefkern import fold_state
 
 kernels = pytest.importorskip("prefkern_kernels")
 
@@ -45,8 +45,14 @@ def case(n, v, h, dtype, device, seed=0, spread=4.0):
     return hidden.to(device, dtype), weight.to(device, dtype), labels.to(device)
 
 
-def run(hidden, weight, bias, labels, state=None, **options) -> passes.FoldState:
-    state = state or passes.FoldState(labels.shape[0], hidden.device, with_stats=False)
+def fresh_state(n, device) -> fold_state.FoldState:
+    state = fold_state.FoldState.empty(n, device)
+    fold_state.clear(*state.sums())
+    return state
+
+
+def run(hidden, weight, bias, labels, state=None, **options) -> fold_state.FoldState:
+    state = state or fresh_state(labels.shape[0], hidden.device)
     before = kernels.launches["product_fold"]
     kernels.product_fold(
         hidden,
@@ -87,7 +93,7 @@ def assert_right(state, expected, tolerance, softcap) -> None:
     logps, miss, label, slope, z = expected
     # The error of a float32 logit of this size.
     scale = max(z.abs().max().item(), 1.0)
-    folded = passes.finish(state)
+    folded = fold_state.finish(state)
     torch.testing.assert_close(folded.logps.double(), logps, rtol=4e-6, atol=tolerance * scale)
     torch.testing.assert_close(folded.miss.double(), miss, rtol=3 * tolerance * scale, atol=1e-37)
     torch.testing.assert_close(state.label_logit.double(), label, rtol=0, atol=tolerance * scale)
@@ -128,7 +134,7 @@ def test_equal_logits(size, device):
     labels = torch.tensor([0, 31, 32, 98, 99], device=device)
     state = run(hidden, weight, None, labels, config=CONFIGS["pointers"])
     expected = torch.full((5,), -math.log(100.0), device=device)
-    torch.testing.assert_close(passes.finish(state).logps, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(fold_state.finish(state).logps, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("config", ["pointers", "descriptors", "one split"])
@@ -144,7 +150,7 @@ def test_extreme_logits(config, device):
     labels = torch.tensor([v - 1, v - 1, 0, 7], device=device)
     state = run(hidden, weight, None, labels, config=CONFIGS[config])
     logps, miss, label, *_ = truth(hidden, weight, None, labels, **PLAIN)
-    folded = passes.finish(state)
+    folded = fold_state.finish(state)
     torch.testing.assert_close(folded.logps.double(), logps, rtol=1e-6, atol=1e-30)
     torch.testing.assert_close(folded.miss.double(), miss, rtol=2e-3, atol=1e-37)
     assert torch.equal(state.label_logit.double(), label)
@@ -159,7 +165,7 @@ def test_confident_tokens(device):
     state = run(hidden, weight, bias, labels, config=CONFIGS["pointers"])
     _, miss, *_ = truth(hidden, weight, bias, labels, **PLAIN)
     assert miss.max() < 1e-15
-    torch.testing.assert_close(passes.finish(state).miss.double(), miss, rtol=3e-5, atol=0)
+    torch.testing.assert_close(fold_state.finish(state).miss.double(), miss, rtol=3e-5, atol=0)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -205,13 +211,13 @@ def test_parts_of_the_vocabulary_add_up(softcap, device):
     hidden, weight, labels = case(n, v, 64, torch.bfloat16, device)
     options = {**PLAIN, "softcap": softcap}
     whole = run(hidden, weight, None, labels, config=CONFIGS["pointers"], **options)
-    parts = passes.FoldState(n, hidden.device, with_stats=False)
+    parts = fresh_state(n, hidden.device)
     for start, stop in ((0, 70), (70, 75), (190, 300)):
         run(hidden, weight[start:stop], None, labels, parts, start=start,
             config=CONFIGS["pointers"], **options)  # fmt: skip
     kernels.fold(
         hidden.float() @ weight[75:190].float().t(), labels, None, parts.maximum, parts.total,
-        parts.label_logit, parts.label_slope, *(None,) * 6, start=75, **options,
+        parts.label_logit, parts.label_slope, *(None,) * 6, start=75, first=False, **options,
     )  # fmt: skip
     # The two round a softcap's logit, of 10 at most, in their own ways.
     for name in ("maximum", "total", "label_logit", "label_slope"):
@@ -222,10 +228,10 @@ def test_state_is_that_of_fold(device):
     """Field by field, maximum included."""
     hidden, weight, labels = case(33, 130, 64, torch.bfloat16, device)
     mine = run(hidden, weight, None, labels, config=CONFIGS["pointers"])
-    other = passes.FoldState(33, hidden.device, with_stats=False)
+    other = fold_state.FoldState.empty(33, hidden.device)
     kernels.fold(
         hidden.float() @ weight.float().t(), labels, None, other.maximum, other.total,
-        other.label_logit, other.label_slope, *(None,) * 6, start=0, **PLAIN,
+        other.label_logit, other.label_slope, *(None,) * 6, start=0, first=True, **PLAIN,
     )  # fmt: skip
     for name in ("maximum", "total", "label_logit", "label_slope"):
         torch.testing.assert_close(getattr(mine, name), getattr(other, name), rtol=5e-6, atol=4e-6)
@@ -254,7 +260,7 @@ def test_writes_nowhere_else(config, device):
     hidden, weight, labels = case(n, 100, 32, torch.bfloat16, device)
     whole = torch.full((4, n + 10), guard, device=device)
     window = whole[:, 5 : n + 5]
-    fresh = passes.FoldState(n, hidden.device, with_stats=False)
+    fresh = fresh_state(n, hidden.device)
     fields = (fresh.maximum, fresh.total, fresh.label_logit, fresh.label_slope)
     for row, field in zip(window, fields, strict=True):
         row.copy_(field)
@@ -302,3 +308,38 @@ def test_bytes():
     assert kernels.product_fold_bytes(10, 129, 128, config) == 2 * 4 * 3 * 10
     config = CONFIGS["descriptors"]
     assert kernels.product_fold_bytes(10, 129, 128, config) == 2 * 4 * 3 * 10 + 1280
+
+
+@pytest.mark.parametrize("softcap", [None, 10.0])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_operator_uses_it_where_it_is_the_faster_way(ignored, softcap, device, monkeypatch):
+    """Log-probs alone go through it; a gradient, statistics or a shared reference do not."""
+    import prefkern
+
+    monkeypatch.setenv("PREFKERN_PRODUCT_FOLD", "1")
+    hidden, weight, labels = case(50, 333, 64, torch.float32, device)
+    bias = torch.randn(333, device=device)
+    if ignored:
+        labels[::3] = -100
+    options = {"softcap": softcap, "workspace_mb": 0.01, "backend": "triton"}
+    before = kernels.launches["product_fold"]
+    logps = prefkern.linear_logprobs(hidden, weight, labels, bias, **options)
+    made = prefkern.last_plan()
+    assert made.product_in_kernel and made.operations_nhv == 2
+    tiles = -(-made.tokens // made.forward_tiles.token_tile)
+    assert tiles > 1 and kernels.launches["product_fold"] == before + tiles
+    assert made.workspace_bytes <= 0.01 * 2**20
+    truth = prefkern.reference.linear_logprobs(
+        hidden.double(), weight.double(), labels, bias.double(), softcap=softcap
+    )
+    torch.testing.assert_close(logps.double(), truth, rtol=1e-6, atol=1e-5)
+    hidden.requires_grad_()
+    prefkern.linear_logprobs(hidden, weight, labels, **options)
+    assert not prefkern.last_plan().product_in_kernel
+    with torch.no_grad():
+        prefkern.linear_logprobs(hidden, weight, labels, return_stats=True, **options)
+        assert not prefkern.last_plan().product_in_kernel
+        # The table, which has no measurement yet, is asked where nothing else is said.
+        monkeypatch.delenv("PREFKERN_PRODUCT_FOLD")
+        prefkern.linear_logprobs(hidden, weight, labels, **options)
+        assert not prefkern.last_plan().product_in_kernel

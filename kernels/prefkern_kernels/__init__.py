@@ -23,7 +23,12 @@ from .kl_gradient import kl_gradient
 from .launches import launches
 from .pair import PairLossOutput, pair_loss
 from .primitives import INTERPRET
-from .product_fold import product_fold, product_fold_bytes, tune_product_fold
+from .product_fold import (
+    product_fold,
+    product_fold_bytes,
+    product_fold_row,
+    tune_product_fold,
+)
 from .remake_weights import remake_weights
 from .rescale import rescale_rows
 from .settle import settle
@@ -39,6 +44,7 @@ __all__ = [
     "pair_loss",
     "product_fold",
     "product_fold_bytes",
+    "product_fold_row",
     "remake_weights",
     "rescale_rows",
     "settle",

@@ -28,6 +28,7 @@ has, or by tensor descriptors (TMA, from compute capability 9.0 on), as the conf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -459,6 +460,23 @@ def product_fold_bytes(
     """Temporary bytes of a call, where `hidden_bytes` is a row's size if rows are gathered, else 0."""
     gathered = tokens * hidden_bytes if config.by_descriptor else 0
     return gathered + 2 * 4 * config.splits(vocab_size) * tokens
+
+
+def product_fold_row(hidden: torch.Tensor, weight: torch.Tensor, plain: bool) -> int | None:
+    """Bytes a token of a call, if `product_fold` is the faster way on this device; None if not.
+
+    The table of `tiles` says which is faster, where it was measured. The environment variable
+    PREFKERN_PRODUCT_FOLD, 1 or 0, says it for all devices.
+    """
+    choice = product_choice_of(
+        hidden.device, product_class(hidden.dtype, allows_tf32(), weight.shape[1], plain)
+    )
+    wanted = os.environ.get("PREFKERN_PRODUCT_FOLD", "1" if choice.beats_library else "0")
+    if wanted != "1" or weight.stride(1) != 1:
+        return None
+    # Enough for any configuration: the states of its splits, and the gathered row.
+    splits = max(config.splits(weight.shape[0]) for config in choice.candidates)
+    return 2 * 4 * splits + hidden.shape[-1] * hidden.element_size()
 
 
 def fits_descriptor(x: torch.Tensor) -> bool:

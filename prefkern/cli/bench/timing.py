@@ -1,0 +1,104 @@
+"""Times taken in turns, and failures told in one line.
+
+Every round runs every step once, beginning with another one each time, so that a clock or a
+neighbour that drifts touches all of them alike. On CUDA a time is that between two events on the
+stream, on a CPU the wall's.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Step = Callable[[], object]
+FEWEST_ROUNDS = 3
+
+
+def time_in_turns(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    *,
+    warm_up: int,
+    rounds: int,
+    seconds: float,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[float] | str]:
+    """Milliseconds of each step in each round after the warm-up, or what it raised, in one line.
+
+    Args:
+        rounds: rounds that are timed; fewer, but at least three, where they would take more than
+            `seconds`.
+        advance: called after each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    failures: dict[str, str] = {}
+    names = list(steps)
+
+    def one_round(number: int) -> None:
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if name not in failures:
+                try:
+                    times[name].append(milliseconds(steps[name], device))
+                except Exception as error:  # noqa: BLE001, a peer's failure is a result
+                    failures[name] = describe_failure(error)
+                    del error
+                    release(device)
+        advance()
+
+    if not names:
+        return {}
+    for number in range(warm_up):
+        one_round(number)
+    for kept in times.values():
+        kept.clear()
+    start = time.perf_counter()
+    for number in range(rounds):
+        per_round = (time.perf_counter() - start) / max(number, 1)
+        if number >= FEWEST_ROUNDS and (number + 1) * per_round > seconds:
+            break
+        one_round(number)
+    return times | failures
+
+
+def milliseconds(step: Step, device: torch.device) -> float:
+    if device.type == "cuda":
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record()
+        result = step()
+        end.record()
+        torch.cuda.synchronize(device)
+        del result
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    result = step()
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed * 1e3
+
+
+def release(device: torch.device) -> None:
+    """Leave nothing of a provider, least of all of one that failed, to the next one's peak.
+
+    On a CPU, what others left does not touch a peak, and a collection takes longer than a step.
+    """
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def describe_failure(error: Exception) -> str:
+    """One line for a table."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed ({error.name})"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # A first line that only announces the next says nothing alone.
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}"[:120]
