@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefkern import passes
 from prefkern.once import differentiable_once
-from prefkern.operands import Head, Operands, Transform, scatter_rows
+from prefkern.operands import Head, Operands, Transform
 from prefkern.plan import Plan
 
 
@@ -85,6 +85,7 @@ class _LinearLogprobs(torch.autograd.Function):
         call: Call,
     ) -> tuple[Tensor | None, ...]:
         passed = _forward(hidden, weight, bias, ref_hidden, rows, labels, call)
+        ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
         saved: tuple[Tensor | None, ...] = (passed.derivative, rows)
@@ -97,16 +98,18 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
         call = ctx.call
         grad = grad.float()
         derivative, rows, *for_head = ctx.saved_tensors
         dhidden = dweight = dbias = None
         with without_autocast(grad):
             if derivative is not None:
-                tile = call.plan.forward_tiles.token_tile
-                terms = [(derivative, grad)]
-                dhidden = scatter_rows(terms, rows, ctx.hidden_shape, ctx.hidden_dtype, tile)
+                dhidden = passes.hidden_gradient(
+                    grad, derivative, rows, ctx.hidden_shape, ctx.hidden_dtype, call.ops
+                )
             if for_head:
                 hidden, weight, bias, labels, *values = for_head
                 dweight, dbias = passes.head_gradient(

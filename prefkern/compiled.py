@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefkern import api, passes, plan, sequences
 from prefkern.autograd import without_autocast
-from prefkern.operands import Head, Operands, Transform, scatter_rows
+from prefkern.operands import Head, Operands, Transform
 
 # What both operators are told beside their tensors.
 _OPTIONS = (
@@ -183,9 +183,14 @@ def _logprobs_backward(
     dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     with torch.no_grad(), without_autocast(grad):
         if needs_hidden:
-            tile = made.forward_tiles.token_tile
-            rows, terms = scored.rows, [(derivative[:N], grad)]
-            dhidden = scatter_rows(terms, rows, hidden.shape, hidden.dtype, tile)
+            dhidden = passes.hidden_gradient(
+                grad,
+                derivative[:N],
+                scored.rows,
+                hidden.shape,
+                hidden.dtype,
+                api.tile_operations(given.backend),
+            )
         if needs_weight or needs_bias:
             of_weight, of_bias = passes.head_gradient(
                 grad,

@@ -18,7 +18,7 @@ from prefkern import kl_passes
 from prefkern.autograd import without_autocast
 from prefkern.kl_passes import FoldedPair
 from prefkern.once import differentiable_once
-from prefkern.operands import Head, Operands, Transform, scatter_rows
+from prefkern.operands import Head, Operands, Transform
 from prefkern.plan import Plan
 
 
@@ -95,7 +95,7 @@ class _LinearKL(torch.autograd.Function):
         with without_autocast(dlogps):
             if call.plan.structure == "one_pass":
                 logps_derivative, kl_derivative, rows = ctx.saved_tensors
-                dhidden = scatter_rows(
+                dhidden = kl_passes.scatter_rows(
                     [(logps_derivative, dlogps), (kl_derivative, dkl)],
                     rows,
                     ctx.hidden_shape,

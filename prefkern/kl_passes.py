@@ -24,7 +24,7 @@ order, so equal models give a divergence and a K of exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from prefkern.fold_state import Folded, FoldState, clear, finish
-from prefkern.operands import Buffers, Head, Transform, add_product, product, scatter_rows
+from prefkern.operands import Buffers, Head, Transform, add_product, product
 from prefkern.plan import Plan, Tiles, slices
 
 
@@ -302,3 +302,28 @@ def _second_pass(
         shape, dtype = head.hidden.shape, head.hidden.dtype
         dhidden = scatter_rows([(dhidden, None)], rows, shape, dtype, tiles.token_tile)
     return dhidden, dweight, dbias
+
+
+def scatter_rows(
+    terms: Sequence[tuple[Tensor, Tensor | None]],  # (N, H) and what scales it, (N,), float32
+    rows: Tensor | None,  # (N,)
+    shape: torch.Size,  # (M, H)
+    dtype: torch.dtype,
+    token_tile: int,
+) -> Tensor:  # (M, H)
+    """The sum of the terms, rounded once, at the rows' places; 0 where not scored."""
+    (first, first_scale), *others = terms
+    make = torch.empty if rows is None else torch.zeros
+    out = make(shape, dtype=dtype, device=first.device)
+    for tokens in slices(0, first.shape[0], token_tile):
+        part = first[tokens]
+        if first_scale is not None:
+            part = part * first_scale[tokens].unsqueeze(1)
+        for values, scale in others:
+            assert scale is not None
+            part = part.addcmul(values[tokens], scale[tokens].unsqueeze(1))
+        if rows is None:
+            out[tokens] = part
+        else:
+            out.index_copy_(0, rows[tokens], part.to(out.dtype))
+    return out

@@ -129,7 +129,9 @@ class FusedPreferenceLoss(nn.Module):
         workspace_mb = api.resolve_workspace(self.workspace_mb, hidden.device)
         backend = api.resolve_backend(self.backend, hidden.device)
 
-        scored = sequences.select(labels.reshape(-1), self.ignore_index, weight.shape[0], bounds)
+        scored = sequences.select(
+            labels.reshape(-1), self.ignore_index, weight.shape[0], bounds, cu_seqlens is not None
+        )
         assert scored.offsets is not None
         head = _Head(hidden, weight, bias)
         reference = None
@@ -425,7 +427,9 @@ def _bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tenso
             )
             raise ValueError(f"labels must have shape {expected}, got {list(labels.shape)}")
         rows, length = labels.shape
-        return torch.arange(rows + 1, device=labels.device) * length
+        if length == 0:
+            return torch.zeros(rows + 1, dtype=torch.int64, device=labels.device)
+        return torch.arange(0, rows * length + 1, length, device=labels.device)
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens!r}")
     if labels.ndim != 1:
@@ -437,7 +441,7 @@ def _bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tenso
     size = cu_seqlens.shape[0] if cu_seqlens.ndim == 1 else 0
     if size < least or (is_paired and size % 2 == 0):
         raise ValueError(f"cu_seqlens must have shape {kind}, got {list(cu_seqlens.shape)}")
-    return cu_seqlens.to(labels.device)
+    return cu_seqlens.to(labels.device, torch.int64)
 
 
 def _check_reference(

@@ -6,13 +6,12 @@ by raising the operands of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prefkern.plan import Tiles, slices
+from prefkern.plan import Tiles
 
 
 @dataclass(frozen=True)
@@ -74,31 +73,6 @@ class Head:
 
     def bias_of(self, words: slice) -> Tensor | None:  # (v,)
         return None if self.bias is None else self.bias[words]
-
-
-def scatter_rows(
-    terms: Sequence[tuple[Tensor, Tensor | None]],  # (N, H) and what scales it, (N,), float32
-    rows: Tensor | None,  # (N,)
-    shape: torch.Size,  # (M, H)
-    dtype: torch.dtype,
-    token_tile: int,
-) -> Tensor:  # (M, H)
-    """The sum of the terms, rounded once, at the rows' places; 0 where not scored."""
-    (first, first_scale), *others = terms
-    make = torch.empty if rows is None else torch.zeros
-    out = make(shape, dtype=dtype, device=first.device)
-    for tokens in slices(0, first.shape[0], token_tile):
-        part = first[tokens]
-        if first_scale is not None:
-            part = part * first_scale[tokens].unsqueeze(1)
-        for values, scale in others:
-            assert scale is not None
-            part = part.addcmul(values[tokens], scale[tokens].unsqueeze(1))
-        if rows is None:
-            out[tokens] = part
-        else:
-            out.index_copy_(0, rows[tokens], part.to(out.dtype))
-    return out
 
 
 class Buffers:

@@ -113,6 +113,7 @@ class _PairLoss(torch.autograd.Function):
         from prefkern_kernels import pair_loss as launch
 
         out = launch(logps, offsets, ref_logps, reward_margins, **options)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(out.coefficients, offsets)
         ctx.count = logps.shape[0]
         constant = (out.coefficients, out.beta_chosen, out.beta_rejected, *out.rewards.chunk(2))
@@ -121,10 +122,17 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dlosses: Tensor, dsums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx, dlosses: Tensor | None, dsums: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         coefficients, offsets = ctx.saved_tensors
         # d loss_b / d logp_t is the same for every token of a sequence.
-        dsequence = coefficients * dlosses.repeat(2) + dsums
+        dsequence = dsums
+        if dlosses is not None:
+            dsequence = (coefficients.view(2, -1) * dlosses).view(-1)
+            dsequence = dsequence if dsums is None else dsequence + dsums
+        if dsequence is None:
+            return (None,) * 5
         return sequences.spread(dsequence, offsets, ctx.count), None, None, None, None
 
 

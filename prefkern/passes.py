@@ -107,7 +107,10 @@ def forward(
         if terms is not None and tokens.stop <= plan.kept_tokens:
             kept = terms.kept[tokens, : plan.vocab_size]
         rescale = torch.empty_like(part.maximum)
-        maxima = []
+        maxima = None
+        if kept is not None:
+            tile_count = -(-plan.vocab_size // tiles.vocab_tile)
+            maxima = torch.empty((tile_count, n), dtype=torch.float32, device=device)
         for words in slices(0, plan.vocab_size, tiles.vocab_tile):
             w, bias = head.words(words), head.bias_of(words)
             options = {"start": words.start, "first": words.start == 0, **transform.keywords()}
@@ -118,8 +121,8 @@ def forward(
                 ops.fold(tile, y, bias, *ref_part.sums(), None, None, **options)
             product(h, w.t(), tile)
             ops.fold(tile, y, bias, *part.sums(), rescale, weights, *part.moments(), **options)
-            if kept is not None:
-                maxima.append(part.maximum.clone())
+            if maxima is not None:
+                maxima[words.start // tiles.vocab_tile] = part.maximum
             if accumulator is not None:
                 assert weights is not None
                 if words.start == 0:
@@ -148,7 +151,7 @@ def forward(
             ops.finish(*ref_part.sums(), y, ref_logps[tokens])
         if kept is not None:
             unit, _, label_value = for_head
-            ops.settle(kept, torch.stack(maxima), unit, label_value, y, tiles.vocab_tile)
+            ops.settle(kept, maxima, unit, label_value, y, tiles.vocab_tile)
         if with_stats:
             stats.append(statistics(part, finish(part), plan.vocab_size))
     joined = None
@@ -179,6 +182,21 @@ def _product_in_kernel(
     return Passed(logps, None, None, None, None)
 
 
+def hidden_gradient(
+    grad: Tensor,  # (N,) d loss / d logp, float32
+    derivative: Tensor,  # (N, H) D
+    rows: Tensor | None,  # (N,)
+    shape: torch.Size,  # (M, H)
+    dtype: torch.dtype,
+    ops: ModuleType,
+) -> Tensor:  # (M, H)
+    """g D at the tokens' places, 0 where not scored."""
+    make = torch.empty if rows is None else torch.zeros
+    dhidden = make(shape, dtype=dtype, device=grad.device)
+    ops.scatter_scaled(derivative, grad, rows, dhidden)
+    return dhidden
+
+
 def head_gradient(
     grad: Tensor,  # (N,) d loss / d logp, float32
     head: Head,
@@ -206,10 +224,12 @@ def head_gradient(
     if needs_weight:
         dweight_buffer = torch.empty((tiles.vocab_tile, H), dtype=torch.float32, device=device)
     buffers = Buffers(tiles, head.operands, device, True, plan.kept_tokens < plan.tokens)
-    # A power of two above the largest |r|, so that float16 holds the scaled rows.
-    r = grad * terms.share * -transform.factor
-    scale = torch.ldexp(torch.ones_like(r[0]), torch.frexp(r.abs().amax()).exponent)
-    r = r / scale
+    r = terms.share * (grad * -transform.factor)
+    scale = None
+    if dtype == torch.float16:
+        # A power of two above the largest |r|, so that float16 holds the scaled rows.
+        scale = torch.ldexp(torch.ones_like(r[0]), torch.frexp(r.abs().amax()).exponent)
+        r = r / scale
 
     for words in slices(0, plan.vocab_size, tiles.vocab_tile):
         size = words.stop - words.start
@@ -243,10 +263,9 @@ def head_gradient(
                 del scaled
             if dbias_tile is not None:
                 _add_column_sums(weights, r[tokens], dbias_tile)
-        if dweight is not None and dweight_tile is not None:
-            dweight[words] = dweight_tile.mul_(scale)
-        if dbias is not None and dbias_tile is not None:
-            dbias[words] = dbias_tile.mul_(scale)
+        for result, tile in ((dweight, dweight_tile), (dbias, dbias_tile)):
+            if result is not None and tile is not None:
+                result[words] = tile if scale is None else tile.mul_(scale)
         # A tile's copy of the weight must be gone before the next one is made.
         del w
     return dweight, dbias

@@ -37,12 +37,13 @@ def select(
     labels: Tensor,  # (M,) int64
     ignore_index: int,
     vocab_size: int,
-    bounds: Tensor | None = None,  # (S + 1,) where each sequence begins among the M tokens
+    bounds: Tensor | None = None,  # (S + 1,) int64, where each sequence begins among the M tokens
+    checks_bounds: bool = True,
 ) -> Scored:
     """Find the scored tokens and check their labels, with one device synchronisation in all.
 
     The synchronisation cannot be had for less: N decides the shapes of what follows. The check of
-    the labels' range and of `bounds` rides on it.
+    the labels' range rides on it, and that of `bounds`, unless they are known to be right.
 
     While a CUDA graph is captured nothing can be synchronised with: then all M tokens are computed,
     those that are scored first, and the checks are made on the device whenever the graph runs.
@@ -53,29 +54,33 @@ def select(
     # What follows, kernels included, walks labels one by one: no strides, no expanded views.
     labels = labels.contiguous()
     mask = labels != ignore_index
-    outside = mask & ((labels < 0) | (labels >= vocab_size))
-    checks = [mask.sum(), outside.sum()]
-    if bounds is not None:
-        bounds = bounds.long()
-        checks += [(bounds.diff() < 0).sum(), bounds[0], bounds[-1]]
+    # Before each token, and after the last one, how many are scored.
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+    # The range of what is scored: other labels stand for a word that exists.
+    words = labels * mask if labels.numel() else labels.new_zeros(1)
+    least, largest = torch.aminmax(words)
+    facts = [before[-1], least, largest]
+    if bounds is not None and checks_bounds:
+        facts += [bounds.diff().min(), bounds[0], bounds[-1]]
     if is_capturing(labels):
-        return _select_all(labels, mask, outside, bounds)
-    count, n_outside, *bound_checks = torch.stack(checks).tolist()
-    if n_outside:
-        first = labels[outside][0].item()
+        return _select_all(words, mask, before, vocab_size, bounds, facts)
+    count, least, largest, *rise = torch.stack(facts).tolist()
+    if least < 0 or largest >= vocab_size:
+        outside = labels[mask & ((labels < 0) | (labels >= vocab_size))]
         raise ValueError(
             f"labels must be in [0, {vocab_size}) or equal ignore_index ({ignore_index}); "
-            f"{n_outside} of {labels.numel()} are not, the first of them {first}"
+            f"{len(outside)} of {labels.numel()} are not, the first of them {outside[0].item()}"
         )
-    if bounds is not None and bound_checks != [0, 0, labels.shape[0]]:
+    if bounds is not None and rise and (rise[0] < 0 or rise[1:] != [0, labels.shape[0]]):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens, {labels.shape[0]}; "
             f"got {bounds.tolist()}"
         )
-    offsets = None if bounds is None else _scored_before(mask, bounds)
+    offsets = None if bounds is None else before.index_select(0, bounds)
     if count == labels.shape[0]:
         return Scored(None, labels, offsets, count)
-    rows = _scored_first(mask)[:count]
+    # The k-th scored token is the first with k scored ones up to it; nonzero would synchronise.
+    rows = torch.searchsorted(before[1:], torch.arange(1, count + 1, device=labels.device))
     return Scored(rows, labels.index_select(0, rows), offsets, count)
 
 
@@ -85,37 +90,28 @@ def is_capturing(x: Tensor) -> bool:
 
 
 def _select_all(
-    labels: Tensor,  # (M,)
+    words: Tensor,  # (M,) labels, 0 where not scored
     mask: Tensor,  # (M,) which are scored
-    outside: Tensor,  # (M,) which are out of range
+    before: Tensor,  # (M + 1,) how many are scored before each token
+    vocab_size: int,
     bounds: Tensor | None,  # (S + 1,)
+    facts: list[Tensor],  # as `select` has them
 ) -> Scored:
     """All tokens, those that are scored first, without a synchronisation."""
-    _assert_on_device(~outside.any(), "labels must be in the vocabulary or equal ignore_index")
-    offsets = None
-    if bounds is not None:
-        rises = (bounds.diff() >= 0).all() & (bounds[0] == 0) & (bounds[-1] == labels.shape[0])
+    live, least, largest, *rise = facts
+    in_vocabulary = (least >= 0) & (largest < vocab_size)
+    _assert_on_device(in_vocabulary, "labels must be in the vocabulary or equal ignore_index")
+    if rise:
+        rises = (rise[0] >= 0) & (rise[1] == 0) & (rise[2] == len(words))
         _assert_on_device(rises, "cu_seqlens must rise from 0 to the number of tokens")
-        offsets = _scored_before(mask, bounds)
-    rows = _scored_first(mask)
-    labels = torch.where(mask, labels, 0).index_select(0, rows)
-    return Scored(rows, labels, offsets, labels.shape[0], live=mask.sum())
+    # A stable sort: the scored tokens in their order, then the others.
+    rows = mask.to(torch.uint8).sort(descending=True, stable=True).indices
+    offsets = None if bounds is None else before.index_select(0, bounds)
+    return Scored(rows, words.index_select(0, rows), offsets, len(words), live)
 
 
 def _assert_on_device(holds: Tensor, message: str) -> None:
     torch._assert_async(holds, message)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _scored_first(mask: Tensor) -> Tensor:  # (M,)
-    """The scored tokens' indices in their order, then the others'."""
-    # A stable sort, and not nonzero, which would synchronise.
-    return mask.to(torch.uint8).sort(descending=True, stable=True).indices
-
-
-def _scored_before(mask: Tensor, bounds: Tensor) -> Tensor:  # (S + 1,)
-    """How many tokens are scored ahead of each bound."""
-    before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
-    return before.index_select(0, bounds)
 
 
 def sequence_sums(
@@ -148,8 +144,6 @@ class _SequenceSums(torch.autograd.Function):
 
 
 def spread(values: Tensor, offsets: Tensor, count: int) -> Tensor:  # (S,) -> (N,)
-    """Each sequence's value at each of its tokens; 0 at tokens after the last sequence."""
-    sequence = torch.searchsorted(
-        offsets[1:], torch.arange(count, device=offsets.device), right=True
-    )
-    return torch.cat([values, values.new_zeros(1)]).index_select(0, sequence)
+    """Each sequence's value at each of its tokens; tokens after the last one have anything."""
+    tokens = torch.arange(count, device=offsets.device)
+    return values.index_select(0, torch.searchsorted(offsets[1:-1], tokens, right=True))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefkern import fold_state
+from prefkern.plan import slices
 
 
 def fold(
@@ -161,6 +162,22 @@ def rescale_rows(
 ) -> None:
     """Multiply each row by its factor, 1 for most rows once the maximum has been met."""
     accumulator.mul_(factor.unsqueeze(1))
+
+
+def scatter_scaled(
+    values: Tensor,  # (n, H) float32
+    scale: Tensor,  # (n,)
+    rows: Tensor | None,  # (n,) int64, no two the same; None: 0, 1, ...
+    out: Tensor,  # (m, H), in any dtype; other rows stay as they are
+) -> None:
+    """`out[rows[t]] = scale[t] values[t]`, rounded once."""
+    # As many rows at a time as a MiB holds.
+    for part in slices(0, values.shape[0], max(2**18 // values.shape[1], 1)):
+        scaled = (values[part] * scale[part].unsqueeze(1)).to(out.dtype)
+        if rows is None:
+            out[part] = scaled
+        else:
+            out.index_copy_(0, rows[part], scaled)
 
 
 def _put_label_values(tile: Tensor, local: Tensor, values: Tensor) -> None:

@@ -125,6 +125,8 @@ def launch_all() -> None:
         if not stats:
             launch_pair(transform, bias, out, n, v)
     kernels.rescale_rows(meta(n, h), meta(n))
+    for rows in (None, labels):
+        kernels.scatter_scaled(meta(n, h), meta(n), rows, meta(2 * n, h, dtype=torch.bfloat16))
     for dtype in (torch.float32, torch.bfloat16):
         vectors = meta(n), meta(n), labels
         kernels.settle(meta(n, 8 * v, dtype=dtype), meta(8, n), *vectors, v)

@@ -27,6 +27,7 @@ KERNELS = {
     "_product_fold_kernel",
     "_remake_weights_kernel",
     "_rescale_rows_kernel",
+    "_scatter_scaled_kernel",
     "_settle_kernel",
 }
 

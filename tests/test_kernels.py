@@ -253,6 +253,25 @@ def test_rescale_rows(device):
     assert_guard_kept(whole, 6, 200)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_scatter_scaled(gathered, dtype, device):
+    values, scale = torch.randn(4, 300, device=device), torch.randn(4, device=device)
+    rows = torch.tensor([5, 0, 3, 1], device=device) if gathered else None
+    results = []
+    for ops in (kernels, torch_tiles):
+        whole, out = guarded(6, 300, dtype, device)
+        before = kernels.launches["scatter_scaled"]
+        ops.scatter_scaled(values, scale, rows, out)
+        assert ops is torch_tiles or ran("scatter_scaled", before)
+        assert_guard_kept(whole, 6, 300)
+        results.append(out)
+    expected = torch.full((6, 300), GUARD, device=device).to(dtype)
+    places = rows if gathered else torch.arange(4, device=device)
+    expected[places] = (values * scale.unsqueeze(1)).to(dtype)
+    assert torch.equal(results[0], expected) and torch.equal(results[1], expected)
+
+
 @pytest.mark.parametrize("x", [0.0, 1e-6, 0.01, 0.2499, 0.2501, 1.0, 5.0, 9.0, 30.0, 1e4])
 def test_softcap_near_0_and_saturated(x, device):
     """tanh from exp alone: relative accuracy at every size, through the label's logit and slope."""
@@ -398,5 +417,5 @@ def test_loss_is_one_launch_after_the_log_probs(device):
         hidden, weight, labels, ref_logps=torch.zeros(4, device=device)
     )
     out.loss.backward()
-    assert dict(kernels.launches) == {"fold": 1, "finish": 1, "pair_loss": 1}
+    assert dict(kernels.launches) == {"fold": 1, "finish": 1, "pair_loss": 1, "scatter_scaled": 1}
     assert math.isfinite(out.loss.item()) and hidden.grad.abs().max() > 0

@@ -10,7 +10,7 @@ import torch
 from listing import listing_1
 
 import prefkern
-from prefkern import objectives, reference
+from prefkern import api, objectives, reference
 from prefkern.objectives import (
     DPO,
     IPO,
@@ -554,3 +554,60 @@ def test_bad_cu_seqlens(cu_seqlens, error, message):
 def test_bad_options(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         prefkern.FusedPreferenceLoss(**{"objective": objectives.build("dpo"), **options})
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shared_head_is_read_once(packed, trained, backend, device, monkeypatch):
+    """Policy and reference through one head: one call, the numbers of two."""
+    monkeypatch.setattr(api, "run", spied := Spy(api.run))
+    hidden, ref_hidden = torch.randn(2, 4, 9, 16, device=device)
+    weight, bias = torch.randn(300, 16, device=device), torch.randn(300, device=device)
+    labels = torch.randint(300, (4, 9), device=device)
+    labels[1, 3:] = -100
+    keywords = {}
+    if packed:
+        hidden, ref_hidden, labels = (x.flatten(0, 1) for x in (hidden, ref_hidden, labels))
+        keywords["cu_seqlens"] = torch.arange(5, dtype=torch.int32, device=device) * 9
+    results = []
+    for ref_weight, ref_bias in ((weight, bias), (weight.clone(), bias), (weight, bias.clone())):
+        h, w = hidden.clone().requires_grad_(), weight
+        if trained:
+            w = weight.clone().requires_grad_()
+            ref_weight = w if ref_weight is weight else ref_weight
+        calls = len(spied.calls)
+        out = prefkern.FusedPreferenceLoss(DPO(0.1), workspace_mb=SMALL, backend=backend)(
+            h, w, labels, bias, ref_hidden, ref_weight, ref_bias, **keywords
+        )
+        out.loss.backward()
+        shares = ref_weight is w and ref_bias is bias
+        assert len(spied.calls) - calls == (1 if shares else 2)
+        assert out.plan.forward_operations == (2 * 2 + 2 * shares) * 30 * 16 * 300
+        assert out.ref_chosen_logps.grad_fn is None
+        results.append((out.losses, out.ref_chosen_logps, h.grad, w.grad))
+    for others in results[1:]:
+        for mine, true in zip(results[0], others, strict=True):
+            if mine is not None:
+                torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_models_through_a_shared_head(backend, device):
+    """At step 0 the loss is ln 2, to the last bit of what float32 makes of it."""
+    hidden = torch.randn(4, 9, 16, device=device, requires_grad=True)
+    weight = torch.randn(300, 16, device=device)
+    labels = torch.randint(300, (4, 9), device=device)
+    out = prefkern.FusedPreferenceLoss(DPO(0.1), workspace_mb=SMALL, backend=backend)(
+        hidden, weight, labels, ref_hidden=hidden.detach().clone(), ref_weight=weight
+    )
+    assert torch.equal(out.chosen_logps, out.ref_chosen_logps)
+    assert torch.equal(out.losses, torch.full_like(out.losses, math.log(2)))
+
+
+class Spy:
+    def __init__(self, function) -> None:
+        self.function = function
+        self.calls = []
+
+    def __call__(self, *args, **keywords):
+        self.calls.append(args)
+        return self.function(*args, **keywords)

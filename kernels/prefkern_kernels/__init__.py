@@ -5,6 +5,7 @@ The way from hidden states to gradients, with products by the device's own libra
     product -> `fold` -> (`rescale_rows`, product) -> `finish` -> log-probs, D
     `product_fold` -> `finish` -> log-probs                      no gradient: one kernel
     log-probs -> `pair_loss` -> a loss, and one coefficient a sequence
+    D -> `scatter_scaled` -> dH
     the fold's weights, kept and `settle`d -> product -> dW      trained head, as memory allows
     product -> `remake_weights` -> product -> dW                 trained head, elsewhere
 
@@ -31,6 +32,7 @@ from .product_fold import (
 )
 from .remake_weights import remake_weights
 from .rescale import rescale_rows
+from .scatter_scaled import scatter_scaled
 from .settle import settle
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "product_fold_row",
     "remake_weights",
     "rescale_rows",
+    "scatter_scaled",
     "settle",
     "tune_product_fold",
 ]

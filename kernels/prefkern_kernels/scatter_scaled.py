@@ -1,0 +1,69 @@
+"""`out[rows[t]] = scale[t] values[t]`, rounded once: from D to the gradient of hidden.
+
+One program a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launches import count
+from .primitives import check_rows, check_vectors, on_device_of, round_to
+from .tiles import row_config
+
+
+@triton.jit
+def _scatter_scaled_kernel(
+    values_ptr,
+    stride_vn,
+    scale_ptr,
+    rows_ptr,
+    out_ptr,
+    stride_on,
+    n_columns,
+    HAS_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One token: its row of values to its place."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + token) if HAS_ROWS else token
+    scale = tl.load(scale_ptr + token)
+    for block in range(0, n_columns, BLOCK_H):
+        columns = block + tl.arange(0, BLOCK_H)
+        mask = columns < n_columns
+        value = tl.load(values_ptr + token * stride_vn + columns, mask=mask, other=0.0) * scale
+        value = round_to(value, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * stride_on + columns, value, mask=mask)
+
+
+def scatter_scaled(
+    values: torch.Tensor,  # (n, H) float32
+    scale: torch.Tensor,  # (n,) float32
+    rows: torch.Tensor | None,  # (n,) int64, no two the same; None: 0, 1, ...
+    out: torch.Tensor,  # (m, H), in any dtype; other rows stay as they are
+) -> None:
+    """Scale rows and put them in their places; one launch."""
+    check_rows("values", values)
+    check_rows("out", out)
+    scale = scale.contiguous()
+    check_vectors(rows=rows)
+    n, h = values.shape
+    if n == 0:
+        return
+    config = row_config(h)
+    count("scatter_scaled")
+    with on_device_of(values):
+        _scatter_scaled_kernel[(n,)](
+            values,
+            values.stride(0),
+            scale,
+            rows,
+            out,
+            out.stride(0),
+            h,
+            HAS_ROWS=rows is not None,
+            BLOCK_H=config.block,
+            num_warps=config.num_warps,
+        )
