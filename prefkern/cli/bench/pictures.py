@@ -21,6 +21,7 @@ class Style(NamedTuple):
 # Okabe and Ito's palette, which the colour-blind tell apart; the markers do without colour.
 STYLES = {
     "prefkern": Style("#0072B2", "o"),
+    "prefkern-roomy": Style("#56B4E9", "p"),
     "eager": Style("#000000", "s"),
     "compile": Style("#999999", "D"),
     "torch-lce": Style("#E69F00", "^"),
@@ -95,8 +96,8 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
                             color=style.color,
                             marker=style.marker,
                             markersize=6,
-                            linewidth=2.4 if provider == "prefkern" else 1.5,
-                            zorder=3 if provider == "prefkern" else 2,
+                            linewidth=2.4 if provider.startswith("prefkern") else 1.5,
+                            zorder=3 if provider.startswith("prefkern") else 2,
                             label=provider,
                         )
                 panel.set_xscale("log", base=2)

@@ -32,6 +32,9 @@ import prefkern
 from prefkern.cli.bench.problem import BETA, IGNORE_INDEX, Problem, dpo_loss
 from prefkern.objectives import DPO
 
+# The provider with room enough, which only a trained head makes use of.
+IN_ONE_PASS = "prefkern-roomy"
+
 
 class Scores(NamedTuple):
     """Log-probs of sequences, and of the scored tokens where the provider returns them."""
@@ -113,6 +116,44 @@ class Prefkern(Provider):
             return None
         totals = {"operations": made.operations, "workspace_bytes": made.workspace_bytes}
         return asdict(made) | totals
+
+
+class PrefkernInOnePass(Prefkern):
+    """With a workspace that holds a trained head's probabilities, so that nothing is recomputed."""
+
+    def token_logps(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
+    ) -> Tensor:
+        self.workspace_mb = enough_for_one_pass(hidden, weight, labels.numel(), softcap)
+        return super().token_logps(hidden, weight, labels, softcap)
+
+    def loss(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        scored = int((problem.labels != IGNORE_INDEX).sum())
+        self.loss_fn.workspace_mb = enough_for_one_pass(
+            problem.hidden, problem.weight, scored, problem.softcap
+        )
+        return super().loss(problem)
+
+
+def enough_for_one_pass(
+    hidden: Tensor, weight: Tensor, tokens: int, softcap: float | None
+) -> float:
+    """The least workspace in MiB, in steps of a tenth, with which a trained head takes one pass."""
+    workspace_mb = 16.0
+    while True:
+        made = prefkern.plan_for(
+            tokens,
+            weight.shape[1],
+            weight.shape[0],
+            dtype=hidden.dtype,
+            device=hidden.device,
+            trains_head=True,
+            softcap=softcap is not None,
+            workspace_mb=workspace_mb,
+        )
+        if made.structure == "one_pass":
+            return workspace_mb
+        workspace_mb *= 1.1
 
 
 def eager_logps(
@@ -254,6 +295,7 @@ def _refuse_softcap(softcap: float | None) -> None:
 # Name -> its maker, from prefkern's workspace_mb and the device.
 PROVIDERS: dict[str, Callable[[float | None, torch.device], Provider]] = {
     "prefkern": lambda workspace_mb, device: Prefkern(workspace_mb),
+    IN_ONE_PASS: lambda workspace_mb, device: PrefkernInOnePass(),
     "eager": lambda workspace_mb, device: Eager(),
     "compile": lambda workspace_mb, device: Compiled(device),
     "torch-lce": lambda workspace_mb, device: TorchLinearCrossEntropy(),
