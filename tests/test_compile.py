@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -186,6 +187,7 @@ def test_kto(device):
     torch.testing.assert_close(out.losses, eager.losses)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
 def test_the_compiler_that_users_have(device):
     """inductor itself, once: the whole step in one graph."""
     model = Model(DPO(0.1), trains_head=True).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import datasets
@@ -32,6 +33,21 @@ def test_operator():
     assert plan is not None and plan.structure == "one_pass" and plan.tokens == 4 * 100
     assert plan.workspace_bytes <= 64 * 2**20
     assert names["logps"].shape == (4, 128) and names["hidden"].grad.abs().max() > 0
+
+
+def test_memory_and_operations(capsys):
+    section = README.split("## Memory and operations\n")[1].split("\n## ")[0]
+    plan_block, compile_block = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict = {}
+    exec(plan_block, names)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["two_pass", "two_pass", "one_pass"]
+    assert [float(line.split()[1]) for line in lines] == [8, 7.5, 6]
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile's own compiler needs g++ on a CPU")
+    torch._dynamo.reset()
+    exec(compile_block, names)
+    assert names["hidden"].grad.abs().max() > 0
 
 
 def test_loop():
