@@ -121,7 +121,7 @@ def run(
     made = plan.make_plan(
         tokens=scored.count,
         vocab_size=weight.shape[0],
-        head=planned_head(weight, operands),
+        head=planned_head(hidden, weight, operands),
         gradients=gradients,
         backend=backend,
         workspace_mb=workspace_mb,
@@ -133,7 +133,7 @@ def run(
     plan.record(made)
     call = Call(transform, operands, made, tile_operations(backend), with_stats)
     result = scored_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
+        scored.cleared(hidden.reshape(-1, hidden.shape[-1])),
         weight,
         # Kernels walk the bias word by word: no strides, no expanded views. (V,): a small copy.
         None if bias is None else bias.contiguous(),
@@ -147,10 +147,11 @@ def run(
     return result, made
 
 
-def planned_head(weight: Tensor, operands: Operands) -> plan.Head:
+def planned_head(hidden: Tensor, weight: Tensor, operands: Operands) -> plan.Head:
     """What the plan must know of a head."""
-    copies = operands.upcasts or weight.dtype != operands.dtype
-    return plan.Head(weight.shape[1], operands.compute_dtype, operands.upcasts, copies)
+    return plan.Head(
+        weight.shape[1], operands.compute_dtype, operands.upcasts, hidden.dtype, weight.dtype
+    )
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> plan.Gradients:
@@ -211,7 +212,7 @@ def plan_for(
     return plan.make_plan(
         tokens=tokens,
         vocab_size=vocab_size,
-        head=plan.Head(hidden_size, dtype, operands.upcasts, operands.upcasts),
+        head=plan.Head(hidden_size, dtype, operands.upcasts, dtype, dtype),
         gradients=plan.Gradients(trains_hidden, trains_head, False),
         backend=resolve_backend(backend, device),
         workspace_mb=resolve_workspace(workspace_mb, device),

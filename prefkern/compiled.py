@@ -26,8 +26,10 @@ _OPTIONS = (
     "int ignore_index, float logit_scale, float? softcap, float temperature, "
     "float workspace_mb, str backend, ScalarType compute_dtype, bool upcasts"
 )
-# The share of the workspace that kept probabilities may take: the rest is for the tiles.
+# The share of the workspace that kept probabilities may take: the rest is for the tiles, for which
+# 8 MiB are enough at any shape.
 _KEPT_SHARE = 0.75
+_LEAST_MB_TO_KEEP = 32
 
 
 @dataclass(frozen=True)
@@ -52,30 +54,41 @@ class Options:
         return Transform(self.logit_scale, self.softcap, self.temperature)
 
     def values(self) -> tuple:
-        return tuple(vars(self).values())
+        return (
+            self.ignore_index,
+            self.logit_scale,
+            self.softcap,
+            self.temperature,
+            self.workspace_mb,
+            self.backend,
+            self.compute_dtype,
+            self.upcasts,
+        )
 
 
 def kept_rows(tokens: int, vocab_size: int, options: Options) -> int:
     """For how many tokens probabilities may be kept; `tokens` may be a symbol."""
+    if options.workspace_mb < _LEAST_MB_TO_KEEP:
+        return 0
     budget = int(options.workspace_mb * plan.MIB * _KEPT_SHARE)
     most = budget // (plan.kept_row(vocab_size) * options.operands.dtype.itemsize)
     return torch.sym_min(tokens, most)  # pyright: ignore[reportReturnType]
 
 
-def _prepare(
-    hidden: Tensor,
+def _planned(
+    scored: sequences.Scored,
     weight: Tensor,
-    labels: Tensor,
+    hidden: Tensor,
     gradients: plan.Gradients,
     options: Options,
     with_stats: bool,
     room: int,
-) -> tuple[sequences.Scored, plan.Plan]:
-    scored = sequences.select(labels, options.ignore_index, weight.shape[0])
-    made = plan.make_plan(
+) -> plan.Plan:
+    """The plan of a call that has room to keep the probabilities of so many tokens."""
+    return plan.make_plan(
         tokens=scored.count,
         vocab_size=weight.shape[0],
-        head=api.planned_head(weight, options.operands),
+        head=api.planned_head(hidden, weight, options.operands),
         gradients=gradients,
         backend=options.backend,
         workspace_mb=options.workspace_mb,
@@ -83,7 +96,6 @@ def _prepare(
         with_stats=with_stats,
         kept=min(scored.count, room),
     )
-    return scored, made
 
 
 def _logprobs(
@@ -91,6 +103,7 @@ def _logprobs(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (M,)
+    bounds: Tensor | None,  # (S + 1,) to be checked, if they are not known to be right
     trains_hidden: bool,
     trains_head: bool,
     with_stats: bool,
@@ -100,7 +113,8 @@ def _logprobs(
     gradients = plan.Gradients(trains_hidden, trains_head, False)
     outputs = _room(hidden, weight, labels, trains_hidden, trains_head, with_stats, given)
     logps, *stats, derivative, unit, share, label_value, kept = outputs
-    scored, made = _prepare(hidden, weight, labels, gradients, given, with_stats, kept.shape[0])
+    scored = sequences.select(labels, given.ignore_index, weight.shape[0], bounds)
+    made = _planned(scored, weight, hidden, gradients, given, with_stats, kept.shape[0])
     plan.record(made)
     N = scored.count
     terms = None
@@ -108,7 +122,7 @@ def _logprobs(
         terms = passes.HeadTerms(unit[:N], share[:N], label_value[:N], kept[: made.kept_tokens])
     with torch.no_grad(), without_autocast(hidden):
         passed = passes.forward(
-            Head(hidden, weight, None if bias is None else bias.contiguous(), given.operands),
+            _head(scored, hidden, weight, bias, given),
             scored.rows,
             scored.labels,
             given.transform,
@@ -119,13 +133,20 @@ def _logprobs(
             terms=terms,
         )
     for out, values in zip((logps, *stats), (passed.logps, *(passed.stats or ())), strict=False):
-        out.copy_(api.place(values, scored.rows, labels.shape))
+        out.copy_(api.place(scored.masked(values), scored.rows, labels.shape))
     # What is not used is not left to chance either: an operator's outputs are its inputs' doing.
     for out in (derivative, unit, share, label_value):
         out[N:].zero_()
     kept[made.kept_tokens :].zero_()
     kept[:, weight.shape[0] :].zero_()
     return outputs
+
+
+def _head(
+    scored: sequences.Scored, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options
+) -> Head:
+    bias = None if bias is None else bias.contiguous()
+    return Head(scored.cleared(hidden), weight, bias, options.operands)
 
 
 def _room(
@@ -177,9 +198,11 @@ def _logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = Options(*options)
     gradients = plan.Gradients(trains_hidden, needs_weight, needs_bias)
-    scored, made = _prepare(hidden, weight, labels, gradients, given, False, kept.shape[0])
+    scored = sequences.select(labels, given.ignore_index, weight.shape[0])
+    made = _planned(scored, weight, hidden, gradients, given, False, kept.shape[0])
     N = scored.count
     grad = grad.float() if scored.rows is None else grad.float().index_select(0, scored.rows)
+    grad = scored.masked(grad)
     dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
     with torch.no_grad(), without_autocast(grad):
         if needs_hidden:
@@ -194,7 +217,7 @@ def _logprobs_backward(
         if needs_weight or needs_bias:
             of_weight, of_bias = passes.head_gradient(
                 grad,
-                Head(hidden, weight, None if bias is None else bias.contiguous(), given.operands),
+                _head(scored, hidden, weight, bias, given),
                 scored.rows,
                 scored.labels,
                 passes.HeadTerms(unit[:N], share[:N], label_value[:N], kept[: made.kept_tokens]),
@@ -213,8 +236,8 @@ _forward_op = torch.library.custom_op(
     "prefkern::logprobs",
     _logprobs,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, bool trains_hidden, "
-    f"bool trains_head, bool with_stats, {_OPTIONS}) -> ({', '.join(['Tensor'] * 10)})",
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? bounds, "
+    f"bool trains_hidden, bool trains_head, bool with_stats, {_OPTIONS}) -> ({', '.join(['Tensor'] * 10)})",
 )
 _backward_op = torch.library.custom_op(
     "prefkern::logprobs_backward",
@@ -228,7 +251,7 @@ _backward_op = torch.library.custom_op(
 
 
 @_forward_op.register_fake
-def _(hidden, weight, bias, labels, trains_hidden, trains_head, with_stats, *options):
+def _(hidden, weight, bias, labels, bounds, trains_hidden, trains_head, with_stats, *options):
     return _room(hidden, weight, labels, trains_hidden, trains_head, with_stats, Options(*options))
 
 
@@ -238,27 +261,30 @@ def _(
     needs_hidden, needs_weight, needs_bias, trains_hidden, *options,
 ):  # fmt: skip
     return (
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
         torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
         torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, trains_hidden, _, _, *options = inputs
+    hidden, weight, bias, labels, _, trains_hidden, _, _, *options = inputs
+    ctx.set_materialize_grads(False)
     ctx.trains_hidden, ctx.options = trains_hidden, options
     ctx.save_for_backward(hidden, weight, bias, labels, *output[5:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * (8 + len(ctx.options))
     hidden, weight, bias, labels, *kept = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = _backward_op(
         grad, hidden, weight, bias, labels, *kept, *needs, ctx.trains_hidden, *ctx.options
     )
     wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, *(None,) * (4 + len(ctx.options))
+    return *wanted, *(None,) * (5 + len(ctx.options))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -274,6 +300,7 @@ def token_logprobs(
     workspace_mb: float | None,
     backend: str | None,
     with_stats: bool = False,
+    bounds: Tensor | None = None,  # (S + 1,) to be checked
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
     """Log-probs of all tokens, 0 where not scored, and statistics if asked for; of labels' shape."""
     operands = api.operands_of(hidden)
@@ -293,6 +320,7 @@ def token_logprobs(
         weight,
         bias,
         labels.reshape(-1),
+        bounds,
         wanted.hidden,
         wanted.head,
         with_stats,

@@ -96,8 +96,8 @@ def run(
     made = plan.make_kl_plan(
         tokens=scored.count,
         vocab_size=weight.shape[0],
-        policy=api.planned_head(weight, operands),
-        reference=api.planned_head(ref_weight, ref_operands),
+        policy=api.planned_head(hidden, weight, operands),
+        reference=api.planned_head(ref_hidden, ref_weight, ref_operands),
         gradients=api.wanted_gradients(hidden, weight, bias),
         backend=backend,
         workspace_mb=workspace_mb,
@@ -107,11 +107,11 @@ def run(
     ops = api.tile_operations(backend, twin="prefkern.torch_kl_tiles")
     call = Call(transform, operands, ref_operands, made, ops)
     logps, ref_logps, kl = scored_kl(
-        hidden.reshape(-1, hidden.shape[-1]),
+        scored.cleared(hidden.reshape(-1, hidden.shape[-1])),
         weight,
         # Kernels walk a bias word by word: no strides, no expanded views.
         None if bias is None else bias.contiguous(),
-        ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
+        scored.cleared(ref_hidden.detach().reshape(-1, ref_hidden.shape[-1])),
         ref_weight.detach(),
         None if ref_bias is None else ref_bias.detach().contiguous(),
         scored.rows,

@@ -119,6 +119,7 @@ class FusedPreferenceLoss(nn.Module):
                 else _Head(ref_hidden.detach(), ref_weight.detach(), ref_bias),
                 labels,
                 bounds,
+                cu_seqlens is not None,
                 ref_logps,
                 reward_margins,
                 transform,
@@ -173,6 +174,7 @@ class FusedPreferenceLoss(nn.Module):
         reference: _Head | None,
         labels: Tensor,  # (2B, T), or (M,)
         bounds: Tensor,  # (2B + 1,)
+        is_packed: bool,
         ref_logps: Tensor | None,
         reward_margins: Tensor | None,
         transform: Transform,
@@ -189,7 +191,7 @@ class FusedPreferenceLoss(nn.Module):
             name = _inner_name(objective)
             raise NotImplementedError(f"{name} under torch.compile is not supported yet")
 
-        def token_logprobs(head: _Head, with_stats: bool = False):
+        def token_logprobs(head: _Head, with_stats: bool = False, unchecked: Tensor | None = None):
             return compiled.token_logprobs(
                 head.hidden,
                 head.weight,
@@ -200,6 +202,7 @@ class FusedPreferenceLoss(nn.Module):
                 self.workspace_mb,
                 self.backend,
                 with_stats,
+                unchecked,
             )
 
         if reference is not None:
@@ -208,7 +211,8 @@ class FusedPreferenceLoss(nn.Module):
         elif ref_logps is not None:
             ref_logps = ref_logps.detach().float()
         needs_alignments = is_paired and objective.needs_alignments
-        logps, stats = token_logprobs(head, return_stats or needs_alignments)
+        unchecked = bounds if is_packed else None
+        logps, stats = token_logprobs(head, return_stats or needs_alignments, unchecked)
         mask = labels != self.ignore_index
         lengths = compiled.sequence_sums(mask, bounds)
         sums = compiled.sequence_sums(logps, bounds)

@@ -141,7 +141,9 @@ class Head:
     # Operands are raised to float32 tile by tile, since the device has no product of
     # half-precision operands with a float32 result.
     upcasts: bool
-    copies_weight: bool  # a weight tile is copied on its way to the product
+    # As they are given, which autocast may round to the compute dtype.
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
 
     @property
     def operand_size(self) -> int:
@@ -149,13 +151,17 @@ class Head:
 
     @property
     def hidden_row(self) -> int:
-        """Bytes of a token's gathered row, in both dtypes where it is raised."""
-        raised = self.compute_dtype.itemsize if self.upcasts else 0
-        return self.hidden_size * (self.operand_size + raised)
+        """Bytes of a token's gathered row, and of its rounded and raised copies."""
+        return self.hidden_size * self.hidden_dtype.itemsize + self._copies(self.hidden_dtype)
 
     @property
     def weight_row(self) -> int:
-        return self.hidden_size * self.operand_size if self.copies_weight else 0
+        """Bytes of a word's copies on their way to the product."""
+        return self._copies(self.weight_dtype)
+
+    def _copies(self, dtype: torch.dtype) -> int:
+        rounded = self.compute_dtype.itemsize if dtype != self.compute_dtype else 0
+        return self.hidden_size * (rounded + 4 * self.upcasts)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Scored:
     count: int  # N
     # () how many of the N tokens, the first ones, are really scored; None: all
     live: Tensor | None = None
+    mask: Tensor | None = None  # (M,) which tokens are really scored; None: those of `rows`
 
     def masked(self, values: Tensor) -> Tensor:  # (N,) -> (N,)
         """Values of the scored tokens, 0 of those that are only there to fill the shape."""
@@ -31,6 +32,15 @@ class Scored:
             return values
         is_live = torch.arange(self.count, device=values.device) < self.live
         return torch.where(is_live, values, values.new_zeros(()))
+
+    def cleared(self, hidden: Tensor) -> Tensor:  # (M, H) -> (M, H)
+        """Hidden states without what tokens hold that are only there to fill the shape.
+
+        They may hold NaN, which a gradient of 0 does not stop.
+        """
+        if self.mask is None:
+            return hidden
+        return torch.where(self.mask.unsqueeze(1), hidden, hidden.new_zeros(()))
 
 
 def select(
@@ -107,7 +117,7 @@ def _select_all(
     # A stable sort: the scored tokens in their order, then the others.
     rows = mask.to(torch.uint8).sort(descending=True, stable=True).indices
     offsets = None if bounds is None else before.index_select(0, bounds)
-    return Scored(rows, words.index_select(0, rows), offsets, len(words), live)
+    return Scored(rows, words.index_select(0, rows), offsets, len(words), live, mask)
 
 
 def _assert_on_device(holds: Tensor, message: str) -> None:

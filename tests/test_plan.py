@@ -124,10 +124,24 @@ def test_8_mb_are_enough_for_any_shape(case, shape, device):
     assert used <= 1.05 * 8 * MIB
 
 
+@pytest.mark.parametrize("case", ["forward", "frozen", "trained"])
+def test_the_copies_that_autocast_makes_count(case, device):
+    """float32 weights and states are rounded, and on a CPU raised again: three of each at once."""
+    hidden, weight, labels = problem(case, torch.float32, device, (152, 1024, 12000))
+    labels[::3] = -100
+    with Meter() as meter, torch.autocast(device, torch.bfloat16):
+        out = prefkern.linear_logprobs(hidden, weight, labels, workspace_mb=32, backend="torch")
+        if case != "forward":
+            out.sum().backward()
+    allowed = 4 * 101 * 1024 + 200 * 152
+    allowed += sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
+    assert meter.peak_bytes - allowed <= 1.05 * 32 * MIB
+
+
 COMMON = {
     "tokens": 16384,
     "vocab_size": 128256,
-    "head": plan.Head(4096, torch.bfloat16, upcasts=False, copies_weight=False),
+    "head": plan.Head(4096, torch.bfloat16, False, torch.bfloat16, torch.bfloat16),
     "backend": "triton",
 }
 

@@ -343,3 +343,34 @@ def test_the_operator_uses_it_where_it_is_the_faster_way(ignored, softcap, devic
         monkeypatch.delenv("PREFKERN_PRODUCT_FOLD")
         prefkern.linear_logprobs(hidden, weight, labels, **options)
         assert not prefkern.last_plan().product_in_kernel
+
+
+def test_a_word_without_a_chance(device, monkeypatch):
+    """A bias of -inf: no probability, or under a softcap that of a logit of minus the cap."""
+    import prefkern
+
+    monkeypatch.setenv("PREFKERN_PRODUCT_FOLD", "1")
+    hidden, weight, labels = case(20, 90, 64, torch.float32, device)
+    labels[labels == 7] = 8
+    bias = torch.randn(90, device=device)
+    bias[7] = -float("inf")
+    for softcap in (None, 2.0):
+        arguments = (hidden, weight, labels, bias)
+        mine = prefkern.linear_logprobs(*arguments, softcap=softcap, backend="triton")
+        assert prefkern.last_plan().product_in_kernel
+        truth = prefkern.reference.linear_logprobs(
+            hidden.double(), weight.double(), labels, bias.double(), softcap=softcap
+        )
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-6, atol=1e-5)
+
+
+def test_strided_states_take_the_other_way(device, monkeypatch):
+    import prefkern
+
+    monkeypatch.setenv("PREFKERN_PRODUCT_FOLD", "1")
+    _, weight, labels = case(20, 90, 64, torch.float32, device)
+    hidden = torch.randn(64, 20, device=device).t()
+    mine = prefkern.linear_logprobs(hidden, weight, labels, backend="triton")
+    assert not prefkern.last_plan().product_in_kernel
+    truth = prefkern.reference.linear_logprobs(hidden.double(), weight.double(), labels)
+    torch.testing.assert_close(mine.double(), truth, rtol=1e-6, atol=1e-5)

@@ -169,7 +169,11 @@ def _product_fold_kernel(
         # The products are added to the bias, which then holds no registers beside a finished tile.
         accumulator = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         if HAS_BIAS:
-            accumulator += tl.load(bias_ptr + word_rows).to(tl.float32)[None, :]
+            bias = tl.load(bias_ptr + word_rows).to(tl.float32)
+            if HAS_SOFTCAP:
+                # A word of bias -inf has a logit of minus the cap; -inf marks what is left out.
+                bias = tl.where(bias == -float("inf"), -1e30, bias)
+            accumulator += bias[None, :]
         for column in range(0, n_columns, BLOCK_H):
             h = _load_rows(
                 hidden,
@@ -472,7 +476,7 @@ def product_fold_row(hidden: torch.Tensor, weight: torch.Tensor, plain: bool) ->
         hidden.device, product_class(hidden.dtype, allows_tf32(), weight.shape[1], plain)
     )
     wanted = os.environ.get("PREFKERN_PRODUCT_FOLD", "1" if choice.beats_library else "0")
-    if wanted != "1" or weight.stride(1) != 1:
+    if wanted != "1" or weight.stride(1) != 1 or hidden.stride(-1) != 1:
         return None
     # Enough for any configuration: the states of its splits, and the gathered row.
     splits = max(config.splits(weight.shape[0]) for config in choice.candidates)
