@@ -11,9 +11,8 @@ when hidden needs a gradient, and backward is `g D`. The head's gradient is of t
 
     dW_v = sum_t r_t u_tv h_t,    r = -g c a,    u_v = exp(z_v - m) t_v,    u_y = -total t_y
 
-so it takes u, unnormalised and rounded once, and scales the rows of hidden instead of the logits.
-`forward` keeps u of the tokens that the plan has room for; `head_gradient` recomputes the rest, and
-walks the vocabulary outermost, so that each tile of dW is finished in float32 and rounded once.
+`forward` keeps u, unnormalised and rounded once, of the tokens that the plan has room for, and of
+those the rows of hidden are scaled by r; `head_gradient` recomputes the others' as r u, and walks the vocabulary outermost, so that each tile of dW is finished in float32 and rounded once.
 Nothing kept is overwritten: a second backward with `retain_graph` reads the same.
 
 All sums are in float32; nothing is accumulated by atomics, so two runs are bitwise equal.
@@ -227,7 +226,7 @@ def head_gradient(
     r = terms.share * (grad * -transform.factor)
     scale = None
     if dtype == torch.float16:
-        # A power of two above the largest |r|, so that float16 holds the scaled rows.
+        # A power of two above the largest |r|, so that float16 holds what is scaled by r.
         scale = torch.ldexp(torch.ones_like(r[0]), torch.frexp(r.abs().amax()).exponent)
         r = r / scale
 
@@ -238,9 +237,11 @@ def head_gradient(
         dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
         for tokens in token_slices(plan, tiles.token_tile):
             h = head.rows(rows, tokens)
-            if tokens.stop <= plan.kept_tokens:
+            is_kept = tokens.stop <= plan.kept_tokens
+            if is_kept:
                 weights = terms.kept[tokens, words]
             else:
+                # r goes into the tile before it is rounded, and hidden stays as it is.
                 w = head.words(words) if w is None else w
                 tile, weights = buffers.views(h.shape[0], size)
                 assert weights is not None
@@ -251,18 +252,21 @@ def head_gradient(
                     bias,
                     terms.unit[tokens],
                     terms.label_value[tokens],
+                    r[tokens],
                     weights,
                     start=words.start,
                     **transform.keywords(),
                 )
             if dweight_tile is not None:
-                scaled = (h * r[tokens].unsqueeze(1)).to(dtype)
-                del h
+                if is_kept:
+                    h = (h * r[tokens].unsqueeze(1)).to(dtype)
                 add = product if tokens.start == 0 else add_product
-                add(weights.t(), scaled, dweight_tile)
-                del scaled
-            if dbias_tile is not None:
+                add(weights.t(), h, dweight_tile)
+            if dbias_tile is not None and is_kept:
                 _add_column_sums(weights, r[tokens], dbias_tile)
+            elif dbias_tile is not None:
+                dbias_tile += weights.sum(0, dtype=torch.float32)
+            del h
         for result, tile in ((dweight, dweight_tile), (dbias, dbias_tile)):
             if result is not None and tile is not None:
                 result[words] = tile if scale is None else tile.mul_(scale)

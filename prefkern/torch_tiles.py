@@ -91,6 +91,7 @@ def remake_weights(
     bias: Tensor | None,  # (v,)
     unit: Tensor,  # (n,) float32
     label_value: Tensor,  # (n,) float32
+    factor: Tensor,  # (n,) float32
     weights: Tensor,  # (n, v), out; may be the tile itself
     *,
     start: int,
@@ -98,12 +99,13 @@ def remake_weights(
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Turn a tile into `exp(z_v - unit) t_v`, and `label_value` in the label's column."""
+    """Turn a tile into `factor exp(z_v - unit) t_v`, the label's into `factor label_value`."""
     z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
     z.sub_(unit.unsqueeze(1)).exp_()
     if slope is not None:
         z.mul_(slope)
     _put_label_values(z, labels - start, label_value)
+    z.mul_(factor.unsqueeze(1))
     if weights is not tile:
         weights.copy_(z)
 

@@ -117,7 +117,7 @@ def launch_all() -> None:
                 meta(n, v),
                 labels,
                 None if bias is None else meta(v, dtype=bias),
-                *per_token[:2],
+                *per_token[:3],
                 meta(n, v, dtype=out),
                 start=0,
                 **transform,

@@ -31,7 +31,7 @@ def test_fails_on_a_wrong_result(wrong, capsys, monkeypatch):
         elif wrong == "dW, kept":
             args[0].mul_(1.01)
         elif wrong == "dW, recomputed":
-            args[5].mul_(1.01)
+            args[6].mul_(1.01)
         elif wrong == "value":
             args[4].mul_(1.01)
         elif wrong == "nan":

@@ -120,6 +120,7 @@ def test_rounding_is_to_the_nearest_even(dtype, device):
         None,
         torch.zeros(4, device=device),
         torch.ones(4, device=device),
+        torch.ones(4, device=device),
     )
     options = {"start": 0, "logit_scale": 1.0, "softcap": None, "temperature": 1.0}
     kernels.remake_weights(tile, *arguments, exact, **options)
@@ -140,23 +141,26 @@ def test_remake_weights(n, v, start, transform, out_dtype, device):
     bias = torch.randn(v, device=device)
     unit = torch.full((n,), 20.0, device=device)
     label_value = -torch.rand(n, device=device)
+    factor = torch.randn(n, device=device)
     results = []
     for ops in (kernels, torch_tiles):
         whole, out = guarded(n, v, out_dtype, device)
         before = kernels.launches["remake_weights"]
         ops.remake_weights(
-            tile.clone(), labels, bias, unit, label_value, out, start=start, **transform
+            tile.clone(), labels, bias, unit, label_value, factor, out, start=start, **transform
         )
         assert ops is torch_tiles or ran("remake_weights", before)
         assert_guard_kept(whole, n, v)
         results.append(out)
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[out_dtype]
     torch.testing.assert_close(*results, rtol=tolerance, atol=1e-6)
-    assert torch.equal(results[0][range(1, n), labels[1:] - start], label_value[1:].to(out_dtype))
+    assert torch.equal(
+        results[0][range(1, n), labels[1:] - start], (label_value * factor)[1:].to(out_dtype)
+    )
 
     in_place = tile.clone()
     kernels.remake_weights(
-        in_place, labels, bias, unit, label_value, in_place, start=start, **transform
+        in_place, labels, bias, unit, label_value, factor, in_place, start=start, **transform
     )
     torch.testing.assert_close(in_place, results[1].float(), rtol=tolerance, atol=1e-6)
 

@@ -1,9 +1,9 @@
-"""Turn a tile of raw products into the weights that `fold` writes, once the fold has been finished.
+"""Turn a tile of raw products into the loss's derivative, once the fold has been finished.
 
-    u_v = exp(z_v - unit) t_v,    and `label_value` in the label's column
+    r u_v,    u_v = exp(z_v - unit) t_v,    u_label = label_value
 
-with t_v the softcap's derivative: up to a factor for each token, the derivative of its log-prob
-with respect to the raw products (see `finish`). `weights` may be the tile itself.
+with t_v the softcap's derivative and r the token's factor (see `finish`). All of it is float32 until
+the one rounding to the output's dtype. `weights` may be the tile itself.
 
 One program a token; a block of words reads only what it overwrites.
 """
@@ -27,6 +27,7 @@ def _remake_weights_kernel(
     bias_ptr,
     unit_ptr,
     label_value_ptr,
+    factor_ptr,
     weights_ptr,
     stride_wn,
     start,
@@ -43,6 +44,7 @@ def _remake_weights_kernel(
     local = tl.load(labels_ptr + row) - start
     unit = tl.load(unit_ptr + row)
     label_value = tl.load(label_value_ptr + row)
+    factor = tl.load(factor_ptr + row)
     for block in range(0, n_words, BLOCK_V):
         words = block + tl.arange(0, BLOCK_V)
         mask = words < n_words
@@ -60,7 +62,7 @@ def _remake_weights_kernel(
         # The label's own logit may lie far above the unit: its exponential is never formed.
         z = tl.where(mask & (words != local), z - unit, -float("inf"))
         u = tl.where(words == local, label_value, tl.exp(z) * slope)
-        value = round_to(u, weights_ptr.dtype.element_ty)
+        value = round_to(u * factor, weights_ptr.dtype.element_ty)
         tl.store(weights_ptr + row * stride_wn + words, value, mask=mask)
 
 
@@ -70,6 +72,7 @@ def remake_weights(
     bias: torch.Tensor | None,  # (v,)
     unit: torch.Tensor,  # (n,) float32
     label_value: torch.Tensor,  # (n,) float32
+    factor: torch.Tensor,  # (n,) float32, r
     weights: torch.Tensor,  # (n, v), out; may be the tile itself
     *,
     start: int,
@@ -77,10 +80,10 @@ def remake_weights(
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Turn a tile into unnormalised weights; one launch."""
+    """Turn a tile into the loss's derivative; one launch."""
     check_rows("tile", tile)
     check_rows("weights", weights)
-    check_vectors(labels=labels, bias=bias, unit=unit, label_value=label_value)
+    check_vectors(labels=labels, bias=bias, unit=unit, label_value=label_value, factor=factor)
     n, v = tile.shape
     if n == 0:
         return
@@ -94,6 +97,7 @@ def remake_weights(
             bias,
             unit,
             label_value,
+            factor,
             weights,
             weights.stride(0),
             start,
