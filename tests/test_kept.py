@@ -59,7 +59,7 @@ def make(spread: float = 5.0, rising: float = 0.0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("heads", [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("rising", [0.0, 0.3, -0.3])
+@pytest.mark.parametrize("rising", [0.0, 0.3])
 @pytest.mark.parametrize("transform", [{}, TRANSFORM])
 @pytest.mark.parametrize("kept", [0, 10, 21])
 def test_float32_against_float64(kept, transform, rising, heads, backend, device, keep):
