@@ -109,7 +109,7 @@ def model_table(rows: list[dict[str, Any]]) -> str:
 COLUMNS = (
     "NHV: matrix-product operations, counted. Peak MiB: beyond the inputs, gradients included. "
     "token, sequence: the worst error of a log-prob against float64, in nats; dH, dW: relative. "
-    "x: time over that of plain products of as many operations. -: not measured."
+    "x: time over that of plain products of as many operations. prefkern-roomy: with a workspace that holds a trained head's probabilities. -: not measured."
 )
 
 
