@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,46 @@ def number(value: float | None, form: str = "") -> str:
 
 def bench_table(rows: list[dict[str, Any]]) -> str:
     """One suite at one shape: a line for each task and provider."""
-    lines = [
-        "| task | provider | NHV | peak MiB | token | sequence | dH | dW | ms | x |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        start = f"| {row['task']} | {row['provider']} |"
-        if row["failure"]:
-            continue
+
+    def cells(row: dict[str, Any]) -> list[str]:
         errors = ("token_logp_error", "sum_logp_error", "dhidden_error", "dweight_error")
-        cells = [number(row["operations_nhv"], ".2f"), number(row["peak_mib"])]
-        cells += [number(row[error], ".1e") for error in errors]
-        cells += [number(row["median_ms"]), number(row["product_ratio"], ".2f")]
-        lines.append(f"{start} {' | '.join(cells)} |")
+        return [
+            number(row["operations_nhv"], ".2f"),
+            number(row["peak_mib"]),
+            *(number(row[error], ".1e") for error in errors),
+            number(row["median_ms"]),
+            number(row["product_ratio"], ".2f"),
+        ]
+
+    columns = ("NHV", "peak MiB", "token", "sequence", "dH", "dW", "ms", "x")
+    return provider_table(rows, columns, cells)
+
+
+def model_table(rows: list[dict[str, Any]]) -> str:
+    """Suite "step" of one model: a line for each task and provider."""
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [
+            number(None if row["operations"] is None else row["operations"] / 1e9),
+            number(row["peak_mib"]),
+            number(row["sum_logp_error"], ".1e"),
+            number(row["median_ms"]),
+        ]
+
+    return provider_table(rows, ("GFLOP", "peak MiB", "sequence", "ms"), cells)
+
+
+def provider_table(
+    rows: list[dict[str, Any]],
+    columns: Sequence[str],
+    cells: Callable[[dict[str, Any]], list[str]],
+) -> str:
+    """A line for each task and provider that ran, and then who did not, and why."""
+    header = ("task", "provider", *columns)
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for row in rows:
+        if not row["failure"]:
+            lines.append(f"| {' | '.join((row['task'], row['provider'], *cells(row)))} |")
     return "\n".join([*lines, *failures(rows)])
 
 
@@ -87,23 +115,6 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
             reasons.setdefault((row["provider"], reason), []).append(row["task"])
     texts = [f"{name} ({', '.join(tasks)}): {why}" for (name, why), tasks in reasons.items()]
     return ["", "Not there: " + "; ".join(texts)] if texts else []
-
-
-def model_table(rows: list[dict[str, Any]]) -> str:
-    """Suite "step" of one model: a line for each task and provider."""
-    lines = [
-        "| task | provider | GFLOP | peak MiB | sequence | ms |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        start = f"| {row['task']} | {row['provider']} |"
-        if row["failure"]:
-            continue
-        operations = None if row["operations"] is None else row["operations"] / 1e9
-        cells = [number(operations), number(row["peak_mib"])]
-        cells += [number(row["sum_logp_error"], ".1e"), number(row["median_ms"])]
-        lines.append(f"{start} {' | '.join(cells)} |")
-    return "\n".join([*lines, *failures(rows)])
 
 
 COLUMNS = (

@@ -154,9 +154,7 @@ class PreferenceConfig(TrainingArguments):
 
 def refuse_batches_by_length(args: TrainingArguments) -> None:
     """Raise ValueError for a sampler that reads the length of one sequence: rows have several."""
-    strategy = getattr(args, "train_sampling_strategy", "random")
-    # The latter is what transformers 4 called it.
-    if strategy not in ("random", "sequential") or getattr(args, "group_by_length", False):
+    if getattr(args, "train_sampling_strategy", "random") not in ("random", "sequential"):
         raise ValueError(
             "batches by length are not supported on preference pairs; "
             'train_sampling_strategy must be "random" or "sequential"'

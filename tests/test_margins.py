@@ -462,10 +462,9 @@ def test_errors_come_before_the_model_is_loaded(files, capsys, monkeypatch, chan
 
 
 @pytest.mark.parametrize("kind", [PreferenceConfig, rewards.RewardConfig])
-def test_batches_by_length_are_refused_by_their_older_name(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(kind, "group_by_length", True, raising=False)
+def test_batches_by_length_are_refused_by_both_trainers(tmp_path, kind):
     with pytest.raises(ValueError, match="batches by length are not supported"):
-        kind(output_dir=str(tmp_path), use_cpu=True)
+        kind(str(tmp_path), use_cpu=True, train_sampling_strategy="group_by_length")
 
 
 @pytest.mark.parametrize(
