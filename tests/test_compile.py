@@ -191,12 +191,12 @@ def test_kto(device):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
 def test_layouts_under_inductor(device):
     """The gradient has the strides that the compiler was told, whatever hidden's own."""
-    x = torch.randn(H, 2 * T, device=device, requires_grad=True)
+    x = torch.randn(2 * T, H, device=device, requires_grad=True)
     weight = torch.randn(V, H, device=device)
     labels = torch.randint(V, (2 * T,), device=device)
 
     def logprobs(x):
-        return prefkern.linear_logprobs((x * 2).t(), weight, labels)
+        return prefkern.linear_logprobs((x.t().contiguous() * 2).t(), weight, labels)
 
     (mine,) = torch.autograd.grad(torch.compile(logprobs, fullgraph=True)(x).sum(), x)
     (true,) = torch.autograd.grad(logprobs(x).sum(), x)
