@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo.testing
+import torch._inductor.config
 from test_linear_logprobs import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,10 @@ TRANSFORM = {"logit_scale": 0.9, "softcap": 12.0, "temperature": 1.1}
 
 @pytest.fixture(autouse=True)
 def fresh():
+    """Nothing compiled earlier, here or in a run before: a cache does not see the operators' code."""
     torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
 
 
 class Model(torch.nn.Module):
