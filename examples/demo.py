@@ -38,7 +38,7 @@ import prefkern
 from prefkern.cli.bench import environment
 from prefkern.data import load_preference_dataset
 from prefkern.measure import Cost, cost_of
-from prefkern.models import align_labels, forward_with_head, head_transform, token_states
+from prefkern.models import HeadInputs, align_labels, forward_with_head, head_transform
 from prefkern.objectives import Pairs
 
 PAIRS_A_STEP = 8
@@ -217,10 +217,10 @@ def loss_step_inputs(trainer: prefkern.PreferenceTrainer) -> dict[str, Any]:
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     labels = align_labels(batch["labels"])
 
-    def keep(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, Tensor]:
-        states = token_states(hidden, labels).detach()
-        bias = None if bias is None else bias.detach()
-        return {"hidden": states, "weight": weight.detach(), "bias": bias}, hidden
+    def keep(head: HeadInputs) -> tuple[Any, Tensor]:
+        states = head.of_tokens(labels).hidden.detach()
+        bias = None if head.bias is None else head.bias.detach()
+        return {"hidden": states, "weight": head.weight.detach(), "bias": bias}, head.hidden
 
     with torch.no_grad():
         inputs, _ = forward_with_head(

@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,30 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 # Each of the probe's four tokens gets a ramp of logits from -p to p, backwards for negative p.
 _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
 
-Score = Callable[[Tensor, Tensor, Tensor | None], tuple[Any, Tensor]]
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a model's output head was called with, and what it is made of."""
+
+    hidden: Tensor  # (B, T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+
+    def of_tokens(self, labels: Tensor) -> HeadInputs:  # labels (B, T)
+        """Those of real tokens: prompt-learning adapters prepend virtual ones.
+
+        Raises ValueError for fewer positions than labels.
+        """
+        positions, length = self.hidden.shape[1], labels.shape[1]
+        if positions < length:
+            raise ValueError(
+                f"the head received {positions} positions for {length} tokens; "
+                "do not pass logits_to_keep"
+            )
+        return replace(self, hidden=self.hidden[:, -length:])
+
+
+Score = Callable[[HeadInputs], tuple[Any, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -111,12 +134,13 @@ def token_logprobs(
     aligned = align_labels(labels)
     transform = head_transform(model)
 
-    def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def score(head: HeadInputs) -> tuple[Tensor, Tensor]:
+        head = head.of_tokens(aligned)
         logps = linear_logprobs(
-            token_states(hidden, aligned),
-            weight,
+            head.hidden,
+            head.weight,
             aligned,
-            bias,
+            head.bias,
             ignore_index=IGNORE_INDEX,
             logit_scale=transform.logit_scale,
             softcap=transform.softcap,
@@ -139,24 +163,14 @@ def align_labels(labels: Tensor) -> Tensor:  # (B, T) -> (B, T)
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def token_states(hidden: Tensor, labels: Tensor) -> Tensor:  # (B, T', H), (B, T) -> (B, T, H)
-    """The hidden states of real tokens: prompt-learning adapters prepend virtual ones."""
-    if hidden.shape[1] < labels.shape[1]:
-        raise ValueError(
-            f"the head received {hidden.shape[1]} positions for {labels.shape[1]} tokens; "
-            "do not pass logits_to_keep"
-        )
-    return hidden[:, -labels.shape[1] :]
-
-
 def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tuple[Any, Tensor]:
     """Run a model's forward with its output head replaced by `fn`.
 
     Args:
         model: a Hugging Face causal LM, bare or wrapped.
         inputs: keyword arguments of its forward, without labels.
-        fn: `fn(hidden, weight, bias) -> (result, anchor)`, hidden [B, T, H] being the head's input.
-            `anchor` is a tensor of the result that carries its autograd graph.
+        fn: `fn(head) -> (result, anchor)`, called where the head would have been. `anchor` is a
+            tensor of the result that carries its autograd graph.
 
     Returns:
         The result, and a scalar that is exactly 0 and depends on `anchor` through the wrapped
@@ -170,7 +184,7 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
     def replacement(hidden: Tensor) -> Tensor:
         if results:
             raise RuntimeError(f"{type(base).__name__} calls its output head more than once")
-        result, anchor = fn(hidden, head.weight, getattr(head, "bias", None))
+        result, anchor = fn(HeadInputs(hidden, head.weight, getattr(head, "bias", None)))
         results.append(result)
         zeros = torch.zeros(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         return zeros + 0.0 * anchor.float().sum()

@@ -46,11 +46,11 @@ from prefkern.loss import FusedPreferenceLoss
 from prefkern.metrics import item_values, means, per_item
 from prefkern.models import (
     IGNORE_INDEX,
+    HeadInputs,
     align_labels,
     find_head,
     forward_with_head,
     head_transform,
-    token_states,
     unwrap,
 )
 from prefkern.objectives import KTO, Objective, UnpairedObjective
@@ -364,15 +364,13 @@ class PreferenceTrainer(ItemTrainer):
         """The reference's hidden states and head, for objectives that compare distributions."""
         labels = align_labels(inputs["labels"])
 
-        def keep(
-            hidden: Tensor, weight: Tensor, bias: Tensor | None
-        ) -> tuple[dict[str, Any], Tensor]:
+        def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
             states = {
-                "ref_hidden": token_states(hidden, labels).detach(),
-                "ref_weight": weight.detach(),
-                "ref_bias": None if bias is None else bias.detach(),
+                "ref_hidden": head.of_tokens(labels).hidden.detach(),
+                "ref_weight": head.weight.detach(),
+                "ref_bias": None if head.bias is None else head.bias.detach(),
             }
-            return states, hidden
+            return states, head.hidden
 
         with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
             if head_transform(model) != head_transform(policy):
@@ -574,14 +572,13 @@ def _fused_forward(
     transform = head_transform(model)
     labels = align_labels(inputs["labels"])
 
-    def score(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
+    def score(head: HeadInputs) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
+        head = head.of_tokens(labels)
         outputs = loss_fn(
-            token_states(hidden, labels),
-            weight,
+            head.hidden,
+            head.weight,
             labels,
-            bias,
+            head.bias,
             logit_scale=transform.logit_scale,
             softcap=transform.softcap,
             **options,
