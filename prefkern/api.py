@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefkern import checks, plan, sequences
 from prefkern.autograd import Call, Result, scored_logprobs
-from prefkern.operands import Operands, Transform
+from prefkern.operands import LowRank, Operands, Transform
 from prefkern.outputs import TokenStats
 
 BACKENDS = ("triton", "torch")
@@ -36,6 +36,8 @@ def linear_logprobs(
     workspace_mb: float | None = None,
     backend: str | None = None,
     return_stats: bool = False,
+    lora_hidden: Tensor | None = None,  # (..., R)
+    lora_weight: Tensor | None = None,  # (V, R)
 ) -> Tensor | TokenStats:
     """Log-probs of labels under `softmax(transform(hidden @ weight.T + bias))`, in tiles.
 
@@ -52,10 +54,13 @@ def linear_logprobs(
         backend: "triton" (GPUs; CPU under TRITON_INTERPRET=1), "torch" (any device), or None:
             triton on a GPU that has it, else torch.
         return_stats: return TokenStats, with entropy, mean logit and top-1 beside the log-probs.
+        lora_hidden, lora_weight: a LoRA adapter on the head, which adds `lora_hidden @
+            lora_weight.T` to the raw logits: scaling * lora_A(hidden) [..., R] and lora_B's weight
+            [V, R], in float32, bfloat16 or float16, whatever hidden has.
 
     Returns:
-        [...] float32, in nats; 0 where not scored. Differentiable once in hidden, weight and bias;
-        each gradient has its argument's dtype. `prefkern.last_plan()` tells what ran.
+        [...] float32, in nats; 0 where not scored. Differentiable once in hidden, weight, bias and
+        the adapter's two; each gradient has its argument's dtype. `prefkern.last_plan()` tells what ran.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. All
@@ -64,6 +69,7 @@ def linear_logprobs(
         RuntimeError: the backend asked for cannot run here.
     """
     checks.head(hidden, weight, bias)
+    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
@@ -71,6 +77,8 @@ def linear_logprobs(
     if torch.compiler.is_compiling():
         from prefkern import compiled
 
+        if lora_hidden is not None:
+            raise NotImplementedError(compiled.NO_ADAPTER)
         logps, stats = compiled.token_logprobs(
             hidden, weight, labels, bias, ignore_index, transform, workspace_mb, backend,
             return_stats,
@@ -88,6 +96,7 @@ def linear_logprobs(
         workspace_mb,
         backend,
         return_stats,
+        low_rank=low_rank_of(lora_hidden, lora_weight),
     )
     logps = place(result.logps, scored.rows, labels.shape)
     if result.stats is None:
@@ -106,13 +115,15 @@ def run(
     backend: str,
     with_stats: bool,
     ref_hidden: Tensor | None = None,  # (..., H), a reference's, through the same head
+    low_rank: LowRank | None = None,
 ) -> tuple[Result, plan.Plan]:
     """Plan and run checked arguments."""
     operands = operands_of(hidden)
-    gradients = wanted_gradients(hidden, weight, bias)
+    gradients = wanted_gradients(hidden, weight, bias, low_rank)
     product_row = None
-    if backend == "triton" and not (gradients.hidden or gradients.head or with_stats):
-        is_plain = operands.dtype == hidden.dtype == weight.dtype and ref_hidden is None
+    if backend == "triton" and not (gradients.states or gradients.head or with_stats):
+        is_plain = operands.dtype == hidden.dtype == weight.dtype
+        is_plain = is_plain and ref_hidden is None and low_rank is None
         kernels = _kernels()
         assert kernels is not None
         if is_plain:
@@ -121,7 +132,7 @@ def run(
     made = plan.make_plan(
         tokens=scored.count,
         vocab_size=weight.shape[0],
-        head=planned_head(hidden, weight, operands),
+        head=planned_head(hidden, weight, operands, low_rank),
         gradients=gradients,
         backend=backend,
         workspace_mb=workspace_mb,
@@ -131,12 +142,16 @@ def run(
         product_row=product_row,
     )
     plan.record(made)
+    if low_rank is not None:
+        flat = low_rank.hidden.reshape(-1, low_rank.hidden.shape[-1])
+        low_rank = LowRank(scored.cleared(flat), low_rank.weight)
     call = Call(transform, operands, made, tile_operations(backend), with_stats)
     result = scored_logprobs(
         scored.cleared(hidden.reshape(-1, hidden.shape[-1])),
         weight,
         # Kernels walk the bias word by word: no strides, no expanded views. (V,): a small copy.
         None if bias is None else bias.contiguous(),
+        low_rank,
         None if ref_hidden is None else ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
         scored.rows,
         scored.labels,
@@ -147,18 +162,36 @@ def run(
     return result, made
 
 
-def planned_head(hidden: Tensor, weight: Tensor, operands: Operands) -> plan.Head:
+def low_rank_of(hidden: Tensor | None, weight: Tensor | None) -> LowRank | None:
+    return None if hidden is None or weight is None else LowRank(hidden, weight)
+
+
+def planned_head(
+    hidden: Tensor, weight: Tensor, operands: Operands, low_rank: LowRank | None = None
+) -> plan.Head:
     """What the plan must know of a head."""
     return plan.Head(
-        weight.shape[1], operands.compute_dtype, operands.upcasts, hidden.dtype, weight.dtype
+        weight.shape[1],
+        operands.compute_dtype,
+        operands.upcasts,
+        hidden.dtype,
+        weight.dtype,
+        0 if low_rank is None else low_rank.weight.shape[1],
     )
 
 
-def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> plan.Gradients:
+def wanted_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None
+) -> plan.Gradients:
     if not torch.is_grad_enabled():
         return plan.Gradients(False, False, False)
-    bias_needs_grad = bias is not None and bias.requires_grad
-    return plan.Gradients(hidden.requires_grad, weight.requires_grad, bias_needs_grad)
+    return plan.Gradients(
+        hidden.requires_grad,
+        weight.requires_grad,
+        bias is not None and bias.requires_grad,
+        low_rank is not None and low_rank.hidden.requires_grad,
+        low_rank is not None and low_rank.weight.requires_grad,
+    )
 
 
 def plan_for(
@@ -170,6 +203,7 @@ def plan_for(
     device: torch.device | str | None = None,
     trains_hidden: bool = True,
     trains_head: bool = False,
+    lora_rank: int = 0,
     softcap: bool = False,
     return_stats: bool = False,
     workspace_mb: float | None = None,
@@ -182,6 +216,7 @@ def plan_for(
         dtype: of hidden and weight.
         device: where the call would run, which need not be here; None: a GPU if there is one.
         trains_hidden, trains_head: what needs a gradient; neither: log-probs alone.
+        lora_rank: of an adapter that is trained on the head; 0: none.
         softcap: whether the model caps its logits; return_stats: as in `linear_logprobs`.
         workspace_mb, backend: as in `linear_logprobs`.
 
@@ -199,6 +234,8 @@ def plan_for(
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {size!r}")
         checks.positive(name, size)
+    if not isinstance(lora_rank, int) or isinstance(lora_rank, bool) or lora_rank < 0:
+        raise ValueError(f"lora_rank must be an int >= 0, got {lora_rank!r}")
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     if device is None:
@@ -212,8 +249,10 @@ def plan_for(
     return plan.make_plan(
         tokens=tokens,
         vocab_size=vocab_size,
-        head=plan.Head(hidden_size, dtype, operands.upcasts, dtype, dtype),
-        gradients=plan.Gradients(trains_hidden, trains_head, False),
+        head=plan.Head(hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank),
+        gradients=plan.Gradients(
+            trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
+        ),
         backend=resolve_backend(backend, device),
         workspace_mb=resolve_workspace(workspace_mb, device),
         has_softcap=softcap,

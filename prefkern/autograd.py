@@ -20,8 +20,8 @@ from torch import Tensor
 
 from prefkern import passes
 from prefkern.once import differentiable_once
-from prefkern.operands import Head, Operands, Transform
-from prefkern.plan import Plan
+from prefkern.operands import Head, LowRank, Operands, Transform
+from prefkern.plan import Gradients, Plan
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,15 @@ def scored_logprobs(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
+    low_rank: LowRank | None,  # an adapter's part of the head
     ref_hidden: Tensor | None,  # (M, H), a reference's, through the same head
     rows: Tensor | None,  # (N,)
     labels: Tensor,  # (N,)
     call: Call,
 ) -> Result:
     """Log-probs of the scored tokens; when asked, statistics of them and a reference's log-probs."""
-    tensors = (hidden, weight, bias, ref_hidden, rows, labels)
+    lora_hidden, lora_weight = (None, None) if low_rank is None else vars(low_rank).values()
+    tensors = (hidden, weight, bias, lora_hidden, lora_weight, ref_hidden, rows, labels)
     if call.plan.structure == "forward":
         with torch.no_grad():
             passed = _forward(*tensors, call)
@@ -79,18 +81,21 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        lora_hidden: Tensor | None,
+        lora_weight: Tensor | None,
         ref_hidden: Tensor | None,
         rows: Tensor | None,
         labels: Tensor,
         call: Call,
     ) -> tuple[Tensor | None, ...]:
-        passed = _forward(hidden, weight, bias, ref_hidden, rows, labels, call)
+        operands = (hidden, weight, bias, lora_hidden, lora_weight)
+        passed = _forward(*operands, ref_hidden, rows, labels, call)
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
+        ctx.states = [(x.shape, x.dtype) for x in (hidden, lora_hidden) if x is not None]
         saved: tuple[Tensor | None, ...] = (passed.derivative, rows)
         if passed.terms is not None:
-            saved += (hidden, weight, bias, labels, *vars(passed.terms).values())
+            saved += (labels, *operands, *vars(passed.terms).values())
         ctx.save_for_backward(*saved)
         constant = (passed.ref_logps, *(passed.stats or ()))
         ctx.mark_non_differentiable(*(x for x in constant if x is not None))
@@ -100,37 +105,55 @@ class _LinearLogprobs(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 9
         call = ctx.call
+        needs = Gradients(*ctx.needs_input_grad[:5])
         grad = grad.float()
         derivative, rows, *for_head = ctx.saved_tensors
-        dhidden = dweight = dbias = None
+        dhidden = dlora_hidden = dweight = dbias = dlora_weight = None
         with without_autocast(grad):
             if derivative is not None:
-                dhidden = passes.hidden_gradient(
-                    grad, derivative, rows, ctx.hidden_shape, ctx.hidden_dtype, call.ops
-                )
+                dhidden, dlora_hidden = _state_gradients(ctx, grad, derivative, rows, needs)
             if for_head:
-                hidden, weight, bias, labels, *values = for_head
-                dweight, dbias = passes.head_gradient(
+                labels, hidden, weight, bias, lora_hidden, lora_weight, *terms = for_head
+                dweight, dbias, dlora_weight = passes.head_gradient(
                     grad,
-                    Head(hidden, weight, bias, call.operands),
+                    _head(hidden, weight, bias, lora_hidden, lora_weight, call),
                     rows,
                     labels,
-                    passes.HeadTerms(*values),
+                    passes.HeadTerms(*terms),
                     call.transform,
                     call.plan,
                     call.ops,
-                    needs_weight=ctx.needs_input_grad[1],
-                    needs_bias=ctx.needs_input_grad[2],
+                    needs,
                 )
-        return dhidden, dweight, dbias, None, None, None, None
+        return dhidden, dweight, dbias, dlora_hidden, dlora_weight, None, None, None, None
+
+
+def _state_gradients(
+    ctx, grad: Tensor, derivative: Tensor, rows: Tensor | None, needs: Gradients
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and of an adapter's hidden, each from its columns of D."""
+    start, own = ctx.call.plan.state_columns.start, ctx.call.plan.hidden_size
+
+    def gradient(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return passes.hidden_gradient(grad, part, rows, shape, dtype, ctx.call.ops)
+
+    dhidden = dlora = None
+    if needs.hidden:
+        dhidden = gradient(derivative[:, :own], *ctx.states[0])
+    if needs.lora_hidden:
+        shape, dtype = ctx.states[1]
+        dlora = gradient(derivative[:, own - start :][:, : shape[1]], shape, dtype)
+    return dhidden, dlora
 
 
 def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     ref_hidden: Tensor | None,
     rows: Tensor | None,
     labels: Tensor,
@@ -141,7 +164,7 @@ def _forward(
         reference = Head(ref_hidden, weight, bias, call.operands)
     with without_autocast(hidden):
         return passes.forward(
-            Head(hidden, weight, bias, call.operands),
+            _head(hidden, weight, bias, lora_hidden, lora_weight, call),
             rows,
             labels,
             call.transform,
@@ -150,6 +173,20 @@ def _forward(
             call.with_stats,
             reference,
         )
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    call: Call,
+) -> Head:
+    low_rank = None
+    if lora_hidden is not None and lora_weight is not None:
+        low_rank = LowRank(lora_hidden, lora_weight)
+    return Head(hidden, weight, bias, call.operands, low_rank)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

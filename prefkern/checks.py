@@ -64,6 +64,39 @@ def head(
         raise ValueError(f"{prefix}bias is on {bias.device} and weight on {weight.device}")
 
 
+def low_rank(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    lora_hidden: Tensor | None,  # (..., R)
+    lora_weight: Tensor | None,  # (V, R)
+) -> None:
+    """What an adapter adds to a head, against the head."""
+    given = {"lora_hidden": (lora_hidden, "[..., R]"), "lora_weight": (lora_weight, "[V, R]")}
+    if all(value is None for value, _ in given.values()):
+        return
+    for name, (value, shape) in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both"
+            )
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}")
+    assert lora_hidden is not None and lora_weight is not None
+    if lora_weight.ndim != 2 or lora_weight.shape[0] != weight.shape[0] or not lora_weight.shape[1]:
+        raise ValueError(
+            f"lora_weight must have shape [V, R] with V = {weight.shape[0]} as in weight, "
+            f"got {list(lora_weight.shape)}"
+        )
+    expected = [*hidden.shape[:-1], lora_weight.shape[1]]
+    if list(lora_hidden.shape) != expected:
+        raise ValueError(
+            f"lora_hidden must have hidden's shape with R = {lora_weight.shape[1]} in place of H, "
+            f"{expected}, got {list(lora_hidden.shape)}"
+        )
+
+
 def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
     """The labels' type and shape: that of hidden without its last dimension."""
     if not isinstance(labels, Tensor):

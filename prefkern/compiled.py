@@ -31,6 +31,8 @@ _OPTIONS = (
 _KEPT_SHARE = 0.75
 _LEAST_MB_TO_KEEP = 32
 
+NO_ADAPTER = "a LoRA adapter on the head (lora_hidden) is not supported under torch.compile yet"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -215,7 +217,7 @@ def _logprobs_backward(
                 api.tile_operations(given.backend),
             )
         if needs_weight or needs_bias:
-            of_weight, of_bias = passes.head_gradient(
+            of_weight, of_bias, _ = passes.head_gradient(
                 grad,
                 _head(scored, hidden, weight, bias, given),
                 scored.rows,
@@ -224,8 +226,7 @@ def _logprobs_backward(
                 given.transform,
                 made,
                 api.tile_operations(given.backend),
-                needs_weight,
-                needs_bias,
+                gradients,
             )
             dweight = dweight if of_weight is None else of_weight
             dbias = dbias if of_bias is None else of_bias

@@ -84,6 +84,10 @@ class PreferenceConfig(TrainingArguments):
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference model. Default: the initial model."}
     )
+    ref_adapter_name: str | None = field(
+        default=None,
+        metadata={"help": "Adapter of the model that is the reference. Default: none, the base."},
+    )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keywords of from_pretrained, as JSON."}
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prefkern import api, checks, kl, pairwise, sequences
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
-from prefkern.operands import Transform
+from prefkern.operands import LowRank, Transform
 from prefkern.outputs import PreferenceOutput, TokenStats, UnpairedOutput
 from prefkern.plan import Plan
 
@@ -71,6 +71,8 @@ class FusedPreferenceLoss(nn.Module):
         return_stats: bool = False,
         desirable: Tensor | None = None,  # (S,), KTO
         mismatched_log_ratios: Tensor | None = None,  # (M,), KTO
+        lora_hidden: Tensor | None = None,  # (2B, T, R), or (M, R) with cu_seqlens
+        lora_weight: Tensor | None = None,  # (V, R)
     ) -> PreferenceOutput | UnpairedOutput:
         """The loss of B pairs: B chosen sequences, then their B rejected ones.
 
@@ -89,12 +91,20 @@ class FusedPreferenceLoss(nn.Module):
                 `UnpairedOutput`.
             mismatched_log_ratios: KTO, [M]: log policy / reference of mismatched pairs, summed;
                 see `prefkern.objectives.Examples`.
+            lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
+                `prefkern.linear_logprobs`. Not for TDPO.
 
         Raises TypeError and ValueError as `prefkern.linear_logprobs` does, for an odd number of
         sequences, and for a reference or margins that are missing, given twice, or given in part.
         """
         is_paired = isinstance(self.objective, Objective)
         checks.head(hidden, weight, bias)
+        checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+        if lora_hidden is not None and is_paired and self.objective.needs_kls:
+            name = _inner_name(self.objective)
+            raise ValueError(
+                f"lora_hidden was given, and {name} does not support an adapter on the head"
+            )
         checks.labels(labels, hidden.shape[:-1], hidden.device)
         checks.transform(logit_scale, softcap, temperature)
         bounds = _bounds(labels, cu_seqlens, is_paired)
@@ -112,6 +122,10 @@ class FusedPreferenceLoss(nn.Module):
             )
         transform = Transform(float(logit_scale), softcap, float(temperature))
         if torch.compiler.is_compiling():
+            if lora_hidden is not None:
+                from prefkern import compiled
+
+                raise NotImplementedError(compiled.NO_ADAPTER)
             return self._compiled(
                 _Head(hidden, weight, bias),
                 None
@@ -134,7 +148,7 @@ class FusedPreferenceLoss(nn.Module):
             labels.reshape(-1), self.ignore_index, weight.shape[0], bounds, cu_seqlens is not None
         )
         assert scored.offsets is not None
-        head = _Head(hidden, weight, bias)
+        head = _Head(hidden, weight, bias, api.low_rank_of(lora_hidden, lora_weight))
         reference = None
         if ref_hidden is not None and ref_weight is not None:
             reference = _Head(ref_hidden, ref_weight, ref_bias)
@@ -266,6 +280,7 @@ class _Head:
     hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
+    low_rank: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -304,6 +319,7 @@ def _score_tokens(
             backend,
             with_stats,
             ref_hidden,
+            head.low_rank,
         )
 
     if is_paired and objective.needs_kls:
@@ -340,7 +356,7 @@ def _score_tokens(
 
 def _same_head(head: _Head, reference: _Head) -> bool:
     """Whether both go through the same numbers, in the same dtype."""
-    if head.hidden.dtype != reference.hidden.dtype:
+    if head.hidden.dtype != reference.hidden.dtype or head.low_rank is not None:
         return False
     if (head.bias is None) != (reference.bias is None):
         return False

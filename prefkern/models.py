@@ -23,14 +23,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefkern import heads
 from prefkern.api import linear_logprobs
+from prefkern.heads import HeadInputs
 
 IGNORE_INDEX = -100
 
@@ -45,28 +47,6 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 # Each of the probe's four tokens gets a ramp of logits from -p to p, backwards for negative p.
 _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """What a model's output head was called with, and what it is made of."""
-
-    hidden: Tensor  # (B, T, H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-
-    def of_tokens(self, labels: Tensor) -> HeadInputs:  # labels (B, T)
-        """Those of real tokens: prompt-learning adapters prepend virtual ones.
-
-        Raises ValueError for fewer positions than labels.
-        """
-        positions, length = self.hidden.shape[1], labels.shape[1]
-        if positions < length:
-            raise ValueError(
-                f"the head received {positions} positions for {length} tokens; "
-                "do not pass logits_to_keep"
-            )
-        return replace(self, hidden=self.hidden[:, -length:])
 
 
 Score = Callable[[HeadInputs], tuple[Any, Tensor]]
@@ -147,6 +127,7 @@ def token_logprobs(
             temperature=temperature,
             workspace_mb=workspace_mb,
             backend=backend,
+            **head.adapter(),
         )
         assert isinstance(logps, Tensor)
         return logps, logps
@@ -184,7 +165,7 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
     def replacement(hidden: Tensor) -> Tensor:
         if results:
             raise RuntimeError(f"{type(base).__name__} calls its output head more than once")
-        result, anchor = fn(HeadInputs(hidden, head.weight, getattr(head, "bias", None)))
+        result, anchor = fn(heads.read(head, hidden))
         results.append(result)
         zeros = torch.zeros(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         return zeros + 0.0 * anchor.float().sum()
@@ -219,9 +200,9 @@ def unwrap(model: Any) -> Any:
 
 
 def find_head(model: nn.Module) -> tuple[Any, Any]:
-    """The unwrapped model and its output head, a module with a plain weight [V, H].
+    """The unwrapped model and its output head, a linear layer or one that PEFT adapts.
 
-    Raises ValueError where there is no head, or one that is more than a linear layer.
+    Raises ValueError where there is no head, or one that `prefkern.heads` cannot read.
     """
     base = unwrap(model)
     get_head = getattr(base, "get_output_embeddings", None)
@@ -233,17 +214,9 @@ def find_head(model: nn.Module) -> tuple[Any, Any]:
         )
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(base).__name__} is an encoder-decoder; a causal LM is needed")
-    if getattr(getattr(head, "weight", None), "dtype", None) == torch.float64:
-        raise ValueError(
-            f"the output head of {type(base).__name__} is float64; log-probs are computed in "
-            "float32: load the model in float32, bfloat16 or float16"
-        )
-    problem = _head_problem(head)
+    problem = heads.problem(head)
     if problem:
-        raise ValueError(
-            f"the output head of {type(base).__name__} is {problem}, which is not supported yet; "
-            "its log-probs would ignore it. Leave the head out of the adapter or quantisation"
-        )
+        raise ValueError(f"the output head of {type(base).__name__} is {problem}")
     return base, head
 
 
@@ -254,12 +227,12 @@ def head_transform(model: nn.Module) -> HeadTransform:
     """
     base, head = find_head(model)
     candidates = candidate_transforms(base.config)
-    cached = base.__dict__.get("_prefkern_head_transform")
-    # The reading is part of the key: a config edited since is probed again.
-    if cached is None or cached[0] != candidates:
-        cached = (candidates, _probe(model, base, head, candidates))
-        base.__dict__["_prefkern_head_transform"] = cached
-    return cached[1]
+    probed = base.__dict__.setdefault("_prefkern_head_transform", {})
+    # A config edited since is probed again, and so is a head whose adapters were switched.
+    key = (candidates, heads.reading(head))
+    if key not in probed:
+        probed[key] = _probe(model, base, head, candidates)
+    return probed[key]
 
 
 def candidate_transforms(config: Any) -> tuple[HeadTransform, ...]:
@@ -279,24 +252,6 @@ def candidate_transforms(config: Any) -> tuple[HeadTransform, ...]:
     for factors, softcap in itertools.product(itertools.product(*scales), (*softcaps, None)):
         transforms.append(HeadTransform(math.prod(factors), softcap))
     return tuple(dict.fromkeys(transforms))
-
-
-def _head_problem(head: nn.Module) -> str | None:
-    """Why a head cannot be read as `hidden @ weight.T + bias`, in words; None if it can."""
-    kind = type(head).__name__
-    if hasattr(head, "modules_to_save"):
-        return f"trained as a whole by PEFT ({kind}, modules_to_save)"
-    if hasattr(head, "base_layer"):
-        return f"wrapped in a PEFT adapter ({kind})"
-    if any(True for _ in head.children()):
-        return f"a {kind} with modules inside"
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor):
-        return f"a {kind} without a weight"
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"a {kind} with a weight of {weight.dtype}, probably quantised"
-    # FSDP flattens a weight outside the forward; inside, the operator checks its shape.
-    return None
 
 
 def _uncalled(base: Any, head: nn.Module) -> RuntimeError:
@@ -364,7 +319,11 @@ def _probe(
             raw = original(hidden)
             # Whatever the head's class, it has to compute what we take it to compute.
             seen["raw"] = raw
-            seen["linear"] = F.linear(hidden, head.weight, getattr(head, "bias", None))
+            read = heads.read(head, hidden)
+            seen["linear"] = F.linear(hidden, read.weight, read.bias)
+            if read.lora_hidden is not None and read.lora_weight is not None:
+                term = F.linear(read.lora_hidden, read.lora_weight.to(read.lora_hidden.dtype))
+                seen["linear"] = seen["linear"] + term
             # Prompt-learning adapters add positions, hence the modulo.
             peaks = torch.tensor(_PROBE_PEAKS, device=raw.device)
             peaks = peaks[torch.arange(raw.shape[1], device=raw.device) % len(peaks)]
@@ -384,7 +343,7 @@ def _probe(
     if not (raw - linear).abs().max() <= tolerance * raw.abs().max():
         raise ValueError(
             f"the output head of {type(base).__name__} ({type(head).__name__}) does not compute "
-            "hidden @ weight.T + bias: largest difference "
+            "hidden @ weight.T + bias (and a LoRA term): largest difference "
             f"{(raw - linear).abs().max().item():.3g} at logits up to {raw.abs().max().item():.3g}"
         )
     if logits.shape != ramp.shape:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefkern.plan import Tiles
+from prefkern.plan import Columns, Tiles, padding
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,59 @@ class Operands:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What a LoRA adapter adds to a head's logits: `hidden @ weight.T`."""
+
+    hidden: Tensor  # (M, R): scaling * lora_A(h), of all tokens
+    weight: Tensor  # (V, R): lora_B
+
+
+@dataclass(frozen=True)
 class Head:
-    """Hidden states and the head that they meet."""
+    """Hidden states and the head that they meet.
+
+    An adapter's term is part of the same product: `h W^T + l B^T = [h l] [W B]^T`. Rows and words
+    are put together tile by tile, to a width that is `plan.Head.width`, zeros at the end.
+    """
 
     hidden: Tensor  # (M, H), all tokens
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     operands: Operands
+    low_rank: LowRank | None = None
 
-    def rows(self, rows: Tensor | None, tokens: slice) -> Tensor:  # (n, H)
-        return self.operands.prepare(take(self.hidden, rows, tokens))
+    def rows(
+        self, rows: Tensor | None, tokens: slice, columns: Columns | None = None
+    ) -> Tensor:  # (n, W), or (n, width of columns)
+        """Some tokens' rows, all of them or those columns."""
+        own = take(self.hidden, rows, tokens) if columns is None or columns.start == 0 else None
+        if self.low_rank is None or (columns is not None and columns.stop == self.hidden.shape[1]):
+            assert own is not None
+            return self.operands.prepare(own)
+        low_rank = take(self.low_rank.hidden, rows, tokens)
+        return self._side_by_side(*([low_rank] if own is None else [own, low_rank]))
 
-    def words(self, words: slice) -> Tensor:  # (v, H)
-        return self.operands.prepare(self.weight[words])
+    def words(self, words: slice) -> Tensor:  # (v, W)
+        if self.low_rank is None:
+            return self.operands.prepare(self.weight[words])
+        return self._side_by_side(self.weight[words], self.low_rank.weight[words])
+
+    def label_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (V or n, W)
+        """Indices, and the rows that they are into: each label's row of the head."""
+        if self.low_rank is None:
+            return labels, self.weight
+        rows = self._side_by_side(self.weight[labels], self.low_rank.weight[labels])
+        return torch.arange(labels.shape[0], device=labels.device), rows
 
     def bias_of(self, words: slice) -> Tensor | None:  # (v,)
         return None if self.bias is None else self.bias[words]
+
+    def _side_by_side(self, *parts: Tensor) -> Tensor:
+        """Operands of one product, with zeros up to the width that the whole head has."""
+        assert self.low_rank is not None
+        own, rank = self.hidden.shape[1], self.low_rank.weight.shape[1]
+        parts = tuple(self.operands.prepare(part) for part in parts)
+        return torch.cat([*parts, parts[0].new_zeros(parts[0].shape[0], padding(own + rank))], 1)
 
 
 class Buffers:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from prefkern.fold_state import FoldState, clear, finish, statistics
 from prefkern.operands import Buffers, Head, Transform, add_product, product
-from prefkern.plan import Plan, kept_row, slices
+from prefkern.plan import Gradients, Plan, kept_row, slices
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def forward(
     """
     if plan.product_in_kernel:
         return _product_in_kernel(head, rows, labels, transform, plan, ops)
-    N, H = labels.shape[0], head.hidden.shape[1]
+    N, columns = labels.shape[0], plan.state_columns
     device = head.hidden.device
     tiles = plan.forward_tiles
     logps = torch.empty(N, dtype=torch.float32, device=device)
     ref_logps = torch.empty_like(logps) if reference is not None else None
     if plan.trains_hidden and derivative is None:
-        derivative = torch.empty((N, H), dtype=torch.float32, device=device)
+        derivative = torch.empty((N, columns.width), dtype=torch.float32, device=device)
     if plan.trains_head and terms is None:
         terms = HeadTerms.empty(plan, head.operands.dtype, device)
     state = FoldState.empty(tiles.token_tile, device, with_stats)
@@ -125,23 +125,27 @@ def forward(
             if accumulator is not None:
                 assert weights is not None
                 if words.start == 0:
-                    product(weights, w, accumulator)
+                    product(weights, columns.of(w), accumulator)
                 else:
                     ops.rescale_rows(accumulator, rescale)
-                    add_product(weights, w, accumulator)
+                    add_product(weights, columns.of(w), accumulator)
             # A tile's copy of the weight must be gone before the next one is made.
             del w
         del h, ref_h
         for_head = (None, None, None)
         if terms is not None:
             for_head = (terms.unit[tokens], terms.share[tokens], terms.label_value[tokens])
+        indices, label_rows = y, None
+        if accumulator is not None:
+            indices, label_rows = head.label_rows(y)
+            label_rows = columns.of(label_rows)
         ops.finish(
             *part.sums(),
-            y,
+            indices,
             logps[tokens],
             *for_head,
             accumulator,
-            head.weight,
+            label_rows,
             factor=transform.factor,
             compute_dtype=head.operands.compute_dtype,
             operand_dtype=head.operands.dtype,
@@ -183,7 +187,7 @@ def _product_in_kernel(
 
 def hidden_gradient(
     grad: Tensor,  # (N,) d loss / d logp, float32
-    derivative: Tensor,  # (N, H) D
+    derivative: Tensor,  # (N, H) D, or an adapter's part of it
     rows: Tensor | None,  # (N,)
     shape: torch.Size,  # (M, H)
     dtype: torch.dtype,
@@ -205,23 +209,26 @@ def head_gradient(
     transform: Transform,
     plan: Plan,
     ops: ModuleType,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight (V, H) and bias (V,), in their dtypes; of kept tokens and of others."""
+    gradients: Gradients,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of weight (V, H), bias (V,) and an adapter's weight (V, R), in their dtypes.
+
+    Of kept tokens and of others.
+    """
     assert plan.backward_tiles is not None
-    tiles, H = plan.backward_tiles, plan.hidden_size
+    tiles, columns = plan.backward_tiles, plan.trained_columns
     device, dtype = head.hidden.device, head.operands.dtype
+    lora_weight = None if head.low_rank is None else head.low_rank.weight
+    make = torch.zeros_like if plan.tokens == 0 else torch.empty_like
+    dweight = make(head.weight) if gradients.weight else None
+    dbias = make(head.bias) if gradients.bias and head.bias is not None else None
+    dlora = make(lora_weight) if gradients.lora_weight and lora_weight is not None else None
     if plan.tokens == 0:
-        return (
-            torch.zeros_like(head.weight) if needs_weight else None,
-            torch.zeros_like(head.bias) if needs_bias and head.bias is not None else None,
-        )
-    dweight = torch.empty_like(head.weight) if needs_weight else None
-    dbias = torch.empty_like(head.bias) if needs_bias and head.bias is not None else None
-    dweight_buffer = None
-    if needs_weight:
-        dweight_buffer = torch.empty((tiles.vocab_tile, H), dtype=torch.float32, device=device)
+        return dweight, dbias, dlora
+    buffer = None
+    if gradients.weights:
+        shape = (tiles.vocab_tile, columns.width)
+        buffer = torch.empty(shape, dtype=torch.float32, device=device)
     buffers = Buffers(tiles, head.operands, device, True, plan.kept_tokens < plan.tokens)
     r = terms.share * (grad * -transform.factor)
     scale = None
@@ -233,15 +240,21 @@ def head_gradient(
     for words in slices(0, plan.vocab_size, tiles.vocab_tile):
         size = words.stop - words.start
         w, bias = None, head.bias_of(words)
-        dweight_tile = None if dweight_buffer is None else dweight_buffer[:size]
-        dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
+        tile_of_weights = None if buffer is None else buffer[:size]
+        dbias_tile = (
+            torch.zeros(size, dtype=torch.float32, device=device) if gradients.bias else None
+        )
         for tokens in token_slices(plan, tiles.token_tile):
-            h = head.rows(rows, tokens)
             is_kept = tokens.stop <= plan.kept_tokens
+            h = None
             if is_kept:
                 weights = terms.kept[tokens, words]
+                if tile_of_weights is not None:
+                    h = head.rows(rows, tokens, columns)
+                    h = (h * r[tokens].unsqueeze(1)).to(dtype)
             else:
                 # r goes into the tile before it is rounded, and hidden stays as it is.
+                h = head.rows(rows, tokens)
                 w = head.words(words) if w is None else w
                 tile, weights = buffers.views(h.shape[0], size)
                 assert weights is not None
@@ -257,22 +270,31 @@ def head_gradient(
                     start=words.start,
                     **transform.keywords(),
                 )
-            if dweight_tile is not None:
-                if is_kept:
-                    h = (h * r[tokens].unsqueeze(1)).to(dtype)
+                h = columns.of(h)
+            if tile_of_weights is not None:
+                assert h is not None
                 add = product if tokens.start == 0 else add_product
-                add(weights.t(), h, dweight_tile)
+                add(weights.t(), h, tile_of_weights)
             if dbias_tile is not None and is_kept:
                 _add_column_sums(weights, r[tokens], dbias_tile)
             elif dbias_tile is not None:
                 dbias_tile += weights.sum(0, dtype=torch.float32)
             del h
-        for result, tile in ((dweight, dweight_tile), (dbias, dbias_tile)):
-            if result is not None and tile is not None:
-                result[words] = tile if scale is None else tile.mul_(scale)
+        if scale is not None:
+            for tile in (tile_of_weights, dbias_tile):
+                if tile is not None:
+                    tile.mul_(scale)
+        if dbias is not None and dbias_tile is not None:
+            dbias[words] = dbias_tile
+        if tile_of_weights is not None:
+            if dweight is not None:
+                dweight[words] = tile_of_weights[:, : dweight.shape[1]]
+            if dlora is not None:
+                start = plan.hidden_size - columns.start
+                dlora[words] = tile_of_weights[:, start : start + dlora.shape[1]]
         # A tile's copy of the weight must be gone before the next one is made.
         del w
-    return dweight, dbias
+    return dweight, dbias, dlora
 
 
 def token_slices(plan: Plan, token_tile: int) -> list[slice]:

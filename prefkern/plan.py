@@ -65,6 +65,21 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Of a product's operands, [hidden, an adapter's part], the columns that a gradient has."""
+
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+    def of(self, operand: torch.Tensor) -> torch.Tensor:  # (n, W) -> (n, width)
+        return operand[:, self.start : self.stop]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a call runs: structure, tiles, counted operations and bytes."""
 
@@ -84,6 +99,9 @@ class Plan:
     saved_bytes: int  # kept for backward beyond the inputs and the probabilities
     product_in_kernel: bool = False  # product and fold are one kernel, which writes no logit
     ref_hidden_size: int | None = None  # of the reference's head, in a call with a divergence
+    rank: int = 0  # of a LoRA adapter on the head
+    state_columns: Columns = Columns(0, 0)  # those of D
+    trained_columns: Columns = Columns(0, 0)  # those of dW
 
     @property
     def operations(self) -> int:
@@ -127,6 +145,11 @@ def kept_row(vocab_size: int) -> int:
     return -(-vocab_size // 64) * 64
 
 
+def padding(width: int) -> int:
+    """Columns to add, so that rows of operands begin where libraries want them: at 16 bytes."""
+    return -width % 8
+
+
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """`start : stop` in slices of `step`, the last one shorter."""
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
@@ -144,6 +167,15 @@ class Head:
     # As they are given, which autocast may round to the compute dtype.
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
+    rank: int = 0  # of a LoRA adapter on the head
+
+    @property
+    def width(self) -> int:
+        """Columns of the products' operands: H, and what an adapter adds, made even."""
+        if not self.rank:
+            return self.hidden_size
+        width = self.hidden_size + self.rank
+        return width + padding(width)
 
     @property
     def operand_size(self) -> int:
@@ -152,12 +184,22 @@ class Head:
     @property
     def hidden_row(self) -> int:
         """Bytes of a token's gathered row, and of its rounded and raised copies."""
-        return self.hidden_size * self.hidden_dtype.itemsize + self._copies(self.hidden_dtype)
+        gathered = self.hidden_size * self.hidden_dtype.itemsize
+        return gathered + self._copies(self.hidden_dtype) + self._joined()
 
     @property
     def weight_row(self) -> int:
         """Bytes of a word's copies on their way to the product."""
-        return self._copies(self.weight_dtype)
+        return self._copies(self.weight_dtype) + self._joined()
+
+    def columns(self, own: bool, low_rank: bool) -> Columns:
+        """Those that a gradient is asked of: the head's own, an adapter's, both or none."""
+        start = 0 if own else self.hidden_size
+        return Columns(start, self.width if low_rank else self.hidden_size)
+
+    def _joined(self) -> int:
+        """Bytes of an adapter's part of a row, gathered, raised and beside the head's own."""
+        return (self.width * self.operand_size + 12 * self.rank) if self.rank else 0
 
     def _copies(self, dtype: torch.dtype) -> int:
         rounded = self.compute_dtype.itemsize if dtype != self.compute_dtype else 0
@@ -166,15 +208,25 @@ class Head:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Whose gradients a call is asked for."""
+    """Whose gradients a call is asked for; the last two are an adapter's."""
 
     hidden: bool
     weight: bool
     bias: bool
+    lora_hidden: bool = False
+    lora_weight: bool = False
+
+    @property
+    def states(self) -> bool:
+        return self.hidden or self.lora_hidden
 
     @property
     def head(self) -> bool:
-        return self.weight or self.bias
+        return self.weights or self.bias
+
+    @property
+    def weights(self) -> bool:
+        return self.weight or self.lora_weight
 
 
 def make_plan(
@@ -212,11 +264,14 @@ def make_plan(
         kept, forward_tiles, backward_tiles = _cheapest(size, gradients, budget)
     else:
         forward_tiles = size.forward(budget, kept)
-        backward_tiles = size.backward(budget, kept, gradients.weight)
-    product = 2 * head.hidden_size * vocab_size
+        backward_tiles = size.backward(budget, kept, gradients)
+    # Of a column of the operands: a product with all of them takes `width` of these.
+    column = 2 * tokens * vocab_size
+    state_columns = head.columns(gradients.hidden, gradients.lora_hidden)
+    trained_columns = head.columns(gradients.weight, gradients.lora_weight)
     recomputed = tokens - kept if gradients.head else 0
     structure: Structure = "forward"
-    if gradients.hidden or gradients.head:
+    if gradients.states or gradients.head:
         structure = "two_pass" if recomputed else "one_pass"
     return Plan(
         backend=backend,
@@ -224,16 +279,20 @@ def make_plan(
         tokens=tokens,
         hidden_size=head.hidden_size,
         vocab_size=vocab_size,
-        trains_hidden=gradients.hidden,
+        trains_hidden=gradients.states,
         trains_head=gradients.head,
         forward_tiles=forward_tiles,
         backward_tiles=backward_tiles,
         kept_tokens=kept,
         kept_bytes=size.kept_bytes(kept),
-        forward_operations=product * tokens * (1 + gradients.hidden + with_reference),
-        backward_operations=product * (tokens * gradients.weight + recomputed),
-        saved_bytes=4 * tokens * (head.hidden_size * gradients.hidden + 3 * gradients.head),
+        forward_operations=column * (head.width * (1 + with_reference) + state_columns.width),
+        backward_operations=column * trained_columns.width
+        + 2 * recomputed * vocab_size * head.width,
+        saved_bytes=4 * tokens * (state_columns.width + 3 * gradients.head),
         product_in_kernel=product_row is not None and structure == "forward",
+        rank=head.rank,
+        state_columns=state_columns,
+        trained_columns=trained_columns,
     )
 
 
@@ -265,7 +324,7 @@ class _Sizes:
             logit += 4 * self.has_softcap + 9 * self.with_stats
         # A token: its rows of hidden, its label's row of the weight as stored, rounded and in
         # float32, its state.
-        token = head.hidden_row + head.hidden_size * (4 + 4 + head.compute_dtype.itemsize) + 128
+        token = head.hidden_row + head.width * (4 + 4 + head.compute_dtype.itemsize) + 128
         if self.with_reference:
             token += head.hidden_row + 64
         if kept:
@@ -284,23 +343,24 @@ class _Sizes:
             min_vocab_tile=_LEAST_KEPT_TILE if kept else MIN_VOCAB_TILE,
         )
 
-    def backward(self, budget: int, kept: int, trains_weight: bool) -> Tiles:
+    def backward(self, budget: int, kept: int, gradients: Gradients) -> Tiles:
         """The largest tiles of the head's gradient."""
         head = self.head
+        width = head.columns(gradients.weight, gradients.lora_weight).width
         logit = 0
         if kept < self.tokens:
             logit = 4 + (4 * self.has_softcap if self.backend == "torch" else 0)
             if head.operand_size != 4:
                 logit += head.operand_size
         # Its rows of hidden, and the same scaled, in float32 and rounded.
-        scaled = head.hidden_size * (4 + (head.operand_size if head.operand_size != 4 else 0))
+        scaled = width * (4 + (head.operand_size if head.operand_size != 4 else 0))
         return choose_tiles(
             self.tokens,
             self.vocab_size,
             budget - self.kept_bytes(kept),
             logit=logit,
             token=head.hidden_row + scaled + 64,
-            word=head.weight_row + (4 * head.hidden_size if trains_weight else 0),
+            word=head.weight_row + (4 * width if gradients.weights else 0),
             # The tile of dW is read and written once for each token tile; hidden is read, scaled
             # and read again once for each vocabulary tile.
             traffic=(8, 6),
@@ -314,7 +374,7 @@ def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Til
         kept = size.tokens * eighths // _EIGHTHS
         rest = budget - size.kept_bytes(kept)
         forward = size.forward(budget, kept)
-        backward = size.backward(budget, kept, gradients.weight)
+        backward = size.backward(budget, kept, gradients)
         if kept and max(forward.bytes, backward.bytes) > rest:
             continue
         # Per token, hidden unit and word, of what depends on the choice.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,64 @@ def is_peft_model(model: Any) -> bool:
 def is_trained_adapter(model: nn.Module) -> bool:
     """Whether a LoRA adapter changes its base model; a fresh one has B = 0."""
     return any("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters())
+
+
+@contextmanager
+def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
+    """A PEFT model under another of its adapters, or under none; then as it was."""
+    if name is None:
+        with model.disable_adapter():
+            yield
+        return
+    active = list(model.base_model.active_adapters)
+    # set_adapter makes what it switches on trainable, and freezes what it switches off.
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        if len(active) == 1:
+            model.set_adapter(active[0])
+        else:
+            model.base_model.set_adapter(active)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+
+def check_reference_adapter(model: Any, name: str | None, ref_model: Any) -> None:
+    """Raise ValueError unless `name` is an adapter of the model, and not the one that is trained."""
+    if name is None:
+        if is_peft_model(model) and ref_model is None:
+            _check_biases(model)
+        return
+    if ref_model is not None:
+        raise ValueError(f"give either ref_adapter_name ({name!r}) or ref_model, not both")
+    if not is_peft_model(model):
+        raise ValueError(
+            f"ref_adapter_name is {name!r}, and the model is a {type(model).__name__}; "
+            "it names an adapter of a PEFT model"
+        )
+    if name not in model.peft_config:
+        known = ", ".join(map(repr, model.peft_config))
+        raise ValueError(
+            f"ref_adapter_name must be an adapter of the model ({known}), got {name!r}"
+        )
+    if name in model.base_model.active_adapters:
+        raise ValueError(
+            f"ref_adapter_name is {name!r}, the adapter that is trained: load the reference's "
+            "under a name of its own (model.load_adapter(path, adapter_name=...))"
+        )
+
+
+def _check_biases(model: Any) -> None:
+    for name, config in model.peft_config.items():
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise ValueError(
+                f"the adapter {name!r} trains biases of the base model (bias={bias!r}), so that "
+                "switching it off does not give the reference back; use bias='none', or pass "
+                "ref_model"
+            )
 
 
 def adapt(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:

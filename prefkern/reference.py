@@ -10,6 +10,7 @@ the fused path import it.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,13 @@ def logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
+    lora_hidden: Tensor | None = None,  # (..., R)
+    lora_weight: Tensor | None = None,  # (V, R)
 ) -> Tensor:  # (..., V)
     """Transformed logits, in float64 for float64 inputs and float32 otherwise."""
     z = torch.nn.functional.linear(hidden, weight, bias)
+    if lora_hidden is not None and lora_weight is not None:
+        z = z + torch.nn.functional.linear(lora_hidden, lora_weight)
     z = (z if z.dtype == torch.float64 else z.float()) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -48,6 +53,8 @@ def linear_logprobs(
     workspace_mb: float | None = None,
     backend: str | None = None,
     return_stats: bool = False,
+    lora_hidden: Tensor | None = None,  # (..., R)
+    lora_weight: Tensor | None = None,  # (V, R)
 ) -> Tensor | TokenStats:
     """`prefkern.linear_logprobs` with logits in memory, in any float dtype, float64 included.
 
@@ -59,7 +66,14 @@ def linear_logprobs(
     if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
         raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}")
     z = logits(
-        hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
+        hidden,
+        weight,
+        bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        lora_hidden=lora_hidden,
+        lora_weight=lora_weight,
     )
     log_p = z.log_softmax(-1)
     index = labels.clamp(min=0, max=weight.shape[0] - 1)
@@ -99,9 +113,16 @@ def preference_loss(
     return_stats: bool = False,
     desirable: Tensor | None = None,  # (S,), KTO
     mismatched_log_ratios: Tensor | None = None,  # (M,), KTO
+    lora_hidden: Tensor | None = None,  # (2B, T, R), or (tokens, R)
+    lora_weight: Tensor | None = None,  # (V, R)
 ) -> PreferenceOutput | UnpairedOutput:
     """`prefkern.FusedPreferenceLoss(objective)(...)` with logits in memory, float64 too."""
-    transform = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    transform: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
+    adapter: dict[str, Any] = {"lora_hidden": lora_hidden, "lora_weight": lora_weight}
     scored = labels != ignore_index
 
     def sequence_sums(per_token: Tensor) -> Tensor:  # (tokens) or (2B, T) -> (2B,)
@@ -111,7 +132,14 @@ def preference_loss(
         return torch.stack([per_token[a:b].sum() for a, b in itertools.pairwise(bounds)])
 
     stats = linear_logprobs(
-        hidden, weight, labels, bias, ignore_index=ignore_index, return_stats=True, **transform
+        hidden,
+        weight,
+        labels,
+        bias,
+        ignore_index=ignore_index,
+        return_stats=True,
+        **transform,
+        **adapter,
     )
     assert isinstance(stats, TokenStats)
     sums = sequence_sums(stats.logps)
@@ -142,12 +170,12 @@ def preference_loss(
     alignments = kls = None
     if objective.needs_alignments:
         with torch.no_grad():
-            p = logits(hidden, weight, bias, **transform).softmax(-1)
+            p = logits(hidden, weight, bias, **transform, **adapter).softmax(-1)
             per_token = torch.where(scored, stats.logps - p.square().sum(-1).log(), 0.0)
             alignments = sequence_sums(per_token) / lengths.clamp(min=1)
     if objective.needs_kls:
         assert ref_hidden is not None and ref_weight is not None
-        log_p = logits(hidden, weight, bias, **transform).log_softmax(-1)
+        log_p = logits(hidden, weight, bias, **transform, **adapter).log_softmax(-1)
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1).detach()
         per_token = (log_r.exp() * (log_r - log_p)).sum(-1)
         kls = sequence_sums(torch.where(scored, per_token, 0.0))

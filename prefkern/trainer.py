@@ -11,7 +11,7 @@ reference point) it takes from each forward batch, over all ranks, accumulated o
 TRL's names and are means over pairs (or tokens) since the last log, over all ranks. Evaluation
 gathers values per pair, so that neither a partial batch nor a repeated pair shifts a mean.
 
-The reference is one of: `ref_model`; the adapter switched off, for PEFT; sums computed once before
+The reference is one of: `ref_model`; the adapter switched off, or another adapter, for PEFT; sums computed once before
 training (`precompute_ref_log_probs`) or found in the dataset; else a copy of the initial model.
 """
 
@@ -41,6 +41,7 @@ from prefkern.data import (
     tokenize_preferences,
     without_unused,
 )
+from prefkern.heads import has_low_rank_term
 from prefkern.item_trainer import ItemTrainer
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.metrics import item_values, means, per_item
@@ -57,6 +58,8 @@ from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.preparation import (
     adapt,
+    adapter_in_use,
+    check_reference_adapter,
     disable_dropout,
     is_peft_model,
     is_trained_adapter,
@@ -169,10 +172,13 @@ class PreferenceTrainer(ItemTrainer):
         if ref_model is not None:
             find_head(ref_model)
         is_adapted = is_peft_model(model)
-        if is_adapted and peft_config is None and ref_model is None and is_trained_adapter(model):
+        needs_reference = objective.needs_reference
+        if needs_reference and not carried:
+            check_reference_adapter(model, args.ref_adapter_name, ref_model)
+        is_base = ref_model is None and args.ref_adapter_name is None
+        if is_adapted and peft_config is None and is_base and is_trained_adapter(model):
             logger.warning("the reference is the base model, without the adapter that was given")
         has_reference = ref_model is not None or carried or is_adapted
-        needs_reference = objective.needs_reference
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
         self.ref_model = ref_model
@@ -365,6 +371,7 @@ class PreferenceTrainer(ItemTrainer):
         labels = align_labels(inputs["labels"])
 
         def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
+            assert not head.adapter()  # refused before training
             states = {
                 "ref_hidden": head.of_tokens(labels).hidden.detach(),
                 "ref_weight": head.weight.detach(),
@@ -399,7 +406,7 @@ class PreferenceTrainer(ItemTrainer):
         model.eval()
         try:
             if is_adapted:
-                with model.disable_adapter():
+                with adapter_in_use(model, self.args.ref_adapter_name):
                     yield model
             else:
                 yield model
@@ -513,6 +520,13 @@ class PreferenceTrainer(ItemTrainer):
         if self._objective_needs.distributions and is_sharded:
             # The reference's head is gone when its forward has ended.
             raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
+        if self._objective_needs.distributions:
+            for model in (self.model, self.ref_model):
+                if model is not None and has_low_rank_term(find_head(model)[1]):
+                    raise ValueError(
+                        "TDPO does not support LoRA on the output head; leave the head out of "
+                        "target_modules, or train it as a whole (modules_to_save)"
+                    )
         if self.ref_model is not None and is_sharded:
             raise ValueError(
                 "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
@@ -552,6 +566,10 @@ def _given(objective: Any, args: PreferenceConfig) -> Objective | UnpairedObject
 
 
 def _check_needs(needs: _Needs, args: PreferenceConfig) -> None:
+    if args.ref_adapter_name is not None and not needs.reference:
+        raise ValueError(
+            f"ref_adapter_name is {args.ref_adapter_name!r}, and this objective has no reference"
+        )
     if args.precompute_ref_log_probs and needs.reference and not needs.sums_suffice:
         what = "the reference's distributions" if needs.paired else "mismatched pairs of each batch"
         raise ValueError(
@@ -581,6 +599,7 @@ def _fused_forward(
             head.bias,
             logit_scale=transform.logit_scale,
             softcap=transform.softcap,
+            **head.adapter(),
             **options,
         )
         return outputs, outputs.loss

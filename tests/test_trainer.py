@@ -434,8 +434,9 @@ def test_wrong_data_and_models(tmp_path):
         PreferenceTrainer("no/such-model", config(tmp_path), tiny.dataset(4), wrong)
     with pytest.raises(ValueError, match="'train' is empty"):
         PreferenceTrainer("no/such-model", config(tmp_path), tiny.dataset(4).select([]))
-    with pytest.raises(ValueError, match="PEFT adapter.*not supported yet"):
-        trainer(tmp_path, peft_config=peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="DoraLinearVariant.*leave the head out"):
+        dora = peft.LoraConfig(target_modules=["lm_head"], use_dora=True)
+        trainer(tmp_path, peft_config=dora)
     with pytest.raises(ValueError, match="PEFT model already"):
         trainer(tmp_path, model=peft.get_peft_model(tiny.model(), lora()), peft_config=lora())
     for options in ({"model": tiny.model().double()}, {"ref_model": tiny.model().double()}):

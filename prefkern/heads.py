@@ -1,0 +1,150 @@
+"""An output head, plain or adapted by PEFT, as what it is made of: weight, bias, low-rank term.
+
+A head's forward is never called where logits must not be made, so whatever it would have computed
+has to be read off it. Three kinds are understood:
+
+- a linear layer: `h W^T + b`;
+- a layer that PEFT trains as a whole (`modules_to_save`): the adapter's own copy of the layer, or
+  the original one while adapters are switched off;
+- a linear layer under LoRA: `h W^T + b + s (dropout(h) A^T) B^T`, of as many adapters as are active.
+  What A gives is computed here, by PEFT's own modules, [.., R]; what B makes of it is vocabulary
+  wide, and goes into the product tile by tile.
+
+Everything else (DoRA, quantised weights, several modules) is refused by name: its log-probs would be
+those of another model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LEAVE_OUT = "its log-probs would ignore that; leave the head out of the adapter, or use LoRA there"
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a model's output head was called with, and what it is made of."""
+
+    hidden: Tensor  # (B, T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora_hidden: Tensor | None = None  # (B, T, R), scaling * lora_A(hidden)
+    lora_weight: Tensor | None = None  # (V, R), lora_B
+
+    def of_tokens(self, labels: Tensor) -> HeadInputs:  # labels (B, T)
+        """Those of real tokens: prompt-learning adapters prepend virtual ones.
+
+        Raises ValueError for fewer positions than labels.
+        """
+        positions, length = self.hidden.shape[1], labels.shape[1]
+        if positions < length:
+            raise ValueError(
+                f"the head received {positions} positions for {length} tokens; "
+                "do not pass logits_to_keep"
+            )
+        low_rank = self.lora_hidden
+        return replace(
+            self,
+            hidden=self.hidden[:, -length:],
+            lora_hidden=None if low_rank is None else low_rank[:, -length:],
+        )
+
+    def adapter(self) -> dict[str, Any]:
+        """Keyword arguments of the operator and the loss; empty where there is no adapter."""
+        if self.lora_hidden is None or self.lora_weight is None:
+            return {}
+        return {"lora_hidden": self.lora_hidden, "lora_weight": self.lora_weight}
+
+
+def read(head: nn.Module, hidden: Tensor) -> HeadInputs:
+    """What a head, as it is now, would multiply these hidden states [B, T, H] with.
+
+    Differentiable in everything that the head's own forward is.
+    """
+    layer = _layer(head)
+    base, names = _lora(layer)
+    weight, bias = base.weight, getattr(base, "bias", None)
+    if not names:
+        return HeadInputs(hidden, weight, bias)
+    states, weights = [], []
+    for name in names:
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        x = layer._cast_input_dtype(hidden, a.weight.dtype)
+        states.append(a(layer.lora_dropout[name](x)) * layer.scaling[name])
+        weights.append(b.weight)
+        if b.bias is not None:
+            # In the adapter's dtype, which may be the wider one, and rounded as the head's is.
+            added = b.bias * layer.scaling[name]
+            bias = (added if bias is None else bias + added).to(weight.dtype)
+    return HeadInputs(hidden, weight, bias, torch.cat(states, -1), torch.cat(weights, -1))
+
+
+def reading(head: nn.Module) -> tuple[Any, ...]:
+    """What `read` depends on beside numbers: two heads, or states of one, with the same are alike."""
+    layer = _layer(head)
+    return type(layer).__name__, layer is not head, *_lora(layer)[1]
+
+
+def has_low_rank_term(head: nn.Module) -> bool:
+    """Whether LoRA adds to this head, or would with another adapter in use."""
+    return hasattr(_layer(head), "base_layer")
+
+
+def problem(head: nn.Module) -> str | None:
+    """What a head is that cannot be read, and what to do about it; None if it can be read."""
+    layer = _layer(head)
+    kind = type(layer).__name__
+    if hasattr(layer, "token_adapter"):
+        return f"trained at single tokens by PEFT ({kind}): {_LEAVE_OUT}"
+    if hasattr(layer, "base_layer"):
+        if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling")):
+            return f"wrapped in a PEFT adapter other than LoRA ({kind}): {_LEAVE_OUT}"
+        variants = sorted(getattr(layer, "lora_variant", {}))
+        if variants:
+            variant = type(layer.lora_variant[variants[0]]).__name__
+            return f"under a variant of LoRA ({variant}, adapter {variants[0]!r}): {_LEAVE_OUT}"
+        layer = layer.base_layer
+        kind = type(layer).__name__
+    if any(True for _ in layer.children()):
+        return f"a {kind} with modules inside, and a linear layer is needed"
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return f"a {kind} without a weight, and a linear layer is needed"
+    if weight.dtype == torch.float64:
+        return (
+            "float64; log-probs are computed in float32: load the model in float32, bfloat16 or "
+            "float16"
+        )
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return (
+            f"a {kind} with a weight of {weight.dtype}, probably quantised: leave the head out of "
+            "quantisation"
+        )
+    # FSDP flattens a weight outside the forward; inside, the operator checks its shape.
+    return None
+
+
+def _layer(head: Any) -> Any:
+    """The layer that answers at present: PEFT's copy of a head that it trains as a whole, or it."""
+    if not hasattr(head, "modules_to_save") or not hasattr(head, "original_module"):
+        return head
+    active = head.active_adapters
+    if head.disable_adapters or not active or active[0] not in head.modules_to_save:
+        return head.original_module
+    return head.modules_to_save[active[0]]
+
+
+def _lora(layer: Any) -> tuple[Any, list[str]]:
+    """The linear layer itself, and the names of the adapters that add to it at present."""
+    if not hasattr(layer, "base_layer"):
+        return layer, []
+    # PEFT's own forward undoes a merge when adapters are switched off.
+    if layer.merged and layer.disable_adapters:
+        layer.unmerge()
+    if layer.merged or layer.disable_adapters:
+        return layer.base_layer, []
+    return layer.base_layer, [name for name in layer.active_adapters if name in layer.lora_A]
