@@ -5,6 +5,7 @@
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
 #   MODEL    demo, study: a model folder or hub name instead of SmolLM2-135M
 #   DATA     demo, study: a JSONL file of prompt, chosen, rejected instead of the movie reviews
+#   WORKERS  test: processes                                              (default: 2)
 #   STUDY    study: further options, e.g. STUDY="--seeds 5 --steps 100"
 
 PYTHON ?= python3
@@ -12,6 +13,7 @@ TORCH ?=
 MODEL ?=
 DATA ?=
 STUDY ?=
+WORKERS ?= 2
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN := .venv/bin
@@ -47,7 +49,7 @@ study: $(DEMO_SETUP)
 # One thread: the tests' tensors are tiny, and threads that wait for a core that another process
 # holds double the time.
 test: .venv/.test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: .venv/.core
 	@$(BIN)/prefkern check

@@ -72,18 +72,18 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 # Which gradients are asked for is no kernel's concern, so kernels run two of these.
 COMBINATIONS = [
-    (name, trained, backend)
-    for name in CASES
+    (case, trained, backend)
+    for case in CASES
     for trained in TRAINED
     for backend in BACKENDS
     if backend == "torch" or trained in ("adapter", "all")
 ]
 
 
-@pytest.mark.parametrize(("name", "trained", "backend"), COMBINATIONS)
-def test_values_and_gradients_against_float64(name, trained, backend, device):
-    shape, vocab_size, workspace_mb, scale, keywords = CASES[name]
-    case, trained = name, TRAINED[trained]
+@pytest.mark.parametrize(("case", "trained", "backend"), COMBINATIONS)
+def test_values_and_gradients_against_float64(case, trained, backend, device):
+    shape, vocab_size, workspace_mb, scale, keywords = CASES[case]
+    trained = TRAINED[trained]
     tensors, labels = _problem(shape, vocab_size, scale, torch.float32, device)
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     expected, wanted = _gradients(
