@@ -72,6 +72,10 @@ class PreferenceConfig(TrainingArguments):
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Round the length of batches up to a multiple."}
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Pack a batch into one row without padding, where the model allows it."},
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the dataset."}
     )
@@ -118,6 +122,11 @@ class PreferenceConfig(TrainingArguments):
             known = ", ".join(map(repr, BACKENDS))
             raise ValueError(f"backend must be None or one of {known}, got {self.backend!r}")
         refuse_batches_by_length(self)
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError(
+                f"pad_to_multiple_of ({self.pad_to_multiple_of}) has no effect under padding_free, "
+                "which pads nothing; give one of them"
+            )
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not self.use_cpu
             supported = on_gpu and torch.cuda.is_bf16_supported()
@@ -133,6 +142,11 @@ class PreferenceConfig(TrainingArguments):
         if self.torch_compile:
             raise ValueError("torch_compile is not supported yet")
         super().__post_init__()
+        if self.padding_free and getattr(self.accelerator_config, "dispatch_batches", None):
+            raise ValueError(
+                "dispatch_batches cuts a batch by its rows, and under padding_free it has one; "
+                "leave dispatch_batches out of accelerator_config"
+            )
 
     def build_objective(self) -> Objective | UnpairedObjective:
         """The configured objective. Raises ValueError for an unknown name, option or value."""

@@ -1,8 +1,9 @@
 """What the trainers share: a loss that is the mean over the items of an optimiser step.
 
-An item is a pair, two rows of a batch, or for KTO a response, one row. Trainer would divide a sum
-over tokens, or take the mean of batches' means; here items are counted over accumulated batches and
-over ranks, so that 1 x 8 pairs trains like 4 x 2, the last partial batch included.
+An item is a pair, two sequences of a batch, or for KTO a response, one of them. Trainer would
+divide a sum over tokens, or take the mean of batches' means; here items are counted over
+accumulated batches and over ranks, so that 1 x 8 pairs trains like 4 x 2, the last partial batch
+included.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from prefkern.collate import sequence_count
 from prefkern.data import COLUMNS
 
 
@@ -22,7 +24,7 @@ class ItemTrainer(Trainer):
     Raises ValueError under nn.DataParallel.
     """
 
-    _rows_an_item = 2
+    _sequences_an_item = 2
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,9 +45,15 @@ class ItemTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Items of an optimiser step, over its accumulated batches and over ranks."""
-        rows = sum(len(batch["input_ids"]) for batch in batch_samples)
-        items = torch.tensor(rows / self._rows_an_item, device=device)
+        sequences = sum(sequence_count(batch) for batch in batch_samples)
+        items = torch.tensor(sequences / self._sequences_an_item, device=device)
         return self.accelerator.reduce(items, "sum")
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        # Without a mask Trainer leaves out whatever equals the pad token, which may end each text.
+        if "cu_seqlens" in inputs:
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(COLUMNS)

@@ -12,17 +12,23 @@ from torch import Tensor
 from prefkern.diagnostics import gradient_balance
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, TokenStats, UnpairedOutput
+from prefkern.sequences import sequence_sums
 
 
 @torch.no_grad()
 def item_values(
-    out: PreferenceOutput | UnpairedOutput, objective: Objective | UnpairedObjective
+    out: PreferenceOutput | UnpairedOutput,
+    objective: Objective | UnpairedObjective,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
 ) -> dict[str, Tensor]:
-    """Each metric as [B, 2] (KTO: [S, 2]): an item's numerator and its weight."""
+    """Each metric as [B, 2] (KTO: [S, 2]): an item's numerator and its weight.
+
+    Per-token statistics are those of S rows or, with `cu_seqlens`, of a packed batch.
+    """
     if isinstance(out, UnpairedOutput):
-        return _of_responses(out)
+        return _of_responses(out, cu_seqlens)
     assert isinstance(objective, Objective)
-    return _of_pairs(out, objective)
+    return _of_pairs(out, objective, cu_seqlens)
 
 
 def per_item(numerators: Tensor, weights: Tensor | None = None) -> Tensor:  # (B,) -> (B, 2)
@@ -41,7 +47,9 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     return result
 
 
-def _of_pairs(out: PreferenceOutput, objective: Objective) -> dict[str, Tensor]:
+def _of_pairs(
+    out: PreferenceOutput, objective: Objective, cu_seqlens: Tensor | None
+) -> dict[str, Tensor]:
     chosen, rejected = out.chosen_rewards, out.rejected_rewards
     values = {
         "rewards/chosen": per_item(chosen),
@@ -74,13 +82,13 @@ def _of_pairs(out: PreferenceOutput, objective: Objective) -> dict[str, Tensor]:
     if out.token_stats is not None:
         lengths = torch.cat([out.chosen_lengths, out.rejected_lengths])
         is_chosen = torch.arange(len(lengths), device=lengths.device) < len(out.losses)
-        rows = _of_tokens(out.token_stats, lengths, is_chosen)
+        rows = _of_tokens(out.token_stats, lengths, is_chosen, cu_seqlens)
         # The two responses of a pair count as one item.
         values |= {name: value.view(2, -1, 2).sum(0) for name, value in rows.items()}
     return values
 
 
-def _of_responses(out: UnpairedOutput) -> dict[str, Tensor]:
+def _of_responses(out: UnpairedOutput, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     desirable = out.desirable.float()
     values = {
         "rewards/chosen": per_item(out.rewards * desirable, desirable),
@@ -90,17 +98,20 @@ def _of_responses(out: UnpairedOutput) -> dict[str, Tensor]:
         "kl": per_item(out.reference_point.expand_as(out.losses)),
     }
     if out.token_stats is not None:
-        values |= _of_tokens(out.token_stats, out.lengths, out.desirable)
+        values |= _of_tokens(out.token_stats, out.lengths, out.desirable, cu_seqlens)
     return values
 
 
 def _of_tokens(
-    stats: TokenStats,  # (S, T) each
+    stats: TokenStats,  # (S, T) each, or (M,) with cu_seqlens
     lengths: Tensor,  # (S,)
     is_chosen: Tensor,  # (S,) bool
+    cu_seqlens: Tensor | None,  # (S + 1,)
 ) -> dict[str, Tensor]:  # (S, 2) each
-    def sums(per_token: Tensor) -> Tensor:  # (S, T) -> (S,)
-        return per_token.float().sum(1)
+    def sums(per_token: Tensor) -> Tensor:  # -> (S,)
+        if cu_seqlens is None:
+            return per_token.float().sum(1)
+        return sequence_sums(per_token.float(), cu_seqlens.long())
 
     logits = sums(stats.mean_logit)
     chosen, rejected = is_chosen.float(), 1 - is_chosen.float()

@@ -72,6 +72,7 @@ def token_logprobs(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     *,
+    cu_seqlens: Tensor | None = None,
     temperature: float = 1.0,
     workspace_mb: float | None = None,
     backend: str | None = None,
@@ -85,6 +86,9 @@ def token_logprobs(
         attention_mask: [B, T], 1 for tokens and 0 for padding.
         labels: [B, T] as the model takes them, not shifted, -100 where not scored. None scores
             every token of `input_ids` that is not masked out and follows one that is not.
+        cu_seqlens: [S + 1] int32 or int64, where each sequence of a packed row begins: input_ids is
+            then [1, M], without attention_mask, positions restart with each sequence, and the
+            first token of each is not scored.
         temperature: divides the logits, > 0.
         workspace_mb, backend: as in `prefkern.linear_logprobs`.
         model_kwargs: passed to the model's forward (position_ids, pixel_values, ...).
@@ -93,8 +97,8 @@ def token_logprobs(
         [B, T-1] float32; column t holds log p(labels[:, t + 1]), 0 where not scored.
         Differentiable in the model's parameters.
 
-    Raises ValueError for shapes that do not fit, and for a model whose head or logits transform is
-    not understood.
+    Raises ValueError for shapes that do not fit, for a model whose head or logits transform is not
+    understood, and for one that cannot keep packed sequences apart.
     """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, T], got shape {list(input_ids.shape)}")
@@ -111,7 +115,18 @@ def token_logprobs(
             kept = attention_mask.bool()
             kept = kept & F.pad(kept[:, :-1], (1, 0), value=True)
             labels = labels.masked_fill(~kept, IGNORE_INDEX)
-    aligned = align_labels(labels)
+    inputs = {"input_ids": input_ids, **model_kwargs}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    if cu_seqlens is not None:
+        # It stands on this module.
+        from prefkern.packing import packed_inputs
+
+        if len(inputs) > 1:
+            given = ", ".join(name for name in inputs if name != "input_ids")
+            raise ValueError(f"a packed row is input_ids and cu_seqlens alone, got {given} as well")
+        inputs = packed_inputs(model, input_ids, cu_seqlens)
+    aligned = align_labels(labels, cu_seqlens)
     transform = head_transform(model)
 
     def score(head: HeadInputs) -> tuple[Tensor, Tensor]:
@@ -132,16 +147,22 @@ def token_logprobs(
         assert isinstance(logps, Tensor)
         return logps, logps
 
-    inputs = {"input_ids": input_ids, **model_kwargs}
-    if attention_mask is not None:
-        inputs["attention_mask"] = attention_mask
     logps, zero = forward_with_head(model, inputs, score)
     return logps[:, :-1] + zero
 
 
-def align_labels(labels: Tensor) -> Tensor:  # (B, T) -> (B, T)
-    """Labels as a model takes them -> labels aligned with hidden states: the only shift there is."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+def align_labels(
+    labels: Tensor,  # (B, T), or (1, M) with cu_seqlens
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+) -> Tensor:  # as labels
+    """Labels as a model takes them -> labels aligned with hidden states: the only shift there is.
+
+    The last token of a sequence predicts nothing, least of all the first of the next in its row.
+    """
+    aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if cu_seqlens is None:
+        return aligned
+    return aligned.index_fill(1, cu_seqlens[1:].to(labels.device, torch.int64) - 1, IGNORE_INDEX)
 
 
 def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tuple[Any, Tensor]:
@@ -286,7 +307,7 @@ def _replaced_forward(
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random state are put back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -313,7 +334,7 @@ def _probe(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     seen: dict[str, Tensor] = {}
 
-    with _undisturbed(model, device):
+    with undisturbed(model, device):
 
         def probing_head(hidden: Tensor) -> Tensor:
             raw = original(hidden)

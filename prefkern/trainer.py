@@ -31,7 +31,12 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from prefkern.collate import ExampleCollator, PreferenceCollator
+from prefkern.collate import (
+    ExampleCollator,
+    PreferenceCollator,
+    first_sequence,
+    sequence_count,
+)
 from prefkern.config import PreferenceConfig
 from prefkern.data import (
     DatasetReport,
@@ -56,6 +61,7 @@ from prefkern.models import (
 )
 from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.packing import packed_inputs, reads_whole_row, require_packing
 from prefkern.preparation import (
     adapt,
     adapter_in_use,
@@ -118,6 +124,11 @@ class PreferenceTrainer(ItemTrainer):
         if not isinstance(model, str | nn.Module):
             raise TypeError(
                 f"model must be a causal LM, or a name or path to load, got {type(model).__name__}"
+            )
+        if args.padding_free and data_collator is not None:
+            raise ValueError(
+                "padding_free has no effect on a data_collator that is given; leave it out, and "
+                "let the collator return cu_seqlens if it packs"
             )
         if isinstance(ref_model, nn.Module) and unwrap(ref_model) is unwrap(model):
             raise ValueError(
@@ -182,10 +193,11 @@ class PreferenceTrainer(ItemTrainer):
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
         self.ref_model = ref_model
+        layout = (pad_token_id, args.pad_to_multiple_of)
         collator = (
-            PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
+            PreferenceCollator(*layout, padding_free=args.padding_free)
             if is_paired
-            else ExampleCollator(pad_token_id, args.pad_to_multiple_of, args.max_length)
+            else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
         )
 
         super().__init__(
@@ -198,8 +210,17 @@ class PreferenceTrainer(ItemTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._rows_an_item = 2 if is_paired else 1
+        self._sequences_an_item = 2 if is_paired else 1
         self._refuse_unsupported_setups()
+        if args.padding_free and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # Sharded models have their weights only once they are wrapped: there, the first batch.
+            require_packing(self.model)  # pyright: ignore[reportArgumentType]
+        if args.padding_free and reads_whole_row(self.model):  # pyright: ignore[reportArgumentType]
+            logger.warning(
+                "under padding_free this attention multiplies the whole row and masks what is of "
+                "other sequences, the more the larger the batch: flash attention or "
+                "attn_implementation='flex_attention' leaves that out"
+            )
         options = {"ignore_index": IGNORE_INDEX, "workspace_mb": args.workspace_mb}
         self.loss_fn = FusedPreferenceLoss(objective, backend=args.backend, **options)
         self.loss_fn.to(args.device)
@@ -233,7 +254,8 @@ class PreferenceTrainer(ItemTrainer):
     ) -> Any:
         """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
         outputs, loss = self._preference_outputs(model, inputs)
-        for name, values in item_values(outputs, self.loss_fn.objective).items():
+        values_of = item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens"))
+        for name, values in values_of.items():
             total = values.sum(0)
             previous = self._train_sums.get(name)
             self._train_sums[name] = total if previous is None else previous + total
@@ -253,7 +275,7 @@ class PreferenceTrainer(ItemTrainer):
             outputs, loss = self._preference_outputs(model, inputs)
         values = {
             "loss": per_item(outputs.losses),
-            **item_values(outputs, self.loss_fn.objective),
+            **item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens")),
         }
         # Pair by pair, so that what pads the last batch of the ranks is left out.
         stacked = torch.stack([*values.values()], dim=1)  # (B, metrics, 2)
@@ -332,7 +354,7 @@ class PreferenceTrainer(ItemTrainer):
 
     def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
         """Log-prob sums of a batch's rows under a model, without gradient."""
-        count = len(inputs["input_ids"])
+        count = sequence_count(inputs)
         zeros = torch.zeros(count, device=inputs["input_ids"].device)
         with torch.no_grad():
             outputs, _ = _fused_forward(
@@ -353,27 +375,28 @@ class PreferenceTrainer(ItemTrainer):
             for name, value in inputs.items()
             if name.startswith(_MISMATCHED)
         }
-        count = len(rows["input_ids"])
+        count = sequence_count(rows)
         if count == 0:
             if not self._told_of_no_mismatch:
                 self._told_of_no_mismatch = True
                 logger.warning(
                     "a batch of %d has one prompt only, so no mismatched pairs: its reference "
                     "point is 0. Larger batches, or shuffled ones, make it meaningful",
-                    len(inputs["input_ids"]),
+                    sequence_count(inputs),
                 )
             # Wrapped forwards are collective (DDP's buffers, FSDP's weights): every rank makes one.
-            rows = {name: inputs[name][:1] for name in rows}
+            rows = first_sequence({name: inputs[name] for name in rows})
         return (self._sums(model, rows) - self._reference_logps(rows))[:count]
 
     def _reference_states(self, policy: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """The reference's hidden states and head, for objectives that compare distributions."""
-        labels = align_labels(inputs["labels"])
+        cu_seqlens = inputs.get("cu_seqlens")
+        labels = align_labels(inputs["labels"], cu_seqlens)
 
         def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
             assert not head.adapter()  # refused before training
             states = {
-                "ref_hidden": head.of_tokens(labels).hidden.detach(),
+                "ref_hidden": _tokens(head.of_tokens(labels).hidden.detach(), cu_seqlens),
                 "ref_weight": head.weight.detach(),
                 "ref_bias": None if head.bias is None else head.bias.detach(),
             }
@@ -386,7 +409,7 @@ class PreferenceTrainer(ItemTrainer):
                     f"({head_transform(policy)} and {head_transform(model)}): their distributions "
                     "cannot be compared in one pass"
                 )
-            states, _ = forward_with_head(model, _model_inputs(inputs), keep)
+            states, _ = forward_with_head(model, _model_inputs(model, inputs), keep)
         return states
 
     @contextmanager
@@ -588,15 +611,18 @@ def _fused_forward(
 ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
     """Run `loss_fn` inside the model's forward: its output, and the loss to differentiate."""
     transform = head_transform(model)
-    labels = align_labels(inputs["labels"])
+    model_inputs = _model_inputs(model, inputs)
+    cu_seqlens = inputs.get("cu_seqlens")
+    labels = align_labels(inputs["labels"], cu_seqlens)
 
     def score(head: HeadInputs) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
         head = head.of_tokens(labels)
         outputs = loss_fn(
-            head.hidden,
+            _tokens(head.hidden, cu_seqlens),
             head.weight,
-            labels,
+            _tokens(labels, cu_seqlens),
             head.bias,
+            cu_seqlens=cu_seqlens,
             logit_scale=transform.logit_scale,
             softcap=transform.softcap,
             **head.adapter(),
@@ -604,18 +630,31 @@ def _fused_forward(
         )
         return outputs, outputs.loss
 
-    outputs, zero = forward_with_head(model, _model_inputs(inputs), score)
+    outputs, zero = forward_with_head(model, model_inputs, score)
     return outputs, outputs.loss + zero
 
 
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+def _tokens(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """What the loss takes: rows, or the tokens of the one that a packed batch has."""
+    return rows if cu_seqlens is None else rows[0]
+
+
+def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """What of a batch is the model's, and not the loss's."""
     ours = ("labels", "ref_logps", "reward_margins", "desirable")
-    return {
+    rest = {
         name: value
         for name, value in inputs.items()
         if name not in ours and not name.startswith(_MISMATCHED)
     }
+    if "cu_seqlens" not in rest:
+        return rest
+    if rest.keys() != {"input_ids", "cu_seqlens"}:
+        raise ValueError(
+            "a packed batch has input_ids, labels and cu_seqlens, from which all else is made; "
+            f"got {', '.join(rest)}"
+        )
+    return packed_inputs(model, **rest)
 
 
 def _named(dataset: Any, name: str) -> list[tuple[str, Any]]:
