@@ -35,9 +35,10 @@ class HeadInputs:
     lora_hidden: Tensor | None = None  # (B, T, R), scaling * lora_A(hidden)
     lora_weight: Tensor | None = None  # (V, R), lora_B
 
-    def of_tokens(self, labels: Tensor) -> HeadInputs:  # labels (B, T)
+    def of_tokens(self, labels: Tensor, is_packed: bool = False) -> HeadInputs:  # labels (B, T)
         """Those of real tokens: prompt-learning adapters prepend virtual ones.
 
+        Of a packed batch, which is one row, the tokens alone: (T, H).
         Raises ValueError for fewer positions than labels.
         """
         positions, length = self.hidden.shape[1], labels.shape[1]
@@ -46,12 +47,13 @@ class HeadInputs:
                 f"the head received {positions} positions for {length} tokens; "
                 "do not pass logits_to_keep"
             )
-        low_rank = self.lora_hidden
-        return replace(
-            self,
-            hidden=self.hidden[:, -length:],
-            lora_hidden=None if low_rank is None else low_rank[:, -length:],
-        )
+
+        def real(states: Tensor) -> Tensor:
+            states = states[:, -length:]
+            return states[0] if is_packed else states
+
+        lora_hidden = None if self.lora_hidden is None else real(self.lora_hidden)
+        return replace(self, hidden=real(self.hidden), lora_hidden=lora_hidden)
 
     def adapter(self) -> dict[str, Any]:
         """Keyword arguments of the operator and the loss; empty where there is no adapter."""

@@ -396,7 +396,7 @@ class PreferenceTrainer(ItemTrainer):
         def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
             assert not head.adapter()  # refused before training
             states = {
-                "ref_hidden": _tokens(head.of_tokens(labels).hidden.detach(), cu_seqlens),
+                "ref_hidden": head.of_tokens(labels, cu_seqlens is not None).hidden.detach(),
                 "ref_weight": head.weight.detach(),
                 "ref_bias": None if head.bias is None else head.bias.detach(),
             }
@@ -616,11 +616,12 @@ def _fused_forward(
     labels = align_labels(inputs["labels"], cu_seqlens)
 
     def score(head: HeadInputs) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
-        head = head.of_tokens(labels)
+        is_packed = cu_seqlens is not None
+        head = head.of_tokens(labels, is_packed)
         outputs = loss_fn(
-            _tokens(head.hidden, cu_seqlens),
+            head.hidden,
             head.weight,
-            _tokens(labels, cu_seqlens),
+            labels[0] if is_packed else labels,
             head.bias,
             cu_seqlens=cu_seqlens,
             logit_scale=transform.logit_scale,
@@ -632,11 +633,6 @@ def _fused_forward(
 
     outputs, zero = forward_with_head(model, model_inputs, score)
     return outputs, outputs.loss + zero
-
-
-def _tokens(rows: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """What the loss takes: rows, or the tokens of the one that a packed batch has."""
-    return rows if cu_seqlens is None else rows[0]
 
 
 def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

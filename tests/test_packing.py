@@ -21,7 +21,7 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_trainer import Record, assert_same_weights, lora, step_logs, trainer
+from test_trainer import Record, assert_same_weights, step_logs, trainer
 from test_trainer_objectives import made, margin_rows, single_rows
 
 import prefkern
@@ -178,10 +178,18 @@ def test_every_kind_of_objective(tmp_path, name):
         assert evaluated[1][each] == pytest.approx(evaluated[0][each], rel=2e-5, abs=2e-6), each
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_adapters_whose_reference_is_their_base(tmp_path, checkpointing):
+@pytest.mark.parametrize(
+    ("objective", "targets", "checkpointing"),
+    [
+        ("tdpo2", "all-linear", False),
+        ("tdpo2", "all-linear", True),
+        ("adadpo", ["q_proj", "lm_head"], False),
+    ],
+)
+def test_adapters_whose_reference_is_their_base(tmp_path, objective, targets, checkpointing):
     def adapted(_):
-        model = peft.get_peft_model(tiny.model(), lora())
+        config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets)
+        model = peft.get_peft_model(tiny.model(), config)
         torch.manual_seed(3)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -189,11 +197,12 @@ def test_adapters_whose_reference_is_their_base(tmp_path, checkpointing):
         return model
 
     padded, packed = both_ways(
-        tmp_path, adapted, count=8, objective="tdpo2", gradient_checkpointing=checkpointing
+        tmp_path, adapted, count=8, objective=objective, gradient_checkpointing=checkpointing
     )
     assert packed.ref_model is None
     assert_same_runs(padded, packed)
-    assert step_logs(packed)[0]["kl/chosen"] > 1e-3
+    assert abs(step_logs(packed)[0]["rewards/margins"]) > 1e-3
+    assert prefkern.last_plan().rank == (4 if "lm_head" in targets else 0)
 
 
 def test_accumulated_packed_batches_train_as_one(tmp_path):
