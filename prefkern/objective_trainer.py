@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from prefkern.item_trainer import ItemTrainer
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.metrics import item_values, means, per_item
+from prefkern.models import HeadInputs, forward_with_head, head_transform
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 
 logger = logging.getLogger(__name__)
@@ -132,3 +133,33 @@ class ObjectiveTrainer(ItemTrainer):
         except RuntimeError as error:
             name = type(self.loss_fn.objective).__name__
             raise ValueError(f"{file} is of another objective than {name}: {error}") from error
+
+
+def reference_states(
+    reference: nn.Module,
+    policy: nn.Module,
+    inputs: dict[str, Any],
+    labels: Tensor,  # (2B, T), aligned
+) -> dict[str, Any]:
+    """The reference's hidden states and head, for objectives that compare distributions (TDPO).
+
+    To be called without gradients. Raises ValueError where the two models transform their logits
+    differently.
+    """
+    if head_transform(reference) != head_transform(policy):
+        raise ValueError(
+            "policy and reference transform their logits differently "
+            f"({head_transform(policy)} and {head_transform(reference)}): their distributions "
+            "cannot be compared in one pass"
+        )
+
+    def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
+        states = {
+            "ref_hidden": head.of_tokens(labels).hidden.detach(),
+            "ref_weight": head.weight.detach(),
+            "ref_bias": None if head.bias is None else head.bias.detach(),
+        }
+        return states, head.hidden
+
+    states, _ = forward_with_head(reference, inputs, keep)
+    return states

@@ -50,7 +50,7 @@ from prefkern.models import (
     head_transform,
     unwrap,
 )
-from prefkern.objective_trainer import ObjectiveTrainer
+from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.preparation import (
@@ -298,24 +298,8 @@ class PreferenceTrainer(ObjectiveTrainer):
     def _reference_states(self, policy: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """The reference's hidden states and head, for objectives that compare distributions."""
         labels = align_labels(inputs["labels"])
-
-        def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
-            states = {
-                "ref_hidden": head.of_tokens(labels).hidden.detach(),
-                "ref_weight": head.weight.detach(),
-                "ref_bias": None if head.bias is None else head.bias.detach(),
-            }
-            return states, head.hidden
-
         with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
-            if head_transform(model) != head_transform(policy):
-                raise ValueError(
-                    "policy and reference transform their logits differently "
-                    f"({head_transform(policy)} and {head_transform(model)}): their distributions "
-                    "cannot be compared in one pass"
-                )
-            states, _ = forward_with_head(model, _model_inputs(inputs), keep)
-        return states
+            return reference_states(model, policy, _model_inputs(inputs), labels)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
