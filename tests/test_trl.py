@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from ranks import run_on_two_ranks
 
 pytest.importorskip("trl")
@@ -24,7 +25,6 @@ os.environ.setdefault("CI", "1")
 
 import twins
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
 from trl import DPOConfig
 from trl import DPOTrainer as PlainDPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -104,14 +104,21 @@ def test_options_of_trl_have_trls_effect(options, without):
     ("family", "options"),
     [
         ("Gemma2", {"final_logit_softcapping": 5.0}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Phi", {}),
         ("Mixtral", {"output_router_logits": True, "num_local_experts": 4}),
     ],
 )
 def test_families(family, options):
-    """A softcap, and a router's loss: through both ways in, all metrics."""
+    """A softcap, a scale, a head's bias, a router's loss: through both ways in, all metrics."""
 
     def model(seed=0):
-        return tiny.model(family, seed=seed, **options)
+        built = tiny.model(family, seed=seed, **options)
+        bias = getattr(built.lm_head, "bias", None)
+        assert (bias is not None) == (family == "Phi")
+        if bias is not None:
+            torch.nn.init.normal_(bias)
+        return built
 
     pair = [
         twins.run(kind, DPOConfig, model=model(), ref_model=model(1), **QUICK, **twins.WHOLE)
@@ -137,6 +144,68 @@ def test_a_trained_adapter_has_its_copy_as_reference():
     # The copy, and not the base model: at first they agree.
     assert pair[1].logs[0]["rewards/margins"] == 0
     assert pair[1].logs[1]["rewards/margins"] != 0
+
+
+def _with_pictures():
+    """A tiny Llava, its processor, and pairs with a picture each."""
+    image = pytest.importorskip("PIL.Image")
+    pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    side = {"height": 16, "width": 16}
+    processor = transformers.LlavaProcessor(
+        pil.CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **small, num_attention_heads=4, image_size=16, patch_size=8
+        ),
+        text_config=tiny.model().config,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    pixels = torch.randint(0, 255, (8, 16, 16, 3), dtype=torch.uint8).numpy()
+    rows = [
+        {**row, "prompt": f"<image> {row['prompt']}", "images": [image.fromarray(pixels[i])]}
+        for i, row in enumerate(tiny.pairs(8))
+    ]
+    model = transformers.LlavaForConditionalGeneration(config)
+    return model, processor, datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_a_model_that_sees(objective):
+    """TRL's own collator of pictures; an objective without a reference loads none here either."""
+    model, processor, rows = _with_pictures()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.5)
+    given = {
+        "train_dataset": rows,
+        "eval_dataset": rows,
+        "processing_class": processor,
+        "max_length": None,
+        **QUICK,
+        **twins.WHOLE,
+    }
+    if objective == "simpo":
+        trained = twins.run(
+            DPOTrainer, DPOConfig, model=model, objective="simpo", beta=2.5, **given
+        )
+        assert trained.trainer.ref_model is None and trained.logs[0]["loss"] > 0
+        return
+    pair = [
+        twins.run(
+            kind, DPOConfig, model=copy.deepcopy(model), ref_model=copy.deepcopy(reference), **given
+        )
+        for kind in (PlainDPOTrainer, DPOTrainer)
+    ]
+    assert any("vision_tower" in name for name in pair[0].gradients[0])
+    assert twins.compare("", *pair).worst <= twins.BOUND
 
 
 def test_equal_models_give_log_2_under_autocast(tmp_path):
@@ -218,6 +287,11 @@ def test_objectives_against_logits_in_memory(tmp_path, name, weighted):
     trainer = build(tmp_path, train_dataset=ROWS, **options)
     assert (trainer.ref_model is not None) == needs_reference
     objective = copy.deepcopy(trainer.loss_fn.objective)
+    collated = trainer.data_collator([trainer.train_dataset[i] for i in (5, 2)])
+    if name == "madpo":
+        assert collated["reward_margins"].tolist() == pytest.approx([0.5, -0.4])
+    else:
+        assert "reward_margins" not in collated
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
@@ -315,7 +389,7 @@ def test_statistics_are_checkpointed_and_still_in_evaluation(tmp_path):
             **options,
         )
 
-    class Still(TrainerCallback):
+    class Still(transformers.TrainerCallback):
         """Evaluates after each step: that must move nothing."""
 
         def on_step_end(self, args, state, control, **_):
