@@ -38,7 +38,7 @@ from prefkern.integrations.trl.options import check_reference, objective_of
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import IGNORE_INDEX, HeadInputs, align_labels, find_head, head_transform
 from prefkern.objective_trainer import ObjectiveTrainer, reference_states
-from prefkern.objectives import KTO, Objective
+from prefkern.objectives import DPO, KTO, Objective
 from prefkern.outputs import PreferenceOutput
 
 _MARGINS = "reward_margins"
@@ -103,6 +103,11 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         is_given = isinstance(objective, Objective)
         objective = objective_of(args, objective, objective_options)
         check_reference(args, objective, ref_model)
+        # What TRL writes on models and their cards.
+        name = type(objective).__name__
+        self._tag_names = ["trl", "prefkern", name.lower()]
+        if not isinstance(objective, DPO):
+            self._name, self._paper = name, {}
         # TRL's constructor may compute the reference's log-probs already.
         self.loss_fn = FusedPreferenceLoss(objective, IGNORE_INDEX, workspace_mb, backend)
         # As policy and reference go through the same code. On single responses: any number of them.
