@@ -416,7 +416,9 @@ def test_statistics_are_checkpointed_and_still_in_evaluation(tmp_path):
 
 
 def test_the_cache_of_reference_sums_is_not_trls(tmp_path, monkeypatch):
-    rows = tiny.dataset(4, seed=11)
+    # On disk: what is made of a dataset in memory is not found again.
+    tiny.dataset(4, seed=11).save_to_disk(tmp_path / "rows")
+    rows = datasets.load_from_disk(tmp_path / "rows")
 
     def wrong(self, model, inputs):
         zeros = torch.zeros(len(inputs["input_ids"]))
