@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import runpy
 import sys
@@ -77,6 +78,12 @@ def test_twins(name):
     assert len(twin.losses) == len(twin.gradients) == twins.STEPS
     assert len({round(loss, 4) for loss, _ in twin.losses}) == twins.STEPS
     assert twin.worst <= twins.BOUND
+
+
+def test_what_is_committed_of_the_twins_is_of_these():
+    report = json.loads((ROOT / "bench/results/trl-twin-cpu.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [*twins.CASES]
+    assert all(row["worst"] <= report["bound"] == twins.BOUND for row in report["rows"])
 
 
 # A reward is what the objective multiplies by its coefficient: for IPO not that of TRL.
