@@ -22,14 +22,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, set_seed
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import PredictionOutput
 
 from prefkern.collate import (
     ExampleCollator,
@@ -47,9 +46,7 @@ from prefkern.data import (
     without_unused,
 )
 from prefkern.heads import has_low_rank_term
-from prefkern.item_trainer import ItemTrainer
 from prefkern.loss import FusedPreferenceLoss
-from prefkern.metrics import item_values, means, per_item
 from prefkern.models import (
     IGNORE_INDEX,
     HeadInputs,
@@ -59,6 +56,7 @@ from prefkern.models import (
     head_transform,
     unwrap,
 )
+from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.packing import packed_inputs, reads_whole_row, require_packing
@@ -74,12 +72,10 @@ from prefkern.preparation import (
 
 logger = logging.getLogger(__name__)
 
-# Beside the optimizer's in a checkpoint: the statistics of objectives that have them.
-_OBJECTIVE_FILE = "objective.pt"
 _MISMATCHED = "mismatched_"
 
 
-class PreferenceTrainer(ItemTrainer):
+class PreferenceTrainer(ObjectiveTrainer):
     """Trains a causal LM on preference pairs.
 
     Args:
@@ -232,8 +228,6 @@ class PreferenceTrainer(ItemTrainer):
         # number of them, and in evaluation asks nothing of other ranks.
         self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
         self._told_of_no_mismatch = False
-        self._train_sums: dict[str, Tensor] = {}
-        self._eval_sums: dict[str, Tensor] = {}
 
         if self.ref_model is not None:
             if args.disable_dropout:
@@ -244,46 +238,6 @@ class PreferenceTrainer(ItemTrainer):
         if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
-        outputs, loss = self._preference_outputs(model, inputs)
-        values_of = item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens"))
-        for name, values in values_of.items():
-            total = values.sum(0)
-            previous = self._train_sums.get(name)
-            self._train_sums[name] = total if previous is None else previous + total
-        loss = self._share(loss, len(outputs.losses), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """Loss and metrics of an evaluation batch; there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs, loss = self._preference_outputs(model, inputs)
-        values = {
-            "loss": per_item(outputs.losses),
-            **item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens")),
-        }
-        # Pair by pair, so that what pads the last batch of the ranks is left out.
-        stacked = torch.stack([*values.values()], dim=1)  # (B, metrics, 2)
-        gathered: Any = self.accelerator.gather_for_metrics(stacked)
-        for name, total in zip(values, gathered.sum(0), strict=True):
-            previous = self._eval_sums.get(name)
-            self._eval_sums[name] = total if previous is None else previous + total
-        return loss, None, None
 
     def evaluate(
         self,
@@ -306,26 +260,6 @@ class PreferenceTrainer(ItemTrainer):
         """As `evaluate`, in the form of Trainer's `predict`: metrics alone, without predictions."""
         test_dataset = self._prepared(test_dataset, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Trainer's loop, with means over pairs in place of its mean over batches."""
-        self._eval_sums = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = means(self._eval_sums)
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, adding to a training log the metrics since the last; called on every rank."""
-        if self._train_sums and ("loss" in logs or "train_loss" in logs):
-            names = list(self._train_sums)
-            sums = self.accelerator.reduce(torch.stack([*self._train_sums.values()]), "sum")
-            logs.update(means(dict(zip(names, sums, strict=True))))
-            self._train_sums = {}
-        super().log(logs, start_time)
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -392,25 +326,9 @@ class PreferenceTrainer(ItemTrainer):
         """The reference's hidden states and head, for objectives that compare distributions."""
         cu_seqlens = inputs.get("cu_seqlens")
         labels = align_labels(inputs["labels"], cu_seqlens)
-
-        def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
-            assert not head.adapter()  # refused before training
-            states = {
-                "ref_hidden": head.of_tokens(labels, cu_seqlens is not None).hidden.detach(),
-                "ref_weight": head.weight.detach(),
-                "ref_bias": None if head.bias is None else head.bias.detach(),
-            }
-            return states, head.hidden
-
         with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
-            if head_transform(model) != head_transform(policy):
-                raise ValueError(
-                    "policy and reference transform their logits differently "
-                    f"({head_transform(policy)} and {head_transform(model)}): their distributions "
-                    "cannot be compared in one pass"
-                )
-            states, _ = forward_with_head(model, _model_inputs(model, inputs), keep)
-        return states
+            inputs = _model_inputs(model, inputs)
+            return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -497,37 +415,6 @@ class PreferenceTrainer(ItemTrainer):
         return dataset.add_column("ref_chosen_logps", chosen).add_column(
             "ref_rejected_logps", rejected
         )
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        state = self.loss_fn.objective.state_dict()
-        if state and self.args.should_save:
-            torch.save(state, Path(output_dir) / _OBJECTIVE_FILE)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_objective(checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            self._load_objective(self.state.best_model_checkpoint)
-
-    def _load_objective(self, checkpoint: str) -> None:
-        """The statistics that belong to a checkpoint's weights."""
-        if not self.loss_fn.objective.state_dict():
-            return
-        file = Path(checkpoint) / _OBJECTIVE_FILE
-        if not file.exists():
-            logger.warning("%s is missing: the objective's statistics start over", file)
-            return
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
-        try:
-            self.loss_fn.objective.load_state_dict(state)
-        except RuntimeError as error:
-            name = type(self.loss_fn.objective).__name__
-            raise ValueError(f"{file} is of another objective than {name}: {error}") from error
 
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs

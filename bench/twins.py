@@ -1,0 +1,242 @@
+"""TRL's trainers and their twins with prefkern, side by side: losses, gradients and metrics of each step.
+
+usage: python bench/twins.py [--json PATH]         (exit status 1 if a bound is missed)
+
+Two trainers start from the same tiny model and see the same uneven pairs in the same order, 4 a step
+(2 accumulated twice), in float32 under AdamW: one is TRL's as it is, the other has prefkern's head. For
+each step the table has both losses, and the largest difference of any parameter's gradient relative
+to that gradient's largest entry. The twins' weights are never put back together, so a difference of
+one step would show, grown, in the next ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import datasets
+import peft
+import tiny
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from trl import DPOConfig
+from trl import DPOTrainer as PlainDPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from prefkern.cli.bench import environment
+from prefkern.integrations.trl import DPOTrainer, fuse_head
+
+STEPS, PAIRS = 6, 24
+# Of float32, over the steps: relative, for losses, gradients and metrics.
+BOUND = 2e-5
+# A gradient's difference is relative to its largest entry, or this part of the step's largest.
+LEAST_SCALE = 1e-3
+# What a clock says is not compared.
+_OF_TIME = ("runtime", "per_second")
+# Means over a log's tokens with prefkern, and with TRL means of its batches' means.
+_OF_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+
+
+class Record(TrainerCallback):
+    """Keeps the gradients of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_: Any) -> None:
+        named = model.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+@dataclass
+class Run:
+    """What a trainer did: a log and all gradients of each step, then an evaluation."""
+
+    trainer: Trainer
+    gradients: list[dict[str, Tensor]]
+    metrics: dict[str, float]
+
+    @property
+    def logs(self) -> list[dict[str, float]]:
+        return [log for log in self.trainer.state.log_history if "loss" in log]
+
+
+@dataclass
+class Twin:
+    """The largest relative differences of two runs."""
+
+    name: str
+    losses: list[tuple[float, float]] = field(default_factory=list)  # TRL's, prefkern's
+    gradients: list[float] = field(default_factory=list)
+    metrics: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        losses = [abs(x - y) / abs(x) for x, y in self.losses]
+        return max(*losses, *self.gradients, self.metrics)
+
+
+def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **options: Any) -> Run:
+    """Train and evaluate a tiny model; options are the trainer's where they are named here."""
+    names = ("ref_model", "peft_config", "objective", "processing_class")
+    names = (*names, "train_dataset", "eval_dataset")
+    given: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,  # gradients are recorded as they are
+        "remove_unused_columns": False,
+        "gradient_checkpointing": False,
+    }
+    model = options.pop("model", None)
+    record = Record()
+    given.setdefault("processing_class", tiny.tokenizer())
+    given.setdefault("train_dataset", tiny.dataset(PAIRS))
+    given.setdefault("eval_dataset", tiny.dataset(8, seed=3))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = kind(
+            model=tiny.model() if model is None else model,
+            args=make_config(folder, **{**defaults, **options}),
+            callbacks=[record],
+            **given,
+        )
+        if fuse:
+            fuse_head(trainer)
+        trainer.train()
+        return Run(trainer, record.gradients, trainer.evaluate())
+
+
+def compare(name: str, theirs: Run, ours: Run, without: tuple[str, ...] = ()) -> Twin:
+    """Everything that TRL's run logged and differentiated, beside the other's.
+
+    `without` are ends of names of metrics.
+    """
+    twin = Twin(name)
+    for x, y in zip(theirs.logs, ours.logs, strict=True):
+        twin.losses.append((x["loss"], y["loss"]))
+    for x, y in zip([*theirs.logs, theirs.metrics], [*ours.logs, ours.metrics], strict=True):
+        for key in x:
+            if not key.endswith((*_OF_TIME, *without)):
+                # Means near 0 come of numbers around 1.
+                twin.metrics = max(twin.metrics, abs(x[key] - y[key]) / max(abs(x[key]), 1.0))
+    for x, y in zip(theirs.gradients, ours.gradients, strict=True):
+        if x.keys() != y.keys():
+            raise ValueError(f"{name}: other parameters have gradients: {x.keys() ^ y.keys()}")
+        # Some gradients are rounding alone (a key's bias moves no attention): those have no scale.
+        least = LEAST_SCALE * max(gradient.abs().max() for gradient in x.values())
+        worst = max(
+            (x[key] - y[key]).abs().max() / x[key].abs().max().clamp(min=least) for key in x
+        )
+        twin.gradients.append(worst.item())
+    return twin
+
+
+def dpo(name: str, **options: Any) -> Twin:
+    def each(kind: type) -> Run:
+        # A reference of its own, so that rewards are not 0 at first.
+        ref_model = None if "peft_config" in options else tiny.model(seed=1)
+        return run(kind, DPOConfig, ref_model=ref_model, **options)
+
+    without = () if options.get("gradient_accumulation_steps") == 1 else _OF_TOKENS
+    return compare(name, each(PlainDPOTrainer), each(DPOTrainer), without)
+
+
+def fused(name: str, kind: type, make_config: Callable[..., Any], **options: Any) -> Twin:
+    return compare(name, run(kind, make_config, **options), run(kind, make_config, True, **options))
+
+
+def lora() -> peft.LoraConfig:
+    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+# One batch a log, so that metrics over tokens can be compared as well.
+WHOLE = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "per_device_eval_batch_size": 8,
+}
+CASES: dict[str, Callable[[], Twin]] = {
+    "DPO": lambda: dpo("DPO"),
+    "DPO, one batch a step": lambda: dpo("DPO, one batch a step", **WHOLE),
+    "DPO, LoRA": lambda: dpo("DPO, LoRA", peft_config=lora()),
+    "DPO, reference beforehand": lambda: dpo(
+        "DPO, reference beforehand", precompute_ref_log_probs=True
+    ),
+    "CPO": lambda: fused("CPO", CPOTrainer, CPOConfig),
+    "SimPO": lambda: fused("SimPO", CPOTrainer, CPOConfig, loss_type="simpo", cpo_alpha=0.0),
+    "ORPO": lambda: fused("ORPO", ORPOTrainer, ORPOConfig),
+}
+
+
+def table_of(twin: Twin) -> Table:
+    title = f"{twin.name}: metrics within {twin.metrics:.0e}"
+    table = Table(title=title, box=SIMPLE, pad_edge=False)
+    for column in ("step", "TRL loss", "prefkern loss", "difference", "worst gradient"):
+        table.add_column(column, justify="right")
+    for step, ((x, y), gradient) in enumerate(zip(twin.losses, twin.gradients, strict=True), 1):
+        table.add_row(str(step), f"{x:.7f}", f"{y:.7f}", f"{y - x:.0e}", f"{gradient:.0e}")
+    return table
+
+
+def row_of(twin: Twin) -> dict[str, Any]:
+    columns = ("trl_loss", "prefkern_loss", "worst_gradient")
+    steps = [
+        dict(zip(columns, (*losses, gradient), strict=True))
+        for losses, gradient in zip(twin.losses, twin.gradients, strict=True)
+    ]
+    return {"name": twin.name, "worst": twin.worst, "metrics": twin.metrics, "steps": steps}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="TRL's trainers and their twins with prefkern.")
+    default = ROOT / "bench/results/trl-twin-cpu.json"
+    parser.add_argument("--json", type=Path, default=default, metavar="PATH")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    console = Console()
+    twins = [case() for case in CASES.values()]
+    for twin in twins:
+        console.print(table_of(twin))
+    command = shlex.join(["python", "bench/twins.py", *argv])
+    report = {
+        **environment(torch.device("cpu"), command),
+        "bound": BOUND,
+        "rows": [row_of(twin) for twin in twins],
+    }
+    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    missed = [twin for twin in twins if not twin.worst <= BOUND]
+    for twin in missed:
+        console.print(f"missed: {twin.name} {twin.worst:.1e}", style="red")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""prefkern inside other people's trainers. Each module needs its library, and says so on import."""

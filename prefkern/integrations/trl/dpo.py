@@ -1,0 +1,302 @@
+"""TRL's DPOTrainer with an objective of prefkern's, and no logits.
+
+What a batch is, which model is the reference and what is done around a step stay TRL's: datasets
+and chat templates, collators (those of vision-language models too), PEFT with a fresh or a trained
+adapter, reference log-probs computed beforehand and cached, a reference that follows the policy,
+the router's loss, callbacks, model cards. What becomes of a batch is `prefkern.objective_trainer`'s:
+
+- the loss is the mean over the pairs of an optimiser step, counted over accumulated batches and
+  ranks. TRL takes the mean of the batches' means, which is the same where batches are equally
+  large, and gives a pair of a small last batch more weight where they are not;
+- metrics have TRL's names and are means over pairs or tokens since the last log; TRL's are means of
+  the batches' means. Beside them are those of prefkern. Those of one of several evaluation datasets
+  carry its name, and TRL's do not;
+- rewards are the objective's own (`prefkern.PreferenceOutput`), DPO's those of TRL.
+
+With `objective=DPO(beta)` losses and gradients are TRL's to float32 accuracy, which the tests hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
+from trl.trainer.utils import use_adapter
+
+from prefkern import __version__
+from prefkern.data import _MARGIN_SOURCES, _margin_columns, _reward_margin
+from prefkern.integrations.trl.forward import forward_with_router
+from prefkern.integrations.trl.options import check_reference, objective_of
+from prefkern.loss import FusedPreferenceLoss
+from prefkern.models import IGNORE_INDEX, HeadInputs, align_labels, find_head, head_transform
+from prefkern.objective_trainer import ObjectiveTrainer, reference_states
+from prefkern.objectives import DPO, KTO, Objective
+from prefkern.outputs import PreferenceOutput
+
+_MARGINS = "reward_margins"
+# Of a batch, what is not the model's.
+_NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", _MARGINS)
+
+
+class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
+    """Trains as `trl.DPOTrainer` does, on an objective of prefkern's.
+
+    Args:
+        model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class,
+            callbacks, optimizers, quantization_config, peft_config: as TRL takes them. Reward
+            margins (MADPO) are columns of the datasets, as in `prefkern.data`.
+        compute_metrics: refused, since there are no logits to compute metrics of.
+        objective: an objective of `prefkern.objectives`, or its name; None: the one that
+            `args.loss_type` names ("sigmoid", "hinge", "ipo" or "robust"). By name it takes
+            `args.beta` and `args.use_weighting`.
+        objective_options: further options of an objective by name.
+        workspace_mb, backend: as in `prefkern.linear_logprobs`.
+
+    No reference is loaded for an objective without one (SimPO, CPO, ORPO).
+
+    Raises ValueError for an argument of TRL's that would have no effect, naming it, and for a model
+    whose head is not understood; TypeError for what is no pairwise objective or no DPOConfig.
+    """
+
+    args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    # compute_loss counts the pairs of a step: Trainer must not divide by its batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        objective: Objective | str | None = None,
+        objective_options: dict[str, Any] | None = None,
+        workspace_mb: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = DPOConfig(f"{name.split('/')[-1]}-DPO")
+        if not isinstance(args, DPOConfig):
+            raise TypeError(f"args must be a trl.DPOConfig, got {type(args).__name__}")
+        if compute_metrics is not None:
+            raise ValueError(
+                "compute_metrics was given, and there are no logits to compute metrics of; what is "
+                "logged can be read in a callback, or named by args.metric_for_best_model"
+            )
+        is_given = isinstance(objective, Objective)
+        objective = objective_of(args, objective, objective_options)
+        check_reference(args, objective, ref_model)
+        # What TRL writes on models and their cards.
+        name = type(objective).__name__
+        self._tag_names = ["trl", "prefkern", name.lower()]
+        if not isinstance(objective, DPO):
+            self._name, self._paper = name, {}
+        # TRL's constructor may compute the reference's log-probs already.
+        self.loss_fn = FusedPreferenceLoss(objective, IGNORE_INDEX, workspace_mb, backend)
+        # As policy and reference go through the same code. On single responses: any number of them.
+        self._sum_fn = FusedPreferenceLoss(KTO(), IGNORE_INDEX, workspace_mb, backend).eval()
+        super().__init__(
+            model=model,
+            ref_model=ref_model if objective.needs_reference else _NoReference(),
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        find_head(self.model)  # pyright: ignore[reportArgumentType]
+        self._refuse_unsupported_setups()
+        self.beta = objective.beta
+        if objective.needs_reward_margins:
+            self.data_collator = _WithMargins(self.data_collator)
+        self.loss_fn.to(self.args.device)
+        for module in self.loss_fn.modules():
+            # An objective that was given may have drawn before.
+            if not is_given and hasattr(module, "manual_seed"):
+                module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
+
+    @property
+    def ref_model(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The reference, or None: the adapter switched off, log-probs in the dataset, or none."""
+        return self._ref_model
+
+    @ref_model.setter
+    def ref_model(self, model: Any) -> None:
+        self._ref_model = None if isinstance(model, _NoReference) else model
+
+    def compute_ref_log_probs(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The reference's sums of a batch's chosen and rejected responses, (B,) float32 each."""
+        zeros = torch.zeros(len(inputs["input_ids"]), device=inputs["input_ids"].device)
+        unpaired = {"ref_logps": zeros, "desirable": zeros.bool(), "mismatched_log_ratios": zeros}
+        with self._as_reference():
+            outputs, _, _ = _scored(model, inputs, self._sum_fn, with_router=False, **unpaired)
+        chosen, rejected = outputs.logps.chunk(2)
+        return chosen, rejected
+
+    def _preference_outputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[PreferenceOutput, Tensor]:
+        objective: Any = self.loss_fn.objective
+        mode = "train" if model.training else "eval"
+        options: dict[str, Any] = {"return_stats": True}
+        reference: Any = self.ref_model or self.model
+        if objective.needs_kls:
+            with self._as_reference():
+                options |= reference_states(
+                    reference, model, _of_the_model(inputs), align_labels(_labels(inputs))
+                )
+        elif objective.needs_reference:
+            if self.precompute_ref_logps:
+                sums = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            else:
+                sums = self.compute_ref_log_probs(reference, inputs)
+            options["ref_logps"] = torch.cat(sums)
+        if objective.needs_reward_margins:
+            options["reward_margins"] = inputs[_MARGINS]
+        self.loss_fn.train(model.training)
+        outputs, zero, router_loss = _scored(
+            model, inputs, self.loss_fn, self.aux_loss_enabled, **options
+        )
+        if self.aux_loss_enabled:
+            assert router_loss is not None
+            added = self.router_aux_loss_coef * router_loss
+            outputs = replace(outputs, loss=outputs.loss + added, losses=outputs.losses + added)
+            everyones: Any = self.accelerator.gather_for_metrics(router_loss.detach())
+            self._metrics[mode]["aux_loss"].append(everyones.mean().item())
+        if model.training:
+            tokens: Any = self.accelerator.gather(inputs["attention_mask"].sum())
+            self._total_train_tokens += int(tokens.sum())
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        return outputs, outputs.loss + zero
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[None]:
+        """Without gradients, and where TRL's reference is the policy itself, with its adapter."""
+        adapter = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy: Any = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, checkpointing),  # pyright: ignore[reportArgumentType]
+            adapter,
+            self.accelerator.autocast(),
+        ):
+            yield
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # TRL finds sums again by data and weights alone. Others come of its own code, of another
+        # precision, and of responses cut elsewhere, which its collator does after the data is read.
+        weights = self._precompute_model_hash
+        cut = self.args.max_length, self.args.truncation_mode
+        self._precompute_model_hash = (
+            f"{weights} prefkern {__version__} {self.accelerator.mixed_precision} {cut}"
+        )
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights
+
+    def _set_signature_columns_if_needed(self) -> None:
+        PlainDPOTrainer._set_signature_columns_if_needed(self)
+        needs_margins: Any = self.loss_fn.objective.needs_reward_margins  # pyright: ignore[reportAttributeAccessIssue]
+        if needs_margins:
+            named = {name for sources in _MARGIN_SOURCES for name in sources}
+            self._signature_columns = [*{*(self._signature_columns or ()), *named}]
+
+    def _refuse_unsupported_setups(self) -> None:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and parallelism.non_data_parallel_size > 1:
+            raise ValueError("tensor, context and sequence parallelism are not supported yet")
+        needs_kls: Any = getattr(self.loss_fn.objective, "needs_kls", False)
+        if needs_kls and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # The reference's head is gone when its forward has ended.
+            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
+
+
+class _NoReference:
+    """Takes the reference model's place in TRL's constructor, which would load one otherwise."""
+
+
+class _WithMargins:
+    """A collator of TRL's, and the pairs' reward margins beside what it collates."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        sources = _margin_columns(list(examples[0]))
+        if not sources:
+            raise ValueError(
+                "the objective needs reward margins, and a dataset has no column reward_margin or "
+                f"margin, nor score_chosen and score_rejected; found {', '.join(examples[0])}; "
+                "`prefkern margins` writes one"
+            )
+        margins = [_reward_margin(example, sources) for example in examples]
+        batch = self.collator(examples)
+        batch[_MARGINS] = torch.tensor(margins, dtype=torch.float32)
+        return batch
+
+
+def _scored(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    loss_fn: FusedPreferenceLoss,
+    with_router: bool,
+    **options: Any,
+) -> tuple[Any, Tensor, Tensor | None]:
+    """`loss_fn` on a batch of TRL's, inside the model's forward: outputs, 0 and the router's loss."""
+    transform = head_transform(model)
+    labels = align_labels(_labels(inputs))
+
+    def score(head: HeadInputs) -> tuple[Any, Tensor]:
+        head = head.of_tokens(labels)
+        outputs: Any = loss_fn(
+            head.hidden,
+            head.weight,
+            labels,
+            head.bias,
+            logit_scale=transform.logit_scale,
+            softcap=transform.softcap,
+            **head.adapter(),
+            **options,
+        )
+        return outputs, outputs.loss
+
+    model_inputs = _of_the_model(inputs)
+    if with_router:
+        # Vision-language models honour it as an argument alone, and not in their config.
+        model_inputs["output_router_logits"] = True
+    return forward_with_router(model, model_inputs, score)
+
+
+def _labels(inputs: dict[str, Any]) -> Tensor:  # (2B, T), not shifted
+    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+
+
+def _of_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}

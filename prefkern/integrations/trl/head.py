@@ -1,0 +1,246 @@
+"""TRL's own CPO, SimPO and ORPO trainers without logits.
+
+TRL's trainers hold `[2B, T, V]` logits, and read of them the log-probs of the labels, an NLL and, for
+a metric, their mean. `fuse_head` gives one trainer's `concatenated_forward` a stand-in that computes
+those numbers from hidden states and head in tiles; losses, metrics and all else stay TRL's code. In
+place of logits it hands on `[B, T, 1]` means over the vocabulary, whose mean is the logits'.
+
+The mean is over padding and prompts as well, which nothing else is computed for. Without a softcap a
+position's mean logit is `hidden . mean(weight) + mean(bias)`, which costs nothing beside the rest;
+with one it takes a pass of its own over all positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefkern import checks
+from prefkern.api import BACKENDS, linear_logprobs
+from prefkern.integrations.trl.forward import forward_with_router
+from prefkern.models import (
+    IGNORE_INDEX,
+    HeadInputs,
+    HeadTransform,
+    align_labels,
+    find_head,
+    head_transform,
+)
+from prefkern.outputs import TokenStats
+
+_FORWARD = "concatenated_forward"
+# What a subclass may not have changed: who reads logits, and who makes them.
+_READERS = (_FORWARD, "get_batch_loss_metrics", "get_batch_logps")
+
+
+def fuse_head(
+    trainer: Any, *, workspace_mb: float | None = None, backend: str | None = None
+) -> Any:
+    """Take the logits out of a TRL `CPOTrainer` (SimPO included) or `ORPOTrainer`.
+
+    Same losses, metrics and gradients, to float32 accuracy. Only this trainer is changed; called
+    again it changes nothing but the options, and `restore_head` undoes it.
+
+    Args:
+        trainer: a `trl.experimental.cpo.CPOTrainer` or `trl.experimental.orpo.ORPOTrainer`.
+        workspace_mb, backend: as in `prefkern.linear_logprobs`.
+
+    Returns:
+        The trainer.
+
+    Raises TypeError for another trainer and ValueError for what cannot be computed without logits:
+    an encoder-decoder, a head that is not understood, torch_compile, nn.DataParallel, a subclass
+    that changes what reads the logits.
+    """
+    forward = _forward_for(trainer)
+    _check_trainer(trainer)
+    if workspace_mb is not None:
+        checks.positive("workspace_mb", workspace_mb)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+    setattr(trainer, _FORWARD, forward(trainer, workspace_mb, backend))
+    return trainer
+
+
+def restore_head(trainer: Any) -> Any:
+    """Undo `fuse_head`; a trainer that it was not called on stays as it is. Returns the trainer."""
+    if isinstance(vars(trainer).get(_FORWARD), _FusedForward):
+        delattr(trainer, _FORWARD)
+    return trainer
+
+
+@dataclass(frozen=True)
+class _FusedForward:
+    """Stands in for a trainer's `concatenated_forward`: TRL's call and its results."""
+
+    trainer: Any
+    workspace_mb: float | None
+    backend: str | None
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def rows(self, batch: dict[str, Any], padding_value: int) -> dict[str, Tensor]:
+        """Chosen rows, then rejected ones."""
+        return self.trainer.concatenated_inputs(
+            batch, padding_value=padding_value, device=self.trainer.accelerator.device
+        )
+
+    def tokens(
+        self,
+        model: nn.Module,
+        rows: dict[str, Tensor],
+        labels: Tensor,  # (2B, T), aligned
+    ) -> _Tokens:
+        transform = head_transform(model)
+
+        def score(head: HeadInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
+            head = head.of_tokens(labels)
+            means = self.mean_logits(head, transform)
+            logps = linear_logprobs(
+                head.hidden,
+                head.weight,
+                labels,
+                head.bias,
+                ignore_index=IGNORE_INDEX,
+                logit_scale=transform.logit_scale,
+                softcap=transform.softcap,
+                workspace_mb=self.workspace_mb,
+                backend=self.backend,
+                **head.adapter(),
+            )
+            assert isinstance(logps, Tensor)
+            return (logps, means), logps
+
+        inputs: dict[str, Any] = {
+            "input_ids": rows["concatenated_input_ids"],
+            "attention_mask": rows["concatenated_attention_mask"],
+        }
+        if self.trainer.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        (logps, means), zero, router_loss = forward_with_router(model, inputs, score)
+        return _Tokens(logps + zero, means, router_loss)
+
+    @torch.no_grad()
+    def mean_logits(self, head: HeadInputs, transform: HeadTransform) -> Tensor:  # (2B, T)
+        """Each position's mean over the vocabulary."""
+        if transform.softcap is None:
+            # mean_v (h . W_v + b_v) = h . mean_v W_v + mean_v b_v
+            means = head.hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+            if head.lora_hidden is not None and head.lora_weight is not None:
+                mean_b = head.lora_weight.mean(0, dtype=torch.float32)
+                means = means + head.lora_hidden.float() @ mean_b
+            if head.bias is not None:
+                means = means + head.bias.mean(dtype=torch.float32)
+            return transform.logit_scale * means
+        stats = linear_logprobs(
+            head.hidden.detach(),
+            head.weight.detach(),
+            torch.zeros(head.hidden.shape[:-1], dtype=torch.int64, device=head.hidden.device),
+            head.bias,
+            logit_scale=transform.logit_scale,
+            softcap=transform.softcap,
+            workspace_mb=self.workspace_mb,
+            backend=self.backend,
+            return_stats=True,
+            **head.adapter(),
+        )
+        assert isinstance(stats, TokenStats)
+        return stats.mean_logit
+
+    def results(
+        self, logps: Tensor, means: Tensor, nll: Tensor, tokens: _Tokens
+    ) -> tuple[Any, ...]:
+        """What TRL's `concatenated_forward` returns: (2B,) log-probs and (2B, T) means in halves."""
+        returned = (*logps.chunk(2), *means.unsqueeze(-1).chunk(2), nll)
+        return (*returned, tokens.router_loss) if self.trainer.aux_loss_enabled else returned
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    logps: Tensor  # (2B, T), 0 where not scored
+    mean_logits: Tensor  # (2B, T)
+    router_loss: Tensor | None
+
+
+class _CPOForward(_FusedForward):
+    """CPO and SimPO: the NLL is over the chosen responses, which are scored anyway."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
+        rows = self.rows(batch, self.trainer.pad_token_id)
+        labels = align_labels(rows["concatenated_labels"])
+        tokens = self.tokens(model, rows, labels)
+        lengths = (labels != IGNORE_INDEX).sum(1)
+        sums = tokens.logps.sum(1)
+        nll = torch.zeros((), device=sums.device)
+        if self.trainer.cpo_alpha != 0:
+            nll = -sums.chunk(2)[0].sum() / lengths.chunk(2)[0].sum()
+        is_mean = self.trainer.loss_type in ("ipo", "simpo")
+        logps = sums / lengths if is_mean else sums
+        return self.results(logps, tokens.mean_logits, nll, tokens)
+
+
+class _ORPOForward(_FusedForward):
+    """ORPO: the NLL is over the chosen rows as a whole, prompts included."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
+        rows = self.rows(batch, self.trainer.padding_value)
+        responses = align_labels(rows["concatenated_labels"])
+        is_token = rows["concatenated_attention_mask"] == 1
+        full = align_labels(rows["concatenated_input_ids"].masked_fill(~is_token, IGNORE_INDEX))
+        chosen, rejected = responses.chunk(2)
+        chosen_full = full.chunk(2)[0]
+        in_response, in_full = chosen != IGNORE_INDEX, chosen_full != IGNORE_INDEX
+        both = torch.where(in_full, chosen_full, chosen)
+        if bool((in_response & (both != chosen)).any()):
+            raise ValueError(
+                "chosen_labels name other tokens than chosen_input_ids, and both are scored: "
+                "ORPO's two terms cannot share a pass; restore_head(trainer) undoes fuse_head"
+            )
+        tokens = self.tokens(model, rows, torch.cat([both, rejected]))
+        scored = responses != IGNORE_INDEX
+        logps = (tokens.logps * scored).sum(1) / scored.sum(1)
+        nll = -(tokens.logps.chunk(2)[0] * in_full).sum() / in_full.sum()
+        # TRL leaves the last position out of the mean, which predicts nothing.
+        return self.results(logps, tokens.mean_logits[:, :-1], nll, tokens)
+
+
+def _forward_for(trainer: Any) -> type[_FusedForward]:
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    forwards = {CPOTrainer: _CPOForward, ORPOTrainer: _ORPOForward}
+    kind = type(trainer)
+    for known, forward in forwards.items():
+        if not isinstance(trainer, known):
+            continue
+        for name in _READERS:
+            if getattr(kind, name) is not getattr(known, name):
+                raise ValueError(
+                    f"{kind.__name__} has a {name} of its own, which may read logits; "
+                    f"fuse_head knows that of {known.__name__}"
+                )
+        return forward
+    raise TypeError(
+        f"fuse_head takes TRL's CPOTrainer or ORPOTrainer, got {kind.__name__}; TRL's DPO, KTO and "
+        "SFT trainers hold no logits, and prefkern.integrations.trl.DPOTrainer trains objectives"
+    )
+
+
+def _check_trainer(trainer: Any) -> None:
+    if trainer.is_encoder_decoder:
+        raise ValueError("encoder-decoder models are not supported; a causal LM is needed")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "nn.DataParallel is not supported: start one process per GPU with `accelerate launch` "
+            "or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+    if trainer.args.torch_compile:
+        raise ValueError("args.torch_compile is not supported yet")
+    replaced = vars(trainer).get(_FORWARD)
+    if replaced is not None and not isinstance(replaced, _FusedForward):
+        raise ValueError(f"the trainer's {_FORWARD} was replaced by {replaced!r} already")
+    find_head(trainer.model)
