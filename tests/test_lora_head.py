@@ -14,7 +14,7 @@ H, R = 24, 5
 # shape, V, workspace in MiB, scale of the logits, keywords
 CASES = {
     "plain": ((3, 11), 131, None, 1.0, {}),
-    "many tiles": ((5, 40), 1500, 0.25, 1.0, {}),
+    "many tiles": ((4, 30), 700, 0.12, 1.0, {}),
     "tiles and kept tokens": ((4, 60), 1500, 1.25, 1.0, {}),
     "softcap": ((3, 11), 131, None, 6.0, {"softcap": 4.0}),
     "scale and temperature": ((3, 11), 131, None, 2.0, {"logit_scale": 0.3, "temperature": 1.7}),

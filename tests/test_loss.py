@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from conftest import BACKENDS
 from listing import listing_1
 
 import prefkern
@@ -166,7 +167,14 @@ def test_adadpo_is_listing_1_down_to_the_head(dtype, backend, device):
         assert (mine - true).norm() <= bound * true.norm(), name
 
 
-@pytest.mark.parametrize("name", ["dpo", "adadpo", "alphadpo", "wpo", "tdpo2"])
+# What is summed of the tokens is the same on both backends; their kernels differ by operator.
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "torch") for name in ("dpo", "adadpo", "alphadpo", "wpo", "tdpo2")),
+        *((name, "triton") for name in ("adadpo", "tdpo2") if "triton" in BACKENDS),
+    ],
+)
 def test_packed_is_padded(name, backend, device):
     data = batch()
     padded = move(data, device)
@@ -206,7 +214,7 @@ def test_packed_is_padded(name, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_first_loss_of_equal_models_is_ln_2(dtype, backend, device):
-    data = move(batch(B=4, T=40), device, dtype)
+    data = move(batch(B=3, T=14), device, dtype)
     data |= {"ref_hidden": data["hidden"].detach(), "ref_weight": data["weight"].detach()}
     data["ref_bias"] = data["bias"].detach()
     for name in ("dpo", "adadpo"):
