@@ -81,6 +81,13 @@ class PreferenceConfig(TrainingArguments):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Pairs a batch for that. Default: as in evaluation."}
     )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps those sums for later runs. Default: prefkern's in HF_HOME. "
+            "An empty name keeps nothing."
+        },
+    )
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference model. Default: the initial model."}
     )
@@ -125,6 +132,11 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 "label_smoothing_factor has no effect on preference pairs; use "
                 'objective_options={"label_smoothing": ...}'
+            )
+        if self.ref_cache_dir is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"ref_cache_dir is {self.ref_cache_dir!r}, which has no effect without "
+                "precompute_ref_log_probs"
             )
         if self.torch_compile:
             raise ValueError("torch_compile is not supported yet")

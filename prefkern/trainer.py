@@ -22,15 +22,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
+from prefkern import reference_cache, run_state
+from prefkern.api import resolve_backend
 from prefkern.collate import ExampleCollator, PreferenceCollator
 from prefkern.config import PreferenceConfig
 from prefkern.data import (
@@ -65,8 +65,6 @@ from prefkern.preparation import (
 
 logger = logging.getLogger(__name__)
 
-# Beside the optimizer's in a checkpoint: the statistics of objectives that have them.
-_OBJECTIVE_FILE = "objective.pt"
 _MISMATCHED = "mismatched_"
 
 
@@ -192,6 +190,8 @@ class PreferenceTrainer(ItemTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # What a collator of one's own makes of a dataset is not known from the dataset.
+        self._collates_otherwise = data_collator is not None
         self._rows_an_item = 2 if is_paired else 1
         self._refuse_unsupported_setups()
         options = {"ignore_index": IGNORE_INDEX, "workspace_mb": args.workspace_mb}
@@ -206,6 +206,8 @@ class PreferenceTrainer(ItemTrainer):
         self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
         self._told_of_no_mismatch = False
         self._train_sums: dict[str, Tensor] = {}
+        self._resumed: run_state.SinceLastLog | None = None
+        self.add_callback(_BeginLogs(self))
         self._eval_sums: dict[str, Tensor] = {}
 
         if self.ref_model is not None:
@@ -448,36 +450,50 @@ class PreferenceTrainer(ItemTrainer):
             return {key: self._with_reference(value) for key, value in dataset.items()}
         if dataset is None or "ref_chosen_logps" in dataset.column_names:
             return dataset
-        from tqdm.auto import tqdm
+        args = self.args
+        return reference_cache.with_sums(
+            dataset,
+            lambda batch: self._reference_logps(self._prepare_inputs(batch)),
+            self.data_collator,
+            self.accelerator,
+            batch_size=args.precompute_ref_batch_size or args.per_device_eval_batch_size,
+            on_disk=self._reference_cache(dataset) if self.is_world_process_zero() else None,
+            shows_progress=not args.disable_tqdm and self.is_local_process_zero(),
+        )
 
-        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)  # pyright: ignore[reportArgumentType]
-        )
-        sums = []
-        for batch in tqdm(
-            loader,
-            desc="Reference log-probs",
-            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
-        ):
-            logps = self._reference_logps(self._prepare_inputs(batch))
-            by_pair: Any = self.accelerator.gather_for_metrics(logps.view(2, -1).T.contiguous())
-            sums.append(by_pair.cpu())
-        chosen, rejected = torch.cat(sums).T.tolist()
-        return dataset.add_column("ref_chosen_logps", chosen).add_column(
-            "ref_rejected_logps", rejected
-        )
+    def _reference_cache(self, dataset: Any) -> reference_cache.SumsOnDisk | None:
+        folder = self.args.ref_cache_dir
+        folder = reference_cache.default_folder() if folder is None else folder
+        if not folder:
+            return None
+        if self._collates_otherwise:
+            logger.warning("reference sums are not kept: a data_collator was given")
+            return None
+        with self._reference() as model:
+            return reference_cache.open_cache(
+                folder,
+                model,
+                dataset,
+                autocast=self.accelerator.mixed_precision,
+                tf32=self.args.tf32,
+                device=self.args.device.type,
+                backend=resolve_backend(self.args.backend, self.args.device),
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = self.loss_fn.objective.state_dict()
-        if state and self.args.should_save:
-            torch.save(state, Path(output_dir) / _OBJECTIVE_FILE)
+        writes = self.args.should_save
+        if writes:
+            run_state.save_objective(self.loss_fn.objective, output_dir)
+        steps = self.state.global_step - self._globalstep_last_logged
+        told = run_state.SinceLastLog(steps, self._tr_loss, self._train_sums)
+        told.save(output_dir, self.accelerator, writes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_objective(checkpoint)
+            self._resumed = run_state.SinceLastLog.load(checkpoint, self.accelerator)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -485,19 +501,18 @@ class PreferenceTrainer(ItemTrainer):
             self._load_objective(self.state.best_model_checkpoint)
 
     def _load_objective(self, checkpoint: str) -> None:
-        """The statistics that belong to a checkpoint's weights."""
-        if not self.loss_fn.objective.state_dict():
-            return
-        file = Path(checkpoint) / _OBJECTIVE_FILE
-        if not file.exists():
-            logger.warning("%s is missing: the objective's statistics start over", file)
-            return
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
-        try:
-            self.loss_fn.objective.load_state_dict(state)
-        except RuntimeError as error:
-            name = type(self.loss_fn.objective).__name__
-            raise ValueError(f"{file} is of another objective than {name}: {error}") from error
+        run_state.load_objective(self.loss_fn.objective, checkpoint, self.args.device)
+
+    def _begin_logs(self) -> None:
+        """Nothing is left to tell of an earlier run, but what a checkpoint has left."""
+        resumed, self._resumed = self._resumed, None
+        self._train_sums = {}
+        if resumed is not None:
+            self._train_sums = resumed.sums
+            self._globalstep_last_logged -= resumed.steps
+            self._tr_loss += resumed.loss
+            # The run's mean loss is over its own steps.
+            self._total_loss_scalar -= resumed.loss.item()
 
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs
@@ -518,6 +533,16 @@ class PreferenceTrainer(ItemTrainer):
                 "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
                 "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"
             )
+
+
+class _BeginLogs(TrainerCallback):
+    """Tells a trainer that Trainer has reset the loss that is to be logged."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._begin_logs()
 
 
 @dataclass(frozen=True)
