@@ -1,7 +1,7 @@
 """What a checkpoint keeps beside transformers' own, so that a resumed run continues bit for bit.
 
-    objective.pt                the objective's state: running statistics, number of draws
-    since_last_log.safetensors  each rank's sums of metrics and losses that no log has told yet
+    objective.pt       the objective's state: running statistics, number of draws
+    since_last_log.pt  each rank's sums of metrics and losses that no log has told yet
 
 transformers keeps weights, optimiser, schedule, data order and random states, but starts the loss
 and the metrics between two logs anew, so that the first log after a resumption would be of fewer
@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
 _OBJECTIVE_FILE = "objective.pt"
-_LOG_FILE = "since_last_log.safetensors"
-_METRIC = "metrics/"
+_LOG_FILE = "since_last_log.pt"
 
 
 def save_objective(objective: nn.Module, folder: str) -> None:
@@ -63,32 +61,26 @@ class SinceLastLog:
 
     def save(self, folder: str, accelerator: Accelerator, writes: bool) -> None:
         """Put every rank's into a checkpoint. Collective; the ranks that write say so."""
-        mine = {"steps": torch.tensor(self.steps, device=self.loss.device), "loss": self.loss}
-        mine |= {_METRIC + name: total for name, total in self.sums.items()}
-        everyones: Any = accelerator.gather({name: x[None] for name, x in mine.items()})
+        gathered: Any = accelerator.gather(
+            {"loss": self.loss[None], "sums": {name: x[None] for name, x in self.sums.items()}}
+        )
         if writes:
-            save_file({k: v.cpu().contiguous() for k, v in everyones.items()}, _log_file(folder))
+            torch.save({"steps": self.steps, **gathered}, Path(folder) / _LOG_FILE)
 
     @staticmethod
     def load(folder: str, accelerator: Accelerator) -> SinceLastLog | None:
         """This rank's, from a checkpoint; None from one without."""
-        file = _log_file(folder)
+        file = Path(folder) / _LOG_FILE
         if not file.exists():
             return None
-        everyones = load_file(file, device=str(accelerator.device))
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        steps, loss = everyones.pop("steps"), everyones.pop("loss")
-        # Logs take the mean of the ranks' losses and the sums of their metrics. A run that goes on
+        everyones = torch.load(file, map_location=accelerator.device, weights_only=True)
+        loss, sums = everyones["loss"], everyones["sums"]  # (ranks,) and (ranks, 2)
+        rank = accelerator.process_index
+        # Logs take the mean of the ranks' losses and the sums of their metrics: a run that goes on
         # with another number of ranks keeps both.
-        if len(loss) == ranks:
-            loss = loss[rank]
-            sums = {name: x[rank] for name, x in everyones.items()}
+        if len(loss) == accelerator.num_processes:
+            loss, sums = loss[rank], {name: total[rank] for name, total in sums.items()}
         else:
             loss = loss.mean()
-            sums = {name: x.sum(0) * (rank == 0) for name, x in everyones.items()}
-        sums = {name.removeprefix(_METRIC): x for name, x in sums.items()}
-        return SinceLastLog(int(steps[0]), loss, sums)
-
-
-def _log_file(folder: str) -> Path:
-    return Path(folder) / _LOG_FILE
+            sums = {name: total.sum(0) * (rank == 0) for name, total in sums.items()}
+        return SinceLastLog(everyones["steps"], loss, sums)
