@@ -141,6 +141,9 @@ class PreferenceConfig(TrainingArguments):
         if self.torch_compile:
             raise ValueError("torch_compile is not supported yet")
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            # accelerate would train on in float32 and say nothing.
+            raise ValueError("fp16 has no effect on a CPU; use bf16")
 
     def build_objective(self) -> Objective | UnpairedObjective:
         """The configured objective. Raises ValueError for an unknown name, option or value."""

@@ -34,6 +34,7 @@ import torch
 import transformers
 import xxhash
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
@@ -276,7 +277,13 @@ def _batches(
     if not len(rows):
         return ()
     chosen = dataset if len(rows) == len(dataset) else dataset.select(rows.tolist())
-    return accelerator.prepare(DataLoader(chosen, batch_size=batch_size, collate_fn=collate))
+    return prepare_data_loader(
+        DataLoader(chosen, batch_size=batch_size, collate_fn=collate),
+        accelerator.device,
+        put_on_device=True,
+        # Whatever training does with a last batch: here every rank has one to gather from.
+        even_batches=True,
+    )
 
 
 def _shards(pairs: int) -> list[range]:

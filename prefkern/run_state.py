@@ -32,7 +32,7 @@ def save_objective(objective: nn.Module, folder: str) -> None:
         torch.save(state, Path(folder) / _OBJECTIVE_FILE)
 
 
-def load_objective(objective: nn.Module, folder: str, device: torch.device) -> None:
+def load_objective(objective: nn.Module, folder: str) -> None:
     """The statistics that belong to a checkpoint's weights.
 
     Raises ValueError for those of another objective.
@@ -43,7 +43,8 @@ def load_objective(objective: nn.Module, folder: str, device: torch.device) -> N
     if not file.exists():
         logger.warning("%s is missing: the objective's statistics start over", file)
         return
-    state = torch.load(file, map_location=device, weights_only=True)
+    # Statistics are copied to where they live; torch cannot restore to a CPU with an index.
+    state = torch.load(file, map_location="cpu", weights_only=True)
     try:
         objective.load_state_dict(state)
     except RuntimeError as error:
@@ -73,7 +74,7 @@ class SinceLastLog:
         file = Path(folder) / _LOG_FILE
         if not file.exists():
             return None
-        everyones = torch.load(file, map_location=accelerator.device, weights_only=True)
+        everyones = torch.load(file, map_location="cpu", weights_only=True)
         loss, sums = everyones["loss"], everyones["sums"]  # (ranks,) and (ranks, 2)
         rank = accelerator.process_index
         # Logs take the mean of the ranks' losses and the sums of their metrics: a run that goes on
@@ -83,4 +84,6 @@ class SinceLastLog:
         else:
             loss = loss.mean()
             sums = {name: total.sum(0) * (rank == 0) for name, total in sums.items()}
-        return SinceLastLog(everyones["steps"], loss, sums)
+        device = accelerator.device
+        sums = {name: total.to(device) for name, total in sums.items()}
+        return SinceLastLog(everyones["steps"], loss.to(device), sums)

@@ -150,7 +150,7 @@ class PreferenceTrainer(ItemTrainer):
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
-        _check_batches(train_dataset, args.train_batch_size, args, "train")
+        _check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
         _check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         if args.disable_dropout:
             disable_dropout(model)
@@ -501,7 +501,7 @@ class PreferenceTrainer(ItemTrainer):
             self._load_objective(self.state.best_model_checkpoint)
 
     def _load_objective(self, checkpoint: str) -> None:
-        run_state.load_objective(self.loss_fn.objective, checkpoint, self.args.device)
+        run_state.load_objective(self.loss_fn.objective, checkpoint)
 
     def _begin_logs(self) -> None:
         """Nothing is left to tell of an earlier run, but what a checkpoint has left."""
@@ -632,14 +632,25 @@ def _named(dataset: Any, name: str) -> list[tuple[str, Any]]:
     return [(name, dataset)]
 
 
-def _check_batches(dataset: Any, batch_size: int, args: PreferenceConfig, name: str) -> None:
-    """Raise where dropping the last partial batch leaves none."""
-    if not args.dataloader_drop_last:
-        return
+def _check_batches(
+    dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
+) -> None:
+    """Raise where the last batches leave nothing to do, or ranks with different things to do."""
     across_ranks = batch_size * args.world_size
+    accelerator: Any = args.accelerator_config
+    is_uneven = args.world_size > 1 and not (args.dataloader_drop_last or accelerator.even_batches)
     for each, part in _named(dataset, name):
-        if len(part) < across_ranks:
+        if args.dataloader_drop_last and len(part) < across_ranks:
             raise ValueError(
                 f"dataset {each!r} has {len(part)} pairs, fewer than a batch of {across_ranks} "
                 "over all processes, and dataloader_drop_last drops partial batches"
+            )
+        # A rank would wait for what the others never send. In training their last batches may
+        # differ in size, in evaluation not even that.
+        last = len(part) % across_ranks
+        if is_uneven and last and not (trains and last > across_ranks - batch_size):
+            raise ValueError(
+                f"dataset {each!r} has {len(part)} pairs, which leave {last} for the last batches "
+                f"of {batch_size} on {args.world_size} processes; even_batches=False cannot do "
+                "with that: leave it out, or set dataloader_drop_last"
             )

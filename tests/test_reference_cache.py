@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from ranks import run_on_two_ranks
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -351,45 +349,3 @@ def test_hash_of_weights_takes_little_memory(monkeypatch):
     with Largest() as largest:
         reference_cache.hash_weights(model)
     assert largest.bytes <= 2**16
-
-
-def test_two_ranks_share_a_cache(tmp_path):
-    """The first run dies on both ranks, the second resumes on two, the third on one finds all."""
-    run_on_two_ranks(__file__, str(tmp_path))
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    found, rows = precomputing(tmp_path)
-    assert rows == 0
-    assert [rank["rows"] for rank in ranks] == [[0, 8, 0]] * 2
-    for rank in ranks:
-        assert torch.equal(rank["sums"], sums(found.train_dataset))
-        assert torch.equal(rank["again"], sums(found.train_dataset))
-    torch.testing.assert_close(
-        ranks[0]["sums"].double(),
-        sums_from_logits(tiny.model(seed=1), found.train_dataset),
-        atol=1e-4,
-        rtol=1e-6,
-    )
-
-
-def _on_ranks(path: Path) -> dict:
-    reference_cache._SHARD_PAIRS = 4
-    rows = []
-    try:
-        precomputing(path, dies_after=6)
-    except KeyboardInterrupt:
-        rows.append(0)
-    torch.distributed.barrier()
-    assert shards(path).keys() == {"000000000-000000004"}
-    run, count = precomputing(path)
-    rows.append(count)
-    torch.distributed.barrier()
-    again, count = precomputing(path)
-    rows.append(count)
-    return {"rows": rows, "sums": sums(run.train_dataset), "again": sums(again.train_dataset)}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    torch.save(_on_ranks(folder), folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
