@@ -12,7 +12,8 @@ TRL's names and are means over pairs (or tokens) since the last log, over all ra
 gathers values per pair, so that neither a partial batch nor a repeated pair shifts a mean.
 
 The reference is one of: `ref_model`; the adapter switched off, for PEFT; sums computed once before
-training (`precompute_ref_log_probs`) or found in the dataset; else a copy of the initial model.
+training (`precompute_ref_log_probs`, kept by `prefkern.reference_cache`) or found in the dataset;
+else a copy of the initial model.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from prefkern import reference_cache, run_state
 from prefkern.api import resolve_backend
 from prefkern.collate import ExampleCollator, PreferenceCollator
 from prefkern.config import PreferenceConfig
@@ -62,6 +62,8 @@ from prefkern.preparation import (
     is_trained_adapter,
     load_model,
 )
+from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
+from prefkern.run_state import SinceLastLog, load_objective, save_objective
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +208,7 @@ class PreferenceTrainer(ItemTrainer):
         self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
         self._told_of_no_mismatch = False
         self._train_sums: dict[str, Tensor] = {}
-        self._resumed: run_state.SinceLastLog | None = None
+        self._resumed: SinceLastLog | None = None
         self.add_callback(_BeginLogs(self))
         self._eval_sums: dict[str, Tensor] = {}
 
@@ -451,7 +453,7 @@ class PreferenceTrainer(ItemTrainer):
         if dataset is None or "ref_chosen_logps" in dataset.column_names:
             return dataset
         args = self.args
-        return reference_cache.with_sums(
+        return with_sums(
             dataset,
             lambda batch: self._reference_logps(self._prepare_inputs(batch)),
             self.data_collator,
@@ -461,16 +463,16 @@ class PreferenceTrainer(ItemTrainer):
             shows_progress=not args.disable_tqdm and self.is_local_process_zero(),
         )
 
-    def _reference_cache(self, dataset: Any) -> reference_cache.SumsOnDisk | None:
+    def _reference_cache(self, dataset: Any) -> SumsOnDisk | None:
         folder = self.args.ref_cache_dir
-        folder = reference_cache.default_folder() if folder is None else folder
+        folder = default_folder() if folder is None else folder
         if not folder:
             return None
         if self._collates_otherwise:
             logger.warning("reference sums are not kept: a data_collator was given")
             return None
         with self._reference() as model:
-            return reference_cache.open_cache(
+            return open_cache(
                 folder,
                 model,
                 dataset,
@@ -484,24 +486,21 @@ class PreferenceTrainer(ItemTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         writes = self.args.should_save
         if writes:
-            run_state.save_objective(self.loss_fn.objective, output_dir)
+            save_objective(self.loss_fn.objective, output_dir)
         steps = self.state.global_step - self._globalstep_last_logged
-        told = run_state.SinceLastLog(steps, self._tr_loss, self._train_sums)
+        told = SinceLastLog(steps, self._tr_loss, self._train_sums)
         told.save(output_dir, self.accelerator, writes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_objective(checkpoint)
-            self._resumed = run_state.SinceLastLog.load(checkpoint, self.accelerator)
+            load_objective(self.loss_fn.objective, checkpoint)
+            self._resumed = SinceLastLog.load(checkpoint, self.accelerator)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
-            self._load_objective(self.state.best_model_checkpoint)
-
-    def _load_objective(self, checkpoint: str) -> None:
-        run_state.load_objective(self.loss_fn.objective, checkpoint)
+            load_objective(self.loss_fn.objective, self.state.best_model_checkpoint)
 
     def _begin_logs(self) -> None:
         """Nothing is left to tell of an earlier run, but what a checkpoint has left."""

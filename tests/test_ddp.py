@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -23,6 +25,8 @@ from test_trainer import Record, assert_same_weights, lora, step_logs, trainer, 
 
 from prefkern import reference_cache
 
+# Older ones hand torch.load the device "cpu:0", which it does not know.
+RESUMES = Version(transformers.__version__) >= Version("5.23")
 UNEVEN = {"accelerator_config": {"even_batches": False}}
 # Pairs, a rank's batch, accumulated batches, and other options. The joint batch is of 4 or 8 pairs.
 CASES = {
@@ -125,6 +129,7 @@ def test_every_adapter_weight_is_compared(ranks):
     assert names == {name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+@pytest.mark.skipif(not RESUMES, reason="this transformers loads no optimiser on two CPU ranks")
 def test_two_ranks_resume_bit_for_bit(ranks):
     for rank in range(2):
         whole, resumed = torch.load(ranks / f"rank{rank}.pt")["resumed"]
@@ -194,7 +199,9 @@ def _cached(path: Path) -> dict:
     return {"rows": [rows for _, rows in runs], "sums": [sums(r.train_dataset) for r, _ in runs]}
 
 
-OTHERS = {"resumed": _resumed, "refused": _refused, "cached": _cached}
+OTHERS = {"refused": _refused, "cached": _cached}
+if RESUMES:
+    OTHERS["resumed"] = _resumed
 
 
 if __name__ == "__main__":
