@@ -85,6 +85,13 @@ class PreferenceConfig(TrainingArguments):
     precompute_ref_batch_size: int | None = field(
         default=None, metadata={"help": "Pairs a batch for that. Default: as in evaluation."}
     )
+    ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps those sums for later runs. Default: prefkern's in HF_HOME. "
+            "An empty name keeps nothing."
+        },
+    )
     ref_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reference model. Default: the initial model."}
     )
@@ -139,6 +146,11 @@ class PreferenceConfig(TrainingArguments):
                 "label_smoothing_factor has no effect on preference pairs; use "
                 'objective_options={"label_smoothing": ...}'
             )
+        if self.ref_cache_dir is not None and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"ref_cache_dir is {self.ref_cache_dir!r}, which has no effect without "
+                "precompute_ref_log_probs"
+            )
         if self.torch_compile:
             raise ValueError("torch_compile is not supported yet")
         super().__post_init__()
@@ -147,6 +159,9 @@ class PreferenceConfig(TrainingArguments):
                 "dispatch_batches cuts a batch by its rows, and under padding_free it has one; "
                 "leave dispatch_batches out of accelerator_config"
             )
+        if self.fp16 and self.device.type == "cpu":
+            # accelerate would train on in float32 and say nothing.
+            raise ValueError("fp16 has no effect on a CPU; use bf16")
 
     def build_objective(self) -> Objective | UnpairedObjective:
         """The configured objective. Raises ValueError for an unknown name, option or value."""

@@ -3,7 +3,9 @@
 An item is a pair, two sequences of a batch, or for KTO a response, one of them. Trainer would
 divide a sum over tokens, or take the mean of batches' means; here items are counted over
 accumulated batches and over ranks, so that 1 x 8 pairs trains like 4 x 2, the last partial batch
-included.
+included. What accelerate repeats from the beginning of an epoch so that every rank's last batch is
+full counts as items, too; `accelerator_config={"even_batches": False}` and `dataloader_drop_last`
+are the ways around that.
 """
 
 from __future__ import annotations

@@ -8,12 +8,11 @@ loss; whose model, data and reference those are is its own affair.
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from prefkern.item_trainer import ItemTrainer
@@ -21,11 +20,7 @@ from prefkern.loss import FusedPreferenceLoss
 from prefkern.metrics import item_values, means, per_item
 from prefkern.models import HeadInputs, forward_with_head, head_transform
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
-
-logger = logging.getLogger(__name__)
-
-# Beside the optimizer's in a checkpoint: the statistics of objectives that have them.
-_OBJECTIVE_FILE = "objective.pt"
+from prefkern.run_state import SinceLastLog, load_objective, save_objective
 
 
 class ObjectiveTrainer(ItemTrainer):
@@ -37,6 +32,8 @@ class ObjectiveTrainer(ItemTrainer):
         super().__init__(*args, **kwargs)
         self._train_sums: dict[str, Tensor] = {}
         self._eval_sums: dict[str, Tensor] = {}
+        self._resumed: SinceLastLog | None = None
+        self.add_callback(_BeginLogs(self))
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -106,34 +103,44 @@ class ObjectiveTrainer(ItemTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        state = self.loss_fn.objective.state_dict()
-        if state and self.args.should_save:
-            torch.save(state, Path(output_dir) / _OBJECTIVE_FILE)
+        writes = self.args.should_save
+        if writes:
+            save_objective(self.loss_fn.objective, output_dir)
+        steps = self.state.global_step - self._globalstep_last_logged
+        told = SinceLastLog(steps, self._tr_loss, self._train_sums)
+        told.save(output_dir, self.accelerator, writes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_objective(checkpoint)
+            load_objective(self.loss_fn.objective, checkpoint)
+            self._resumed = SinceLastLog.load(checkpoint, self.accelerator)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.state.best_model_checkpoint is not None:
-            self._load_objective(self.state.best_model_checkpoint)
+            load_objective(self.loss_fn.objective, self.state.best_model_checkpoint)
 
-    def _load_objective(self, checkpoint: str) -> None:
-        """The statistics that belong to a checkpoint's weights."""
-        if not self.loss_fn.objective.state_dict():
-            return
-        file = Path(checkpoint) / _OBJECTIVE_FILE
-        if not file.exists():
-            logger.warning("%s is missing: the objective's statistics start over", file)
-            return
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
-        try:
-            self.loss_fn.objective.load_state_dict(state)
-        except RuntimeError as error:
-            name = type(self.loss_fn.objective).__name__
-            raise ValueError(f"{file} is of another objective than {name}: {error}") from error
+    def _begin_logs(self) -> None:
+        """Nothing is left to tell of an earlier run, but what a checkpoint has left."""
+        resumed, self._resumed = self._resumed, None
+        self._train_sums = {}
+        if resumed is not None:
+            self._train_sums = resumed.sums
+            self._globalstep_last_logged -= resumed.steps
+            self._tr_loss += resumed.loss
+            # The run's mean loss is over its own steps.
+            self._total_loss_scalar -= resumed.loss.item()
+
+
+class _BeginLogs(TrainerCallback):
+    """Tells a trainer that Trainer has reset the loss that is to be logged."""
+
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._begin_logs()
 
 
 def reference_states(

@@ -11,8 +11,9 @@ reference point) it takes from each forward batch, over all ranks, accumulated o
 TRL's names and are means over pairs (or tokens) since the last log, over all ranks. Evaluation
 gathers values per pair, so that neither a partial batch nor a repeated pair shifts a mean.
 
-The reference is one of: `ref_model`; the adapter switched off, or another adapter, for PEFT; sums computed once before
-training (`precompute_ref_log_probs`) or found in the dataset; else a copy of the initial model.
+The reference is one of: `ref_model`; the adapter switched off, or another adapter, for PEFT; sums
+computed once before training (`precompute_ref_log_probs`, kept by `prefkern.reference_cache`) or
+found in the dataset; else a copy of the initial model.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import PredictionOutput
 
+from prefkern.api import resolve_backend
 from prefkern.collate import (
     ExampleCollator,
     PreferenceCollator,
@@ -69,6 +70,7 @@ from prefkern.preparation import (
     is_trained_adapter,
     load_model,
 )
+from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +164,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
-        _check_batches(train_dataset, args.train_batch_size, args, "train")
+        _check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
         _check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         if args.disable_dropout:
             disable_dropout(model)
@@ -206,6 +208,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # What a collator of one's own makes of a dataset is not known from the dataset.
+        self._collates_otherwise = data_collator is not None
         self._sequences_an_item = 2 if is_paired else 1
         self._refuse_unsupported_setups()
         if args.padding_free and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -396,25 +400,35 @@ class PreferenceTrainer(ObjectiveTrainer):
             return {key: self._with_reference(value) for key, value in dataset.items()}
         if dataset is None or "ref_chosen_logps" in dataset.column_names:
             return dataset
-        from tqdm.auto import tqdm
+        args = self.args
+        return with_sums(
+            dataset,
+            lambda batch: self._reference_logps(self._prepare_inputs(batch)),
+            self.data_collator,
+            self.accelerator,
+            batch_size=args.precompute_ref_batch_size or args.per_device_eval_batch_size,
+            on_disk=self._reference_cache(dataset) if self.is_world_process_zero() else None,
+            shows_progress=not args.disable_tqdm and self.is_local_process_zero(),
+        )
 
-        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-        loader = self.accelerator.prepare(
-            DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)  # pyright: ignore[reportArgumentType]
-        )
-        sums = []
-        for batch in tqdm(
-            loader,
-            desc="Reference log-probs",
-            disable=self.args.disable_tqdm or not self.is_local_process_zero(),
-        ):
-            logps = self._reference_logps(self._prepare_inputs(batch))
-            by_pair: Any = self.accelerator.gather_for_metrics(logps.view(2, -1).T.contiguous())
-            sums.append(by_pair.cpu())
-        chosen, rejected = torch.cat(sums).T.tolist()
-        return dataset.add_column("ref_chosen_logps", chosen).add_column(
-            "ref_rejected_logps", rejected
-        )
+    def _reference_cache(self, dataset: Any) -> SumsOnDisk | None:
+        folder = self.args.ref_cache_dir
+        folder = default_folder() if folder is None else folder
+        if not folder:
+            return None
+        if self._collates_otherwise:
+            logger.warning("reference sums are not kept: a data_collator was given")
+            return None
+        with self._reference() as model:
+            return open_cache(
+                folder,
+                model,
+                dataset,
+                autocast=self.accelerator.mixed_precision,
+                tf32=self.args.tf32,
+                device=self.args.device.type,
+                backend=resolve_backend(self.args.backend, self.args.device),
+            )
 
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs
@@ -548,14 +562,25 @@ def _named(dataset: Any, name: str) -> list[tuple[str, Any]]:
     return [(name, dataset)]
 
 
-def _check_batches(dataset: Any, batch_size: int, args: PreferenceConfig, name: str) -> None:
-    """Raise where dropping the last partial batch leaves none."""
-    if not args.dataloader_drop_last:
-        return
+def _check_batches(
+    dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
+) -> None:
+    """Raise where the last batches leave nothing to do, or ranks with different things to do."""
     across_ranks = batch_size * args.world_size
+    accelerator: Any = args.accelerator_config
+    is_uneven = args.world_size > 1 and not (args.dataloader_drop_last or accelerator.even_batches)
     for each, part in _named(dataset, name):
-        if len(part) < across_ranks:
+        if args.dataloader_drop_last and len(part) < across_ranks:
             raise ValueError(
                 f"dataset {each!r} has {len(part)} pairs, fewer than a batch of {across_ranks} "
                 "over all processes, and dataloader_drop_last drops partial batches"
+            )
+        # A rank would wait for what the others never send. In training their last batches may
+        # differ in size, in evaluation not even that.
+        last = len(part) % across_ranks
+        if is_uneven and last and not (trains and last > across_ranks - batch_size):
+            raise ValueError(
+                f"dataset {each!r} has {len(part)} pairs, which leave {last} for the last batches "
+                f"of {batch_size} on {args.world_size} processes; even_batches=False cannot do "
+                "with that: leave it out, or set dataloader_drop_last"
             )

@@ -119,6 +119,7 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
         "learning_rate": "1e-3",
         "max_steps": 1,
         "precompute_ref_log_probs": True,
+        "ref_cache_dir": str(tmp_path / "reference-sums"),
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
     other = str(tmp_path / "other")
@@ -132,6 +133,7 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
     assert model.dtype == torch.bfloat16
     state = json.loads((tmp_path / "other" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
+    assert list((tmp_path / "reference-sums").glob("*/*.safetensors"))
 
 
 @pytest.mark.parametrize(

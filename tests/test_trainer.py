@@ -40,6 +40,8 @@ def config(path: Path, **options) -> PreferenceConfig:
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
     }
+    if options.get("precompute_ref_log_probs"):
+        defaults["ref_cache_dir"] = str(path / "reference-sums")
     return PreferenceConfig(**{**defaults, **options})
 
 
@@ -415,6 +417,7 @@ def test_config_can_be_parsed_from_flags():
         ({"torch_compile": True}, "torch_compile is not supported"),
         ({"backend": "cuda"}, "backend must be None or one of 'triton', 'torch', got 'cuda'"),
         ({"workspace_mb": 0}, "workspace_mb must be > 0"),
+        ({"ref_cache_dir": "here"}, "ref_cache_dir is 'here', which has no effect without"),
         ({"max_length": 1}, "max_length must be None or an int >= 2, got 1"),
         ({"max_length": 12.5}, "max_length must be None or an int"),
         ({"max_prompt_length": 0}, "max_prompt_length must be None or an int >= 1"),

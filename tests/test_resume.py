@@ -1,0 +1,205 @@
+"""A run that is stopped and resumed is the run that was not: weights, logs and evaluations, bitwise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+
+pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+
+from test_trainer import assert_same_weights, trainer, weights
+
+# 14 pairs, 2 a batch, 2 batches a step: 4 steps an epoch, the last of one batch.
+STEPS = 8
+OPTIONS = {
+    "count": 14,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 0.5,
+    "logging_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+def llama(**options):
+    return tiny.model(attention_dropout=0.3, **options)
+
+
+def adapter():
+    return peft.LoraConfig(r=4, lora_dropout=0.3)
+
+
+CASES = {
+    "full": dict,
+    "lora": lambda: {"peft_config": adapter()},
+    "bf16 autocast": lambda: {"bf16": True},
+    "bf16 weights": lambda: {"model": llama().bfloat16()},
+    "checkpointed blocks": lambda: {"gradient_checkpointing": True},
+    "precomputed": lambda: {"precompute_ref_log_probs": True},
+    "alphadpo": lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
+    "betadpo": lambda: {
+        "objective": "betadpo",
+        "objective_options": {"keep": 0.5},
+        "peft_config": adapter(),
+    },
+    "betadpo, composed": lambda: {
+        "objective": "betadpo",
+        "objective_options": {"keep": 0.5},
+        "use_weighting": True,
+        "rpo_alpha": 0.2,
+    },
+    "statistics between logs": lambda: {"objective": "alphadpo", "logging_steps": 5},
+}
+
+
+def run_of(path: Path, case: str, **options):
+    options = {**OPTIONS, "disable_dropout": False, **CASES[case](), **options}
+    options.setdefault("model", llama())
+    return trainer(path, eval_dataset=tiny.dataset(5, seed=3), **options)
+
+
+def told(run) -> list[dict]:
+    """What a run has logged, without the clock, and without what is of a process's own steps."""
+    own = ("runtime", "second", "train_loss", "total_flos")
+    logs = [{k: v for k, v in log.items() if not k.endswith(own)} for log in run.state.log_history]
+    expected = {"loss", "grad_norm", "rewards/margins", "entropy"}
+    assert any(expected <= log.keys() for log in logs)
+    return logs
+
+
+def assert_same_runs(resumed, whole) -> None:
+    assert resumed.state.global_step == whole.state.global_step == STEPS
+    assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
+    assert told(resumed) == told(whole)
+    assert str(resumed.loss_fn.objective.state_dict()) == str(whole.loss_fn.objective.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, case):
+    """Stopped within an epoch, after a log and between two, at an epoch's end, and within the last."""
+    whole = run_of(tmp_path, case)
+    whole.train()
+    for step in (3, 4, 7) if case in ("full", "betadpo") else (3,):
+        torch.manual_seed(step)
+        resumed = run_of(tmp_path, case, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_runs(resumed, whole)
+
+
+def test_dropout_matters_here(tmp_path):
+    """The comparisons above would not notice a random state that is lost if nothing was drawn."""
+    whole = run_of(tmp_path, "full")
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "rng_state.pth").unlink()
+    torch.manual_seed(1)
+    resumed = run_of(tmp_path, "full", save_strategy="no", seed=42)
+    torch.manual_seed(1)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert told(resumed) != told(whole)
+
+
+def test_resumed_in_another_process(tmp_path):
+    whole = run_of(tmp_path, "betadpo")
+    whole.train()
+    command = [sys.executable, __file__, str(tmp_path)]
+    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    subprocess.run(command, check=True, env=environment, timeout=240)
+    resumed = torch.load(tmp_path / "resumed.pt")
+    assert_same_weights(resumed["weights"], weights(whole.model), atol=0, rtol=0)
+    assert resumed["logs"] == told(whole)
+
+
+class Stop(transformers.TrainerCallback):
+    """Breaks a run off, as a signal would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_broken_off_and_resumed_by_the_same_trainer(tmp_path):
+    """What the broken-off steps left behind is not counted twice."""
+    whole = run_of(tmp_path / "whole", "lora", save_strategy="no")
+    whole.train()
+    broken = run_of(tmp_path / "broken", "lora", save_steps=2, callbacks=[Stop(3)])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert broken._train_sums
+    broken.remove_callback(Stop)
+    broken.train(resume_from_checkpoint=True)
+    assert_same_runs(broken, whole)
+
+
+def test_broken_off_and_started_anew(tmp_path):
+    """Nothing is learnt, so both attempts see the same metrics, if each counts its own pairs."""
+    options = {"learning_rate": 0.0, "disable_dropout": True, "save_strategy": "no"}
+    whole = run_of(tmp_path, "full", **options)
+    whole.train()
+    broken = run_of(tmp_path, "full", callbacks=[Stop(3)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    broken.remove_callback(Stop)
+    broken.train()
+    assert told(broken) == told(whole)
+
+
+def test_mean_loss_of_a_resumed_run_is_over_its_own_steps(tmp_path):
+    options = {"learning_rate": 0.0, "disable_dropout": True, "eval_strategy": "no"}
+    each = run_of(tmp_path / "each", "full", **{**options, "logging_steps": 1})
+    each.train()
+    expected = sum(log["loss"] for log in each.state.log_history[3:-1])
+    run_of(tmp_path, "full", **options, logging_steps=5).train()
+    resumed = run_of(tmp_path, "full", **options, logging_steps=5)
+    metrics = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).metrics
+    # Versions of transformers differ in what they divide by.
+    steps = (STEPS - 3, STEPS)
+    assert any(metrics["train_loss"] == pytest.approx(expected / n, rel=1e-6) for n in steps)
+
+
+def test_early_stopping_remembers_its_patience(tmp_path):
+    """transformers restores callbacks where it is asked to."""
+
+    def stopping(**options):
+        options = {
+            "learning_rate": 0.0,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "eval_steps": 1,
+            "num_train_epochs": 4,
+            "restore_callback_states_from_checkpoint": True,
+            "callbacks": [transformers.EarlyStoppingCallback(early_stopping_patience=3)],
+            **options,
+        }
+        return run_of(tmp_path, "full", **options)
+
+    whole = stopping()
+    whole.train()
+    # The first evaluation is the best: nothing is learnt.
+    assert whole.state.global_step == 4
+    resumed = stopping()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 4
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    run = run_of(folder, "betadpo", save_strategy="no")
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    torch.save({"weights": weights(run.model), "logs": told(run)}, folder / "resumed.pt")
