@@ -94,3 +94,19 @@ def test_a_changed_result_changes_the_page(tmp_path: Path, monkeypatch: pytest.M
     assert readme.kept("bench-*.json") == ["bench-gpu.json", "bench-cpu.json"]
     assert "4,321" in readme.bench_section("bench-gpu.json")
     assert "Not there: trl (forward): out of memory" in readme.every_table("bench-gpu.json")
+
+
+def test_the_page_of_training_is_of_its_results() -> None:
+    """And nothing in them is over its bound; what is a miss is one."""
+    pytest.importorskip("trl")
+    import training
+
+    result, twins = (json.loads(file.read_text()) for file in (training.RESULT, training.TWINS))
+    assert training.PAGE.read_text() == training.page(result, twins)
+    assert training.misses(result) == []
+    broken = json.loads(json.dumps(result))
+    broken["packing"][0]["gradient"] = 1e-3
+    broken["resumption"][1]["weights_that_differ"] = 1
+    broken["ranks"][2]["worst"] = float("nan")
+    broken["adapter"][0]["dB"] = 1e-3
+    assert len(training.misses(broken)) == 4

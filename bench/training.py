@@ -1,0 +1,345 @@
+"""What a training run must not change, in numbers: packing, resumption, ranks, an adapter on the head.
+
+usage: python bench/training.py [--page]         (exit status 1 if a bound is missed)
+
+Tiny models on a CPU in float32, in the cases of the tests, which hold the same bounds; here is how
+far from them the numbers are. Writes bench/results/training-cpu.json, and with the twins' result
+(bench/twins.py) the page bench/TRAINING.md; with --page the page alone, of results that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+
+import datasets
+import test_ddp
+import test_packing
+import test_resume
+import tiny
+import torch
+from test_trainer import step_logs, weights
+from torch import Tensor
+
+import prefkern
+from prefkern.cli.bench import environment
+
+PAGE = ROOT / "bench/TRAINING.md"
+RESULT = ROOT / "bench/results/training-cpu.json"
+TWINS = ROOT / "bench/results/trl-twin-cpu.json"
+# Of float32: relative to a tensor's norm, or to the norm of all where a tensor's own is rounding.
+BOUNDS = {"packing": 2e-5, "ranks": 1e-4, "adapter": 1e-5}
+HALF_BOUND = 6e-3
+
+
+def relative(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=floor)).item()
+
+
+def packing() -> list[dict[str, Any]]:
+    """Padded runs and packed ones: the largest difference of a loss and of a gradient."""
+    rows = []
+    for family in test_packing.PACKS:
+
+        def model(seed: int, family: str = family) -> Any:
+            return tiny.model(family, seed, **test_packing.PACKS[family])
+
+        with tempfile.TemporaryDirectory() as folder:
+            runs = test_packing.both_ways(
+                Path(folder), model, ref_model=lambda model=model: model(1), count=8
+            )
+        losses = [[log["loss"] for log in step_logs(run)] for run in runs]
+        gradients = [test_packing.gradients_of(run) for run in runs]
+        worst = 0.0
+        for padded, packed in zip(*gradients, strict=True):
+            total = torch.cat([gradient.flatten() for gradient in padded.values()]).norm().item()
+            for name, gradient in padded.items():
+                worst = max(worst, (packed[name] - gradient).norm().item() / total)
+        batches = [next(iter(run.get_train_dataloader()))["input_ids"].numel() for run in runs]
+        rows.append(
+            {
+                "family": family,
+                "steps": len(losses[0]),
+                "loss": max(abs(x - y) / x for x, y in zip(*losses, strict=True)),
+                "gradient": worst,
+                "tokens_padded": batches[0],
+                "tokens_packed": batches[1],
+            }
+        )
+    return rows
+
+
+def resumption() -> list[dict[str, Any]]:
+    """Runs that are stopped after 3 of 8 steps and go on: what is not bitwise the same."""
+    rows = []
+    for case in test_resume.CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            whole = test_resume.run_of(Path(folder), case)
+            whole.train()
+            resumed = test_resume.run_of(Path(folder), case, save_strategy="no")
+            resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
+        mine, theirs = weights(resumed.model), weights(whole.model)
+        logged = test_resume.told(whole)
+        rows.append(
+            {
+                "case": case,
+                "steps": whole.state.global_step,
+                "weights": len(theirs),
+                "weights_that_differ": sum(not torch.equal(mine[n], theirs[n]) for n in theirs),
+                "numbers_logged": sum(map(len, logged)),
+                "logs_equal": test_resume.told(resumed) == logged,
+            }
+        )
+    return rows
+
+
+def ranks() -> list[dict[str, Any]]:
+    """Two ranks under torchrun and one process on the joint batch: gradients of each step."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        subprocess.run(
+            [*launch, "--nproc-per-node=2", test_ddp.__file__, folder, *test_ddp.CASES],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=True,
+        )
+        both = [torch.load(f"{folder}/rank{rank}.pt") for rank in range(2)]
+        for case in test_ddp.CASES:
+            expected = test_ddp.gradients_of(Path(folder), case, ranks=1)["gradients"]
+            first, second = (outcome[case]["gradients"] for outcome in both)
+            worst = max(
+                relative(mine[name], joint[name], 1e-4)
+                for mine, joint in zip(first, expected, strict=True)
+                for name in joint
+            )
+            differ = sum(
+                not torch.equal(mine[name], other[name])
+                for mine, other in zip(first, second, strict=True)
+                for name in mine
+            )
+            pairs, batch, accumulated, _ = test_ddp.CASES[case]
+            rows.append(
+                {
+                    "case": case,
+                    "pairs": pairs,
+                    "batch": batch,
+                    "accumulated": accumulated,
+                    "gradients": sum(map(len, first)),
+                    "gradients_that_differ_between_ranks": differ,
+                    "worst": worst,
+                }
+            )
+    return rows
+
+
+def adapter() -> list[dict[str, Any]]:
+    """LoRA on the head: log-probs and gradients against float64, beside logits in memory."""
+    N, H, R, V = 512, 512, 16, 8192
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"hidden": (N, H), "A": (R, H), "B": (V, R)}
+    exact = {n: torch.randn(*s, generator=draw, dtype=torch.float64) for n, s in shapes.items()}
+    exact["A"] /= H**0.5
+    exact["B"] *= 0.5
+    weight = torch.randn(V, H, generator=draw, dtype=torch.float64) * 2 / H**0.5
+    labels = torch.randint(V, (N,), generator=draw)
+    push = torch.randn(N, generator=draw, dtype=torch.float64)
+
+    def gradients(function: Any, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+        leaves = {n: x.detach().to(dtype, copy=True).requires_grad_() for n, x in rounded.items()}
+        hidden, a, b = leaves.values()
+        logps = function(
+            hidden, rounded_weight.to(dtype), labels,
+            lora_hidden=hidden @ a.T, lora_weight=b, **options,
+        )  # fmt: skip
+        (logps * push.to(logps.dtype)).sum().backward()
+        return {"logp": logps.detach(), **{f"d{n}": leaf.grad for n, leaf in leaves.items()}}
+
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rounded = {n: x.to(dtype).double() for n, x in exact.items()}
+        rounded_weight = weight.to(dtype).double()
+        for softcap in (None, 5.0):
+            keywords = {"softcap": softcap}
+            truth = gradients(prefkern.reference.linear_logprobs, torch.float64, **keywords)
+            ways = {
+                "prefkern, kept": {"workspace_mb": 256},
+                "prefkern, recomputed": {"workspace_mb": 8},
+                "logits in memory": None,
+            }
+            for way, options in ways.items():
+                function = prefkern.linear_logprobs
+                if options is None:
+                    function = prefkern.reference.linear_logprobs
+                mine = gradients(function, dtype, **keywords, **(options or {}))
+                plan = None if options is None else prefkern.last_plan()
+                errors = {
+                    name: relative(mine[name], truth[name]) for name in truth if name != "logp"
+                }
+                rows.append(
+                    {
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "softcap": softcap,
+                        "way": way,
+                        "nhv": None if plan is None else plan.operations_nhv,
+                        "logp": (mine["logp"].double() - truth["logp"]).abs().max().item(),
+                        **errors,
+                    }
+                )
+    return rows
+
+
+def misses(result: dict[str, Any]) -> list[str]:
+    """What is over its bound."""
+    found = []
+    for row in result["packing"]:
+        if not max(row["loss"], row["gradient"]) <= BOUNDS["packing"]:
+            found.append(f"packing, {row['family']}")
+    for row in result["resumption"]:
+        if row["weights_that_differ"] or not row["logs_equal"]:
+            found.append(f"resumption, {row['case']}")
+    for row in result["ranks"]:
+        bound = 0.05 if "bf16" in row["case"] else BOUNDS["ranks"]
+        if row["gradients_that_differ_between_ranks"] or not row["worst"] <= bound:
+            found.append(f"ranks, {row['case']}")
+    for row in result["adapter"]:
+        bound = BOUNDS["adapter"] if row["dtype"] == "float32" else HALF_BOUND
+        worst = max(row[name] for name in ("dhidden", "dA", "dB"))
+        if row["way"] != "logits in memory" and not worst <= bound:
+            found.append(f"adapter, {row['dtype']}, {row['way']}")
+    return found
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join(lines)
+
+
+def page(result: dict[str, Any], twins: dict[str, Any]) -> str:
+    """The page of both results, in Markdown."""
+
+    def made(by: dict[str, Any]) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in by["versions"].items())
+        return f"`{by['command']}` on {by['device']}; {versions}; {by["date"][:10]}."
+
+    packed = [
+        (r["family"], r["steps"], f"{r['loss']:.0e}", f"{r['gradient']:.0e}", r["tokens_padded"],
+         r["tokens_packed"])
+        for r in result["packing"]
+    ]  # fmt: skip
+    resumed = [
+        (r["case"], r["steps"], f"{r['weights_that_differ']} of {r['weights']}",
+         r["numbers_logged"], "equal" if r["logs_equal"] else "different")
+        for r in result["resumption"]
+    ]  # fmt: skip
+    spread = [
+        (r["case"], r["pairs"], f"2 x {r['batch']} x {r['accumulated']}",
+         f"{r['gradients_that_differ_between_ranks']} of {r['gradients']}", f"{r['worst']:.0e}")
+        for r in result["ranks"]
+    ]  # fmt: skip
+    adapted = [
+        (r["dtype"], "-" if r["softcap"] is None else r["softcap"], r["way"],
+         "-" if r["nhv"] is None else f"{r['nhv']:.2f}",
+         *(f"{r[name]:.1e}" for name in ("logp", "dhidden", "dA", "dB")))
+        for r in result["adapter"]
+    ]  # fmt: skip
+    sides = [
+        (twin["name"], step, f"{row['trl_loss']:.7f}", f"{row['prefkern_loss']:.7f}",
+         f"{row['worst_gradient']:.0e}")
+        for twin in twins["rows"]
+        for step, row in enumerate(twin["steps"], 1)
+    ]  # fmt: skip
+    worst = [
+        (twin["name"], f"{max(abs(s['trl_loss'] - s['prefkern_loss']) for s in twin['steps']):.0e}",
+         f"{max(s['worst_gradient'] for s in twin['steps']):.0e}", f"{twin['metrics']:.0e}")
+        for twin in twins["rows"]
+    ]  # fmt: skip
+    return f"""# What a training run must not change
+
+Tiny models, float32 unless said otherwise, on a CPU. {made(result)}
+
+## Packed against padded
+
+AdaDPO with a reference of its own, steps of 4 pairs: the largest difference of a loss, relative,
+and of a parameter's gradient, relative to the norm of all gradients. Tokens: those that the model
+computes of the first batch.
+
+{_table(("family", "steps", "loss", "gradient", "tokens padded", "packed"), packed)}
+
+## Stopped and resumed
+
+8 steps, with dropout and shuffled data, against 3 steps, a checkpoint and 5 more by another
+trainer: weights that are not bitwise equal at the end, and all numbers that were logged.
+
+{_table(("case", "steps", "weights that differ", "numbers logged", "they are"), resumed)}
+
+## Two ranks against one process
+
+torchrun with two gloo ranks, and one process on the joint batch: gradients, before each optimiser
+step, that are not bitwise equal between the ranks, and the largest difference from the one
+process's, relative to the gradient's norm. *Uneven*: the second rank's last batch is of one pair.
+
+{_table(("case", "pairs", "ranks x pairs x accumulated", "differ between ranks", "from one process"), spread)}
+
+## LoRA on the head
+
+512 tokens, H = 512, R = 16, V = 8,192, against float64 on the same rounded inputs: the largest
+error of a log-prob in nats, and of gradients relative to their norm. NHV: operations of the
+products, forward and backward. In bfloat16 what is left of prefkern's error is mostly the rounding
+of `hidden @ A.T`, which is the adapter's own layer and no part of the head's product.
+
+{_table(("dtype", "softcap", "way", "NHV", "logp", "dhidden", "dA", "dB"), adapted)}
+
+## TRL's trainers and their twins
+
+The same model, pairs and order under TRL's trainer and under its twin: `DPOTrainer` of
+`prefkern.integrations.trl` with `DPO(beta)`, or TRL's own trainer after `fuse_head`. 6 steps of
+AdamW in float32; a gradient's difference is relative to its largest entry. {made(twins)}
+
+{_table(("twin", "worst loss difference", "worst gradient", "worst metric"), worst)}
+
+{_table(("twin", "step", "TRL's loss", "prefkern's", "worst gradient"), sides)}
+"""
+
+
+def measured(argv: list[str]) -> dict[str, Any]:
+    """Everything that the page shows."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    command = shlex.join(["python", "bench/training.py", *argv])
+    result = environment(torch.device("cpu"), command)
+    for each in (packing, resumption, ranks, adapter):
+        # Trainers print what they log.
+        with contextlib.redirect_stdout(io.StringIO()):
+            result[each.__name__] = each()
+    return result
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="What a training run must not change, in numbers.")
+    parser.add_argument("--page", action="store_true", help="write the page of what is there")
+    arguments = parser.parse_args(argv)
+    if not arguments.page:
+        RESULT.write_text(json.dumps(measured(argv), indent=1) + "\n")
+    result = json.loads(RESULT.read_text())
+    PAGE.write_text(page(result, json.loads(TWINS.read_text())))
+    missed = misses(result)
+    for miss in missed:
+        print(f"missed: {miss}", file=sys.stderr)
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
