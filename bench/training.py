@@ -232,7 +232,7 @@ def page(result: dict[str, Any], twins: dict[str, Any]) -> str:
 
     def made(by: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in by["versions"].items())
-        return f"`{by['command']}` on {by['device']}; {versions}; {by["date"][:10]}."
+        return f"`{by['command']}` on {by['device']}; {versions}; {by['date'][:10]}."
 
     packed = [
         (r["family"], r["steps"], f"{r['loss']:.0e}", f"{r['gradient']:.0e}", r["tokens_padded"],
