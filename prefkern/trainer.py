@@ -376,12 +376,14 @@ class PreferenceTrainer(ObjectiveTrainer):
             self._tokenizer,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
             name=name,
         )
-        if not is_prepared or report.dropped:
+        # What was tokenised before has nothing new to say of a name that is known.
+        if not is_prepared or report.dropped or name not in self.dataset_reports:
             self.dataset_reports[name] = report
-            logger.info("%s", report)
+            logger.info("%s", report.summary)
         return dataset
 
     def _prepared(self, dataset: Any, name: str) -> Any:

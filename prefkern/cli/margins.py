@@ -42,7 +42,13 @@ _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SCORING = {
     *("reward_model", "dtype", "attn_implementation", "trust_remote_code"),
     *("dataset", "dataset_config", "dataset_split", "output", "overwrite"),
-    *("max_length", "max_prompt_length", "dataset_num_proc", "per_device_eval_batch_size"),
+    *(
+        "max_length",
+        "max_prompt_length",
+        "truncation_mode",
+        "dataset_num_proc",
+        "per_device_eval_batch_size",
+    ),
     *("use_cpu", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("disable_tqdm", "log_level", "log_level_replica", "ddp_backend", "ddp_timeout"),
@@ -205,7 +211,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     from transformers import set_seed
 
     from prefkern import rewards
-    from prefkern.data import load_preference_dataset
+    from prefkern.data import load_preference_dataset, show
 
     with config.main_process_first(desc="loading", local=False):
         dataset = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config)
@@ -237,7 +243,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
         eval_dataset=tokens.select(held_out) if held_out else None,
     )
     if config.process_index == 0:
-        print(report)
+        show([report])
     return _Run(trainer, dataset, tokens, held_out, output)
 
 
