@@ -42,7 +42,14 @@ def test_lengths_are_those_that_training_sees():
     assert cut.lengths["chosen"].max <= 5 and cut.lengths["prompt"].min == 1
     # The histogram is of what was found, and says what to make of max_length.
     assert cut.histogram.counts == report.histogram.counts
-    assert sum(cut.histogram.counts) == 50
+    totals = [
+        _words(row["prompt"]) + max(_words(row["chosen"]), _words(row["rejected"])) + 1
+        for row in rows
+    ]
+    assert report.histogram.width == 2 and report.histogram.longest == max(totals)
+    for low in range(0, max(totals), 2):
+        count = sum(low < total <= low + 2 for total in totals)
+        assert cut.histogram.counts[low // 2] == count
 
 
 def test_counts():
