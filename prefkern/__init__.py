@@ -3,9 +3,9 @@
 Where to begin: `linear_logprobs` is the operator (log-probs of labels without logits in memory),
 `linear_kl` the same with the KL to a reference, `plan_for` tells what a call costs,
 `FusedPreferenceLoss` is the loss on them, `objectives` the losses' formulas, `reference` the same
-calls with logits in memory, `diagnostics` a look at who is pushed how hard, `token_logprobs` and
-`PreferenceTrainer` the way in from transformers. The latter two import transformers, so they are
-loaded on first use.
+calls with logits in memory, `diagnostics` a look at who is pushed how hard, `token_logprobs`,
+`preference_outputs` (a model's forward with the loss in it) and `PreferenceTrainer` the way in from
+transformers. The latter three import transformers, so they are loaded on first use.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prefkern.outputs import PreferenceOutput, TokenKL, TokenStats, UnpairedOutp
 from prefkern.plan import Plan, last_plan
 
 if TYPE_CHECKING:
+    from prefkern.forward import preference_outputs
     from prefkern.models import token_logprobs
     from prefkern.trainer import PreferenceConfig, PreferenceTrainer
 
@@ -43,11 +44,13 @@ __all__ = [
     "linear_logprobs",
     "objectives",
     "plan_for",
+    "preference_outputs",
     "reference",
     "token_logprobs",
 ]
 
 _LAZY = {
+    "preference_outputs": "prefkern.forward",
     "token_logprobs": "prefkern.models",
     "PreferenceConfig": "prefkern.trainer",
     "PreferenceTrainer": "prefkern.trainer",

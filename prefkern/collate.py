@@ -69,7 +69,8 @@ class ExampleCollator:
 
     Args:
         pad_token_id, pad_to_multiple_of, padding_free: as in `PreferenceCollator`.
-        max_length: bound on a mismatched prompt plus response, cut as in tokenisation.
+        max_length: bound on a mismatched prompt plus response, of which the prompt loses its
+            beginning, whatever becomes of a dataset's own pairs: each has to have a response.
 
     A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool),
     and the first three again under `mismatched_...` ([M, T']): each prompt with the next response

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from prefkern import checks, objectives
 from prefkern.api import BACKENDS
 from prefkern.objectives import Objective, UnpairedObjective
+from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 
 _JSON_OPTIONS = ("objective_options", "model_init_kwargs")
 # Whole numbers that may be None, and the least that each may be.
@@ -67,7 +68,10 @@ class PreferenceConfig(TrainingArguments):
         default=1024, metadata={"help": "Bound on prompt plus response, in tokens."}
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Bound on the prompt, cut from its beginning."}
+        default=None, metadata={"help": "Bound on the prompt, in tokens."}
+    )
+    truncation_mode: str = field(
+        default="keep_end", metadata={"help": TRUNCATION_HELP, "choices": list(TRUNCATION_MODES)}
     )
     pad_to_multiple_of: int | None = field(
         default=None, metadata={"help": "Round the length of batches up to a multiple."}
@@ -128,6 +132,7 @@ class PreferenceConfig(TrainingArguments):
         if self.backend is not None and self.backend not in BACKENDS:
             known = ", ".join(map(repr, BACKENDS))
             raise ValueError(f"backend must be None or one of {known}, got {self.backend!r}")
+        check_mode(self.truncation_mode)
         refuse_batches_by_length(self)
         if self.padding_free and self.pad_to_multiple_of is not None:
             raise ValueError(

@@ -36,6 +36,7 @@ from prefkern.collate import PreferenceCollator
 from prefkern.config import refuse_batches_by_length
 from prefkern.data import check_columns, tokenize_preferences
 from prefkern.item_trainer import ItemTrainer
+from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 
 # What transformers calls the head of a sequence classifier, as far as PEFT knows.
 _HEADS = ("score", "classifier")
@@ -83,7 +84,10 @@ class RewardConfig(TrainingArguments):
         default=1024, metadata={"help": "Bound on prompt plus response, as in training."}
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Bound on the prompt, cut from its beginning."}
+        default=None, metadata={"help": "Bound on the prompt, in tokens."}
+    )
+    truncation_mode: str = field(
+        default="keep_end", metadata={"help": TRUNCATION_HELP, "choices": list(TRUNCATION_MODES)}
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the dataset."}
@@ -102,6 +106,7 @@ class RewardConfig(TrainingArguments):
         for name, default in _UNUSED.items():
             if getattr(self, name, default) != default:
                 raise ValueError(f"{name} has no effect on a reward model")
+        check_mode(self.truncation_mode)
         refuse_batches_by_length(self)
         if self.eval_strategy == "no":
             raise ValueError(
@@ -247,6 +252,7 @@ def tokenize_for_rewards(
     options = {
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,
+        "truncation_mode": config.truncation_mode,
         "num_proc": config.dataset_num_proc,
         "name": name,
     }
@@ -256,8 +262,11 @@ def tokenize_for_rewards(
         numbered = text.add_column("reward_margin", [*range(len(text))])
         kept = set(tokenize_preferences(numbered, tokenizer, **options)[0]["reward_margin"])
         rows = [row for row in range(len(text)) if row not in kept]
+        what = "an empty response" if report.empty else "a pair that is too long"
+        if report.empty and report.too_long:
+            what += ", or a pair that is too long"
         raise ValueError(
-            f"dataset {name!r}, row {rows[0]}: an empty response, which cannot be scored "
+            f"dataset {name!r}, row {rows[0]}: {what}, which cannot be scored "
             f"({len(rows)} such {'row' if len(rows) == 1 else 'rows'}); leave it out"
         )
     return tokens, report

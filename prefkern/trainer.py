@@ -46,21 +46,19 @@ from prefkern.data import (
     tokenize_preferences,
     without_unused,
 )
+from prefkern.forward import MISMATCHED, model_inputs, preference_outputs
 from prefkern.heads import has_low_rank_term
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
     IGNORE_INDEX,
-    HeadInputs,
     align_labels,
     find_head,
-    forward_with_head,
-    head_transform,
     unwrap,
 )
 from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
-from prefkern.packing import packed_inputs, reads_whole_row, require_packing
+from prefkern.packing import reads_whole_row, require_packing
 from prefkern.preparation import (
     adapt,
     adapter_in_use,
@@ -73,8 +71,6 @@ from prefkern.preparation import (
 from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 
 logger = logging.getLogger(__name__)
-
-_MISMATCHED = "mismatched_"
 
 
 class PreferenceTrainer(ObjectiveTrainer):
@@ -283,7 +279,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             options["desirable"] = inputs["desirable"]
             options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
-        return _fused_forward(model, inputs, self.loss_fn, **options)
+        outputs = preference_outputs(model, inputs, self.loss_fn, **options)
+        return outputs, outputs.loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
         # Models are wrapped in autocast only once training starts; sums computed before count too.
@@ -295,7 +292,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         count = sequence_count(inputs)
         zeros = torch.zeros(count, device=inputs["input_ids"].device)
         with torch.no_grad():
-            outputs, _ = _fused_forward(
+            outputs = preference_outputs(
                 model,
                 inputs,
                 self._sum_fn,
@@ -309,9 +306,9 @@ class PreferenceTrainer(ObjectiveTrainer):
     def _mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (M,)
         """Log policy / reference of the batch's mismatched prompts and responses (KTO)."""
         rows = {
-            name.removeprefix(_MISMATCHED): value
+            name.removeprefix(MISMATCHED): value
             for name, value in inputs.items()
-            if name.startswith(_MISMATCHED)
+            if name.startswith(MISMATCHED)
         }
         count = sequence_count(rows)
         if count == 0:
@@ -331,7 +328,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         cu_seqlens = inputs.get("cu_seqlens")
         labels = align_labels(inputs["labels"], cu_seqlens)
         with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
-            inputs = _model_inputs(model, inputs)
+            inputs = model_inputs(model, inputs)
             return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
 
     @contextmanager
@@ -376,12 +373,14 @@ class PreferenceTrainer(ObjectiveTrainer):
             self._tokenizer,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
             name=name,
         )
-        if not is_prepared or report.dropped:
+        # What was tokenised before has nothing new to say of a name that is known.
+        if not is_prepared or report.dropped or name not in self.dataset_reports:
             self.dataset_reports[name] = report
-            logger.info("%s", report)
+            logger.info("%s", report.summary)
         return dataset
 
     def _prepared(self, dataset: Any, name: str) -> Any:
@@ -505,53 +504,6 @@ def _check_needs(needs: _Needs, args: PreferenceConfig) -> None:
                 "this objective takes its reference point from mismatched responses of a batch: "
                 f"{name} must be at least 2, got {getattr(args, name)}"
             )
-
-
-def _fused_forward(
-    model: nn.Module, inputs: dict[str, Any], loss_fn: FusedPreferenceLoss, **options: Any
-) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
-    """Run `loss_fn` inside the model's forward: its output, and the loss to differentiate."""
-    transform = head_transform(model)
-    model_inputs = _model_inputs(model, inputs)
-    cu_seqlens = inputs.get("cu_seqlens")
-    labels = align_labels(inputs["labels"], cu_seqlens)
-
-    def score(head: HeadInputs) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
-        is_packed = cu_seqlens is not None
-        head = head.of_tokens(labels, is_packed)
-        outputs = loss_fn(
-            head.hidden,
-            head.weight,
-            labels[0] if is_packed else labels,
-            head.bias,
-            cu_seqlens=cu_seqlens,
-            logit_scale=transform.logit_scale,
-            softcap=transform.softcap,
-            **head.adapter(),
-            **options,
-        )
-        return outputs, outputs.loss
-
-    outputs, zero = forward_with_head(model, model_inputs, score)
-    return outputs, outputs.loss + zero
-
-
-def _model_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch is the model's, and not the loss's."""
-    ours = ("labels", "ref_logps", "reward_margins", "desirable")
-    rest = {
-        name: value
-        for name, value in inputs.items()
-        if name not in ours and not name.startswith(_MISMATCHED)
-    }
-    if "cu_seqlens" not in rest:
-        return rest
-    if rest.keys() != {"input_ids", "cu_seqlens"}:
-        raise ValueError(
-            "a packed batch has input_ids, labels and cu_seqlens, from which all else is made; "
-            f"got {', '.join(rest)}"
-        )
-    return packed_inputs(model, **rest)
 
 
 def _named(dataset: Any, name: str) -> list[tuple[str, Any]]:

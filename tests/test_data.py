@@ -12,6 +12,7 @@ datasets = pytest.importorskip("datasets")
 
 from prefkern import data
 from prefkern.collate import ExampleCollator, PreferenceCollator
+from prefkern.data import tokenisation
 
 TOKENIZER = tiny.tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -53,18 +54,33 @@ FORMATS = {
         **CONVERSATION,
         "prompt": [_user("film ?"), _assistant("fine"), _user("really ?")],
     },
+    "conversational, system": {
+        **CONVERSATION,
+        "prompt": [{"role": "system", "content": "was fine"}, _user("film ?")],
+    },
+    "conversational, tools": {**CONVERSATION, "tools": [{"name": "plot"}, {"name": "film"}]},
+    "conversational, tools as JSON": {**CONVERSATION, "tools": '[{"name": "plot"}]'},
+    "conversational, template options": {
+        **CONVERSATION,
+        "chat_template_kwargs": {"greeting": "was the"},
+    },
 }
+
+
+def _trls(rows: list[dict], max_length: int | None = None):
+    """The dataset as TRL's DPOTrainer tokenises it, in its default mode of truncation."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    owner = type("Owner", (), {"_tokenizer": TOKENIZER})()
+    config = type("Args", (), {"dataset_num_proc": None, "max_length": max_length})()
+    config.truncation_mode = "keep_start"
+    return trainer.DPOTrainer._prepare_dataset(
+        owner, datasets.Dataset.from_list(rows), TOKENIZER, config, "train"
+    )
 
 
 @pytest.mark.parametrize("row", FORMATS.values(), ids=FORMATS.keys())
 def test_tokens_are_trls(row):
-    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    owner = type("Owner", (), {"_tokenizer": TOKENIZER})()
-    config = type("Args", (), {"dataset_num_proc": None, "max_length": None})()
-    config.truncation_mode = "keep_start"
-    theirs = trainer.DPOTrainer._prepare_dataset(
-        owner, datasets.Dataset.from_list([row]), TOKENIZER, config, "train"
-    )
+    theirs = _trls([row])
     ours, report = _tokenize([row])
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert ours[0][column] == theirs[0][column], column
@@ -125,6 +141,79 @@ def test_truncation_keeps_responses_and_counts(options, expected, cut):
     assert prompt == full[0]["prompt_ids"][-len(prompt) :]
     assert chosen == full[0]["chosen_ids"][: len(chosen)]
     assert (report.prompts_truncated, report.responses_truncated) == cut
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "cut"),
+    [
+        ({}, (6, 3, 2), (0, 0)),
+        ({"max_length": 9}, (6, 3, 2), (0, 0)),
+        ({"max_length": 8}, (6, 2, 2), (0, 1)),
+        ({"max_length": 7}, (6, 1, 1), (0, 1)),
+        ({"max_prompt_length": 2}, (2, 3, 2), (1, 0)),
+        ({"max_prompt_length": 2, "max_length": 4}, (2, 2, 2), (1, 1)),
+    ],
+)
+def test_keep_start_cuts_ends(options, expected, cut):
+    row = {"prompt": "the a was is film plot", "chosen": " very good", "rejected": " bad"}
+    full, _ = _tokenize([row])
+    tokenised, report = _tokenize([row], truncation_mode="keep_start", **options)
+    for column, length in zip(("prompt_ids", "chosen_ids", "rejected_ids"), expected, strict=True):
+        assert tokenised[0][column] == full[0][column][:length], column
+    assert (report.prompts_truncated, report.responses_truncated) == cut
+
+
+def test_keep_start_is_trls_truncation():
+    """Batch by batch: TRL cuts in its collator, and drops pairs whose prompt leaves no room."""
+    trainer = pytest.importorskip("trl.trainer.dpo_trainer")
+    rows = tiny.pairs(40)
+    theirs = _trls(rows, max_length=6)
+    ours, report = _tokenize(rows, max_length=6, truncation_mode="keep_start")
+    assert report.responses_truncated > 5
+    collate = trainer.DataCollatorForPreference(pad_token_id=0, max_length=6)
+    their_batch = collate(theirs.to_list())
+    our_batch = PreferenceCollator(pad_token_id=0)(ours.to_list())
+    assert our_batch["input_ids"].tolist() == their_batch["input_ids"].tolist()
+    scored = (our_batch["labels"] != -100).int()
+    assert scored.tolist() == their_batch["completion_mask"].tolist()
+    theirs = _trls(rows, max_length=4)
+    ours, report = _tokenize(rows, max_length=4, truncation_mode="keep_start")
+    assert report.too_long == len(rows) - len(theirs) > 5
+    assert ours["prompt_ids"][:] == theirs["prompt_ids"][:]
+
+
+def test_drop_cuts_nothing_and_counts():
+    rows = tiny.pairs(40)
+    full, _ = _tokenize(rows)
+    lengths = [
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in full
+    ]
+    tokenised, report = _tokenize(rows, max_length=10, truncation_mode="drop")
+    expected = [row for row, length in zip(full, lengths, strict=True) if length <= 10]
+    assert 0 < len(expected) < 40 and tokenised.to_list() == expected
+    assert (report.too_long, report.empty, report.dropped) == (40 - len(expected), 0) + (
+        40 - len(expected),
+    )
+    assert (report.prompts_truncated, report.responses_truncated) == (0, 0)
+    by_prompt, _ = _tokenize(rows, max_prompt_length=3, truncation_mode="drop")
+    assert by_prompt.to_list() == [row for row in full if len(row["prompt_ids"]) <= 3]
+    with pytest.raises(ValueError, match="no pair with two responses .* within max_length"):
+        _tokenize(rows, max_length=2, truncation_mode="drop")
+    with pytest.raises(ValueError, match="truncation_mode must be one of 'keep_end', .*'middle'"):
+        _tokenize(rows, truncation_mode="middle")
+    # Of single responses each is dropped for its own length.
+    singles = [{**SINGLE, "completion": " very very very good"}, SINGLE]
+    examples, report = _examples(singles, max_length=6, truncation_mode="drop")
+    assert (len(examples), report.pairs, report.too_long) == (1, 1, 1)
+
+
+def test_pairs_that_truncation_makes_identical_are_counted():
+    row = {"prompt": "the", "chosen": " very very good", "rejected": " very very bad"}
+    rows = [row, {**row, "rejected": row["chosen"]}, STANDARD]
+    _, report = _tokenize(rows, max_length=3)
+    assert (report.identical, report.made_identical) == (2, 1)
+    assert "2 with identical responses, 1 by truncation" in str(report)
 
 
 def test_dropped_and_identical_pairs_are_counted():
@@ -204,7 +293,7 @@ def test_bad_rows_are_named(row, message):
     rows = Rows()
     rows.column_names = list(STANDARD)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
-        patch.setattr(data, "check_columns", lambda *_: None)
+        patch.setattr(tokenisation, "check_columns", lambda *_: None)
         data.tokenize_preferences(rows, TOKENIZER)
 
 
@@ -220,6 +309,67 @@ def test_text_prompts_of_conversations():
     apart = {**both, "rejected": [_user("plot ?"), _assistant("bad")]}
     with pytest.raises(ValueError, match="row 0: .* begin with different questions"):
         _tokenize([{**apart, "prompt": "film ?"}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tools": "[{"}, "'tools' is text and not JSON"),
+        ({"tools": '{"name": "plot"}'}, "'tools' must be a list of schemas"),
+        ({"chat_template_kwargs": "greeting"}, "'chat_template_kwargs' must be a mapping"),
+        (
+            {"prompt": [{"role": "robot", "content": "a"}]},
+            "does not take these messages: no robots",
+        ),
+        ({"prompt": [{"from": "user", "value": "a"}]}, "a message has no 'role', but 'from', 'val"),
+        (
+            {"prompt": [_user([{"type": "image", "url": "a.png"}])]},
+            "of role 'user' has content of type 'image', which is not supported yet",
+        ),
+        (
+            {"prompt": [_user([{"type": "text", "text": "film ?"}])]},
+            "the chat template expects text as content, and would print a list of blocks",
+        ),
+    ],
+)
+def test_conversations_that_cannot_be_rendered(change, message):
+    with pytest.raises(ValueError, match=f"dataset 'train', row 0: .*{message}"):
+        _tokenize([{**CONVERSATION, **change}])
+
+
+def test_templates_that_take_blocks_are_given_them():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for b in m['content'] %}{{ b['text'] }}{% endfor %}{% endif %}",
+    )
+    row = {**CONVERSATION, "prompt": [_user([{"type": "text", "text": "film ?"}])]}
+    blocks, _ = data.tokenize_preferences(datasets.Dataset.from_list([row]), tokenizer)
+    assert blocks[0] == _tokenize([CONVERSATION])[0][0]
+
+
+def test_keys_that_arrow_fills_in_are_not_rendered():
+    """A column of mappings has every row's keys in every row, None where a row has none."""
+    tools = [[{"name": "plot"}], [{"name": "film", "parameters": {"a": 1}}]]
+    rows = [{**CONVERSATION, "tools": each} for each in tools]
+    together, _ = _tokenize(rows)
+    assert together[0] == _tokenize(rows[:1])[0][0]
+    kwargs = [{"greeting": "was the"}, {"other": "x"}, {"greeting": None}]
+    rows = [{**CONVERSATION, "chat_template_kwargs": each} for each in kwargs]
+    together, _ = _tokenize(rows)
+    plain = _tokenize([CONVERSATION])[0][0]
+    assert together[0] != plain and together[1] == together[2] == plain
+    assert _tokenize([{**CONVERSATION, "tools": []}])[0][0] == plain
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_are_refused_by_name(column):
+    rows = [{**CONVERSATION, column: "a.png"}]
+    with pytest.raises(ValueError, match=f"has a column '{column}', and images are not supported"):
+        _tokenize(rows)
+    with pytest.raises(ValueError, match=f"has a column '{column}', and images are not supported"):
+        _examples([{**SINGLE, column: "a.png"}])
 
 
 def test_conversations_need_a_chat_template():
@@ -463,6 +613,34 @@ def test_loading(tmp_path, kind):
     else:
         getattr(dataset, f"to_{kind}")(path)
     assert data.load_preference_dataset(str(path)).to_list() == rows
+
+
+def test_slices_of_splits(tmp_path):
+    rows = tiny.pairs(10)
+    dataset = datasets.Dataset.from_list(rows)
+    file, folder, saved = tmp_path / "pairs.jsonl", tmp_path / "folder", tmp_path / "saved"
+    dataset.to_json(file)
+    folder.mkdir()
+    dataset.to_parquet(folder / "train.parquet")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(saved)
+    dataset.save_to_disk(tmp_path / "one")
+    for source in (file, folder, saved, tmp_path / "one"):
+        for split, expected in (
+            ("train[:4]", rows[:4]),
+            ("train[-3:]", rows[-3:]),
+            ("train[50%:]", rows[5:]),
+            ("train[:1]+train[9:]", [rows[0], rows[9]]),
+        ):
+            assert data.load_preference_dataset(str(source), split).to_list() == expected, source
+    assert data.load_preference_dataset(str(saved), "train+test").to_list() == [*rows, rows[0]]
+    # A file is whatever split it is asked for as.
+    assert data.load_preference_dataset(str(file), "test[2:]").to_list() == rows[2:]
+    for split, message in (
+        ("dev", "no split 'dev'; found train, test"),
+        ("[:3]", "split must be a name"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot be loaded: {message}"):
+            data.load_preference_dataset(str(saved), split)
 
 
 def test_loading_errors(tmp_path):

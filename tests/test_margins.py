@@ -320,6 +320,54 @@ def test_held_out_pairs_are_not_trained_on(files, monkeypatch):
     assert seen["eval"] != first["eval"]
 
 
+def test_pairs_of_another_split_stop_it_and_get_no_margins(files, tmp_path, capsys, monkeypatch):
+    seen = {}
+    train = margins._train
+
+    def watched(trainer):
+        for name in ("train", "eval"):
+            tokens = getattr(trainer, f"{name}_dataset")
+            seen[name] = [[*t["prompt_ids"], *t["chosen_ids"], *t["rejected_ids"]] for t in tokens]
+        train(trainer)
+
+    monkeypatch.setattr(margins, "_train", watched)
+    slices = {"dataset_split": "train[:30]", "eval_dataset": files["dataset"]}
+    found = run({**files, **slices, "eval_split": "test[30:]"})
+    rows = read(files["dataset"])
+    assert [row["id"] for row in read(files["output"])] == [*range(30)]
+    tokens, _ = data.tokenize_preferences(
+        datasets.Dataset.from_list(rows), tiny.tokenizer(), max_length=1024
+    )
+    every = [[*t["prompt_ids"], *t["chosen_ids"], *t["rejected_ids"]] for t in tokens]
+    assert (seen["train"], seen["eval"]) == (every[:30], every[30:])
+    # The best checkpoint is told by the held-out loss, which is what scoring them says.
+    saved = str(tmp_path / "reward")
+    held_out = run(
+        scoring(files, saved, dataset=str(write(tmp_path / "held_out.jsonl", rows[30:])))
+    )
+    loss = torch.nn.functional.softplus(-torch.tensor(held_out)).mean().item()
+    metrics = json.loads((tmp_path / "reward" / "all_results.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    out = capsys.readouterr().out
+    assert "30 margins written to" in out and f"({'test[30:]'}): 18 pairs" in out
+    again = run(scoring(files, saved, dataset_split="train[:30]", overwrite=True))
+    assert again == pytest.approx(found, abs=1e-6)
+
+
+def test_truncation_is_the_trainers(files, tmp_path):
+    """Margins belong to the tokens that training will see, whatever the mode."""
+    options = {"max_length": 8, "truncation_mode": "keep_start"}
+    found = run({**files, **options})
+    saved = tmp_path / "reward"
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
+    model = peft.PeftModel.from_pretrained(model, saved)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    pairs = sequences(tokenizer, tiny.pairs(PAIRS), **options)
+    assert found == pytest.approx(plain_margins(model, pairs), abs=1e-5)
+    assert found != pytest.approx(run({**files, "max_length": 8, "overwrite": True}), abs=1e-4)
+
+
 def test_runs_repeat(files, tmp_path):
     options = {**files, "num_train_epochs": 2}
     first = run(options)
@@ -438,6 +486,13 @@ def test_conversations(files, tmp_path):
         ({"eval_fraction": 0}, "--eval_fraction must be in (0, 1), got 0.0"),
         ({"eval_fraction": 1}, "--eval_fraction must be in (0, 1), got 1.0"),
         ({"eval_fraction": 0.001}, "48 pairs are too few: with --eval_fraction 0.001, 0 would be"),
+        (
+            {"eval_fraction": 0.1, "eval_dataset": "x"},
+            "give either --eval_dataset or --eval_fraction",
+        ),
+        ({"eval_split": "dev"}, "--eval_split has no effect without --eval_dataset"),
+        ({"eval_dataset": "gone.jsonl"}, "'gone.jsonl': no such file"),
+        ({"truncation_mode": "middle"}, "--truncation_mode/--truncation-mode: invalid choice"),
         ({"lora_r": -1}, "--lora_r must be >= 0"),
         ({"lora_alpha": 0}, "--lora_alpha must be > 0"),
         ({"lora_r": 0, "lora_alpha": 16}, "--lora_alpha has no effect with --lora_r 0"),

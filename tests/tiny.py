@@ -14,7 +14,13 @@ WORDS = ["good", "bad", "fine", "poor", "film", "plot", "actor", "is", "was", "t
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
 VOCAB_SIZE = 97
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
+    # As Llama's does, this announces tools where the list of them is empty.
+    "{% if tools is not none %}<unk> {% endif %}"
+    "{% for tool in tools or [] %}<unk> {{ tool.keys() | join(' ') }} {{ tool['name'] }} {% endfor %}"
+    "{% if greeting %}{{ greeting }} {% endif %}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 _SIZES = {

@@ -1,1 +1,1 @@
-"""The command line: `prefkern check`, `prefkern bench`, `prefkern train`."""
+"""The command line: `prefkern check`, `bench`, `train`, `margins` and `plan`."""

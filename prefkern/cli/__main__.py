@@ -13,6 +13,7 @@ COMMANDS = {
     "check": "hold this machine's backends against the float64 reference",
     "bench": "time and memory of the fused path beside eager and its peers",
     "train": "train a model on preference pairs",
+    "plan": "what the head of a model will cost in memory, without loading it",
     "margins": "train a reward model and write its margins into the dataset, for MADPO",
 }
 

@@ -42,7 +42,13 @@ _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SCORING = {
     *("reward_model", "dtype", "attn_implementation", "trust_remote_code"),
     *("dataset", "dataset_config", "dataset_split", "output", "overwrite"),
-    *("max_length", "max_prompt_length", "dataset_num_proc", "per_device_eval_batch_size"),
+    *(
+        "max_length",
+        "max_prompt_length",
+        "truncation_mode",
+        "dataset_num_proc",
+        "per_device_eval_batch_size",
+    ),
     *("use_cpu", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "torch_compile"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("disable_tqdm", "log_level", "log_level_replica", "ddp_backend", "ddp_timeout"),
@@ -88,6 +94,13 @@ class MarginsDataArguments(DatasetArguments):
             "early. Default: 1/6, MADPO's 2,000 of 12,000."
         },
     )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead: pairs to stop by, a file, folder or hub name. No margins are written for them."
+        },
+    )
+    eval_split: str = field(default="test", metadata={"help": "Its split."})
 
 
 @dataclass
@@ -110,7 +123,7 @@ class _Run:
 
     trainer: RewardTrainer
     dataset: Any
-    tokens: Any
+    tokens: Any  # of the dataset's pairs, and after them of those of --eval_dataset
     held_out: list[int]  # rows; none without training
     output: Path
 
@@ -134,7 +147,7 @@ def main(argv: list[str]) -> int:
     if bad:
         return fail("margins", f"the rewards of row {bad[0]} are not finite; nothing was written")
     if is_writer:
-        margins = (rewards[:, 0] - rewards[:, 1]).tolist()
+        margins = (rewards[: len(run.dataset), 0] - rewards[: len(run.dataset), 1]).tolist()
         try:
             _write(run.dataset.add_column("margin", margins), run.output)
         except OSError as error:
@@ -178,6 +191,10 @@ def parse(
         raise ValueError(f"--lora_r must be >= 0, got {lora.lora_r}")
     if lora.lora_alpha <= 0:
         raise ValueError(f"--lora_alpha must be > 0, got {lora.lora_alpha}")
+    if data.eval_dataset is None and "eval_split" in given:
+        raise ValueError("--eval_split has no effect without --eval_dataset")
+    if data.eval_dataset is not None and "eval_fraction" in given:
+        raise ValueError("give either --eval_dataset or --eval_fraction, not both")
     for name in sorted(given & {"lora_alpha", "lora_target_modules"}):
         if not lora.lora_r:
             raise ValueError(f"--{name} has no effect with --lora_r 0")
@@ -202,15 +219,26 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     elif Path(config.output_dir).expanduser().resolve() == output.resolve():
         raise ValueError("--output and --output_dir are the same folder")
 
+    from datasets import concatenate_datasets
     from transformers import set_seed
 
     from prefkern import rewards
-    from prefkern.data import load_preference_dataset
+    from prefkern.data import load_preference_dataset, show
 
     with config.main_process_first(desc="loading", local=False):
         dataset = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config)
+        evaluation = None
+        if data.eval_dataset is not None:
+            evaluation = load_preference_dataset(
+                data.eval_dataset, data.eval_split, data.dataset_config
+            )
     _check_columns(dataset, data.dataset, output)
-    held_out = _draw(len(dataset), data.eval_fraction, config) if is_new else []
+    held_out = []
+    if evaluation is not None:
+        held_out = [*range(len(dataset), len(dataset) + len(evaluation))]
+        _check_batch(len(dataset), config)
+    elif is_new:
+        held_out = _draw(len(dataset), data.eval_fraction, config)
 
     # The head and the adapter are drawn before Trainer seeds.
     set_seed(config.seed)
@@ -226,6 +254,14 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
         classifier, tokenizer = rewards.load_reward_model(name, **model.init_kwargs())
     with config.main_process_first(desc="tokenisation", local=False):
         tokens, report = rewards.tokenize_for_rewards(dataset, tokenizer, config, data.dataset)
+        reports = [report]
+        if evaluation is not None:
+            assert data.eval_dataset is not None
+            # One file may be both, in slices.
+            source = f"{data.eval_dataset} ({data.eval_split})"
+            more, report = rewards.tokenize_for_rewards(evaluation, tokenizer, config, source)
+            tokens = concatenate_datasets([tokens, more])
+            reports.append(report)
     pad_token_id = rewards.set_pad_token(classifier, tokenizer, tokens, is_new)
     trained_on = sorted(set(range(len(tokens))) - set(held_out))
     trainer = rewards.RewardTrainer(
@@ -237,7 +273,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
         eval_dataset=tokens.select(held_out) if held_out else None,
     )
     if config.process_index == 0:
-        print(report)
+        show(reports)
     return _Run(trainer, dataset, tokens, held_out, output)
 
 
@@ -291,13 +327,17 @@ def _draw(pairs: int, fraction: float, config: RewardConfig) -> list[int]:
             f"{pairs} pairs are too few: with --eval_fraction {fraction:.3g}, {count} would be "
             f"held out and {pairs - count} trained on"
         )
+    _check_batch(pairs - count, config)
+    return sorted(random.Random(config.seed).sample(range(pairs), count))
+
+
+def _check_batch(pairs: int, config: RewardConfig) -> None:
     step = config.train_batch_size * config.world_size
-    if config.dataloader_drop_last and pairs - count < step:
+    if config.dataloader_drop_last and pairs < step:
         raise ValueError(
-            f"{pairs - count} pairs to train on are fewer than a batch of {step} over all "
+            f"{pairs} pairs to train on are fewer than a batch of {step} over all "
             "processes, and --dataloader_drop_last drops partial batches"
         )
-    return sorted(random.Random(config.seed).sample(range(pairs), count))
 
 
 def _adapter(lora: RewardLoraArguments) -> Any:
@@ -348,7 +388,8 @@ def _report(run: _Run, rewards: Tensor) -> None:
 
     from prefkern.rewards import pair_metrics
 
-    parts = {"all pairs": rewards}
+    written = rewards[: len(run.dataset)]
+    parts = {"all pairs": written}
     if run.held_out:
         parts["held out"] = rewards[run.held_out]
     metrics = {name: pair_metrics(part) for name, part in parts.items()}
@@ -381,7 +422,7 @@ def _report(run: _Run, rewards: Tensor) -> None:
         evaluation = {f"eval_{name}": value for name, value in metrics[judged].items()}
         run.trainer.save_metrics("all", evaluation, combined=False)
         print(f"reward model saved to {args.output_dir}")
-    print(f"{len(rewards)} margins written to {run.output}")
+    print(f"{len(written)} margins written to {run.output}")
     pairs, accuracy = len(parts[judged]), metrics[judged]["accuracy"]
     needed = 0.5 + 1.645 * 0.5 / math.sqrt(pairs)
     if accuracy <= needed:

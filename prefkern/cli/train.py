@@ -60,8 +60,9 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         return fail("train", str(error))
     if config.process_index == 0:
-        for report in trainer.dataset_reports.values():
-            print(report)
+        from prefkern.data import show
+
+        show(trainer.dataset_reports.values())
     metrics = trainer.train(resume_from_checkpoint=resume_from(config)).metrics
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}

@@ -32,7 +32,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
 from trl.trainer.utils import use_adapter
 
 from prefkern import __version__
-from prefkern.data import _MARGIN_SOURCES, _margin_columns, _reward_margin
+from prefkern.data.columns import MARGIN_SOURCES, margin_columns, reward_margin
 from prefkern.integrations.trl.forward import forward_with_router
 from prefkern.integrations.trl.options import check_reference, objective_of
 from prefkern.loss import FusedPreferenceLoss
@@ -225,7 +225,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         PlainDPOTrainer._set_signature_columns_if_needed(self)
         needs_margins: Any = self.loss_fn.objective.needs_reward_margins  # pyright: ignore[reportAttributeAccessIssue]
         if needs_margins:
-            named = {name for sources in _MARGIN_SOURCES for name in sources}
+            named = {name for sources in MARGIN_SOURCES for name in sources}
             self._signature_columns = [*{*(self._signature_columns or ()), *named}]
 
     def _refuse_unsupported_setups(self) -> None:
@@ -249,14 +249,14 @@ class _WithMargins:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        sources = _margin_columns(list(examples[0]))
+        sources = margin_columns(list(examples[0]))
         if not sources:
             raise ValueError(
                 "the objective needs reward margins, and a dataset has no column reward_margin or "
                 f"margin, nor score_chosen and score_rejected; found {', '.join(examples[0])}; "
                 "`prefkern margins` writes one"
             )
-        margins = [_reward_margin(example, sources) for example in examples]
+        margins = [reward_margin(example, sources) for example in examples]
         batch = self.collator(examples)
         batch[_MARGINS] = torch.tensor(margins, dtype=torch.float32)
         return batch

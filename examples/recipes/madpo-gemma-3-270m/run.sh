@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# MADPO's four stages on Gemma-3-270M, in order (MADPO, Section 5.1), into ./madpo. Stage 1 is TRL's:
+# pip install trl. Arguments go to stage 2, which is where the quality of the data is chosen:
+#   bash examples/recipes/madpo-gemma-3-270m/run.sh --quality low
+set -euo pipefail
+here=$(dirname "$0")
+
+trl sft --config "$here/1-sft.yaml"
+python "$here/merge.py" madpo/sft-adapter madpo/sft
+python "$here/2-pairs.py" --model madpo/sft --output madpo "$@"
+prefkern margins "$here/3-margins.yaml"
+prefkern train "$here/4-train.yaml"

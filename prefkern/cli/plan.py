@@ -1,0 +1,335 @@
+"""`prefkern plan`: what the head's step will cost a model, in memory and operations, beforehand.
+
+    prefkern plan meta-llama/Meta-Llama-3-8B-Instruct --seq-len 2048 --batch 4
+
+A batch of B pairs is 2B sequences of T tokens, of which N are scored. What a call of that shape runs
+is asked of `prefkern.plan_for`; beside it stands what logits in memory take. Of the model only the
+configuration is read (and downloaded, for a hub name): it is built on the meta device, where weights
+have shapes and no bytes. An error is one line on stderr and exit status 2.
+
+Logits in memory are counted as the shortest code that autograd differentiates holds them,
+`model(...).logits.float().log_softmax(-1).gather(...)`, on all 2BT positions: at the worst moment of
+the policy's backward the logits in the model's dtype, their float32 log-softmax, and two float32
+gradients of that size; of the reference, whose pass is over by then, the logits, their float32 copy
+and its log-softmax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from prefkern.cli.arguments import fail
+
+if TYPE_CHECKING:
+    import torch
+
+    from prefkern.plan import Plan
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_WORKSPACES_MB = (256.0, 1024.0, 4096.0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's head, and what becomes of its logits, as the configuration has them."""
+
+    model: str  # the class
+    hidden_size: int
+    vocab_size: int
+    is_tied: bool
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs of 2T tokens, in forward and backward at once."""
+
+    pairs: int
+    length: int
+    prompt_length: int
+
+    @property
+    def positions(self) -> int:
+        return 2 * self.pairs * self.length
+
+    @property
+    def scored(self) -> int:
+        """N: tokens of responses, at most; what is shorter than T has fewer."""
+        return 2 * self.pairs * (self.length - self.prompt_length)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one way to a step's log-probs and gradients takes.
+
+    Bytes are those beyond weights, hidden states and the gradients of both, which all ways have.
+    """
+
+    task: str  # "reference", "frozen head", "trained head"
+    way: str  # a plan's structure, or "logits"
+    workspace_mb: float | None
+    temporary_bytes: int
+    saved_bytes: int  # between forward and backward
+    operations: int  # of the matrix products
+
+    @property
+    def bytes(self) -> int:
+        return self.temporary_bytes + self.saved_bytes
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def main(argv: list[str]) -> int:
+    """Run `prefkern plan`; returns the exit status."""
+    try:
+        args = _parse(argv)
+        import torch
+
+        dtype = getattr(torch, args.dtype)
+        head = read_head(args.model, args.trust_remote_code)
+        batch = Batch(args.batch, args.seq_len, args.prompt_len)
+        trained = {"frozen head": not args.trains_head, "trained head": not args.lora}
+        fused = fused_costs(
+            head, batch, dtype, args.device, args.workspace_mb or _WORKSPACES_MB, args.backend
+        )
+        costs = [
+            cost
+            for cost in [*fused, *eager_costs(head, batch, dtype)]
+            if trained.get(cost.task, True)
+        ]
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        return fail("plan", str(error))
+    _show(args.model, head, batch, dtype, args.device, costs)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="prefkern plan",
+        description="What the head's step will cost a model, beside logits in memory.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", help="folder or hub name; of the latter only the configuration is downloaded"
+    )
+    parser.add_argument("--seq-len", type=int, required=True, help="tokens of prompt and response")
+    parser.add_argument(
+        "--batch", type=int, required=True, help="pairs in one forward and backward"
+    )
+    parser.add_argument(
+        "--prompt-len",
+        type=int,
+        default=0,
+        help="of these tokens, those of the prompt, which are not scored (default: 0)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="bfloat16",
+        help="of hidden states and head (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="where it will run, which need not be here (default: cuda)"
+    )
+    parser.add_argument("--backend", choices=("triton", "torch"), help="default: the device's own")
+    parser.add_argument(
+        "--workspace-mb",
+        type=float,
+        nargs="+",
+        metavar="MIB",
+        help="bounds on temporary memory to plan for (default: 256 1024 4096)",
+    )
+    head = parser.add_mutually_exclusive_group()
+    head.add_argument(
+        "--lora", action="store_true", help="only a frozen head, as with adapters on the body"
+    )
+    head.add_argument("--trains-head", action="store_true", help="only a head that is trained")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run model code from the hub"
+    )
+    args = parser.parse_args(argv)
+    for name, least in (("seq_len", 2), ("batch", 1), ("prompt_len", 0)):
+        if getattr(args, name) < least:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, name)}")
+    if args.prompt_len >= args.seq_len:
+        raise ValueError(
+            f"--prompt-len must be below --seq-len, which is {args.seq_len}: got {args.prompt_len}"
+        )
+    return args
+
+
+def read_head(name: str, trust_remote_code: bool = False) -> Head:
+    """The head of a model by name or path, without its weights.
+
+    Raises OSError for a model that is not there, and ValueError for one that is no causal LM with a
+    linear head.
+    """
+    import torch
+    import transformers
+
+    from prefkern.models import candidate_transforms, find_head
+
+    config: Any = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    # A vision-language model is a causal LM to some families, and to others not.
+    loader: Any = transformers.AutoModelForCausalLM
+    is_own_code = bool(getattr(config, "auto_map", None))
+    if not is_own_code and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(f"{name!r} is no causal LM: its model type is {config.model_type!r}")
+        loader = transformers.AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = loader.from_config(config, trust_remote_code=trust_remote_code)
+    base, head = find_head(model)
+    vocab_size, hidden_size = head.weight.shape
+    # Of several readings the likeliest; training holds it against the model itself.
+    transform = candidate_transforms(config)[0]
+    return Head(
+        model=type(base).__name__,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        is_tied=head.weight is base.get_input_embeddings().weight,
+        logit_scale=transform.logit_scale,
+        softcap=transform.softcap,
+    )
+
+
+def fused_costs(
+    head: Head,
+    batch: Batch,
+    dtype: torch.dtype,
+    device: str,
+    workspaces_mb: tuple[float, ...] | list[float],
+    backend: str | None = None,
+) -> list[Cost]:
+    """What prefkern runs: the reference's pass, a frozen head, and a trained one by workspace.
+
+    After the workspaces that are given, a trained head has the least power of two MiB in which all
+    tokens' probabilities fit and nothing is computed twice.
+    """
+    from prefkern import plan_for
+
+    def plan(workspace_mb: float, trains_hidden: bool, trains_head: bool) -> Plan:
+        return plan_for(
+            batch.scored,
+            head.hidden_size,
+            head.vocab_size,
+            dtype=dtype,
+            device=device,
+            trains_hidden=trains_hidden,
+            trains_head=trains_head,
+            softcap=head.softcap is not None,
+            # As the trainer logs them.
+            return_stats=trains_hidden,
+            workspace_mb=workspace_mb,
+            backend=backend,
+        )
+
+    workspaces_mb = sorted(set(workspaces_mb))
+    roomy = workspaces_mb[0]
+    while plan(roomy, True, True).structure != "one_pass":
+        roomy = 2.0 ** (math.floor(math.log2(roomy)) + 1)
+    smallest = workspaces_mb[0]
+    plans = [
+        ("reference", smallest, plan(smallest, False, False)),
+        ("frozen head", smallest, plan(smallest, True, False)),
+        *(
+            ("trained head", workspace_mb, plan(workspace_mb, True, True))
+            for workspace_mb in sorted({*workspaces_mb, roomy})
+        ),
+    ]
+    return [
+        Cost(
+            task,
+            each.structure,
+            workspace_mb,
+            each.workspace_bytes,
+            each.saved_bytes,
+            each.operations,
+        )
+        for task, workspace_mb, each in plans
+    ]
+
+
+def eager_costs(head: Head, batch: Batch, dtype: torch.dtype) -> list[Cost]:
+    """What logits in memory take, as the module's docstring counts them."""
+    logits = batch.positions * head.vocab_size
+    product = 2 * logits * head.hidden_size
+    rounded = dtype.itemsize
+    copy = 4 if rounded != 4 else 0
+    return [
+        Cost("reference", "logits", None, logits * (rounded + copy + 4), 0, product),
+        Cost("frozen head", "logits", None, logits * 8, logits * (rounded + 4), 2 * product),
+        Cost("trained head", "logits", None, logits * 8, logits * (rounded + 4), 3 * product),
+    ]
+
+
+def _show(
+    name: str, head: Head, batch: Batch, dtype: torch.dtype, device: str, costs: list[Cost]
+) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    # Where nothing is known of the width, nothing is gained by folding lines.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    transform = "" if head.logit_scale == 1 else f", logits times {head.logit_scale:.6g}"
+    transform += "" if head.softcap is None else f", softcap {head.softcap:g}"
+    size = _bytes(head.hidden_size * head.vocab_size * dtype.itemsize)
+    console.print(
+        f"[bold]{name}[/bold] ({head.model}): H = {head.hidden_size:,}, V = {head.vocab_size:,}, "
+        f"{'a head tied to the embeddings' if head.is_tied else 'a head of its own'}, {size} in "
+        f"{str(dtype).removeprefix('torch.')}{transform}"
+    )
+    console.print(
+        f"{batch.pairs:,} {'pair' if batch.pairs == 1 else 'pairs'} on {device}, 2 x "
+        f"{batch.length:,} tokens each: N = {batch.scored:,} scored of {batch.positions:,}"
+    )
+    table = Table(box=SIMPLE, pad_edge=False)
+    for column in ("step", "way"):
+        table.add_column(column, no_wrap=True)
+    for column in ("workspace", "temporary", "kept", "in all", "NHV"):
+        table.add_column(column, justify="right")
+    unit = batch.scored * head.hidden_size * head.vocab_size
+    is_first_eager = True
+    for cost in costs:
+        if cost.way == "logits" and is_first_eager:
+            table.add_section()
+            is_first_eager = False
+        table.add_row(
+            cost.task,
+            cost.way,
+            "-" if cost.workspace_mb is None else _bytes(cost.workspace_mb * 2**20),
+            _bytes(cost.temporary_bytes),
+            _bytes(cost.saved_bytes),
+            _bytes(cost.bytes),
+            f"{cost.operations / unit:.2f}",
+            style="dim" if cost.way == "logits" else None,
+        )
+    console.print(table)
+    console.print(
+        "Bytes are those beyond weights, hidden states and the gradients of both; kept: for backward. Logits: on all "
+        f"{batch.positions:,} positions, with a float32 log-softmax and, in backward, two float32 "
+        "gradients of that size. NHV: operations of the matrix products, per scored token, hidden "
+        "unit and word. A step takes the reference's row, unless its log-probs are precomputed, "
+        "and one of the others. The roomiest workspace of a trained head is the least power of two "
+        "in which nothing is computed twice.",
+        style="dim",
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        # What would be printed as 1,024 is 1 of the next unit.
+        if count >= 0.9995 * size:
+            value = round(count / size, 0 if count >= 100 * size else 1)
+            return f"{value:,g} {unit}" if value < 1e6 else f"{value:,.0f} {unit}"
+    return f"{count:,.0f} B" if count else "-"

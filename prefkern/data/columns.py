@@ -1,0 +1,120 @@
+"""The columns of a preference dataset: which are needed, which are read, which are refused.
+
+What can be said of a dataset by its columns alone is said here, before a row is read or a model is
+loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
+MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
+# What the collators read; every other column is dropped.
+COLUMNS = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
+# TRL's names. What these hold is part of the prompt, so to leave it out would be another task.
+_IMAGE_COLUMNS = ("image", "images")
+
+
+def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool = False) -> None:
+    """Raise unless `dataset` is a map-style dataset with rows and the columns that are needed.
+
+    Args:
+        dataset: the dataset, as `load_preference_dataset` gives it.
+        name: what errors call it.
+        paired: False admits single responses (`prompt`, `completion`, `label`) as well.
+        margins: whether a reward model's margin is needed of each pair.
+
+    Raises TypeError for another kind of dataset, ValueError for missing columns, images or no rows.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"dataset {name!r} must be a datasets.Dataset (not streaming), "
+            f"got {type(dataset).__name__}"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {name!r} is empty")
+    found = dataset.column_names
+    for column in _IMAGE_COLUMNS:
+        if column in found:
+            raise ValueError(
+                f"dataset {name!r} has a column {column!r}, and images are not supported yet; "
+                "remove the column to train on the text alone"
+            )
+    if not paired and has_examples(found):
+        return
+    missing = [column for column in ("chosen", "rejected") if column not in found]
+    if missing and not set(TOKEN_COLUMNS) <= set(found):
+        hint = ""
+        if not paired:
+            hint = "; or 'prompt', 'completion' and 'label' for single responses"
+        elif has_examples(found):
+            hint = "; single responses are for the objective 'kto'"
+        raise ValueError(
+            f"dataset {name!r} has no column {' and no column '.join(map(repr, missing))}; found "
+            f"{', '.join(found)}; expected 'chosen' and 'rejected', and 'prompt' unless both "
+            f"begin with it{hint}"
+        )
+    if margins and not margin_columns(found):
+        raise ValueError(
+            f"dataset {name!r} has no margins, which this objective weighs pairs by: no column "
+            "'reward_margin' or 'margin', nor 'score_chosen' and 'score_rejected'; found "
+            f"{', '.join(found)}; `prefkern margins` writes one"
+        )
+
+
+def check_labels(dataset: datasets.Dataset, name: str) -> None:
+    """Raise ValueError unless every `label` of single responses is true or false."""
+    if not {"prompt", "completion", "label"} <= set(dataset.column_names):
+        return
+    for row, label in enumerate(dataset["label"][:]):
+        if not (isinstance(label, bool) or label in (0, 1)):
+            raise ValueError(
+                f"dataset {name!r}, row {row}: 'label' must be true or false, got {label!r}"
+            )
+
+
+def without_unused(
+    dataset: datasets.Dataset, *, references: bool, margins: bool
+) -> datasets.Dataset:
+    """The dataset without numbers that nothing will read, whose gaps are then nobody's concern.
+
+    Args:
+        references: whether the reference's sums are kept.
+        margins: whether the columns that a reward margin is taken from are.
+    """
+    unused: list[str] = []
+    if not references:
+        unused += REFERENCE_COLUMNS
+    if not margins:
+        unused += [column for sources in MARGIN_SOURCES for column in sources]
+    return dataset.remove_columns([c for c in unused if c in dataset.column_names])
+
+
+def has_examples(columns: Sequence[str]) -> bool:
+    """Whether rows are single responses, as text or tokens."""
+    return {"prompt", "completion", "label"} <= set(columns) or set(EXAMPLE_COLUMNS) <= set(columns)
+
+
+def margin_columns(columns: Sequence[str]) -> tuple[str, ...]:
+    """What the margin is taken from: one column, two to subtract, or none."""
+    for sources in MARGIN_SOURCES:
+        if set(sources) <= set(columns):
+            return sources
+    return ()
+
+
+def reward_margin(example: dict[str, Any], sources: tuple[str, ...]) -> float:
+    """A row's margin, from what `margin_columns` found."""
+    chosen, *rejected = (float(example[column]) for column in sources)
+    return chosen - sum(rejected)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,85 @@
+"""Loading a preference dataset: a file, a folder, or a name on the hub, and a split of it.
+
+A split may be sliced as `datasets` slices: `train[:10000]`, `train[90%:]`. A file is a split of
+itself, whatever name it is asked for by.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import datasets
+from datasets.exceptions import DatasetsError
+
+from prefkern.data.columns import check_columns
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_preference_dataset(
+    source: str, split: str = "train", config: str | None = None
+) -> datasets.Dataset:
+    """Load a preference dataset and check that it is one.
+
+    Args:
+        source: a .jsonl, .json, .parquet or .csv file, a folder (of such files, or written by
+            `save_to_disk`), or a name on the Hugging Face hub.
+        split: which split, or slice of one (`train[:1000]`).
+        config: which configuration of a hub dataset.
+
+    Raises FileNotFoundError for a file that does not exist, and ValueError for one that cannot be
+    read, lacks a column or has no rows.
+    """
+    path = Path(source).expanduser()
+    looks_local = path.suffix in _FORMATS or source.startswith((".", "/", "~"))
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"dataset {source!r}: no such file or folder")
+    try:
+        if path.is_file():
+            dataset = _load_file(path, split)
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            dataset = _load_saved(path, split)
+        else:
+            dataset = datasets.load_dataset(
+                str(path) if path.is_dir() else source, config, split=split
+            )
+    except (DatasetsError, OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"dataset {source!r} cannot be loaded: {reason[0]}") from error
+    check_columns(dataset, source, paired=False)
+    return dataset
+
+
+def _load_file(path: Path, split: str) -> datasets.Dataset:
+    builder = _FORMATS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(_FORMATS)}")
+    with path.open("rb") as file:
+        if not file.read(4096).strip():
+            raise ValueError("the file is empty")
+    return datasets.load_dataset(builder, data_files={_split_name(split): str(path)}, split=split)
+
+
+def _load_saved(path: Path, split: str) -> datasets.Dataset:
+    """What `save_to_disk` wrote, whose reader knows no slices."""
+    saved = datasets.load_from_disk(str(path))
+    is_dict = isinstance(saved, datasets.DatasetDict)
+    parts = {str(n): part for n, part in saved.items()} if is_dict else {_split_name(split): saved}
+    if _split_name(split) not in parts:
+        raise ValueError(f"no split {_split_name(split)!r}; found {', '.join(parts)}")
+    lengths = {name: len(part) for name, part in parts.items()}
+    slices = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    pieces = [
+        parts[each.splitname].select(range(lengths[each.splitname])[each.from_ : each.to])
+        for each in slices
+    ]
+    return pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces)
+
+
+def _split_name(split: str) -> str:
+    """The split that a slice of it names."""
+    name = re.match(r"\w+", split)
+    if name is None:
+        raise ValueError(f"split must be a name, or a slice like 'train[:1000]', got {split!r}")
+    return name[0]

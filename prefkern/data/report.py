@@ -1,0 +1,208 @@
+"""What became of a dataset on its way to tokens, to be looked at before training.
+
+    train: 60,917 pairs
+
+    tokens    min  median   mean    p95    max
+    prompt     17     109  170.2    512  1,024
+    ...
+
+Counts of what was dropped, cut or looks wrong, the lengths that training will see, and a histogram of
+how long pairs were before they were cut. It is made of a few numbers a row, never of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_BARS = 12
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths in tokens."""
+
+    min: int
+    median: float
+    mean: float
+    p95: float
+    max: int
+
+    @classmethod
+    def of(cls, lengths: numpy.ndarray) -> Lengths:
+        median, p95 = numpy.quantile(lengths, [0.5, 0.95])
+        return cls(
+            int(lengths.min()), float(median), float(lengths.mean()), float(p95), int(lengths.max())
+        )
+
+    def cells(self) -> list[str]:
+        values = (self.min, self.median, self.mean, self.p95, self.max)
+        return [f"{value:,.1f}".removesuffix(".0") for value in values]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in bins of equal width: bin i is of `i * width < length <= (i + 1) * width`.
+
+    Widths are powers of two, so that the usual bounds are edges. The last bin takes what is longer.
+    """
+
+    width: int
+    counts: tuple[int, ...]
+    longest: int
+    bound: int | None  # what is longer does not fit
+
+    @classmethod
+    def of(cls, lengths: numpy.ndarray, bound: int | None) -> Histogram:
+        # Of all but the longest, so that one of these does not press the others into one bin.
+        usual = max(float(numpy.quantile(lengths, 0.99)), 1)
+        width = 2 ** math.ceil(math.log2(max(usual / _BARS, 1)))
+        bins = (numpy.maximum(lengths, 1) - 1) // width
+        counts = numpy.bincount(numpy.minimum(bins, math.ceil(usual / width)))
+        return cls(width, tuple(int(count) for count in counts), int(lengths.max()), bound)
+
+    def rows(self) -> list[tuple[str, int, bool]]:
+        """Of each bin from the first that is not empty: its edges, count, and whether it may fit."""
+        first = next(at for at, count in enumerate(self.counts) if count)
+        rows = []
+        for at in range(first, len(self.counts)):
+            low, high = at * self.width + 1, (at + 1) * self.width
+            edges = f"{low:,}-{high:,}" if self.width > 1 else f"{low:,}"
+            if at == len(self.counts) - 1 and self.longest > high:
+                edges = f"{low:,}+"
+            rows.append((edges, self.counts[at], self.bound is None or low <= self.bound))
+        return rows
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What became of a dataset on its way to tokens; printing it shows all of it.
+
+    Counts are of pairs, or of single responses as `unit` says, and but for `empty` and `too_long`
+    of those that are kept. `lengths` are those that training sees, by "prompt", "chosen" and
+    "rejected" (or "response"); `histogram` is of prompt plus longer response before truncation.
+    """
+
+    name: str
+    pairs: int  # that are kept
+    empty: int  # dropped for an empty response
+    too_long: int  # dropped, since nothing to score was left within the bounds
+    prompts_truncated: int
+    responses_truncated: int
+    identical: int  # chosen is rejected
+    made_identical: int  # of these, by truncation
+    merged: int  # prompts whose last token merged with the response
+    max_length: int | None
+    truncation_mode: str
+    lengths: dict[str, Lengths]
+    histogram: Histogram
+    unit: str = "pairs"
+
+    @property
+    def dropped(self) -> int:
+        return self.empty + self.too_long
+
+    @property
+    def summary(self) -> str:
+        """All counts in one line."""
+        counts = ", ".join(f"{count:,} {what}" for count, what in self._counts())
+        return f"{self.name}: {self.pairs:,} {self.unit} ({counts})"
+
+    def _counts(self) -> list[tuple[int, str]]:
+        counts = [
+            (self.empty, "dropped for an empty response"),
+            (self.too_long, f"dropped as too long ({self.truncation_mode})"),
+            (self.prompts_truncated, "with a truncated prompt"),
+            (self.responses_truncated, "with a truncated response"),
+            (self.merged, "whose prompt does not end on a token boundary"),
+        ]
+        if self.unit == "pairs":
+            by_truncation = (
+                f", {self.made_identical:,} by truncation" if self.made_identical else ""
+            )
+            counts.insert(4, (self.identical, f"with identical responses{by_truncation}"))
+        return counts
+
+    @property
+    def _caption(self) -> str:
+        longer = "the longer response" if self.unit == "pairs" else "response"
+        bound = "" if self.max_length is None else f"; max_length is {self.max_length:,}"
+        return f"prompt and {longer}, tokens before truncation{bound}"
+
+    def __str__(self) -> str:
+        """The report as plain text, of several lines."""
+        table = [["tokens", "min", "median", "mean", "p95", "max"]]
+        table += [[part, *lengths.cells()] for part, lengths in self.lengths.items()]
+        bins = self.histogram.rows()
+        most = max(count for _, count, _ in bins)
+        bars = [
+            [edges, f"{count:,}", "#" * math.ceil(_BAR_WIDTH * count / most)]
+            for edges, count, _ in bins
+        ]
+        lines = [self.summary, "", *_aligned(table), "", self._caption]
+        return "\n".join([*lines, *(line.rstrip() for line in _aligned(bars, last_left=True))])
+
+    def __rich__(self) -> RenderableType:
+        """The report as a terminal shows it."""
+        from rich.bar import Bar
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("tokens")
+        for column in ("min", "median", "mean", "p95", "max"):
+            table.add_column(column, justify="right")
+        for part, lengths in self.lengths.items():
+            table.add_row(part, *lengths.cells())
+        counts = [
+            Text(f"  {count:,} {what}", style="yellow") for count, what in self._counts() if count
+        ]
+        bins = self.histogram.rows()
+        most = max(count for _, count, _ in bins)
+        bars = Table.grid(padding=(0, 1))
+        bars.add_column(justify="right")
+        bars.add_column(justify="right")
+        bars.add_column()
+        for edges, count, fits in bins:
+            bar = Bar(most, 0, count, width=_BAR_WIDTH, color="cyan" if fits else "yellow")
+            bars.add_row(edges, f"{count:,}", bar)
+        title = Text(f"{self.name}: {self.pairs:,} {self.unit}", style="bold")
+        return Group(title, *counts, table, Text(self._caption, style="dim"), bars)
+
+
+def show(reports: Iterable[DatasetReport], console: Console | None = None) -> None:
+    """Print reports: with bars and colours on a terminal, as plain text elsewhere."""
+    from rich.console import Console
+
+    console = console or Console(highlight=False)
+    for report in reports:
+        if console.is_terminal:
+            console.print(report)
+        else:
+            console.file.write(f"{report}\n")
+        console.file.write("\n")
+
+
+def _aligned(rows: list[list[str]], last_left: bool = False) -> list[str]:
+    """Rows of cells in columns: the first column flush left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width)
+            if at == 0 or (last_left and at == len(row) - 1)
+            else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    return lines

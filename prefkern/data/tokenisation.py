@@ -1,0 +1,295 @@
+"""All rows of a preference dataset to token ids, within the bounds, with a report.
+
+Each row is tokenised (`formats`), cut (`truncation`) and marked with what became of it; rows of
+which nothing can be scored are dropped, and the marks are summed up in a `DatasetReport`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy
+
+from prefkern.data.columns import (
+    COLUMNS,
+    EXAMPLE_COLUMNS,
+    MARGIN_SOURCES,
+    REFERENCE_COLUMNS,
+    TOKEN_COLUMNS,
+    check_columns,
+    check_labels,
+    has_examples,
+    is_number,
+    margin_columns,
+    reward_margin,
+)
+from prefkern.data.formats import tokenize_pair
+from prefkern.data.report import DatasetReport, Histogram, Lengths
+from prefkern.truncation import check_mode, truncate
+
+# What became of a row: numbers, and never tokens, so that a report on many rows is cheap.
+_MARKS = (
+    "_empty",
+    "_too_long",
+    "_prompt_truncated",
+    "_truncated",
+    "_identical",
+    "_was_identical",
+    "_merged",
+    "_found_lengths",
+    "_lengths",
+)
+_Marks = dict[str, numpy.ndarray]
+_Tokens = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
+
+
+def tokenize_preferences(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    truncation_mode: str = "keep_end",
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[datasets.Dataset, DatasetReport]:
+    """Tokenise preference pairs into columns `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Args:
+        dataset: pairs in one of the formats of `prefkern.data`; one that is already tokenised is
+            only truncated. `ref_chosen_logps` and `ref_rejected_logps` are kept, and
+            `reward_margin` is taken from a column of that name, `margin`, or
+            `score_chosen` - `score_rejected`.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: bound on prompt plus response; None for none.
+        max_prompt_length: bound on the prompt; None for none.
+        truncation_mode: how the bounds are met, one of `TRUNCATION_MODES`; see
+            `prefkern.truncation`.
+        num_proc: processes.
+        name: what the report calls the dataset.
+
+    Returns:
+        The tokenised dataset, without pairs that have no token to score, and the report.
+
+    Raises ValueError for a dataset, row, length or mode that cannot be used.
+    """
+    check_columns(dataset, name)
+    bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name)
+    marks = _marks(marked)
+    kept = _without_dropped(marked, marks, name, "pair with two responses")
+    return kept.remove_columns(list(_MARKS)), _report(name, "pairs", marks, bounds)
+
+
+def tokenize_examples(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    truncation_mode: str = "keep_end",
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[datasets.Dataset, DatasetReport]:
+    """Tokenise single responses into columns `prompt_ids`, `completion_ids`, `desirable`.
+
+    Args: as in `tokenize_preferences`; a row of `dataset` is one response (`prompt`, `completion`,
+    `label`), or a pair, of which the chosen response is desirable and the rejected one is not. The
+    report counts responses.
+
+    Raises ValueError for a dataset, row, length or mode that cannot be used.
+    """
+    check_columns(dataset, name, paired=False)
+    check_labels(dataset, name)
+    bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    is_paired = not has_examples(dataset.column_names)
+    # Numbers of pairs are of no concern here, nor are those that are missing.
+    numbers = (*REFERENCE_COLUMNS, *itertools.chain(*MARGIN_SOURCES))
+    dataset = dataset.remove_columns([c for c in numbers if c in dataset.column_names])
+    if not is_paired:
+        own = ("completion", "label", "completion_ids")
+        dataset = dataset.map(
+            lambda example, row: _as_pair(example, row, name),
+            with_indices=True,
+            remove_columns=[column for column in own if column in dataset.column_names],
+            num_proc=num_proc,
+            desc=f"Reading {name} dataset",
+        )
+    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name)
+    marks = _marks(marked)
+    kept = _without_dropped(marked, marks, name, "response")
+    sides = ("chosen", "rejected")[: 1 + is_paired]
+
+    def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows: dict[str, list[Any]] = {column: [] for column in EXAMPLE_COLUMNS}
+        # Side by side, and not pair by pair: neighbours are then of different prompts, and an
+        # unshuffled batch has mismatched rows.
+        for side in sides:
+            responses = batch[f"{side}_ids"]
+            rows["prompt_ids"] += batch["prompt_ids"]
+            rows["completion_ids"] += responses
+            rows["desirable"] += (
+                [side == "chosen"] * len(responses) if is_paired else batch["desirable"]
+            )
+        return rows
+
+    examples = kept.map(split, batched=True, remove_columns=kept.column_names)
+    marks = _responses(marks, len(sides))
+    return examples, _report(name, "responses", marks, bounds)
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """How long a pair may be. Raises ValueError for bounds that none can meet."""
+
+    max_length: int | None
+    max_prompt_length: int | None
+    truncation_mode: str
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
+        check_mode(self.truncation_mode)
+
+    def cut(self, tokens: _Tokens) -> _Tokens:
+        return truncate(*tokens, self.max_length, self.max_prompt_length, self.truncation_mode)
+
+
+def _with_tokens(
+    dataset: datasets.Dataset, tokenizer: Any, bounds: _Bounds, num_proc: int | None, name: str
+) -> datasets.Dataset:
+    """Token columns of pairs, every row kept, and what became of each in the columns `_MARKS`."""
+    columns = dataset.column_names
+    references = [column in columns for column in REFERENCE_COLUMNS]
+    if any(references) and not all(references):
+        raise ValueError(f"dataset {name!r} has only one of {' and '.join(REFERENCE_COLUMNS)}")
+
+    numbers: dict[str, tuple[str, ...]] = {}
+    if all(references):
+        numbers["reference sum"] = REFERENCE_COLUMNS
+    margins = margin_columns(columns)
+    if margins:
+        numbers["margin"] = margins
+
+    def process(example: dict[str, Any], row: int) -> dict[str, Any]:
+        for what, sources in numbers.items():
+            for column in sources:
+                value = example[column]
+                if not is_number(value):
+                    raise ValueError(
+                        f"dataset {name!r}, row {row}: no {what} ({column!r} is {value!r})"
+                    )
+        if all(example.get(column) is not None for column in TOKEN_COLUMNS):
+            prompt, chosen, rejected = (list(example[column]) for column in TOKEN_COLUMNS)
+            merged = False
+        else:
+            try:
+                prompt, chosen, rejected, merged = tokenize_pair(example, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
+        found = (prompt, chosen, rejected)
+        kept = bounds.cut(found)
+        is_empty = not _can_be_scored(*found)
+        is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
+        return {
+            **dict(zip(TOKEN_COLUMNS, kept, strict=True)),
+            **({"reward_margin": reward_margin(example, margins)} if margins else {}),
+            "_empty": is_empty,
+            "_too_long": not is_empty and not _can_be_scored(*kept),
+            "_prompt_truncated": is_cut[0],
+            "_truncated": is_cut[1:],
+            "_identical": kept[1] == kept[2],
+            "_was_identical": found[1] == found[2],
+            "_merged": merged,
+            "_found_lengths": [len(ids) for ids in found],
+            "_lengths": [len(ids) for ids in kept],
+        }
+
+    unused = [column for column in dataset.column_names if column not in COLUMNS]
+    return dataset.map(
+        process,
+        with_indices=True,
+        remove_columns=unused,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+    )
+
+
+def _can_be_scored(prompt: list[int], chosen: list[int], rejected: list[int]) -> bool:
+    # The first token of a sequence has nothing to be predicted from.
+    unscored = 0 if prompt else 1
+    return min(len(chosen), len(rejected)) > unscored
+
+
+def _marks(marked: datasets.Dataset) -> _Marks:
+    return marked.select_columns(list(_MARKS)).with_format("numpy")[:]
+
+
+def _without_dropped(
+    marked: datasets.Dataset, marks: _Marks, name: str, what: str
+) -> datasets.Dataset:
+    kept = numpy.flatnonzero(~(marks["_empty"] | marks["_too_long"]))
+    if len(kept) == 0:
+        bound = " within max_length and max_prompt_length" if marks["_too_long"].any() else ""
+        raise ValueError(f"dataset {name!r} has no {what} that can be scored{bound}")
+    return marked if len(kept) == len(marked) else marked.select(kept)
+
+
+def _responses(marks: _Marks, sides: int) -> _Marks:
+    """The marks of pairs as those of their responses, all of one side and then of the other."""
+    responses = {name: numpy.concatenate([values] * sides) for name, values in marks.items()}
+    columns = [marks["_truncated"][:, side] for side in range(sides)]
+    responses["_truncated"] = numpy.concatenate(columns)[:, None]
+    for name in ("_found_lengths", "_lengths"):
+        of_side = [marks[name][:, [0, 1 + side]] for side in range(sides)]
+        responses[name] = numpy.concatenate(of_side)
+    # Of responses by themselves, none is like another.
+    responses["_identical"] = numpy.zeros_like(responses["_identical"])
+    return responses
+
+
+def _report(name: str, unit: str, marks: _Marks, bounds: _Bounds) -> DatasetReport:
+    is_kept = ~(marks["_empty"] | marks["_too_long"])
+    kept = {mark: values[is_kept] for mark, values in marks.items()}
+    sides = ("chosen", "rejected") if unit == "pairs" else ("response",)
+    found = marks["_found_lengths"]
+    return DatasetReport(
+        name=name,
+        unit=unit,
+        pairs=int(is_kept.sum()),
+        empty=int(marks["_empty"].sum()),
+        too_long=int(marks["_too_long"].sum()),
+        prompts_truncated=int(kept["_prompt_truncated"].sum()),
+        responses_truncated=int(kept["_truncated"].any(1).sum()),
+        identical=int(kept["_identical"].sum()),
+        made_identical=int((kept["_identical"] & ~kept["_was_identical"]).sum()),
+        merged=int(kept["_merged"].sum()),
+        max_length=bounds.max_length,
+        truncation_mode=bounds.truncation_mode,
+        lengths={
+            part: Lengths.of(kept["_lengths"][:, at]) for at, part in enumerate(("prompt", *sides))
+        },
+        histogram=Histogram.of(found[:, 0] + found[:, 1:].max(1), bounds.max_length),
+    )
+
+
+def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
+    """A single response in the form of a pair of it with itself."""
+    if set(EXAMPLE_COLUMNS) <= example.keys():
+        ids = example["completion_ids"]
+        return {"chosen_ids": ids, "rejected_ids": ids}
+    if example["prompt"] is None:
+        # Of a pair, the common beginning would be the prompt: here, all of the response.
+        raise ValueError(f"dataset {name!r}, row {row}: 'prompt' must not be null")
+    completion = example["completion"]
+    if not isinstance(completion, str | list) or completion == []:
+        raise ValueError(
+            f"dataset {name!r}, row {row}: 'completion' must be text or a list of messages, "
+            f"got {completion!r}"
+        )
+    return {"chosen": completion, "rejected": completion, "desirable": bool(example["label"])}
