@@ -15,7 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefkern.loss import FusedPreferenceLoss
-from prefkern.models import HeadInputs, align_labels, forward_with_head, head_transform
+from prefkern.models import (
+    IGNORE_INDEX,
+    HeadInputs,
+    align_labels,
+    forward_with_head,
+    head_transform,
+)
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.packing import packed_inputs
 
@@ -46,8 +52,14 @@ def preference_outputs(
         The output of `loss_fn`. Its `loss` depends on the wrapped model's output as well, which
         changes no value, and is where DDP and FSDP hang their hooks: call backward on it.
 
-    Raises ValueError for a model whose head or logits transform is not understood.
+    Raises ValueError for a model whose head or logits transform is not understood, and for a
+    `loss_fn` of another `ignore_index`.
     """
+    if loss_fn.ignore_index != IGNORE_INDEX:
+        raise ValueError(
+            f"loss_fn must have ignore_index={IGNORE_INDEX}, which a model's labels and the last "
+            f"token of each sequence have; got {loss_fn.ignore_index}"
+        )
     transform = head_transform(model)
     inputs = model_inputs(model, batch)
     cu_seqlens = batch.get("cu_seqlens")

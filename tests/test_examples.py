@@ -155,3 +155,6 @@ def test_preference_outputs_are_those_of_the_models_own_logits(files):
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
     for (name, mine), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=2e-4, atol=2e-6, msg=name)
+    other = prefkern.FusedPreferenceLoss(loss_fn.objective, ignore_index=-1)
+    with pytest.raises(ValueError, match="must have ignore_index=-100, .* got -1"):
+        prefkern.preference_outputs(model, batch, other, ref_logps=ref_logps)
