@@ -7,89 +7,13 @@ import copy
 import pytest
 import tiny
 import torch
+from family_table import batch as _batch
+from family_table import oracle as _oracle
 from torch import nn
 
 import prefkern
 from prefkern import models
-from prefkern.models import HeadTransform, head_transform
-
-_MLA = {
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "num_key_value_heads": 4,
-}
-
-# family, options, the transform that its config must be read as
-FAMILIES = [
-    ("Llama", {}, HeadTransform()),
-    ("Llama", {"tie_word_embeddings": True}, HeadTransform()),
-    ("GPT2", {}, HeadTransform()),
-    ("Phi", {}, HeadTransform()),  # a head with a bias
-    ("Gemma2", {"final_logit_softcapping": 2.0}, HeadTransform(softcap=2.0)),
-    ("Cohere", {"logit_scale": 0.0625}, HeadTransform(logit_scale=0.0625)),
-    ("Granite", {"logits_scaling": 8.0}, HeadTransform(logit_scale=0.125)),
-    # divides before its head, so that the head's input needs no scale
-    ("MiniCPM3", {**_MLA, "dim_model_base": 16}, HeadTransform()),
-    ("HyperCLOVAX", {"logits_scaling": 0.5}, HeadTransform(logit_scale=0.5)),
-    ("Mixtral", {"num_local_experts": 4}, HeadTransform()),
-]
-IDS = [f"{family}-{i}" for i, (family, _, _) in enumerate(FAMILIES)]
-
-
-def _build(family: str, options: dict) -> nn.Module:
-    import transformers
-
-    if not hasattr(transformers, f"{family}Config"):
-        pytest.skip(f"this transformers has no {family}")
-    return tiny.model(family, **options)
-
-
-def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, mask (rows of 9, 6 and 4 tokens, padded on the right) and labels with a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, tiny.VOCAB_SIZE, (3, 9), generator=generator)
-    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :2] = -100
-    return ids.masked_fill(mask == 0, 0), mask, labels
-
-
-def _oracle(model: nn.Module, ids, mask, labels, temperature: float = 1.0) -> torch.Tensor:
-    """log_softmax of the model's own logits, gathered at the labels."""
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float() / temperature
-    targets = labels[:, 1:]
-    picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets == -100, 0.0, picked)
-
-
-@pytest.mark.parametrize(("family", "options", "transform"), FAMILIES, ids=IDS)
-def test_values_and_all_gradients_equal_the_models_own(family, options, transform):
-    model = _build(family, options)
-    ids, mask, labels = _batch()
-    weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-
-    expected = _oracle(model, ids, mask, labels)
-    (expected * weights).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    actual = prefkern.token_logprobs(model, ids, mask, labels)
-    (actual * weights).sum().backward()
-
-    assert actual.dtype == torch.float32
-    assert expected.abs().max() > 1  # the case says something
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
-    assert prefkern.last_plan().backend == "torch"
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(gradients)
-    for name, parameter in model.named_parameters():
-        if name in gradients:
-            torch.testing.assert_close(
-                parameter.grad, gradients[name], atol=2e-5, rtol=2e-4, msg=lambda m, n=name: n + m
-            )
-    if transform is not None:
-        assert head_transform(model) == transform
-
+from prefkern.models import head_transform
 
 def test_no_logits_are_made():
     """The largest last dimension of any output of a module is H or the MLP's, never V."""
