@@ -9,7 +9,7 @@ What a family does after its head is read off the config: a scale (Cohere, Grani
 and a tanh softcap (Gemma 2, ...). Names do not settle it, since Granite divides by `logits_scaling`,
 HyperCLOVA X multiplies by it and MiniCPM3 applies it before the head. So each reading is held once
 per model against the model itself: a forward of four tokens in which the head returns a known ramp
-of logits up to +-100, and the model's output has to be that ramp transformed. If no reading
+of float32 logits up to +-100, and the model's output has to be that ramp transformed. If no reading
 explains it, that is an error, never a wrong number.
 
 The zeros carry the autograd graph. Added to the loss they change nothing, but the loss then depends
@@ -41,7 +41,7 @@ _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
     "output_multiplier": lambda s: (s, 1.0),
     "logits_scaling": lambda s: (1 / s, s, 1.0),
 }
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # Each of the probe's four tokens gets a ramp of logits from -p to p, backwards for negative p.
 _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
@@ -344,6 +344,16 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
+def _plain_tokens(config: Any, count: int) -> list[int]:
+    """Words to which a config gives no meaning of their own, such as to stand for an image."""
+    text_config = config.get_text_config()
+    values = [*vars(config).values(), *vars(text_config).values()]
+    named = {value for value in values if isinstance(value, int)}
+    words = range(min(count + len(named), text_config.vocab_size))
+    plain = [word for word in words if word not in named] or [0]
+    return [plain[i % len(plain)] for i in range(count)]
+
+
 def _probe(
     model: nn.Module,
     base: Any,
@@ -353,8 +363,7 @@ def _probe(
     """The candidate that explains the model's logits best, if it explains them."""
     embeddings = base.get_input_embeddings()
     device = embeddings.weight.device
-    vocabulary = base.config.get_text_config().vocab_size
-    ids = torch.arange(len(_PROBE_PEAKS), device=device)[None] % vocabulary
+    ids = torch.tensor([_plain_tokens(base.config, len(_PROBE_PEAKS))], device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     seen: dict[str, Tensor] = {}
 
@@ -367,9 +376,10 @@ def _probe(
             seen["linear"] = F.linear(hidden, head.weight, getattr(head, "bias", None))
             # Prompt-learning adapters add positions, hence the modulo.
             peaks = torch.tensor(_PROBE_PEAKS, device=raw.device)
-            peaks = peaks[torch.arange(raw.shape[1], device=raw.device) % len(peaks)]
+            peaks = peaks[torch.arange(raw.shape[-2], device=raw.device) % len(peaks)]
             ramp = peaks[:, None] * torch.linspace(-1, 1, raw.shape[-1], device=raw.device)
-            seen["ramp"] = ramp.to(raw.dtype).expand_as(raw)
+            # In float32 whatever the model's dtype: in bf16 a factor of 1.05 would pass as rounding.
+            seen["ramp"] = ramp.expand_as(raw)
             # A copy, since some models transform their logits in place.
             return seen["ramp"].clone()
 
@@ -378,10 +388,10 @@ def _probe(
     if not seen:
         raise _uncalled(base, head)
 
-    raw, linear, ramp = seen["raw"].float(), seen["linear"].float(), seen["ramp"].float()
-    # The model rounds at each of its few steps, in the dtype of its logits.
-    tolerance = max(8 * torch.finfo(seen["raw"].dtype).eps, 1e-5)
-    if not (raw - linear).abs().max() <= tolerance * raw.abs().max():
+    raw, linear, ramp = seen["raw"].float(), seen["linear"].float(), seen["ramp"]
+    # Two ways to one product, each rounded in the head's dtype.
+    rounding = max(8 * torch.finfo(seen["raw"].dtype).eps, 1e-5)
+    if not (raw - linear).abs().max() <= rounding * raw.abs().max():
         raise ValueError(
             f"the output head of {type(base).__name__} ({type(head).__name__}) does not compute "
             "hidden @ weight.T + bias: largest difference "
@@ -392,6 +402,8 @@ def _probe(
             f"{type(base).__name__} returns logits of shape {list(logits.shape)} where its head "
             f"gives {list(ramp.shape)}"
         )
+    # The model rounds at each of its few steps, in the dtype of its logits.
+    tolerance = max(8 * torch.finfo(logits.dtype).eps, 1e-5)
     logits = logits.float()
 
     def error(candidate: HeadTransform) -> float:

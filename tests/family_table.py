@@ -43,7 +43,8 @@ _DEEPSEEK = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-_XLSTM = {"embedding_dim": 32, "num_heads": 2, "num_blocks": 2, "output_logit_soft_cap": _CAP}
+# its heads are multiples of 64
+_XLSTM = {"hidden_size": 128, "num_heads": 2, "num_blocks": 2, "output_logit_soft_cap": _CAP}
 
 IMAGE = 90  # the token that stands for an image, or for a part of one
 _CLIP = {
@@ -84,7 +85,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 class Family:
     name: str  # of its config, without Config
     options: dict[str, Any] = field(default_factory=dict)
-    transform: HeadTransform = HeadTransform()
+    transform: HeadTransform | None = HeadTransform()  # None: versions of transformers differ
     text: dict[str, Any] | None = None  # options of the language model inside a vision model
     image: dict[str, list[int]] = field(default_factory=dict)  # input -> shape
     image_tokens: int = 4  # that a picture takes among input_ids
@@ -137,8 +138,8 @@ FAMILIES = [
     Family("DeepseekV3", _DEEPSEEK),
     Family(
         "RecurrentGemma",
-        {"logits_soft_cap": _CAP, "lru_width": 32, "num_hidden_layers": 3},
-        HeadTransform(softcap=_CAP),
+        {"logits_soft_cap": 0.25, "lru_width": 32, "num_hidden_layers": 3},
+        HeadTransform(softcap=0.25),
     ),
     Family("xLSTM", _XLSTM, HeadTransform(softcap=_CAP)),
     Family("NanoChat", _CAPPED, HeadTransform(softcap=_CAP)),
@@ -182,7 +183,7 @@ VISION = [
             "image_token_id": IMAGE,
             "projection_dim": 32,
         },
-        HeadTransform(softcap=_CAP),
+        None,  # caps nothing before transformers 5.2x
         text={"model_type": "gemma2", **_CAPPED},
         image={"pixel_values": [1, 3, 8, 8]},
     ),

@@ -211,11 +211,57 @@ def test_transform_that_the_config_does_not_tell_is_an_error(family, dtype):
         message = r"logit_scale=0\.07.* other readings .*model turns it into"
     else:
         hidden_cap = model.config.final_logit_softcapping
-        forward = model.forward
-        model.forward = lambda **kw: _with_logits(forward(**kw), lambda z: z + 0.1 * z)
+        _change_logits(model, lambda z: 1.01 * z)
         message = rf"softcap={hidden_cap}.*model turns it into"
     with pytest.raises(ValueError, match=message):
         prefkern.token_logprobs(model, torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: 1.02 * z, "turns it into"),
+        (lambda z: (1.1 * z).to(torch.bfloat16), "turns it into"),
+        (lambda z: z + 0.01, "turns it into"),
+        (lambda z: z.flip(-1), "turns it into"),
+        (lambda z: torch.roll(z, 1, dims=-1), "turns it into"),
+        (lambda z: z.roll(1, dims=1), "turns it into"),
+        (lambda z: z.index_fill(-1, torch.tensor([7]), -torch.inf), "model turns it into -inf"),
+        (lambda z: z.index_fill(-1, torch.tensor([7]), torch.nan), "turns it into"),
+        (lambda z: torch.cat([z[..., 1:2], z[..., 1:]], -1), "turns it into"),
+        (lambda z: z.clamp(max=90.0), "turns it into 90"),
+        (lambda z: 50 * torch.tanh(z / 50), "turns it into"),
+        (lambda z: z.log_softmax(-1), "turns it into"),
+        (lambda z: z[..., :90], r"logits of shape \[1, 4, 90\] where its head gives \[1, 4, 97\]"),
+        (lambda z: z[:, -1:], r"logits of shape \[1, 1, 97\]"),
+    ],
+    ids=[
+        *("scale", "scale, rounded", "offset", "flipped words", "rolled words", "rolled tokens"),
+        *("masked word", "nan", "one word", "clamped", "capped", "normalised", "cropped", "last"),
+    ],
+)
+def test_whatever_is_done_to_logits_that_no_config_names_is_an_error(change, message, dtype):
+    model = tiny.model().to(dtype)
+    _change_logits(model, change)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM.*{message}"):
+        prefkern.token_logprobs(model, torch.arange(5)[None])
+
+
+def test_probe_asks_for_no_image():
+    """Words that a config names are not probed with, be they the first or nearly all."""
+    config = tiny.model().config
+    config.image_token_index = 3
+    assert models._plain_tokens(config, 4)[0] > 4
+    named = {"vocab_size", "pad_token_id", "eos_token_id", "bos_token_id"}
+    assert not {getattr(config, name) for name in named} & set(models._plain_tokens(config, 90))
+    config.vocab_size = 2
+    assert models._plain_tokens(config, 4) == [0] * 4
+
+
+def _change_logits(model, change):
+    forward = model.forward
+    model.forward = lambda **inputs: _with_logits(forward(**inputs), change)
 
 
 def _with_logits(output, change):
