@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prefkern.models import HeadTransform
 
+_PLAIN = HeadTransform()
 _CAP = 0.5
 _CAPPED = {"final_logit_softcapping": _CAP}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -85,7 +86,7 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 class Family:
     name: str  # of its config, without Config
     options: dict[str, Any] = field(default_factory=dict)
-    transform: HeadTransform | None = HeadTransform()  # None: versions of transformers differ
+    transform: HeadTransform | None = _PLAIN  # None: versions of transformers differ
     text: dict[str, Any] | None = None  # options of the language model inside a vision model
     image: dict[str, list[int]] = field(default_factory=dict)  # input -> shape
     image_tokens: int = 4  # that a picture takes among input_ids

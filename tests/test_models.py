@@ -15,6 +15,7 @@ import prefkern
 from prefkern import models
 from prefkern.models import head_transform
 
+
 def test_no_logits_are_made():
     """The largest last dimension of any output of a module is H or the MLP's, never V."""
     model = tiny.model()
