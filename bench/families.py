@@ -47,7 +47,7 @@ MOST_PARAMETERS = 20_000_000
 _HIDDEN, _WORDS = 32, 97
 # What a size is called in configs, and what it becomes.
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "text_vocab_size", "n_vocab"), _WORDS),
+    **dict.fromkeys(("vocab_size", "text_vocab_size", "n_vocab", "vocab_size_per_layer_input"), _WORDS),
     **dict.fromkeys(
         (
             *("hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "dim", "width"),
@@ -79,7 +79,7 @@ SIZES: dict[str, Any] = {
             *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "depth"),
             *("encoder_layers", "num_blocks", "num_decoder_layers", "num_encoder_layers"),
         ),
-        2,
+        4,
     ),
     **dict.fromkeys(
         (
@@ -149,16 +149,25 @@ class Row:
 
 def small(config_class: Any, own: dict[str, Any]) -> Any:
     """A config with every size that has a known name made small."""
-    names = set(config_class().to_dict())
-    options = {name: value for name, value in SIZES.items() if name in names}
-    for name, nested in getattr(config_class, "sub_configs", {}).items():
-        if nested is not transformers.AutoConfig:
-            options[name] = small(nested, {}).to_dict()
-        else:
-            default = getattr(config_class(), name, None)
-            if default is not None:
-                options[name] = small(type(default), {}).to_dict()
-    return config_class(**{**options, **own})
+    default = config_class()
+    options: dict[str, Any] = {}
+    for name, value in default.to_dict().items():
+        if name in SIZES:
+            many = isinstance(value, list | tuple)
+            options[name] = [SIZES[name]] * len(value) if many else SIZES[name]
+    if "kv_lora_rank" in options:
+        # Latent attention knows no groups of heads.
+        options["num_key_value_heads"] = options.get("num_attention_heads", 4)
+    for name in getattr(config_class, "sub_configs", {}):
+        nested = getattr(default, name, None)
+        if isinstance(nested, transformers.PreTrainedConfig):
+            options[name] = small(type(nested), own.get(name, {})).to_dict()
+    config = config_class(**merged(options, own))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        halves = int(config.head_dim * rope.get("partial_rotary_factor", 1)) // 2
+        rope["mrope_section"] = [halves - 2 * (halves // 3), halves // 3, halves // 3]
+    return config
 
 
 def build(model_class: Any, own: dict[str, Any]) -> nn.Module:
@@ -216,8 +225,7 @@ def measure(name: str, head: str) -> Row:
 
 
 def reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def classes() -> dict[str, str]:

@@ -41,6 +41,7 @@ _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
     "output_multiplier": lambda s: (s, 1.0),
     "logits_scaling": lambda s: (1 / s, s, 1.0),
 }
+_WORDS = "unpadded_vocab_size"
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # Each of the probe's four tokens gets a ramp of logits from -p to p, backwards for negative p.
@@ -68,19 +69,30 @@ class HeadInputs:
             )
         return replace(self, hidden=self.hidden[:, -length:])
 
+    def of_words(self, count: int | None) -> HeadInputs:
+        """Those of the first `count` words: what pads a head's vocabulary may be no logit."""
+        if count is None:
+            return self
+        bias = None if self.bias is None else self.bias[:count]
+        return replace(self, weight=self.weight[:count], bias=bias)
+
 
 Score = Callable[[HeadInputs], tuple[Any, Tensor]]
 
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What a model does to its raw logits z: `z * logit_scale`, then `softcap * tanh(z / softcap)`."""
+    """What a model does to its raw logits z: `z * logit_scale`, then `softcap * tanh(z / softcap)`.
+
+    `words` is how many of the head's words it does that to and keeps; None: all of them.
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
+    words: int | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        scaled = raw * self.logit_scale
+        scaled = raw[..., : self.words] * self.logit_scale
         if self.softcap is None:
             return scaled
         return self.softcap * torch.tanh(scaled / self.softcap)
@@ -179,12 +191,14 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
     Raises RuntimeError if the forward does not call its head once.
     """
     base, head = find_head(model)
+    words = head_transform(model).words
     results: list[Any] = []
 
     def replacement(hidden: Tensor) -> Tensor:
         if results:
             raise RuntimeError(f"{type(base).__name__} calls its output head more than once")
-        result, anchor = fn(HeadInputs(hidden, head.weight, getattr(head, "bias", None)))
+        inputs = HeadInputs(hidden, head.weight, getattr(head, "bias", None))
+        result, anchor = fn(inputs.of_words(words))
         results.append(result)
         zeros = torch.zeros(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         return zeros + 0.0 * anchor.float().sum()
@@ -275,9 +289,13 @@ def candidate_transforms(config: Any) -> tuple[HeadTransform, ...]:
         readings(value) for name, readings in _SCALES.items() if (value := number(name)) is not None
     ]
     softcaps = [value for name in _SOFTCAPS if (value := number(name)) is not None]
+    unpadded = number(_WORDS)
+    words = () if unpadded is None else (int(unpadded),)
     transforms = []
-    for factors, softcap in itertools.product(itertools.product(*scales), (*softcaps, None)):
-        transforms.append(HeadTransform(math.prod(factors), softcap))
+    for factors, softcap, count in itertools.product(
+        itertools.product(*scales), (*softcaps, None), (*words, None)
+    ):
+        transforms.append(HeadTransform(math.prod(factors), softcap, count))
     return tuple(dict.fromkeys(transforms))
 
 
@@ -354,6 +372,16 @@ def _plain_tokens(config: Any, count: int) -> list[int]:
     return [plain[i % len(plain)] for i in range(count)]
 
 
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many positions a prompt-learning adapter may put before the tokens."""
+    configs = [
+        config
+        for module in model.modules()
+        for config in getattr(module, "peft_config", {}).values()
+    ]
+    return max((getattr(config, "num_virtual_tokens", None) or 0 for config in configs), default=0)
+
+
 def _probe(
     model: nn.Module,
     base: Any,
@@ -397,7 +425,14 @@ def _probe(
             "hidden @ weight.T + bias: largest difference "
             f"{(raw - linear).abs().max().item():.3g} at logits up to {raw.abs().max().item():.3g}"
         )
-    if logits.shape != ramp.shape:
+    positions, virtual = ramp.shape[-2], _virtual_tokens(model)
+    if positions not in (len(_PROBE_PEAKS), len(_PROBE_PEAKS) + virtual):
+        raise ValueError(
+            f"{type(base).__name__} calls its output head on {positions} positions for "
+            f"{len(_PROBE_PEAKS)} tokens; one a token is needed, as in a causal LM"
+        )
+    fitting = [each for each in candidates if each(ramp).shape == logits.shape]
+    if not fitting:
         raise ValueError(
             f"{type(base).__name__} returns logits of shape {list(logits.shape)} where its head "
             f"gives {list(ramp.shape)}"
@@ -411,14 +446,15 @@ def _probe(
         return ((logits - expected).abs() / (expected.abs() + 1e-4)).max().item()
 
     # The closest, not the first that passes: in bf16 a scale of 1.02 and its inverse both might.
-    closest = min(candidates, key=error)
+    closest = min(fitting, key=error)
     if error(closest) <= tolerance:
         return closest
-    worst = int((logits - candidates[0](ramp)).abs().argmax())
+    expected = fitting[0](ramp)
+    worst = int((logits - expected).abs().argmax())
+    raw_logit = ramp[..., : expected.shape[-1]].flatten()[worst].item()
     raise ValueError(
         f"the logits of {type(base).__name__} are not explained by its config: "
-        f"{candidates[0]} was read (and {len(candidates) - 1} other readings tried), which turns a "
-        f"raw logit of {ramp.flatten()[worst].item():.4g} into "
-        f"{candidates[0](ramp).flatten()[worst].item():.4g}, and the model turns it into "
-        f"{logits.flatten()[worst].item():.4g}"
+        f"{fitting[0]} was read (and {len(candidates) - 1} other readings tried), which turns a "
+        f"raw logit of {raw_logit:.4g} into {expected.flatten()[worst].item():.4g}, and the model "
+        f"turns it into {logits.flatten()[worst].item():.4g}"
     )

@@ -47,6 +47,16 @@ _DEEPSEEK = {
 # its heads are multiples of 64
 _XLSTM = {"hidden_size": 128, "num_heads": 2, "num_blocks": 2, "output_logit_soft_cap": _CAP}
 
+_INKLING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "rel_extent": 16,
+}
+
 IMAGE = 90  # the token that stands for an image, or for a part of one
 _CLIP = {
     "hidden_size": 16,
@@ -143,6 +153,12 @@ FAMILIES = [
         HeadTransform(softcap=0.25),
     ),
     Family("xLSTM", _XLSTM, HeadTransform(softcap=_CAP)),
+    # what pads the vocabulary of its head is cut off its logits
+    Family(
+        "Inkling2Text",
+        {**_INKLING, "unpadded_vocab_size": 95, **_CAPPED},
+        HeadTransform(softcap=_CAP, words=95),
+    ),
     Family("NanoChat", _CAPPED, HeadTransform(softcap=_CAP)),
     Family("Mamba", {"state_size": 8}),
 ]
