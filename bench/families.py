@@ -133,7 +133,77 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
     "is_decoder": True,
 }
-"""Sizes that are right for most; what else a class needs is in `OWN`."""
+
+# What a class needs besides: shapes that must fit one another, and layers of each kind.
+_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_OF_TEXT = {"text_config": {"rope_parameters": _MROPE}}
+_HALF_ROTARY = {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+_MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
+OWN: dict[str, dict[str, Any]] = {
+    "BailingHybridForCausalLM": _LINEAR_AND_FULL,
+    "BambaForCausalLM": {**_MAMBA_2, "attn_layer_indices": [1, 3]},
+    "BltForCausalLM": {"encoder_hash_byte_group_vocab": 97},
+    "CodeGenForCausalLM": {"rotary_dim": 4},
+    "CohereCompassForCausalLM": {"layer_types": ["full_attention"] * 4, "head_dim": 8},
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "Gemma3nForCausalLM": {
+        "intermediate_size": [48] * 4,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "Gemma4ForCausalLM": {"final_logit_softcapping": 0.5},
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
+    "GPTJForCausalLM": {"rotary_dim": 4},
+    "GraniteMoeHybridForCausalLM": _MAMBA_2,
+    "InklingForCausalLM": {"unpadded_vocab_size": 95},
+    "Inkling2ForCausalLM": {"unpadded_vocab_size": 95},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "KimiLinearForCausalLM": _LINEAR_AND_FULL,
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "Mistral4ForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "ReformerModelWithLMHead": {
+        "axial_pos_embds": False,
+        "attention_head_size": 8,
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 3,
+    },
+    "xLSTMForCausalLM": {"hidden_size": 128, "num_heads": 2},
+    "XmodForCausalLM": {"default_language": "en_XX"},
+    "Zamba2ForCausalLM": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "num_key_value_heads": 4,
+    },
+    "ZambaForCausalLM": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+    **dict.fromkeys(
+        (
+            *("PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration"),
+            *("Qwen2_5_VLForConditionalGeneration", "Glm46VForConditionalGeneration"),
+            *("Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"),
+        ),
+        _OF_TEXT,
+    ),
+    "Glm4vMoeForConditionalGeneration": {"text_config": {"rope_parameters": _HALF_ROTARY}},
+    "Cosmos3EdgeForConditionalGeneration": _OF_TEXT,
+    "CohereCompassForConditionalGeneration": {
+        "text_config": {"layer_types": ["full_attention"] * 4, "head_dim": 8}
+    },
+    "Glm5NextForConditionalGeneration": {"text_config": {"index_topk": 16}},
+}
 
 
 @dataclass
@@ -158,16 +228,12 @@ def small(config_class: Any, own: dict[str, Any]) -> Any:
     if "kv_lora_rank" in options:
         # Latent attention knows no groups of heads.
         options["num_key_value_heads"] = options.get("num_attention_heads", 4)
+    own = dict(own)
     for name in getattr(config_class, "sub_configs", {}):
         nested = getattr(default, name, None)
         if isinstance(nested, transformers.PreTrainedConfig):
-            options[name] = small(type(nested), own.get(name, {})).to_dict()
-    config = config_class(**merged(options, own))
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "mrope_section" in rope:
-        halves = int(config.head_dim * rope.get("partial_rotary_factor", 1)) // 2
-        rope["mrope_section"] = [halves - 2 * (halves // 3), halves // 3, halves // 3]
-    return config
+            options[name] = small(type(nested), own.pop(name, {})).to_dict()
+    return config_class(**{**options, **own})
 
 
 def build(model_class: Any, own: dict[str, Any]) -> nn.Module:
@@ -260,8 +326,6 @@ def main(argv: list[str]) -> int:
     print(dict(Counter(row.status for row in rows)))
     return int(any(row.status == "differs" for row in rows))
 
-
-OWN: dict[str, dict[str, Any]] = {}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
