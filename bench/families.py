@@ -1,17 +1,18 @@
-"""Build every causal LM of transformers tiny, and hold its log-probs against its own logits.
+"""Hold every causal LM of transformers, built tiny, to its own logits, and write the page of it.
 
 usage: python bench/families.py [--json FILE] [--page FILE] [NAME ...]
 
-Each class of transformers' auto mappings for causal LMs and for image and text to text is built at
-random with a hidden size of 32 or so, from its config's defaults with every size that has a known
-name made small, nested configs included. `prefkern.token_logprobs` and its gradients, of all
-parameters, are compared with log_softmax of the model's own logits, in float32 on text alone.
+Twice: the families of `tests/family_table.py`, whose caps and scales are chosen to bite, the models
+with images with and without one; and every class of transformers' auto mappings for causal LMs and
+for images with text, from its config's defaults with each size that has a known name made small,
+nested configs included, on text alone. `prefkern.token_logprobs` and its gradients, of all
+parameters, are compared with log_softmax of the model's own logits, in float32.
 
 A class ends as one of
-    agrees    its errors are within bounds
-    refused   prefkern says why it will not; never a wrong number
-    unread    the model itself does not run on text alone, or could not be built tiny by this script
-    differs   a wrong number without an error: exit status 1
+    agrees      its errors are within bounds
+    refused     prefkern says why it will not; never a wrong number
+    not run     the model does not run or train by itself on text alone, or was not built tiny here
+    differs     a wrong number without an error: exit status 1
 """
 
 from __future__ import annotations
@@ -19,35 +20,55 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 import family_table
+from family_table import FAMILIES, VISION, Family
 
 import prefkern
-from prefkern.models import head_transform
+from prefkern.cli.bench import environment
+from prefkern.models import HeadTransform, head_transform
 
 # Largest errors of a value, in nats, and of a gradient, relative to its parameter's largest.
 BOUNDS = {"value": 1e-4, "gradient": 1e-3}
-MOST_PARAMETERS = 20_000_000
+STATUSES = ("agrees", "refused", "not run", "differs")
+HEAD = """\
+# Model families
+
+Written by `{command}` on {date}; {versions}.
+
+Log-probs and gradients through prefkern against log_softmax of the model's own logits, in float32 on
+tiny models drawn at random. Value: the largest error of a token's log-prob, in nats. Gradient: the
+largest error of a parameter's gradient, relative to that parameter's largest, over all parameters.
+After the head: what was read off the config, and held against the model.
+
+## Families of the tests
+
+Caps are low and scales far from 1, so that one that is missed or misread would show.
+"""
+MOST_PARAMETERS = 150_000_000
 
 _HIDDEN, _WORDS = 32, 97
-# What a size is called in configs, and what it becomes.
+# What a size is called in configs, and what it becomes; `OWN` has what a class needs besides.
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "text_vocab_size", "n_vocab", "vocab_size_per_layer_input"), _WORDS),
+    **dict.fromkeys(
+        ("vocab_size", "text_vocab_size", "n_vocab", "vocab_size_per_layer_input"), _WORDS
+    ),
     **dict.fromkeys(
         (
             *("hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "dim", "width"),
@@ -132,6 +153,13 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.2,
     "is_decoder": True,
+    # What is done to logits, by numbers far from doing nothing.
+    "logits_scaling": 8.0,
+    "logit_scale": 0.0625,
+    "lm_head_multiplier": 0.25,
+    "output_multiplier": 0.25,
+    **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"), 0.5),
+    "unpadded_vocab_size": 95,
 }
 
 # What a class needs besides: shapes that must fit one another, and layers of each kind.
@@ -139,14 +167,21 @@ _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _OF_TEXT = {"text_config": {"rope_parameters": _MROPE}}
 _HALF_ROTARY = {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+_COMPASS = {
+    "layer_types": ["full_attention"] * 4,
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+}
 _MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
 OWN: dict[str, dict[str, Any]] = {
-    "BailingHybridForCausalLM": _LINEAR_AND_FULL,
+    "BailingHybridForCausalLM": {**_LINEAR_AND_FULL, "num_expert_group": 2},
     "BambaForCausalLM": {**_MAMBA_2, "attn_layer_indices": [1, 3]},
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": 97},
     "CodeGenForCausalLM": {"rotary_dim": 4},
-    "CohereCompassForCausalLM": {"layer_types": ["full_attention"] * 4, "head_dim": 8},
-    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
+    "CohereCompassForCausalLM": _COMPASS,
+    "ChameleonForConditionalGeneration": {
+        "vocabulary_map": {"<image>": 90, "IMGIMGAZ": 91, "IMGIMGBZ": 92}
+    },
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
     "Gemma3nForCausalLM": {
         "intermediate_size": [48] * 4,
         "num_kv_shared_layers": 0,
@@ -154,24 +189,40 @@ OWN: dict[str, dict[str, Any]] = {
         "laurel_rank": 8,
         "activation_sparsity_pattern": [0.0] * 4,
     },
-    "Gemma4ForCausalLM": {"final_logit_softcapping": 0.5},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
     "GPTJForCausalLM": {"rotary_dim": 4},
-    "GraniteMoeHybridForCausalLM": _MAMBA_2,
-    "InklingForCausalLM": {"unpadded_vocab_size": 95},
-    "Inkling2ForCausalLM": {"unpadded_vocab_size": 95},
+    "GraniteMoeHybridForCausalLM": {**_MAMBA_2, "layer_types": ["mamba", "attention"] * 2},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "KimiLinearForCausalLM": _LINEAR_AND_FULL,
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
-    "Mistral4ForCausalLM": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "Mistral4ForCausalLM": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+        },
+        "head_dim": 16,
+    },
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ple_embed_dim": 32,
+        "ngram_vocab_size_base": 97,
+        "hc_lowrank": 8,
+    },
     "ReformerModelWithLMHead": {
         "axial_pos_embds": False,
         "attention_head_size": 8,
         "attn_layers": ["local", "local"],
         "local_attn_chunk_length": 3,
     },
-    "xLSTMForCausalLM": {"hidden_size": 128, "num_heads": 2},
+    "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},
     "XmodForCausalLM": {"default_language": "en_XX"},
     "Zamba2ForCausalLM": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
@@ -197,11 +248,18 @@ OWN: dict[str, dict[str, Any]] = {
         ),
         _OF_TEXT,
     ),
+    "Granite4VisionForConditionalGeneration": {
+        "deepstack_layer_map": [[0, 0], [1, 2]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "vision_config": {"hidden_size": 64},
+        "downsample_rate": "1/2",
+    },
+    "HunYuanVLForConditionalGeneration": {
+        "text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}}
+    },
     "Glm4vMoeForConditionalGeneration": {"text_config": {"rope_parameters": _HALF_ROTARY}},
     "Cosmos3EdgeForConditionalGeneration": _OF_TEXT,
-    "CohereCompassForConditionalGeneration": {
-        "text_config": {"layer_types": ["full_attention"] * 4, "head_dim": 8}
-    },
+    "CohereCompassForConditionalGeneration": {"text_config": _COMPASS},
     "Glm5NextForConditionalGeneration": {"text_config": {"index_topk": 16}},
 }
 
@@ -209,8 +267,7 @@ OWN: dict[str, dict[str, Any]] = {
 @dataclass
 class Row:
     model: str
-    head: str  # which auto mapping
-    status: str
+    status: str = "not run"
     transform: str = ""
     value_error: float | None = None
     gradient_error: float | None = None
@@ -250,81 +307,156 @@ def build(model_class: Any, own: dict[str, Any]) -> nn.Module:
     return family_table.drawn(model_class(config).eval().float())
 
 
-def gradients(model: nn.Module, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
     weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
     model.zero_grad()
     (logps * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def measure(name: str, head: str) -> Row:
-    """One class against its own logits."""
-    row = Row(name, head, "unread")
-    model_class = getattr(transformers, name)
+def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], dict]]) -> Row:
+    """Fill a row: `made()` gives a model, its ids, mask and labels, and further inputs."""
     try:
-        model = build(model_class, OWN.get(name, {}))
-        ids, mask, labels = family_table.batch()
-        expected = family_table.oracle(model, ids, mask, labels)
+        model, batch, inputs = made()
+        expected = family_table.oracle(model, *batch, **inputs)
         theirs = gradients(model, expected)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001, what a model raises is a result
         row.why = reason(error)
         return row
     try:
-        actual = prefkern.token_logprobs(model, ids, mask, labels)
+        actual = prefkern.token_logprobs(model, *batch, **inputs)
         ours = gradients(model, actual)
-        row.transform = str(head_transform(model))
-    except Exception as error:
+        row.transform = described(head_transform(model))
+    except Exception as error:  # noqa: BLE001
         row.status, row.why = "refused", reason(error)
         return row
     row.value_error = (actual - expected).abs().max().item()
-    # Of one in which nothing but rounding remains, the model's largest is the measure.
-    largest = max(gradient.abs().max().item() for gradient in theirs.values())
+    # A parameter whose gradient is only rounding is measured by the model's largest.
+    floor = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
     row.gradient_error = max(
-        ((ours[each] - theirs[each]).abs().max() / max(theirs[each].abs().max(), 1e-3 * largest)).item()
+        ((ours[each] - theirs[each]).abs().max() / theirs[each].abs().max().clamp(min=floor)).item()
         if each in ours and each in theirs
         else float("inf")
         for each in ours.keys() | theirs.keys()
     )
+    # Written so that NaN differs.
     agrees = row.value_error <= BOUNDS["value"] and row.gradient_error <= BOUNDS["gradient"]
     row.status = "agrees" if agrees else "differs"
     return row
 
 
+def measure_class(name: str) -> Row:
+    model_class = getattr(transformers, name)
+
+    def made() -> tuple[nn.Module, tuple[Tensor, ...], dict]:
+        return build(model_class, OWN.get(name, {})), family_table.batch(), {}
+
+    return measure(Row(name), made)
+
+
+def measure_family(family: Family, has_image: bool) -> Row:
+    def made() -> tuple[nn.Module, tuple[Tensor, ...], dict]:
+        model = family_table.build(family)
+        if model is None:
+            raise ImportError(f"this transformers has no {family.name}")
+        ids, mask, labels = family_table.batch()
+        inputs = {}
+        if has_image:
+            ids, labels, inputs = family_table.with_image(family, ids, labels)
+        return model, (ids, mask, labels), inputs
+
+    return measure(Row(f"{family}, with an image" if has_image else str(family)), made)
+
+
 def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
-def classes() -> dict[str, str]:
-    """Every class of the auto mappings, once, and by which mapping it is found first."""
-    mappings = {
-        "causal LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "image and text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    }
-    found: dict[str, str] = {}
-    for head, names in mappings.items():
-        for name in names.values():
-            found.setdefault(name, head)
-    return found
+def described(transform: HeadTransform) -> str:
+    parts = []
+    if transform.logit_scale != 1:
+        parts.append(f"scale {transform.logit_scale:g}")
+    if transform.softcap is not None:
+        parts.append(f"softcap {transform.softcap:g}")
+    if transform.words is not None:
+        parts.append(f"the first {transform.words} words")
+    return ", ".join(parts)
+
+
+def classes() -> list[str]:
+    """Every class of the auto mappings, once."""
+    names = [
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    ]
+    return list(dict.fromkeys(names))
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    rows = report["classes"]
+    by_status = {status: [row for row in rows if row["status"] == status] for status in STATUSES}
+    counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    agreed = sorted(by_status["agrees"], key=lambda row: (not row["transform"], row["model"]))
+    lines = [
+        HEAD.format(command=report["command"], date=report["date"][:10], versions=versions),
+        *_table(("family", "after the head", "value", "gradient"), report["families"]),
+        f"\n## Every class of the auto mappings\n\n{len(rows)} classes: {counts}.\n",
+        *_table(("class", "after the head", "value", "gradient"), agreed),
+    ]
+    for status, title in (("differs", "Wrong"), ("refused", "Refused"), ("not run", "Not run")):
+        if by_status[status]:
+            lines += [f"\n### {title}\n", "| class | why |", "|---|---|"]
+            lines += [
+                f"| {row['model']} | {row['why'].replace('|', chr(92) + '|')} |"
+                for row in by_status[status]
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        errors = (row["value_error"], row["gradient_error"])
+        cells = [row["model"], row["transform"]]
+        cells += [row["status"] if error is None else f"{error:.0e}" for error in errors]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="classes; default: all of them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
-    args = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    # Configs of tiny models are told a lot about their tokens.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    families = []
+    if not arguments.names:
+        families = [measure_family(family, False) for family in (*FAMILIES, *VISION)]
+        families += [measure_family(family, True) for family in VISION]
     rows = []
-    for name, head in classes().items():
-        if args.names and name not in args.names:
-            continue
-        row = measure(name, head)
-        rows.append(row)
-        print(f"{row.model:45} {row.status:8} {row.why}", flush=True)
-    print(dict(Counter(row.status for row in rows)))
-    return int(any(row.status == "differs" for row in rows))
+    for name in arguments.names or classes():
+        rows.append(measure_class(name))
+        print(f"{name:45} {rows[-1].status:8} {rows[-1].why}", flush=True)
+    print(dict(Counter(row.status for row in [*families, *rows])))
+    command = shlex.join(["python", "bench/families.py", *argv])
+    report = environment(torch.device("cpu"), command) | {
+        "bounds": BOUNDS,
+        "families": [asdict(row) for row in families],
+        "classes": [asdict(row) for row in rows],
+    }
+    if arguments.json:
+        # A row a line.
+        text = json.dumps(report).replace('{"model"', '\n{"model"')
+        arguments.json.write_text(text + "\n")
+    if arguments.page:
+        arguments.page.write_text(page(report))
+    return int(any(row.status == "differs" for row in [*families, *rows]))
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def with_image(
-    family: Family, model: nn.Module, ids: Tensor, labels: Tensor
+    family: Family, ids: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """ids and labels with a picture in the first row, and what the model needs to see it."""
     picture = slice(1, 1 + family.image_tokens)

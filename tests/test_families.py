@@ -58,7 +58,7 @@ def test_values_and_all_gradients_equal_the_models_own(family: Family) -> None:
 def test_a_picture_among_the_tokens(family: Family) -> None:
     model = family_table.build(family)
     ids, mask, labels = family_table.batch()
-    ids, labels, inputs = family_table.with_image(family, model, ids, labels)
+    ids, labels, inputs = family_table.with_image(family, ids, labels)
     _agree(family, model, ids, mask, labels, **inputs)
     seen = [n for n, p in model.named_parameters() if "vis" in n and p.grad is not None]
     assert seen  # the picture was looked at
