@@ -190,6 +190,15 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
 
     Raises RuntimeError if the forward does not call its head once.
     """
+    result, output = head_forward(model, inputs, fn)
+    return result, output.logits.sum()
+
+
+def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tuple[Any, Any]:
+    """As `forward_with_head`, returning what the model returned, in which logits are [B, T, 1].
+
+    Their sum is the scalar that `forward_with_head` speaks of.
+    """
     base, head = find_head(model)
     words = head_transform(model).words
     results: list[Any] = []
@@ -207,7 +216,7 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
         output = model(**_without_cache(base, inputs))
     if not results:
         raise _uncalled(base, head)
-    return results[0], output.logits.sum()
+    return results[0], output
 
 
 def unwrap(model: Any) -> Any:

@@ -50,6 +50,7 @@ from prefkern.models import (
     align_labels,
     find_head,
     forward_with_head,
+    head_forward,
     head_transform,
     unwrap,
 )
@@ -62,6 +63,7 @@ from prefkern.preparation import (
     is_trained_adapter,
     load_model,
 )
+from prefkern.routers import RouterLoss
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,7 @@ class PreferenceTrainer(ItemTrainer):
             raise ValueError("the tokenizer has neither a pad nor an eos token; set pad_token")
         model = adapt(model, peft_config, args)
         find_head(model)
+        self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
 
         self._tokenizer = tokenizer
         self.dataset_reports: dict[str, DatasetReport] = {}
@@ -317,7 +320,7 @@ class PreferenceTrainer(ItemTrainer):
             options["desirable"] = inputs["desirable"]
             options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
-        return _fused_forward(model, inputs, self.loss_fn, **options)
+        return _fused_forward(model, inputs, self.loss_fn, self._router_loss, **options)
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
         # Models are wrapped in autocast only once training starts; sums computed before count too.
@@ -333,6 +336,7 @@ class PreferenceTrainer(ItemTrainer):
                 model,
                 inputs,
                 self._sum_fn,
+                RouterLoss(),
                 ref_logps=zeros,
                 desirable=zeros.bool(),
                 mismatched_log_ratios=zeros,
@@ -379,7 +383,8 @@ class PreferenceTrainer(ItemTrainer):
                     f"({head_transform(policy)} and {head_transform(model)}): their distributions "
                     "cannot be compared in one pass"
                 )
-            states, _ = forward_with_head(model, _model_inputs(inputs), keep)
+            unrouted = RouterLoss().asked_of(model)
+            states, _ = forward_with_head(model, {**_model_inputs(inputs), **unrouted}, keep)
         return states
 
     @contextmanager
@@ -566,7 +571,11 @@ def _check_needs(needs: _Needs, args: PreferenceConfig) -> None:
 
 
 def _fused_forward(
-    model: nn.Module, inputs: dict[str, Any], loss_fn: FusedPreferenceLoss, **options: Any
+    model: nn.Module,
+    inputs: dict[str, Any],
+    loss_fn: FusedPreferenceLoss,
+    router_loss: RouterLoss,
+    **options: Any,
 ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
     """Run `loss_fn` inside the model's forward: its output, and the loss to differentiate."""
     transform = head_transform(model)
@@ -585,8 +594,10 @@ def _fused_forward(
         )
         return outputs, outputs.loss
 
-    outputs, zero = forward_with_head(model, _model_inputs(inputs), score)
-    return outputs, outputs.loss + zero
+    model_inputs = {**_model_inputs(inputs), **router_loss.asked_of(model)}
+    outputs, returned = head_forward(model, model_inputs, score)
+    outputs = router_loss.added_to(outputs, returned)
+    return outputs, outputs.loss + returned.logits.sum()
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
