@@ -31,15 +31,21 @@ def mixture(family: str = "Mixtral", **options):
     return tiny.model(family, **FAMILIES[family], **options)
 
 
-def _eager(model, batch: dict, coefficient: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """DPO's first loss at beta 0.1 from the model's logits, with its own load-balancing loss."""
+def first_dpo_loss(model, batch: dict, coefficient: float = 0.0):
+    """DPO's first loss at beta 0.1 from the model's logits, and what the model returned.
+
+    Its own load-balancing loss is added, times a coefficient that is not 0.
+    """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    output = model(**inputs, output_router_logits=True)
+    if coefficient:
+        inputs["output_router_logits"] = True
+    output = model(**inputs)
     labels = batch["labels"][:, 1:]
     picked = output.logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])
     sums = (picked[..., 0] * (labels != -100)).sum(1)
     chosen, rejected = (sums - sums.detach()).chunk(2)  # the reference is the initial model
-    return -F.logsigmoid(0.1 * (chosen - rejected)).mean() + coefficient * output.aux_loss, output
+    loss = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+    return (loss + coefficient * output.aux_loss if coefficient else loss), output
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +54,7 @@ def test_loss_and_gradients_are_the_models_own(tmp_path: Path, family: str) -> N
     run = trainer(tmp_path, model=model, objective="dpo", beta=0.1)
     batch = next(iter(run.get_train_dataloader()))
     assert (batch["attention_mask"] == 0).any()  # padding is not routed
-    expected, output = _eager(model, batch, 0.7)
+    expected, output = first_dpo_loss(model, batch, 0.7)
     if family == "GraniteMoe" and output.aux_loss == 0:
         # transformers 5.17 does not find its router's logits: its own loss is silently without.
         with pytest.raises(ValueError, match="returned none"):
