@@ -41,6 +41,7 @@ from prefkern.data import (
     tokenize_preferences,
     without_unused,
 )
+from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.metrics import item_values, means, per_item
@@ -134,6 +135,7 @@ class PreferenceTrainer(ItemTrainer):
         _check_needs(self._objective_needs, args)
         for name, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
             self._check_columns(dataset, name)
+        check_liger(args, args.device)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
         model = load_model(model, args) if isinstance(model, str) else model
@@ -179,6 +181,7 @@ class PreferenceTrainer(ItemTrainer):
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
         self.ref_model = ref_model
+        apply_liger(args, *(each for each in (model, ref_model) if each is not None))
         collator = (
             PreferenceCollator(pad_token_id, args.pad_to_multiple_of)
             if is_paired

@@ -1,0 +1,1 @@
+"""prefkern inside other libraries, and other libraries' kernels beside prefkern's."""
