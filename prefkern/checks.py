@@ -145,6 +145,12 @@ def number(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 
+def not_negative(name: str, value: float) -> None:
+    number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value!r}")
+
+
 def positive(name: str, value: float) -> None:
     number(name, value)
     if value <= 0:

@@ -109,6 +109,13 @@ class PreferenceConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Set every dropout to 0, in policy and reference."}
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a mixture of experts' load-balancing loss. Default: the model's own "
+            "if its config has output_router_logits on, else 0."
+        },
+    )
     token_metrics: bool = field(
         default=True, metadata={"help": "Log entropy, mean logits and token accuracy."}
     )
@@ -129,6 +136,8 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
         if self.workspace_mb is not None:
             checks.positive("workspace_mb", self.workspace_mb)
+        if self.router_aux_loss_coef is not None:
+            checks.not_negative("router_aux_loss_coef", self.router_aux_loss_coef)
         if self.backend is not None and self.backend not in BACKENDS:
             known = ", ".join(map(repr, BACKENDS))
             raise ValueError(f"backend must be None or one of {known}, got {self.backend!r}")

@@ -15,15 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from prefkern.loss import FusedPreferenceLoss
-from prefkern.models import (
-    IGNORE_INDEX,
-    HeadInputs,
-    align_labels,
-    forward_with_head,
-    head_transform,
-)
+from prefkern.models import IGNORE_INDEX, HeadInputs, align_labels, head_forward, head_transform
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.packing import packed_inputs
+from prefkern.routers import RouterLoss
 
 # What a batch has for the loss, and not for the model.
 _OF_THE_LOSS = ("labels", "ref_logps", "reward_margins", "desirable")
@@ -31,7 +26,12 @@ MISMATCHED = "mismatched_"
 
 
 def preference_outputs(
-    model: nn.Module, batch: Mapping[str, Any], loss_fn: FusedPreferenceLoss, **options: Any
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss_fn: FusedPreferenceLoss,
+    *,
+    router_loss: RouterLoss | None = None,
+    **options: Any,
 ) -> PreferenceOutput | UnpairedOutput:
     """Run a loss inside a model's forward, with no logits in memory.
 
@@ -44,6 +44,8 @@ def preference_outputs(
             rejected), `attention_mask` and whatever else the model's forward takes; or packed,
             `input_ids` and `labels` [1, M] and `cu_seqlens` [2B + 1].
         loss_fn: a `prefkern.FusedPreferenceLoss` with -100 as its `ignore_index`.
+        router_loss: what a mixture of experts' load-balancing loss counts for; None: what the
+            model's config says.
         options: further keywords of its call, first of all `ref_logps` ([2B]) or `reward_margins`
             ([B]). Those that the batch carries are not passed on by themselves: an objective may
             have no use for them.
@@ -60,8 +62,9 @@ def preference_outputs(
             f"loss_fn must have ignore_index={IGNORE_INDEX}, which a model's labels and the last "
             f"token of each sequence have; got {loss_fn.ignore_index}"
         )
+    router_loss = RouterLoss.of(model) if router_loss is None else router_loss
     transform = head_transform(model)
-    inputs = model_inputs(model, batch)
+    inputs = {**model_inputs(model, batch), **router_loss.asked_of(model)}
     cu_seqlens = batch.get("cu_seqlens")
     labels = align_labels(batch["labels"], cu_seqlens)
 
@@ -81,8 +84,9 @@ def preference_outputs(
         )
         return outputs, outputs.loss
 
-    outputs, zero = forward_with_head(model, inputs, score)
-    return replace(outputs, loss=outputs.loss + zero)
+    outputs, returned = head_forward(model, inputs, score)
+    outputs = router_loss.added_to(outputs, returned)
+    return replace(outputs, loss=outputs.loss + returned.logits.sum())
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,14 @@ class HeadInputs:
         lora_hidden = None if self.lora_hidden is None else real(self.lora_hidden)
         return replace(self, hidden=real(self.hidden), lora_hidden=lora_hidden)
 
+    def of_words(self, count: int | None) -> HeadInputs:
+        """Those of the first `count` words: what pads a head's vocabulary may be no logit."""
+        if count is None:
+            return self
+        bias = None if self.bias is None else self.bias[:count]
+        lora_weight = None if self.lora_weight is None else self.lora_weight[:count]
+        return replace(self, weight=self.weight[:count], bias=bias, lora_weight=lora_weight)
+
     def adapter(self) -> dict[str, Any]:
         """Keyword arguments of the operator and the loss; empty where there is no adapter."""
         if self.lora_hidden is None or self.lora_weight is None:

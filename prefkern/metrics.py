@@ -96,6 +96,7 @@ def _of_responses(out: UnpairedOutput, cu_seqlens: Tensor | None) -> dict[str, T
         "logps/chosen": per_item(out.logps * desirable, desirable),
         "logps/rejected": per_item(out.logps * (1 - desirable), 1 - desirable),
         "kl": per_item(out.reference_point.expand_as(out.losses)),
+        **{name: per_item(value) for name, value in out.metrics.items()},
     }
     if out.token_stats is not None:
         values |= _of_tokens(out.token_stats, out.lengths, out.desirable, cu_seqlens)

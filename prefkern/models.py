@@ -9,7 +9,7 @@ What a family does after its head is read off the config: a scale (Cohere, Grani
 and a tanh softcap (Gemma 2, ...). Names do not settle it, since Granite divides by `logits_scaling`,
 HyperCLOVA X multiplies by it and MiniCPM3 applies it before the head. So each reading is held once
 per model against the model itself: a forward of four tokens in which the head returns a known ramp
-of logits up to +-100, and the model's output has to be that ramp transformed. If no reading
+of float32 logits up to +-100, and the model's output has to be that ramp transformed. If no reading
 explains it, that is an error, never a wrong number.
 
 The zeros carry the autograd graph. Added to the loss they change nothing, but the loss then depends
@@ -43,7 +43,8 @@ _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
     "output_multiplier": lambda s: (s, 1.0),
     "logits_scaling": lambda s: (1 / s, s, 1.0),
 }
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_WORDS = "unpadded_vocab_size"
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # Each of the probe's four tokens gets a ramp of logits from -p to p, backwards for negative p.
 _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
@@ -54,13 +55,17 @@ Score = Callable[[HeadInputs], tuple[Any, Tensor]]
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What a model does to its raw logits z: `z * logit_scale`, then `softcap * tanh(z / softcap)`."""
+    """What a model does to its raw logits z: `z * logit_scale`, then `softcap * tanh(z / softcap)`.
+
+    `words` is how many of the head's words it does that to and keeps; None: all of them.
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
+    words: int | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        scaled = raw * self.logit_scale
+        scaled = raw[..., : self.words] * self.logit_scale
         if self.softcap is None:
             return scaled
         return self.softcap * torch.tanh(scaled / self.softcap)
@@ -180,13 +185,23 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
 
     Raises RuntimeError if the forward does not call its head once.
     """
+    result, output = head_forward(model, inputs, fn)
+    return result, output.logits.sum()
+
+
+def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tuple[Any, Any]:
+    """As `forward_with_head`, returning what the model returned, in which logits are [B, T, 1].
+
+    Their sum is the scalar that `forward_with_head` speaks of.
+    """
     base, head = find_head(model)
+    words = head_transform(model).words
     results: list[Any] = []
 
     def replacement(hidden: Tensor) -> Tensor:
         if results:
             raise RuntimeError(f"{type(base).__name__} calls its output head more than once")
-        result, anchor = fn(heads.read(head, hidden))
+        result, anchor = fn(heads.read(head, hidden).of_words(words))
         results.append(result)
         zeros = torch.zeros(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         return zeros + 0.0 * anchor.float().sum()
@@ -195,7 +210,7 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
         output = model(**_without_cache(base, inputs))
     if not results:
         raise _uncalled(base, head)
-    return results[0], output.logits.sum()
+    return results[0], output
 
 
 def unwrap(model: Any) -> Any:
@@ -269,9 +284,13 @@ def candidate_transforms(config: Any) -> tuple[HeadTransform, ...]:
         readings(value) for name, readings in _SCALES.items() if (value := number(name)) is not None
     ]
     softcaps = [value for name in _SOFTCAPS if (value := number(name)) is not None]
+    unpadded = number(_WORDS)
+    words = () if unpadded is None else (int(unpadded),)
     transforms = []
-    for factors, softcap in itertools.product(itertools.product(*scales), (*softcaps, None)):
-        transforms.append(HeadTransform(math.prod(factors), softcap))
+    for factors, softcap, count in itertools.product(
+        itertools.product(*scales), (*softcaps, None), (*words, None)
+    ):
+        transforms.append(HeadTransform(math.prod(factors), softcap, count))
     return tuple(dict.fromkeys(transforms))
 
 
@@ -320,6 +339,26 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
+def _plain_tokens(config: Any, count: int) -> list[int]:
+    """Words to which a config gives no meaning of their own, such as to stand for an image."""
+    text_config = config.get_text_config()
+    values = [*vars(config).values(), *vars(text_config).values()]
+    named = {value for value in values if isinstance(value, int)}
+    words = range(min(count + len(named), text_config.vocab_size))
+    plain = [word for word in words if word not in named] or [0]
+    return [plain[i % len(plain)] for i in range(count)]
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many positions a prompt-learning adapter may put before the tokens."""
+    configs = [
+        config
+        for module in model.modules()
+        for config in getattr(module, "peft_config", {}).values()
+    ]
+    return max((getattr(config, "num_virtual_tokens", None) or 0 for config in configs), default=0)
+
+
 def _probe(
     model: nn.Module,
     base: Any,
@@ -329,8 +368,7 @@ def _probe(
     """The candidate that explains the model's logits best, if it explains them."""
     embeddings = base.get_input_embeddings()
     device = embeddings.weight.device
-    vocabulary = base.config.get_text_config().vocab_size
-    ids = torch.arange(len(_PROBE_PEAKS), device=device)[None] % vocabulary
+    ids = torch.tensor([_plain_tokens(base.config, len(_PROBE_PEAKS))], device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     seen: dict[str, Tensor] = {}
 
@@ -347,9 +385,10 @@ def _probe(
                 seen["linear"] = seen["linear"] + term
             # Prompt-learning adapters add positions, hence the modulo.
             peaks = torch.tensor(_PROBE_PEAKS, device=raw.device)
-            peaks = peaks[torch.arange(raw.shape[1], device=raw.device) % len(peaks)]
+            peaks = peaks[torch.arange(raw.shape[-2], device=raw.device) % len(peaks)]
             ramp = peaks[:, None] * torch.linspace(-1, 1, raw.shape[-1], device=raw.device)
-            seen["ramp"] = ramp.to(raw.dtype).expand_as(raw)
+            # In float32 whatever the model's dtype: in bf16 a factor of 1.05 would pass as rounding.
+            seen["ramp"] = ramp.expand_as(raw)
             # A copy, since some models transform their logits in place.
             return seen["ramp"].clone()
 
@@ -358,20 +397,29 @@ def _probe(
     if not seen:
         raise _uncalled(base, head)
 
-    raw, linear, ramp = seen["raw"].float(), seen["linear"].float(), seen["ramp"].float()
-    # The model rounds at each of its few steps, in the dtype of its logits.
-    tolerance = max(8 * torch.finfo(seen["raw"].dtype).eps, 1e-5)
-    if not (raw - linear).abs().max() <= tolerance * raw.abs().max():
+    raw, linear, ramp = seen["raw"].float(), seen["linear"].float(), seen["ramp"]
+    # Two ways to one product, each rounded in the head's dtype.
+    rounding = max(8 * torch.finfo(seen["raw"].dtype).eps, 1e-5)
+    if not (raw - linear).abs().max() <= rounding * raw.abs().max():
         raise ValueError(
             f"the output head of {type(base).__name__} ({type(head).__name__}) does not compute "
             "hidden @ weight.T + bias (and a LoRA term): largest difference "
             f"{(raw - linear).abs().max().item():.3g} at logits up to {raw.abs().max().item():.3g}"
         )
-    if logits.shape != ramp.shape:
+    positions, virtual = ramp.shape[-2], _virtual_tokens(model)
+    if positions not in (len(_PROBE_PEAKS), len(_PROBE_PEAKS) + virtual):
+        raise ValueError(
+            f"{type(base).__name__} calls its output head on {positions} positions for "
+            f"{len(_PROBE_PEAKS)} tokens; one a token is needed, as in a causal LM"
+        )
+    fitting = [each for each in candidates if each(ramp).shape == logits.shape]
+    if not fitting:
         raise ValueError(
             f"{type(base).__name__} returns logits of shape {list(logits.shape)} where its head "
             f"gives {list(ramp.shape)}"
         )
+    # The model rounds at each of its few steps, in the dtype of its logits.
+    tolerance = max(8 * torch.finfo(logits.dtype).eps, 1e-5)
     logits = logits.float()
 
     def error(candidate: HeadTransform) -> float:
@@ -379,14 +427,15 @@ def _probe(
         return ((logits - expected).abs() / (expected.abs() + 1e-4)).max().item()
 
     # The closest, not the first that passes: in bf16 a scale of 1.02 and its inverse both might.
-    closest = min(candidates, key=error)
+    closest = min(fitting, key=error)
     if error(closest) <= tolerance:
         return closest
-    worst = int((logits - candidates[0](ramp)).abs().argmax())
+    expected = fitting[0](ramp)
+    worst = int((logits - expected).abs().argmax())
+    raw_logit = ramp[..., : expected.shape[-1]].flatten()[worst].item()
     raise ValueError(
         f"the logits of {type(base).__name__} are not explained by its config: "
-        f"{candidates[0]} was read (and {len(candidates) - 1} other readings tried), which turns a "
-        f"raw logit of {ramp.flatten()[worst].item():.4g} into "
-        f"{candidates[0](ramp).flatten()[worst].item():.4g}, and the model turns it into "
-        f"{logits.flatten()[worst].item():.4g}"
+        f"{fitting[0]} was read (and {len(candidates) - 1} other readings tried), which turns a "
+        f"raw logit of {raw_logit:.4g} into {expected.flatten()[worst].item():.4g}, and the model "
+        f"turns it into {logits.flatten()[worst].item():.4g}"
     )

@@ -81,5 +81,6 @@ class UnpairedOutput:
     lengths: Tensor  # (S,) int64, scored tokens
     desirable: Tensor  # (S,) bool
     reference_point: Tensor  # scalar, KTO's z0
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # (S,) each
     token_stats: TokenStats | None = None
     plan: Plan | None = None

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.utils.import_utils import is_peft_available
 
 from prefkern.config import PreferenceConfig
@@ -19,8 +28,17 @@ _DROPOUTS = ("dropout", "pdrop", "layerdrop")
 
 
 def load_model(name: str, args: PreferenceConfig, **defaults: Any) -> Any:
-    """A causal LM by name or path, in float32 unless arguments or `defaults` say otherwise."""
+    """A causal LM by name or path, in float32 unless arguments or `defaults` say otherwise.
+
+    It may be one that takes images as well, of which the text is trained.
+    """
     kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
+    # Keywords that are the model's and not the config's are of no matter to its kind.
+    config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+    kind = type(config)
+    takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if takes_images and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
     return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
 

@@ -35,6 +35,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from prefkern.collate import PreferenceCollator
 from prefkern.config import refuse_batches_by_length
 from prefkern.data import check_columns, tokenize_preferences
+from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
 from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 
@@ -172,6 +173,8 @@ class RewardTrainer(ItemTrainer):
             args.eval_strategy = IntervalStrategy.NO
         else:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        check_liger(args, args.device)
+        apply_liger(args, model)
         # The tokenizer is not given to Trainer, which would let it override the model's pad token.
         super().__init__(
             model=model,

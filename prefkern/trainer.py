@@ -48,6 +48,7 @@ from prefkern.data import (
 )
 from prefkern.forward import MISMATCHED, model_inputs, preference_outputs
 from prefkern.heads import has_low_rank_term
+from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
     IGNORE_INDEX,
@@ -69,6 +70,7 @@ from prefkern.preparation import (
     load_model,
 )
 from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
+from prefkern.routers import RouterLoss
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +142,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         _check_needs(self._objective_needs, args)
         for name, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
             self._check_columns(dataset, name)
+        check_liger(args, args.device)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
         model = load_model(model, args) if isinstance(model, str) else model
@@ -154,6 +157,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             raise ValueError("the tokenizer has neither a pad nor an eos token; set pad_token")
         model = adapt(model, peft_config, args)
         find_head(model)
+        self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
 
         self._tokenizer = tokenizer
         self.dataset_reports: dict[str, DatasetReport] = {}
@@ -187,6 +191,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
         self.ref_model = ref_model
+        apply_liger(args, *(each for each in (model, ref_model) if each is not None))
         layout = (pad_token_id, args.pad_to_multiple_of)
         collator = (
             PreferenceCollator(*layout, padding_free=args.padding_free)
@@ -279,7 +284,9 @@ class PreferenceTrainer(ObjectiveTrainer):
             options["desirable"] = inputs["desirable"]
             options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
-        outputs = preference_outputs(model, inputs, self.loss_fn, **options)
+        outputs = preference_outputs(
+            model, inputs, self.loss_fn, router_loss=self._router_loss, **options
+        )
         return outputs, outputs.loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
@@ -296,6 +303,7 @@ class PreferenceTrainer(ObjectiveTrainer):
                 model,
                 inputs,
                 self._sum_fn,
+                router_loss=RouterLoss(),
                 ref_logps=zeros,
                 desirable=zeros.bool(),
                 mismatched_log_ratios=zeros,
@@ -328,7 +336,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         cu_seqlens = inputs.get("cu_seqlens")
         labels = align_labels(inputs["labels"], cu_seqlens)
         with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
-            inputs = model_inputs(model, inputs)
+            inputs = {**model_inputs(model, inputs), **RouterLoss().asked_of(model)}
             return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
 
     @contextmanager

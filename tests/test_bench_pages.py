@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))
 
+import families
 import plans
 import readme
 
@@ -110,3 +112,34 @@ def test_the_page_of_training_is_of_its_results() -> None:
     broken["ranks"][2]["worst"] = float("nan")
     broken["adapter"][0]["dB"] = 1e-3
     assert len(training.misses(broken)) == 4
+
+
+def test_a_family_is_agreed_with_refused_or_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = families.measure_class("GraniteForCausalLM")
+    assert (row.status, row.transform) == ("agrees", "scale 0.125")
+    assert row.value_error is not None and row.value_error < 1e-5
+    assert row.gradient_error is not None and 0 < row.gradient_error < 1e-5
+    refused = families.measure_class("ProphetNetForCausalLM")
+    assert refused.status == "refused" and "[1, 2, 4, 97]" in refused.why
+    assert "pixel_values" in families.measure_class("BlipForConditionalGeneration").why
+
+    # A wrong reading that raises nothing is found, in values and in gradients alone.
+    right = families.prefkern.token_logprobs
+    for wrong in (
+        lambda *batch: 1.001 * right(*batch),
+        lambda *batch: right(*batch) + 0.01 * (each := right(*batch)) - 0.01 * each.detach(),
+        lambda *batch: right(*batch) * torch.nan,
+    ):
+        monkeypatch.setattr(families.prefkern, "token_logprobs", wrong)
+        assert families.measure_class("GraniteForCausalLM").status == "differs"
+
+
+def test_the_page_of_families_is_the_result_s() -> None:
+    report = json.loads((ROOT / "bench/results/families-cpu.json").read_text())
+    assert families.page(report) == (ROOT / "bench/FAMILIES.md").read_text()
+    rows = report["classes"] + report["families"]
+    assert {row["status"] for row in rows} <= {"agrees", "refused", "not run"}
+    assert sum(row["status"] == "agrees" for row in rows) > 250
+    assert all(row["status"] == "agrees" for row in report["families"])
+    for row in rows:
+        assert row["status"] != "agrees" or row["value_error"] <= report["bounds"]["value"]

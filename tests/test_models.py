@@ -7,88 +7,13 @@ import copy
 import pytest
 import tiny
 import torch
+from family_table import batch as _batch
+from family_table import oracle as _oracle
 from torch import nn
 
 import prefkern
 from prefkern import models
-from prefkern.models import HeadTransform, head_transform
-
-_MLA = {
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "num_key_value_heads": 4,
-}
-
-# family, options, the transform that its config must be read as
-FAMILIES = [
-    ("Llama", {}, HeadTransform()),
-    ("Llama", {"tie_word_embeddings": True}, HeadTransform()),
-    ("GPT2", {}, HeadTransform()),
-    ("Phi", {}, HeadTransform()),  # a head with a bias
-    ("Gemma2", {"final_logit_softcapping": 2.0}, HeadTransform(softcap=2.0)),
-    ("Cohere", {"logit_scale": 0.0625}, HeadTransform(logit_scale=0.0625)),
-    ("Granite", {"logits_scaling": 8.0}, HeadTransform(logit_scale=0.125)),
-    # divides before its head, so that the head's input needs no scale
-    ("MiniCPM3", {**_MLA, "dim_model_base": 16}, HeadTransform()),
-    ("HyperCLOVAX", {"logits_scaling": 0.5}, HeadTransform(logit_scale=0.5)),
-    ("Mixtral", {"num_local_experts": 4}, HeadTransform()),
-]
-IDS = [f"{family}-{i}" for i, (family, _, _) in enumerate(FAMILIES)]
-
-
-def _build(family: str, options: dict) -> nn.Module:
-    import transformers
-
-    if not hasattr(transformers, f"{family}Config"):
-        pytest.skip(f"this transformers has no {family}")
-    return tiny.model(family, **options)
-
-
-def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, mask (rows of 9, 6 and 4 tokens, padded on the right) and labels with a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, tiny.VOCAB_SIZE, (3, 9), generator=generator)
-    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :2] = -100
-    return ids.masked_fill(mask == 0, 0), mask, labels
-
-
-def _oracle(model: nn.Module, ids, mask, labels, temperature: float = 1.0) -> torch.Tensor:
-    """log_softmax of the model's own logits, gathered at the labels."""
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float() / temperature
-    targets = labels[:, 1:]
-    picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets == -100, 0.0, picked)
-
-
-@pytest.mark.parametrize(("family", "options", "transform"), FAMILIES, ids=IDS)
-def test_values_and_all_gradients_equal_the_models_own(family, options, transform):
-    model = _build(family, options)
-    ids, mask, labels = _batch()
-    weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-
-    expected = _oracle(model, ids, mask, labels)
-    (expected * weights).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    actual = prefkern.token_logprobs(model, ids, mask, labels)
-    (actual * weights).sum().backward()
-
-    assert actual.dtype == torch.float32
-    assert expected.abs().max() > 1  # the case says something
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
-    assert prefkern.last_plan().backend == "torch"
-    assert {n for n, p in model.named_parameters() if p.grad is not None} == set(gradients)
-    for name, parameter in model.named_parameters():
-        if name in gradients:
-            torch.testing.assert_close(
-                parameter.grad, gradients[name], atol=2e-5, rtol=2e-4, msg=lambda m, n=name: n + m
-            )
-    if transform is not None:
-        assert head_transform(model) == transform
+from prefkern.models import head_transform
 
 
 def test_no_logits_are_made():
@@ -265,11 +190,57 @@ def test_transform_that_the_config_does_not_tell_is_an_error(family, dtype):
         message = r"logit_scale=0\.07.* other readings .*model turns it into"
     else:
         hidden_cap = model.config.final_logit_softcapping
-        forward = model.forward
-        model.forward = lambda **kw: _with_logits(forward(**kw), lambda z: z + 0.1 * z)
+        _change_logits(model, lambda z: 1.01 * z)
         message = rf"softcap={hidden_cap}.*model turns it into"
     with pytest.raises(ValueError, match=message):
         prefkern.token_logprobs(model, torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z: 1.02 * z, "turns it into"),
+        (lambda z: (1.1 * z).to(torch.bfloat16), "turns it into"),
+        (lambda z: z + 0.01, "turns it into"),
+        (lambda z: z.flip(-1), "turns it into"),
+        (lambda z: torch.roll(z, 1, dims=-1), "turns it into"),
+        (lambda z: z.roll(1, dims=1), "turns it into"),
+        (lambda z: z.index_fill(-1, torch.tensor([7]), -torch.inf), "model turns it into -inf"),
+        (lambda z: z.index_fill(-1, torch.tensor([7]), torch.nan), "turns it into"),
+        (lambda z: torch.cat([z[..., 1:2], z[..., 1:]], -1), "turns it into"),
+        (lambda z: z.clamp(max=90.0), "turns it into 90"),
+        (lambda z: 50 * torch.tanh(z / 50), "turns it into"),
+        (lambda z: z.log_softmax(-1), "turns it into"),
+        (lambda z: z[..., :90], r"logits of shape \[1, 4, 90\] where its head gives \[1, 4, 97\]"),
+        (lambda z: z[:, -1:], r"logits of shape \[1, 1, 97\]"),
+    ],
+    ids=[
+        *("scale", "scale, rounded", "offset", "flipped words", "rolled words", "rolled tokens"),
+        *("masked word", "nan", "one word", "clamped", "capped", "normalised", "cropped", "last"),
+    ],
+)
+def test_whatever_is_done_to_logits_that_no_config_names_is_an_error(change, message, dtype):
+    model = tiny.model().to(dtype)
+    _change_logits(model, change)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM.*{message}"):
+        prefkern.token_logprobs(model, torch.arange(5)[None])
+
+
+def test_probe_asks_for_no_image():
+    """Words that a config names are not probed with, be they the first or nearly all."""
+    config = tiny.model().config
+    config.image_token_index = 3
+    assert models._plain_tokens(config, 4)[0] > 4
+    named = {"vocab_size", "pad_token_id", "eos_token_id", "bos_token_id"}
+    assert not {getattr(config, name) for name in named} & set(models._plain_tokens(config, 90))
+    config.vocab_size = 2
+    assert models._plain_tokens(config, 4) == [0] * 4
+
+
+def _change_logits(model, change):
+    forward = model.forward
+    model.forward = lambda **inputs: _with_logits(forward(**inputs), change)
 
 
 def _with_logits(output, change):

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "<{{ m['role'] }}> {{ m['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -40,7 +40,7 @@ _SIZES = {
 
 def model(family: str = "Llama", seed: int = 0, **options):
     """A random causal LM of a family, hidden size 32, with logits spread enough to matter."""
-    sizes = dict(_SIZES)
+    sizes = dict(SIZES)
     if family == "GPT2":
         sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
     if family in ("GPTNeoX", "Falcon"):

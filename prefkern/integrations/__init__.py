@@ -1,1 +1,4 @@
-"""prefkern inside other people's trainers. Each module needs its library, and says so on import."""
+"""prefkern inside other libraries' trainers, and their kernels beside prefkern's.
+
+Each module needs its library, and says so.
+"""

@@ -33,10 +33,16 @@ from trl.trainer.utils import use_adapter
 
 from prefkern import __version__
 from prefkern.data.columns import MARGIN_SOURCES, margin_columns, reward_margin
-from prefkern.integrations.trl.forward import forward_with_router
 from prefkern.integrations.trl.options import check_reference, objective_of
 from prefkern.loss import FusedPreferenceLoss
-from prefkern.models import IGNORE_INDEX, HeadInputs, align_labels, find_head, head_transform
+from prefkern.models import (
+    IGNORE_INDEX,
+    HeadInputs,
+    align_labels,
+    find_head,
+    head_forward,
+    head_transform,
+)
 from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import DPO, KTO, Objective
 from prefkern.outputs import PreferenceOutput
@@ -291,7 +297,8 @@ def _scored(
     if with_router:
         # Vision-language models honour it as an argument alone, and not in their config.
         model_inputs["output_router_logits"] = True
-    return forward_with_router(model, model_inputs, score)
+    outputs, returned = head_forward(model, model_inputs, score)
+    return outputs, returned.logits.sum(), getattr(returned, "aux_loss", None)
 
 
 def _labels(inputs: dict[str, Any]) -> Tensor:  # (2B, T), not shifted

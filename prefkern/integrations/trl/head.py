@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from prefkern import checks
 from prefkern.api import BACKENDS, linear_logprobs
-from prefkern.integrations.trl.forward import forward_with_router
 from prefkern.models import (
     IGNORE_INDEX,
     HeadInputs,
     HeadTransform,
     align_labels,
     find_head,
+    head_forward,
     head_transform,
 )
 from prefkern.outputs import TokenStats
@@ -121,8 +121,9 @@ class _FusedForward:
         }
         if self.trainer.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        (logps, means), zero, router_loss = forward_with_router(model, inputs, score)
-        return _Tokens(logps + zero, means, router_loss)
+        (logps, means), returned = head_forward(model, inputs, score)
+        router_loss = getattr(returned, "aux_loss", None)
+        return _Tokens(logps + returned.logits.sum(), means, router_loss)
 
     @torch.no_grad()
     def mean_logits(self, head: HeadInputs, transform: HeadTransform) -> Tensor:  # (2B, T)

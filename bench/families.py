@@ -1,0 +1,463 @@
+"""Hold every causal LM of transformers, built tiny, to its own logits, and write the page of it.
+
+usage: python bench/families.py [--json FILE] [--page FILE] [NAME ...]
+
+Twice: the families of `tests/family_table.py`, whose caps and scales are chosen to bite, the models
+with images with and without one; and every class of transformers' auto mappings for causal LMs and
+for images with text, from its config's defaults with each size that has a known name made small,
+nested configs included, on text alone. `prefkern.token_logprobs` and its gradients, of all
+parameters, are compared with log_softmax of the model's own logits, in float32.
+
+A class ends as one of
+    agrees      its errors are within bounds
+    refused     prefkern says why it will not; never a wrong number
+    not run     the model does not run or train by itself on text alone, or was not built tiny here
+    differs     a wrong number without an error: exit status 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+
+import family_table
+from family_table import FAMILIES, VISION, Family
+
+import prefkern
+from prefkern.cli.bench import environment
+from prefkern.models import HeadTransform, head_transform
+
+# Largest errors of a value, in nats, and of a gradient, relative to its parameter's largest.
+BOUNDS = {"value": 1e-4, "gradient": 1e-3}
+STATUSES = ("agrees", "refused", "not run", "differs")
+HEAD = """\
+# Model families
+
+Written by `{command}` on {date}; {versions}.
+
+Log-probs and gradients through prefkern against log_softmax of the model's own logits, in float32 on
+tiny models drawn at random. Value: the largest error of a token's log-prob, in nats. Gradient: the
+largest error of a parameter's gradient, relative to that parameter's largest, over all parameters.
+After the head: what was read off the config, and held against the model.
+
+## Families of the tests
+
+Caps are low and scales far from 1, so that one that is missed or misread would show.
+"""
+MOST_PARAMETERS = 150_000_000
+
+_HIDDEN, _WORDS = 32, 97
+# What a size is called in configs, and what it becomes; `OWN` has what a class needs besides.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("vocab_size", "text_vocab_size", "n_vocab", "vocab_size_per_layer_input"), _WORDS
+    ),
+    **dict.fromkeys(
+        (
+            *("hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "dim", "width"),
+            *(
+                "embedding_dim",
+                "lru_width",
+                "embedding_size",
+                "mamba_d_ssm",
+                "input_embedding_size",
+            ),
+            *("out_hidden_size", "projection_dim", "word_embed_proj_dim", "attention_hidden_size"),
+            *("decoder_hidden_size", "hidden_dim", "output_dim", "text_hidden_size"),
+        ),
+        _HIDDEN,
+    ),
+    **dict.fromkeys(
+        (
+            *("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"),
+            *("ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+            *("intermediate_size_mlp", "dff", "expert_ffn_hidden_size", "feed_forward_size"),
+            *("shared_intermediate_size", "moe_shared_expert_intermediate_size", "mlp_dim"),
+            *("dense_intermediate_size", "block_ff_dim", "mlp_hidden_size"),
+            "prefix_dense_intermediate_size",
+        ),
+        48,
+    ),
+    **dict.fromkeys(
+        (
+            *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "depth"),
+            *("encoder_layers", "num_blocks", "num_decoder_layers", "num_encoder_layers"),
+        ),
+        4,
+    ),
+    **dict.fromkeys(
+        (
+            *("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads"),
+            *("encoder_attention_heads", "num_decoder_attention_heads", "linear_num_value_heads"),
+            *("num_encoder_attention_heads", "mamba_n_heads", "mamba_num_heads", "swa_num_heads"),
+        ),
+        4,
+    ),
+    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(
+        (
+            *("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "mamba_d_head"),
+            *(
+                "linear_key_head_dim",
+                "linear_value_head_dim",
+                "mamba_head_dim",
+                "attention_head_dim",
+            ),
+            *("d_kv", "kv_channels", "index_head_dim", "global_head_dim", "swa_head_dim"),
+        ),
+        8,
+    ),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "time_step_rank"), 16),
+    **dict.fromkeys(
+        (
+            *("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+            "n_experts",
+        ),
+        4,
+    ),
+    **dict.fromkeys(
+        (
+            *("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"),
+            "n_group",
+        ),
+        2,
+    ),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "topk_group", "mamba_n_groups"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "n_groups", "temporal_patch_size"), 1),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "mamba_chunk_size"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 128),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size"), 16),
+    "index_topk": 8,
+    "image_size": 8,
+    "patch_size": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2,
+    "is_decoder": True,
+    # What is done to logits, by numbers far from doing nothing.
+    "logits_scaling": 8.0,
+    "logit_scale": 0.0625,
+    "lm_head_multiplier": 0.25,
+    "output_multiplier": 0.25,
+    **dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"), 0.5),
+    "unpadded_vocab_size": 95,
+}
+
+# What a class needs besides: shapes that must fit one another, and layers of each kind.
+_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+_OF_TEXT = {"text_config": {"rope_parameters": _MROPE}}
+_HALF_ROTARY = {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+_COMPASS = {
+    "layer_types": ["full_attention"] * 4,
+    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+}
+_MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
+OWN: dict[str, dict[str, Any]] = {
+    "BailingHybridForCausalLM": {**_LINEAR_AND_FULL, "num_expert_group": 2},
+    "BambaForCausalLM": {**_MAMBA_2, "attn_layer_indices": [1, 3]},
+    "BltForCausalLM": {"encoder_hash_byte_group_vocab": 97},
+    "CodeGenForCausalLM": {"rotary_dim": 4},
+    "CohereCompassForCausalLM": _COMPASS,
+    "ChameleonForConditionalGeneration": {
+        "vocabulary_map": {"<image>": 90, "IMGIMGAZ": 91, "IMGIMGBZ": 92}
+    },
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}},
+    "Gemma3nForCausalLM": {
+        "intermediate_size": [48] * 4,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 2]]},
+    "GPTJForCausalLM": {"rotary_dim": 4},
+    "GraniteMoeHybridForCausalLM": {**_MAMBA_2, "layer_types": ["mamba", "attention"] * 2},
+    "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "KimiLinearForCausalLM": _LINEAR_AND_FULL,
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
+    "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "Mistral4ForCausalLM": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+        },
+        "head_dim": 16,
+    },
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "ple_embed_dim": 32,
+        "ngram_vocab_size_base": 97,
+        "hc_lowrank": 8,
+    },
+    "ReformerModelWithLMHead": {
+        "axial_pos_embds": False,
+        "attention_head_size": 8,
+        "attn_layers": ["local", "local"],
+        "local_attn_chunk_length": 3,
+    },
+    "xLSTMForCausalLM": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2},
+    "XmodForCausalLM": {"default_language": "en_XX"},
+    "Zamba2ForCausalLM": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "num_key_value_heads": 4,
+    },
+    "ZambaForCausalLM": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+    **dict.fromkeys(
+        (
+            *("PaddleOCRVLForConditionalGeneration", "Qwen2VLForConditionalGeneration"),
+            *("Qwen2_5_VLForConditionalGeneration", "Glm46VForConditionalGeneration"),
+            *("Glm4vForConditionalGeneration", "GlmOcrForConditionalGeneration"),
+        ),
+        _OF_TEXT,
+    ),
+    "Granite4VisionForConditionalGeneration": {
+        "deepstack_layer_map": [[0, 0], [1, 2]],
+        "spatial_target_layers": [0, 1, 2, 3],
+        "vision_config": {"hidden_size": 64},
+        "downsample_rate": "1/2",
+    },
+    "HunYuanVLForConditionalGeneration": {
+        "text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}}
+    },
+    "Glm4vMoeForConditionalGeneration": {"text_config": {"rope_parameters": _HALF_ROTARY}},
+    "Cosmos3EdgeForConditionalGeneration": _OF_TEXT,
+    "CohereCompassForConditionalGeneration": {"text_config": _COMPASS},
+    "Glm5NextForConditionalGeneration": {"text_config": {"index_topk": 16}},
+}
+
+
+@dataclass
+class Row:
+    model: str
+    status: str = "not run"
+    transform: str = ""
+    value_error: float | None = None
+    gradient_error: float | None = None
+    why: str = ""
+
+
+def small(config_class: Any, own: dict[str, Any]) -> Any:
+    """A config with every size that has a known name made small."""
+    default = config_class()
+    options: dict[str, Any] = {}
+    for name, value in default.to_dict().items():
+        if name in SIZES:
+            many = isinstance(value, list | tuple)
+            options[name] = [SIZES[name]] * len(value) if many else SIZES[name]
+    if "kv_lora_rank" in options:
+        # Latent attention knows no groups of heads.
+        options["num_key_value_heads"] = options.get("num_attention_heads", 4)
+    own = dict(own)
+    for name in getattr(config_class, "sub_configs", {}):
+        nested = getattr(default, name, None)
+        if isinstance(nested, transformers.PreTrainedConfig):
+            options[name] = small(type(nested), own.pop(name, {})).to_dict()
+    return config_class(**{**options, **own})
+
+
+def build(model_class: Any, own: dict[str, Any]) -> nn.Module:
+    """A class's model, small and drawn at random.
+
+    Raises whatever its config or its constructor raises, and ValueError for one that stays large.
+    """
+    config = small(model_class.config_class, own)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{size:,} parameters remain")
+    torch.manual_seed(0)
+    return family_table.drawn(model_class(config).eval().float())
+
+
+def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
+    weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    (logps * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], dict]]) -> Row:
+    """Fill a row: `made()` gives a model, its ids, mask and labels, and further inputs."""
+    try:
+        model, batch, inputs = made()
+        expected = family_table.oracle(model, *batch, **inputs)
+        theirs = gradients(model, expected)
+    except Exception as error:  # noqa: BLE001, what a model raises is a result
+        row.why = reason(error)
+        return row
+    try:
+        actual = prefkern.token_logprobs(model, *batch, **inputs)
+        ours = gradients(model, actual)
+        row.transform = described(head_transform(model))
+    except Exception as error:  # noqa: BLE001
+        row.status, row.why = "refused", reason(error)
+        return row
+    row.value_error = (actual - expected).abs().max().item()
+    # A parameter whose gradient is only rounding is measured by the model's largest.
+    floor = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
+    row.gradient_error = max(
+        ((ours[each] - theirs[each]).abs().max() / theirs[each].abs().max().clamp(min=floor)).item()
+        if each in ours and each in theirs
+        else float("inf")
+        for each in ours.keys() | theirs.keys()
+    )
+    # Written so that NaN differs.
+    agrees = row.value_error <= BOUNDS["value"] and row.gradient_error <= BOUNDS["gradient"]
+    row.status = "agrees" if agrees else "differs"
+    return row
+
+
+def measure_class(name: str) -> Row:
+    model_class = getattr(transformers, name)
+
+    def made() -> tuple[nn.Module, tuple[Tensor, ...], dict]:
+        return build(model_class, OWN.get(name, {})), family_table.batch(), {}
+
+    return measure(Row(name), made)
+
+
+def measure_family(family: Family, has_image: bool) -> Row:
+    def made() -> tuple[nn.Module, tuple[Tensor, ...], dict]:
+        model = family_table.build(family)
+        if model is None:
+            raise ImportError(f"this transformers has no {family.name}")
+        ids, mask, labels = family_table.batch()
+        inputs = {}
+        if has_image:
+            ids, labels, inputs = family_table.with_image(family, ids, labels)
+        return model, (ids, mask, labels), inputs
+
+    return measure(Row(f"{family}, with an image" if has_image else str(family)), made)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def described(transform: HeadTransform) -> str:
+    parts = []
+    if transform.logit_scale != 1:
+        parts.append(f"scale {transform.logit_scale:g}")
+    if transform.softcap is not None:
+        parts.append(f"softcap {transform.softcap:g}")
+    if transform.words is not None:
+        parts.append(f"the first {transform.words} words")
+    return ", ".join(parts)
+
+
+def classes() -> list[str]:
+    """Every class of the auto mappings, once."""
+    names = [
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    ]
+    return list(dict.fromkeys(names))
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    rows = report["classes"]
+    by_status = {status: [row for row in rows if row["status"] == status] for status in STATUSES}
+    counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    agreed = sorted(by_status["agrees"], key=lambda row: (not row["transform"], row["model"]))
+    lines = [
+        HEAD.format(command=report["command"], date=report["date"][:10], versions=versions),
+        *_table(("family", "after the head", "value", "gradient"), report["families"]),
+        f"\n## Every class of the auto mappings\n\n{len(rows)} classes: {counts}.\n",
+        *_table(("class", "after the head", "value", "gradient"), agreed),
+    ]
+    for status, title in (("differs", "Wrong"), ("refused", "Refused"), ("not run", "Not run")):
+        if by_status[status]:
+            lines += [f"\n### {title}\n", "| class | why |", "|---|---|"]
+            lines += [
+                f"| {row['model']} | {row['why'].replace('|', chr(92) + '|')} |"
+                for row in by_status[status]
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        errors = (row["value_error"], row["gradient_error"])
+        cells = [row["model"], row["transform"]]
+        cells += [row["status"] if error is None else f"{error:.0e}" for error in errors]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="classes; default: all of them")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path)
+    arguments = parser.parse_args(argv)
+    # Configs of tiny models are told a lot about their tokens.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    families = []
+    if not arguments.names:
+        families = [measure_family(family, False) for family in (*FAMILIES, *VISION)]
+        families += [measure_family(family, True) for family in VISION]
+    rows = []
+    for name in arguments.names or classes():
+        rows.append(measure_class(name))
+        print(f"{name:45} {rows[-1].status:8} {rows[-1].why}", flush=True)
+    print(dict(Counter(row.status for row in [*families, *rows])))
+    command = shlex.join(["python", "bench/families.py", *argv])
+    report = environment(torch.device("cpu"), command) | {
+        "bounds": BOUNDS,
+        "families": [asdict(row) for row in families],
+        "classes": [asdict(row) for row in rows],
+    }
+    if arguments.json:
+        # A row a line.
+        text = json.dumps(report).replace('{"model"', '\n{"model"')
+        arguments.json.write_text(text + "\n")
+    if arguments.page:
+        arguments.page.write_text(page(report))
+    return int(any(row.status == "differs" for row in [*families, *rows]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
