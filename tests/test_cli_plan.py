@@ -165,11 +165,12 @@ def _run(argv: list[str], capsys) -> tuple[int, str, str]:
 
 
 def test_what_is_printed(tmp_path, capsys):
-    folder = _saved(tiny.model("Gemma2").config, tmp_path)
+    # The name is as long as a path can be, and has what the printing library reads as markup.
+    folder = _saved(tiny.model("Gemma2").config, tmp_path / ("long-" * 20) / "[red]")
     shape = ["--seq-len", "512", "--batch", "4", "--device", "cpu"]
     status, out, _ = _run([folder, *shape, "--workspace-mb", "0.5"], capsys)
     assert status == 0
-    assert "(Gemma2ForCausalLM): H = 32, V = 97, a head tied to the embeddings" in out
+    assert f"{folder} (Gemma2ForCausalLM): H = 32, V = 97, a head tied to the embeddings" in out
     assert "softcap 30" in out and "N = 4,096 scored of 4,096" in out
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines if "logits" in line] == ["reference", "frozen", "trained"]

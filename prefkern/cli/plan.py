@@ -277,21 +277,25 @@ def _show(
 ) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     # Where nothing is known of the width, nothing is gained by folding lines.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    is_terminal = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if is_terminal else 120)
     transform = "" if head.logit_scale == 1 else f", logits times {head.logit_scale:.6g}"
     transform += "" if head.softcap is None else f", softcap {head.softcap:g}"
     size = _bytes(head.hidden_size * head.vocab_size * dtype.itemsize)
     console.print(
-        f"[bold]{name}[/bold] ({head.model}): H = {head.hidden_size:,}, V = {head.vocab_size:,}, "
+        f"[bold]{escape(name)}[/bold] ({head.model}): H = {head.hidden_size:,}, V = {head.vocab_size:,}, "
         f"{'a head tied to the embeddings' if head.is_tied else 'a head of its own'}, {size} in "
-        f"{str(dtype).removeprefix('torch.')}{transform}"
+        f"{str(dtype).removeprefix('torch.')}{transform}",
+        soft_wrap=not is_terminal,
     )
     console.print(
         f"{batch.pairs:,} {'pair' if batch.pairs == 1 else 'pairs'} on {device}, 2 x "
-        f"{batch.length:,} tokens each: N = {batch.scored:,} scored of {batch.positions:,}"
+        f"{batch.length:,} tokens each: N = {batch.scored:,} scored of {batch.positions:,}",
+        soft_wrap=not is_terminal,
     )
     table = Table(box=SIMPLE, pad_edge=False)
     for column in ("step", "way"):
@@ -323,6 +327,7 @@ def _show(
         "and one of the others. The roomiest workspace of a trained head is the least power of two "
         "in which nothing is computed twice.",
         style="dim",
+        soft_wrap=not is_terminal,
     )
 
 
