@@ -68,20 +68,43 @@ def test_loop():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_trainer(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("heading", "arguments"), [("The trainer", "learning_rate"), ("In TRL", '"out"')]
+)
+def test_trainer(tmp_path, monkeypatch, heading, arguments):
+    if heading == "In TRL":
+        pytest.importorskip("trl")
+        # So that TRL sends nothing over the network.
+        monkeypatch.setenv("CI", "1")
     folder = tmp_path / "model"
     tiny.model().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keywords: tiny.dataset(6))
     monkeypatch.chdir(tmp_path)
-    code = block("The trainer").replace("Qwen/Qwen3-0.6B", str(folder))
+    code = block(heading).replace("Qwen/Qwen3-0.6B", str(folder))
     # Where it runs and for how long is not the README's matter.
+    options = 'use_cpu=True, bf16=False, report_to="none", max_steps=1'
+    assert code.count(arguments) == 1
     code = code.replace(
-        "learning_rate", 'use_cpu=True, report_to="none", max_steps=1, learning_rate'
+        arguments,
+        f"{arguments}, {options}" if heading == "In TRL" else f"{options}, {arguments}",
     )
     names: dict = {}
     exec(code, names)
     assert names["trainer"].state.global_step == 1
+    expected = prefkern.objectives.build("adadpo", beta=0.1)
+    assert repr(names["trainer"].loss_fn.objective) == repr(expected)
+
+
+def test_classes_of_the_families_page():
+    page = (Path(__file__).parent.parent / "bench/FAMILIES.md").read_text()
+    total, agree, refused = re.search(
+        r"^(\d+) classes: (\d+) agrees, (\d+) refused, \d+ not run, 0 differs", page, re.MULTILINE
+    ).groups()
+    assert (
+        f"Of its {total} such classes, built tiny, {agree} agree with their own logits, gradients "
+        f"included, and {refused} are refused"
+    ) in " ".join(README.split())
 
 
 def test_shell_line(tmp_path, monkeypatch):
