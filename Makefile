@@ -1,4 +1,4 @@
-# make demo, make study, make test, make check, make lint: each does the set-up that it needs, once,
+# make demo, make study, make test, make test-all, make check, make lint: each does the set-up that it needs, once,
 # into .venv.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
@@ -29,13 +29,14 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test check lint clean
+.PHONY: help demo study test test-all check lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train SmolLM2-135M with AdaDPO and show what changed (MODEL=, DATA= for your own)"
 	@echo "make study   train five objectives side by side and draw their curves (MODEL=, DATA=, STUDY=)"
 	@echo "make test    the tests"
+	@echo "make test-all  the tests and their long versions"
 	@echo "make check   every backend of this machine against float64"
 	@echo "make lint    ruff and pyright"
 	@echo "make clean   remove .venv, .demo and caches"
@@ -48,8 +49,9 @@ study: $(DEMO_SETUP)
 
 # One thread: the tests' tensors are tiny, and threads that wait for a core that another process
 # holds double the time.
-test: .venv/.test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+test test-all: .venv/.test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
+	  $(if $(filter test-all,$@),--long)
 
 check: .venv/.core
 	@$(BIN)/prefkern check

@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,6 +22,28 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ["torch", "triton"] if HAS_TRITON else ["torch"]
 # Operators this small gain nothing from a second thread, and lose much where a core is busy.
 torch.set_num_threads(1)
+
+
+# A property is drawn the same way at every run, so that a change alone can break it; --long draws
+# more, anew each time, and prints what reproduces a failure.
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=400, deadline=None, print_blob=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long versions as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("long" if config.getoption("--long") else "quick")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
 @pytest.fixture(autouse=True)
