@@ -1,11 +1,11 @@
-# make demo, make study, make test, make test-all, make check, make lint: each does the set-up that it needs, once,
-# into .venv.
+# make demo, make study, make test, make test-all, make check, make lint: each does the set-up that
+# it needs, once, into .venv.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
 #   MODEL    demo, study: a model folder or hub name instead of SmolLM2-135M
 #   DATA     demo, study: a JSONL file of prompt, chosen, rejected instead of the movie reviews
-#   WORKERS  test: processes                                              (default: 2)
+#   WORKERS  test, test-all: processes                                    (default: 2)
 #   STUDY    study: further options, e.g. STUDY="--seeds 5 --steps 100"
 
 PYTHON ?= python3
@@ -33,13 +33,13 @@ export TOKENIZERS_PARALLELISM = false
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train SmolLM2-135M with AdaDPO and show what changed (MODEL=, DATA= for your own)"
-	@echo "make study   train five objectives side by side and draw their curves (MODEL=, DATA=, STUDY=)"
-	@echo "make test    the tests"
+	@echo "make demo      train SmolLM2-135M with AdaDPO and show what changed (MODEL=, DATA= for your own)"
+	@echo "make study     train five objectives side by side and draw their curves (MODEL=, DATA=, STUDY=)"
+	@echo "make test      the tests"
 	@echo "make test-all  the tests and their long versions"
-	@echo "make check   every backend of this machine against float64"
-	@echo "make lint    ruff and pyright"
-	@echo "make clean   remove .venv, .demo and caches"
+	@echo "make check     every backend of this machine against float64"
+	@echo "make lint      ruff and pyright"
+	@echo "make clean     remove .venv, .demo and caches"
 
 demo: $(DEMO_SETUP)
 	@$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
