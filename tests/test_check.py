@@ -9,7 +9,10 @@ from prefkern import torch_tiles
 from prefkern.cli import check
 
 
-def test_passes(capsys):
+@pytest.mark.parametrize("transforms", ["all", pytest.param(None, marks=pytest.mark.long)])
+def test_passes(transforms, capsys, monkeypatch):
+    if transforms:
+        monkeypatch.setattr(check, "TRANSFORMS", {transforms: check.TRANSFORMS[transforms]})
     assert check.main(["--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     for backend in BACKENDS:

@@ -109,9 +109,17 @@ def assert_same(out, expected, leaves, truth, *, atol=1e-5):
 # The head's gradient is no concern of the objective's: one of its two passes each is enough.
 CASES = [(name, trained) for name in ("dpo", "adadpo") for trained in (False, True)]
 CASES += [(name, i % 2 == 1) for i, name in enumerate(OBJECTIVES) if name not in ("dpo", "adadpo")]
+# Nor is the objective the kernels': under their interpreter one of each way through the loss.
+BACKEND_CASES = [
+    pytest.param(
+        *case, backend, marks=() if backend == "torch" or case[0] in WAYS else pytest.mark.long
+    )
+    for case in CASES
+    for backend in BACKENDS
+]
 
 
-@pytest.mark.parametrize(("name", "trained"), CASES)
+@pytest.mark.parametrize(("name", "trained", "backend"), BACKEND_CASES)
 def test_against_float64(name, trained, backend, device):
     data = batch(ref_H=24)
     ours, truth = move(data, device), move(data, device, torch.float64)
@@ -564,8 +572,17 @@ def test_bad_options(options, message):
         prefkern.FusedPreferenceLoss(**{"objective": objectives.build("dpo"), **options})
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
+SHARED = [
+    pytest.param(
+        packed, trained, backend, marks=() if backend == "torch" or packed else pytest.mark.long
+    )
+    for packed in (False, True)
+    for trained in (False, True)
+    for backend in BACKENDS
+]
+
+
+@pytest.mark.parametrize(("packed", "trained", "backend"), SHARED)
 def test_a_shared_head_is_read_once(packed, trained, backend, device, monkeypatch):
     """Policy and reference through one head: one call, the numbers of two."""
     monkeypatch.setattr(api, "run", spied := Spy(api.run))

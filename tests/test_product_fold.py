@@ -117,7 +117,9 @@ def test_against_float64(n, v, h, config, transform, device):
 
 
 @pytest.mark.parametrize("dtype", ACCURACY)
-@pytest.mark.parametrize("v", [1, 2, 31, 32, 33, 65, 129, 513])
+@pytest.mark.parametrize(
+    "v", [1, 2, 31, 32, 33, 65, 129, pytest.param(513, marks=pytest.mark.long)]
+)
 def test_every_label(v, dtype, device):
     """A token for each word, so that labels lie in first, last and cut tiles and splits."""
     hidden, weight, _ = case(v, v, 48, dtype, device)
