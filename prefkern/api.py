@@ -67,6 +67,8 @@ def linear_logprobs(
             but one are found without a device synchronisation: the labels' range, which shares the
             one synchronisation that counting the scored tokens takes.
         RuntimeError: the backend asked for cannot run here.
+        torch.OutOfMemoryError: memory ran out twice, the second time with half the workspace; with
+            what was tried and what would fit. The first time is a RuntimeWarning (`memory`).
     """
     checks.head(hidden, weight, bias)
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)

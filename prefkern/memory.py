@@ -29,7 +29,7 @@ Phase = Literal["forward", "backward"]
 
 _CPU_REFUSAL = "DefaultCPUAllocator: can't allocate memory"
 # No call's tiles get smaller below this workspace.
-_LEAST_MB = 1 / 64
+_LEAST_MB = 2.0**-10
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
