@@ -485,7 +485,9 @@ def test_a_training_run_goes_on(tmp_path, monkeypatch):
     def run(attempts: set[int]) -> tuple[dict[str, torch.Tensor], list[prefkern.Plan]]:
         with monkeypatch.context() as patch:
             plans = refuse_attempts(patch, attempts)
-            made = trainer(tmp_path, 8, optim="sgd", learning_rate=0.1, ref_model=tiny.model(seed=1))
+            made = trainer(
+                tmp_path, 8, optim="sgd", learning_rate=0.1, ref_model=tiny.model(seed=1)
+            )
             made.train()
         return weights(made.model), plans
 
