@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prefkern import checks, plan, sequences
+from prefkern import checks, memory, plan, sequences
 from prefkern.autograd import Call, Result, scored_logprobs
 from prefkern.operands import LowRank, Operands, Transform
 from prefkern.outputs import TokenStats
@@ -67,6 +67,8 @@ def linear_logprobs(
             but one are found without a device synchronisation: the labels' range, which shares the
             one synchronisation that counting the scored tokens takes.
         RuntimeError: the backend asked for cannot run here.
+        torch.OutOfMemoryError: memory ran out twice, the second time with half the workspace; with
+            what was tried and what would fit. The first time is a RuntimeWarning (`memory`).
     """
     checks.head(hidden, weight, bias)
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)
@@ -117,7 +119,7 @@ def run(
     ref_hidden: Tensor | None = None,  # (..., H), a reference's, through the same head
     low_rank: LowRank | None = None,
 ) -> tuple[Result, plan.Plan]:
-    """Plan and run checked arguments."""
+    """Plan and run checked arguments, again where memory runs out; and the plan that ran."""
     operands = operands_of(hidden)
     gradients = wanted_gradients(hidden, weight, bias, low_rank)
     product_row = None
@@ -129,24 +131,27 @@ def run(
         if is_plain:
             plain = bias is None and transform.softcap is None
             product_row = kernels.product_fold_row(hidden, weight, plain)
-    made = plan.make_plan(
+    plan_of = functools.partial(
+        plan.make_plan,
         tokens=scored.count,
         vocab_size=weight.shape[0],
         head=planned_head(hidden, weight, operands, low_rank),
         gradients=gradients,
         backend=backend,
-        workspace_mb=workspace_mb,
         has_softcap=transform.softcap is not None,
         with_stats=with_stats,
         with_reference=ref_hidden is not None,
         product_row=product_row,
     )
+    made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
     if low_rank is not None:
         flat = low_rank.hidden.reshape(-1, low_rank.hidden.shape[-1])
         low_rank = LowRank(scored.cleared(flat), low_rank.weight)
-    call = Call(transform, operands, made, tile_operations(backend), with_stats)
-    result = scored_logprobs(
+    budget = memory.Budget(
+        workspace_mb, plan_of, plan.recorder(), retries=not sequences.is_capturing(hidden)
+    )
+    tensors = (
         scored.cleared(hidden.reshape(-1, hidden.shape[-1])),
         weight,
         # Kernels walk the bias word by word: no strides, no expanded views. (V,): a small copy.
@@ -155,8 +160,14 @@ def run(
         None if ref_hidden is None else ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
         scored.rows,
         scored.labels,
-        call,
     )
+    ops = tile_operations(backend)
+
+    def attempt(made: plan.Plan) -> Result:
+        call = Call(transform, operands, made, ops, with_stats, budget)
+        return scored_logprobs(*tensors, call)
+
+    result, made = budget.attempt(attempt, made, "forward")
     if scored.live is not None:
         result = result.masked(scored.masked)
     return result, made

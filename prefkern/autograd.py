@@ -12,13 +12,14 @@ and PEFT see the parameters as they see any other. Differentiating its gradient 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from prefkern import passes
+from prefkern.memory import Budget
 from prefkern.once import differentiable_once
 from prefkern.operands import Head, LowRank, Operands, Transform
 from prefkern.plan import Gradients, Plan
@@ -33,6 +34,7 @@ class Call:
     plan: Plan
     ops: ModuleType
     with_stats: bool
+    budget: Budget
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.call = call
         ctx.states = [(x.shape, x.dtype) for x in (hidden, lora_hidden) if x is not None]
         saved: tuple[Tensor | None, ...] = (passed.derivative, rows)
+        ctx.kept_at = None
         if passed.terms is not None:
+            storage = passed.terms.kept.untyped_storage()
+            ctx.kept_at = (storage.data_ptr(), storage.nbytes())
             saved += (labels, *operands, *vars(passed.terms).values())
         ctx.save_for_backward(*saved)
         constant = (passed.ref_logps, *(passed.stats or ()))
@@ -106,28 +111,48 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 9
-        call = ctx.call
-        needs = Gradients(*ctx.needs_input_grad[:5])
-        grad = grad.float()
-        derivative, rows, *for_head = ctx.saved_tensors
-        dhidden = dlora_hidden = dweight = dbias = dlora_weight = None
+        budget, grad = ctx.call.budget, grad.float()
+
+        def again(workspace_mb: float) -> Plan:
+            """Recompute what was kept, and give its memory back, for a second backward as well."""
+            if ctx.kept_at is not None:
+                storage = ctx.saved_tensors[-1].untyped_storage()
+                # What a saved-tensor hook has put in its place is not ours.
+                if (storage.data_ptr(), storage.nbytes()) == ctx.kept_at:
+                    storage.resize_(0)
+            made = budget.plan_of(workspace_mb=workspace_mb, kept=0)
+            made = replace(made, forward_tiles=ctx.call.plan.forward_tiles)
+            ctx.call = replace(ctx.call, plan=made)
+            return made
+
         with without_autocast(grad):
-            if derivative is not None:
-                dhidden, dlora_hidden = _state_gradients(ctx, grad, derivative, rows, needs)
-            if for_head:
-                labels, hidden, weight, bias, lora_hidden, lora_weight, *terms = for_head
-                dweight, dbias, dlora_weight = passes.head_gradient(
-                    grad,
-                    _head(hidden, weight, bias, lora_hidden, lora_weight, call),
-                    rows,
-                    labels,
-                    passes.HeadTerms(*terms),
-                    call.transform,
-                    call.plan,
-                    call.ops,
-                    needs,
-                )
-        return dhidden, dweight, dbias, dlora_hidden, dlora_weight, None, None, None, None
+            gradients, _ = budget.attempt(
+                lambda plan: _gradients(ctx, grad, plan), ctx.call.plan, "backward", again
+            )
+        return *gradients, None, None, None, None
+
+
+def _gradients(ctx, grad: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight, bias and an adapter's two."""
+    call, needs = ctx.call, Gradients(*ctx.needs_input_grad[:5])
+    derivative, rows, *for_head = ctx.saved_tensors
+    dhidden = dlora_hidden = dweight = dbias = dlora_weight = None
+    if derivative is not None:
+        dhidden, dlora_hidden = _state_gradients(ctx, grad, derivative, rows, needs)
+    if for_head:
+        labels, hidden, weight, bias, lora_hidden, lora_weight, *terms = for_head
+        dweight, dbias, dlora_weight = passes.head_gradient(
+            grad,
+            _head(hidden, weight, bias, lora_hidden, lora_weight, call),
+            rows,
+            labels,
+            passes.HeadTerms(*terms),
+            call.transform,
+            plan,
+            call.ops,
+            needs,
+        )
+    return dhidden, dweight, dbias, dlora_hidden, dlora_weight
 
 
 def _state_gradients(

@@ -12,12 +12,13 @@ output has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pai
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prefkern import api, passes, plan, sequences
+from prefkern import api, memory, passes, plan, sequences
 from prefkern.autograd import without_autocast
 from prefkern.operands import Head, Operands, Transform
 
@@ -77,7 +78,7 @@ def kept_rows(tokens: int, vocab_size: int, options: Options) -> int:
     return torch.sym_min(tokens, most)  # pyright: ignore[reportReturnType]
 
 
-def _planned(
+def _planner(
     scored: sequences.Scored,
     weight: Tensor,
     hidden: Tensor,
@@ -85,15 +86,15 @@ def _planned(
     options: Options,
     with_stats: bool,
     room: int,
-) -> plan.Plan:
-    """The plan of a call that has room to keep the probabilities of so many tokens."""
-    return plan.make_plan(
+) -> functools.partial[plan.Plan]:
+    """Plans by workspace, of a call that has room to keep the probabilities of so many tokens."""
+    return functools.partial(
+        plan.make_plan,
         tokens=scored.count,
         vocab_size=weight.shape[0],
         head=api.planned_head(hidden, weight, options.operands),
         gradients=gradients,
         backend=options.backend,
-        workspace_mb=options.workspace_mb,
         has_softcap=options.softcap is not None,
         with_stats=with_stats,
         kept=min(scored.count, room),
@@ -116,14 +117,16 @@ def _logprobs(
     outputs = _room(hidden, weight, labels, trains_hidden, trains_head, with_stats, given)
     logps, *stats, derivative, unit, share, label_value, kept = outputs
     scored = sequences.select(labels, given.ignore_index, weight.shape[0], bounds)
-    made = _planned(scored, weight, hidden, gradients, given, with_stats, kept.shape[0])
+    plan_of = _planner(scored, weight, hidden, gradients, given, with_stats, kept.shape[0])
+    made = plan_of(workspace_mb=given.workspace_mb)
     plan.record(made)
     N = scored.count
     terms = None
     if trains_head:
         terms = passes.HeadTerms(unit[:N], share[:N], label_value[:N], kept[: made.kept_tokens])
-    with torch.no_grad(), without_autocast(hidden):
-        passed = passes.forward(
+
+    def attempt(made: plan.Plan) -> passes.Passed:
+        return passes.forward(
             _head(scored, hidden, weight, bias, given),
             scored.rows,
             scored.labels,
@@ -134,6 +137,11 @@ def _logprobs(
             derivative=derivative[:N] if trains_hidden else None,
             terms=terms,
         )
+
+    with torch.no_grad(), without_autocast(hidden):
+        passed, made = _budget(plan_of, given, hidden).attempt(
+            attempt, made, "forward", held_bytes=made.kept_bytes
+        )
     for out, values in zip((logps, *stats), (passed.logps, *(passed.stats or ())), strict=False):
         out.copy_(api.place(scored.masked(values), scored.rows, labels.shape))
     # What is not used is not left to chance either: an operator's outputs are its inputs' doing.
@@ -142,6 +150,13 @@ def _logprobs(
     kept[made.kept_tokens :].zero_()
     kept[:, weight.shape[0] :].zero_()
     return outputs
+
+
+def _budget(
+    plan_of: functools.partial[plan.Plan], options: Options, hidden: Tensor
+) -> memory.Budget:
+    retries = not sequences.is_capturing(hidden)
+    return memory.Budget(options.workspace_mb, plan_of, plan.record, retries)
 
 
 def _head(
@@ -201,12 +216,14 @@ def _logprobs_backward(
     given = Options(*options)
     gradients = plan.Gradients(trains_hidden, needs_weight, needs_bias)
     scored = sequences.select(labels, given.ignore_index, weight.shape[0])
-    made = _planned(scored, weight, hidden, gradients, given, False, kept.shape[0])
+    plan_of = _planner(scored, weight, hidden, gradients, given, False, kept.shape[0])
+    made = plan_of(workspace_mb=given.workspace_mb)
     N = scored.count
     grad = grad.float() if scored.rows is None else grad.float().index_select(0, scored.rows)
     grad = scored.masked(grad)
-    dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
-    with torch.no_grad(), without_autocast(grad):
+
+    def attempt(made: plan.Plan) -> tuple[Tensor, Tensor, Tensor]:
+        dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
         if needs_hidden:
             dhidden = passes.hidden_gradient(
                 grad,
@@ -230,7 +247,14 @@ def _logprobs_backward(
             )
             dweight = dweight if of_weight is None else of_weight
             dbias = dbias if of_bias is None else of_bias
-    return dhidden, dweight, dbias
+        return dhidden, dweight, dbias
+
+    with torch.no_grad(), without_autocast(grad):
+        # What is kept is an input here, which a second attempt cannot give back.
+        found, _ = _budget(plan_of, given, hidden).attempt(
+            attempt, made, "backward", held_bytes=made.kept_bytes
+        )
+    return found
 
 
 _forward_op = torch.library.custom_op(

@@ -9,9 +9,11 @@ is that of `linear_logprobs`, with `kl_passes` over pairs of tiles (`prefkern_ke
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
-from prefkern import api, checks, plan, sequences
+from prefkern import api, checks, memory, plan, sequences
 from prefkern.kl_autograd import Call, scored_kl
 from prefkern.operands import Transform
 from prefkern.outputs import TokenKL
@@ -93,20 +95,23 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor, plan.Plan]:
     """Plan and run checked arguments: (N,) log-probs of both and divergence of scored tokens."""
     operands, ref_operands = api.operands_of(hidden), api.operands_of(ref_hidden)
-    made = plan.make_kl_plan(
+    plan_of = functools.partial(
+        plan.make_kl_plan,
         tokens=scored.count,
         vocab_size=weight.shape[0],
         policy=api.planned_head(hidden, weight, operands),
         reference=api.planned_head(ref_hidden, ref_weight, ref_operands),
         gradients=api.wanted_gradients(hidden, weight, bias),
         backend=backend,
-        workspace_mb=workspace_mb,
         has_softcap=transform.softcap is not None,
     )
+    made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
+    budget = memory.Budget(
+        workspace_mb, plan_of, plan.recorder(), retries=not sequences.is_capturing(hidden)
+    )
     ops = api.tile_operations(backend, twin="prefkern.torch_kl_tiles")
-    call = Call(transform, operands, ref_operands, made, ops)
-    logps, ref_logps, kl = scored_kl(
+    tensors = (
         scored.cleared(hidden.reshape(-1, hidden.shape[-1])),
         weight,
         # Kernels walk a bias word by word: no strides, no expanded views.
@@ -116,8 +121,12 @@ def run(
         None if ref_bias is None else ref_bias.detach().contiguous(),
         scored.rows,
         scored.labels,
-        call,
     )
+
+    def attempt(made: plan.Plan) -> tuple[Tensor, Tensor, Tensor]:
+        return scored_kl(*tensors, Call(transform, operands, ref_operands, made, ops, budget))
+
+    (logps, ref_logps, kl), made = budget.attempt(attempt, made, "forward")
     return scored.masked(logps), scored.masked(ref_logps), scored.masked(kl), made
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from prefkern import kl_passes
 from prefkern.autograd import without_autocast
 from prefkern.kl_passes import FoldedPair
+from prefkern.memory import Budget
 from prefkern.once import differentiable_once
 from prefkern.operands import Head, Operands, Transform
 from prefkern.plan import Plan
@@ -31,6 +32,7 @@ class Call:
     ref_operands: Operands
     plan: Plan
     ops: ModuleType
+    budget: Budget
 
 
 def scored_kl(
@@ -90,42 +92,51 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, dlogps: Tensor, _: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
         dlogps, dkl = dlogps.float(), dkl.float()
+
+        def attempt(plan: Plan) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            return _gradients(ctx, dlogps, dkl, plan)
+
         with without_autocast(dlogps):
-            if call.plan.structure == "one_pass":
-                logps_derivative, kl_derivative, rows = ctx.saved_tensors
-                dhidden = kl_passes.scatter_rows(
-                    [(logps_derivative, dlogps), (kl_derivative, dkl)],
-                    rows,
-                    ctx.hidden_shape,
-                    ctx.hidden_dtype,
-                    call.plan.forward_tiles.token_tile,
-                )
-                return dhidden, *(None,) * 8
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels, *kept = (
-                ctx.saved_tensors
-            )
-            maximum, total, ref_maximum, ref_total, miss, label_difference = kept
-            gradients = kl_passes.backward(
-                dlogps,
-                dkl,
-                Head(hidden, weight, bias, call.operands),
-                Head(ref_hidden, ref_weight, ref_bias, call.ref_operands),
-                rows,
-                labels,
-                maximum,
-                total,
-                ref_maximum,
-                ref_total,
-                miss,
-                label_difference,
-                call.transform,
-                call.plan,
-                call.ops,
-                needs=ctx.needs_input_grad[:3],
-            )
+            gradients, _ = ctx.call.budget.attempt(attempt, ctx.call.plan, "backward")
         return *gradients, *(None,) * 6
+
+
+def _gradients(
+    ctx, dlogps: Tensor, dkl: Tensor, plan: Plan
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias."""
+    call = ctx.call
+    if plan.structure == "one_pass":
+        logps_derivative, kl_derivative, rows = ctx.saved_tensors
+        dhidden = kl_passes.scatter_rows(
+            [(logps_derivative, dlogps), (kl_derivative, dkl)],
+            rows,
+            ctx.hidden_shape,
+            ctx.hidden_dtype,
+            plan.forward_tiles.token_tile,
+        )
+        return dhidden, None, None
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels, *kept = ctx.saved_tensors
+    maximum, total, ref_maximum, ref_total, miss, label_difference = kept
+    return kl_passes.backward(
+        dlogps,
+        dkl,
+        Head(hidden, weight, bias, call.operands),
+        Head(ref_hidden, ref_weight, ref_bias, call.ref_operands),
+        rows,
+        labels,
+        maximum,
+        total,
+        ref_maximum,
+        ref_total,
+        miss,
+        label_difference,
+        call.transform,
+        plan,
+        call.ops,
+        needs=ctx.needs_input_grad[:3],
+    )
 
 
 def _fold(

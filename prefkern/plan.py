@@ -30,8 +30,9 @@ at equal widths) and "two_pass" one of the reference's and three of the policy's
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,6 +131,11 @@ def last_plan() -> Plan | None:
 
 def record(plan: Plan) -> None:
     _local.plan = plan
+
+
+def recorder() -> Callable[[Plan], None]:
+    """`record` for the thread that asks, from any thread: autograd's backward may have its own."""
+    return functools.partial(vars(_local).__setitem__, "plan")
 
 
 def default_workspace_mb(device: torch.device) -> float:
