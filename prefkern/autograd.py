@@ -108,7 +108,7 @@ class _LinearLogprobs(torch.autograd.Function):
             return (None,) * 9
         call = ctx.call
         needs = Gradients(*ctx.needs_input_grad[:5])
-        grad = grad.float()
+        grad = grad.to(call.operands.wide)
         derivative, rows, *for_head = ctx.saved_tensors
         dhidden = dlora_hidden = dweight = dbias = dlora_weight = None
         with without_autocast(grad):

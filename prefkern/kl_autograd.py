@@ -91,7 +91,8 @@ class _LinearKL(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, dlogps: Tensor, _: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        dlogps, dkl = dlogps.float(), dkl.float()
+        wide = call.operands.wide
+        dlogps, dkl = dlogps.to(wide), dkl.to(wide)
         with without_autocast(dlogps):
             if call.plan.structure == "one_pass":
                 logps_derivative, kl_derivative, rows = ctx.saved_tensors
