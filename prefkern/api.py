@@ -46,8 +46,9 @@ def linear_logprobs(
     Tokens whose label is ignore_index are never computed.
 
     Args:
-        hidden: [..., H] float32, bfloat16 or float16.
-        weight: [V, H], of hidden's dtype (of any of the three under autocast).
+        hidden: [..., H] float32, bfloat16 or float16; or float64, on the torch backend, which is
+            then computed in throughout: for gradcheck and the like.
+        weight: [V, H], of hidden's dtype (of any of the first three under autocast).
         labels: [...] int64.
         bias: [V] or None.
         workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
@@ -56,10 +57,10 @@ def linear_logprobs(
         return_stats: return TokenStats, with entropy, mean logit and top-1 beside the log-probs.
         lora_hidden, lora_weight: a LoRA adapter on the head, which adds `lora_hidden @
             lora_weight.T` to the raw logits: scaling * lora_A(hidden) [..., R] and lora_B's weight
-            [V, R], in float32, bfloat16 or float16, whatever hidden has.
+            [V, R], in float32, bfloat16 or float16, whatever hidden has, or both float64.
 
     Returns:
-        [...] float32, in nats; 0 where not scored. Differentiable once in hidden, weight, bias and
+        [...] float32 (float64 of float64), in nats; 0 where not scored. Differentiable once in hidden, weight, bias and
         the adapter's two; each gradient has its argument's dtype. `prefkern.last_plan()` tells what ran.
 
     Raises:
@@ -87,7 +88,7 @@ def linear_logprobs(
         )  # fmt: skip
         return logps if stats is None else TokenStats(logps, *stats[:3])
     workspace_mb = resolve_workspace(workspace_mb, hidden.device)
-    backend = resolve_backend(backend, hidden.device)
+    backend = resolve_backend(backend, hidden.device, hidden.dtype)
     scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
     result, _ = run(
         hidden,
@@ -248,7 +249,7 @@ def plan_for(
     if not isinstance(lora_rank, int) or isinstance(lora_rank, bool) or lora_rank < 0:
         raise ValueError(f"lora_rank must be an int >= 0, got {lora_rank!r}")
     if dtype not in checks.FLOATS:
-        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -264,7 +265,7 @@ def plan_for(
         gradients=plan.Gradients(
             trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
         ),
-        backend=resolve_backend(backend, device),
+        backend=resolve_backend(backend, device, dtype),
         workspace_mb=resolve_workspace(workspace_mb, device),
         has_softcap=softcap,
         with_stats=return_stats,
@@ -285,14 +286,22 @@ def resolve_workspace(workspace_mb: float | None, device: torch.device) -> float
     return float(workspace_mb)
 
 
-def resolve_backend(backend: str | None, device: torch.device) -> str:
+def resolve_backend(
+    backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32
+) -> str:
     """The backend to run: the one asked for, if it can run on the device, or the device's own."""
     if backend is None:
-        return "triton" if device.type == "cuda" and _kernels() is not None else "torch"
+        has_kernels = device.type == "cuda" and dtype != torch.float64 and _kernels() is not None
+        return "triton" if has_kernels else "torch"
     if backend not in BACKENDS:
         known = ", ".join(map(repr, BACKENDS))
         raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
     if backend == "triton":
+        if dtype == torch.float64:
+            raise TypeError(
+                "hidden is float64, which backend='torch' computes in, and backend='triton' not; "
+                "give backend='torch' or None, or float32, bfloat16 or float16"
+            )
         kernels = _kernels()
         if kernels is None:
             raise RuntimeError("backend='triton' was asked for, but triton is not installed")
@@ -324,7 +333,8 @@ def tile_operations(backend: str, twin: str = "prefkern.torch_tiles") -> ModuleT
 def operands_of(hidden: Tensor) -> Operands:
     """How a call with these hidden states multiplies, autocast included."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    # Autocast leaves float64 as it is.
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return operands_for(torch.get_autocast_dtype(device), device)
     return operands_for(hidden.dtype, device)
 
@@ -332,4 +342,5 @@ def operands_of(hidden: Tensor) -> Operands:
 def operands_for(dtype: torch.dtype, device_type: str) -> Operands:
     # Only CUDA's libraries have products of half-precision operands with a float32 result.
     has_wide_product = device_type == "cuda" and torch.version.hip is None
-    return Operands(dtype, upcasts=dtype != torch.float32 and not has_wide_product)
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return Operands(dtype, upcasts=is_half and not has_wide_product)

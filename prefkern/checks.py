@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = "float32, bfloat16, float16 or float64"
 
 
 def head(
@@ -23,15 +24,8 @@ def head(
     for name, value, shape in (("hidden", hidden, "[..., H]"), ("weight", weight, "[V, H]")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {_name(value)}")
-        if value.dtype == torch.float64:
-            raise TypeError(
-                f"{prefix}{name} is float64, which the fused path does not compute in; "
-                "use prefkern.reference, or give float32, bfloat16 or float16"
-            )
         if value.dtype not in FLOATS:
-            raise TypeError(
-                f"{prefix}{name} must be float32, bfloat16 or float16, got {value.dtype}"
-            )
+            raise TypeError(f"{prefix}{name} must be {_FLOATS}, got {value.dtype}")
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{prefix}weight must have shape [V, H], got {list(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -44,11 +38,16 @@ def head(
             f"{prefix}weight is on {weight.device} and {prefix}hidden on {hidden.device}; "
             "they must be on one device"
         )
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    # Autocast leaves float64 as it is.
+    autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (
+        hidden.dtype,
+        weight.dtype,
+    )
     if weight.dtype != hidden.dtype and not autocast:
         raise TypeError(
             f"{prefix}hidden is {hidden.dtype} and {prefix}weight {weight.dtype}; "
-            "they must have one dtype, or the call must run under torch.autocast"
+            "they must have one dtype, or the call must run under torch.autocast "
+            "(which leaves float64 alone)"
         )
     if bias is None:
         return
@@ -58,7 +57,9 @@ def head(
         raise ValueError(
             f"{prefix}bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
         )
-    if bias.dtype not in FLOATS or (bias.dtype != weight.dtype and not autocast):
+    # Of three that autocast rounds to one dtype, none is float64.
+    is_odd = torch.float64 in (bias.dtype, weight.dtype) or not autocast
+    if bias.dtype not in FLOATS or (bias.dtype != weight.dtype and is_odd):
         raise TypeError(f"{prefix}bias must be {weight.dtype} as weight is, got {bias.dtype}")
     if bias.device != weight.device:
         raise ValueError(f"{prefix}bias is on {bias.device} and weight on {weight.device}")
@@ -80,7 +81,9 @@ def low_rank(
                 f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both"
             )
         if value.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
+            raise TypeError(f"{name} must be {_FLOATS}, got {value.dtype}")
+        if value.dtype == torch.float64 != hidden.dtype:
+            raise TypeError(f"{name} is float64 and hidden {hidden.dtype}: cast one to the other's")
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}")
     assert lora_hidden is not None and lora_weight is not None

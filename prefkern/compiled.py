@@ -178,7 +178,7 @@ def _room(
     """Empty outputs: log-probs, four statistics, D, the head's terms; of no size if not wanted."""
     M, (V, H) = labels.shape[0], weight.shape
 
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = options.operands.wide) -> Tensor:
         return hidden.new_empty(shape if wanted else (0,), dtype=dtype)
 
     rows = kept_rows(M, V, options) if trains_head else 0
@@ -219,7 +219,8 @@ def _logprobs_backward(
     plan_of = _planner(scored, weight, hidden, gradients, given, False, kept.shape[0])
     made = plan_of(workspace_mb=given.workspace_mb)
     N = scored.count
-    grad = grad.float() if scored.rows is None else grad.float().index_select(0, scored.rows)
+    grad = grad.to(given.operands.wide)
+    grad = grad if scored.rows is None else grad.index_select(0, scored.rows)
     grad = scored.masked(grad)
 
     def attempt(made: plan.Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,7 +336,7 @@ def token_logprobs(
         transform.softcap,
         transform.temperature,
         api.resolve_workspace(workspace_mb, hidden.device),
-        api.resolve_backend(backend, hidden.device),
+        api.resolve_backend(backend, hidden.device, hidden.dtype),
         operands.compute_dtype,
         operands.upcasts,
     )

@@ -36,10 +36,15 @@ class FoldState:
     squares: Tensor | None = None  # sum_{v != y} exp(2 (z_v - m))
 
     @staticmethod
-    def empty(tokens: int, device: torch.device, with_stats: bool = False) -> FoldState:
+    def empty(
+        tokens: int,
+        device: torch.device,
+        with_stats: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> FoldState:
         """Room for a state: it holds anything until `clear` or a first `fold`."""
         size = (8 if with_stats else 4, tokens)
-        return FoldState(*torch.empty(size, dtype=torch.float32, device=device))
+        return FoldState(*torch.empty(size, dtype=dtype, device=device))
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.maximum, self.total, self.label_logit, self.label_slope

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefkern.checks import FLOATS
+
 _LEAVE_OUT = "its log-probs would ignore that; leave the head out of the adapter, or use LoRA there"
 
 
@@ -124,12 +126,7 @@ def problem(head: nn.Module) -> str | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return f"a {kind} without a weight, and a linear layer is needed"
-    if weight.dtype == torch.float64:
-        return (
-            "float64; log-probs are computed in float32: load the model in float32, bfloat16 or "
-            "float16"
-        )
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if weight.dtype not in FLOATS:
         return (
             f"a {kind} with a weight of {weight.dtype}, probably quantised: leave the head out of "
             "quantisation"

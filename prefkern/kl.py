@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from prefkern import api, checks, memory, plan, sequences
@@ -64,7 +65,7 @@ def linear_kl(
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
     workspace_mb = api.resolve_workspace(workspace_mb, hidden.device)
-    backend = api.resolve_backend(backend, hidden.device)
+    backend = api.resolve_backend(backend, hidden.device, hidden.dtype)
     scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
     *values, _ = run(
         hidden,
@@ -144,4 +145,9 @@ def _check_reference(
             f"ref_hidden must have hidden's shape but for H and its device, "
             f"{list(hidden.shape)} on {hidden.device}; "
             f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
+        )
+    if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise TypeError(
+            f"ref_hidden is {ref_hidden.dtype} and hidden {hidden.dtype}: "
+            "a divergence is of two distributions in float64, or of none"
         )

@@ -92,7 +92,8 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, dlogps: Tensor, _: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
-        dlogps, dkl = dlogps.float(), dkl.float()
+        wide = ctx.call.operands.wide
+        dlogps, dkl = dlogps.to(wide), dkl.to(wide)
 
         def attempt(plan: Plan) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             return _gradients(ctx, dlogps, dkl, plan)

@@ -58,18 +58,18 @@ def forward(
 ) -> FoldedPair:
     """Fold all pairs of tiles; with plan.structure "one_pass" also accumulate D and K."""
     N, H = labels.shape[0], policy.hidden.shape[1]
-    device = policy.hidden.device
+    device, wide = policy.hidden.device, policy.operands.wide
     one_pass = plan.structure == "one_pass"
-    state = FoldState.empty(N, device)
-    ref_state = FoldState.empty(N, device)
+    state = FoldState.empty(N, device, dtype=wide)
+    ref_state = FoldState.empty(N, device, dtype=wide)
     clear(*state.sums())
     clear(*ref_state.sums())
-    cross = torch.zeros(N, dtype=torch.float32, device=device)
+    cross = torch.zeros(N, dtype=wide, device=device)
     derivatives = None
     if one_pass:
         derivatives = (
-            torch.empty((N, H), dtype=torch.float32, device=device),
-            torch.empty((N, H), dtype=torch.float32, device=device),
+            torch.empty((N, H), dtype=wide, device=device),
+            torch.empty((N, H), dtype=wide, device=device),
         )
     # Both second products are with the policy's weight, hence of its operands.
     buffers = Buffers(plan.forward_tiles, policy.operands, device, one_pass)
@@ -127,7 +127,7 @@ def forward(
             _finish_derivatives(
                 derivatives[0][tokens],
                 derivatives[1][tokens],
-                label_rows.to(policy.operands.compute_dtype).float(),
+                label_rows.to(policy.operands.compute_dtype).to(wide),
                 part,
                 ref_part,
                 transform.factor,
@@ -262,22 +262,22 @@ def _second_pass(
     that belongs to those words.
     """
     H = head.hidden.shape[1]
-    device = head.hidden.device
+    device, wide = head.hidden.device, head.operands.wide
     needs_hidden, needs_weight, needs_bias = needs
-    dhidden = torch.zeros((count, H), dtype=torch.float32, device=device) if needs_hidden else None
+    dhidden = torch.zeros((count, H), dtype=wide, device=device) if needs_hidden else None
     dweight = torch.empty_like(head.weight) if needs_weight else None
     dbias = torch.empty_like(head.bias) if needs_bias and head.bias is not None else None
     buffers = Buffers(tiles, head.operands, device, True)
     dweight_buffer = None
     if needs_weight:
-        dweight_buffer = torch.empty((tiles.vocab_tile, H), dtype=torch.float32, device=device)
+        dweight_buffer = torch.empty((tiles.vocab_tile, H), dtype=wide, device=device)
 
     for words in slices(0, head.weight.shape[0], tiles.vocab_tile):
         w = head.words(words)
         of_tokens = of_words(words)
         size = w.shape[0]
         dweight_tile = None if dweight_buffer is None else dweight_buffer[:size].zero_()
-        dbias_tile = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
+        dbias_tile = torch.zeros(size, dtype=wide, device=device) if needs_bias else None
         for tokens in slices(0, count, tiles.token_tile):
             h = head.rows(rows, tokens)
             tile, dlogits = buffers.views(h.shape[0], size)
@@ -290,7 +290,7 @@ def _second_pass(
             if dhidden is not None:
                 add_product(dlogits, w, dhidden[tokens])
             if dbias_tile is not None:
-                dbias_tile += dlogits.sum(0, dtype=torch.float32)
+                dbias_tile += dlogits.sum(0, dtype=wide)
             del h
         if dweight is not None and dweight_tile is not None:
             dweight[words] = dweight_tile

@@ -142,7 +142,7 @@ class FusedPreferenceLoss(nn.Module):
                 mismatched_log_ratios,
             )
         workspace_mb = api.resolve_workspace(self.workspace_mb, hidden.device)
-        backend = api.resolve_backend(self.backend, hidden.device)
+        backend = api.resolve_backend(self.backend, hidden.device, hidden.dtype)
 
         scored = sequences.select(
             labels.reshape(-1), self.ignore_index, weight.shape[0], bounds, cu_seqlens is not None
@@ -157,8 +157,8 @@ class FusedPreferenceLoss(nn.Module):
         )
         if tokens.ref_logps is not None:
             ref_logps = sequences.sequence_sums(tokens.ref_logps, scored.offsets)
-        elif ref_logps is not None:
-            ref_logps = ref_logps.detach().float()
+        if ref_logps is not None:
+            ref_logps = ref_logps.detach().to(tokens.logps.dtype)
         token_stats = None
         if return_stats and tokens.stats is not None:
             token_stats = TokenStats(
@@ -222,11 +222,11 @@ class FusedPreferenceLoss(nn.Module):
         if reference is not None:
             with torch.no_grad():
                 ref_logps = compiled.sequence_sums(token_logprobs(reference)[0], bounds)
-        elif ref_logps is not None:
-            ref_logps = ref_logps.detach().float()
         needs_alignments = is_paired and objective.needs_alignments
         unchecked = bounds if is_packed else None
         logps, stats = token_logprobs(head, return_stats or needs_alignments, unchecked)
+        if ref_logps is not None:
+            ref_logps = ref_logps.detach().to(logps.dtype)
         mask = labels != self.ignore_index
         lengths = compiled.sequence_sums(mask, bounds)
         sums = compiled.sequence_sums(logps, bounds)
@@ -241,7 +241,7 @@ class FusedPreferenceLoss(nn.Module):
         if needs_alignments and stats is not None:
             per_token = (logps.detach() - stats[3]) * mask
             alignments = compiled.sequence_sums(per_token, bounds) / lengths.clamp(min=1)
-        margins = None if reward_margins is None else reward_margins.detach().float()
+        margins = None if reward_margins is None else reward_margins.detach().to(logps.dtype)
         pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments)
         return _output_of(objective, pairs, objective(pairs), token_stats)
 
@@ -393,7 +393,7 @@ def _paired_output(
             tokens.logps,
             offsets,
             ref_logps,
-            None if reward_margins is None else reward_margins.detach().float(),
+            None if reward_margins is None else reward_margins.detach().to(tokens.logps.dtype),
             alignments,
             None if tokens.kls is None else sequences.sequence_sums(tokens.kls, offsets),
         ),

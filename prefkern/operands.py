@@ -1,7 +1,9 @@
 """What the passes over tiles are made of: operands, products with a float32 result, tile buffers.
 
 Products of half-precision operands have a float32 result, whether by the GPU's own (`out_dtype`) or
-by raising the operands of a tile.
+by raising the operands of a tile. What is said of float32 there and in the passes is float64's where
+a call's inputs are float64 (`Operands.wide`): the same passes, so that they can be differentiated
+numerically.
 """
 
 from __future__ import annotations
@@ -51,9 +53,18 @@ class Operands:
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.upcasts else self.compute_dtype
 
+    @property
+    def wide(self) -> torch.dtype:
+        """What tiles, sums and results are in."""
+        return wide_of(self.compute_dtype)
+
     def prepare(self, x: Tensor) -> Tensor:
         """Round to the compute dtype, as autocast would, then raise if need be."""
         return x.to(self.compute_dtype).to(self.dtype)
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -128,11 +139,11 @@ class Buffers:
         scratch: bool = True,
     ) -> None:
         size = tiles.token_tile * tiles.vocab_tile
-        self._in_place = operands.dtype == torch.float32
+        self._in_place = operands.dtype == operands.wide
         self._second_product = second_product
         self._tile = self._second = None
         if scratch or not self._in_place:
-            self._tile = torch.empty(size, dtype=torch.float32, device=device)
+            self._tile = torch.empty(size, dtype=operands.wide, device=device)
         if scratch and second_product and not self._in_place:
             self._second = torch.empty(size, dtype=operands.dtype, device=device)
 
@@ -157,7 +168,7 @@ def take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out = a @ b` in float32, without rounding to the operands' dtype on the way."""
-    if a.dtype == torch.float32:
+    if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -165,7 +176,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """`out += a @ b` in float32."""
-    if a.dtype == torch.float32:
+    if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

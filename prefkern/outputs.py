@@ -1,5 +1,7 @@
 """What the operator and the loss return: plain named values, shared by the fused path and the oracle.
 
+What is called float32 is float64 of float64 inputs.
+
 Dimensions, here and everywhere: N scored tokens, B pairs, S = 2B sequences, H hidden, V vocabulary.
 """
 

@@ -12,10 +12,11 @@ when hidden needs a gradient, and backward is `g D`. The head's gradient is of t
     dW_v = sum_t r_t u_tv h_t,    r = -g c a,    u_v = exp(z_v - m) t_v,    u_y = -total t_y
 
 `forward` keeps u, unnormalised and rounded once, of the tokens that the plan has room for, and of
-those the rows of hidden are scaled by r; `head_gradient` recomputes the others' as r u, and walks the vocabulary outermost, so that each tile of dW is finished in float32 and rounded once.
+those the rows of hidden are scaled by r; `head_gradient` recomputes the others' as r u, and walks
+the vocabulary outermost, so that each tile of dW is finished in float32 and rounded once.
 Nothing kept is overwritten: a second backward with `retain_graph` reads the same.
 
-All sums are in float32; nothing is accumulated by atomics, so two runs are bitwise equal.
+All sums are in float32 (float64 for float64 inputs); nothing is accumulated by atomics, so two runs are bitwise equal.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from prefkern.fold_state import FoldState, clear, finish, statistics
-from prefkern.operands import Buffers, Head, Transform, add_product, product
+from prefkern.operands import Buffers, Head, Operands, Transform, add_product, product
 from prefkern.plan import Gradients, Plan, kept_row, slices
 
 
@@ -44,10 +45,11 @@ class HeadTerms:
     kept: Tensor  # (kept tokens, V rounded up), u of the first tokens
 
     @staticmethod
-    def empty(plan: Plan, dtype: torch.dtype, device: torch.device) -> HeadTerms:
-        unit, share, label_value = torch.empty((3, plan.tokens), dtype=torch.float32, device=device)
+    def empty(plan: Plan, operands: Operands, device: torch.device) -> HeadTerms:
+        size = (3, plan.tokens)
+        unit, share, label_value = torch.empty(size, dtype=operands.wide, device=device)
         row = kept_row(plan.vocab_size)
-        kept = torch.empty((plan.kept_tokens, row), dtype=dtype, device=device)
+        kept = torch.empty((plan.kept_tokens, row), dtype=operands.dtype, device=device)
         return HeadTerms(unit, share, label_value, kept)
 
 
@@ -82,16 +84,16 @@ def forward(
     if plan.product_in_kernel:
         return _product_in_kernel(head, rows, labels, transform, plan, ops)
     N, columns = labels.shape[0], plan.state_columns
-    device = head.hidden.device
+    device, wide = head.hidden.device, head.operands.wide
     tiles = plan.forward_tiles
-    logps = torch.empty(N, dtype=torch.float32, device=device)
+    logps = torch.empty(N, dtype=wide, device=device)
     ref_logps = torch.empty_like(logps) if reference is not None else None
     if plan.trains_hidden and derivative is None:
-        derivative = torch.empty((N, columns.width), dtype=torch.float32, device=device)
+        derivative = torch.empty((N, columns.width), dtype=wide, device=device)
     if plan.trains_head and terms is None:
-        terms = HeadTerms.empty(plan, head.operands.dtype, device)
-    state = FoldState.empty(tiles.token_tile, device, with_stats)
-    ref_state = FoldState.empty(tiles.token_tile, device)
+        terms = HeadTerms.empty(plan, head.operands, device)
+    state = FoldState.empty(tiles.token_tile, device, with_stats, wide)
+    ref_state = FoldState.empty(tiles.token_tile, device, dtype=wide)
     buffers = Buffers(tiles, head.operands, device, plan.trains_hidden, plan.kept_tokens < N)
     stats = []
 
@@ -109,7 +111,7 @@ def forward(
         maxima = None
         if kept is not None:
             tile_count = -(-plan.vocab_size // tiles.vocab_tile)
-            maxima = torch.empty((tile_count, n), dtype=torch.float32, device=device)
+            maxima = torch.empty((tile_count, n), dtype=wide, device=device)
         for words in slices(0, plan.vocab_size, tiles.vocab_tile):
             w, bias = head.words(words), head.bias_of(words)
             options = {"start": words.start, "first": words.start == 0, **transform.keywords()}
@@ -159,7 +161,7 @@ def forward(
             stats.append(statistics(part, finish(part), plan.vocab_size))
     joined = None
     if with_stats:
-        joined = _joined(stats, device)
+        joined = _joined(stats, logps)
     return Passed(logps, joined, derivative, terms, ref_logps)
 
 
@@ -217,7 +219,7 @@ def head_gradient(
     """
     assert plan.backward_tiles is not None
     tiles, columns = plan.backward_tiles, plan.trained_columns
-    device, dtype = head.hidden.device, head.operands.dtype
+    device, dtype, wide = head.hidden.device, head.operands.dtype, head.operands.wide
     lora_weight = None if head.low_rank is None else head.low_rank.weight
     make = torch.zeros_like if plan.tokens == 0 else torch.empty_like
     dweight = make(head.weight) if gradients.weight else None
@@ -228,7 +230,7 @@ def head_gradient(
     buffer = None
     if gradients.weights:
         shape = (tiles.vocab_tile, columns.width)
-        buffer = torch.empty(shape, dtype=torch.float32, device=device)
+        buffer = torch.empty(shape, dtype=wide, device=device)
     buffers = Buffers(tiles, head.operands, device, True, plan.kept_tokens < plan.tokens)
     r = terms.share * (grad * -transform.factor)
     scale = None
@@ -241,9 +243,7 @@ def head_gradient(
         size = words.stop - words.start
         w, bias = None, head.bias_of(words)
         tile_of_weights = None if buffer is None else buffer[:size]
-        dbias_tile = (
-            torch.zeros(size, dtype=torch.float32, device=device) if gradients.bias else None
-        )
+        dbias_tile = torch.zeros(size, dtype=wide, device=device) if gradients.bias else None
         for tokens in token_slices(plan, tiles.token_tile):
             is_kept = tokens.stop <= plan.kept_tokens
             h = None
@@ -278,7 +278,7 @@ def head_gradient(
             if dbias_tile is not None and is_kept:
                 _add_column_sums(weights, r[tokens], dbias_tile)
             elif dbias_tile is not None:
-                dbias_tile += weights.sum(0, dtype=torch.float32)
+                dbias_tile += weights.sum(0, dtype=wide)
             del h
         if scale is not None:
             for tile in (tile_of_weights, dbias_tile):
@@ -305,7 +305,7 @@ def token_slices(plan: Plan, token_tile: int) -> list[slice]:
 
 def _add_column_sums(weights: Tensor, factor: Tensor, out: Tensor) -> None:
     """`out_v += sum_t factor_t weights_tv`, with the factor to 16 bits where operands have 8."""
-    if weights.dtype == torch.float32:
+    if weights.dtype == out.dtype:
         out.addmv_(weights.t(), factor)
         return
     high = factor.to(weights.dtype)
@@ -316,11 +316,12 @@ def _add_column_sums(weights: Tensor, factor: Tensor, out: Tensor) -> None:
 
 
 def _joined(
-    stats: list[tuple[Tensor, Tensor, Tensor, Tensor]], device: torch.device
+    stats: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    logps: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The statistics of all token tiles; empty ones where no token is scored."""
     if not stats:
-        empty = torch.empty(0, dtype=torch.float32, device=device)
+        empty = torch.empty_like(logps)
         return empty, empty, empty.bool(), empty
     entropy, mean_logit, is_top1, collision = (
         torch.cat(parts) for parts in zip(*stats, strict=True)

@@ -188,6 +188,11 @@ class Head:
         return 4 if self.upcasts else self.compute_dtype.itemsize
 
     @property
+    def wide_size(self) -> int:
+        """Bytes of a float32 element, which is float64 where that is computed in."""
+        return max(self.compute_dtype.itemsize, 4)
+
+    @property
     def hidden_row(self) -> int:
         """Bytes of a token's gathered row, and of its rounded and raised copies."""
         gathered = self.hidden_size * self.hidden_dtype.itemsize
@@ -205,7 +210,7 @@ class Head:
 
     def _joined(self) -> int:
         """Bytes of an adapter's part of a row, gathered, raised and beside the head's own."""
-        return (self.width * self.operand_size + 12 * self.rank) if self.rank else 0
+        return (self.width * self.operand_size + 3 * self.wide_size * self.rank) if self.rank else 0
 
     def _copies(self, dtype: torch.dtype) -> int:
         rounded = self.compute_dtype.itemsize if dtype != self.compute_dtype else 0
@@ -294,7 +299,7 @@ def make_plan(
         forward_operations=column * (head.width * (1 + with_reference) + state_columns.width),
         backward_operations=column * trained_columns.width
         + 2 * recomputed * vocab_size * head.width,
-        saved_bytes=4 * tokens * (state_columns.width + 3 * gradients.head),
+        saved_bytes=head.wide_size * tokens * (state_columns.width + 3 * gradients.head),
         product_in_kernel=product_row is not None and structure == "forward",
         rank=head.rank,
         state_columns=state_columns,
@@ -323,19 +328,20 @@ class _Sizes:
         all_kept = 0 < kept == self.tokens
         # A logit: the float32 tile and, for the second product, a rounded copy. The latter of a
         # kept token has its place among the kept ones; in float32 the two are one.
-        logit = 0 if all_kept and head.operand_size == 4 else 4
-        if head.operand_size != 4 and not all_kept:
+        wide = head.wide_size
+        logit = 0 if all_kept and head.operand_size == wide else wide
+        if head.operand_size != wide and not all_kept:
             logit += head.operand_size
         if self.backend == "torch":
-            logit += 4 * self.has_softcap + 9 * self.with_stats
+            logit += wide * self.has_softcap + (2 * wide + 1) * self.with_stats
         # A token: its rows of hidden, its label's row of the weight as stored, rounded and in
         # float32, its state.
-        token = head.hidden_row + head.width * (4 + 4 + head.compute_dtype.itemsize) + 128
+        token = head.hidden_row + head.width * (2 * wide + head.compute_dtype.itemsize) + 32 * wide
         if self.with_reference:
-            token += head.hidden_row + 64
+            token += head.hidden_row + 16 * wide
         if kept:
             # Its maximum after each tile, and no tile is so narrow that these would add up.
-            token += 4 * (self.vocab_size // _LEAST_KEPT_TILE + 1)
+            token += wide * (self.vocab_size // _LEAST_KEPT_TILE + 1)
         return choose_tiles(
             self.tokens,
             self.vocab_size,
@@ -353,20 +359,20 @@ class _Sizes:
         """The largest tiles of the head's gradient."""
         head = self.head
         width = head.columns(gradients.weight, gradients.lora_weight).width
-        logit = 0
+        logit, wide = 0, head.wide_size
         if kept < self.tokens:
-            logit = 4 + (4 * self.has_softcap if self.backend == "torch" else 0)
-            if head.operand_size != 4:
+            logit = wide + (wide * self.has_softcap if self.backend == "torch" else 0)
+            if head.operand_size != wide:
                 logit += head.operand_size
         # Its rows of hidden, and the same scaled, in float32 and rounded.
-        scaled = width * (4 + (head.operand_size if head.operand_size != 4 else 0))
+        scaled = width * (wide + (head.operand_size if head.operand_size != wide else 0))
         return choose_tiles(
             self.tokens,
             self.vocab_size,
             budget - self.kept_bytes(kept),
             logit=logit,
-            token=head.hidden_row + scaled + 64,
-            word=head.weight_row + (4 * width if gradients.weights else 0),
+            token=head.hidden_row + scaled + 16 * wide,
+            word=head.weight_row + (wide * width if gradients.weights else 0),
             # The tile of dW is read and written once for each token tile; hidden is read, scaled
             # and read again once for each vocabulary tile.
             traffic=(8, 6),
@@ -410,16 +416,17 @@ def make_kl_plan(
         structure = "two_pass" if gradients.head else "one_pass"
     # Bytes a logit: both float32 tiles, and what a backend holds beside them. Backward needs one
     # tile for its second products, forward one for each of its two.
-    forward_logit = backward_logit = 8
+    wide = policy.wide_size
+    forward_logit = backward_logit = 2 * wide
     if backend == "torch":
-        forward_logit += 4 + (4 if has_softcap else 0)
-        backward_logit += 4 if has_softcap else 0
-    if policy.operand_size != 4:
+        forward_logit += wide + (wide if has_softcap else 0)
+        backward_logit += wide if has_softcap else 0
+    if policy.operand_size != wide:
         forward_logit += 2 * policy.operand_size
         backward_logit += policy.operand_size
     hidden_rows = policy.hidden_row + reference.hidden_row
     # Two accumulators, and the label's row of the weight as stored and in float32.
-    accumulator_rows = policy.hidden_size * (4 + 4 + 4 + policy.compute_dtype.itemsize)
+    accumulator_rows = policy.hidden_size * (3 * wide + policy.compute_dtype.itemsize)
 
     budget = int(workspace_mb * MIB)
     product = 2 * tokens * policy.hidden_size * vocab_size
@@ -429,7 +436,7 @@ def make_kl_plan(
         vocab_size,
         budget,
         logit=forward_logit,
-        token=hidden_rows + accumulator_rows + 128,
+        token=hidden_rows + accumulator_rows + 32 * wide,
         # One head's tile of weight at a time.
         word=max(policy.weight_row, reference.weight_row),
     )
@@ -441,10 +448,10 @@ def make_kl_plan(
             vocab_size,
             budget,
             logit=backward_logit,
-            token=hidden_rows + 128,
+            token=hidden_rows + 32 * wide,
             word=policy.weight_row
             + reference.weight_row
-            + (4 * policy.hidden_size if gradients.weight else 0),
+            + (wide * policy.hidden_size if gradients.weight else 0),
         )
         backward_operations = product * (1 + gradients.weight + gradients.hidden) + ref_product
     return Plan(
@@ -463,8 +470,8 @@ def make_kl_plan(
         backward_operations=backward_operations,
         saved_bytes={
             "forward": 0,
-            "one_pass": 2 * 4 * tokens * policy.hidden_size,
-            "two_pass": 6 * 4 * tokens,
+            "one_pass": 2 * wide * tokens * policy.hidden_size,
+            "two_pass": 6 * wide * tokens,
         }[structure],
         ref_hidden_size=reference.hidden_size,
     )

@@ -65,8 +65,9 @@ def fold(
     z.sub_(offset.unsqueeze(1))
     if shifted is not None:
         moved = torch.where(total > 0, (maximum - offset) * total, 0.0)
-        # exp is 0 from -104 down, so that the bound changes no product and -inf times 0 is 0.
-        distance = z.clamp(min=-200.0)
+        # exp is 0 from -104 down (in float64 from -746), so that the bound changes no product and
+        # -inf times 0 is 0.
+        distance = z.clamp(min=-800.0)
         shifted.add_(moved).mul_(factor)
         z.exp_()
         shifted += distance.mul_(z).sum(1)
@@ -154,7 +155,7 @@ def finish(
     if derivative is not None and weight is not None:
         # D = c ((1 - p_y) t_y W_y - rest A)
         derivative.mul_((-factor * folded.rest).unsqueeze(1))
-        label_rows = weight.index_select(0, labels).to(compute_dtype).float()
+        label_rows = weight.index_select(0, labels).to(compute_dtype).to(derivative.dtype)
         derivative.addcmul_(label_rows, (factor * folded.miss * label_slope).unsqueeze(1))
 
 

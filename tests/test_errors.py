@@ -29,7 +29,11 @@ LABELS_OUT_OF_RANGE = [50, -7, 2**40]
     [
         ({"hidden": [[1.0] * 8]}, TypeError, "hidden must be a tensor"),
         ({"hidden": torch.zeros(2, 3, 8).long()}, TypeError, "hidden must be float32.*int64"),
-        ({"hidden": torch.randn(2, 3, 8).double()}, TypeError, "hidden is float64.*reference"),
+        (
+            {"hidden": torch.randn(2, 3, 8).double()},
+            TypeError,
+            "hidden is torch.float64.*one dtype",
+        ),
         ({"hidden": torch.randn(2, 3, 7)}, ValueError, r"H = 8.*\[2, 3, 7\]"),
         ({"hidden": torch.randn(())}, ValueError, "hidden must have shape"),
         ({"hidden": torch.randn(2, 3, 8).bfloat16()}, TypeError, "one dtype"),
@@ -37,7 +41,8 @@ LABELS_OUT_OF_RANGE = [50, -7, 2**40]
         ({"weight": None}, TypeError, "weight must be a tensor"),
         ({"weight": torch.randn(50)}, ValueError, r"\[V, H\]"),
         ({"weight": torch.randn(0, 8)}, ValueError, r"\[V, H\]"),
-        ({"weight": torch.randn(50, 8).double()}, TypeError, "weight is float64"),
+        ({"weight": torch.randn(50, 8).double()}, TypeError, "weight torch.float64;.*one dtype"),
+        ({"bias": torch.randn(50).double()}, TypeError, "bias must be torch.float32"),
         ({"bias": torch.randn(8)}, ValueError, r"bias must have shape \[V\] = \[50\]"),
         ({"bias": torch.randn(50).bfloat16()}, TypeError, "bias must be"),
         ({"bias": 0.0}, TypeError, "bias must be a tensor"),

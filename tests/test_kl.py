@@ -573,7 +573,7 @@ WRONG = {
         "ref_hidden must have hidden's",
     ),
     "ref_bias": (lambda case: case["ref_bias"][:-1], ValueError, "ref_bias must have shape"),
-    "weight": (lambda case: case["weight"].double(), TypeError, "weight is float64"),
+    "weight": (lambda case: case["weight"].double(), TypeError, "weight torch.float64;.*one dtype"),
     "labels": (lambda case: case["labels"] + 50, ValueError, r"labels must be in \[0, 50\)"),
     "temperature": (lambda case: 0.0, ValueError, "temperature must be > 0"),
     "backend": (lambda case: "cuda", ValueError, "backend must be"),
