@@ -12,6 +12,8 @@ The trainer logs both; by hand:
 
     out = loss_fn(...)
     prefkern.diagnostics.gradient_balance(out).log_balance.median()
+
+And where a NaN came from: `explain_nonfinite`, which `prefkern.nonfinite` tells of.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prefkern.nonfinite import explain_nonfinite
 from prefkern.objectives import Objective, Pairs
 from prefkern.outputs import PreferenceOutput
+
+__all__ = ["GradientBalance", "explain_nonfinite", "gradient_balance", "objective_balance"]
 
 
 class GradientBalance(NamedTuple):

@@ -95,7 +95,8 @@ def finish(state: FoldState) -> Folded:
     own = torch.exp(label - top)
     total = state.total * drop + own
     log_total = torch.where(confident, torch.log1p(state.total * drop), torch.log(total))
-    logps = torch.where(confident, -log_total, (label - top) - log_total)
+    # Where the label leads, label - top is 0, or NaN for a logit of inf, which has no softmax.
+    logps = (label - top) - log_total
     miss = state.total * drop / total
     return Folded(logps, top, total, drop / total, miss, own / total, log_total)
 

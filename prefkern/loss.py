@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prefkern import api, checks, kl, pairwise, sequences
+from prefkern import api, checks, kl, nonfinite, pairwise, sequences
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
 from prefkern.operands import LowRank, Transform
 from prefkern.outputs import PreferenceOutput, TokenStats, UnpairedOutput
@@ -27,6 +27,11 @@ class FusedPreferenceLoss(nn.Module):
         ignore_index: label of tokens that are not scored.
         workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
         backend: None, "triton" or "torch"; see `prefkern.linear_logprobs`.
+        on_nonfinite: "raise" (FloatingPointError) or "warn" where the loss, a log-prob, the
+            reference's sums or the margins are NaN or infinite, naming what made them so and where
+            (`prefkern.diagnostics.explain_nonfinite`), at one device synchronisation a call. None:
+            a NaN goes its way, as in any torch operator. Not under torch.compile or in a CUDA
+            graph, which have nothing to read a number with.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class FusedPreferenceLoss(nn.Module):
         ignore_index: int = -100,
         workspace_mb: float | None = None,
         backend: str | None = None,
+        on_nonfinite: nonfinite.OnNonfinite | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(objective, Objective | UnpairedObjective):
@@ -47,10 +53,15 @@ class FusedPreferenceLoss(nn.Module):
             checks.positive("workspace_mb", workspace_mb)
         if backend is not None and backend not in api.BACKENDS:
             raise ValueError(f"backend must be None or one of {api.BACKENDS}, got {backend!r}")
+        if on_nonfinite is not None and on_nonfinite not in nonfinite.MODES:
+            raise ValueError(
+                f"on_nonfinite must be None or one of {nonfinite.MODES}, got {on_nonfinite!r}"
+            )
         self.objective = objective
         self.ignore_index = ignore_index
         self.workspace_mb = workspace_mb
         self.backend = backend
+        self.on_nonfinite: nonfinite.OnNonfinite | None = on_nonfinite
 
     def forward(
         self,
@@ -121,6 +132,13 @@ class FusedPreferenceLoss(nn.Module):
                 f"{name} needs reward_margins, [B] margins of a reward model, got None"
             )
         transform = Transform(float(logit_scale), softcap, float(temperature))
+        if self.on_nonfinite is not None and (
+            torch.compiler.is_compiling() or sequences.is_capturing(labels)
+        ):
+            raise NotImplementedError(
+                f"on_nonfinite={self.on_nonfinite!r} reads a number of the device, which "
+                "torch.compile and CUDA graphs cannot; leave it None, and look at the loss outside"
+            )
         if torch.compiler.is_compiling():
             if lora_hidden is not None:
                 from prefkern import compiled
@@ -168,19 +186,47 @@ class FusedPreferenceLoss(nn.Module):
                 )
             )
         if isinstance(self.objective, Objective):
-            return _paired_output(
+            out = _paired_output(
                 self.objective, tokens, scored, ref_logps, reward_margins, backend, token_stats
             )
-        return _unpaired_output(
-            self.objective,
-            sequences.sequence_sums(tokens.logps, scored.offsets),
-            scored.offsets.diff(),
-            ref_logps,
-            desirable,
-            mismatched_log_ratios,
-            token_stats,
-            tokens.plan,
-        )
+        else:
+            out = _unpaired_output(
+                self.objective,
+                sequences.sequence_sums(tokens.logps, scored.offsets),
+                scored.offsets.diff(),
+                ref_logps,
+                desirable,
+                mismatched_log_ratios,
+                token_stats,
+                tokens.plan,
+            )
+        if self.on_nonfinite is not None:
+            ref_logps = ref_logps if self.objective.needs_reference else None
+            needs_margins = is_paired and self.objective.needs_reward_margins
+            reward_margins = reward_margins if needs_margins else None
+            nonfinite.report(
+                self.on_nonfinite,
+                out,
+                lambda: nonfinite.explain_nonfinite(
+                    hidden,
+                    weight,
+                    labels,
+                    bias,
+                    ref_hidden=ref_hidden,
+                    ref_weight=ref_weight,
+                    ref_bias=ref_bias,
+                    ref_logps=ref_logps,
+                    reward_margins=reward_margins,
+                    mismatched_log_ratios=mismatched_log_ratios,
+                    lora_hidden=lora_hidden,
+                    lora_weight=lora_weight,
+                    cu_seqlens=cu_seqlens,
+                    ignore_index=self.ignore_index,
+                    paired=is_paired,
+                ),
+                (ref_logps, reward_margins, mismatched_log_ratios),
+            )
+        return out
 
     def _compiled(
         self,

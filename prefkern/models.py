@@ -398,6 +398,11 @@ def _probe(
         raise _uncalled(base, head)
 
     raw, linear, ramp = seen["raw"].float(), seen["linear"].float(), seen["ramp"]
+    if raw.isnan().any():
+        raise ValueError(
+            f"{type(base).__name__} gives logits that are not finite for a row of {raw.shape[-2]} "
+            "plain tokens: its weights are spoilt, or too large for their dtype"
+        )
     # Two ways to one product, each rounded in the head's dtype.
     rounding = max(8 * torch.finfo(seen["raw"].dtype).eps, 1e-5)
     if not (raw - linear).abs().max() <= rounding * raw.abs().max():

@@ -2,8 +2,9 @@
 
 A batch's metrics are kept as sums for each item (`prefkern.metrics`), so that what is logged is a
 mean over pairs (or tokens) since the last log, over all ranks. Evaluation gathers values per pair, so
-that neither a partial batch nor a repeated pair shifts a mean. A subclass says how a batch becomes a
-loss; whose model, data and reference those are is its own affair.
+that neither a partial batch nor a repeated pair shifts a mean. A training step whose loss is NaN or
+infinite raises before its backward, saying what made it so (`prefkern.nonfinite`). A subclass says
+how a batch becomes a loss; whose model, data and reference those are is its own affair.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class ObjectiveTrainer(ItemTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
+        # Under a gradient scaler such a step is left out, and the scale lowered.
+        self.loss_fn.on_nonfinite = "warn" if self.args.fp16 else "raise"
         outputs, loss = self._preference_outputs(model, inputs)
         cu_seqlens = inputs.get("cu_seqlens")
         for name, values in item_values(outputs, self.loss_fn.objective, cu_seqlens).items():
@@ -67,6 +70,7 @@ class ObjectiveTrainer(ItemTrainer):
     ) -> tuple[Tensor, None, None]:
         """Loss and metrics of an evaluation batch; there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
+        self.loss_fn.on_nonfinite = "warn"
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs, loss = self._preference_outputs(model, inputs)
         values = {

@@ -196,8 +196,21 @@ class RewardTrainer(ItemTrainer):
         """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
         rewards = pair_rewards(model, inputs)
         losses = bradley_terry_loss(*rewards.unbind(1))
+        if model.training:
+            self._refuse_nonfinite(rewards)
         loss = self._share(losses.mean(), len(losses), num_items_in_batch)
         return (loss, rewards) if return_outputs else loss
+
+    def _refuse_nonfinite(self, rewards: Tensor) -> None:  # (B, 2)
+        bad = ~rewards.detach().isfinite()
+        # Under a gradient scaler such a step is left out, and the scale lowered.
+        if not self.args.fp16 and bad.any():
+            pairs = bad.any(1).nonzero().flatten().tolist()
+            raise FloatingPointError(
+                f"the reward model gave NaN or inf for {len(pairs)} of the batch's {len(bad)} pairs, "
+                f"the first of them pair {pairs[0]}: an earlier step has spoilt its parameters (a "
+                "lower learning_rate, max_grad_norm), or activations left their dtype's range"
+            )
 
     def prediction_step(
         self,

@@ -66,7 +66,8 @@ def _finish_kernel(
     drop = tl.exp(m - top)
     others = total * drop
     s = others + tl.exp(label_logit - top)
-    logp = tl.where(label_logit >= m, -log1p(others), (label_logit - top) - tl.log(s))
+    # Where the label leads, label_logit - top is 0, or NaN for a logit of inf, which has no softmax.
+    logp = (label_logit - top) - tl.where(label_logit >= m, log1p(others), tl.log(s))
     tl.store(logps_ptr + row, logp)
     rest = drop / s
 

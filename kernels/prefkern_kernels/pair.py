@@ -67,6 +67,23 @@ def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
+def _least(x, bound):
+    # A GPU's own minimum of NaN and a number is the number, and NaN must stay to be seen.
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(x, bound):
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _times(x, factor):
+    """x factor, and 0 for a factor of 0: a log-prob may be -inf, and what ignores it is defined."""
+    return tl.where(factor == 0.0, 0.0, x * factor)
+
+
+@triton.jit
 def _log_sigmoid(x):
     # log sigmoid(x) = -log(1 + exp(-x)); exp of a negative number cannot overflow.
     return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
@@ -85,7 +102,7 @@ def _score(logp, ref_logp, length, least_miss, SCORE: tl.constexpr):
         slope = 1.0 / length
     if SCORE == "log_odds":
         # o = log P - log(1 - P), d o / d log P = 1 / (1 - P)
-        log_p = tl.minimum(value / length, -least_miss)
+        log_p = _least(value / length, -least_miss)
         miss = one_minus_exp(log_p)
         slope = tl.where(value / length <= -least_miss, 1.0 / miss / length, 0.0)
         value = log_p - tl.log(miss)
@@ -97,10 +114,10 @@ def _score(logp, ref_logp, length, least_miss, SCORE: tl.constexpr):
 def _link(delta, label_smoothing, max_squared, LINK: tl.constexpr):
     """The link of delta, and its derivative."""
     if LINK == "hinge":
-        loss = tl.maximum(1.0 - delta, 0.0)
+        loss = _largest(1.0 - delta, 0.0)
         ddelta = tl.where(delta < 1.0, -1.0, 0.0)
     elif LINK == "square":
-        bounded = tl.minimum(tl.maximum(delta, -max_squared), max_squared)
+        bounded = _least(_largest(delta, -max_squared), max_squared)
         loss = bounded * bounded
         ddelta = tl.where(tl.abs(delta) <= max_squared, 2.0 * bounded, 0.0)
     else:
@@ -198,25 +215,25 @@ def _pair_loss_kernel(
     else:
         x_w, x_l = sum_w, sum_l
     if not BY_LENGTH:
-        x_w = x_w * alpha_chosen
-        x_l = x_l * alpha_rejected
+        x_w = _times(x_w, alpha_chosen)
+        x_l = _times(x_l, alpha_rejected)
     elif SCORE != "log_odds":
         x_w = x_w / n_w
         x_l = x_l / n_l
     log_ratio = x_w - x_l
     if COUNTS_LENGTHS:
         log_ratio += tl.log(n_w) - tl.log(n_l)
-    ratio = tl.exp(tl.minimum(log_ratio, max_log_ratio))
+    ratio = tl.exp(_least(log_ratio, max_log_ratio))
     if HAS_CLIP:
-        ratio = tl.minimum(ratio, clip)
+        ratio = _least(ratio, clip)
     beta_w = beta * (k * ratio)
 
     offset = margin + length_penalty * (
         (end_w - begin_w).to(tl.float32) - (end_l - begin_l).to(tl.float32)
     )
     if HAS_GAP:
-        gap_w = gap_policy * sum_w + gap_reference * ref_w
-        gap_l = gap_policy * sum_l + gap_reference * ref_l
+        gap_w = _times(sum_w, gap_policy) + _times(ref_w, gap_reference)
+        gap_l = _times(sum_l, gap_policy) + _times(ref_l, gap_reference)
         if SCORE == "mean_log_prob":
             gap_w = gap_w / n_w
             gap_l = gap_l / n_l
@@ -230,8 +247,7 @@ def _pair_loss_kernel(
 
     if HAS_WEIGHT:
         h = tl.load(reward_margins_ptr + chosen).to(tl.float32)
-        # Written so that NaN stays NaN, which Triton's minimum would make a number of.
-        h = tl.where(h > max_margin, max_margin, tl.where(h < -max_margin, -max_margin, h))
+        h = _least(_largest(h, -max_margin), max_margin)
         size = tl.abs(h)
         # 1 / (1 + K exp(lam (|h| - tau))) = exp(log sigmoid(-(lam (|h| - tau) + log K)))
         c = c_min + c_range * tl.exp(_log_sigmoid(-(lam * (size - tau) + log_k)))
@@ -245,7 +261,7 @@ def _pair_loss_kernel(
         loss *= weight
         ddelta *= weight
 
-    tl.store(losses_ptr + chosen, loss - nll_weight * (sum_w / n_w))
+    tl.store(losses_ptr + chosen, loss - _times(sum_w / n_w, nll_weight))
     tl.store(sums_ptr + chosen, sum_w)
     tl.store(sums_ptr + rejected, sum_l)
     tl.store(lengths_ptr + chosen, end_w - begin_w)

@@ -111,7 +111,11 @@ class AlphaDPO(Contrastive):
     def gap(self, pairs: Pairs) -> Tensor:  # (B,)
         """What Z is the z-score of."""
         policy, reference = _GAPS[self.implicit_reference]
-        chosen, rejected = policy * pairs.chosen_logps, policy * pairs.rejected_logps
+        chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
+        if not policy:
+            # A log-prob may be -inf, and 0 times that is NaN.
+            chosen, rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
+        chosen, rejected = policy * chosen, policy * rejected
         if reference:
             ref_chosen, ref_rejected = pairs.reference(self._name)
             chosen, rejected = chosen + reference * ref_chosen, rejected + reference * ref_rejected

@@ -110,7 +110,10 @@ class Contrastive(Objective):
         if adaptive.exponents is None:
             n_chosen, n_rejected = pairs.lengths('exponent="length"')
             return chosen / n_chosen - rejected / n_rejected
-        return adaptive.exponents[0] * chosen - adaptive.exponents[1] * rejected
+        # A log-prob may be -inf, and an exponent of 0 leaves it out.
+        terms = zip(adaptive.exponents, (chosen, rejected), strict=True)
+        powers = [alpha * x if alpha else torch.zeros_like(x) for alpha, x in terms]
+        return powers[0] - powers[1]
 
     def margin(self, pairs: Pairs) -> Tensor | float:
         """What delta must exceed: a number, or (B,), a constant to autograd."""
