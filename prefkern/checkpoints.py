@@ -33,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import rotate_checkpoints
 
 from prefkern.files import remove, replacing, sync, write_json
 
@@ -112,12 +111,8 @@ class CheckpointTrainer(Trainer):
         if self._to_push is not None:
             super()._push_from_checkpoint(str(folder / name))
         if writes:
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            kept = {folder / name, Path(self.state.best_model_checkpoint or folder / name)}
+            _delete_oldest(folder, self.args.save_total_limit, kept)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It is uploaded in the background: from where it stays.
@@ -343,10 +338,34 @@ def _take_places(folder: Path) -> None:
     """Have finished checkpoints replace those of the same name, also after a kill in between."""
     waiting = folder / _FINISHED
     for checkpoint in _checkpoints(waiting):
-        remove(folder / checkpoint.name)
+        _delete(folder / checkpoint.name)
         checkpoint.rename(folder / checkpoint.name)
     with contextlib.suppress(OSError):
         waiting.rmdir()
+
+
+def _delete_oldest(folder: Path, limit: int | None, kept: set[Path]) -> None:
+    """Delete checkpoints beyond a limit, never those to keep: the one just saved, and the best.
+
+    Trainer would keep the one of the largest number where it cannot tell ages apart, which may be
+    an earlier run's.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = sorted(_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
+    surplus = max(len(found) - max(limit, len(kept)), 0)
+    for checkpoint in [path for path in found if path not in kept][:surplus]:
+        _delete(checkpoint)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, if it is there; its name goes first, so that none is seen half deleted."""
+    if checkpoint.exists():
+        waste = checkpoint.parent / _UNFINISHED
+        remove(waste)
+        waste.mkdir()
+        checkpoint.rename(waste / checkpoint.name)
+        remove(waste)
 
 
 def _remove_other_weights(folder: Path, written: set[str]) -> None:
