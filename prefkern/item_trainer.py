@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
+from prefkern.checkpoints import CheckpointTrainer
 from prefkern.collate import sequence_count
 from prefkern.data import COLUMNS
 
 
-class ItemTrainer(Trainer):
+class ItemTrainer(CheckpointTrainer):
     """transformers' Trainer over items; `compute_loss` of a subclass scales by `_share`.
 
     Raises ValueError under nn.DataParallel.

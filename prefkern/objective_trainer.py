@@ -112,7 +112,7 @@ class ObjectiveTrainer(ItemTrainer):
             save_objective(self.loss_fn.objective, output_dir)
         steps = self.state.global_step - self._globalstep_last_logged
         told = SinceLastLog(steps, self._tr_loss, self._train_sums)
-        told.save(output_dir, self.accelerator, writes)
+        told.save(output_dir, self.accelerator, self.loss_fn.objective, writes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

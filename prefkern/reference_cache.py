@@ -23,7 +23,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from torch.utils.data import DataLoader
 
 import prefkern
 from prefkern.data import REFERENCE_COLUMNS
+from prefkern.files import write_atomically
 from prefkern.models import head_transform, unwrap
 from prefkern.preparation import is_peft_model
 
@@ -106,7 +106,7 @@ class SumsOnDisk:
         self.pairs = pairs
         self.folder = folder / self.key
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.folder / "key.json", description.encode())
+        write_atomically(self.folder / "key.json", description.encode())
 
     def read(self) -> tuple[Tensor, list[range]]:  # (pairs, 2)
         """The sums, float32, and the rows that are missing, shard by shard."""
@@ -134,7 +134,7 @@ class SumsOnDisk:
         sums = sums.contiguous()
         metadata = {"key": self.key, "checksum": _checksum(sums)}
         try:
-            _write_atomically(self._file(rows), save({"sums": sums}, metadata))
+            write_atomically(self._file(rows), save({"sums": sums}, metadata))
         except OSError as error:
             logger.warning("reference sums are not kept: %s", error)
 
@@ -294,20 +294,6 @@ def _shards(pairs: int) -> list[range]:
 
 def _checksum(sums: Tensor) -> str:
     return xxhash.xxh3_128_hexdigest(sums.numpy().tobytes())
-
-
-def _write_atomically(file: Path, content: bytes) -> None:
-    """After an interruption there is the old file, or the new one, and never half of it."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _adapter(model: Any) -> Any:

@@ -246,14 +246,14 @@ class RewardTrainer(ItemTrainer):
         """Rewards r_w and r_l of every pair, in order; the same on every rank."""
         return torch.as_tensor(self.predict(tokens).predictions)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save_into(self, folder: str, state_dict: Any) -> None:
         # Without a pad token transformers scores the last token, of one sequence at a time, which
         # is what a model does here that found no token to set aside for padding.
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()  # pyright: ignore[reportCallIssue]
         used, config.pad_token_id = config.pad_token_id, self._tokenizer.pad_token_id
-        super()._save(output_dir, state_dict)
+        super()._save_into(folder, state_dict)
         config.pad_token_id = used
-        self._tokenizer.save_pretrained(output_dir or self.args.output_dir)
+        self._tokenizer.save_pretrained(folder)
 
 
 def tokenize_for_rewards(

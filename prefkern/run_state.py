@@ -1,7 +1,8 @@
 """What a checkpoint keeps beside transformers' own, so that a resumed run continues bit for bit.
 
     objective.pt       the objective's state: running statistics, number of draws
-    since_last_log.pt  each rank's sums of metrics and losses that no log has told yet
+    since_last_log.pt  each rank's sums of metrics and losses that no log has told yet, and which
+                       objective they are of
 
 transformers keeps weights, optimiser, schedule, data order and random states, but starts the loss
 and the metrics between two logs anew, so that the first log after a resumption would be of fewer
@@ -19,6 +20,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from prefkern.checkpoints import CheckpointError, read_tensors
+
 logger = logging.getLogger(__name__)
 
 _OBJECTIVE_FILE = "objective.pt"
@@ -35,8 +38,9 @@ def save_objective(objective: nn.Module, folder: str) -> None:
 def load_objective(objective: nn.Module, folder: str) -> None:
     """The statistics that belong to a checkpoint's weights.
 
-    Raises ValueError for those of another objective.
+    Raises ValueError for those of another objective, and for a file that cannot be read.
     """
+    _check_objective(objective, Path(folder) / _LOG_FILE)
     if not objective.state_dict():
         return
     file = Path(folder) / _OBJECTIVE_FILE
@@ -44,12 +48,41 @@ def load_objective(objective: nn.Module, folder: str) -> None:
         logger.warning("%s is missing: the objective's statistics start over", file)
         return
     # Statistics are copied to where they live; torch cannot restore to a CPU with an index.
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = _read(file)
     try:
         objective.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
         name = type(objective).__name__
-        raise ValueError(f"{file} is of another objective than {name}: {error}") from error
+        raise CheckpointError(f"{file} is of another objective than {name}: {error}") from error
+
+
+def _check_objective(objective: nn.Module, file: Path) -> None:
+    """Raise ValueError where a checkpoint is of another objective; warn of other settings."""
+    described = _read(file).get("objective") if file.exists() else None
+    if described is None or described == _description(objective):
+        return
+    kinds, settings = described["kinds"], described["settings"]
+    if kinds != _description(objective)["kinds"]:
+        raise CheckpointError(
+            f"{file.parent} was trained with {settings}, and this run's objective is {objective}: "
+            "its optimiser's state is of another loss. To train its weights on, give the folder "
+            "as the model, and do not resume"
+        )
+    logger.warning("%s was trained with %s, and goes on with %s", file.parent, settings, objective)
+
+
+def _description(objective: nn.Module) -> dict[str, Any]:
+    kinds = [type(module).__name__ for module in objective.modules()]
+    return {"kinds": kinds, "settings": str(objective)}
+
+
+def _read(file: Path) -> Any:
+    try:
+        return read_tensors(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}): resume from another checkpoint"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -60,13 +93,16 @@ class SinceLastLog:
     loss: Tensor  # () summed over steps
     sums: dict[str, Tensor]  # (2,) each: numerators and weights of metrics
 
-    def save(self, folder: str, accelerator: Accelerator, writes: bool) -> None:
+    def save(
+        self, folder: str, accelerator: Accelerator, objective: nn.Module, writes: bool
+    ) -> None:
         """Put every rank's into a checkpoint. Collective; the ranks that write say so."""
         gathered: Any = accelerator.gather(
             {"loss": self.loss[None], "sums": {name: x[None] for name, x in self.sums.items()}}
         )
         if writes:
-            torch.save({"steps": self.steps, **gathered}, Path(folder) / _LOG_FILE)
+            told = {"steps": self.steps, "objective": _description(objective), **gathered}
+            torch.save(told, Path(folder) / _LOG_FILE)
 
     @staticmethod
     def load(folder: str, accelerator: Accelerator) -> SinceLastLog | None:
@@ -74,7 +110,7 @@ class SinceLastLog:
         file = Path(folder) / _LOG_FILE
         if not file.exists():
             return None
-        everyones = torch.load(file, map_location="cpu", weights_only=True)
+        everyones = _read(file)
         loss, sums = everyones["loss"], everyones["sums"]  # (ranks,) and (ranks, 2)
         rank = accelerator.process_index
         # Logs take the mean of the ranks' losses and the sums of their metrics: a run that goes on

@@ -444,7 +444,7 @@ def test_files_and_folders(files, tmp_path, suffix):
     assert cli.main(["margins", *flags(options)]) == 2
     assert cli.main(["margins", *flags({**options, "overwrite": True})]) == 0
     assert data.load_preference_dataset(str(output)).to_list() == loaded.to_list()
-    assert not [path for path in tmp_path.iterdir() if "unfinished" in path.name]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_conversations(files, tmp_path):

@@ -138,6 +138,8 @@ def _store(path: Path, key: str, entry: dict[str, Any]) -> None:
         "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
     ) as file:
         json.dump({"format": _FORMAT, "entries": entries}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(file.name, path)
     _read[path] = entries
 

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
+from prefkern.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +141,12 @@ def main(argv: list[str]) -> int:
             return fail("margins", str(error))
         is_writer = run.trainer.args.process_index == 0
         if run.held_out:
-            _train(run.trainer)
+            from prefkern.checkpoints import CheckpointError
+
+            try:
+                _train(run.trainer)
+            except CheckpointError as error:
+                return fail("margins", str(error))
         rewards = run.trainer.rewards(run.tokens).double()
     bad = (~rewards.isfinite()).any(1).nonzero().flatten().tolist()
     if bad:
@@ -360,23 +365,21 @@ def _train(trainer: RewardTrainer) -> None:
 
 def _write(dataset: Any, path: Path) -> None:
     """Write the file or folder under another name, then rename it into place."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    if path.suffix in (".jsonl", ".json"):
-        # Row by row: pandas, by which datasets writes JSON, rounds floats to ten digits.
-        with unfinished.open("w", encoding="utf-8") as file:
-            rows = (json.dumps(row, ensure_ascii=False, default=str) for row in dataset)
-            if path.suffix == ".jsonl":
-                file.writelines(f"{row}\n" for row in rows)
-            else:
-                file.write("[\n" + ",\n".join(rows) + "\n]\n")
-    elif path.suffix == ".parquet":
-        dataset.to_parquet(unfinished)
-    elif path.suffix == ".csv":
-        dataset.to_csv(unfinished)
-    else:
-        dataset.save_to_disk(unfinished)
-        shutil.rmtree(path, ignore_errors=True)
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        if path.suffix in (".jsonl", ".json"):
+            # Row by row: pandas, by which datasets writes JSON, rounds floats to ten digits.
+            with unfinished.open("w", encoding="utf-8") as file:
+                rows = (json.dumps(row, ensure_ascii=False, default=str) for row in dataset)
+                if path.suffix == ".jsonl":
+                    file.writelines(f"{row}\n" for row in rows)
+                else:
+                    file.write("[\n" + ",\n".join(rows) + "\n]\n")
+        elif path.suffix == ".parquet":
+            dataset.to_parquet(unfinished)
+        elif path.suffix == ".csv":
+            dataset.to_csv(unfinished)
+        else:
+            dataset.save_to_disk(unfinished)
 
 
 def _report(run: _Run, rewards: Tensor) -> None:

@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
     missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
     if missing:
         return fail("train", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
+    from prefkern.checkpoints import CheckpointError
+
     try:
         trainer, config = _prepare(argv)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -63,7 +65,10 @@ def main(argv: list[str]) -> int:
         from prefkern.data import show
 
         show(trainer.dataset_reports.values())
-    metrics = trainer.train(resume_from_checkpoint=resume_from(config)).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=resume_from(config)).metrics
+    except CheckpointError as error:
+        return fail("train", str(error))
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
     trainer.save_model()

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefkern.files import replacing
+
 Rows = list[dict[str, Any]]
 
 
@@ -129,7 +131,8 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
             fontsize=12,
             fontweight="bold",
         )
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=110, metadata={"Software": None})
         plots.close(figure)
 
 
@@ -196,7 +199,8 @@ def draw_errors(report: dict[str, Any], path: Path) -> None:
             fontsize=12,
             fontweight="bold",
         )
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=110, metadata={"Software": None})
         plots.close(figure)
 
 

@@ -6,7 +6,6 @@ finished; `finished` says whether it came to its end.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 import prefkern
+from prefkern.files import write_json
 
 PACKAGES = (
     "torch",
@@ -85,10 +85,7 @@ class Report:
     def write(self, finished: bool) -> None:
         if self.path is None:
             return
-        # Never half a file where there was a whole one.
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.as_dict(finished), indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_json(self.path, self.as_dict(finished), indent=1)
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
