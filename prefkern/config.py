@@ -36,7 +36,7 @@ class PreferenceConfig(TrainingArguments):
 
     Defaults that differ from theirs, as in TRL: `learning_rate` 1e-6 (for all weights; LoRA wants
     some ten times more), `logging_steps` 10, `gradient_checkpointing` on, and `bf16` on wherever
-    a GPU supports it.
+    a GPU supports it. `logging_nan_inf_filter` is off: a loss that is no number is logged as such.
 
     Raises ValueError for an objective, option or argument that is unknown or has no effect here.
     """
@@ -45,6 +45,10 @@ class PreferenceConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     gradient_checkpointing: bool = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=True, metadata={"help": "Recompute activations in backward to save memory."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Log the mean of other steps in place of a loss that is nan or inf."},
     )
     bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "bf16 mixed precision. Default: where a GPU supports it."}
@@ -160,11 +164,12 @@ class PreferenceConfig(TrainingArguments):
                 "label_smoothing_factor has no effect on preference pairs; use "
                 'objective_options={"label_smoothing": ...}'
             )
-        if self.ref_cache_dir is not None and not self.precompute_ref_log_probs:
-            raise ValueError(
-                f"ref_cache_dir is {self.ref_cache_dir!r}, which has no effect without "
-                "precompute_ref_log_probs"
-            )
+        for name in ("ref_cache_dir", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and not self.precompute_ref_log_probs:
+                raise ValueError(
+                    f"{name} is {value!r}, which has no effect without precompute_ref_log_probs"
+                )
         if self.torch_compile:
             raise ValueError("torch_compile is not supported yet")
         super().__post_init__()

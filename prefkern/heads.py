@@ -113,7 +113,9 @@ def problem(head: nn.Module) -> str | None:
     if hasattr(layer, "token_adapter"):
         return f"trained at single tokens by PEFT ({kind}): {_LEAVE_OUT}"
     if hasattr(layer, "base_layer"):
-        if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling")):
+        factors = [getattr(layer, name, None) for name in ("lora_A", "lora_B")]
+        # AdaLoRA's are parameters, with a third one between them.
+        if not all(isinstance(factor, nn.ModuleDict) for factor in factors):
             return f"wrapped in a PEFT adapter other than LoRA ({kind}): {_LEAVE_OUT}"
         variants = sorted(getattr(layer, "lora_variant", {}))
         if variants:

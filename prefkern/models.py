@@ -349,6 +349,10 @@ def _plain_tokens(config: Any, count: int) -> list[int]:
     return [plain[i % len(plain)] for i in range(count)]
 
 
+def _is_finite(weight: Tensor) -> bool:
+    return not weight.is_floating_point() or bool(weight.isfinite().all())
+
+
 def _virtual_tokens(model: nn.Module) -> int:
     """How many positions a prompt-learning adapter may put before the tokens."""
     configs = [
@@ -398,10 +402,12 @@ def _probe(
         raise _uncalled(base, head)
 
     raw, linear, ramp = seen["raw"].float(), seen["linear"].float(), seen["ramp"]
-    if raw.isnan().any():
+    if not raw.isfinite().all():
+        weights = (name for name, weight in model.named_parameters() if not _is_finite(weight))
+        found = next(weights, None)
         raise ValueError(
-            f"{type(base).__name__} gives logits that are not finite for a row of {raw.shape[-2]} "
-            "plain tokens: its weights are spoilt, or too large for their dtype"
+            f"the logits of {type(base).__name__} on a short input are not finite"
+            + (", though its weights are" if found is None else f": {found} holds nan or inf")
         )
     # Two ways to one product, each rounded in the head's dtype.
     rounding = max(8 * torch.finfo(seen["raw"].dtype).eps, 1e-5)

@@ -55,6 +55,30 @@ def is_trained_adapter(model: nn.Module) -> bool:
     return any("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters())
 
 
+def check_unmerged(model: nn.Module) -> None:
+    """Raise ValueError for adapters that are merged into their weights, where nothing trains them.
+
+    Switched off, a layer takes its adapter out again only at its next forward, so that until then
+    its weights are those of no reference either.
+    """
+    if not is_peft_model(model):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = {
+        adapter
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for adapter in module.merged_adapters
+    }
+    if merged:
+        names = ", ".join(map(repr, sorted(merged)))
+        raise ValueError(
+            f"the model's adapter {names} is merged into its weights, where it is not trained: "
+            "call model.unmerge_adapter() first, or model.merge_and_unload() and give a peft_config"
+        )
+
+
 @contextmanager
 def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
     """A PEFT model under another of its adapters, or under none; then as it was."""

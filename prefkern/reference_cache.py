@@ -178,14 +178,15 @@ def ingredients(model: nn.Module, dataset: Any, **arithmetic: Any) -> dict[str, 
 
 
 def hash_weights(model: nn.Module) -> str | None:
-    """A hash of all that a model's state_dict holds: names, dtypes, shapes and contents.
+    """A hash of a model's state_dict and buffers: names, dtypes, shapes and contents.
 
-    The same for the same content on every device. Weights of an adapter that is switched off are
+    Buffers that no checkpoint has count, too: `model.to(bfloat16)` rounds the rotary frequencies,
+    which loading the same weights in bfloat16 does not. The same for the same content on every device. Weights of an adapter that is switched off are
     left out. None where the contents are not all here: sharded, offloaded or opaque.
     """
     skipped = _switched_off(model)
     digest = xxhash.xxh3_128()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
         if any(part.startswith(skipped) for part in name.split(".")):
             continue
         if not isinstance(value, Tensor) or value.is_meta or hasattr(value, "ds_id"):

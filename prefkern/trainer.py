@@ -64,6 +64,7 @@ from prefkern.preparation import (
     adapt,
     adapter_in_use,
     check_reference_adapter,
+    check_unmerged,
     disable_dropout,
     is_peft_model,
     is_trained_adapter,
@@ -126,6 +127,22 @@ class PreferenceTrainer(ObjectiveTrainer):
                 "padding_free has no effect on a data_collator that is given; leave it out, and "
                 "let the collator return cu_seqlens if it packs"
             )
+        if ref_model is not None and args.ref_model_name_or_path is not None:
+            raise ValueError(
+                f"args.ref_model_name_or_path is {args.ref_model_name_or_path!r}, and ref_model was "
+                "given: give one"
+            )
+        ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
+        loads = isinstance(model, str) or isinstance(ref_model, str)
+        if args.model_init_kwargs and not loads:
+            raise ValueError(
+                f"args.model_init_kwargs is {args.model_init_kwargs!r}, which has no effect on a "
+                "model that is loaded already; load it with them, or give its name or path"
+            )
+        if args.pad_to_multiple_of is not None and data_collator is not None:
+            raise ValueError(
+                "pad_to_multiple_of has no effect on a data_collator that is given; leave it out"
+            )
         if isinstance(ref_model, nn.Module) and unwrap(ref_model) is unwrap(model):
             raise ValueError(
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
@@ -139,7 +156,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             margins=is_paired and objective.needs_reward_margins,
             distributions=is_paired and objective.needs_kls,
         )
-        _check_needs(self._objective_needs, args)
+        _check_needs(self._objective_needs, args, ref_model)
         for name, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
             self._check_columns(dataset, name)
         check_liger(args, args.device)
@@ -156,6 +173,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         if pad_token_id is None:
             raise ValueError("the tokenizer has neither a pad nor an eos token; set pad_token")
         model = adapt(model, peft_config, args)
+        check_unmerged(model)
         find_head(model)
         self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
 
@@ -173,9 +191,6 @@ class PreferenceTrainer(ObjectiveTrainer):
             "ref_chosen_logps" in dataset.column_names
             for _, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval")
         )
-        ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
-        if not objective.needs_reference:
-            ref_model = None
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, args, dtype=model.dtype)
         if ref_model is not None:
@@ -190,6 +205,14 @@ class PreferenceTrainer(ObjectiveTrainer):
         has_reference = ref_model is not None or carried or is_adapted
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
+        casts = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)]
+        is_cast_too = is_adapted and ref_model is None
+        is_cast_too = is_cast_too and not (carried or args.precompute_ref_log_probs)
+        if needs_reference and casts and not is_cast_too:
+            raise ValueError(
+                f"{casts[0]} casts the policy and not its reference, so that rewards would be "
+                "differences of two precisions; leave it out, or train with bf16"
+            )
         self.ref_model = ref_model
         apply_liger(args, *(each for each in (model, ref_model) if each is not None))
         layout = (pad_token_id, args.pad_to_multiple_of)
@@ -496,11 +519,18 @@ def _given(objective: Any, args: PreferenceConfig) -> Objective | UnpairedObject
     return objective
 
 
-def _check_needs(needs: _Needs, args: PreferenceConfig) -> None:
-    if args.ref_adapter_name is not None and not needs.reference:
-        raise ValueError(
-            f"ref_adapter_name is {args.ref_adapter_name!r}, and this objective has no reference"
-        )
+def _check_needs(needs: _Needs, args: PreferenceConfig, ref_model: Any) -> None:
+    given = {
+        "ref_adapter_name": args.ref_adapter_name,
+        "precompute_ref_log_probs": args.precompute_ref_log_probs or None,
+        "ref_model": ref_model,
+    }
+    for name, value in given.items():
+        if value is not None and not needs.reference:
+            shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+            raise ValueError(
+                f"{name} is {shown}, and this objective has no reference; leave it out"
+            )
     if args.precompute_ref_log_probs and needs.reference and not needs.sums_suffice:
         what = "the reference's distributions" if needs.paired else "mismatched pairs of each batch"
         raise ValueError(

@@ -154,6 +154,10 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
         ({"eval_fraction": 1.5}, "--eval_fraction must be in [0, 1)"),
         ({"eval_strategy": "epoch"}, "--eval_strategy needs --eval_dataset"),
         ({"lora_dropout": 0.1}, "--lora_dropout has no effect"),
+        ({"lora_alpha": 16}, "--lora_alpha has no effect without --lora_r"),
+        ({"lora_target_modules": "q_proj"}, "--lora_target_modules has no effect"),
+        ({"eval_split": "test"}, "--eval_split has no effect without --eval_dataset"),
+        ({"dataset_config": "main"}, "--dataset_config has no effect on a file"),
         ({"lora_r": -1}, "--lora_r must be >= 0, got -1"),
         ({"lora_r": 4, "lora_alpha": 0}, "--lora_alpha must be > 0, got 0"),
         ({"lora_dropout": 1.0, "disable_dropout": "false"}, "--lora_dropout must be in [0, 1)"),
@@ -211,6 +215,8 @@ def test_errors_of_yaml(files, tmp_path, capsys):
     assert "unknown option 'lora_alhpa'; did you mean 'lora_alpha'?" in error([str(path)], capsys)
     path.write_text("a: [1\n")
     assert "is not YAML" in error([str(path)], capsys)
+    path.write_text("beta: 0.1\nmodel: m\nbeta: 0.5\n")
+    assert "'beta' is given twice" in error([str(path)], capsys)
     path.write_text("- a\n")
     assert "must be a mapping" in error([str(path)], capsys)
 
@@ -242,6 +248,7 @@ def test_what_yaml_says(files, tmp_path):
         "max_length": None,
         "dtype": None,
         "gradient_checkpointing": False,
+        "lora_r": 4,
         "lora_target_modules": "q_proj",
         "objective_options": {"clip": 3.0, "exponent": [0.1, 0.2]},
         "report_to": ["tensorboard", "wandb"],

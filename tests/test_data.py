@@ -249,6 +249,18 @@ def test_extra_columns():
         _tokenize([{**STANDARD, "ref_chosen_logps": 0.0}])
 
 
+@pytest.mark.parametrize("options", [{"max_length": 4}, {"max_prompt_length": 1}])
+def test_reference_sums_are_of_the_tokens_that_they_came_with(options):
+    row = {**STANDARD, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}
+    tokens, _ = _tokenize([row])
+    for rows in ([row], tokens.to_list()):
+        with pytest.raises(ValueError, match="row 0: truncation would cut it, and its reference"):
+            _tokenize(rows, **options)
+        with pytest.raises(ValueError, match="no pair with two responses that can be scored"):
+            _tokenize(rows, truncation_mode="drop", **options)
+        assert _tokenize(rows, max_length=100)[1].pairs == 1
+
+
 @pytest.mark.parametrize("value", [None, float("nan")])
 @pytest.mark.parametrize(
     ("columns", "what"),

@@ -55,6 +55,17 @@ def _two_adapters() -> nn.Module:
     return model
 
 
+def _merged() -> nn.Module:
+    model = _adapted(_lora())
+    model.merge_adapter()
+    return model
+
+
+def _adalora() -> nn.Module:
+    config = peft.AdaLoraConfig(total_step=9, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(tiny.model(), config)
+
+
 def _adapted(config, family: str = "Llama", **options) -> nn.Module:
     return peft.get_peft_model(tiny.model(family, **options), config)
 
@@ -309,6 +320,9 @@ def test_a_named_adapter_as_reference(tmp_path):
             {"ref_adapter_name": "a", "objective": "simpo"},
             "this objective has no reference",
         ),
+        (_merged, {"objective": "simpo"}, "adapter 'default' is merged into its weights"),
+        (_merged, {"precompute_ref_log_probs": True}, "call model.unmerge_adapter"),
+        (_adalora, {}, r"PEFT adapter other than LoRA \(SVDLinear\)"),
         (lambda: _adapted(_lora(bias="all")), {}, "trains biases of the base model"),
         (
             lambda: _adapted(_lora(target_modules=["lm_head"])),

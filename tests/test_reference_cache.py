@@ -327,6 +327,12 @@ def test_hash_of_weights():
     assert not weight.is_contiguous()
     assert reference_cache.hash_weights(transposed) == hashed
     assert reference_cache.hash_weights(tiny.model().bfloat16()) != hashed
+    # Both have these weights in bfloat16, and one of them also its rotary frequencies.
+    rounded, frequencies = tiny.model().bfloat16(), tiny.model().bfloat16()
+    frequencies.model.rotary_emb.inv_freq = tiny.model().model.rotary_emb.inv_freq
+    pair = [each.state_dict() for each in (rounded, frequencies)]
+    assert all(torch.equal(value, pair[1][name]) for name, value in pair[0].items())
+    assert reference_cache.hash_weights(rounded) != reference_cache.hash_weights(frequencies)
     assert reference_cache.hash_weights(tiny.model().to("meta")) is None
 
 

@@ -22,6 +22,7 @@ peft = pytest.importorskip("peft")
 
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer, objectives
+from prefkern.collate import PreferenceCollator
 
 BATCH = 4
 
@@ -418,6 +419,9 @@ def test_config_can_be_parsed_from_flags():
         ({"backend": "cuda"}, "backend must be None or one of 'triton', 'torch', got 'cuda'"),
         ({"workspace_mb": 0}, "workspace_mb must be > 0"),
         ({"ref_cache_dir": "here"}, "ref_cache_dir is 'here', which has no effect without"),
+        ({"precompute_ref_batch_size": 2}, "precompute_ref_batch_size is 2, which has no effect"),
+        ({"objective": "simpo", "precompute_ref_log_probs": True}, "objective has no reference"),
+        ({"objective": "simpo", "ref_model_name_or_path": "other"}, "'other', and this objective"),
         ({"max_length": 1}, "max_length must be None or an int >= 2, got 1"),
         ({"max_length": 12.5}, "max_length must be None or an int"),
         ({"max_prompt_length": 0}, "max_prompt_length must be None or an int >= 1"),
@@ -451,6 +455,16 @@ def test_wrong_kinds_of_arguments(tmp_path):
     for model in (None, 3):
         with pytest.raises(TypeError, match="model must be a causal LM"):
             PreferenceTrainer(model, config(tmp_path), tiny.dataset(4))
+    for options, message in (
+        ({"objective": "simpo"}, "ref_model is LlamaForCausalLM, and this objective has no ref"),
+        ({"ref_model_name_or_path": "other"}, "'other', and ref_model was given: give one"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "no effect on a model that is loaded"),
+        ({"bf16_full_eval": True}, "bf16_full_eval casts the policy and not its reference"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, ref_model=tiny.model(seed=1), **options)
+    with pytest.raises(ValueError, match="pad_to_multiple_of has no effect on a data_collator"):
+        trainer(tmp_path, pad_to_multiple_of=8, data_collator=PreferenceCollator(0))
     model = tiny.model()
     with pytest.raises(ValueError, match="ref_model is the model that is trained"):
         trainer(tmp_path, model=model, ref_model=model)
@@ -468,6 +482,30 @@ def test_rows_without_their_numbers_are_named_before_training(tmp_path):
     sums = sums.add_column("ref_rejected_logps", [-1.0, -1.0, None, -1.0])
     with pytest.raises(ValueError, match="dataset 'train', row 2: no reference sum"):
         trainer(tmp_path, train_dataset=sums)
+
+
+def test_evaluation_casts_an_adapter_and_its_base_alike(tmp_path):
+    """Reference sums would be of the weights as they were."""
+    adapted = {"peft_config": lora(), "bf16_full_eval": True, "eval_dataset": tiny.dataset(4)}
+    assert trainer(tmp_path, **adapted).evaluate()["eval_rewards/margins"] == 0
+    with pytest.raises(ValueError, match="casts the policy and not its reference"):
+        trainer(tmp_path, precompute_ref_log_probs=True, **adapted)
+
+
+def test_a_loss_that_is_no_number_is_logged(tmp_path):
+    """transformers would log 0 in its place."""
+    run = trainer(tmp_path, objective="simpo", max_steps=1)
+    transform = prefkern.models.head_transform(run.model)
+    with torch.no_grad():
+        run.model.model.norm.weight[0] = math.nan
+    # Of a model that comes with them, the weights are named.
+    probed = run.model.__dict__.pop("_prefkern_head_transform")
+    with pytest.raises(ValueError, match="not finite: model.norm.weight holds nan or inf"):
+        run.evaluate(tiny.dataset(4))
+    run.model.__dict__["_prefkern_head_transform"] = probed
+    assert prefkern.models.head_transform(run.model) == transform
+    run.train()
+    assert math.isnan(step_logs(run)[0]["loss"])
 
 
 def test_margins_go_only_to_objectives_that_use_them(tmp_path):

@@ -112,7 +112,7 @@ class Parser(HfArgumentParser):
         if not path.exists():
             raise FileNotFoundError(f"no such file: {path}")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.load(path.read_text(encoding="utf-8"), _unique_keys())  # a SafeLoader
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
@@ -149,6 +149,25 @@ class Parser(HfArgumentParser):
             else:
                 flags.append(f"--{key}={_word(value)}")
         return flags
+
+
+def _unique_keys() -> Any:
+    """YAML's safe loader, which of a key given twice would take the last without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else None
+                if name is not None and name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name!r} is given twice", key.start_mark
+                    )
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def resume_from(config: TrainingArguments) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
@@ -94,7 +95,7 @@ def parse(
         "train",
         "Train a model on preference pairs.",
     )
-    (model, data, lora, config), _ = parser.parse(argv)
+    (model, data, lora, config), given = parser.parse(argv)
     for name, value in (
         ("model_name_or_path", model.model_name_or_path),
         ("dataset", data.dataset),
@@ -113,6 +114,13 @@ def parse(
         raise ValueError(f"--lora_alpha must be > 0, got {lora.lora_alpha}")
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
+    for name in sorted(given & {"lora_alpha", "lora_dropout", "lora_target_modules"}):
+        if not lora.lora_r:
+            raise ValueError(f"--{name} has no effect without --lora_r")
+    if data.dataset_config is not None and Path(str(data.dataset)).expanduser().is_file():
+        raise ValueError("--dataset_config has no effect on a file")
+    if "eval_split" in given and data.eval_dataset is None:
+        raise ValueError("--eval_split has no effect without --eval_dataset")
     if lora.lora_dropout and config.disable_dropout:
         raise ValueError("--lora_dropout has no effect without --disable_dropout false")
     return model, data, lora, config

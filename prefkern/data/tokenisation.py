@@ -67,7 +67,8 @@ def tokenize_preferences(
         max_length: bound on prompt plus response; None for none.
         max_prompt_length: bound on the prompt; None for none.
         truncation_mode: how the bounds are met, one of `TRUNCATION_MODES`; see
-            `prefkern.truncation`.
+            `prefkern.truncation`. A pair that carries reference sums is not cut, but refused: they
+            would be of other tokens.
         num_proc: processes.
         name: what the report calls the dataset.
 
@@ -196,6 +197,12 @@ def _with_tokens(
         kept = bounds.cut(found)
         is_empty = not _can_be_scored(*found)
         is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
+        if all(references) and any(is_cut) and _can_be_scored(*kept):
+            raise ValueError(
+                f"dataset {name!r}, row {row}: truncation would cut it, and its reference sums "
+                f"({' and '.join(REFERENCE_COLUMNS)}) are of what it was; raise max_length or "
+                "max_prompt_length, set truncation_mode='drop', or remove the two columns"
+            )
         return {
             **dict(zip(TOKEN_COLUMNS, kept, strict=True)),
             **({"reward_margin": reward_margin(example, margins)} if margins else {}),

@@ -18,13 +18,14 @@ With `objective=DPO(beta)` losses and gradients are TRL's to float32 accuracy, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_config import DPOConfig
@@ -32,7 +33,7 @@ from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
 from trl.trainer.utils import use_adapter
 
 from prefkern import __version__
-from prefkern.data.columns import MARGIN_SOURCES, margin_columns, reward_margin
+from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
 from prefkern.integrations.trl.options import check_reference, objective_of
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
@@ -46,6 +47,7 @@ from prefkern.models import (
 from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import DPO, KTO, Objective
 from prefkern.outputs import PreferenceOutput
+from prefkern.preparation import check_unmerged
 
 _MARGINS = "reward_margins"
 # Of a batch, what is not the model's.
@@ -109,6 +111,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         is_given = isinstance(objective, Objective)
         objective = objective_of(args, objective, objective_options)
         check_reference(args, objective, ref_model)
+        if objective.needs_reward_margins:
+            for where, dataset in _named(train=train_dataset, eval=eval_dataset):
+                _check_margins(dataset, where)
         # What TRL writes on models and their cards.
         name = type(objective).__name__
         self._tag_names = ["trl", "prefkern", name.lower()]
@@ -132,6 +137,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             peft_config=peft_config,
         )
         find_head(self.model)  # pyright: ignore[reportArgumentType]
+        check_unmerged(self.model)  # pyright: ignore[reportArgumentType]
         self._refuse_unsupported_setups()
         self.beta = objective.beta
         if objective.needs_reward_margins:
@@ -255,17 +261,49 @@ class _WithMargins:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        sources = margin_columns(list(examples[0]))
-        if not sources:
-            raise ValueError(
-                "the objective needs reward margins, and a dataset has no column reward_margin or "
-                f"margin, nor score_chosen and score_rejected; found {', '.join(examples[0])}; "
-                "`prefkern margins` writes one"
-            )
+        # Of a stream, and of what is evaluated on later, this is the first that is seen.
+        sources = _margin_sources(examples[0], "a dataset")
+        for column in sources:
+            for example in examples:
+                _check_margin(example[column], column, "a pair")
         margins = [reward_margin(example, sources) for example in examples]
         batch = self.collator(examples)
         batch[_MARGINS] = torch.tensor(margins, dtype=torch.float32)
         return batch
+
+
+def _named(**given: Any) -> Iterator[tuple[str, Any]]:
+    """Datasets by name, each of a dict of them by its own."""
+    for name, dataset in given.items():
+        yield from dataset.items() if isinstance(dataset, dict) else [(name, dataset)]
+
+
+def _check_margins(dataset: Any, name: str) -> None:
+    """Raise ValueError unless each pair has a reward margin, as far as that is known already."""
+    columns = getattr(dataset, "column_names", None)
+    if not columns:
+        return
+    sources = _margin_sources(columns, f"dataset {name!r}")
+    if isinstance(dataset, Dataset):
+        for column in sources:
+            for row, value in enumerate(dataset[column]):
+                _check_margin(value, column, f"dataset {name!r}, row {row}")
+
+
+def _margin_sources(columns: Iterable[str], what: str) -> tuple[str, ...]:
+    sources = margin_columns(list(columns))
+    if not sources:
+        raise ValueError(
+            f"the objective needs reward margins, and {what} has no column reward_margin or "
+            f"margin, nor score_chosen and score_rejected; found {', '.join(columns)}; "
+            "`prefkern margins` writes one"
+        )
+    return sources
+
+
+def _check_margin(value: Any, column: str, what: str) -> None:
+    if not is_number(value):
+        raise ValueError(f"{what}: no margin ({column!r} is {value!r})")
 
 
 def _scored(
