@@ -276,6 +276,12 @@ def test_label_smoothing(tmp_path):
     smoothed = LigerFusedLinearCPOLoss(label_smoothing=0.2, compiled=False)
     call = (data.weight, data.hidden, data.labels)
     assert smoothed(*call)[0] != LigerFusedLinearCPOLoss(compiled=False)(*call)[0]
+    smoothed = LigerFusedLinearSimPOLoss(label_smoothing=0.2, compiled=False)
+    assert smoothed(*call)[0] != LigerFusedLinearSimPOLoss(compiled=False)(*call)[0]
+    trainer = build(tmp_path, CPOTrainer, CPOConfig, label_smoothing=0.2, beta=1.0)
+    losses, *_ = trainer.cpo_loss(torch.tensor([-1.0]), torch.tensor([-3.0]))
+    margin = torch.tensor([2.0])
+    torch.testing.assert_close(losses, -0.8 * F.logsigmoid(margin) - 0.2 * F.logsigmoid(-margin))
     with pytest.raises(TypeError, match="no option 'label_smoothing'"):
         objectives.build("cpo", label_smoothing=0.2)
 
@@ -320,10 +326,11 @@ def test_mean_of_a_step(tmp_path):
         trainer = build(tmp_path, kind, max_steps=1, ref_model=reference, **given)
         trainer.train()
         alone.append(trainer.state.log_history[0]["loss"])
-    each = []
-    for at in range(3):
-        one = {"train_dataset": tiny.dataset(3).select([at]), "ref_model": tiny.model(seed=1)}
-        each.append(first_log(tmp_path, PlainDPOTrainer, **one)["loss"])
+    trainer = build(tmp_path, PlainDPOTrainer, ref_model=tiny.model(seed=1), **given)
+    each = [
+        trainer.compute_loss(trainer.model, trainer.data_collator([example])).item()
+        for example in trainer.train_dataset
+    ]
     assert alone[1] == pytest.approx(sum(each) / 3, rel=1e-4)
     halved = [(sum(each) - last) / 4 + last / 2 for last in each]
     assert min(abs(alone[0] - value) for value in halved) < 1e-4 < abs(alone[0] - alone[1])
