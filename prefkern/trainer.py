@@ -122,6 +122,11 @@ class PreferenceTrainer(ObjectiveTrainer):
             raise TypeError(
                 f"model must be a causal LM, or a name or path to load, got {type(model).__name__}"
             )
+        if isinstance(train_dataset, dict):
+            raise TypeError(
+                f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
+                f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...]"
+            )
         if args.padding_free and data_collator is not None:
             raise ValueError(
                 "padding_free has no effect on a data_collator that is given; leave it out, and "

@@ -219,15 +219,15 @@ def reference_of(case: Case, data: Batch) -> dict[str, Tensor | None]:
     return {name: getattr(data, name) for name in names} if case.has_reference else {}
 
 
-def run(case: Case, data: Batch, backend="torch", workspace_mb=None, scale=1.0):
+def run(case: Case, data: Batch, workspace_mb=None, scale=1.0):
     """prefkern's output; gradients are left on `data`."""
     loss_fn = prefkern.FusedPreferenceLoss(
-        case.objective(data.beta), data.ignore_index, workspace_mb, backend
+        case.objective(data.beta), data.ignore_index, workspace_mb, "torch"
     )
     out = loss_fn(data.hidden, data.weight, data.labels, data.bias, **reference_of(case, data))
     if out.loss.requires_grad:
         (scale * out.loss).backward()
-    assert out.plan is not None and out.plan.backend == backend
+    assert out.plan is not None and out.plan.backend == "torch"
     return out
 
 
@@ -310,8 +310,8 @@ def test_gradients_scale_with_what_comes_from_above(name):
     plain, scaled = data.leaves(), data.leaves()
     run(case, plain)
     run(case, scaled, scale=2.5)
-    for name, x in scaled.inputs.items():
-        torch.testing.assert_close(x.grad, 2.5 * plain.inputs[name].grad, atol=1e-7, rtol=1e-6)
+    for mine, x in zip(scaled.inputs.values(), plain.inputs.values(), strict=True):
+        torch.testing.assert_close(mine.grad, 2.5 * x.grad, atol=1e-7, rtol=1e-6)
     if HAS_LIGER:
         theirs = data.leaves()
         liger(case, theirs, scale=2.5)
@@ -366,21 +366,19 @@ def test_strided_inputs(name):
         "bias": torch.stack([data.bias] * 2, -1)[:, 0],
     }
     assert not any(view.is_contiguous() for view in views.values())
-    for name, view in views.items():
-        setattr(strided, name, view if name == "labels" else view.requires_grad_())
+    for argument, view in views.items():
+        setattr(strided, argument, view if argument == "labels" else view.requires_grad_())
     torch.testing.assert_close(run(case, strided).loss, run(case, plain).loss, atol=0, rtol=1e-6)
     assert_gradients(strided, plain, 1e-6)
 
 
 @pytest.mark.parametrize("workspace_mb", [8, 64, 512])
-def test_results_do_not_depend_on_the_workspace(workspace_mb, backend, device):
+def test_results_do_not_depend_on_the_workspace(workspace_mb):
     """As Liger's do not on its chunk_size."""
-    if device != "cpu":
-        pytest.skip("Liger's cases are small: the kernels have their own tests")
     case = CASES["dpo with nll"]
     data = batch(SHAPES[2], bias=True)
     ours, exact = data.leaves(), data.double().leaves()
-    out = run(case, ours, backend, workspace_mb)
+    out = run(case, ours, workspace_mb)
     torch.testing.assert_close(out.loss.double(), textbook(case, exact)[0], atol=1e-5, rtol=2e-5)
     assert_gradients(ours, exact, 2e-5)
 
