@@ -20,16 +20,18 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import prefkern_kernels
 import torch
 from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+import prefkern_kernels
 
 # Bytes before and after a buffer; a multiple of every alignment that a launch may count on.
 GUARD = 2**15
@@ -168,7 +170,7 @@ def _fenced(arg: Any, fences: dict[tuple, Fence]) -> Any:
 def _assert_apart(fences: list[Fence]) -> None:
     """Buffers that overlap in part could not be told apart by their copies."""
     ranges = sorted((f.original.data_ptr(), f.span * f.size) for f in fences if f.span)
-    for (begin, length), (following, _) in zip(ranges, ranges[1:], strict=False):
+    for (begin, length), (following, _) in itertools.pairwise(ranges):
         assert begin + length <= following, "two arguments of a launch overlap"
 
 

@@ -20,11 +20,12 @@ pytest.importorskip("triton")
 
 import guarded
 import launch_cases
-import prefkern_kernels as kernels
 import triton
 import triton.language as tl
-from prefkern_kernels import tiles
 from test_product_fold import ACCURACY, PLAIN, TRANSFORMS, assert_right, truth
+
+import prefkern_kernels as kernels
+from prefkern_kernels import tiles
 
 # One size of row for each block, the largest one of two blocks; and, with --long, all around them.
 SIZES = [127, 129, 511, 1023, 2049]
@@ -78,13 +79,13 @@ def product_configs() -> list[Any]:
 def config_name(value: Any) -> str | None:
     if not isinstance(value, tiles.ProductConfig):
         return None
-    flags = "".join(
-        letter
-        for letter, has in zip("dfs", (value.by_descriptor, value.flatten, value.specialize))
-        if has
-    )
+    flags = {"d": value.by_descriptor, "f": value.flatten, "s": value.specialize}
     sizes = (value.block_n, value.block_v, value.block_h, value.num_warps, value.num_stages)
-    return "x".join(map(str, sizes)) + f"t{value.tiles}{flags}"
+    return (
+        "x".join(map(str, sizes))
+        + f"t{value.tiles}"
+        + "".join(letter for letter, has in flags.items() if has)
+    )
 
 
 def run_product(operands, config, n, v, h, transform, bias, device) -> None:
@@ -329,3 +330,13 @@ def test_overlapping_arguments_are_refused(device):
     launch = guarded.guard(_stray_kernel)[(1,)]
     with pytest.raises(AssertionError, match="overlap"):
         launch(whole[:10], whole[5:15], 8, 0, 0, 8, BLOCK=16)
+
+
+def test_what_is_sanitized_is_everything(device, capsys):
+    """The driver of `make sanitize` launches every kernel, and without its tools it says so."""
+    import sanitize
+
+    assert sanitize.drive(device) == set(guarded.LAUNCHERS)
+    if sanitize.missing() is not None:
+        assert sanitize.main() == 2
+        assert "nothing was checked" in capsys.readouterr().err

@@ -20,9 +20,10 @@ from prefkern import fold_state
 kernels = pytest.importorskip("prefkern_kernels")
 
 import launch_cases
-from launch_cases import CASES, ROWS, twin_of
-from prefkern_kernels import tiles
+from launch_cases import CASES, twin_of
 from test_product_fold import ACCURACY, PLAIN, assert_right, truth
+
+from prefkern_kernels import tiles
 
 WRAP = 2**31
 SIZE = 70
@@ -95,7 +96,8 @@ def test_rows_far_apart(name, ops, tmp_path, device):
 @pytest.mark.parametrize("with_rows", [False, True])
 def test_product_of_rows_far_apart(with_rows, by_descriptor, tmp_path, device):
     config = tiles.ProductConfig(16, 32, 32, 4, 2, by_descriptor=by_descriptor, tiles=2, group=2)
-    case = launch_cases.product(5, 70, 40, torch.bfloat16, device)
+    # Whole tiles: words of a cut one are counted from its own beginning.
+    case = launch_cases.product(5, 96, 40, torch.bfloat16, device)
     expected = truth(case["hidden"], case["weight"], None, case["labels"], **PLAIN)
     case["hidden"], case["weight"] = far(case["hidden"], tmp_path), far(case["weight"], tmp_path)
     if with_rows:
