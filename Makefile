@@ -1,5 +1,5 @@
-# make demo, make study, make test, make test-all, make check, make sanitize, make lint: each does the set-up that
-# it needs, once, into .venv.
+# make demo, make study, make test, make test-all, make check, make sanitize, make lint: each does
+# the set-up that it needs, once, into .venv.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
