@@ -1,5 +1,5 @@
-# make demo, make study, make test, make test-all, make check, make lint: each does the set-up that
-# it needs, once, into .venv.
+# make demo, make study, make test, make test-all, make check, make sanitize, make lint: each does
+# the set-up that it needs, once, into .venv.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
@@ -29,7 +29,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all check lint clean
+.PHONY: help demo study test test-all check sanitize lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make test      the tests"
 	@echo "make test-all  the tests and their long versions"
 	@echo "make check     every backend of this machine against float64"
+	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
 	@echo "make lint      ruff and pyright"
 	@echo "make clean     remove .venv, .demo and caches"
 
@@ -55,6 +56,9 @@ test test-all: .venv/.test
 
 check: .venv/.core
 	@$(BIN)/prefkern check
+
+sanitize: .venv/.test
+	@$(BIN)/python tests/sanitize.py
 
 lint: .venv/.test
 	$(BIN)/ruff check .

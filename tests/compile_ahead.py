@@ -7,7 +7,7 @@ them; `--all` takes every candidate of the table, and nothing but them.
 
 The real launchers are driven on meta tensors, with Triton's driver replaced by one that names the
 target and launches nothing. A process of its own, since Triton must be imported compiling, not
-interpreting. Each row: kernel, variant, shared memory, and for NVIDIA registers, stack and spills.
+interpreting. Each row: kernel, variant, warps, shared memory, and for NVIDIA registers, stack and spills.
 """
 
 from __future__ import annotations
@@ -308,6 +308,7 @@ def main() -> None:
         {
             "kernel": kernel.name,
             "shared": kernel.metadata.shared,
+            "num_warps": kernel.metadata.num_warps,
             **resources(kernel, target.backend),
             **description,
         }

@@ -17,6 +17,11 @@ tiles = pytest.importorskip("prefkern_kernels.tiles")
 ROOT = Path(__file__).parent.parent
 # Shared memory that a block may have, in bytes.
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# Registers that a multiprocessor has for its threads, NVIDIA's; a thread's are handed out by eights.
+REGISTERS = 65_536
+# A kernel that walks rows hides its loads behind other programs: at least two of eight warps, or as
+# many of fewer, must fit a multiprocessor, and its exchanges between warps are small.
+ROWS_REGISTERS, ROWS_SHARED = 128, 16_384
 KERNELS = {
     "_finish_kernel",
     "_fold_kernel",
@@ -55,14 +60,24 @@ def test_compiles(target):
 
 def assert_fits(row: dict[str, Any], target: str) -> None:
     assert row["shared"] <= SHARED[target], row
+    walks_rows = row["kernel"] != "_product_fold_kernel"
+    if walks_rows:
+        assert row["shared"] <= ROWS_SHARED, row
     if target == "gfx942":
         # Scalar registers spill into lanes of a vector register, and not to memory: the product has
         # a few such masks.
         few = 16 if row["kernel"] == "_product_fold_kernel" else 0
+        if walks_rows:
+            assert row["vgpr_count"] <= ROWS_REGISTERS, row
         assert row["vgpr_spill_count"] == 0 and row["sgpr_spill_count"] <= few, row
     else:
         # What ptxas spills is stack; LOCAL is what the source itself asks for.
         assert row["STACK"] == row["LOCAL"] == 0 and 0 < row["REG"] <= 255, row
+        # Beyond it a launch fails, or the compiler was not told how many warps there are.
+        warps = row["num_warps"] if "num_warps" in row else row["config"]["num_warps"]
+        assert -(-row["REG"] // 8) * 8 * 32 * warps <= REGISTERS, row
+        if walks_rows:
+            assert row["REG"] <= ROWS_REGISTERS, row
     if "instructions" in row and row["kernel"] == "_product_fold_kernel":
         assert_is_made_of(row, target)
 

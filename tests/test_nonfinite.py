@@ -49,16 +49,16 @@ def loss_fn(mode: str | None = "raise", name: str = "madpo", **options):
 
 # What is spoilt, where, and what the report says of it.
 SOURCES = {
-    "hidden": ((2, 1, 3), "hidden: 1 of 18 scored tokens, the first is token 1 of sequence 2 (the "
-               "rejected response of pair 0)"),
-    "lora_hidden": ((1, 2, 0), "lora_hidden: 1 of 18 scored tokens, the first is token 2 of sequence "
-                    "1 (the chosen response of pair 1)"),
-    "weight": ((129, 7), "weight: 1 of 130 words, the first is word 129"),
-    "lora_weight": ((7, 0), "lora_weight: 1 of 130 words, the first is word 7"),
-    "ref_logps": ((3,), "ref_logps: 1 of 4 sequences, the first is sequence 3 (the rejected response "
-                  "of pair 1)"),
-    "reward_margins": ((1,), "reward_margins: 1 of 2 pairs, the first is pair 1"),
-}  # fmt: skip
+    "hidden": ((2, 1, 3), "1 of 18 scored tokens, the first is token 1 of sequence 2 (REJECTED 0)"),
+    "lora_hidden": (
+        (1, 2, 0),
+        "1 of 18 scored tokens, the first is token 2 of sequence 1 (CHOSEN 1)",
+    ),
+    "weight": ((129, 7), "1 of 130 words, the first is word 129"),
+    "lora_weight": ((7, 0), "1 of 130 words, the first is word 7"),
+    "ref_logps": ((3,), "1 of 4 sequences, the first is sequence 3 (REJECTED 1)"),
+    "reward_margins": ((1,), "1 of 2 pairs, the first is pair 1"),
+}
 
 
 @pytest.mark.parametrize(("backend", "bad"), SPOILT)
@@ -66,12 +66,14 @@ SOURCES = {
 def test_the_source_is_named(name, bad, backend, device):
     case = call(device)
     place, said = SOURCES[name]
+    for side in ("chosen", "rejected"):
+        said = said.replace(side.upper(), f"the {side} response of pair")
     case[name][place] = bad
     with pytest.raises(FloatingPointError) as raised:
         loss_fn(backend=backend)(**case)
     lines = str(raised.value).split("\n")
     assert lines[0].startswith("the loss is ") and len(lines) == 2
-    assert lines[1].startswith(said + "; ") and len(lines[1]) > len(said) + 30
+    assert lines[1].startswith(f"{name}: {said}; ") and len(lines[1]) > len(said) + 30
     with pytest.warns(RuntimeWarning, match=name):
         loss_fn("warn", backend=backend)(**case)
     assert lines[1] == explain_nonfinite(**case)
