@@ -18,8 +18,8 @@ from torch import Tensor
 import prefkern
 
 # What an interpreted program costs bounds how many there can be.
-MOST = {"torch": 2**22, "triton": 2**17}  # N H V
-LARGEST = {"torch": (3000, 300, 3000), "triton": (40, 40, 400)}  # N, H, V
+MOST = {"torch": 2**22, "triton": 2**16}  # N H V
+LARGEST = {"torch": (3000, 300, 3000), "triton": (34, 33, 300)}  # N, H, V
 LAYOUTS = ("contiguous", "transposed", "sliced", "stepped", "expanded")
 MASKS = ("all", "some", "rows", "one", "none")
 HALVES = (torch.bfloat16, torch.float16)
