@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# What logits are multiplied with or divided by lies within 1e-6 and 1e6: beyond, they leave float32.
+LARGEST = 1e6
 
 
 def head(
@@ -18,19 +20,27 @@ def head(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     prefix: str = "",
+    floats: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
     """Hidden states against a head; `prefix` is "ref_" for a reference's."""
     for name, value, shape in (("hidden", hidden, "[..., H]"), ("weight", weight, "[V, H]")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {_name(value)}")
-        if value.dtype == torch.float64:
+        if value.dtype == torch.float64 and value.dtype not in floats:
             raise TypeError(
                 f"{prefix}{name} is float64, which the fused path does not compute in; "
                 "use prefkern.reference, or give float32, bfloat16 or float16"
             )
-        if value.dtype not in FLOATS:
+        if value.dtype not in floats:
             raise TypeError(
                 f"{prefix}{name} must be float32, bfloat16 or float16, got {value.dtype}"
+            )
+        if value.layout != torch.strided:
+            raise TypeError(f"{prefix}{name} must be a dense tensor, got {value.layout}")
+        if value.device.type == "meta":
+            raise ValueError(
+                f"{prefix}{name} must hold numbers, got a tensor {list(value.shape)} on meta; "
+                "prefkern.plan_for tells what a call of that shape costs"
             )
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{prefix}weight must have shape [V, H], got {list(weight.shape)}")
@@ -58,7 +68,7 @@ def head(
         raise ValueError(
             f"{prefix}bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
         )
-    if bias.dtype not in FLOATS or (bias.dtype != weight.dtype and not autocast):
+    if bias.dtype not in floats or (bias.dtype != weight.dtype and not autocast):
         raise TypeError(f"{prefix}bias must be {weight.dtype} as weight is, got {bias.dtype}")
     if bias.device != weight.device:
         raise ValueError(f"{prefix}bias is on {bias.device} and weight on {weight.device}")
@@ -69,6 +79,7 @@ def low_rank(
     weight: Tensor,  # (V, H)
     lora_hidden: Tensor | None,  # (..., R)
     lora_weight: Tensor | None,  # (V, R)
+    floats: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
     """What an adapter adds to a head, against the head."""
     given = {"lora_hidden": (lora_hidden, "[..., R]"), "lora_weight": (lora_weight, "[V, R]")}
@@ -79,7 +90,7 @@ def low_rank(
             raise TypeError(
                 f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both"
             )
-        if value.dtype not in FLOATS:
+        if value.dtype not in floats:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}")
@@ -94,6 +105,21 @@ def low_rank(
         raise ValueError(
             f"lora_hidden must have hidden's shape with R = {lora_weight.shape[1]} in place of H, "
             f"{expected}, got {list(lora_hidden.shape)}"
+        )
+
+
+def same_tokens(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
+    """What the two models must share: the tokens, the words and the device."""
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+            "a divergence needs two distributions over the same words"
+        )
+    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"ref_hidden must have hidden's shape but for H and its device, "
+            f"{list(hidden.shape)} on {hidden.device}; "
+            f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
         )
 
 
@@ -127,9 +153,23 @@ def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
 
 def transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
     number("logit_scale", logit_scale)
-    positive("temperature", temperature)
+    if abs(logit_scale) > LARGEST:
+        raise ValueError(f"logit_scale must be within +-{LARGEST:g}, got {logit_scale!r}")
+    _scale("temperature", temperature)
     if softcap is not None:
-        positive("softcap", softcap)
+        _scale("softcap", softcap)
+
+
+def _scale(name: str, value: float) -> None:
+    positive(name, value)
+    if not 1 / LARGEST <= value <= LARGEST:
+        none = " (None for no cap)" if name == "softcap" else ""
+        raise ValueError(f"{name} must be in [{1 / LARGEST:g}, {LARGEST:g}]{none}, got {value!r}")
+
+
+def boolean(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_name(value)}")
 
 
 def ignore_index(value: int) -> None:
@@ -141,7 +181,7 @@ def number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_name(value)}")
     # Finite, in terms that torch.compile can trace where the number is a symbol to it.
-    if value - value != 0:
+    if value - value != 0 or abs(value) > 1e300:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 
