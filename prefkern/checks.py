@@ -88,7 +88,8 @@ def low_rank(
     for name, (value, shape) in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both"
+                f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both "
+                "lora_hidden and lora_weight"
             )
         if value.dtype not in floats:
             raise TypeError(f"{name} must be float32, bfloat16 or float16, got {value.dtype}")

@@ -20,9 +20,9 @@ from prefkern.models import (
     IGNORE_INDEX,
     HeadInputs,
     align_labels,
+    find_head,
     head_forward,
     head_transform,
-    unwrap,
 )
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.packing import packed_inputs
@@ -70,7 +70,8 @@ def preference_outputs(
         raise TypeError(f"loss_fn must be a prefkern.FusedPreferenceLoss, got {loss_fn!r}")
     if router_loss is not None and not isinstance(router_loss, RouterLoss):
         raise TypeError(f"router_loss must be a RouterLoss or None, got {router_loss!r}")
-    _check_batch(model, batch)
+    base, _ = find_head(model)
+    _check_batch(base, batch)
     if loss_fn.ignore_index != IGNORE_INDEX:
         raise ValueError(
             f"loss_fn must have ignore_index={IGNORE_INDEX}, which a model's labels and the last "
@@ -103,7 +104,7 @@ def preference_outputs(
     return replace(outputs, loss=outputs.loss + returned.logits.sum())
 
 
-def _check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
+def _check_batch(base: Any, batch: Mapping[str, Any]) -> None:
     """Labels of another shape would be scored against other tokens' hidden states."""
     # transformers' BatchEncoding is none to isinstance.
     if not hasattr(batch, "keys"):
@@ -112,7 +113,7 @@ def _check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
         raise ValueError(f"batch must have labels, got {', '.join(map(str, batch)) or 'nothing'}")
     labels, ids = batch["labels"], batch.get("input_ids")
     if ids is not None:
-        text_inputs.check(unwrap(model), ids, batch.get("attention_mask"), labels)
+        text_inputs.check(base, ids, batch.get("attention_mask"), labels)
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -261,7 +261,7 @@ def test_extra_columns():
 )
 def test_missing_numbers_are_named(columns, what, value):
     for absent in columns:
-        good = {**STANDARD, **dict.fromkeys(columns, 1.0)}
+        good = {**STANDARD, **dict.fromkeys(columns, -1.0)}
         with pytest.raises(ValueError, match=f"dataset 'train', row 1: no {what} .'{absent}' is"):
             _tokenize([good, {**good, absent: value}])
 
@@ -291,7 +291,7 @@ def test_bad_rows_are_named(row, message):
                 function(example, i)
 
     rows = Rows()
-    rows.column_names = list(STANDARD)
+    rows.column_names, rows.features = list(STANDARD), {}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(tokenisation, "check_columns", lambda *_: None)
         data.tokenize_preferences(rows, TOKENIZER)
