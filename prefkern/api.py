@@ -76,6 +76,7 @@ def linear_logprobs(
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
+    checks.boolean("return_stats", return_stats)
     transform = Transform(float(logit_scale), softcap, float(temperature))
     if torch.compiler.is_compiling():
         from prefkern import compiled
@@ -250,9 +251,14 @@ def plan_for(
         raise ValueError(f"lora_rank must be an int >= 0, got {lora_rank!r}")
     if dtype not in checks.FLOATS:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    for name, value in (
+        ("trains_hidden", trains_hidden),
+        ("trains_head", trains_head),
+        ("softcap", softcap),
+        ("return_stats", return_stats),
+    ):
+        checks.boolean(name, value)
+    device = _device(device)
     if workspace_mb is None and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "workspace_mb must be given: its default depends on a GPU, and none is here"
@@ -270,6 +276,18 @@ def plan_for(
         has_softcap=softcap,
         with_stats=return_stats,
     )
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """A device that may not be here; None: a GPU if there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a torch.device or its name, got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error
 
 
 def place(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:  # (N,) -> (...)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATS = "float32, bfloat16, float16 or float64"
+# What logits are multiplied with or divided by lies within 1e-6 and 1e6: beyond, they leave float32.
+LARGEST = 1e6
 
 
 def head(
@@ -26,6 +28,13 @@ def head(
             raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {_name(value)}")
         if value.dtype not in FLOATS:
             raise TypeError(f"{prefix}{name} must be {_FLOATS}, got {value.dtype}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{prefix}{name} must be a dense tensor, got {value.layout}")
+        if value.device.type == "meta":
+            raise ValueError(
+                f"{prefix}{name} must hold numbers, got a tensor {list(value.shape)} on meta; "
+                "prefkern.plan_for tells what a call of that shape costs"
+            )
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{prefix}weight must have shape [V, H], got {list(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
@@ -78,7 +87,8 @@ def low_rank(
     for name, (value, shape) in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both"
+                f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both "
+                "lora_hidden and lora_weight"
             )
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be {_FLOATS}, got {value.dtype}")
@@ -97,6 +107,26 @@ def low_rank(
         raise ValueError(
             f"lora_hidden must have hidden's shape with R = {lora_weight.shape[1]} in place of H, "
             f"{expected}, got {list(lora_hidden.shape)}"
+        )
+
+
+def same_tokens(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
+    """What the two models must share: the tokens, the words and the device."""
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+            "a divergence needs two distributions over the same words"
+        )
+    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
+        raise ValueError(
+            f"ref_hidden must have hidden's shape but for H and its device, "
+            f"{list(hidden.shape)} on {hidden.device}; "
+            f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
+        )
+    if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise TypeError(
+            f"ref_hidden is {ref_hidden.dtype} and hidden {hidden.dtype}: "
+            "a divergence is of two distributions in float64, or of none"
         )
 
 
@@ -130,9 +160,23 @@ def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
 
 def transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
     number("logit_scale", logit_scale)
-    positive("temperature", temperature)
+    if abs(logit_scale) > LARGEST:
+        raise ValueError(f"logit_scale must be within +-{LARGEST:g}, got {logit_scale!r}")
+    _scale("temperature", temperature)
     if softcap is not None:
-        positive("softcap", softcap)
+        _scale("softcap", softcap)
+
+
+def _scale(name: str, value: float) -> None:
+    positive(name, value)
+    if not 1 / LARGEST <= value <= LARGEST:
+        none = " (None for no cap)" if name == "softcap" else ""
+        raise ValueError(f"{name} must be in [{1 / LARGEST:g}, {LARGEST:g}]{none}, got {value!r}")
+
+
+def boolean(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_name(value)}")
 
 
 def ignore_index(value: int) -> None:
@@ -144,7 +188,7 @@ def number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_name(value)}")
     # Finite, in terms that torch.compile can trace where the number is a symbol to it.
-    if value - value != 0:
+    if value - value != 0 or abs(value) > 1e300:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 

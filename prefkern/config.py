@@ -28,6 +28,21 @@ _LEAST = {
     "dataset_num_proc": 1,
     "precompute_ref_batch_size": 1,
 }
+# The same of transformers' own, which takes any number.
+_LEAST_OF_TRAINING = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "seed": 0,
+}
+_BOOLS = (
+    "use_weighting",
+    "padding_free",
+    "precompute_ref_log_probs",
+    "disable_dropout",
+    "token_metrics",
+    "gradient_checkpointing",
+)
 
 
 @dataclass
@@ -138,6 +153,16 @@ class PreferenceConfig(TrainingArguments):
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not (is_whole and value >= least):
                 raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
+        check_training(self)
+        for name in _BOOLS:
+            checks.boolean(name, getattr(self, name))
+        for name in ("bf16", "fp16"):
+            if getattr(self, name) is not None:
+                checks.boolean(name, getattr(self, name))
+        for name in ("ref_cache_dir", "ref_model_name_or_path", "ref_adapter_name"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} must be a string or None, got {value!r}")
         if self.workspace_mb is not None:
             checks.positive("workspace_mb", self.workspace_mb)
         if self.router_aux_loss_coef is not None:
@@ -194,14 +219,26 @@ class PreferenceConfig(TrainingArguments):
         for name, value in given.items():
             if value is None:
                 continue
-            if options.setdefault(name, value) != value:
+            if name in options and options[name] != value:
                 raise ValueError(
                     f"{name} is {value!r}, and {options[name]!r} in objective_options; give one"
                 )
+            options[name] = value
         try:
             return objectives.build(self.objective, **options)
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def check_training(args: TrainingArguments) -> None:
+    """Raise for numbers that transformers takes and nothing can be trained with."""
+    for name, least in _LEAST_OF_TRAINING.items():
+        value: Any = getattr(args, name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (is_whole and value >= least):
+            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    for name in ("learning_rate", "weight_decay", "num_train_epochs"):
+        checks.not_negative(name, getattr(args, name))
 
 
 def refuse_batches_by_length(args: TrainingArguments) -> None:

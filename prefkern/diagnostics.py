@@ -67,7 +67,13 @@ def objective_balance(objective: Objective, pairs: Pairs) -> GradientBalance:
     Args:
         objective: any pairwise objective; running statistics are not moved.
         pairs: its input, (B,) tensors; no gradient reaches them.
+
+    Raises TypeError for what is neither.
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a pairwise objective, got {objective!r}")
+    if not isinstance(pairs, Pairs):
+        raise TypeError(f"pairs must be Pairs, got {pairs!r}")
     was_training = objective.training
     objective.eval()
     try:

@@ -14,8 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prefkern import text_inputs
 from prefkern.loss import FusedPreferenceLoss
-from prefkern.models import IGNORE_INDEX, HeadInputs, align_labels, head_forward, head_transform
+from prefkern.models import (
+    IGNORE_INDEX,
+    HeadInputs,
+    align_labels,
+    find_head,
+    head_forward,
+    head_transform,
+)
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.packing import packed_inputs
 from prefkern.routers import RouterLoss
@@ -54,9 +62,16 @@ def preference_outputs(
         The output of `loss_fn`. Its `loss` depends on the wrapped model's output as well, which
         changes no value, and is where DDP and FSDP hang their hooks: call backward on it.
 
-    Raises ValueError for a model whose head or logits transform is not understood, and for a
-    `loss_fn` of another `ignore_index`.
+    Raises TypeError and ValueError for a batch whose tensors do not fit one another or the model,
+    for a model whose head or logits transform is not understood, and for a `loss_fn` of another
+    `ignore_index`.
     """
+    if not isinstance(loss_fn, FusedPreferenceLoss):
+        raise TypeError(f"loss_fn must be a prefkern.FusedPreferenceLoss, got {loss_fn!r}")
+    if router_loss is not None and not isinstance(router_loss, RouterLoss):
+        raise TypeError(f"router_loss must be a RouterLoss or None, got {router_loss!r}")
+    base, _ = find_head(model)
+    _check_batch(base, batch)
     if loss_fn.ignore_index != IGNORE_INDEX:
         raise ValueError(
             f"loss_fn must have ignore_index={IGNORE_INDEX}, which a model's labels and the last "
@@ -87,6 +102,18 @@ def preference_outputs(
     outputs, returned = head_forward(model, inputs, score)
     outputs = router_loss.added_to(outputs, returned)
     return replace(outputs, loss=outputs.loss + returned.logits.sum())
+
+
+def _check_batch(base: Any, batch: Mapping[str, Any]) -> None:
+    """Labels of another shape would be scored against other tokens' hidden states."""
+    # transformers' BatchEncoding is none to isinstance.
+    if not hasattr(batch, "keys"):
+        raise TypeError(f"batch must be a mapping of names to tensors, got {batch!r}"[:200])
+    if "labels" not in batch:
+        raise ValueError(f"batch must have labels, got {', '.join(map(str, batch)) or 'nothing'}")
+    labels, ids = batch["labels"], batch.get("input_ids")
+    if ids is not None:
+        text_inputs.check(base, ids, batch.get("attention_mask"), labels)
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

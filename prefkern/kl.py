@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from prefkern import api, checks, memory, plan, sequences
@@ -61,7 +60,7 @@ def linear_kl(
     checks.head(hidden, weight, bias)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    _check_reference(hidden, weight, ref_hidden, ref_weight)
+    checks.same_tokens(hidden, weight, ref_hidden, ref_weight)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
     workspace_mb = api.resolve_workspace(workspace_mb, hidden.device)
@@ -129,25 +128,3 @@ def run(
 
     (logps, ref_logps, kl), made = budget.attempt(attempt, made, "forward")
     return scored.masked(logps), scored.masked(ref_logps), scored.masked(kl), made
-
-
-def _check_reference(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
-) -> None:
-    """What the two models must share: the tokens, the words and the device."""
-    if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-            "a divergence needs two distributions over the same words"
-        )
-    if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
-        raise ValueError(
-            f"ref_hidden must have hidden's shape but for H and its device, "
-            f"{list(hidden.shape)} on {hidden.device}; "
-            f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
-        )
-    if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
-        raise TypeError(
-            f"ref_hidden is {ref_hidden.dtype} and hidden {hidden.dtype}: "
-            "a divergence is of two distributions in float64, or of none"
-        )

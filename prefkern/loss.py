@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prefkern import api, checks, kl, nonfinite, pairwise, sequences
+from prefkern import api, checks, kl, loss_checks, nonfinite, pairwise, sequences
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
 from prefkern.operands import LowRank, Transform
 from prefkern.outputs import PreferenceOutput, TokenStats, UnpairedOutput
@@ -112,25 +112,20 @@ class FusedPreferenceLoss(nn.Module):
         checks.head(hidden, weight, bias)
         checks.low_rank(hidden, weight, lora_hidden, lora_weight)
         if lora_hidden is not None and is_paired and self.objective.needs_kls:
-            name = _inner_name(self.objective)
+            name = loss_checks.inner_name(self.objective)
             raise ValueError(
                 f"lora_hidden was given, and {name} does not support an adapter on the head"
             )
         checks.labels(labels, hidden.shape[:-1], hidden.device)
         checks.transform(logit_scale, softcap, temperature)
-        bounds = _bounds(labels, cu_seqlens, is_paired)
+        bounds = loss_checks.bounds(labels, cu_seqlens, is_paired)
         n_sequences = bounds.shape[0] - 1
-        _check_reference(
+        loss_checks.reference(
             self.objective, hidden, weight, ref_hidden, ref_weight, ref_bias, ref_logps, n_sequences
         )
-        _check_unpaired(self.objective, desirable, mismatched_log_ratios, n_sequences, hidden)
-        if reward_margins is not None:
-            checks.vector("reward_margins", reward_margins, n_sequences // 2, hidden.device)
-        elif is_paired and self.objective.needs_reward_margins:
-            name = _inner_name(self.objective)
-            raise ValueError(
-                f"{name} needs reward_margins, [B] margins of a reward model, got None"
-            )
+        loss_checks.unpaired(self.objective, desirable, mismatched_log_ratios, n_sequences, hidden)
+        loss_checks.margins(self.objective, reward_margins, n_sequences, hidden.device)
+        checks.boolean("return_stats", return_stats)
         transform = Transform(float(logit_scale), softcap, float(temperature))
         if self.on_nonfinite is not None and (
             torch.compiler.is_compiling() or sequences.is_capturing(labels)
@@ -248,7 +243,7 @@ class FusedPreferenceLoss(nn.Module):
         objective = self.objective
         is_paired = isinstance(objective, Objective)
         if is_paired and objective.needs_kls:
-            name = _inner_name(objective)
+            name = loss_checks.inner_name(objective)
             raise NotImplementedError(f"{name} under torch.compile is not supported yet")
 
         def token_logprobs(head: _Head, with_stats: bool = False, unchecked: Tensor | None = None):
@@ -480,118 +475,3 @@ def _output_of(
         token_stats=token_stats,
         plan=plan,
     )
-
-
-def _bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor:  # (S + 1,)
-    """Where each sequence begins among the flat tokens; checks what shapes can tell."""
-    if cu_seqlens is None:
-        if labels.ndim != 2 or labels.shape[0] == 0 or (is_paired and labels.shape[0] % 2):
-            expected = (
-                "[2B, T], B chosen rows and then their B rejected rows (or [M] with cu_seqlens)"
-                if is_paired
-                else "[S, T], a row for each response (or [M] with cu_seqlens)"
-            )
-            raise ValueError(f"labels must have shape {expected}, got {list(labels.shape)}")
-        rows, length = labels.shape
-        if length == 0:
-            return torch.zeros(rows + 1, dtype=torch.int64, device=labels.device)
-        return torch.arange(0, rows * length + 1, length, device=labels.device)
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens!r}")
-    if labels.ndim != 1:
-        raise ValueError(
-            "with cu_seqlens the batch is packed: hidden must have shape [M, H] and labels [M], "
-            f"got labels {list(labels.shape)}"
-        )
-    least, kind = (3, "[2B + 1]") if is_paired else (2, "[S + 1]")
-    size = cu_seqlens.shape[0] if cu_seqlens.ndim == 1 else 0
-    if size < least or (is_paired and size % 2 == 0):
-        raise ValueError(f"cu_seqlens must have shape {kind}, got {list(cu_seqlens.shape)}")
-    return cu_seqlens.to(labels.device, torch.int64)
-
-
-def _check_reference(
-    objective: Objective | UnpairedObjective,
-    hidden: Tensor,
-    weight: Tensor,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    ref_logps: Tensor | None,
-    n_sequences: int,
-) -> None:
-    name = _inner_name(objective)
-    if (ref_hidden is None) != (ref_weight is None):
-        given, missing = ("ref_hidden", "ref_weight")
-        if ref_hidden is None:
-            given, missing = missing, given
-        raise ValueError(f"{given} was given without {missing}; a reference needs both")
-    if ref_bias is not None and ref_weight is None:
-        raise ValueError("ref_bias was given without ref_weight")
-    if ref_hidden is not None and ref_logps is not None:
-        raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
-    needs_kls = isinstance(objective, Objective) and objective.needs_kls
-    if ref_hidden is not None and ref_weight is not None:
-        checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-        if ref_weight.shape[0] < weight.shape[0]:
-            raise ValueError(
-                f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-                "the reference must know every word that labels may name"
-            )
-        if needs_kls and ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-                f"{name} compares their distributions, which must be over the same words"
-            )
-        if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
-            raise ValueError(
-                f"ref_hidden must have hidden's shape but for H and its device, "
-                f"{list(hidden.shape)} on {hidden.device}; "
-                f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
-            )
-    if ref_logps is not None:
-        checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
-    if needs_kls and ref_hidden is None:
-        raise ValueError(
-            f"{name} needs the reference's distributions: give ref_hidden and ref_weight, "
-            "ref_logps are not enough"
-        )
-    if objective.needs_reference and ref_hidden is None and ref_logps is None:
-        raise ValueError(
-            f"{name} needs a reference: give ref_hidden and ref_weight, or ref_logps, "
-            "sums computed earlier"
-        )
-
-
-def _check_unpaired(
-    objective: Objective | UnpairedObjective,
-    desirable: Tensor | None,
-    mismatched_log_ratios: Tensor | None,
-    n_sequences: int,
-    hidden: Tensor,
-) -> None:
-    name = type(objective).__name__
-    given = {"desirable": desirable, "mismatched_log_ratios": mismatched_log_ratios}
-    for argument, value in given.items():
-        if isinstance(objective, Objective):
-            if value is not None:
-                raise ValueError(f"{argument} was given, and {name} trains on pairs")
-        elif value is None:
-            raise ValueError(f"{name} needs {argument}, got None")
-    if desirable is None or mismatched_log_ratios is None:
-        return
-    checks.vector("desirable", desirable, n_sequences, hidden.device)
-    mismatched = mismatched_log_ratios
-    if not isinstance(mismatched, Tensor):
-        raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}")
-    if mismatched.ndim != 1:
-        shape = list(mismatched.shape)
-        raise ValueError(f"mismatched_log_ratios must have shape [M], got {shape}")
-    checks.vector("mismatched_log_ratios", mismatched, len(mismatched), hidden.device)
-
-
-def _inner_name(objective: Objective | UnpairedObjective) -> str:
-    """The name of the objective that asks, inside what is wrapped around it."""
-    while isinstance(getattr(objective, "objective", None), Objective):
-        objective = objective.objective  # pyright: ignore[reportAssignmentType]
-    return type(objective).__name__

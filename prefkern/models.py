@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefkern import heads
+from prefkern import heads, text_inputs
 from prefkern.api import linear_logprobs
 from prefkern.heads import HeadInputs
 
@@ -49,6 +49,9 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 # Each of the probe's four tokens gets a ramp of logits from -p to p, backwards for negative p.
 _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
 
+
+# Of `token_logprobs`: a name that is nearly one of these is no argument of a model.
+_OWN_OPTIONS = ("labels", "cu_seqlens", "temperature", "workspace_mb", "backend", "attention_mask")
 
 Score = Callable[[HeadInputs], tuple[Any, Tensor]]
 
@@ -102,17 +105,12 @@ def token_logprobs(
         [B, T-1] float32; column t holds log p(labels[:, t + 1]), 0 where not scored.
         Differentiable in the model's parameters.
 
-    Raises ValueError for shapes that do not fit, for a model whose head or logits transform is not
+    Raises TypeError and ValueError for tensors that do not fit the model or one another, for a model whose head or logits transform is not
     understood, and for one that cannot keep packed sequences apart.
     """
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [B, T], got shape {list(input_ids.shape)}")
-    for name, value in (("attention_mask", attention_mask), ("labels", labels)):
-        if value is not None and value.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} must have the shape of input_ids, {list(input_ids.shape)}, "
-                f"got {list(value.shape)}"
-            )
+    base, _ = find_head(model)
+    text_inputs.check(base, input_ids, attention_mask, labels)
+    text_inputs.check_names(base, model_kwargs, _OWN_OPTIONS)
     if labels is None:
         labels = input_ids
         if attention_mask is not None:

@@ -142,6 +142,10 @@ def adapt(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     if peft_config is not None:
         if is_peft_model(model):
             raise ValueError("model is a PEFT model already; pass no peft_config with it")
+        from peft import PeftConfig
+
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a peft.PeftConfig or None, got {peft_config!r}")
         rates = _dropout_rates(peft_config)
         if rates and args.disable_dropout:
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefkern import checks, loss_checks
 from prefkern.objectives import Examples, Objective, Pairs, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, TokenKL, TokenStats, UnpairedOutput
 
@@ -60,8 +61,16 @@ def linear_logprobs(
 
     `workspace_mb` and `backend` are taken so that the two calls can be exchanged; there is one way
     to do it here. Float64 inputs give float64 results, all others float32.
+
+    Raises TypeError and ValueError as `prefkern.linear_logprobs` does.
     """
-    del workspace_mb, backend
+    _check_unused(workspace_mb, backend)
+    checks.head(hidden, weight, bias)
+    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.ignore_index(ignore_index)
+    checks.transform(logit_scale, softcap, temperature)
+    checks.boolean("return_stats", return_stats)
     scored = labels != ignore_index
     if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
         raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}")
@@ -116,7 +125,28 @@ def preference_loss(
     lora_hidden: Tensor | None = None,  # (2B, T, R), or (tokens, R)
     lora_weight: Tensor | None = None,  # (V, R)
 ) -> PreferenceOutput | UnpairedOutput:
-    """`prefkern.FusedPreferenceLoss(objective)(...)` with logits in memory, float64 too."""
+    """`prefkern.FusedPreferenceLoss(objective)(...)` with logits in memory, float64 too.
+
+    Raises TypeError and ValueError as that does.
+    """
+    if not isinstance(objective, Objective | UnpairedObjective):
+        raise TypeError(f"objective must be an objective of prefkern.objectives, got {objective!r}")
+    checks.head(hidden, weight, bias)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.ignore_index(ignore_index)
+    checks.boolean("return_stats", return_stats)
+    sequences = loss_checks.bounds(labels, cu_seqlens, isinstance(objective, Objective))
+    count = len(sequences) - 1
+    loss_checks.reference(
+        objective, hidden, weight, ref_hidden, ref_weight, ref_bias, ref_logps, count
+    )
+    loss_checks.unpaired(objective, desirable, mismatched_log_ratios, count, hidden)
+    loss_checks.margins(objective, reward_margins, count, hidden.device)
+    found = sequences.tolist()
+    if found != sorted(found) or found[0] != 0 or found[-1] != labels.numel():
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {labels.numel()}; got {found}"
+        )
     transform: dict[str, Any] = {
         "logit_scale": logit_scale,
         "softcap": softcap,
@@ -225,8 +255,17 @@ def linear_kl(
     workspace_mb: float | None = None,
     backend: str | None = None,
 ) -> TokenKL:
-    """`prefkern.kl.linear_kl` with both models' logits in memory, in any float dtype."""
-    del workspace_mb, backend
+    """`prefkern.kl.linear_kl` with both models' logits in memory, in any float dtype.
+
+    Raises TypeError and ValueError as that does.
+    """
+    _check_unused(workspace_mb, backend)
+    checks.head(hidden, weight, bias)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    checks.same_tokens(hidden, weight, ref_hidden, ref_weight)
+    checks.ignore_index(ignore_index)
+    checks.transform(logit_scale, softcap, temperature)
     transform = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
     scored = labels != ignore_index
     if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
@@ -242,3 +281,11 @@ def linear_kl(
     )
     # where, not a product: a token that is not scored must pass back a gradient of exactly 0.
     return TokenKL(*(torch.where(scored, value, torch.zeros_like(value)) for value in values))
+
+
+def _check_unused(workspace_mb: float | None, backend: str | None) -> None:
+    """Two arguments that have no effect here are refused where the fused path refuses them."""
+    if workspace_mb is not None:
+        checks.positive("workspace_mb", workspace_mb)
+    if backend is not None and backend not in ("triton", "torch"):
+        raise ValueError(f"backend must be None or one of 'triton', 'torch', got {backend!r}")

@@ -33,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.collate import PreferenceCollator
-from prefkern.config import refuse_batches_by_length
+from prefkern.config import check_training, refuse_batches_by_length
 from prefkern.data import check_columns, tokenize_preferences
 from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
@@ -108,6 +108,7 @@ class RewardConfig(TrainingArguments):
             if getattr(self, name, default) != default:
                 raise ValueError(f"{name} has no effect on a reward model")
         check_mode(self.truncation_mode)
+        check_training(self)
         refuse_batches_by_length(self)
         if self.eval_strategy == "no":
             raise ValueError(

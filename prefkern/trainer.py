@@ -72,6 +72,7 @@ from prefkern.preparation import (
 )
 from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.routers import RouterLoss
+from prefkern.vocabulary import check_pad_token, check_reference_words, check_tokens, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +133,6 @@ class PreferenceTrainer(ObjectiveTrainer):
                 "padding_free has no effect on a data_collator that is given; leave it out, and "
                 "let the collator return cu_seqlens if it packs"
             )
-        if ref_model is not None and args.ref_model_name_or_path is not None:
-            raise ValueError(
-                f"args.ref_model_name_or_path is {args.ref_model_name_or_path!r}, and ref_model was "
-                "given: give one"
-            )
-        ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
-        loads = isinstance(model, str) or isinstance(ref_model, str)
-        if args.model_init_kwargs and not loads:
-            raise ValueError(
-                f"args.model_init_kwargs is {args.model_init_kwargs!r}, which has no effect on a "
-                "model that is loaded already; load it with them, or give its name or path"
-            )
         if args.pad_to_multiple_of is not None and data_collator is not None:
             raise ValueError(
                 "pad_to_multiple_of has no effect on a data_collator that is given; leave it out"
@@ -152,6 +141,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             raise ValueError(
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
+        _check_reference_arguments(model, ref_model, args)
         is_built = objective is None
         objective = args.build_objective() if objective is None else _given(objective, args)
         is_paired = isinstance(objective, Objective)
@@ -172,6 +162,10 @@ class PreferenceTrainer(ObjectiveTrainer):
             model.config._name_or_path
         )
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+        if not hasattr(tokenizer, "pad_token_id"):
+            raise TypeError(
+                f"processing_class must be a tokenizer or a processor, got {processing_class!r}"
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         pad_token_id: int | None = tokenizer.pad_token_id
@@ -180,6 +174,9 @@ class PreferenceTrainer(ObjectiveTrainer):
         model = adapt(model, peft_config, args)
         check_unmerged(model)
         find_head(model)
+        self._rows = rows_of(unwrap(model))
+        if not args.padding_free:
+            check_pad_token(tokenizer, self._rows)
         self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
 
         self._tokenizer = tokenizer
@@ -196,10 +193,15 @@ class PreferenceTrainer(ObjectiveTrainer):
             "ref_chosen_logps" in dataset.column_names
             for _, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval")
         )
+        ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
+        ref_name = ref_model if isinstance(ref_model, str) else None
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, args, dtype=model.dtype)
         if ref_model is not None:
             find_head(ref_model)
+            check_reference_words(tokenizer, unwrap(model), unwrap(ref_model), ref_name)
+            for each, part in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
+                check_tokens(part, rows_of(unwrap(ref_model)), each, "reference")
         is_adapted = is_peft_model(model)
         needs_reference = objective.needs_reference
         if needs_reference and not carried:
@@ -279,6 +281,13 @@ class PreferenceTrainer(ObjectiveTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Loss and metrics on a dataset, which may be raw pairs; see transformers' Trainer."""
+        if isinstance(eval_dataset, str):
+            known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in known:
+                raise ValueError(
+                    "eval_dataset must be a dataset, or the name of one of those given "
+                    f"({', '.join(known) or 'none by name'}), got {eval_dataset!r}"
+                )
         # A string names one of the datasets given to the constructor.
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
@@ -291,6 +300,8 @@ class PreferenceTrainer(ObjectiveTrainer):
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
         """As `evaluate`, in the form of Trainer's `predict`: metrics alone, without predictions."""
+        if test_dataset is None:
+            raise TypeError("test_dataset must be a dataset, got None")
         test_dataset = self._prepared(test_dataset, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
@@ -413,6 +424,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             num_proc=args.dataset_num_proc,
             name=name,
         )
+        check_tokens(dataset, self._rows, name)
         # What was tokenised before has nothing new to say of a name that is known.
         if not is_prepared or report.dropped or name not in self.dataset_reports:
             self.dataset_reports[name] = report
@@ -524,17 +536,37 @@ def _given(objective: Any, args: PreferenceConfig) -> Objective | UnpairedObject
     return objective
 
 
+def _check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig) -> None:
+    """Raise for a reference that is given twice or is none, and for keywords that nobody reads."""
+    if not (ref_model is None or isinstance(ref_model, str | nn.Module)):
+        raise TypeError(
+            "ref_model must be a causal LM, a name or path to load, or None, got "
+            f"{type(ref_model).__name__} {ref_model!r}"[:200]
+        )
+    if ref_model is not None and args.ref_model_name_or_path is not None:
+        raise ValueError(
+            f"ref_model was given, and ref_model_name_or_path is {args.ref_model_name_or_path!r}: "
+            "give one of them"
+        )
+    names = (model, ref_model, args.ref_model_name_or_path)
+    if args.model_init_kwargs and not any(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"model_init_kwargs is {args.model_init_kwargs!r}, which has no effect on a model that "
+            "is loaded already; leave it out, or give the model's name"
+        )
+
+
 def _check_needs(needs: _Needs, args: PreferenceConfig, ref_model: Any) -> None:
     given = {
+        "ref_model": None if ref_model is None else type(ref_model).__name__,
+        "ref_model_name_or_path": args.ref_model_name_or_path,
         "ref_adapter_name": args.ref_adapter_name,
         "precompute_ref_log_probs": args.precompute_ref_log_probs or None,
-        "ref_model": ref_model,
     }
     for name, value in given.items():
         if value is not None and not needs.reference:
-            shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
             raise ValueError(
-                f"{name} is {shown}, and this objective has no reference; leave it out"
+                f"{name} is {value!r}, and this objective has no reference; leave it out"
             )
     if args.precompute_ref_log_probs and needs.reference and not needs.sums_suffice:
         what = "the reference's distributions" if needs.paired else "mismatched pairs of each batch"

@@ -214,9 +214,13 @@ def test_errors_of_yaml(files, tmp_path, capsys):
     path.write_text(yaml.safe_dump({**files, "lora_alhpa": 4}))
     assert "unknown option 'lora_alhpa'; did you mean 'lora_alpha'?" in error([str(path)], capsys)
     path.write_text("a: [1\n")
-    assert "is not YAML" in error([str(path)], capsys)
-    path.write_text("beta: 0.1\nmodel: m\nbeta: 0.5\n")
-    assert "'beta' is given twice" in error([str(path)], capsys)
+    assert "run.yaml, line 2, column 1: expected ',' or ']'" in error([str(path)], capsys)
+    path.write_text("beta: 0.1\nlora_r: 4\nbeta: 0.2\n")
+    assert "run.yaml, line 3, column 1: 'beta' is there already, in line 1" in error(
+        [str(path)], capsys
+    )
+    path.write_bytes(b"beta: 0.1 # \xff\n")
+    assert "run.yaml is not UTF-8: invalid start byte at byte 12" in error([str(path)], capsys)
     path.write_text("- a\n")
     assert "must be a mapping" in error([str(path)], capsys)
 
@@ -224,11 +228,14 @@ def test_errors_of_yaml(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float8"}, "--dtype: invalid choice: 'float8'"),
-        ({"max_length": 12.5}, "--max_length/--max-length: invalid int value: '12.5'"),
-        ({"beta": True}, "--beta: invalid float value: 'true'"),
-        ({"lora_r": 2.5}, "--lora_r/--lora-r: invalid int value: '2.5'"),
-        ({"use_cpu": "perhaps"}, "--use_cpu/--use-cpu: Truthy value expected"),
+        (
+            {"dtype": "float8"},
+            "line 3: 'dtype' must be one of auto, float32, bfloat16, float16, got 'float8'",
+        ),
+        ({"max_length": 12.5}, "line 4: 'max_length' must be an int, got '12.5'"),
+        ({"beta": True}, "line 1: 'beta' must be a number, got 'true'"),
+        ({"lora_r": 2.5}, "line 4: 'lora_r' must be an int, got '2.5'"),
+        ({"use_cpu": "perhaps"}, "line 9: 'use_cpu' must be true or false, got 'perhaps'"),
         ({"dtype": ["float32"]}, "'dtype' takes one value, got the list ['float32']"),
         ({"model": "x"}, "'model' and 'model_name_or_path' are the same option"),
         ({"help": True}, "unknown option 'help'"),

@@ -273,7 +273,7 @@ def test_reference_sums_are_of_the_tokens_that_they_came_with(options):
 )
 def test_missing_numbers_are_named(columns, what, value):
     for absent in columns:
-        good = {**STANDARD, **dict.fromkeys(columns, 1.0)}
+        good = {**STANDARD, **dict.fromkeys(columns, -1.0)}
         with pytest.raises(ValueError, match=f"dataset 'train', row 1: no {what} .'{absent}' is"):
             _tokenize([good, {**good, absent: value}])
 
@@ -303,7 +303,7 @@ def test_bad_rows_are_named(row, message):
                 function(example, i)
 
     rows = Rows()
-    rows.column_names = list(STANDARD)
+    rows.column_names, rows.features = list(STANDARD), {}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(tokenisation, "check_columns", lambda *_: None)
         data.tokenize_preferences(rows, TOKENIZER)

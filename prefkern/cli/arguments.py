@@ -17,6 +17,8 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from prefkern.cli.options_file import read_options
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -107,16 +109,7 @@ class Parser(HfArgumentParser):
         What flags cannot say (null, and lists for options that also take one word) is let through
         as a default where the option's type allows it.
         """
-        import yaml
-
-        if not path.exists():
-            raise FileNotFoundError(f"no such file: {path}")
-        try:
-            values = yaml.load(path.read_text(encoding="utf-8"), _unique_keys())  # a SafeLoader
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise TypeError(f"{path} must be a mapping of options to values")
+        values, lines = read_options(path)
         # Flags without a value (--help, --no_bf16) make no keys.
         actions = {
             option.removeprefix("--"): action
@@ -127,13 +120,14 @@ class Parser(HfArgumentParser):
         given: dict[str, str] = {}
         flags: list[str] = []
         for key, value in values.items():
+            where = f"{path}, line {lines[key]}"
             action = actions.get(str(key))
             if action is None:
                 close = difflib.get_close_matches(str(key), actions, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{path}: unknown option {key!r}{hint}")
+                raise ValueError(f"{where}: unknown option {key!r}{hint}")
             if action.dest in given:
-                raise ValueError(f"{path}: {given[action.dest]!r} and {key!r} are the same option")
+                raise ValueError(f"{where}: {given[action.dest]!r} and {key!r} are the same option")
             given[action.dest] = str(key)
             allowed = [get_origin(t) or t for t in get_args(types[action.dest])]
             if value is None:
@@ -145,29 +139,11 @@ class Parser(HfArgumentParser):
                 elif action.nargs == "+":
                     flags += [f"--{key}", *map(_word, value)]
                 else:
-                    raise ValueError(f"{path}: {key!r} takes one value, got the list {value}")
+                    raise ValueError(f"{where}: {key!r} takes one value, got the list {value}")
             else:
+                _check_word(action, _word(value), f"{where}: {key!r}")
                 flags.append(f"--{key}={_word(value)}")
         return flags
-
-
-def _unique_keys() -> Any:
-    """YAML's safe loader, which of a key given twice would take the last without a word."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            seen = set()
-            for key, _ in node.value:
-                name = key.value if isinstance(key, yaml.ScalarNode) else None
-                if name is not None and name in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{name!r} is given twice", key.start_mark
-                    )
-                seen.add(name)
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def resume_from(config: TrainingArguments) -> Any:
@@ -189,3 +165,19 @@ def _word(value: Any) -> str:
     if isinstance(value, str):
         return value
     return json.dumps(value, default=str) if isinstance(value, bool | dict | list) else str(value)
+
+
+def _check_word(action: argparse.Action, word: str, what: str) -> None:
+    """Raise ValueError, naming where, for a word that argparse would refuse naming a flag alone."""
+    if action.type is not None:
+        try:
+            action.type(word)  # pyright: ignore[reportCallIssue]
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            kind = getattr(action.type, "__name__", "value")
+            expected = {"int": "an int", "float": "a number", "string_to_bool": "true or false"}
+            raise ValueError(
+                f"{what} must be {expected.get(kind, 'one of its choices')}, got {word!r}"
+            ) from error
+    if action.choices is not None and word not in [str(choice) for choice in action.choices]:
+        known = ", ".join(str(choice) for choice in action.choices)
+        raise ValueError(f"{what} must be one of {known}, got {word!r}")

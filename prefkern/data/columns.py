@@ -117,4 +117,5 @@ def reward_margin(example: dict[str, Any], sources: tuple[str, ...]) -> float:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_plain and math.isfinite(value)

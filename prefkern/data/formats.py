@@ -28,6 +28,7 @@ def tokenize_pair(
     is_conversation = isinstance(chosen, list)
     if isinstance(rejected, list) != is_conversation:
         raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
+    _check_prompt(prompt)
     if prompt is None:
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
     elif is_conversation and isinstance(prompt, str):
@@ -87,6 +88,11 @@ def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any
     if any(messages[0].get("role") == "user" for messages in (chosen, rejected)):
         raise ValueError("'chosen' and 'rejected' begin with different questions")
     return [{"role": "user", "content": prompt}], chosen, rejected
+
+
+def _check_prompt(prompt: Any) -> None:
+    if not (prompt is None or isinstance(prompt, str | list)):
+        raise ValueError(f"'prompt' must be text or a list of messages, got {prompt!r}")
 
 
 def _are_messages(value: Any) -> bool:

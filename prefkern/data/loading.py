@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
+from prefkern.data import faults
 from prefkern.data.columns import check_columns
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -45,10 +46,22 @@ def load_preference_dataset(
                 str(path) if path.is_dir() else source, config, split=split
             )
     except (DatasetsError, OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"dataset {source!r} cannot be loaded: {reason[0]}") from error
+        raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
     check_columns(dataset, source, paired=False)
     return dataset
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Where a file is at fault, if it can be found, else what its reader says."""
+    if path.is_file() and path.suffix in (".jsonl", ".json"):
+        fault = faults.in_json(path)
+        if fault is not None:
+            return fault
+    # datasets says that something went wrong; the reader below it says what.
+    cause: BaseException = error
+    while isinstance(cause, DatasetsError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
 
 
 def _load_file(path: Path, split: str) -> datasets.Dataset:

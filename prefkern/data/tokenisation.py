@@ -42,6 +42,7 @@ _MARKS = (
     "_found_lengths",
     "_lengths",
 )
+_ROUNDING = 1e-3  # of a sum of log-probs that is 0
 _Marks = dict[str, numpy.ndarray]
 _Tokens = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
@@ -173,6 +174,7 @@ def _with_tokens(
     numbers: dict[str, tuple[str, ...]] = {}
     if all(references):
         numbers["reference sum"] = REFERENCE_COLUMNS
+    _check_token_types(dataset, name)
     margins = margin_columns(columns)
     if margins:
         numbers["margin"] = margins
@@ -184,6 +186,11 @@ def _with_tokens(
                 if not is_number(value):
                     raise ValueError(
                         f"dataset {name!r}, row {row}: no {what} ({column!r} is {value!r})"
+                    )
+                if what == "reference sum" and value > _ROUNDING:
+                    raise ValueError(
+                        f"dataset {name!r}, row {row}: {column!r} is {value!r}, and a sum of "
+                        "log-probs is never above 0; is it a negative log-likelihood?"
                     )
         if all(example.get(column) is not None for column in TOKEN_COLUMNS):
             prompt, chosen, rejected = (list(example[column]) for column in TOKEN_COLUMNS)
@@ -225,6 +232,19 @@ def _with_tokens(
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
+
+
+def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
+    """Ids that are no integers would be rounded to others."""
+    for column in (*TOKEN_COLUMNS, "completion_ids"):
+        feature: Any = dataset.features.get(column)
+        inner = getattr(feature, "feature", None)
+        kind = str(getattr(inner, "dtype", ""))
+        # Of lists that are all empty no type is known.
+        if feature is not None and "int" not in kind and kind != "null":
+            raise ValueError(
+                f"dataset {name!r}: {column!r} must be lists of integers, token ids, got {feature}"
+            )
 
 
 def _can_be_scored(prompt: list[int], chosen: list[int], rejected: list[int]) -> bool:

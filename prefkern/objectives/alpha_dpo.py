@@ -16,6 +16,7 @@ from torch import Tensor
 from prefkern.objectives.base import (
     PairLoss,
     Pairs,
+    check_kind,
     require_below,
     require_bool,
     require_not_negative,
@@ -100,6 +101,7 @@ class AlphaDPO(Contrastive):
         return _GAPS[self.implicit_reference][1] != 0
 
     def forward(self, pairs: Pairs) -> PairLoss:
+        check_kind("pairs", pairs, Pairs)
         if self.training:
             self.observe(pairs)
         return super().forward(pairs)

@@ -178,6 +178,8 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
                 f"{name} must have the shape [{size}] of {names[0]}, "
                 f"{list(first.shape)}, got {list(value.shape)}"
             )
+        if value.device != first.device:
+            raise ValueError(f"{name} is on {value.device} and {names[0]} on {first.device}")
         if name == "desirable":
             if value.dtype != torch.bool:
                 raise TypeError(f"desirable must be a bool tensor, got {value.dtype}")
@@ -191,6 +193,12 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
         elif is_integer:
             # Of small unsigned types a difference would wrap.
             object.__setattr__(values, name, value.long())
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise TypeError for what is not the dataclass that an objective reads."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {kind.__name__}, got {value!r}"[:200])
 
 
 # Hyper-parameters beyond this have no use, and their products would leave float32.

@@ -13,6 +13,7 @@ from prefkern.objectives.base import (
     Objective,
     PairLoss,
     Pairs,
+    check_kind,
     is_number,
     require_below,
     require_not_negative,
@@ -66,6 +67,7 @@ class BetaDPO(Objective):
         self._kept = torch.ones(0)
 
     def forward(self, pairs: Pairs) -> PairLoss:
+        check_kind("pairs", pairs, Pairs)
         ref_chosen, ref_rejected = pairs.reference("BetaDPO")
         rho_chosen = pairs.chosen_logps - ref_chosen
         rho_rejected = pairs.rejected_logps - ref_rejected

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from prefkern.objectives.adaptive import MAX_LOG_RATIO, Adaptive
-from prefkern.objectives.base import Objective, PairLoss, Pairs, require_bool, require_positive
+from prefkern.objectives.base import (
+    Objective,
+    PairLoss,
+    Pairs,
+    check_kind,
+    require_bool,
+    require_positive,
+)
 
 
 class Wrapper(Objective):
@@ -74,6 +81,7 @@ class WithNLL(Wrapper):
         self.rpo_alpha = require_positive("rpo_alpha", rpo_alpha)
 
     def forward(self, pairs: Pairs) -> PairLoss:
+        check_kind("pairs", pairs, Pairs)
         # Asked for first: an objective that raises must not have moved its statistics.
         lengths, _ = pairs.lengths("rpo_alpha")
         result = self.objective(pairs)
@@ -113,6 +121,7 @@ class WPO(Wrapper):
         return self.alignment or self.objective.needs_alignments
 
     def forward(self, pairs: Pairs) -> PairLoss:
+        check_kind("pairs", pairs, Pairs)
         weight = self.weight(pairs)
         result = self.objective(pairs)
         return result._replace(losses=weight * result.losses)

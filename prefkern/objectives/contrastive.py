@@ -26,6 +26,7 @@ from prefkern.objectives.base import (
     Objective,
     PairLoss,
     Pairs,
+    check_kind,
     require_below,
     require_bool,
     require_not_negative,
@@ -60,6 +61,7 @@ class Contrastive(Objective):
         return self.score in ("log_ratio", "mean_log_ratio") or uses_ratio
 
     def forward(self, pairs: Pairs) -> PairLoss:
+        check_kind("pairs", pairs, Pairs)
         chosen, rejected = self.scores(pairs)
         beta_chosen, beta_rejected = self.coefficients(pairs)
         delta = beta_chosen * chosen - beta_rejected * rejected - self.margin(pairs)

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefkern.objectives.base import check_vectors, require_not_negative, require_positive
+from prefkern.objectives.base import (
+    check_kind,
+    check_vectors,
+    require_not_negative,
+    require_positive,
+)
 from prefkern.objectives.running import all_sum
 
 
@@ -41,7 +46,8 @@ class Examples:
         check_vectors(self, names, required=tuple(names), size="S")
         # M is a size of its own.
         mismatched = self.mismatched_log_ratios
-        if not isinstance(mismatched, Tensor) or mismatched.ndim != 1:
+        is_tensor = isinstance(mismatched, Tensor) and mismatched.dtype != torch.bool
+        if not is_tensor or mismatched.ndim != 1:
             raise TypeError(
                 f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}"
             )
@@ -95,6 +101,7 @@ class KTO(UnpairedObjective):
             raise ValueError("desirable_weight and undesirable_weight are both 0")
 
     def forward(self, examples: Examples) -> ExampleLoss:
+        check_kind("examples", examples, Examples)
         ratio = examples.logps - examples.ref_logps
         reference_point = self.reference_point(examples.mismatched_log_ratios)
         # 1 - sigmoid(x) = sigmoid(-x), without the difference; through its logarithm, because the

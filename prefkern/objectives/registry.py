@@ -75,6 +75,13 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
     composed = {option: given.pop(option) for option in _COMPOSED if option in given}
     if isinstance(given.get("adaptive"), dict):
         # From a command line or a file.
+        kept = [field.name for field in fields(Adaptive)]
+        for option in given["adaptive"]:
+            if option not in kept:
+                raise TypeError(
+                    f"adaptive has no option {option!r}{_nearest(str(option), kept)}; "
+                    f"it takes {', '.join(kept)}"
+                )
         given["adaptive"] = Adaptive(**given["adaptive"])
     if is_adaptive:
         chosen = {f.name: given.pop(f.name) for f in fields(Adaptive) if f.name in given}

@@ -18,6 +18,7 @@ from prefkern.objectives.base import (
     Objective,
     PairLoss,
     Pairs,
+    check_kind,
     require_not_negative,
     require_positive,
 )
@@ -37,6 +38,7 @@ class TDPO1(Objective):
         self.beta = require_positive("beta", beta)
 
     def forward(self, pairs: Pairs) -> PairLoss:
+        check_kind("pairs", pairs, Pairs)
         ref_chosen, ref_rejected = pairs.reference(type(self).__name__)
         chosen_kls, rejected_kls = pairs.kls(type(self).__name__)
         rho_chosen = pairs.chosen_logps - ref_chosen

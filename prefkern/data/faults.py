@@ -1,0 +1,73 @@
+"""Where a JSON file is at fault: the line, and what is wrong with it.
+
+The readers of Arrow and pandas say that parsing failed, at an offset into a block if at all. A file
+that they have refused is read once more here, line by line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def in_json(path: Path) -> str | None:
+    """What is wrong with a JSON or JSONL file, naming the line; None if nothing is found."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and content.lstrip()[:1] == b"[":
+        return _in_array(content)
+    # What `.json` holds may be lines of JSON as well.
+    return _in_lines(content.split(b"\n"))
+
+
+def _in_array(content: bytes) -> str | None:
+    try:
+        rows = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        return f"line {content[: error.start].count(10) + 1} is not UTF-8 ({error.reason})"
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno}, column {error.colno} is not JSON: {error.msg}"
+    return _unlike((f"entry {at}", row) for at, row in enumerate(rows))
+
+
+def _in_lines(lines: list[bytes]) -> str | None:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((f"line {number}", json.loads(line.decode())))
+        except UnicodeDecodeError as error:
+            return f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
+        except json.JSONDecodeError as error:
+            return f"line {number}, column {error.colno} is not JSON: {error.msg}"
+    return _unlike(rows)
+
+
+def _unlike(rows: Iterable[tuple[str, Any]]) -> str | None:
+    """The first row that is no object, or has another type in a column than the rows before."""
+    seen: dict[str, tuple[str, str]] = {}
+    for where, row in rows:
+        if not isinstance(row, dict):
+            return f"{where} must be an object with columns, got {json.dumps(row)[:60]}"
+        for column, value in row.items():
+            kind = _kind(value)
+            if kind is None:
+                continue
+            before, known = seen.setdefault(column, (where, kind))
+            if kind != known:
+                return (
+                    f"{where}: {column!r} is {kind}, and {known} in {before}; a column has one type"
+                )
+    return None
+
+
+def _kind(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    return {str: "text", list: "a list", dict: "an object"}[type(value)]

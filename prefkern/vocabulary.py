@@ -1,0 +1,86 @@
+"""Tokenizer, model and reference against one another: whether they mean the same words.
+
+Nothing fails where they do not. Ids of another tokenizer are words of the model all the same, as
+long as there are so many, and a reference with another vocabulary gives log-probs of other words.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+from transformers import AutoTokenizer
+
+from prefkern.data import COLUMNS
+
+logger = logging.getLogger(__name__)
+
+# A tokenizer that names reserved tokens, or adds some, is the same one; another shares few ids.
+_LEAST_SHARED = 0.9
+
+
+def rows_of(model: Any) -> int:
+    """How many words a Hugging Face model's embedding has."""
+    return model.get_input_embeddings().num_embeddings
+
+
+def check_pad_token(tokenizer: Any, rows: int) -> None:
+    """Raise ValueError for a pad token that the model cannot look up."""
+    if tokenizer.pad_token_id >= rows:
+        raise ValueError(
+            f"the tokenizer's pad token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, "
+            f"and the model's embedding {rows} rows; set another pad_token, or resize the "
+            "embedding (model.resize_token_embeddings)"
+        )
+
+
+def check_tokens(dataset: datasets.Dataset, rows: int, name: str, whose: str = "model") -> None:
+    """Raise ValueError for a token id that a model does not have."""
+    for column in (column for column in dataset.column_names if column in COLUMNS):
+        if not column.endswith("_ids"):
+            continue
+        largest = -1
+        tables: Any = dataset.select_columns([column]).with_format("arrow").iter(batch_size=65536)
+        for table in tables:
+            ids = pc.list_flatten(table[column])  # pyright: ignore[reportAttributeAccessIssue]
+            bounds = pc.min_max(ids).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+            if bounds["max"] is not None:
+                largest = max(largest, bounds["max"])
+                if bounds["min"] < 0:
+                    raise ValueError(f"dataset {name!r} has token id {bounds['min']} in {column!r}")
+        if largest >= rows:
+            raise ValueError(
+                f"dataset {name!r} has token id {largest} in {column!r}, and the {whose}'s "
+                f"embedding {rows} rows: the tokenizer is another model's"
+            )
+
+
+def check_reference_words(tokenizer: Any, model: Any, ref_model: Any, ref_name: str | None) -> None:
+    """Raise ValueError for a reference with other words; warn where that cannot be told.
+
+    Args:
+        ref_name: where it was loaded from, and with it its tokenizer; None: not known.
+    """
+    rows, ref_rows = rows_of(model), rows_of(ref_model)
+    if ref_name is not None:
+        try:
+            theirs = AutoTokenizer.from_pretrained(ref_name).get_vocab()
+        except (OSError, ValueError, KeyError):
+            theirs = {}
+        ours = tokenizer.get_vocab()
+        shared = sum(theirs.get(word) == at for word, at in ours.items())
+        if theirs and shared < _LEAST_SHARED * min(len(ours), len(theirs)):
+            raise ValueError(
+                f"ref_model {ref_name!r} has another vocabulary than the model: its tokenizer "
+                f"agrees with the model's in {shared} of {len(ours)} words; log-probs would be of "
+                "other words. Give a reference of the same family"
+            )
+    if rows != ref_rows:
+        logger.warning(
+            "the model's embedding has %d rows and the reference's %d: if their tokenizers differ, "
+            "the reference's log-probs are of other words",
+            rows,
+            ref_rows,
+        )
