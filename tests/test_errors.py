@@ -186,3 +186,27 @@ def environment_without_interpreter() -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     environment.pop("TRITON_INTERPRET", None)
     return environment
+
+
+def test_float64_is_the_torch_backends(device):
+    """It computes in float64 what it is given in it; the kernels do not, and say so."""
+    arguments = [torch.randn(3, 8), torch.randn(50, 8), torch.tensor([1, 2, 3])]
+    hidden, weight, labels = (x.to(device) for x in arguments)
+    hidden, weight = hidden.double(), weight.double()
+    assert prefkern.linear_logprobs(hidden, weight, labels).dtype == torch.float64
+    plan = prefkern.last_plan()
+    assert plan is not None and plan.backend == "torch"
+    with pytest.raises(TypeError, match="hidden is float64.*backend='torch'"):
+        prefkern.linear_logprobs(hidden, weight, labels, backend="triton")
+    with torch.autocast(device, torch.bfloat16):
+        # Which leaves float64 alone, as it does in a linear layer.
+        assert prefkern.linear_logprobs(hidden, weight, labels).dtype == torch.float64
+        with pytest.raises(TypeError, match="one dtype"):
+            prefkern.linear_logprobs(hidden, weight.float(), labels)
+    with pytest.raises(TypeError, match="lora_weight is float64"):
+        prefkern.linear_logprobs(
+            hidden.float(), weight.float(), labels, lora_hidden=hidden[:, :2].float(),
+            lora_weight=weight[:, :2],
+        )  # fmt: skip
+    with pytest.raises(TypeError, match="divergence is of two distributions in float64"):
+        prefkern.linear_kl(hidden, weight, labels, hidden.float(), weight.float())
