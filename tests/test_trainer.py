@@ -68,6 +68,12 @@ def trainer(path: Path, count: int = 12, model=None, **options) -> PreferenceTra
     )
 
 
+def reference_for(objective, model, **options):
+    """A reference model, for an objective that has a reference; others refuse one."""
+    built = objectives.build(objective, **options) if isinstance(objective, str) else objective
+    return model if built.needs_reference else None
+
+
 def lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=4, task_type="CAUSAL_LM")
 

@@ -17,7 +17,7 @@ pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file
-from test_trainer import Record, lora, step_logs, trainer
+from test_trainer import Record, lora, reference_for, step_logs, trainer
 
 import prefkern
 from prefkern import objectives
@@ -214,7 +214,8 @@ def test_masked_responses_count_as_pairs_of_empty_ones(tmp_path, name, items):
     """One pair whole, one without a rejected response, one without either; against float64."""
     formula, objective = TEXTBOOK[name]
     model = tiny.model()
-    run = trainer(tmp_path, model=model, ref_model=tiny.model(seed=1), objective=objective, count=3)
+    reference = reference_for(objective, tiny.model(seed=1))
+    run = trainer(tmp_path, model=model, ref_model=reference, objective=objective, count=3)
     batch = masked_batch(run, 3, {1: (1,), 2: (0, 1)})
     loss = run.compute_loss(run.model, batch, num_items_in_batch=items)
     loss.backward()
@@ -239,7 +240,8 @@ def test_masked_responses_count_as_pairs_of_empty_ones(tmp_path, name, items):
 @pytest.mark.parametrize("name", [*TEXTBOOK, "cpo", "orpo", "alphadpo", "betadpo"])
 def test_a_batch_without_anything_to_score_gives_a_differentiable_zero(tmp_path, name):
     objective = TEXTBOOK[name][1] if name in TEXTBOOK else objectives.build(name)
-    run = trainer(tmp_path, ref_model=tiny.model(seed=1), objective=objective, count=2)
+    reference = reference_for(objective, tiny.model(seed=1))
+    run = trainer(tmp_path, ref_model=reference, objective=objective, count=2)
     batch = masked_batch(run, 2, {0: (0, 1), 1: (0, 1)})
     loss = run.compute_loss(run.model, batch)
     assert math.isfinite(loss.item())

@@ -24,6 +24,7 @@ from test_trainer import (
     assert_same_weights,
     config,
     lora,
+    reference_for,
     step_logs,
     trainer,
     weights,
@@ -335,7 +336,9 @@ def test_one_step_against_float64_logits(tmp_path, name, family):
     run = trainer(
         tmp_path,
         model=model,
-        ref_model=ref_model,
+        ref_model=reference_for(
+            options["objective"], ref_model, **options.get("objective_options", {})
+        ),
         train_dataset=made(rows),
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
@@ -595,7 +598,7 @@ def test_accumulated_batches_train_as_one(tmp_path, name, rows):
         run = trainer(
             tmp_path,
             train_dataset=made(rows),
-            ref_model=tiny.model(seed=1),
+            ref_model=reference_for(name, tiny.model(seed=1)),
             objective=name,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=4 // size,
@@ -621,7 +624,9 @@ def first_log(
     run = trainer(
         path,
         model=model,
-        ref_model=ref_model,
+        ref_model=reference_for(
+            options["objective"], ref_model, **options.get("objective_options", {})
+        ),
         train_dataset=made(rows),
         train_sampling_strategy="sequential",
         **options,
@@ -870,7 +875,8 @@ def test_gaps_in_what_is_not_read_are_nobodys_concern(tmp_path, name):
     rows = [{**row, "score_chosen": None, "margin": float("nan")} for row in tiny.pairs(4)]
     if name == "simpo":
         rows = [{**row, "ref_chosen_logps": None} for row in rows]
-    run = trainer(tmp_path, train_dataset=made(rows), objective=name, ref_model=tiny.model(seed=1))
+    reference = reference_for(name, tiny.model(seed=1))
+    run = trainer(tmp_path, train_dataset=made(rows), objective=name, ref_model=reference)
     assert (run.ref_model is None) == (name == "simpo")
     run.train()
     assert run.state.global_step == 1
