@@ -168,9 +168,7 @@ CALLS: dict[str, Call] = {
         },
     ),
     "Adaptive": Call(objectives.Adaptive, dict),
-    **{
-        name: Call(cls, dict) for name, cls in objectives.REGISTRY.items()
-    },
+    **{name: Call(cls, dict) for name, cls in objectives.REGISTRY.items()},
     "WPO": Call(objectives.WPO, lambda: {"objective": objectives.DPO()}),
     "WithNLL": Call(objectives.WithNLL, lambda: {"objective": objectives.DPO()}),
     "build": Call(objectives.build, lambda: {"name": "adadpo"}, any_value=("given",)),
@@ -409,7 +407,10 @@ _OBJECTIVES: dict[str, list[Any]] = {
         *_positive("beta"),
         *_positive("tau"),
         *(({"c_max": value}, ValueError, "number > 1", repr(value)) for value in (1.0, nan, True)),
-        *(({"c_min": value}, ValueError, "None or in [0, 1)", repr(value)) for value in (1, -1, "0")),
+        *(
+            ({"c_min": value}, ValueError, "None or in [0, 1)", repr(value))
+            for value in (1, -1, "0")
+        ),
         *_positive("lam"),
         ({"mode": "half"}, ValueError, "'full', 'amplify', 'regularize'", "'half'"),
     ],
@@ -611,7 +612,11 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
     (
         ("loss of tdpo1",),
         [
-            ({"ref_logps": torch.zeros(4)}, ValueError, "TDPO1 needs the reference's distributions"),
+            (
+                {"ref_logps": torch.zeros(4)},
+                ValueError,
+                "TDPO1 needs the reference's distributions",
+            ),
             (
                 {"ref_weight": randn(V + 1, H), "ref_hidden": randn(4, T, H), "ref_logps": None},
                 ValueError,
@@ -632,7 +637,11 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
         [
             ({"pairs": None}, TypeError, "must be Pairs", "None"),
             ({"pairs": (1, 2)}, TypeError, "must be Pairs", "(1, 2)"),
-            ({"pairs": Pairs(torch.zeros(2), torch.zeros(2))}, ValueError, "needs ref_chosen_logps"),
+            (
+                {"pairs": Pairs(torch.zeros(2), torch.zeros(2))},
+                ValueError,
+                "needs ref_chosen_logps",
+            ),
         ],
     ),
     (("token_logprobs",), _TEXT),

@@ -224,7 +224,10 @@ def test_errors_of_yaml(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "float8"}, "line 3: 'dtype' must be one of auto, float32, bfloat16, float16, got 'float8'"),
+        (
+            {"dtype": "float8"},
+            "line 3: 'dtype' must be one of auto, float32, bfloat16, float16, got 'float8'",
+        ),
         ({"max_length": 12.5}, "line 4: 'max_length' must be an int, got '12.5'"),
         ({"beta": True}, "line 1: 'beta' must be a number, got 'true'"),
         ({"lora_r": 2.5}, "line 4: 'lora_r' must be an int, got '2.5'"),
