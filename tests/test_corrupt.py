@@ -251,6 +251,17 @@ def test_a_checkpoint_of_another_objective(saved, tmp_path, caplog):
     assert "goes on with DPO(beta=0.7" in caplog.text
 
 
+def test_statistics_of_the_best_model_that_are_damaged(folder):
+    """They are read at the end of a run, too, when nothing has been looked at before."""
+    from prefkern.run_state import load_objective
+
+    file = folder / "checkpoint-2" / "objective.pt"
+    halve(file)
+    message = f"{file} cannot be read .*: resume from another checkpoint"
+    with pytest.raises(CheckpointError, match=message):
+        load_objective(full(folder).loss_fn.objective, str(file.parent))
+
+
 def test_another_number_of_processes_is_told(folder, caplog):
     checkpoint = folder / "checkpoint-1"
     for rank in range(2):
