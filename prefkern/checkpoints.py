@@ -304,11 +304,12 @@ def read_tensors(path: Path) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    # torch explains weights_only at length, and how to switch it off.
-    reason = lines[0].partition(" This file can still be loaded")[0]
-    unsafe = next((line.strip() for line in lines if "Unsupported global" in line), None)
-    return f"{type(error).__name__}: {unsafe or reason[:200]}"
+    text = str(error).strip()
+    # torch explains weights_only at length, and how to switch it off, before it comes to the point.
+    unsafe = re.search(r"unsupported GLOBAL (\S+)", text, re.IGNORECASE)
+    if unsafe is not None:
+        return f"it would call {unsafe[1]}, which is not done"
+    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')[:200]}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -103,6 +103,10 @@ def pairs() -> dict[str, Any]:
     return {name: -torch.rand(B) for name in names}
 
 
+def lengths() -> dict[str, Any]:
+    return {"chosen_lengths": torch.ones(B), "rejected_lengths": torch.ones(B)}
+
+
 MODEL = tiny.model()
 TEXT = torch.randint(5, tiny.VOCAB_SIZE, (2 * B, T))
 
@@ -174,6 +178,9 @@ CALLS: dict[str, Call] = {
     "build": Call(objectives.build, lambda: {"name": "adadpo"}, any_value=("given",)),
     "options": Call(objectives.options, lambda: {"name": "adadpo"}),
     "an objective": Call(objectives.DPO(), lambda: {"pairs": Pairs(**pairs())}),
+    "rdpo's forward": Call(objectives.RDPO(), lambda: {"pairs": Pairs(**pairs(), **lengths())}),
+    "an objective without a formula": Call(objectives.Objective(), dict),
+    "one of responses without a formula": Call(objectives.UnpairedObjective(), dict),
     "token_logprobs": Call(prefkern.token_logprobs, text),
     "preference_outputs": Call(prefkern.preference_outputs, step),
     "gradient_balance": Call(diagnostics.gradient_balance, dict),
@@ -644,6 +651,18 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
             ),
         ],
     ),
+    (
+        ("rdpo's forward",),
+        [({"pairs": Pairs(**pairs())}, ValueError, "needs chosen_lengths and rejected_lengths")],
+    ),
+    (
+        ("an objective without a formula",),
+        [({"pairs": None}, NotImplementedError, "Objective does not define forward(pairs)")],
+    ),
+    (
+        ("one of responses without a formula",),
+        [({"examples": None}, NotImplementedError, "does not define forward(examples)")],
+    ),
     (("token_logprobs",), _TEXT),
     (("preference_outputs",), _STEP),
     (("gradient_balance",), [({"out": None}, TypeError, "PreferenceOutput", "NoneType")]),
@@ -664,6 +683,7 @@ SAID_OTHERWISE = {
     ("build", "name"),  # "the name of an objective", "unknown objective"
     ("options", "name"),
     ("an objective", "pairs"),
+    ("rdpo's forward", "pairs"),
 }
 
 ROWS = [

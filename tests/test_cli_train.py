@@ -219,6 +219,9 @@ def test_errors_of_yaml(files, tmp_path, capsys):
     assert "run.yaml, line 3, column 1: 'beta' is there already, in line 1" in error(
         [str(path)], capsys
     )
+    path.write_text("beta: \x07\n")
+    assert "run.yaml is not YAML: unacceptable character #x0007" in error([str(path)], capsys)
+    assert "argument --beta: invalid float value: 'x'" in error(["--beta", "x"], capsys)
     path.write_bytes(b"beta: 0.1 # \xff\n")
     assert "run.yaml is not UTF-8: invalid start byte at byte 12" in error([str(path)], capsys)
     path.write_text("- a\n")

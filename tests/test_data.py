@@ -291,6 +291,8 @@ def test_tokenising_again_changes_nothing():
         ({**STANDARD, "rejected": None}, "row 1: 'rejected' must be text or a list"),
         ({**STANDARD, "chosen": 3}, "row 1: 'chosen' must be text"),
         ({"prompt": "a", "chosen": "b"}, "row 1: 'rejected' must be text"),
+        ({**STANDARD, "prompt": 3}, "row 1: 'prompt' must be text or a list of messages, got 3"),
+        ({**STANDARD, "prompt": []}, "row 1: 'prompt' is a conversation, and 'chosen' and 'rej"),
     ],
 )
 def test_bad_rows_are_named(row, message):

@@ -45,7 +45,8 @@ def load_preference_dataset(
             dataset = datasets.load_dataset(
                 str(path) if path.is_dir() else source, config, split=split
             )
-    except (DatasetsError, OSError, KeyError, ValueError) as error:
+    # RuntimeError: a script that is a dataset, which is not run.
+    except (DatasetsError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
     check_columns(dataset, source, paired=False)
     return dataset
