@@ -250,6 +250,12 @@ _OPERATOR = [
 ]
 _STATS = [({"return_stats": "no"}, TypeError, "True or False", "'no'")]
 _ADAPTER = [
+    (
+        {"lora_weight": randn(V, 4).double(), "lora_hidden": randn(B, T, 4)},
+        TypeError,
+        "is float64",
+        "cast one to the other",
+    ),
     ({"lora_hidden": randn(B, T, 4)}, TypeError, "lora_weight must be a tensor [V, R]", "None"),
     ({"lora_weight": randn(V, 4)}, TypeError, "lora_hidden must be a tensor [..., R]", "None"),
     (
@@ -273,8 +279,8 @@ _ADAPTER = [
     ),
 ]
 _DOUBLE = [
-    ({"hidden": randn(B, T, H).double()}, TypeError, "is float64", "prefkern.reference"),
-    ({"weight": randn(V, H).double()}, TypeError, "is float64", "prefkern.reference"),
+    ({"hidden": randn(B, T, H).double()}, TypeError, "hidden is torch.float64", "one dtype"),
+    ({"weight": randn(V, H).double()}, TypeError, "weight torch.float64", "one dtype"),
 ]
 _REFERENCE_HEAD = [
     ({"ref_hidden": None}, TypeError, "tensor [..., H]", "None"),
@@ -500,8 +506,8 @@ _PLAN = [
             (None, TypeError, "an int"),
         )
     ),
-    ({"dtype": torch.float64}, TypeError, "float32, bfloat16 or float16", "float64"),
-    ({"dtype": "bfloat16"}, TypeError, "float32, bfloat16 or float16", "'bfloat16'"),
+    ({"dtype": torch.int64}, TypeError, "float32, bfloat16, float16 or float64", "int64"),
+    ({"dtype": "bfloat16"}, TypeError, "float32, bfloat16, float16 or float64", "'bfloat16'"),
     ({"device": "gpu"}, ValueError, "a torch.device or its name", "'gpu'"),
     ({"device": 3}, TypeError, "a torch.device or its name", "3"),
     *(
@@ -593,6 +599,7 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
             ({"objective": objectives.DPO}, TypeError, "prefkern.objectives", "class"),
             *(row for row in _OPERATOR if next(iter(row[0])) in ("ignore_index", "workspace_mb")),
             ({"backend": "cuda"}, ValueError, "'triton', 'torch'", "'cuda'"),
+            ({"on_nonfinite": "stop"}, ValueError, "'raise', 'warn'", "'stop'"),
         ],
     ),
     (("loss", "reference.preference_loss"), [*_LOSS, *_LOSS_ADAPTER]),

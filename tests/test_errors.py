@@ -157,10 +157,15 @@ ELSEWHERE = {
     ("prefkern/data/tokenisation.py", "row {row}: {error}"): ("test_data", "row 1: 'chosen' must"),
     ("prefkern/integrations/trl/head.py", "was replaced by"): ("test_trl", "forward was replaced"),
     ("prefkern/integrations/trl/options.py", "which {why}"): ("test_trl", "loss_weights"),
+    ("prefkern/memory.py", "self._report("): ("test_memory", "out of memory in the"),
+    ("prefkern/nonfinite.py", "Error(message)"): ("test_nonfinite", "scored tokens, the first is"),
     ("prefkern/models.py", "_uncalled(base, head)"): ("test_errors", "did not call its output"),
     ("prefkern/once.py", "differentiated once"): ("test_kl", "differentiated once"),
     ("prefkern/packing.py", "_refusal(base, problem)"): ("test_packing", "cannot take packed"),
-    ("prefkern/pairwise.py", "needs ref_logps, got None"): ("test_errors", "needs ref_logps"),
+    ("prefkern/pairwise.py", "needs ref_logps, got None"): (
+        "test_errors",
+        "needs {what}, got None",
+    ),
     ("prefkern/routers.py", "returned none"): ("test_routers", "returned none"),
 }
 
