@@ -160,7 +160,10 @@ ELSEWHERE = {
     ("prefkern/models.py", "_uncalled(base, head)"): ("test_errors", "did not call its output"),
     ("prefkern/once.py", "differentiated once"): ("test_kl", "differentiated once"),
     ("prefkern/packing.py", "_refusal(base, problem)"): ("test_packing", "cannot take packed"),
-    ("prefkern/pairwise.py", "needs ref_logps, got None"): ("test_errors", "needs ref_logps"),
+    ("prefkern/pairwise.py", "needs ref_logps, got None"): (
+        "test_errors",
+        "needs {what}, got None",
+    ),
     ("prefkern/routers.py", "returned none"): ("test_routers", "returned none"),
 }
 
