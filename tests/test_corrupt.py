@@ -401,8 +401,16 @@ def test_other_vocabularies(tmp_path, caplog):
     ],
 )
 def test_what_has_no_effect_or_no_meaning_is_refused(tmp_path, options, message):
+    given = {name: options[name] for name in ("ref_model", "peft_config") if name in options}
+    options = {name: value for name, value in options.items() if name not in given}
     with pytest.raises((ValueError, TypeError), match=message):
-        trainer(tmp_path, **options)
+        PreferenceTrainer(
+            tiny.model(),
+            config(tmp_path, **options),
+            tiny.dataset(2),
+            processing_class=tiny.tokenizer(),
+            **given,
+        )
 
 
 def test_what_is_evaluated_must_be_there(tmp_path):

@@ -59,6 +59,14 @@ def trainer(path: Path, count: int = 12, model=None, **options) -> PreferenceTra
     given = {name: options.pop(name) for name in names if name in options}
     if isinstance(given.get("objective"), str):
         options["objective"] = given.pop("objective")
+    # Tables of objectives have one reference for all of them; where none is needed it is refused.
+    objective = given.get("objective", options.get("objective", "dpo"))
+    if isinstance(objective, str):
+        needs_reference = objective.removeprefix("ada") not in ("simpo", "cpo", "orpo")
+    else:
+        needs_reference = objective.needs_reference
+    if not needs_reference:
+        given.pop("ref_model", None)
     given.setdefault("train_dataset", tiny.dataset(count))
     return PreferenceTrainer(
         tiny.model() if model is None else model,

@@ -922,7 +922,9 @@ def test_statistics_of_another_objective_are_refused(tmp_path):
     options = {"count": 8, "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, objective="alphadpo", **options).train()
     other = trainer(tmp_path, objective="alphadpo", use_weighting=True, **options)
-    with pytest.raises(ValueError, match="trained with AlphaDPO.* this run's objective is WPO"):
+    with pytest.raises(
+        ValueError, match=r"(?s)trained with AlphaDPO.* this run's objective is WPO"
+    ):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
