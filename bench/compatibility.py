@@ -1,0 +1,111 @@
+"""Run the tests on this interpreter's versions, and record what passed, failed and was skipped.
+
+usage: python bench/compatibility.py NAME [PYTEST OPTION ...]     (make test-oldest, test-newest, record)
+
+NAME is what the versions are called in the record: oldest (constraints-oldest.txt, the lower bounds
+of pyproject.toml), tested (constraints.txt) or newest (constraints-newest.txt). Writes NAME's part of
+`bench/results/compatibility.json` and the page `bench/COMPATIBILITY.md`, unless an option chooses
+tests (-k, a file). Exit status: pytest's.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "bench/results/compatibility.json"
+PAGE = ROOT / "bench/COMPATIBILITY.md"
+NAMES = ("oldest", "tested", "newest")
+PACKAGES = (
+    *("torch", "triton", "transformers", "numpy", "accelerate", "datasets", "peft", "trl"),
+    *("liger-kernel", "hypothesis", "pytest", "matplotlib", "pyyaml", "rich", "xxhash"),
+)
+HEAD = """\
+# Versions that the tests pass on
+
+The whole suite on three sets of versions, by `make test-oldest`, `make record` and `make test-newest`:
+the lower bounds of `pyproject.toml` together, those that `make test` installs, and the newest that
+could be had.
+"""
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "-"
+    return found
+
+
+def outcomes(junit: Path) -> dict[str, Any]:
+    """Counts, the failed tests, and the reasons of skips with how many tests gave each."""
+    passed, failed, skipped = 0, [], Counter()
+    for case in ElementTree.parse(junit).iter("testcase"):
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}.{case.get('name')}")
+        elif skip is not None:
+            skipped[skip.get("message") or ""] += 1
+        else:
+            passed += 1
+    return {"passed": passed, "failed": failed, "skipped": dict(sorted(skipped.items()))}
+
+
+def page(report: dict[str, Any]) -> str:
+    runs = {name: report[name] for name in NAMES if name in report}
+    rows = [("", *runs), ("---",) * (len(runs) + 1)]
+    for package in ("python", *PACKAGES):
+        rows.append((package, *(run["versions"][package] for run in runs.values())))
+    rows += [
+        ("passed", *(f"{run['passed']:,}" for run in runs.values())),
+        ("failed", *(str(len(run["failed"])) for run in runs.values())),
+        ("skipped", *(str(sum(run["skipped"].values())) for run in runs.values())),
+        ("date", *(run["date"] for run in runs.values())),
+    ]
+    lines = [HEAD, *("| " + " | ".join(row) + " |" for row in rows)]
+    for name, run in runs.items():
+        for title, tests in (("Failed", run["failed"]), ("Skipped", _reasons(run["skipped"]))):
+            if tests:
+                lines += [f"\n## {title} on the {name}\n", *(f"- {test}" for test in tests)]
+    return "\n".join(lines) + "\n"
+
+
+def _reasons(skipped: dict[str, int]) -> list[str]:
+    return [f"{count}: {reason}" for reason, count in skipped.items()]
+
+
+def main(name: str, options: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", *options]
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        # 0 and 1: all were run. Anything else is no record of the tests.
+        if status > 1:
+            return status
+        found = outcomes(junit)
+    if any(option == "-k" or option.split("::")[0].endswith(".py") for option in options):
+        return status
+    report = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    report[name] = {"date": date.today().isoformat(), "versions": versions(), **found}
+    report = {each: report[each] for each in NAMES if each in report}
+    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    PAGE.write_text(page(report))
+    return status
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        sys.exit(f"usage: python bench/compatibility.py {'|'.join(NAMES)} [PYTEST OPTION ...]")
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,688 @@
+"""Break the source on purpose, a line at a time, and see that the tests notice.
+
+usage: python tests/mutations.py [--workers N] [--only TEXT]     (make mutate)
+
+Each of `MUTATIONS` is applied to a copy of the tree in a temporary folder, where the tests named with
+it run until one fails, which must pass without it. Writes `bench/results/mutations.json` and the page
+`bench/MUTATIONS.md`, unless `--only` chose some. Exit status 1 unless every mutation is killed: one
+that survives shows what no test looks at, and is mended there.
+
+`tests/test_mutations.py` holds the list to the source at every run of the tests, so that it cannot
+rot: each text is found exactly once, and what replaces it is Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "bench/results/mutations.json"
+PAGE = ROOT / "bench/MUTATIONS.md"
+SECONDS = 300
+# What tests read beside the packages.
+COPIED = ("prefkern", "kernels", "tests", "bench", "examples")
+HEAD = """\
+# Mutations
+
+Written by `make mutate` on {date}: {killed} of {tried} killed. Each line changes one thing in a copy
+of the source and runs the tests that should notice. *Killed by* is the first that failed, which
+passes without the change.
+
+| what breaks | file | killed by | s |
+|---|---|---|---|
+"""
+
+
+class Mutation(NamedTuple):
+    """One change: `old`, which is in the file once, becomes `new`."""
+
+    breaks: str
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest
+
+    def applied(self, root: Path) -> str:
+        """The file's text with the change. Raises LookupError unless `old` is in it once."""
+        text = (root / self.file).read_text()
+        if (count := text.count(self.old)) != 1:
+            raise LookupError(f"{self.file} has {self.old!r} {count} times")
+        return text.replace(self.old, self.new)
+
+
+@dataclass
+class Outcome:
+    """What became of a mutation: killed, survived, timeout, not found, or not run."""
+
+    breaks: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    status: str
+    killed_by: str = ""
+    seconds: float = 0.0
+
+
+PASSES = "prefkern/passes.py"
+TORCH = "prefkern/torch_tiles.py"
+KERNELS = "kernels/prefkern_kernels"
+
+MUTATIONS = (
+    # The passes and their tiles.
+    Mutation(
+        "sign of the head's gradient",
+        PASSES,
+        "r = terms.share * (grad * -transform.factor)",
+        "r = terms.share * (grad * transform.factor)",
+        "tests/test_kept.py -k hidden_may_be_frozen",
+    ),
+    Mutation(
+        "kept tokens' part of dW lacks the loss's gradient",
+        PASSES,
+        "h = (h * r[tokens].unsqueeze(1)).to(dtype)",
+        "h = h.to(dtype)",
+        "tests/test_kept.py -k hidden_may_be_frozen",
+    ),
+    Mutation(
+        "bias gradient is of the last tile of tokens",
+        PASSES,
+        "dbias_tile += weights.sum(0, dtype=torch.float32)",
+        "dbias_tile = weights.sum(0, dtype=torch.float32)",
+        "tests/test_kept.py -k float32_against_float64",
+    ),
+    Mutation(
+        "dW of one tile of tokens",
+        PASSES,
+        "add = product if tokens.start == 0 else add_product\n                add(weights.t()",
+        "add = product\n                add(weights.t()",
+        "tests/test_kept.py -k hidden_may_be_frozen",
+    ),
+    Mutation(
+        "D is accumulated in half precision",
+        PASSES,
+        "derivative = torch.empty((N, columns.width), dtype=torch.float32, device=device)",
+        "derivative = torch.empty((N, columns.width), dtype=head.hidden.dtype, device=device)",
+        "tests/test_linear_logprobs.py tests/test_kept.py -k half_precision",
+    ),
+    Mutation(
+        "dW is accumulated in half precision",
+        PASSES,
+        "shape = (tiles.vocab_tile, columns.width)\n"
+        "        buffer = torch.empty(shape, dtype=torch.float32, device=device)",
+        "shape = (tiles.vocab_tile, columns.width)\n"
+        "        buffer = torch.empty(shape, dtype=head.hidden.dtype, device=device)",
+        "tests/test_linear_logprobs.py tests/test_kept.py -k half_precision",
+    ),
+    Mutation(
+        "float16's gradients are not scaled",
+        PASSES,
+        "scale = torch.ldexp(torch.ones_like(r[0]), torch.frexp(r.abs().amax()).exponent)",
+        "scale = torch.ones_like(r[0])",
+        "tests/test_kept.py -k tiny",
+    ),
+    Mutation(
+        "a reference through the same head gets the policy's log-probs",
+        PASSES,
+        "ops.finish(*ref_part.sums(), y, ref_logps[tokens])",
+        "ops.finish(*part.sums(), y, ref_logps[tokens])",
+        "tests/test_loss.py -k shared_head",
+    ),
+    Mutation(
+        "the label's column at a tile's end",
+        TORCH,
+        "inside = (local >= 0) & (local < z.shape[1])",
+        "inside = (local >= 0) & (local <= z.shape[1])",
+        "tests/test_tile_edges.py",
+    ),
+    Mutation(
+        "the label is not left out of the sum",
+        TORCH,
+        "z.scatter_(1, column, torch.where(inside.unsqueeze(1), -math.inf, picked))",
+        "z.scatter_(1, column, picked)",
+        "tests/test_linear_logprobs.py -k float32_against_float64",
+    ),
+    Mutation(
+        "the accumulator is not rescaled",
+        TORCH,
+        "accumulator.mul_(factor.unsqueeze(1))",
+        "accumulator.mul_(torch.ones_like(factor).unsqueeze(1))",
+        "tests/test_linear_logprobs.py -k float32_against_float64",
+    ),
+    Mutation(
+        "kept tiles are not brought to one unit",
+        TORCH,
+        "factors = torch.exp(maxima - unit)",
+        "factors = torch.exp(maxima - maxima)",
+        "tests/test_kept.py -k 'float32_against_float64 and torch'",
+    ),
+    Mutation(
+        "softcap's derivative",
+        TORCH,
+        "torch.addcmul(tile.new_ones(()), tile, tile, value=-1)",
+        "torch.addcmul(tile.new_ones(()), tile, tile, value=-0.5)",
+        "tests/test_linear_logprobs.py -k float32_against_float64",
+    ),
+    Mutation(
+        "a confident token's log-prob loses its digits",
+        "prefkern/fold_state.py",
+        "torch.where(confident, torch.log1p(state.total * drop), torch.log(total))",
+        "torch.log(total)",
+        "tests/test_linear_logprobs.py -k confident_token",
+    ),
+    Mutation(
+        "sign in the entropy",
+        "prefkern/fold_state.py",
+        "entropy = torch.log(folded.total) - spread / folded.total",
+        "entropy = torch.log(folded.total) + spread / folded.total",
+        "tests/test_linear_logprobs.py -k test_statistics",
+    ),
+    # The kernels, under the interpreter.
+    Mutation(
+        "softcap's derivative in the kernels",
+        f"{KERNELS}/primitives.py",
+        "return t, 4.0 * e / ((1.0 + e) * (1.0 + e))",
+        "return t, 4.0 * e / (1.0 + e)",
+        "tests/test_kernels.py -k softcap_near_0",
+    ),
+    Mutation(
+        "a fold's maximum sees what lies beyond the tile",
+        f"{KERNELS}/fold.py",
+        'tl.maximum(tile_max, tl.where(mask & ~is_label, z, -float("inf")))',
+        'tl.maximum(tile_max, tl.where(~is_label, z, -float("inf")))',
+        "tests/test_linear_logprobs.py -k all_logits_far_below_zero",
+    ),
+    Mutation(
+        "a fold's sum sees what lies beyond the tile",
+        f"{KERNELS}/fold.py",
+        'z = tl.where(mask & (words != local), z - offset, -float("inf"))',
+        'z = tl.where(words != local, z - offset, -float("inf"))',
+        "tests/test_kernels.py -k test_fold",
+    ),
+    Mutation(
+        "sign in the end of a fold",
+        f"{KERNELS}/finish.py",
+        "of_rest = -factor * rest",
+        "of_rest = factor * rest",
+        "tests/test_kernels.py -k test_finish",
+    ),
+    Mutation(
+        "sums beyond float16",
+        f"{KERNELS}/finish.py",
+        "tl.store(share_ptr + row, rest * tl.exp(excess))",
+        "tl.store(share_ptr + row, rest)",
+        "tests/test_kernels.py -k test_finish",
+    ),
+    Mutation(
+        "the label's column of recomputed weights",
+        f"{KERNELS}/remake_weights.py",
+        "u = tl.where(words == local, label_value, tl.exp(z) * slope)",
+        "u = tl.exp(z) * slope",
+        "tests/test_kernels.py -k remake_weights",
+    ),
+    Mutation(
+        "rows whose maximum rose are left alone",
+        f"{KERNELS}/rescale.py",
+        "if factor != 1.0:",
+        "if factor > 1.0:",
+        "tests/test_kernels.py -k rescale_rows",
+    ),
+    Mutation(
+        "the last tile of kept rows",
+        f"{KERNELS}/settle.py",
+        "n_words = tl.minimum(vocab_tile, vocab_size - start)",
+        "n_words = vocab_size - start",
+        "tests/test_kernels.py -k settle",
+    ),
+    Mutation(
+        "rows of hidden's gradient",
+        f"{KERNELS}/scatter_scaled.py",
+        "row = tl.load(rows_ptr + token) if HAS_ROWS else token",
+        "row = token",
+        "tests/test_kernels.py -k scatter_scaled",
+    ),
+    Mutation(
+        "the product kernel counts words beyond the vocabulary",
+        f"{KERNELS}/product_fold.py",
+        "left_out = is_label if EVEN_V else is_label | (words >= n_words)[None, :]",
+        "left_out = is_label",
+        "tests/test_product_fold.py -k every_label",
+    ),
+    Mutation(
+        "splits of the vocabulary are added in units of their own",
+        f"{KERNELS}/product_fold.py",
+        "mask=mask, other=0.0) * tl.exp(maxima - offset[None, :])",
+        "mask=mask, other=0.0)",
+        "tests/test_product_fold.py -k against_float64",
+    ),
+    # Divergences.
+    Mutation(
+        "the divergence's direction",
+        f"{KERNELS}/fold_kl.py",
+        "cross += ref_e * tl.where(ref_e > 0, x - z, 0.0)",
+        "cross += ref_e * tl.where(ref_e > 0, z - x, 0.0)",
+        "tests/test_kl.py -k 'test_fold_kl or test_tiles_both_ways'",
+    ),
+    Mutation(
+        "the label's column of the divergence's gradient",
+        "prefkern/kl_passes.py",
+        "label_gradient = dlogps * miss + dkl * label_difference",
+        "label_gradient = dlogps * miss - dkl * label_difference",
+        "tests/test_kl.py -k float32_against_float64",
+    ),
+    Mutation(
+        "the reference's part of the divergence's gradient",
+        "prefkern/torch_kl_tiles.py",
+        "exp_().mul_(ref_coefficient.unsqueeze(1))",
+        "exp_().mul_(coefficient.unsqueeze(1))",
+        "tests/test_kl.py -k float32_against_float64",
+    ),
+    # Tokens, sequences, packing.
+    Mutation(
+        "ignore_index is ignored",
+        "prefkern/sequences.py",
+        "mask = labels != ignore_index",
+        "mask = labels != -100",
+        "tests/test_linear_logprobs.py -k ignore_index",
+    ),
+    Mutation(
+        "cu_seqlens count what is not scored",
+        "prefkern/sequences.py",
+        "    offsets = None if bounds is None else before.index_select(0, bounds)\n"
+        "    if count == labels.shape[0]:",
+        "    offsets = bounds\n    if count == labels.shape[0]:",
+        "tests/test_loss.py -k 'packed_is_padded and torch'",
+    ),
+    Mutation(
+        "a sequence's sum is added in float32",
+        "prefkern/sequences.py",
+        'values.double(), "sum"',
+        'values.float(), "sum"',
+        "tests/test_sequences.py",
+    ),
+    Mutation(
+        "the pair kernel adds a sequence in float32",
+        f"{KERNELS}/pair.py",
+        "total = tl.zeros((BLOCK_T,), tl.float64)",
+        "total = tl.zeros((BLOCK_T,), tl.float32)",
+        "tests/test_sequences.py",
+    ),
+    Mutation(
+        "the first token of a sequence gets the gradient of the one before",
+        "prefkern/sequences.py",
+        "torch.searchsorted(offsets[1:-1], tokens, right=True)",
+        "torch.searchsorted(offsets[1:-1], tokens, right=False)",
+        "tests/test_loss.py -k 'test_against_float64 and torch'",
+    ),
+    Mutation(
+        "labels are not shifted",
+        "prefkern/models.py",
+        "aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)",
+        "aligned = labels.clone()",
+        "tests/test_models.py -k temperature",
+    ),
+    Mutation(
+        "the last token of a packed sequence predicts the first of the next",
+        "prefkern/models.py",
+        "to(labels.device, torch.int64) - 1, IGNORE_INDEX)",
+        "to(labels.device, torch.int64)[-1:] - 1, IGNORE_INDEX)",
+        "tests/test_packing.py -k 'no_label or token_logprobs'",
+    ),
+    Mutation(
+        "packed positions run on",
+        "prefkern/packing.py",
+        "positions = torch.arange(tokens, device=device) - of_tokens(bounds[:-1])",
+        "positions = torch.arange(tokens, device=device)",
+        "tests/test_packing.py -k token_logprobs",
+    ),
+    Mutation(
+        "a prompt that is too long loses its end",
+        "prefkern/truncation.py",
+        "prompt = prompt[-room:]",
+        "prompt = prompt[:room]",
+        "tests/test_data.py -k truncation",
+    ),
+    # Heads and options.
+    Mutation(
+        "LoRA's scaling on the head",
+        "prefkern/heads.py",
+        "states.append(a(layer.lora_dropout[name](x)) * layer.scaling[name])",
+        "states.append(a(layer.lora_dropout[name](x)))",
+        "tests/test_peft.py -k values_and_gradients",
+    ),
+    Mutation(
+        "the columns of an adapter's gradient",
+        "prefkern/autograd.py",
+        "derivative[:, own - start :][:, : shape[1]]",
+        "derivative[:, : shape[1]]",
+        "tests/test_lora_head.py -k values_and_gradients",
+    ),
+    Mutation(
+        "temperature is ignored",
+        "prefkern/api.py",
+        "transform = Transform(float(logit_scale), softcap, float(temperature))",
+        "transform = Transform(float(logit_scale), softcap)",
+        "tests/test_linear_logprobs.py -k float32_against_float64",
+    ),
+    Mutation(
+        "the loss ignores its workspace",
+        "prefkern/loss.py",
+        "workspace_mb = api.resolve_workspace(self.workspace_mb, hidden.device)",
+        "workspace_mb = api.resolve_workspace(None, hidden.device)",
+        "tests/test_memory.py -k tile_of_forward",
+    ),
+    Mutation(
+        "autocast's dtype is ignored",
+        "prefkern/api.py",
+        "return operands_for(torch.get_autocast_dtype(device), device)",
+        "return operands_for(hidden.dtype, device)",
+        "tests/test_linear_logprobs.py -k autocast",
+    ),
+    Mutation(
+        "under torch.compile, tokens that only fill the shape have a gradient",
+        "prefkern/compiled.py",
+        "    grad = scored.masked(grad)\n",
+        "",
+        "tests/test_compile.py -k records",
+    ),
+    # Objectives.
+    Mutation(
+        "the ratio's clip is a floor",
+        "prefkern/objectives/adaptive.py",
+        "ratio = ratio.clamp(max=self.clip)",
+        "ratio = ratio.clamp(min=self.clip)",
+        "tests/test_objectives.py -k oracles",
+    ),
+    Mutation(
+        "adaptive coefficients carry a gradient",
+        "prefkern/objectives/contrastive.py",
+        "    @torch.no_grad()\n    def coefficients",
+        "    def coefficients",
+        "tests/test_objectives.py -k oracles",
+    ),
+    Mutation(
+        "chosen and rejected of the reference are swapped",
+        "prefkern/objectives/contrastive.py",
+        "ref_chosen, ref_rejected = pairs.reference(self._name)",
+        "ref_rejected, ref_chosen = pairs.reference(self._name)",
+        "tests/test_objectives.py -k oracles",
+    ),
+    Mutation(
+        "label smoothing's share",
+        "prefkern/objectives/contrastive.py",
+        "torch.lerp(losses, flipped, label_smoothing)",
+        "torch.lerp(flipped, losses, label_smoothing)",
+        "tests/test_objectives.py -k oracles",
+    ),
+    Mutation(
+        "IPO's margin",
+        "prefkern/objectives/contrastive.py",
+        "return 1 / (2 * self.tau)",
+        "return 1 / self.tau",
+        "tests/test_objectives.py -k oracles",
+    ),
+    Mutation(
+        "TDPO2's divergence of chosen responses trains",
+        "prefkern/objectives/tdpo.py",
+        "chosen_kls.detach())",
+        "chosen_kls)",
+        "tests/test_objectives.py -k divergences",
+    ),
+    Mutation(
+        "KTO's reference point is negative",
+        "prefkern/objectives/kto.py",
+        "totals[1].clamp(min=1)).clamp(min=0)",
+        "totals[1].clamp(min=1))",
+        "tests/test_objectives.py tests/test_loss.py -k 'kto or oracles'",
+    ),
+    Mutation(
+        "the pair kernel's gradient of rejected responses",
+        f"{KERNELS}/pair.py",
+        "-ddelta * beta * slope_l)",
+        "-ddelta * beta_w * slope_l)",
+        "tests/test_pair_kernel.py -k oracle",
+    ),
+    Mutation(
+        "the pair kernel's clip",
+        f"{KERNELS}/pair.py",
+        "ratio = tl.minimum(ratio, clip)",
+        "ratio = tl.maximum(ratio, clip)",
+        "tests/test_pair_kernel.py -k oracle",
+    ),
+    # Statistics and ranks.
+    Mutation(
+        "the statistics' momentum",
+        "prefkern/objectives/running.py",
+        "weight = torch.full_like(mean, 1 - self.momentum)",
+        "weight = torch.full_like(mean, self.momentum)",
+        "tests/test_statistics.py -k 'moments or first_batch'",
+    ),
+    Mutation(
+        "statistics are a rank's own",
+        "prefkern/objectives/running.py",
+        "dist.all_reduce(values)",
+        "pass",
+        "tests/test_statistics.py -k two_ranks",
+    ),
+    Mutation(
+        "evaluation moves alpha-DPO's statistics",
+        "prefkern/objectives/alpha_dpo.py",
+        "        if self.training:\n            self.observe(pairs)",
+        "        if True:\n            self.observe(pairs)",
+        "tests/test_statistics.py -k evaluation",
+    ),
+    Mutation(
+        "a rank's share of a step",
+        "prefkern/item_trainer.py",
+        "(items * self.accelerator.num_processes / num_items_in_batch)",
+        "(items / num_items_in_batch)",
+        "tests/test_trainer.py -k two_ranks",
+    ),
+    Mutation(
+        "accumulated batches count alike, whatever their size",
+        "prefkern/item_trainer.py",
+        "if num_items_in_batch is None:",
+        "if True:",
+        "tests/test_trainer.py tests/test_trainer_objectives.py -k accumulat",
+    ),
+    # What is kept on disk, and TRL's trainers.
+    Mutation(
+        "the cache's key does not know where responses end",
+        "prefkern/reference_cache.py",
+        "for numbers in (lengths, values):",
+        "for numbers in (values,):",
+        "tests/test_reference_cache.py",
+    ),
+    Mutation(
+        "the cache's key does not know the logits transform",
+        "prefkern/reference_cache.py",
+        '"transform": [transform.logit_scale, transform.softcap],',
+        '"transform": [],',
+        "tests/test_reference_cache.py",
+    ),
+    Mutation(
+        "a shard's checksum is not looked at",
+        "prefkern/reference_cache.py",
+        'if metadata.get("checksum") != _checksum(sums):',
+        "if False:",
+        "tests/test_reference_cache.py -k spoiled",
+    ),
+    Mutation(
+        "ORPO's NLL in TRL is of the token itself",
+        "prefkern/integrations/trl/head.py",
+        'full = align_labels(rows["concatenated_input_ids"].masked_fill(~is_token, IGNORE_INDEX))',
+        'full = rows["concatenated_input_ids"].masked_fill(~is_token, IGNORE_INDEX)',
+        "tests/test_trl.py -k 'twins or terms'",
+    ),
+    Mutation(
+        "precomputed sums of chosen and rejected are swapped in TRL",
+        "prefkern/integrations/trl/dpo.py",
+        'sums = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]',
+        'sums = inputs["ref_rejected_logps"], inputs["ref_chosen_logps"]',
+        "tests/test_trl.py -k 'twins or options_of_trl'",
+    ),
+    # Memory.
+    Mutation(
+        "what forward kept is not given back",
+        "prefkern/autograd.py",
+        "storage.resize_(0)",
+        "pass",
+        "tests/test_memory.py -k gives_back",
+    ),
+    Mutation(
+        "any error is taken for a lack of memory",
+        "prefkern/memory.py",
+        "return isinstance(error, torch.OutOfMemoryError) or _CPU_REFUSAL in str(error)",
+        "return True",
+        "tests/test_memory.py -k 'other_errors or these_words'",
+    ),
+)
+
+
+def _copy(root: Path) -> None:
+    """The tree as it is, without what runs have left in it."""
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info")
+    for name in COPIED:
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    for file in (*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), ROOT / "Makefile"):
+        shutil.copy(file, root)
+
+
+def _pytest(root: Path, tests: str) -> tuple[int | None, str]:
+    """pytest's exit status, None after `SECONDS`, and the first test that failed."""
+    environment = {
+        **os.environ,
+        # The copy, wherever prefkern is installed from; and no bytecode, whose time of writing
+        # cannot tell two texts of one second and size apart.
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    with subprocess.Popen(
+        [*command, *shlex.split(tests)],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        try:
+            said, _ = run.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            # Ranks that wait for one another are its children.
+            os.killpg(run.pid, 9)
+            return None, ""
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    return run.returncode, failed.group(1) if failed else said[-500:]
+
+
+class _Copies:
+    """A copy of the tree for each worker."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._free: queue.Queue[Path] = queue.Queue()
+        for number in range(count):
+            _copy(folder / str(number))
+            self._free.put(folder / str(number))
+
+    def attempt(self, mutation: Mutation) -> Outcome:
+        root = self._free.get()
+        try:
+            outcome = self._attempt(mutation, root)
+        finally:
+            self._free.put(root)
+        print(f"{outcome.status:9} {mutation.breaks}: {outcome.killed_by}", flush=True)
+        return outcome
+
+    def _attempt(self, mutation: Mutation, root: Path) -> Outcome:
+        outcome = Outcome(**mutation._asdict(), status="not found")
+        try:
+            text = mutation.applied(root)
+        except LookupError as error:
+            outcome.killed_by = str(error)
+            return outcome
+        file = root / mutation.file
+        original, start = file.read_text(), time.perf_counter()
+        try:
+            file.write_text(text)
+            status, failed = _pytest(root, mutation.tests)
+        finally:
+            file.write_text(original)
+        outcome.seconds = round(time.perf_counter() - start, 1)
+        # 1: a test failed. Anything else than that or 0 says nothing about the tests.
+        outcome.status = {None: "timeout", 0: "survived", 1: "killed"}.get(status, "not run")
+        outcome.killed_by = failed if outcome.status in ("killed", "not run") else ""
+        if outcome.status == "killed" and _pytest(root, shlex.quote(failed))[0] != 0:
+            outcome.status = "not run"
+            outcome.killed_by = f"without the change it fails as well: {failed}"
+        return outcome
+
+
+def page(report: dict[str, Any]) -> str:
+    counts = Counter(row["status"] for row in report["mutations"])
+    head = HEAD.format(date=report["date"], killed=counts["killed"], tried=counts.total())
+    rows = [
+        f"| {row['breaks']} | `{row['file']}` | "
+        + (f"`{_short(row['killed_by'])}`" if row["status"] == "killed" else row["status"])
+        + f" | {row['seconds']:.0f} |"
+        for row in report["mutations"]
+    ]
+    return head + "\n".join(rows) + "\n"
+
+
+def _short(test: str) -> str:
+    """A test's file and name, without its parameters, whose `|` would end a cell."""
+    return test.split("[")[0].removeprefix("tests/")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", default="", help="those whose description or file has this text")
+    options = parser.parse_args(arguments)
+    chosen = [each for each in MUTATIONS if options.only in f"{each.breaks} {each.file}"]
+    if not chosen:
+        parser.error(f"--only {options.only!r}: no mutation has it")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
+        outcomes = [*pool.map(_Copies(Path(folder), options.workers).attempt, chosen)]
+    report = {
+        "date": date.today().isoformat(),
+        "mutations": [asdict(outcome) for outcome in outcomes],
+    }
+    if not options.only:
+        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+        PAGE.write_text(page(report))
+    counts = Counter(outcome.status for outcome in outcomes)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return int(counts["killed"] != len(outcomes))
+
+
+def check(mutation: Mutation) -> None:
+    """Raise unless the mutation changes its file, once, into Python."""
+    text = mutation.applied(ROOT)
+    assert text != (ROOT / mutation.file).read_text(), mutation
+    ast.parse(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,44 @@
+"""Sums of sequences: added in float64 and rounded once, whichever way a loss takes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prefkern import compiled, sequences
+from prefkern.objectives import DPO
+from prefkern.pairwise import Scores, pair_loss
+
+LENGTHS = (3000, 1, 0, 2500)
+
+
+@pytest.fixture
+def batch(device) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Log-probs of two pairs, where their sequences begin, and their sums to the last digit."""
+    # Sizes so different that float32's own additions lose a part of each.
+    logps = -torch.rand(sum(LENGTHS)) * 10.0 ** torch.randint(-3, 3, (sum(LENGTHS),))
+    parts = logps.split(LENGTHS)
+    exact = [torch.tensor(math.fsum(part.tolist())).item() for part in parts]
+    assert [part.sum().item() for part in parts] != exact
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    return logps.to(device), offsets.to(device), exact
+
+
+def test_sequence_sums_are_rounded_once(batch):
+    logps, offsets, exact = batch
+    assert sequences.sequence_sums(logps, offsets).tolist() == exact
+
+
+def test_compiled_sums_are_float64s(batch):
+    """Differences of a running sum: as exact as that of the whole batch."""
+    logps, offsets, exact = batch
+    assert compiled.sequence_sums(logps, offsets).tolist() == pytest.approx(exact, rel=1e-7)
+
+
+def test_a_pair_s_sums_are_rounded_once(batch, backend):
+    logps, offsets, exact = batch
+    scores = Scores(logps, offsets, ref_logps=torch.zeros(4, device=logps.device))
+    pairs = pair_loss(DPO(0.1), scores, backend).pairs
+    assert [*pairs.chosen_logps.tolist(), *pairs.rejected_logps.tolist()] == exact
