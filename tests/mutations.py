@@ -1,11 +1,12 @@
 """Break the source on purpose, a line at a time, and see that the tests notice.
 
-usage: python tests/mutations.py [--workers N] [--only TEXT]     (make mutate)
+usage: python tests/mutations.py [--workers N] [--only TEXT | --new]     (make mutate)
 
 Each of `MUTATIONS` is applied to a copy of the tree in a temporary folder, where the tests named with
 it run until one fails, which must pass without it. Writes `bench/results/mutations.json` and the page
-`bench/MUTATIONS.md`, unless `--only` chose some. Exit status 1 unless every mutation is killed: one
-that survives shows what no test looks at, and is mended there.
+`bench/MUTATIONS.md`, unless `--only` chose some; with `--new` those run that the record does not have
+as killed. Exit status 1 unless every mutation is killed: one that survives shows what no test looks
+at, and is mended there.
 
 `tests/test_mutations.py` holds the list to the source at every run of the tests, so that it cannot
 rot: each text is found exactly once, and what replaces it is Python.
@@ -41,7 +42,7 @@ COPIED = ("prefkern", "kernels", "tests", "bench", "examples")
 HEAD = """\
 # Mutations
 
-Written by `make mutate` on {date}: {killed} of {tried} killed. Each line changes one thing in a copy
+Written by `make mutate`, last on {date}: {killed} of {tried} killed. Each line changes one thing in a copy
 of the source and runs the tests that should notice. *Killed by* is the first that failed, which
 passes without the change.
 
@@ -79,6 +80,7 @@ class Outcome:
     status: str
     killed_by: str = ""
     seconds: float = 0.0
+    date: str = ""
 
 
 PASSES = "prefkern/passes.py"
@@ -320,8 +322,9 @@ MUTATIONS = (
     Mutation(
         "the pair kernel adds a sequence in float32",
         f"{KERNELS}/pair.py",
-        "total = tl.zeros((BLOCK_T,), tl.float64)",
-        "total = tl.zeros((BLOCK_T,), tl.float32)",
+        "total += tl.load(logps_ptr + offsets, mask=offsets < end, other=0.0).to(tl.float64)",
+        "total = (total + tl.load(logps_ptr + offsets, mask=offsets < end, other=0.0))"
+        ".to(tl.float32).to(tl.float64)",
         "tests/test_sequences.py",
     ),
     Mutation(
@@ -592,7 +595,7 @@ def _pytest(root: Path, tests: str) -> tuple[int | None, str]:
             # Ranks that wait for one another are its children.
             os.killpg(run.pid, 9)
             return None, ""
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
     return run.returncode, failed.group(1) if failed else said[-500:]
 
 
@@ -615,7 +618,7 @@ class _Copies:
         return outcome
 
     def _attempt(self, mutation: Mutation, root: Path) -> Outcome:
-        outcome = Outcome(**mutation._asdict(), status="not found")
+        outcome = Outcome(**mutation._asdict(), status="not found", date=date.today().isoformat())
         try:
             text = mutation.applied(root)
         except LookupError as error:
@@ -640,7 +643,8 @@ class _Copies:
 
 def page(report: dict[str, Any]) -> str:
     counts = Counter(row["status"] for row in report["mutations"])
-    head = HEAD.format(date=report["date"], killed=counts["killed"], tried=counts.total())
+    last = max(row["date"] for row in report["mutations"])
+    head = HEAD.format(date=last, killed=counts["killed"], tried=counts.total())
     rows = [
         f"| {row['breaks']} | `{row['file']}` | "
         + (f"`{_short(row['killed_by'])}`" if row["status"] == "killed" else row["status"])
@@ -659,22 +663,38 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="those whose description or file has this text")
+    parser.add_argument("--new", action="store_true", help="those that are not recorded as killed")
     options = parser.parse_args(arguments)
-    chosen = [each for each in MUTATIONS if options.only in f"{each.breaks} {each.file}"]
-    if not chosen:
+    known = _killed() if options.new else {}
+    chosen = [
+        each
+        for each in MUTATIONS
+        if each not in known and options.only in f"{each.breaks} {each.file}"
+    ]
+    if options.only and not chosen:
         parser.error(f"--only {options.only!r}: no mutation has it")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
-        outcomes = [*pool.map(_Copies(Path(folder), options.workers).attempt, chosen)]
-    report = {
-        "date": date.today().isoformat(),
-        "mutations": [asdict(outcome) for outcome in outcomes],
-    }
+        attempt = _Copies(Path(folder), options.workers).attempt
+        known |= dict(zip(chosen, map(asdict, pool.map(attempt, chosen)), strict=True))
+    rows = [known[each] for each in MUTATIONS if each in known]
+    report = {"mutations": rows}
     if not options.only:
         RESULT.write_text(json.dumps(report, indent=1) + "\n")
         PAGE.write_text(page(report))
-    counts = Counter(outcome.status for outcome in outcomes)
+    counts = Counter(row["status"] for row in rows)
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
-    return int(counts["killed"] != len(outcomes))
+    return int(counts["killed"] != len(rows))
+
+
+def _killed() -> dict[Mutation, dict[str, Any]]:
+    """The record's rows of mutations that were killed, as they are now."""
+    if not RESULT.exists():
+        return {}
+    rows = json.loads(RESULT.read_text())["mutations"]
+    names = Mutation._fields
+    return {
+        Mutation(*(row[name] for name in names)): row for row in rows if row["status"] == "killed"
+    }
 
 
 def check(mutation: Mutation) -> None:

@@ -316,6 +316,23 @@ def test_key_says_what_it_is_of(tmp_path):
     assert described["transform"] == [1.0, None]
 
 
+def test_hash_of_tokens_knows_where_each_sequence_ends():
+    """The same tokens one after another, cut elsewhere: between pairs, and between columns."""
+
+    def of(prompts, chosen, rejected) -> str:
+        columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+        return reference_cache.hash_tokens(datasets.Dataset.from_dict(columns))
+
+    hashes = {
+        of([[1], [2]], [[3, 4], [5]], [[6], [7]]),
+        of([[1], [2]], [[3], [4, 5]], [[6], [7]]),
+        of([[1], [2]], [[3], [4]], [[5, 6], [7]]),
+        of([[1], [2]], [[4, 3], [5]], [[6], [7]]),
+    }
+    assert len(hashes) == 4
+    assert of([[1], [2]], [[3, 4], [5]], [[6], [7]]) in hashes
+
+
 def test_hash_of_weights():
     """The same content has one hash, however it lies in memory; any other content another."""
     model = tiny.model()

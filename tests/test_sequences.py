@@ -11,17 +11,19 @@ from prefkern import compiled, sequences
 from prefkern.objectives import DPO
 from prefkern.pairwise import Scores, pair_loss
 
-LENGTHS = (3000, 1, 0, 2500)
+LENGTHS = (60000, 1, 0, 50000)
 
 
 @pytest.fixture
 def batch(device) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Log-probs of two pairs, where their sequences begin, and their sums to the last digit."""
-    # Sizes so different that float32's own additions lose a part of each.
-    logps = -torch.rand(sum(LENGTHS)) * 10.0 ** torch.randint(-3, 3, (sum(LENGTHS),))
-    parts = logps.split(LENGTHS)
+    parts = [-torch.rand(length) for length in LENGTHS]
+    for part in parts:
+        # Added to what comes first, in float32 the others would be lost one by one.
+        part[1024:] *= 1e-3
+        part[:1024] *= 1e4
+    logps = torch.cat(parts)
     exact = [torch.tensor(math.fsum(part.tolist())).item() for part in parts]
-    assert [part.sum().item() for part in parts] != exact
     offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
     return logps.to(device), offsets.to(device), exact
 
