@@ -51,7 +51,7 @@ class PreferenceConfig(TrainingArguments):
 
     Defaults that differ from theirs, as in TRL: `learning_rate` 1e-6 (for all weights; LoRA wants
     some ten times more), `logging_steps` 10, `gradient_checkpointing` on, and `bf16` on wherever
-    a GPU supports it. `logging_nan_inf_filter` is off: a loss that is no number is logged as such.
+    a GPU supports it. `logging_nan_inf_filter` is off: what is no number is logged as such.
 
     Raises ValueError for an objective, option or argument that is unknown or has no effect here.
     """
@@ -62,8 +62,7 @@ class PreferenceConfig(TrainingArguments):
         default=True, metadata={"help": "Recompute activations in backward to save memory."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Log the mean of other steps in place of a loss that is nan or inf."},
+        default=False, metadata={"help": "Refused: a loss that is nan or inf is never hidden."}
     )
     bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None, metadata={"help": "bf16 mixed precision. Default: where a GPU supports it."}
@@ -195,6 +194,11 @@ class PreferenceConfig(TrainingArguments):
                 raise ValueError(
                     f"{name} is {value!r}, which has no effect without precompute_ref_log_probs"
                 )
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter is True, which would hide a loss that is nan or inf in the "
+                "log; leave it out"
+            )
         if self.torch_compile:
             raise ValueError("torch_compile is not supported yet")
         super().__post_init__()

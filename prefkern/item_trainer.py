@@ -35,8 +35,8 @@ class ItemTrainer(CheckpointTrainer):
                 "nn.DataParallel is not supported: start one process per GPU with `accelerate "
                 "launch` or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
             )
-        # It would put the mean of earlier losses where one is NaN, at two synchronisations a step:
-        # what is not finite raises where it arises, and a log tells what there was.
+        # Other classes of arguments have it on. It would put the mean of earlier losses where one is
+        # NaN, at two synchronisations a step: what is not finite raises where it arises.
         self.args.logging_nan_inf_filter = False
         # compute_loss scales by the number of items itself; Trainer must not divide once more.
         self.model_accepts_loss_kwargs = True
