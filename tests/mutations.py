@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "bias gradient is of the last tile of tokens",
         PASSES,
-        "dbias_tile += weights.sum(0, dtype=torch.float32)",
-        "dbias_tile = weights.sum(0, dtype=torch.float32)",
+        "dbias_tile += weights.sum(0, dtype=wide)",
+        "dbias_tile = weights.sum(0, dtype=wide)",
         "tests/test_kept.py -k float32_against_float64",
     ),
     Mutation(
@@ -120,7 +120,7 @@ MUTATIONS = (
     Mutation(
         "D is accumulated in half precision",
         PASSES,
-        "derivative = torch.empty((N, columns.width), dtype=torch.float32, device=device)",
+        "derivative = torch.empty((N, columns.width), dtype=wide, device=device)",
         "derivative = torch.empty((N, columns.width), dtype=head.hidden.dtype, device=device)",
         "tests/test_linear_logprobs.py tests/test_kept.py -k half_precision",
     ),
@@ -128,7 +128,7 @@ MUTATIONS = (
         "dW is accumulated in half precision",
         PASSES,
         "shape = (tiles.vocab_tile, columns.width)\n"
-        "        buffer = torch.empty(shape, dtype=torch.float32, device=device)",
+        "        buffer = torch.empty(shape, dtype=wide, device=device)",
         "shape = (tiles.vocab_tile, columns.width)\n"
         "        buffer = torch.empty(shape, dtype=head.hidden.dtype, device=device)",
         "tests/test_linear_logprobs.py tests/test_kept.py -k half_precision",
@@ -465,8 +465,8 @@ MUTATIONS = (
     Mutation(
         "the pair kernel's clip",
         f"{KERNELS}/pair.py",
-        "ratio = tl.minimum(ratio, clip)",
-        "ratio = tl.maximum(ratio, clip)",
+        "ratio = _least(ratio, clip)",
+        "ratio = _largest(ratio, clip)",
         "tests/test_pair_kernel.py -k oracle",
     ),
     # Statistics and ranks.
