@@ -99,6 +99,8 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    # Which says what it is built for, as its metadata may not.
+    versions["torch"] = torch.__version__
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
