@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 # A property is drawn the same way at every run, so that a change alone can break it; --long draws
 # more, anew each time, and prints what reproduces a failure.
-hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("quick", max_examples=12, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=400, deadline=None, print_blob=True)
 
 

@@ -111,7 +111,13 @@ def test_statistics(device):
         assert mine.dtype == eager.dtype and torch.equal(mine, eager)
 
 
-OBJECTIVES = [name for name in objectives.names() if name not in ("kto", "tdpo1", "tdpo2")]
+# Compiling takes its time: of each way through the loss one, and the others with --long.
+WAYS = ("adadpo", "adaorpo", "alphadpo", "betadpo", "ipo", "madpo")
+OBJECTIVES = [
+    pytest.param(name, marks=() if name in WAYS else pytest.mark.long)
+    for name in objectives.names()
+    if name not in ("kto", "tdpo1", "tdpo2")
+]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

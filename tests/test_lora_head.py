@@ -208,7 +208,7 @@ def test_a_reference_through_the_same_head_lacks_the_adapter(device):
         ({"lora_hidden": None}, TypeError, "lora_hidden must be a tensor"),
         ({"lora_weight": torch.zeros(7, R)}, ValueError, r"lora_weight must have shape \[V, R\]"),
         ({"lora_hidden": torch.zeros(3, 11, 2)}, ValueError, r"lora_hidden must have hidden's"),
-        ({"lora_weight": torch.zeros(131, R).double()}, TypeError, "lora_weight must be float32"),
+        ({"lora_weight": torch.zeros(131, R).double()}, TypeError, "lora_weight is float64 and"),
     ],
 )
 def test_adapters_that_do_not_fit(change, error, message):

@@ -469,9 +469,16 @@ def test_wrong_kinds_of_arguments(tmp_path):
     for model in (None, 3):
         with pytest.raises(TypeError, match="model must be a causal LM"):
             PreferenceTrainer(model, config(tmp_path), tiny.dataset(4))
+    with pytest.raises(ValueError, match="ref_model is 'LlamaForCausalLM', and this objective has"):
+        PreferenceTrainer(
+            tiny.model(),
+            config(tmp_path, objective="simpo"),
+            tiny.dataset(4),
+            processing_class=tiny.tokenizer(),
+            ref_model=tiny.model(seed=1),
+        )
     for options, message in (
-        ({"objective": "simpo"}, "ref_model is LlamaForCausalLM, and this objective has no ref"),
-        ({"ref_model_name_or_path": "other"}, "'other', and ref_model was given: give one"),
+        ({"ref_model_name_or_path": "other"}, "ref_model was given, and .* is 'other': give one"),
         ({"model_init_kwargs": {"dtype": "bfloat16"}}, "no effect on a model that is loaded"),
         ({"bf16_full_eval": True}, "bf16_full_eval casts the policy and not its reference"),
     ):
