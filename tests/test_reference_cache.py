@@ -34,10 +34,11 @@ class Forwards:
     def __init__(self, model, dies_after: int | None = None):
         self.rows = 0
         self.dies_after = dies_after
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        # Not the model: PEFT 0.18 calls the forward of the one inside itself, past its hooks.
+        model.get_input_embeddings().register_forward_pre_hook(self._count)
 
-    def _count(self, model, args, kwargs):
-        count = len(kwargs["input_ids"])
+    def _count(self, embeddings, args):
+        count = len(args[0])
         if count == 1:
             return
         if self.dies_after is not None and self.rows + count > self.dies_after:
