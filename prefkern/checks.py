@@ -110,18 +110,22 @@ def low_rank(
         )
 
 
-def same_tokens(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
-    """What the two models must share: the tokens, the words and the device."""
-    if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-            "a divergence needs two distributions over the same words"
-        )
+def same_tokens(hidden: Tensor, ref_hidden: Tensor) -> None:
+    """What a reference must share with the policy: the tokens and the device."""
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
         raise ValueError(
             f"ref_hidden must have hidden's shape but for H and its device, "
             f"{list(hidden.shape)} on {hidden.device}; "
             f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
+        )
+
+
+def same_words(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
+    """What it must share where distributions are compared: the words, and float64 or none."""
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+            "a divergence needs two distributions over the same words"
         )
     if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
         raise TypeError(

@@ -70,22 +70,9 @@ def reference(
                 f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
                 "the reference must know every word that labels may name"
             )
-        if needs_kls and ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-                f"{name} compares their distributions, which must be over the same words"
-            )
-        if needs_kls and (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
-            raise TypeError(
-                f"ref_hidden is {ref_hidden.dtype} and hidden {hidden.dtype}: {name} compares two "
-                "distributions in float64, or none"
-            )
-        if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
-            raise ValueError(
-                f"ref_hidden must have hidden's shape but for H and its device, "
-                f"{list(hidden.shape)} on {hidden.device}; "
-                f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
-            )
+        if needs_kls:
+            checks.same_words(hidden, weight, ref_hidden, ref_weight)
+        checks.same_tokens(hidden, ref_hidden)
     if ref_logps is not None:
         checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
     if needs_kls and ref_hidden is None:

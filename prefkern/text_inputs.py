@@ -61,6 +61,14 @@ def check(
     _check_values(base, input_ids, attention_mask)
 
 
+def embedding_rows(base: Any) -> int | None:
+    """How many words a Hugging Face model's embedding has; None where it does not say."""
+    try:
+        return getattr(base.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        return None
+
+
 def check_names(base: Any, given: Mapping[str, Any], own: Iterable[str]) -> None:
     """Raise TypeError for a keyword that the model does not name, and that is nearly one of `own`."""
     known = inspect.signature(base.forward).parameters
@@ -73,10 +81,7 @@ def check_names(base: Any, given: Mapping[str, Any], own: Iterable[str]) -> None
 
 
 def _check_values(base: Any, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    try:
-        rows = getattr(base.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:
-        rows = None
+    rows = embedding_rows(base)
     facts = list(torch.aminmax(input_ids.long()))
     if attention_mask is not None:
         facts += torch.aminmax(attention_mask.long())

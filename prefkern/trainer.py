@@ -22,7 +22,6 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,7 +71,16 @@ from prefkern.preparation import (
 )
 from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.routers import RouterLoss
-from prefkern.vocabulary import check_pad_token, check_reference_words, check_tokens, rows_of
+from prefkern.text_inputs import embedding_rows
+from prefkern.trainer_checks import (
+    Needs,
+    check_batches,
+    check_needs,
+    check_reference_arguments,
+    given_objective,
+    named,
+)
+from prefkern.vocabulary import check_pad_token, check_reference_words, check_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -141,18 +149,20 @@ class PreferenceTrainer(ObjectiveTrainer):
             raise ValueError(
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
-        _check_reference_arguments(model, ref_model, args)
+        check_reference_arguments(model, ref_model, args)
         is_built = objective is None
-        objective = args.build_objective() if objective is None else _given(objective, args)
+        objective = (
+            args.build_objective() if objective is None else given_objective(objective, args)
+        )
         is_paired = isinstance(objective, Objective)
-        self._objective_needs = _Needs(
+        self._objective_needs = Needs(
             paired=is_paired,
             reference=objective.needs_reference,
             margins=is_paired and objective.needs_reward_margins,
             distributions=is_paired and objective.needs_kls,
         )
-        _check_needs(self._objective_needs, args, ref_model)
-        for name, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
+        check_needs(self._objective_needs, args, ref_model)
+        for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, name)
         check_liger(args, args.device)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
@@ -174,7 +184,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         model = adapt(model, peft_config, args)
         check_unmerged(model)
         find_head(model)
-        self._rows = rows_of(unwrap(model))
+        self._rows = embedding_rows(unwrap(model))
         if not args.padding_free:
             check_pad_token(tokenizer, self._rows)
         self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
@@ -184,14 +194,14 @@ class PreferenceTrainer(ObjectiveTrainer):
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
-        _check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
-        _check_batches(eval_dataset, args.eval_batch_size, args, "eval")
+        check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
+        check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         if args.disable_dropout:
             disable_dropout(model)
         # Sums alone: neither distributions nor mismatched pairs can be had from them.
         carried = self._objective_needs.sums_suffice and all(
             "ref_chosen_logps" in dataset.column_names
-            for _, dataset in _named(train_dataset, "train") + _named(eval_dataset, "eval")
+            for _, dataset in named(train_dataset, "train") + named(eval_dataset, "eval")
         )
         ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
         ref_name = ref_model if isinstance(ref_model, str) else None
@@ -200,8 +210,8 @@ class PreferenceTrainer(ObjectiveTrainer):
         if ref_model is not None:
             find_head(ref_model)
             check_reference_words(tokenizer, unwrap(model), unwrap(ref_model), ref_name)
-            for each, part in _named(train_dataset, "train") + _named(eval_dataset, "eval"):
-                check_tokens(part, rows_of(unwrap(ref_model)), each, "reference")
+            for each, part in named(train_dataset, "train") + named(eval_dataset, "eval"):
+                check_tokens(part, embedding_rows(unwrap(ref_model)), each, "reference")
         is_adapted = is_peft_model(model)
         needs_reference = objective.needs_reference
         if needs_reference and not carried:
@@ -433,10 +443,10 @@ class PreferenceTrainer(ObjectiveTrainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """Raw pairs as a dataset to evaluate on."""
-        for each, part in _named(dataset, name):
+        for each, part in named(dataset, name):
             self._check_columns(part, each)
         dataset = self._tokenized(dataset, self.args, name)
-        _check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        check_batches(dataset, self.args.eval_batch_size, self.args, name)
         if self._objective_needs.reference and self.args.precompute_ref_log_probs:
             dataset = self._with_reference(dataset)
         return dataset
@@ -502,112 +512,4 @@ class PreferenceTrainer(ObjectiveTrainer):
             raise ValueError(
                 "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
                 "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"
-            )
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """What the objective asks of the trainer."""
-
-    paired: bool
-    reference: bool
-    margins: bool
-    distributions: bool  # the reference's, and not only its sums
-
-    @property
-    def sums_suffice(self) -> bool:
-        """Whether the reference's sums over a dataset's own responses are all that it gives."""
-        return self.paired and not self.distributions
-
-
-def _given(objective: Any, args: PreferenceConfig) -> Objective | UnpairedObjective:
-    """An objective that was passed as such: args must not describe another."""
-    if not isinstance(objective, Objective | UnpairedObjective):
-        raise TypeError(
-            f"objective must be an objective of prefkern.objectives, got {objective!r}; "
-            'a name goes into args: PreferenceConfig(objective="adadpo")'
-        )
-    for name in ("beta", "rpo_alpha", "use_weighting", "objective_options"):
-        if getattr(args, name):
-            raise ValueError(
-                f"args.{name} is {getattr(args, name)!r}, which has no effect on an objective that "
-                "is passed itself; give it to the objective"
-            )
-    return objective
-
-
-def _check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig) -> None:
-    """Raise for a reference that is given twice or is none, and for keywords that nobody reads."""
-    if not (ref_model is None or isinstance(ref_model, str | nn.Module)):
-        raise TypeError(
-            "ref_model must be a causal LM, a name or path to load, or None, got "
-            f"{type(ref_model).__name__} {ref_model!r}"[:200]
-        )
-    if ref_model is not None and args.ref_model_name_or_path is not None:
-        raise ValueError(
-            f"ref_model was given, and ref_model_name_or_path is {args.ref_model_name_or_path!r}: "
-            "give one of them"
-        )
-    names = (model, ref_model, args.ref_model_name_or_path)
-    if args.model_init_kwargs and not any(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"model_init_kwargs is {args.model_init_kwargs!r}, which has no effect on a model that "
-            "is loaded already; leave it out, or give the model's name"
-        )
-
-
-def _check_needs(needs: _Needs, args: PreferenceConfig, ref_model: Any) -> None:
-    given = {
-        "ref_model": None if ref_model is None else type(ref_model).__name__,
-        "ref_model_name_or_path": args.ref_model_name_or_path,
-        "ref_adapter_name": args.ref_adapter_name,
-        "precompute_ref_log_probs": args.precompute_ref_log_probs or None,
-    }
-    for name, value in given.items():
-        if value is not None and not needs.reference:
-            raise ValueError(
-                f"{name} is {value!r}, and this objective has no reference; leave it out"
-            )
-    if args.precompute_ref_log_probs and needs.reference and not needs.sums_suffice:
-        what = "the reference's distributions" if needs.paired else "mismatched pairs of each batch"
-        raise ValueError(
-            f"precompute_ref_log_probs keeps sums, and this objective needs {what}; leave it out"
-        )
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if not needs.paired and getattr(args, name) < 2:
-            raise ValueError(
-                "this objective takes its reference point from mismatched responses of a batch: "
-                f"{name} must be at least 2, got {getattr(args, name)}"
-            )
-
-
-def _named(dataset: Any, name: str) -> list[tuple[str, Any]]:
-    if dataset is None:
-        return []
-    if isinstance(dataset, dict):
-        return [(f"{name}_{key}", value) for key, value in dataset.items()]
-    return [(name, dataset)]
-
-
-def _check_batches(
-    dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
-) -> None:
-    """Raise where the last batches leave nothing to do, or ranks with different things to do."""
-    across_ranks = batch_size * args.world_size
-    accelerator: Any = args.accelerator_config
-    is_uneven = args.world_size > 1 and not (args.dataloader_drop_last or accelerator.even_batches)
-    for each, part in _named(dataset, name):
-        if args.dataloader_drop_last and len(part) < across_ranks:
-            raise ValueError(
-                f"dataset {each!r} has {len(part)} pairs, fewer than a batch of {across_ranks} "
-                "over all processes, and dataloader_drop_last drops partial batches"
-            )
-        # A rank would wait for what the others never send. In training their last batches may
-        # differ in size, in evaluation not even that.
-        last = len(part) % across_ranks
-        if is_uneven and last and not (trains and last > across_ranks - batch_size):
-            raise ValueError(
-                f"dataset {each!r} has {len(part)} pairs, which leave {last} for the last batches "
-                f"of {batch_size} on {args.world_size} processes; even_batches=False cannot do "
-                "with that: leave it out, or set dataloader_drop_last"
             )

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from transformers import AutoTokenizer
 
 from prefkern.data import COLUMNS
+from prefkern.text_inputs import embedding_rows
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +22,9 @@ logger = logging.getLogger(__name__)
 _LEAST_SHARED = 0.9
 
 
-def rows_of(model: Any) -> int:
-    """How many words a Hugging Face model's embedding has."""
-    return model.get_input_embeddings().num_embeddings
-
-
-def check_pad_token(tokenizer: Any, rows: int) -> None:
-    """Raise ValueError for a pad token that the model cannot look up."""
-    if tokenizer.pad_token_id >= rows:
+def check_pad_token(tokenizer: Any, rows: int | None) -> None:
+    """Raise ValueError for a pad token that the model cannot look up; rows None: not known."""
+    if rows is not None and tokenizer.pad_token_id >= rows:
         raise ValueError(
             f"the tokenizer's pad token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, "
             f"and the model's embedding {rows} rows; set another pad_token, or resize the "
@@ -36,8 +32,10 @@ def check_pad_token(tokenizer: Any, rows: int) -> None:
         )
 
 
-def check_tokens(dataset: datasets.Dataset, rows: int, name: str, whose: str = "model") -> None:
-    """Raise ValueError for a token id that a model does not have."""
+def check_tokens(
+    dataset: datasets.Dataset, rows: int | None, name: str, whose: str = "model"
+) -> None:
+    """Raise ValueError for a token id that a model does not have; rows None: not known."""
     for column in (column for column in dataset.column_names if column in COLUMNS):
         if not column.endswith("_ids"):
             continue
@@ -50,7 +48,7 @@ def check_tokens(dataset: datasets.Dataset, rows: int, name: str, whose: str = "
                 largest = max(largest, bounds["max"])
                 if bounds["min"] < 0:
                     raise ValueError(f"dataset {name!r} has token id {bounds['min']} in {column!r}")
-        if largest >= rows:
+        if rows is not None and largest >= rows:
             raise ValueError(
                 f"dataset {name!r} has token id {largest} in {column!r}, and the {whose}'s "
                 f"embedding {rows} rows: the tokenizer is another model's"
@@ -63,7 +61,7 @@ def check_reference_words(tokenizer: Any, model: Any, ref_model: Any, ref_name: 
     Args:
         ref_name: where it was loaded from, and with it its tokenizer; None: not known.
     """
-    rows, ref_rows = rows_of(model), rows_of(ref_model)
+    rows, ref_rows = embedding_rows(model), embedding_rows(ref_model)
     if ref_name is not None:
         try:
             theirs = AutoTokenizer.from_pretrained(ref_name).get_vocab()
@@ -77,7 +75,7 @@ def check_reference_words(tokenizer: Any, model: Any, ref_model: Any, ref_name: 
                 f"agrees with the model's in {shared} of {len(ours)} words; log-probs would be of "
                 "other words. Give a reference of the same family"
             )
-    if rows != ref_rows:
+    if None not in (rows, ref_rows) and rows != ref_rows:
         logger.warning(
             "the model's embedding has %d rows and the reference's %d: if their tokenizers differ, "
             "the reference's log-probs are of other words",
