@@ -442,7 +442,7 @@ SUMS_ONLY = {
             TDPO1(),
             {"ref_weight": torch.zeros(130, 16), "ref_bias": None},
             ValueError,
-            "130 words and weight 129: TDPO1 compares their distributions",
+            "ref_weight has 130 words and weight 129: a divergence needs two distributions",
         ),
         (MADPO(), {"reward_margins": None}, ValueError, "MADPO needs reward_margins, .*got None"),
         (WPO(MADPO()), {"reward_margins": None}, ValueError, "MADPO needs reward_margins"),
