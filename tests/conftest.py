@@ -41,9 +41,25 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--long"):
         return
-    long = [item for item in items if item.get_closest_marker("long")]
+    long = [item for item in items if _is_long(item)]
     config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if not item.get_closest_marker("long")]
+    items[:] = [item for item in items if not _is_long(item)]
+
+
+def _is_long(item: pytest.Item) -> bool:
+    """Whether a mark is for this case: one that names no parameter's value, or only values it has."""
+    given = (
+        item.callspec.params
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        else {}
+    )
+    for mark in item.iter_markers("long"):
+        if unknown := set(mark.kwargs) - set(given):
+            raise pytest.UsageError(f"{item.nodeid}: long names {sorted(unknown)}, not a parameter")
+        wanted = {n: v if isinstance(v, list) else [v] for n, v in mark.kwargs.items()}
+        if all(given[name] in values for name, values in wanted.items()):
+            return True
+    return False
 
 
 @pytest.fixture(autouse=True)

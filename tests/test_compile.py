@@ -112,7 +112,7 @@ def test_statistics(device):
 
 
 # Compiling takes its time: of each way through the loss one, and the others with --long.
-WAYS = ("adadpo", "adaorpo", "alphadpo", "betadpo", "ipo", "madpo")
+WAYS = ("adadpo", "betadpo", "alphadpo")
 OBJECTIVES = [
     pytest.param(name, marks=() if name in WAYS else pytest.mark.long)
     for name in objectives.names()
@@ -155,6 +155,8 @@ def test_loss_of_every_objective(name, device):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("trains_head", [False, True])
+@pytest.mark.long(trains_head=False, packed=True)
+@pytest.mark.long(trains_head=True, packed=False)
 def test_reference_and_packing(trains_head, packed, device):
     """The reference through its own head, alignments of WPO, and a packed batch."""
     model = Model(WPO(DPO(0.1)), trains_head).to(device)
@@ -199,6 +201,7 @@ def test_kto(device):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+@pytest.mark.long
 def test_layouts_under_inductor(device):
     """The gradient has the strides that the compiler was told, whatever hidden's own."""
     x = torch.randn(2 * T, H, device=device, requires_grad=True)

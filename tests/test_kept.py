@@ -62,6 +62,8 @@ def make(spread: float = 5.0, rising: float = 0.0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("rising", [0.0, 0.3])
 @pytest.mark.parametrize("transform", [{}, TRANSFORM])
 @pytest.mark.parametrize("kept", [0, 10, 21])
+@pytest.mark.long(backend="triton", kept=10, rising=0.0)
+@pytest.mark.long(backend="triton", kept=0, transform={})
 def test_float32_against_float64(kept, transform, rising, heads, backend, device, keep):
     keep(kept)
     case = make(rising=rising)

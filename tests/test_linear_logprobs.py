@@ -58,6 +58,8 @@ def relative(error: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("workspace_mb", [SMALL, 4])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.long(backend="triton", head="bias only")
+@pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
 def test_float32_against_float64(name, head, workspace_mb, backend, device):
     """In many tiles, of which none is kept for the head's gradient, and in one, kept."""
     V, spread, options, has_bias = CASES[name]
@@ -126,6 +128,7 @@ def test_all_logits_far_below_zero(backend, device):
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.long(backend="triton", dtype=torch.float16)
 def test_half_precision_is_no_worse_than_eager(dtype, head, backend, device):
     """Three ways: float64 on the rounded inputs, eager in the same dtype, and ours."""
     case = {

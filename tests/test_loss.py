@@ -120,6 +120,7 @@ BACKEND_CASES = [
 
 
 @pytest.mark.parametrize(("name", "trained", "backend"), BACKEND_CASES)
+@pytest.mark.long(backend="triton", name=["adaorpo", "madpo", "betadpo", "rpo"])
 def test_against_float64(name, trained, backend, device):
     data = batch(ref_H=24)
     ours, truth = move(data, device), move(data, device, torch.float64)
@@ -183,6 +184,7 @@ def test_adadpo_is_listing_1_down_to_the_head(dtype, backend, device):
         *((name, "triton") for name in ("adadpo", "tdpo2") if "triton" in BACKENDS),
     ],
 )
+@pytest.mark.long(backend="triton", name="tdpo2")
 def test_packed_is_padded(name, backend, device):
     data = batch()
     padded = move(data, device)
@@ -221,6 +223,7 @@ def test_packed_is_padded(name, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.long(backend="triton", dtype=torch.bfloat16)
 def test_first_loss_of_equal_models_is_ln_2(dtype, backend, device):
     data = move(batch(B=3, T=14), device, dtype)
     data |= {"ref_hidden": data["hidden"].detach(), "ref_weight": data["weight"].detach()}
@@ -340,6 +343,7 @@ def test_against_liger(backend, device):
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
 )
+@pytest.mark.long(backend="triton", name=[n for n in WAYS if n not in ("adadpo", "tdpo2")])
 def test_without_gradients_the_numbers_are_the_same(name, mode, backend, device):
     """Evaluation's losses, gradients on log-probs and metrics are those of a differentiated call."""
     data = batch()
@@ -583,6 +587,7 @@ SHARED = [
 
 
 @pytest.mark.parametrize(("packed", "trained", "backend"), SHARED)
+@pytest.mark.long(backend="triton", trained=False)
 def test_a_shared_head_is_read_once(packed, trained, backend, device, monkeypatch):
     """Policy and reference through one head: one call, the numbers of two."""
     monkeypatch.setattr(api, "run", spied := Spy(api.run))

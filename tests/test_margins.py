@@ -633,6 +633,7 @@ def test_missing_extra_is_named(files, capsys, monkeypatch):
     assert "pip install 'prefkern[train]'" in error(flags(files), capsys)
 
 
+@pytest.mark.long
 def test_two_ranks_do_as_one(files, tmp_path):
     """Training of 2 ranks x 2 pairs against 4, an odd number of pairs scored; one rank writes."""
     write(Path(files["dataset"]), tiny.pairs(47))

@@ -556,6 +556,7 @@ def _train_on_ranks(path: Path, name: str, ranks: int) -> dict:
     return {"gradients": record.gradients, "logs": [*step_logs(run), metrics]}
 
 
+@pytest.mark.long
 def test_two_packed_ranks_train_and_evaluate_as_one_padded(tmp_path):
     run_on_two_ranks(__file__, str(tmp_path))
     for name in RANKED:

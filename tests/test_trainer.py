@@ -592,6 +592,7 @@ class Record(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("adapted", ["full", "lora"])
+@pytest.mark.long(adapted="lora")
 def test_two_ranks_train_and_evaluate_as_one(tmp_path, adapted):
     """Every gradient, every metric: 2 ranks x 1 pair x 2 accumulated against one batch of 4."""
     run_on_two_ranks(__file__, str(tmp_path), adapted)
