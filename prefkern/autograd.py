@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefkern import passes
 from prefkern.memory import Budget
-from prefkern.once import differentiable_once
+from prefkern.once import anchors, differentiable_once, refuse_tangents
 from prefkern.operands import Head, LowRank, Operands, Transform
 from prefkern.plan import Gradients, Plan
 
@@ -68,11 +68,13 @@ def scored_logprobs(
     """Log-probs of the scored tokens; when asked, statistics of them and a reference's log-probs."""
     lora_hidden, lora_weight = (None, None) if low_rank is None else vars(low_rank).values()
     tensors = (hidden, weight, bias, lora_hidden, lora_weight, ref_hidden, rows, labels)
+    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     if call.plan.structure == "forward":
         with torch.no_grad():
             passed = _forward(*tensors, call)
         return Result(passed.logps, passed.stats, passed.ref_logps)
-    logps, ref_logps, *stats = _LinearLogprobs.apply(*tensors, call)
+    once = anchors(hidden, weight, bias, lora_hidden, lora_weight)
+    logps, ref_logps, *stats = _LinearLogprobs.apply(*tensors, call, once)
     return Result(logps, (stats[0], stats[1], stats[2], stats[3]) if stats else None, ref_logps)
 
 
@@ -89,11 +91,12 @@ class _LinearLogprobs(torch.autograd.Function):
         rows: Tensor | None,
         labels: Tensor,
         call: Call,
+        once: tuple[Tensor, ...],
     ) -> tuple[Tensor | None, ...]:
         operands = (hidden, weight, bias, lora_hidden, lora_weight)
         passed = _forward(*operands, ref_hidden, rows, labels, call)
         ctx.set_materialize_grads(False)
-        ctx.call = call
+        ctx.call, ctx.anchors = call, once
         ctx.states = [(x.shape, x.dtype) for x in (hidden, lora_hidden) if x is not None]
         saved: tuple[Tensor | None, ...] = (passed.derivative, rows)
         ctx.kept_at = None
@@ -110,7 +113,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         budget, grad = ctx.call.budget, grad.to(ctx.call.operands.wide)
 
         def again(workspace_mb: float) -> Plan:
@@ -129,7 +132,7 @@ class _LinearLogprobs(torch.autograd.Function):
             gradients, _ = budget.attempt(
                 lambda plan: _gradients(ctx, grad, plan), ctx.call.plan, "backward", again
             )
-        return *gradients, None, None, None, None
+        return *gradients, *(None,) * 5
 
 
 def _gradients(ctx, grad: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:

@@ -363,7 +363,8 @@ def sequence_sums(
     bounds: Tensor,  # (S + 1,) int64, where each sequence begins among the M tokens
 ) -> Tensor:  # (S,)
     """The sum of each sequence's values, added in float64 (integers in int64) and rounded once."""
-    exact = values.double() if values.is_floating_point() else values.long()
-    running = torch.nn.functional.pad(exact.reshape(-1).cumsum(0), (1, 0))
-    sums = running.index_select(0, bounds).diff()
-    return sums.to(values.dtype) if values.is_floating_point() else sums
+    if values.is_floating_point():
+        # Sequence by sequence: in one running sum, what is not finite would reach all that follow.
+        return sequences.sequence_sums(values.reshape(-1), bounds)
+    running = torch.nn.functional.pad(values.long().reshape(-1).cumsum(0), (1, 0))
+    return running.index_select(0, bounds).diff()

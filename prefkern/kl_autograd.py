@@ -18,7 +18,7 @@ from prefkern import kl_passes
 from prefkern.autograd import without_autocast
 from prefkern.kl_passes import FoldedPair
 from prefkern.memory import Budget
-from prefkern.once import differentiable_once
+from prefkern.once import anchors, differentiable_once, refuse_tangents
 from prefkern.operands import Head, Operands, Transform
 from prefkern.plan import Plan
 
@@ -48,10 +48,11 @@ def scored_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of policy and reference, and the divergence, of scored tokens: (N,) float32."""
     tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels)
+    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
     if call.plan.structure == "forward":
         with torch.no_grad():
             return _outputs(_fold(*tensors, call))
-    return _LinearKL.apply(*tensors, call)
+    return _LinearKL.apply(*tensors, call, anchors(hidden, weight, bias))
 
 
 class _LinearKL(torch.autograd.Function):
@@ -67,10 +68,11 @@ class _LinearKL(torch.autograd.Function):
         rows: Tensor | None,
         labels: Tensor,
         call: Call,
+        once: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias, rows, labels)
         folded = _fold(*tensors, call)
-        ctx.call = call
+        ctx.call, ctx.anchors = call, once
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
         if folded.derivatives is not None:
             ctx.save_for_backward(*folded.derivatives, rows)
@@ -100,7 +102,7 @@ class _LinearKL(torch.autograd.Function):
 
         with without_autocast(dlogps):
             gradients, _ = ctx.call.budget.attempt(attempt, ctx.call.plan, "backward")
-        return *gradients, *(None,) * 6
+        return *gradients, *(None,) * 7
 
 
 def _gradients(

@@ -155,7 +155,9 @@ def _divergence(
     own = torch.where(
         confident,
         -ref_folded.miss * gap,
-        ref_folded.hit * gap - (ref_folded.maximum - folded.maximum),
+        # A label that the reference rules out has no part in it, and no gap.
+        torch.where(ref_folded.hit > 0, ref_folded.hit * gap, 0.0)
+        - (ref_folded.maximum - folded.maximum),
     )
     kl = ref_folded.rest * cross + own - (ref_folded.log_total - folded.log_total)
     # A divergence is not negative: where rounding carried it below 0, 0 is nearer to the truth.

@@ -246,7 +246,10 @@ class FusedPreferenceLoss(nn.Module):
             name = loss_checks.inner_name(objective)
             raise NotImplementedError(f"{name} under torch.compile is not supported yet")
 
-        def token_logprobs(head: _Head, with_stats: bool = False, unchecked: Tensor | None = None):
+        # Each call checks them: the sums of what it returns must not be formed before.
+        unchecked = bounds if is_packed else None
+
+        def token_logprobs(head: _Head, with_stats: bool = False):
             return compiled.token_logprobs(
                 head.hidden,
                 head.weight,
@@ -264,8 +267,7 @@ class FusedPreferenceLoss(nn.Module):
             with torch.no_grad():
                 ref_logps = compiled.sequence_sums(token_logprobs(reference)[0], bounds)
         needs_alignments = is_paired and objective.needs_alignments
-        unchecked = bounds if is_packed else None
-        logps, stats = token_logprobs(head, return_stats or needs_alignments, unchecked)
+        logps, stats = token_logprobs(head, return_stats or needs_alignments)
         if ref_logps is not None:
             ref_logps = ref_logps.detach().to(logps.dtype)
         mask = labels != self.ignore_index

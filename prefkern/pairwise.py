@@ -10,14 +10,17 @@ pushed by, and what `prefkern.diagnostics` reads.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prefkern import sequences
 from prefkern.objectives import Objective, PairLoss, Pairs
-from prefkern.once import differentiable_once
+from prefkern.once import anchors, differentiable_once
+
+if TYPE_CHECKING:
+    from prefkern_kernels.pair import PairLossOutput
 
 
 @dataclass(frozen=True)
@@ -91,49 +94,61 @@ def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) ->
     if objective.has_statistics and objective.training:
         sums = sequences.sequence_sums(scores.logps.detach(), scores.offsets)
         objective.observe(_pairs(sums, scores))
-    losses, sums, coefficients, *rest = _PairLoss.apply(
-        scores.logps, scores.offsets, scores.ref_logps, scores.reward_margins, options
+    from prefkern_kernels import pair_loss as launch
+
+    out: PairLossOutput = launch(
+        scores.logps.detach(), scores.offsets, scores.ref_logps, scores.reward_margins, **options
     )
-    chosen, rejected = coefficients.chunk(2)
-    return Paired(PairLoss(losses, *rest), _pairs(sums, scores), (chosen, rejected))
+    pairs = _pairs(_Sums.apply(scores.logps, scores.offsets, out), scores)
+    logps = (pairs.chosen_logps, pairs.rejected_logps)
+    losses = _Losses.apply(*logps, out, anchors(*logps))
+    chosen, rejected = out.coefficients.chunk(2)
+    result = PairLoss(losses, out.beta_chosen, out.beta_rejected, *out.rewards.chunk(2))
+    return Paired(result, pairs, (chosen, rejected))
 
 
-class _PairLoss(torch.autograd.Function):
-    """The pair kernel: sums, losses and each sequence's gradient coefficient in one launch."""
+class _Sums(torch.autograd.Function):
+    """The sums that the pair kernel formed, in the graph between log-probs and losses."""
 
     @staticmethod
     def forward(
         ctx,
         logps: Tensor,  # (N,)
         offsets: Tensor,  # (2B + 1,)
-        ref_logps: Tensor | None,  # (2B,)
-        reward_margins: Tensor | None,  # (B,)
-        options: dict[str, Any],
-    ) -> tuple[Tensor, ...]:
-        from prefkern_kernels import pair_loss as launch
-
-        out = launch(logps, offsets, ref_logps, reward_margins, **options)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out.coefficients, offsets)
+        launched: PairLossOutput,
+    ) -> Tensor:  # (2B,)
+        ctx.save_for_backward(offsets)
         ctx.count = logps.shape[0]
-        constant = (out.coefficients, out.beta_chosen, out.beta_rejected, *out.rewards.chunk(2))
-        ctx.mark_non_differentiable(*constant)
-        return out.losses, out.sums, *constant
+        return launched.sums
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (offsets,) = ctx.saved_tensors
+        # d loss_b / d logp_t is the same for every token of a sequence.
+        return sequences.spread(grads[0], offsets, ctx.count), None, None
+
+
+class _Losses(torch.autograd.Function):
+    """The losses that the pair kernel formed of those sums, and each sum's gradient coefficient."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        chosen_logps: Tensor,  # (B,)
+        rejected_logps: Tensor,  # (B,)
+        launched: PairLossOutput,
+        once: tuple[Tensor, ...],
+    ) -> Tensor:  # (B,)
+        ctx.save_for_backward(launched.coefficients)
+        ctx.anchors = once
+        return launched.losses
 
     @staticmethod
     @differentiable_once
-    def backward(
-        ctx, dlosses: Tensor | None, dsums: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        coefficients, offsets = ctx.saved_tensors
-        # d loss_b / d logp_t is the same for every token of a sequence.
-        dsequence = dsums
-        if dlosses is not None:
-            dsequence = (coefficients.view(2, -1) * dlosses).view(-1)
-            dsequence = dsequence if dsums is None else dsequence + dsums
-        if dsequence is None:
-            return (None,) * 5
-        return sequences.spread(dsequence, offsets, ctx.count), None, None, None, None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (coefficients,) = ctx.saved_tensors
+        chosen, rejected = coefficients.view(2, -1) * grads[0]
+        return chosen, rejected, None, None
 
 
 def _pairs(sums: Tensor, scores: Scores) -> Pairs:  # (2B,) ->

@@ -207,7 +207,7 @@ def preference_loss(
         assert ref_hidden is not None and ref_weight is not None
         log_p = logits(hidden, weight, bias, **transform, **adapter).log_softmax(-1)
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1).detach()
-        per_token = (log_r.exp() * (log_r - log_p)).sum(-1)
+        per_token = _divergence(log_p, log_r)
         kls = sequence_sums(torch.where(scored, per_token, 0.0))
     with torch.enable_grad():
         tracked = sums if sums.requires_grad else sums.detach().requires_grad_()
@@ -278,10 +278,16 @@ def linear_kl(
     values = (
         log_p.gather(-1, index).squeeze(-1),
         log_r.gather(-1, index).squeeze(-1),
-        (log_r.exp() * (log_r - log_p)).sum(-1),
+        _divergence(log_p, log_r),
     )
     # where, not a product: a token that is not scored must pass back a gradient of exactly 0.
     return TokenKL(*(torch.where(scored, value, torch.zeros_like(value)) for value in values))
+
+
+def _divergence(log_p: Tensor, log_r: Tensor) -> Tensor:  # (..., V) -> (...)
+    """KL from reference to policy; a word that the reference rules out has no part in it."""
+    gap = torch.where(log_r.isneginf(), 0.0, log_r - log_p)
+    return (log_r.exp() * gap).sum(-1)
 
 
 def _check_unused(workspace_mb: float | None, backend: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable
 
@@ -234,6 +235,46 @@ def test_the_compiler_that_users_have(device):
         torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("spoiled", ["ruled out", "NaN", "reference"])
+def test_what_is_not_finite_stays_in_its_pair(spoiled, packed, device):
+    """As without the compiler: the other pairs' losses and gradients are what they were."""
+    model = Model(DPO(0.1), trains_head=False).to(device)
+    x, labels = batch(device)
+    labels[labels == 7] = 8
+    ref_hidden = torch.randn(2 * B, T, H, device=device)
+    pair = 0
+    if spoiled == "ruled out":
+        model.head.bias.data[7] = -math.inf
+        labels[pair + B, 5] = 7
+    else:
+        (x if spoiled == "NaN" else ref_hidden)[pair, 4, 0] = math.nan
+    keywords = {"ref_weight": torch.randn(V, H, device=device)}
+    if packed:
+        x, ref_hidden, labels = (value.flatten(0, 1) for value in (x, ref_hidden, labels))
+        keywords["cu_seqlens"] = torch.arange(0, 2 * B * T + 1, T, device=device)
+
+    def losses(x):
+        return model.loss(
+            4 * torch.tanh(model.body(x)), model.head.weight, labels, model.head.bias,
+            ref_hidden=ref_hidden, **keywords,
+        ).losses  # fmt: skip
+
+    found = []
+    for function in (losses, counted(losses)[0]):
+        leaf = x.clone().requires_grad_()
+        values = function(leaf)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        found.append((values.detach(), gradient.view(2 * B, T, H)))
+    (eager, true), (ours, mine) = found
+    torch.testing.assert_close(ours, eager, equal_nan=True)
+    others = [row for row in range(2 * B) if row % B != pair]
+    assert ours[1:].isfinite().all() and mine[others].isfinite().all()
+    torch.testing.assert_close(mine[others], true[others], rtol=1e-4, atol=1e-6)
+    if spoiled == "ruled out":  # a loss of 0, since the rejected response is impossible
+        assert ours[pair] == 0 and mine.isfinite().all()
+
+
 def test_errors(device):
     model = Model(DPO(0.1), trains_head=False).to(device)
     x, labels = batch(device)
@@ -248,8 +289,12 @@ def test_errors(device):
     flat, scored = x.flatten(0, 1), labels.clamp(max=V - 1).flatten()
     for wrong in ([0, 20, 10, 30, 40, 50, 60], [0, 10, 20, 30, 40, 50, 55]):
         cu_seqlens = torch.tensor(wrong, dtype=torch.int32, device=device)
-        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to"):
-            function(flat, scored, ref_logps=ref_logps, cu_seqlens=cu_seqlens)
+        for ref in (
+            {"ref_logps": ref_logps},
+            {"ref_hidden": flat, "ref_weight": torch.randn(V, H, device=device)},
+        ):
+            with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to"):
+                function(flat, scored, cu_seqlens=cu_seqlens, **ref)
     with pytest.raises(Exception, match="TDPO1 under torch.compile is not supported"):
         counted(Model(TDPO1(0.1), trains_head=False).to(device))[0](
             x, labels, ref_hidden=x, ref_weight=torch.randn(V, H, device=device)

@@ -211,6 +211,33 @@ def test_words_that_neither_model_can_say(head, backend, device):
     assert all(value.isfinite().all() for value in ours if value is not None)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("who", ["policy", "reference", "both"])
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_a_label_that_is_ruled_out(head, who, backend, device):
+    """The divergence does not depend on the label: what one model rules out may be it."""
+    case = make(129, 3.0)
+    case["labels"][case["labels"] >= 0] = 5
+    if who != "reference":
+        case["bias"][5] = -math.inf
+    if who != "policy":
+        case["ref_bias"][5] = -math.inf
+    options = {"trains": HEADS[head], "loss": (0.0, 1.0)}
+    ours = run(
+        linear_kl, case, torch.float32, device, backend=backend, workspace_mb=SMALL, **options
+    )
+    other = {**case, "labels": torch.where(case["labels"] >= 0, 6, case["labels"])}
+    truth = run(reference.linear_kl, other, torch.float64, device, **options)
+    scored = case["labels"].to(device) >= 0
+    if who == "policy":  # what the reference may say, and the policy cannot
+        assert (ours[2][scored] == math.inf).all() and (truth[2][scored] == math.inf).all()
+        return
+    # The divergence and its gradients.
+    for mine, true in zip(ours[2:], truth[2:], strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
+
+
 # The word each model is confident of (None: of none), and the label.
 CONFIDENCE = {
     "both, of the label": (7, 7, 7),

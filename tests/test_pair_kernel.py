@@ -186,8 +186,11 @@ class Recorded(TorchDispatchMode):
         self.calls: list[tuple[str, list[torch.dtype]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        dtypes = [x.dtype for x in args if isinstance(x, torch.Tensor)]
-        self.calls.append((func._schema.name.removeprefix("aten::"), dtypes))
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        name = func._schema.name.removeprefix("aten::")
+        # Of no elements nothing is launched: `once.anchors`.
+        if name != "clone" or tensors[0].numel():
+            self.calls.append((name, [x.dtype for x in tensors]))
         return func(*args, **(kwargs or {}))
 
 
