@@ -447,6 +447,13 @@ class PreferenceTrainer(ObjectiveTrainer):
             self._check_columns(part, each)
         dataset = self._tokenized(dataset, self.args, name)
         check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        is_carried = all(
+            "ref_chosen_logps" in part.column_names for _, part in named(dataset, name)
+        )
+        if self._objective_needs.reference and not is_carried:
+            # The constructor's datasets may have carried sums, and asked nothing of the model.
+            model = self.accelerator.unwrap_model(self.model)
+            check_reference_adapter(model, self.args.ref_adapter_name, self.ref_model)
         if self._objective_needs.reference and self.args.precompute_ref_log_probs:
             dataset = self._with_reference(dataset)
         return dataset
