@@ -36,6 +36,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
 from prefkern.files import remove, replacing, sync, write_json
+from prefkern.unsaved import UNSAVED_FILE, Fingerprints, save_fingerprints, warn_of_others
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,13 @@ _STATE = "trainer_state.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
-_JSON = (_STATE, _CONFIG, _ADAPTER_CONFIG, *(f"{name}.index.json" for name in _WEIGHTS))
+_JSON = (
+    _STATE,
+    _CONFIG,
+    _ADAPTER_CONFIG,
+    UNSAVED_FILE,
+    *(f"{name}.index.json" for name in _WEIGHTS),
+)
 # Written for people alone: a pickle of more than tensors, which nobody opens.
 _UNREAD = ("training_args.bin",)
 # What a LoRA adapter's weights are multiplied with is not among its weights.
@@ -62,6 +69,8 @@ class CheckpointTrainer(Trainer):
     _staging: Path | None = None
     _to_push: Path | None = None
     _resumed_from: Path | None = None
+    # Of weights that checkpoints do not hold.
+    _unsaved: Fingerprints | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As Trainer's; True resumes from the last checkpoint that is complete.
@@ -87,6 +96,7 @@ class CheckpointTrainer(Trainer):
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._resumed_from is not None:
             _warn_of_weights_alone(self._resumed_from)
+            warn_of_others(self._unsaved or {}, self._resumed_from)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -167,6 +177,11 @@ class CheckpointTrainer(Trainer):
             path = folder / "all_results.json"
             earlier = json.loads(path.read_text()) if path.exists() else {}
             write_json(path, {**earlier, **metrics}, indent=4, sort_keys=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._unsaved:
+            save_fingerprints(self._unsaved, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._load_converted(Path(resume_from_checkpoint), model):

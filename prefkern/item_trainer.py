@@ -18,7 +18,8 @@ from torch import Tensor
 from prefkern.checkpoints import CheckpointTrainer
 from prefkern.collate import sequence_count
 from prefkern.data import COLUMNS
-from prefkern.preparation import check_no_native_adapter
+from prefkern.preparation import base_parameters, check_no_native_adapter, is_peft_model
+from prefkern.unsaved import fingerprint
 
 
 class ItemTrainer(CheckpointTrainer):
@@ -37,6 +38,8 @@ class ItemTrainer(CheckpointTrainer):
                 "launch` or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
             )
         check_no_native_adapter(self.model)
+        if is_peft_model(self.model):
+            self._unsaved = {"base model": fingerprint(base_parameters(self.model))}
         # Other classes of arguments have it on. It would put the mean of earlier losses where one is
         # NaN, at two synchronisations a step: what is not finite raises where it arises.
         self.args.logging_nan_inf_filter = False

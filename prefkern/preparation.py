@@ -175,7 +175,7 @@ def _check_biases(model: Any) -> None:
 
 
 def _check_base_is_frozen(model: Any) -> None:
-    trained = [name for name, each in _base_parameters(model) if each.requires_grad]
+    trained = [name for name, each in base_parameters(model) if each.requires_grad]
     if trained:
         more = f" and {len(trained) - 1} others" if len(trained) > 1 else ""
         raise ValueError(
@@ -185,7 +185,7 @@ def _check_base_is_frozen(model: Any) -> None:
         )
 
 
-def _base_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that stay in use while adapters are switched off, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

@@ -80,6 +80,7 @@ from prefkern.trainer_checks import (
     given_objective,
     named,
 )
+from prefkern.unsaved import fingerprint
 from prefkern.vocabulary import check_pad_token, check_reference_words, check_tokens
 
 logger = logging.getLogger(__name__)
@@ -280,6 +281,11 @@ class PreferenceTrainer(ObjectiveTrainer):
             self.ref_model.requires_grad_(False).eval()
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
+        if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
+            # With precomputed sums it is the model before it is trained, or a checkpoint is loaded.
+            initial: Any = self.model if self.ref_model is None else self.ref_model
+            reference = fingerprint(initial.named_parameters())
+            self._unsaved = {**(self._unsaved or {}), "reference": reference}
         if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)

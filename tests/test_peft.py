@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer
-from prefkern.preparation import _base_parameters, adapter_in_use, check_reference_adapter
+from prefkern.preparation import adapter_in_use, base_parameters, check_reference_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -487,7 +487,7 @@ def test_what_an_adapter_trains_of_its_own_is_not_the_bases(config):
     model = tiny.model()
     adapted = {id(parameter) for parameter in model.parameters()}
     model = peft.get_peft_model(model, config())
-    base = {id(parameter): parameter for _, parameter in _base_parameters(model)}
+    base = {id(parameter): parameter for _, parameter in base_parameters(model)}
     assert adapted == base.keys()
     assert not any(parameter.requires_grad for parameter in base.values())
     assert any(parameter.requires_grad for parameter in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -264,6 +265,56 @@ def test_weights_alone_are_told(tmp_path, caplog):
     caplog.clear()
     run_of(tmp_path / "whole", "lora", save_strategy="no").train(resume_from_checkpoint=True)
     assert "holds weights alone" not in caplog.text
+
+
+# The run, and what it is resumed with instead; and what is told of it.
+OTHERS = {
+    "the same": ("full", lambda saved: llama(), None),
+    "the same, with an adapter": ("lora", lambda saved: llama(), None),
+    "the same, precomputed": ("precomputed", lambda saved: llama(), None),
+    "another base": ("lora", lambda saved: llama(seed=7), "another base model: of 21 weights 16 "),
+    "another reference": ("full", lambda saved: llama(seed=7), "another reference: of 21 weights "),
+    "its checkpoint": (
+        "full",
+        transformers.AutoModelForCausalLM.from_pretrained,
+        "another reference: of 21 weights 21 differ",
+    ),
+    "its checkpoint, precomputed": (
+        "precomputed",
+        transformers.AutoModelForCausalLM.from_pretrained,
+        "another reference: of",
+    ),
+    "another precision": ("lora", lambda saved: llama().bfloat16(), "resume with .* in its dtype"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_weights_than_a_run_began_with_are_told(tmp_path, caplog, name):
+    case, other, told = OTHERS[name]
+    run_of(tmp_path, case, eval_strategy="no", max_steps=1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    caplog.clear()
+    resumed = run_of(
+        tmp_path, case, save_strategy="no", eval_strategy="no", model=other(checkpoint)
+    )
+    resumed.train(resume_from_checkpoint=checkpoint)
+    warnings = [record.message for record in caplog.records if "was trained with" in record.message]
+    if told is None:
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and re.search(told, warnings[0]), warnings
+
+
+def test_one_row_of_a_base_is_not_overlooked(tmp_path, caplog):
+    """A row that was added to an embedding, drawn anew in each process."""
+    run_of(tmp_path, "lora", eval_strategy="no", max_steps=1).train()
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1] += 0.1
+    options = {"save_strategy": "no", "eval_strategy": "no", "max_steps": 1}
+    resumed = run_of(tmp_path, "lora", model=model, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "another base model: of 21 weights 1 differ, the first of them model.emb" in caplog.text
 
 
 def test_a_best_model_without_statistics_is_told(tmp_path, caplog):
