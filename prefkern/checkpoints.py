@@ -25,6 +25,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
 from prefkern.files import remove, replacing, sync, write_json
+from prefkern.unsaved import UNSAVED_FILE, Fingerprints, save_fingerprints, warn_of_others
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,14 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_JSON = (_STATE, "config.json", "adapter_config.json", *(f"{name}.index.json" for name in _WEIGHTS))
+_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_JSON = (
+    _STATE,
+    _CONFIG,
+    _ADAPTER_CONFIG,
+    UNSAVED_FILE,
+    *(f"{name}.index.json" for name in _WEIGHTS),
+)
 # Written for people alone: a pickle of more than tensors, which nobody opens.
 _UNREAD = ("training_args.bin",)
 # What a LoRA adapter's weights are multiplied with is not among its weights.
@@ -59,6 +68,9 @@ class CheckpointTrainer(Trainer):
 
     _staging: Path | None = None
     _to_push: Path | None = None
+    _resumed_from: Path | None = None
+    # Of weights that checkpoints do not hold.
+    _unsaved: Fingerprints | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As Trainer's; True resumes from the last checkpoint that is complete.
@@ -81,6 +93,10 @@ class CheckpointTrainer(Trainer):
                 folder,
                 ", ".join(each.name for each in _checkpoints(folder)),
             )
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed_from is not None:
+            _warn_of_weights_alone(self._resumed_from)
+            warn_of_others(self._unsaved or {}, self._resumed_from)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -111,7 +127,7 @@ class CheckpointTrainer(Trainer):
         if self._to_push is not None:
             super()._push_from_checkpoint(str(folder / name))
         if writes:
-            kept = {folder / name, Path(self.state.best_model_checkpoint or folder / name)}
+            kept = [folder / name, Path(self.state.best_model_checkpoint or folder / name)]
             _delete_oldest(folder, self.args.save_total_limit, kept)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -134,7 +150,8 @@ class CheckpointTrainer(Trainer):
         self._save_into(str(temporary), state_dict)
         sync(temporary)
         written = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
-        _remove_other_weights(folder, {path.name for path in written})
+        _remove_other_weights(folder, written)
+        _set_other_base_aside(folder, temporary, written)
         for path in written:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (temporary / path).replace(folder / path)
@@ -161,14 +178,52 @@ class CheckpointTrainer(Trainer):
             earlier = json.loads(path.read_text()) if path.exists() else {}
             write_json(path, {**earlier, **metrics}, indent=4, sort_keys=True)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._unsaved:
+            save_fingerprints(self._unsaved, output_dir)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._load_converted(Path(resume_from_checkpoint), model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_callback_state(self) -> None:
+        # Trainer has just read its state, and forgotten a best checkpoint that is not where it was,
+        # as seen from here: the folder may be spelt otherwise, or have been moved.
+        super()._load_callback_state()
+        if self._resumed_from is not None:
+            state = json.loads((self._resumed_from / _STATE).read_text(encoding="utf-8"))
+            best = state["best_model_checkpoint"]
+            if best is not None and not Path(best).is_dir():
+                beside = self._resumed_from.parent / Path(best).name
+                if beside.is_dir():
+                    self.state.best_model_checkpoint = str(beside)
+                    logger.warning("%s is taken for the best checkpoint, %s", beside, best)
+
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is None or not self._load_converted(Path(best)):
+        assert self.state.best_model_checkpoint is not None
+        folder = Path(self.state.best_model_checkpoint)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}, the best checkpoint, is gone, so that load_best_model_at_end cannot load "
+                "it: the model is that of the last step"
+            )
+        if not (self._load_converted(folder) or self._load_adapters(folder)):
             super()._load_best_model()
+
+    def _load_adapters(self, folder: Path) -> bool:
+        """Load the adapters in use if one has a folder of its own, where Trainer does not look."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        model = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "peft_config"):
+            return False
+        folders = [_of_adapter(name, folder) for name in model.active_adapters]
+        if all(each == folder for each in folders):
+            return False
+        for name, each in zip(model.active_adapters, folders, strict=True):
+            model.load_adapter(str(each), name, is_trainable=True)
+        return True
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -184,7 +239,8 @@ class CheckpointTrainer(Trainer):
             return False
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         if hasattr(model, "peft_config"):
-            _check_adapter(folder, model)
+            for name in model.active_adapters:
+                _check_adapter(folder, model, name)
             return False
         expected = {name: list(value.shape) for name, value in model.state_dict().items()}
         found = _shapes(folder, _WEIGHTS)
@@ -252,13 +308,17 @@ def problem(checkpoint: Path) -> str | None:
     if _STATE not in names:
         # transformers writes it last.
         return f"{checkpoint} is incomplete: it has no {_STATE}, which is written last"
-    for path in sorted(checkpoint.iterdir()):
+    adapters = _adapter_folders(checkpoint)
+    for path in sorted(chain(checkpoint.iterdir(), *(each.iterdir() for each in adapters))):
         found = _damage(path)
         if found is not None:
             return f"{path} is damaged or was not written to its end ({found})"
-    folders = any(path.is_dir() for path in checkpoint.iterdir())
+    for adapter in adapters:
+        if not any((adapter / name).exists() for name in _ADAPTERS):
+            return f"{adapter} is incomplete: it has no {_ADAPTERS[0]}"
+    folders = _is_sharded(checkpoint)
     known = {*_WEIGHTS, *_ADAPTERS, *_JSON[-2:]}
-    if not folders and not known & names:
+    if not folders and not adapters and not known & names:
         return f"{checkpoint} is incomplete: it has no weights ({_WEIGHTS[0]} or {_ADAPTERS[0]})"
     for index in _JSON[-2:]:
         if index in names:
@@ -270,6 +330,17 @@ def problem(checkpoint: Path) -> str | None:
         missing = "scheduler.pt" if has_optimizer else "optimizer.pt"
         return f"{checkpoint} is incomplete: it has no {missing}"
     return None
+
+
+def _adapter_folders(checkpoint: Path) -> list[Path]:
+    """Folders of adapters that are not called "default"."""
+    return [path.parent for path in checkpoint.glob(f"*/{_ADAPTER_CONFIG}")]
+
+
+def _is_sharded(checkpoint: Path) -> bool:
+    """Whether states lie in folders, as DeepSpeed and FSDP write them."""
+    adapters = _adapter_folders(checkpoint)
+    return any(path.is_dir() and path not in adapters for path in checkpoint.iterdir())
 
 
 def _damage(path: Path) -> str | None:
@@ -345,7 +416,7 @@ def _take_places(folder: Path) -> None:
         waiting.rmdir()
 
 
-def _delete_oldest(folder: Path, limit: int | None, kept: set[Path]) -> None:
+def _delete_oldest(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
     """Delete checkpoints beyond a limit, never those to keep: the one just saved, and the best.
 
     Trainer would keep the one of the largest number where it cannot tell ages apart, which may be
@@ -354,8 +425,10 @@ def _delete_oldest(folder: Path, limit: int | None, kept: set[Path]) -> None:
     if limit is None or limit <= 0:
         return
     found = sorted(_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
+    # One may be spelt as the run began, and the other as it was resumed.
+    kept = {path.resolve() for path in keep}
     surplus = max(len(found) - max(limit, len(kept)), 0)
-    for checkpoint in [path for path in found if path not in kept][:surplus]:
+    for checkpoint in [path for path in found if path.resolve() not in kept][:surplus]:
         _delete(checkpoint)
 
 
@@ -369,15 +442,52 @@ def _delete(checkpoint: Path) -> None:
         remove(waste)
 
 
-def _remove_other_weights(folder: Path, written: set[str]) -> None:
-    """Delete what an earlier save left of the same weights, in other parts: it may be read first."""
+def _remove_other_weights(folder: Path, written: Iterable[Path]) -> None:
+    """Delete what an earlier save left and would be read first: other parts, another adapter."""
+    new = {path.name for path in written if path.parent == Path()}
     for stems in ("model|pytorch_model", "adapter_model"):
         weights = re.compile(rf"({stems})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-        if not any(weights.fullmatch(name) for name in written):
+        is_new = any(weights.fullmatch(name) for name in new)
+        is_behind = stems == "adapter_model" and _is_behind_an_adapter(folder, written)
+        if not (is_new or is_behind):
             continue
+        if is_behind:
+            logger.warning("%s held an adapter, which would be loaded: it is deleted", folder)
+            (folder / _ADAPTER_CONFIG).unlink()
         for path in folder.iterdir():
-            if weights.fullmatch(path.name) and path.name not in written:
+            if weights.fullmatch(path.name) and path.name not in new:
                 path.unlink()
+
+
+def _is_behind_an_adapter(folder: Path, written: Iterable[Path]) -> bool:
+    """Whether an adapter of an earlier save would be loaded in place of what is written now."""
+    weights = {*_WEIGHTS, *_ADAPTERS, *_JSON[-2:]}
+    is_model = any(path.name in weights for path in written)
+    has_adapter = (folder / _ADAPTER_CONFIG).exists()
+    return is_model and has_adapter and Path(_ADAPTER_CONFIG) not in written
+
+
+def _set_other_base_aside(folder: Path, temporary: Path, written: Iterable[Path]) -> None:
+    """Rename the config of an earlier save's model where an adapter of another base is written.
+
+    transformers takes the model that lies beside an adapter for its base, whatever base that names.
+    Its weights stay, which may have cost a training.
+    """
+    config = folder / _CONFIG
+    adapters = [path for path in written if path.name == _ADAPTER_CONFIG]
+    if not adapters or not config.exists() or Path(_CONFIG) in written:
+        return
+    base = json.loads((temporary / adapters[0]).read_text()).get("base_model_name_or_path")
+    if base and Path(base).resolve() != folder.resolve():
+        aside = folder / f"{_CONFIG}.earlier"
+        config.replace(aside)
+        logger.warning(
+            "%s holds a model that is not %s, the base of the adapter that is saved there: its "
+            "config.json is renamed to %s, so that it is not loaded in its place",
+            folder,
+            base,
+            aside.name,
+        )
 
 
 def _shapes(folder: Path, files: Iterable[str]) -> dict[str, list[int]]:
@@ -425,13 +535,16 @@ def _of_another_model(
     )
 
 
-def _check_adapter(folder: Path, model: Any) -> None:
+def _of_adapter(name: str, folder: Path) -> Path:
+    """Where in a checkpoint an adapter lies: one that is not called "default", in its own folder."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _check_adapter(folder: Path, model: Any, active: str) -> None:
     """Raise CheckpointError for an adapter that does not fit the model's, or is none."""
     from peft import get_peft_model_state_dict
 
-    active = model.active_adapters[0]
-    # An adapter with another name than "default" lies in a folder of its own.
-    own = folder / active if (folder / active).is_dir() else folder
+    own = _of_adapter(active, folder)
     found = _shapes(own, _ADAPTERS)
     if not found:
         what = "a whole model" if _shapes(folder, _WEIGHTS) else "no adapter"
@@ -450,7 +563,7 @@ def _check_adapter(folder: Path, model: Any) -> None:
             f"{found.get(wrong[0], 'none')} there and {expected.get(wrong[0], 'none')} here; resume "
             "with the peft_config and the model that the run began with"
         )
-    config = own / "adapter_config.json"
+    config = own / _ADAPTER_CONFIG
     saved = json.loads(config.read_text()) if config.exists() else {}
     for name in _ADAPTER_SETTINGS:
         ours = getattr(model.peft_config[active], name, None)
@@ -471,4 +584,16 @@ def _warn_of_other_ranks(checkpoint: Path, world_size: int) -> None:
             checkpoint,
             saved,
             world_size,
+        )
+
+
+def _warn_of_weights_alone(checkpoint: Path) -> None:
+    """What save_only_model leaves out, a run that is resumed begins anew."""
+    has_optimizer = any(path.name.startswith("optimizer") for path in checkpoint.iterdir())
+    if not (has_optimizer or _is_sharded(checkpoint)):
+        logger.warning(
+            "%s holds weights alone (save_only_model): optimiser, learning rate schedule, random "
+            "states and statistics of the objective start over, so the run goes on, but not as it "
+            "would have without the interruption",
+            checkpoint,
         )

@@ -18,12 +18,14 @@ from torch import Tensor
 from prefkern.checkpoints import CheckpointTrainer
 from prefkern.collate import sequence_count
 from prefkern.data import COLUMNS
+from prefkern.preparation import base_parameters, check_no_native_adapter, is_peft_model
+from prefkern.unsaved import fingerprint
 
 
 class ItemTrainer(CheckpointTrainer):
     """transformers' Trainer over items; `compute_loss` of a subclass scales by `_share`.
 
-    Raises ValueError under nn.DataParallel.
+    Raises ValueError under nn.DataParallel, and for an adapter that is not PEFT's own.
     """
 
     _sequences_an_item = 2
@@ -35,6 +37,9 @@ class ItemTrainer(CheckpointTrainer):
                 "nn.DataParallel is not supported: start one process per GPU with `accelerate "
                 "launch` or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
             )
+        check_no_native_adapter(self.model)
+        if is_peft_model(self.model):
+            self._unsaved = {"base model": fingerprint(base_parameters(self.model))}
         # Other classes of arguments have it on. It would put the mean of earlier losses where one is
         # NaN, at two synchronisations a step: what is not finite raises where it arises.
         self.args.logging_nan_inf_filter = False

@@ -122,8 +122,9 @@ class ObjectiveTrainer(ItemTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
-            load_objective(self.loss_fn.objective, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            load_objective(self.loss_fn.objective, best, otherwise="stay those of the last step")
 
     def _begin_logs(self) -> None:
         """Nothing is left to tell of an earlier run, but what a checkpoint has left."""

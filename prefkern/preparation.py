@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +23,26 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.import_utils import is_peft_available
 
 from prefkern.config import PreferenceConfig
+from prefkern.models import unwrap
 
 # In the names of rates: attention_dropout, attn_pdrop, layerdrop.
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
+# What init_lora_weights begins with where the adapter's first product is taken out of the base.
+_ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def load_model(name: str, args: PreferenceConfig, **defaults: Any) -> Any:
     """A causal LM by name or path, in float32 unless arguments or `defaults` say otherwise.
 
-    It may be one that takes images as well, of which the text is trained.
+    It may be one that takes images as well, of which the text is trained. Raises ValueError for the
+    folder of an adapter.
     """
+    folder = Path(name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{name!r} holds an adapter and no model: load it with "
+            "peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and give that model"
+        )
     kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
     # Keywords that are the model's and not the config's are of no matter to its kind.
     config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
@@ -101,12 +112,38 @@ def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def check_no_native_adapter(model: Any) -> None:
+    """Raise ValueError for an adapter that transformers has loaded into the model itself.
+
+    PEFT would put a new one in its place; it is neither trained nor found again in a checkpoint.
+    """
+    base = unwrap(model)
+    if getattr(base, "_hf_peft_config_loaded", False):
+        names = ", ".join(map(repr, base.peft_config))
+        raise ValueError(
+            f"the model holds an adapter ({names}) that transformers loaded or added: load it with "
+            "peft.PeftModel.from_pretrained(base, folder, is_trainable=True) to train it on, or "
+            "give the model that merge_and_unload() makes of that"
+        )
+
+
 def check_reference_adapter(model: Any, name: str | None, ref_model: Any) -> None:
-    """Raise ValueError unless `name` is an adapter of the model, and not the one that is trained."""
-    if name is None:
-        if is_peft_model(model) and ref_model is None:
-            _check_biases(model)
+    """Raise ValueError unless the model gives its reference back: with the adapter `name`, or none.
+
+    `name` must be an adapter of the model, and not the one that is trained. The base must stay as
+    it is, and, with no adapter in use, be the model that was adapted.
+    """
+    if name is not None:
+        _check_name(model, name, ref_model)
+    if not is_peft_model(model) or ref_model is not None:
         return
+    _check_biases(model)
+    _check_base_is_frozen(model)
+    if name is None:
+        _check_base_is_initial(model)
+
+
+def _check_name(model: Any, name: str, ref_model: Any) -> None:
     if ref_model is not None:
         raise ValueError(f"give either ref_adapter_name ({name!r}) or ref_model, not both")
     if not is_peft_model(model):
@@ -137,8 +174,62 @@ def _check_biases(model: Any) -> None:
             )
 
 
+def _check_base_is_frozen(model: Any) -> None:
+    trained = [name for name, each in base_parameters(model) if each.requires_grad]
+    if trained:
+        more = f" and {len(trained) - 1} others" if len(trained) > 1 else ""
+        raise ValueError(
+            f"{trained[0]}{more} would be trained, which the base model shares with its reference: "
+            "the reference would move. Freeze it (requires_grad_(False)), have the adapter train a "
+            "copy (modules_to_save, trainable_token_indices), or pass ref_model"
+        )
+
+
+def base_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that stay in use while adapters are switched off, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    def below(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        if isinstance(module, BaseTunerLayer):
+            yield from below(module.get_base_layer(), name)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            original: Any = module.original_module
+            yield from below(original, name)
+        else:
+            for key, parameter in module.named_parameters(name, recurse=False):
+                # LLaMA-Adapter's layers are no BaseTunerLayer.
+                if not key.split(".")[-1].startswith("adaption_"):
+                    yield key, parameter
+            for key, child in module.named_children():
+                yield from below(child, f"{name}.{key}" if name else key)
+
+    return below(model.get_base_model(), "")
+
+
+def _check_base_is_initial(model: Any) -> None:
+    """Raise for initialisers that leave in the base what the adapter does not hold."""
+    for name, config in model.peft_config.items():
+        given = {
+            "init_lora_weights": getattr(config, "init_lora_weights", True),
+            "layer_replication": getattr(config, "layer_replication", None),
+        }
+        if str(given["init_lora_weights"]).lower().startswith(_ALTERS_BASE):
+            option, instead = "init_lora_weights", "use init_lora_weights=True"
+        elif given["layer_replication"]:
+            option, instead = "layer_replication", "leave it out"
+        else:
+            continue
+        raise ValueError(
+            f"the adapter {name!r} has {option}={given[option]!r}, which changes the base model, so "
+            "that switching the adapter off does not give the initial model back as the reference; "
+            f"{instead}, or pass ref_model"
+        )
+
+
 def adapt(model: Any, peft_config: Any, args: PreferenceConfig) -> Any:
     """The model with its adapter, if one is asked for."""
+    check_no_native_adapter(model)
     if peft_config is not None:
         if is_peft_model(model):
             raise ValueError("model is a PEFT model already; pass no peft_config with it")

@@ -37,6 +37,7 @@ from prefkern.config import check_training, refuse_batches_by_length
 from prefkern.data import check_columns, tokenize_preferences
 from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
+from prefkern.preparation import check_no_native_adapter
 from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 
 # What transformers calls the head of a sequence classifier, as far as PEFT knows.
@@ -301,6 +302,7 @@ def new_reward_model(name: str, adapter: Any = None, **kwargs: Any) -> tuple[Any
     """
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=_trusted(kwargs))
     model = _load_classifier(name, num_labels=1, **kwargs)[0]
+    check_no_native_adapter(model)
     head = _with_float_head(model)
     if adapter is not None:
         if head is None:

@@ -35,8 +35,8 @@ def save_objective(objective: nn.Module, folder: str) -> None:
         torch.save(state, Path(folder) / _OBJECTIVE_FILE)
 
 
-def load_objective(objective: nn.Module, folder: str) -> None:
-    """The statistics that belong to a checkpoint's weights.
+def load_objective(objective: nn.Module, folder: str, otherwise: str = "start over") -> None:
+    """The statistics that belong to a checkpoint's weights; a warning says what they are otherwise.
 
     Raises ValueError for those of another objective, and for a file that cannot be read.
     """
@@ -45,7 +45,7 @@ def load_objective(objective: nn.Module, folder: str) -> None:
         return
     file = Path(folder) / _OBJECTIVE_FILE
     if not file.exists():
-        logger.warning("%s is missing: the objective's statistics start over", file)
+        logger.warning("%s is missing: the objective's statistics %s", file, otherwise)
         return
     # Statistics are copied to where they live; torch cannot restore to a CPU with an index.
     state = _read(file)

@@ -80,6 +80,7 @@ from prefkern.trainer_checks import (
     given_objective,
     named,
 )
+from prefkern.unsaved import fingerprint
 from prefkern.vocabulary import check_pad_token, check_reference_words, check_tokens
 
 logger = logging.getLogger(__name__)
@@ -280,6 +281,11 @@ class PreferenceTrainer(ObjectiveTrainer):
             self.ref_model.requires_grad_(False).eval()
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
+        if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
+            # With precomputed sums it is the model before it is trained, or a checkpoint is loaded.
+            initial: Any = self.model if self.ref_model is None else self.ref_model
+            reference = fingerprint(initial.named_parameters())
+            self._unsaved = {**(self._unsaved or {}), "reference": reference}
         if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
@@ -447,6 +453,13 @@ class PreferenceTrainer(ObjectiveTrainer):
             self._check_columns(part, each)
         dataset = self._tokenized(dataset, self.args, name)
         check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        is_carried = all(
+            "ref_chosen_logps" in part.column_names for _, part in named(dataset, name)
+        )
+        if self._objective_needs.reference and not is_carried:
+            # The constructor's datasets may have carried sums, and asked nothing of the model.
+            model = self.accelerator.unwrap_model(self.model)
+            check_reference_adapter(model, self.args.ref_adapter_name, self.ref_model)
         if self._objective_needs.reference and self.args.precompute_ref_log_probs:
             dataset = self._with_reference(dataset)
         return dataset

@@ -77,6 +77,7 @@ DAMAGES = {
     "since_last_log.pt": (halve, "PytorchStreamReader"),
     "trainer_state.json": (halve, "JSONDecodeError"),
     "config.json": (halve, "JSONDecodeError"),
+    "unsaved_weights.json": (halve, "JSONDecodeError"),
 }
 
 

@@ -281,6 +281,9 @@ def test_reward_models_that_are_none(tmp_path, monkeypatch):
     model, _ = rewards.new_reward_model(str(tmp_path / "base"), adapter)
     folder = tmp_path / "adapter"
     model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match="holds an adapter .* that transformers loaded or added"):
+        rewards.new_reward_model(str(folder), adapter)
     written = json.loads((folder / "adapter_config.json").read_text())
     for change, message in (
         ({"modules_to_save": None}, "and its base have no weights score.weight"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer
-from prefkern.preparation import adapter_in_use
+from prefkern.preparation import adapter_in_use, base_parameters, check_reference_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -334,3 +336,204 @@ def test_a_named_adapter_as_reference(tmp_path):
 def test_what_has_no_effect_or_would_be_wrong_is_refused(tmp_path, build, options, message):
     with pytest.raises(ValueError, match=message):
         _trainer(tmp_path, build(), **options)
+
+
+# The reference
+
+
+def _trainer_on(path, model, **options) -> PreferenceTrainer:
+    given = {name: options.pop(name) for name in ("ref_model", "peft_config") if name in options}
+    arguments = PreferenceConfig(
+        output_dir=str(path), objective="dpo", use_cpu=True, save_strategy="no", report_to="none",
+        disable_tqdm=True, gradient_checkpointing=False, learning_rate=0.1, max_steps=2, **options,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        model, arguments, tiny.dataset(8), tiny.dataset(5, seed=3),
+        processing_class=tiny.tokenizer(), **given,
+    )  # fmt: skip
+
+
+def _prepared_for_corda(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if name.endswith(tuple(BODY)):
+            left, values, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+            layer.eigens = SimpleNamespace(
+                U_WC=left[:, :4], S_WC=values[:4].clone(), V_WC=right[:4].T
+            )
+
+
+def _prepared_for_lora_ga(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if name.endswith(tuple(BODY)):
+            layer._peft_loraga_grad = torch.randn_like(layer.weight)
+
+
+# All that PEFT has, but for loftq, which needs scipy; and what has to be done before.
+INITIALISERS = {
+    True: None,
+    False: None,
+    "gaussian": None,
+    "eva": None,
+    "orthogonal": None,
+    "mica": None,
+    "pissa": None,
+    "pissa_niter_2": None,
+    "olora": None,
+    "corda": _prepared_for_corda,
+    "lora_ga": _prepared_for_lora_ga,
+}
+
+
+@pytest.mark.parametrize("name", INITIALISERS, ids=str)
+def test_initialisers_that_change_the_base_are_refused_and_no_others(tmp_path, name):
+    ga = {"lora_ga_config": peft.tuners.lora.LoraGAConfig()} if name == "lora_ga" else {}
+    model = tiny.model()
+    if INITIALISERS[name] is not None:
+        INITIALISERS[name](model)
+    model = peft.get_peft_model(model, _lora(init_lora_weights=name, **ga)).eval()
+    with torch.no_grad(), model.disable_adapter():
+        off = _oracle(model, *_batch())
+    is_initial = torch.allclose(off, _oracle(tiny.model(), *_batch()), atol=1e-5)
+    if is_initial:
+        evaluated = _trainer_on(tmp_path, model).evaluate()["eval_loss"]
+        assert name is False or evaluated == pytest.approx(math.log(2), abs=1e-4)
+        return
+    message = f"init_lora_weights='{name}', which changes the base .*=True, or pass ref_model"
+    with pytest.raises(ValueError, match=message):
+        _trainer_on(tmp_path, model, precompute_ref_log_probs=name == "pissa")
+    # With a reference of its own it is trained, from the initial model.
+    evaluated = _trainer_on(tmp_path, model, ref_model=tiny.model()).evaluate()["eval_loss"]
+    assert evaluated == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_replicated_layers_are_refused(tmp_path):
+    config = _lora(layer_replication=[[0, 2], [1, 2]], init_lora_weights=True)
+    with pytest.raises(
+        ValueError, match=r"layer_replication=\[\[0, 2\], \[1, 2\]\], .* leave it out"
+    ):
+        _trainer_on(tmp_path, tiny.model(), peft_config=config)
+
+
+def test_loftq_is_refused():
+    model = _adapted(_lora())
+    model.peft_config["default"].init_lora_weights = "loftq"
+    with pytest.raises(ValueError, match="init_lora_weights='loftq'"):
+        check_reference_adapter(model, None, None)
+
+
+def test_sums_that_are_carried_stand_for_any_reference_until_others_are_needed(tmp_path):
+    rows = tiny.dataset(4).add_column("ref_chosen_logps", [-9.0] * 4)
+    rows = rows.add_column("ref_rejected_logps", [-9.0] * 4)
+    arguments = PreferenceConfig(
+        output_dir=str(tmp_path), objective="dpo", use_cpu=True, report_to="none", max_steps=1
+    )
+    trainer = PreferenceTrainer(
+        tiny.model(), arguments, rows, processing_class=tiny.tokenizer(),
+        peft_config=_lora(init_lora_weights="pissa"),
+    )  # fmt: skip
+    trainer.evaluate(rows)
+    for call in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+            call(tiny.dataset(3))
+
+
+@pytest.mark.parametrize("reference", [None, "reference"])
+def test_a_base_that_is_trained_beside_its_adapter_is_refused(tmp_path, reference):
+    """As resize_token_embeddings leaves it: the reference would move with it."""
+    model = _adapted(_lora(init_lora_weights=True))
+    if reference is not None:
+        model.add_adapter(reference, _lora())
+    model.get_input_embeddings().weight.requires_grad_(True)
+    message = "model.embed_tokens.weight would be trained, which the base model shares"
+    options = {} if reference is None else {"ref_adapter_name": reference}
+    with pytest.raises(ValueError, match=message):
+        _trainer_on(tmp_path, model, **options)
+    model.base_model.model.model.layers[0].self_attn.k_proj.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="embed_tokens.weight and 1 others .*modules_to_save"):
+        _trainer_on(tmp_path, model, precompute_ref_log_probs=True, **options)
+    # A layer below an adapter is the base's as well.
+    model.requires_grad_(False)
+    model.base_model.model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="self_attn.q_proj.weight would be trained"):
+        _trainer_on(tmp_path, model, **options)
+
+
+def test_a_base_that_is_trained_has_a_reference_of_its_own(tmp_path):
+    model = _adapted(_lora(init_lora_weights=True))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    trainer = _trainer_on(tmp_path, model, ref_model=tiny.model())
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    before = trainer._reference_logps(batch)
+    trainer.train()
+    assert torch.equal(trainer._reference_logps(batch), before)
+    embedded = model.get_input_embeddings().weight
+    assert not torch.equal(embedded, tiny.model().get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: _lora(modules_to_save=["embed_tokens", "norm"]),
+        lambda: _lora(trainable_token_indices={"embed_tokens": [5, 6]}),
+        lambda: _lora(target_parameters=["mlp.down_proj.weight"], target_modules=[]),
+        lambda: _lora(target_modules=["embed_tokens", "q_proj"]),
+        lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+        lambda: peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+    ],
+    ids=["copies", "tokens", "parameters", "embedding", "norms", "prompt", "attention"],
+)
+def test_what_an_adapter_trains_of_its_own_is_not_the_bases(config):
+    model = tiny.model()
+    adapted = {id(parameter) for parameter in model.parameters()}
+    model = peft.get_peft_model(model, config())
+    base = {id(parameter): parameter for _, parameter in base_parameters(model)}
+    assert adapted == base.keys()
+    assert not any(parameter.requires_grad for parameter in base.values())
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _native(path) -> nn.Module:
+    """As transformers loads the folder of an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    tiny.model().save_pretrained(path / "base")
+    model = AutoModelForCausalLM.from_pretrained(path / "base")
+    peft.get_peft_model(model, _lora()).save_pretrained(path / "adapter")
+    return AutoModelForCausalLM.from_pretrained(path / "adapter")
+
+
+def test_an_adapter_that_transformers_loaded_is_refused(tmp_path):
+    message = r"holds an adapter \('default'\) that transformers loaded .*is_trainable=True"
+    fresh = _lora(init_lora_weights=True)
+    loaded = _native(tmp_path)
+    for options in ({}, {"peft_config": fresh}, {"ref_model": tiny.model()}):
+        with pytest.raises(ValueError, match=message):
+            _trainer_on(tmp_path, loaded, **options)
+    # It was not replaced by a fresh one on the way.
+    saved = peft.PeftModel.from_pretrained(tiny.model(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(_oracle(loaded.eval(), *_batch()), _oracle(saved, *_batch()))
+    with pytest.raises(
+        ValueError, match="adapter' holds an adapter and no model: load it with peft"
+    ):
+        _trainer_on(tmp_path, str(tmp_path / "adapter"))
+    added = tiny.model()
+    added.add_adapter(fresh, "mine")
+    with pytest.raises(ValueError, match=r"holds an adapter \('mine'\)"):
+        _trainer_on(tmp_path, added)
+    two = peft.get_peft_model(_native(tmp_path), fresh, adapter_name="two")
+    with pytest.raises(ValueError, match=r"holds an adapter \('default', 'two'\)"):
+        _trainer_on(tmp_path, two)
+
+
+def test_what_is_recommended_there_trains_on(tmp_path):
+    _native(tmp_path)
+    folder = str(tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(tiny.model(), folder, is_trainable=True)
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    _trainer_on(tmp_path, model).train()
+    assert before
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
+    merged = peft.PeftModel.from_pretrained(tiny.model(), folder).merge_and_unload()
+    trainer = _trainer_on(tmp_path, merged, peft_config=_lora(init_lora_weights=True))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)

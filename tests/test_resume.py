@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +197,132 @@ def test_early_stopping_remembers_its_patience(tmp_path):
     resumed = stopping()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 4
+
+
+class Leave(transformers.TrainerCallback):
+    """Ends a run early, as a time limit would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("where", ["spelt otherwise", "from another folder", "moved", "linked"])
+def test_the_best_checkpoint_is_kept_wherever_it_is_resumed(tmp_path, monkeypatch, where):
+    """The first evaluation is the best, and one checkpoint beside the last is kept."""
+
+    def run(folder, step):
+        options = {
+            "eval_steps": 1,
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": True,
+            "learning_rate": 3e-2,
+            "callbacks": [Leave(step)],
+        }
+        return run_of(folder, "full", **options)
+
+    monkeypatch.chdir(tmp_path)
+    first = run(Path("out"), 3)
+    first.add_callback(_NoEnd())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert sorted(os.listdir("out")) == ["checkpoint-1", "checkpoint-3"]
+    folder = tmp_path / "out"
+    if where == "from another folder":
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    if where == "moved":
+        folder = (tmp_path / "out").rename(tmp_path / "moved")
+    if where == "linked":
+        folder = tmp_path / "link"
+        folder.symlink_to(tmp_path / "out")
+    resumed = run(folder, 5)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5 and resumed.state.best_global_step == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert resumed.evaluate()["eval_loss"] == resumed.state.best_metric
+
+
+class _NoEnd(transformers.TrainerCallback):
+    """Killed before the end, when Trainer leaves the best checkpoint alone."""
+
+    def on_save(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_weights_alone_are_told(tmp_path, caplog):
+    run_of(tmp_path, "lora", save_only_model=True, save_steps=3, num_train_epochs=1).train()
+    with caplog.at_level("WARNING"):
+        run_of(tmp_path, "lora", save_strategy="no").train(resume_from_checkpoint=True)
+    told = f"{tmp_path}/checkpoint-4 holds weights alone (save_only_model): optimiser, learning"
+    assert told in caplog.text
+    run_of(tmp_path / "whole", "lora", save_steps=4, num_train_epochs=1).train()
+    caplog.clear()
+    run_of(tmp_path / "whole", "lora", save_strategy="no").train(resume_from_checkpoint=True)
+    assert "holds weights alone" not in caplog.text
+
+
+# The run, and what it is resumed with instead; and what is told of it.
+OTHERS = {
+    "the same": ("full", lambda saved: llama(), None),
+    "the same, with an adapter": ("lora", lambda saved: llama(), None),
+    "the same, precomputed": ("precomputed", lambda saved: llama(), None),
+    "another base": ("lora", lambda saved: llama(seed=7), "another base model: of 21 weights 16 "),
+    "another reference": ("full", lambda saved: llama(seed=7), "another reference: of 21 weights "),
+    "its checkpoint": (
+        "full",
+        transformers.AutoModelForCausalLM.from_pretrained,
+        "another reference: of 21 weights 21 differ",
+    ),
+    "its checkpoint, precomputed": (
+        "precomputed",
+        transformers.AutoModelForCausalLM.from_pretrained,
+        "another reference: of",
+    ),
+    "another precision": ("lora", lambda saved: llama().bfloat16(), "resume with .* in its dtype"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_weights_than_a_run_began_with_are_told(tmp_path, caplog, name):
+    case, other, told = OTHERS[name]
+    run_of(tmp_path, case, eval_strategy="no", max_steps=1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    caplog.clear()
+    resumed = run_of(
+        tmp_path, case, save_strategy="no", eval_strategy="no", model=other(checkpoint)
+    )
+    resumed.train(resume_from_checkpoint=checkpoint)
+    warnings = [record.message for record in caplog.records if "was trained with" in record.message]
+    if told is None:
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and re.search(told, warnings[0]), warnings
+
+
+def test_one_row_of_a_base_is_not_overlooked(tmp_path, caplog):
+    """A row that was added to an embedding, drawn anew in each process."""
+    run_of(tmp_path, "lora", eval_strategy="no", max_steps=1).train()
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1] += 0.1
+    options = {"save_strategy": "no", "eval_strategy": "no", "max_steps": 1}
+    resumed = run_of(tmp_path, "lora", model=model, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "another base model: of 21 weights 1 differ, the first of them model.emb" in caplog.text
+
+
+def test_a_best_model_without_statistics_is_told(tmp_path, caplog):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    run_of(tmp_path, "alphadpo", save_only_model=True, save_steps=2, **options).train()
+    assert (
+        "objective.pt is missing: the objective's statistics stay those of the las" in caplog.text
+    )
 
 
 if __name__ == "__main__":

@@ -513,6 +513,34 @@ def test_a_merged_adapter_is_refused(tmp_path):
         build(tmp_path, model=model, objective="simpo", objective_options={"beta": 2.0})
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+def test_adapters_that_change_the_reference_are_refused(tmp_path, precompute):
+    options = {"objective": "dpo", "precompute_ref_log_probs": precompute}
+    pissa = peft.LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
+        build(tmp_path, peft_config=pissa, **options)
+    # Of an adapter that is there TRL adds a copy, which takes its product out once more.
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
+        build(tmp_path, model=peft.get_peft_model(tiny.model(), pissa), **options)
+    model = peft.get_peft_model(tiny.model(), twins.lora())
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="embed_tokens.weight would be trained"):
+        build(tmp_path, model=model, **options)
+    trainer = build(tmp_path, peft_config=pissa, ref_model=tiny.model(), objective="dpo")
+    trainer.train()
+    assert step_logs(trainer)[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_an_adapter_that_transformers_loaded_is_refused(tmp_path):
+    for objective in ("dpo", "simpo"):
+        model = tiny.model()
+        model.add_adapter(twins.lora())
+        reference = {"ref_model": tiny.model()} if objective == "dpo" else {}
+        beta = {"objective_options": {"beta": 2.0}} if objective == "simpo" else {}
+        with pytest.raises(ValueError, match="holds an adapter .* that transformers loaded"):
+            build(tmp_path, model=model, objective=objective, **reference, **beta)
+
+
 REFUSED = [
     ({"loss_type": ["apo_zero"]}, r"args.loss_type is \['apo_zero'\].*sigmoid, hinge, ipo, robust"),
     ({"loss_type": ["sigmoid", "sft"]}, "args.loss_type"),

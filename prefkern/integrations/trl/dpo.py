@@ -47,7 +47,7 @@ from prefkern.models import (
 from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import DPO, KTO, Objective
 from prefkern.outputs import PreferenceOutput
-from prefkern.preparation import check_unmerged
+from prefkern.preparation import check_reference_adapter, check_unmerged
 
 _MARGINS = "reward_margins"
 # Of a batch, what is not the model's.
@@ -138,6 +138,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         )
         find_head(self.model)  # pyright: ignore[reportArgumentType]
         check_unmerged(self.model)  # pyright: ignore[reportArgumentType]
+        if objective.needs_reference and not args.precompute_ref_log_probs:
+            self._check_reference()
         self._refuse_unsupported_setups()
         self.beta = objective.beta
         if objective.needs_reward_margins:
@@ -223,6 +225,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # TRL finds sums again by data and weights alone. Others come of its own code, of another
         # precision, and of responses cut elsewhere, which its collator does after the data is read.
+        self._check_reference()
         weights = self._precompute_model_hash
         cut = self.args.max_length, self.args.truncation_mode
         self._precompute_model_hash = (
@@ -232,6 +235,10 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = weights
+
+    def _check_reference(self) -> None:
+        # TRL's copy of a trained adapter is added as the adapter was, and changes the base once more.
+        check_reference_adapter(self.model, None, self.ref_model)
 
     def _set_signature_columns_if_needed(self) -> None:
         PlainDPOTrainer._set_signature_columns_if_needed(self)
