@@ -100,9 +100,13 @@ def steps(loader: DataLoader, accumulate: int) -> Iterator[list[dict[str, Tensor
 
 @torch.no_grad()
 def reference_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:  # (2B,)
-    """Log-probs of the responses under the model without its adapter."""
+    """Log-probs of the responses under the model without its adapter, and without dropout."""
+    was_training = model.training
+    model.eval()
     with model.disable_adapter():
-        return prefkern.token_logprobs(model, **batch).sum(-1)
+        logps = prefkern.token_logprobs(model, **batch).sum(-1)
+    model.train(was_training)
+    return logps
 
 
 if __name__ == "__main__":

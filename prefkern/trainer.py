@@ -75,10 +75,12 @@ from prefkern.text_inputs import embedding_rows
 from prefkern.trainer_checks import (
     Needs,
     check_batches,
+    check_carried_sums,
     check_needs,
     check_reference_arguments,
     given_objective,
     named,
+    reference_arguments,
 )
 from prefkern.vocabulary import check_pad_token, check_reference_words, check_tokens
 
@@ -162,6 +164,9 @@ class PreferenceTrainer(ObjectiveTrainer):
             distributions=is_paired and objective.needs_kls,
         )
         check_needs(self._objective_needs, args, ref_model)
+        self._reference_given = reference_arguments(args, ref_model)
+        # Datasets whose sums were computed here, by fingerprint.
+        self._computed_sums: set[str] = set()
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, name)
         check_liger(args, args.device)
@@ -455,8 +460,13 @@ class PreferenceTrainer(ObjectiveTrainer):
         """The dataset with the reference's sums as columns, computed unless it carries them."""
         if isinstance(dataset, dict):
             return {key: self._with_reference(value) for key, value in dataset.items()}
-        if dataset is None or "ref_chosen_logps" in dataset.column_names:
-            return dataset
+        if dataset is not None and "ref_chosen_logps" not in dataset.column_names:
+            dataset = self._computed(dataset)
+        if dataset is not None:
+            self._computed_sums.add(dataset._fingerprint)
+        return dataset
+
+    def _computed(self, dataset: Any) -> Any:
         args = self.args
         return with_sums(
             dataset,
@@ -490,6 +500,8 @@ class PreferenceTrainer(ObjectiveTrainer):
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs
         check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
+        if dataset._fingerprint not in self._computed_sums:
+            check_carried_sums(dataset, name, needs, self._reference_given)
         if not needs.paired:
             check_labels(dataset, name)
 
