@@ -1,4 +1,4 @@
-"""What becomes of a model before it is trained: loaded, adapted, its dropout switched off."""
+"""What becomes of a model before it is trained: adapted, its dropout switched off."""
 
 from __future__ import annotations
 
@@ -6,40 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
+from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_peft_available
 
 from prefkern.config import PreferenceConfig
 
 # In the names of rates: attention_dropout, attn_pdrop, layerdrop.
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
-
-
-def load_model(name: str, args: PreferenceConfig, **defaults: Any) -> Any:
-    """A causal LM by name or path, in float32 unless arguments or `defaults` say otherwise.
-
-    It may be one that takes images as well, of which the text is trained.
-    """
-    kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
-    # Keywords that are the model's and not the config's are of no matter to its kind.
-    config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
-    kind = type(config)
-    takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if takes_images and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
 
 def is_peft_model(model: Any) -> bool:

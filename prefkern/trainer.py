@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.api import resolve_backend
@@ -48,6 +48,7 @@ from prefkern.data import (
 from prefkern.forward import MISMATCHED, model_inputs, preference_outputs
 from prefkern.heads import has_low_rank_term
 from prefkern.integrations.liger import apply_liger, check_liger
+from prefkern.loading import load_model, load_tokenizer
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
     IGNORE_INDEX,
@@ -67,7 +68,6 @@ from prefkern.preparation import (
     disable_dropout,
     is_peft_model,
     is_trained_adapter,
-    load_model,
 )
 from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.routers import RouterLoss
@@ -173,9 +173,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
         model = load_model(model, args) if isinstance(model, str) else model
-        processing_class = processing_class or AutoTokenizer.from_pretrained(
-            model.config._name_or_path
-        )
+        processing_class = processing_class or load_tokenizer(model.config._name_or_path)
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
         if not hasattr(tokenizer, "pad_token_id"):
             raise TypeError(
@@ -211,7 +209,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
         ref_name = ref_model if isinstance(ref_model, str) else None
         if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, args, dtype=model.dtype)
+            ref_model = load_model(ref_model, args, "ref_model", dtype=model.dtype)
         if ref_model is not None:
             find_head(ref_model)
             check_reference_words(tokenizer, unwrap(model), unwrap(ref_model), ref_name)

@@ -100,7 +100,7 @@ def parse(
         ("model_name_or_path", model.model_name_or_path),
         ("dataset", data.dataset),
     ):
-        if value is None:
+        if not value:
             raise ValueError(f"--{name} is required")
     if not 0 <= data.eval_fraction < 1:
         raise ValueError(f"--eval_fraction must be in [0, 1), got {data.eval_fraction}")
