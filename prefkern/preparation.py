@@ -145,13 +145,32 @@ def _dropout_rates(owner: Any) -> dict[str, float]:
     }
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0, also those kept outside of dropout modules."""
+def disable_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """Set every dropout rate to 0, also those kept outside of dropout modules.
+
+    Returns what was changed in configurations, (config, name, rate), for `with_own_rates`.
+    """
+    of_configs = []
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         # Llama's attention keeps its rate as a number, and Falcon reads it off the config each time.
         config = getattr(module, "config", None)
         for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
-            for name in _dropout_rates(owner):
+            for name, rate in _dropout_rates(owner).items():
                 setattr(owner, name, 0.0)
+                if owner is config:
+                    of_configs.append((config, name, rate))
+    return of_configs
+
+
+@contextmanager
+def with_own_rates(of_configs: list[tuple[Any, str, float]]) -> Iterator[None]:
+    """Configurations as they came, while they are saved: that nothing was dropped is no part of them."""
+    for config, name, rate in of_configs:
+        setattr(config, name, rate)
+    try:
+        yield
+    finally:
+        for config, name, _ in of_configs:
+            setattr(config, name, 0.0)

@@ -68,6 +68,7 @@ from prefkern.preparation import (
     disable_dropout,
     is_peft_model,
     is_trained_adapter,
+    with_own_rates,
 )
 from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.routers import RouterLoss
@@ -199,8 +200,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
         check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
         check_batches(eval_dataset, args.eval_batch_size, args, "eval")
-        if args.disable_dropout:
-            disable_dropout(model)
+        self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums alone: neither distributions nor mismatched pairs can be had from them.
         carried = self._objective_needs.sums_suffice and all(
             "ref_chosen_logps" in dataset.column_names
@@ -494,6 +494,10 @@ class PreferenceTrainer(ObjectiveTrainer):
                 device=self.args.device.type,
                 backend=resolve_backend(self.args.backend, self.args.device),
             )
+
+    def _save_into(self, folder: str, state_dict: Any) -> None:
+        with with_own_rates(self._dropout_of_configs):
+            super()._save_into(folder, state_dict)
 
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs
