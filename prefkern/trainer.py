@@ -54,12 +54,14 @@ from prefkern.models import (
     IGNORE_INDEX,
     align_labels,
     find_head,
+    head_transform,
     unwrap,
 )
 from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.packing import reads_whole_row, require_packing
+from prefkern.positions import check_positions
 from prefkern.preparation import (
     adapt,
     adapter_in_use,
@@ -188,7 +190,8 @@ class PreferenceTrainer(ObjectiveTrainer):
         model = adapt(model, peft_config, args)
         check_unmerged(model)
         find_head(model)
-        self._rows = embedding_rows(unwrap(model))
+        base = unwrap(model)
+        self._rows = embedding_rows(base)
         if not args.padding_free:
             check_pad_token(tokenizer, self._rows)
         self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
@@ -198,6 +201,10 @@ class PreferenceTrainer(ObjectiveTrainer):
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
+        # What a collator of one's own makes of a dataset is not known from the dataset.
+        self._collates_otherwise = data_collator is not None
+        self._check_positions(train_dataset, args, "train", base)
+        self._check_positions(eval_dataset, args, "eval", base)
         check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
         check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
@@ -215,6 +222,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             check_reference_words(tokenizer, unwrap(model), unwrap(ref_model), ref_name)
             for each, part in named(train_dataset, "train") + named(eval_dataset, "eval"):
                 check_tokens(part, embedding_rows(unwrap(ref_model)), each, "reference")
+                self._check_positions(part, args, each, unwrap(ref_model), "reference")
         is_adapted = is_peft_model(model)
         needs_reference = objective.needs_reference
         if needs_reference and not carried:
@@ -252,12 +260,13 @@ class PreferenceTrainer(ObjectiveTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # What a collator of one's own makes of a dataset is not known from the dataset.
-        self._collates_otherwise = data_collator is not None
         self._sequences_an_item = 2 if is_paired else 1
         self._refuse_unsupported_setups()
-        if args.padding_free and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            # Sharded models have their weights only once they are wrapped: there, the first batch.
+        # Sharded models have their weights only once they are wrapped: there, the first batch.
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not is_sharded:
+            head_transform(self.model)  # pyright: ignore[reportArgumentType]
+        if args.padding_free and not is_sharded:
             require_packing(self.model)  # pyright: ignore[reportArgumentType]
         if args.padding_free and reads_whole_row(self.model):  # pyright: ignore[reportArgumentType]
             logger.warning(
@@ -283,6 +292,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             self.ref_model.requires_grad_(False).eval()
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
+            if not is_sharded:
+                head_transform(self.ref_model)
         if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
@@ -444,12 +455,25 @@ class PreferenceTrainer(ObjectiveTrainer):
             logger.info("%s", report.summary)
         return dataset
 
+    def _check_positions(
+        self, dataset: Any, args: PreferenceConfig, name: str, base: Any, whose: str = "model"
+    ) -> None:
+        if self._collates_otherwise:
+            return
+        bounds = {"max_length": args.max_length, "multiple": args.pad_to_multiple_of}
+        for each, part in named(dataset, name):
+            check_positions(part, base, each, **bounds, whose=whose)
+
     def _prepared(self, dataset: Any, name: str) -> Any:
         """Raw pairs as a dataset to evaluate on."""
         for each, part in named(dataset, name):
             self._check_columns(part, each)
         dataset = self._tokenized(dataset, self.args, name)
         check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        for model in (self.accelerator.unwrap_model(self.model), self.ref_model):
+            if model is not None:
+                whose = "model" if model is not self.ref_model else "reference"
+                self._check_positions(dataset, self.args, name, unwrap(model), whose)
         if self._objective_needs.reference and self.args.precompute_ref_log_probs:
             dataset = self._with_reference(dataset)
         return dataset

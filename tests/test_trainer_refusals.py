@@ -11,7 +11,10 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_trainer import trainer
+from test_trainer import step_logs, trainer
+from test_trainer_objectives import made, single_rows
+
+from prefkern.collate import PreferenceCollator
 
 LN2 = math.log(2)
 
@@ -57,3 +60,98 @@ def test_nor_in_a_later_evaluation(tmp_path):
     run = trainer(tmp_path, objective="dpo", train_dataset=with_sums(), eval_dataset=with_sums())
     assert run.ref_model is None and run.evaluate()["eval_loss"] > 2
     trainer(tmp_path, objective="simpo", train_dataset=with_sums())
+
+
+# Families with a table of positions, and what makes one of 16; OPT's and RoBERTa's have rows to spare.
+TABLES = {
+    "GPT2": {"n_positions": 16},
+    "OPT": {"max_position_embeddings": 16, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "GPTJ": {
+        "max_position_embeddings": 16,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 4,
+    },
+    "Roberta": {"max_position_embeddings": 18, "is_decoder": True, "pad_token_id": 1},
+}
+
+
+def of_length(count: int) -> list[dict]:
+    """Three pairs, the longest row of `count` tokens, an <eos> after the response among them."""
+    rows = tiny.pairs(3)
+    rows[1] = {"prompt": "film " * (count - 3), "chosen": "good film", "rejected": "bad"}
+    return rows
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_rows_beyond_the_table_of_positions(tmp_path, family):
+    model = tiny.model(family, **TABLES[family])
+    options = {"model": model, "objective": "dpo", "max_steps": 1}
+    message = (
+        rf"dataset 'train' has a row of 17 tokens, and the model .{type(model).__name__}. has 16"
+    )
+    for packed in ({}, {"padding_free": True}):
+        with pytest.raises(ValueError, match=f"{message} positions: max_length must be at most 16"):
+            trainer(tmp_path, train_dataset=made(of_length(17)), **options, **packed)
+    # As long as the table, and cut to it, they train.
+    for length, bound in ((16, 1024), (17, 16)):
+        run = trainer(tmp_path, train_dataset=made(of_length(length)), max_length=bound, **options)
+        run.train()
+        assert step_logs(run)[0]["loss"] > 0
+    with pytest.raises(ValueError, match="dataset 'eval' has a row of 17 tokens"):
+        run = trainer(tmp_path, train_dataset=made(of_length(9)), **options)
+        run.evaluate(made(of_length(17)))
+
+
+def test_rows_of_evaluation_padding_and_reference(tmp_path):
+    model = tiny.model("GPT2", n_positions=16)
+    short, long = made(of_length(16)), made(of_length(17))
+    for given, message in (
+        (
+            {"model": model, "eval_dataset": {"one": short, "two": long}},
+            "'eval_two' has a row of 17",
+        ),
+        ({"model": model, "pad_to_multiple_of": 10}, "16 tokens .padded to 20, a multiple of 10."),
+        ({"ref_model": model, "train_dataset": long}, "the reference .GPT2LMHeadModel. has 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, objective="dpo", **{"train_dataset": short, **given})
+    # Each prompt of KTO also meets the next response.
+    rows = single_rows(4)
+    rows[0]["prompt"], rows[1]["completion"] = "film " * 10, "good " * 10
+    with pytest.raises(ValueError, match="has a row of 21 tokens, .* at most 16, got 1024"):
+        trainer(tmp_path, model=model, objective="kto", train_dataset=made(rows))
+    trainer(tmp_path, model=model, objective="kto", train_dataset=made(rows), max_length=16)
+
+    # A collator may cut rows itself.
+    def cutting(rows):
+        return PreferenceCollator(0)(
+            [{**row, "prompt_ids": row["prompt_ids"][-4:]} for row in rows]
+        )
+
+    trainer(tmp_path, model=model, train_dataset=long, data_collator=cutting).train()
+
+
+def test_rotary_positions_go_on_with_a_warning(tmp_path, caplog):
+    model = tiny.model(max_position_embeddings=16)
+    trainer(tmp_path, model=model, train_dataset=made(of_length(16)))
+    assert "max_position_embeddings" not in caplog.text
+    run = trainer(tmp_path, model=model, train_dataset=made(of_length(17)), max_steps=1)
+    assert "a row of 17 tokens, and the model (LlamaForCausalLM) was made for 16" in caplog.text
+    run.train()
+
+
+@pytest.mark.parametrize("place", ["model", "ref_model"])
+def test_logits_that_are_not_explained_are_told_by_the_constructor(tmp_path, place):
+    model = tiny.model(seed=1)
+
+    class Odd(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.7
+            return out
+
+    model.__class__ = Odd
+    with pytest.raises(ValueError, match="the logits of Odd are not explained by its config"):
+        trainer(tmp_path, objective="dpo", **{place: model})
