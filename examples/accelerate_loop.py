@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefkern
 from prefkern.collate import PreferenceCollator
 from prefkern.data import load_preference_dataset, show, tokenize_preferences
+from prefkern.preparation import disable_dropout
 
 
 def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:
     loader = DataLoader(tokens, args.batch, shuffle=True, collate_fn=PreferenceCollator(pad))
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    # As the trainer does unless told otherwise: log-ratios are of two models, not of two draws.
+    disable_dropout(model)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
@@ -100,9 +103,13 @@ def steps(loader: DataLoader, accumulate: int) -> Iterator[list[dict[str, Tensor
 
 @torch.no_grad()
 def reference_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:  # (2B,)
-    """Log-probs of the responses under the model without its adapter."""
+    """Log-probs of the responses under the model without its adapter, never with dropout."""
+    was_training = model.training
+    model.eval()
     with model.disable_adapter():
-        return prefkern.token_logprobs(model, **batch).sum(-1)
+        logps = prefkern.token_logprobs(model, **batch).sum(-1)
+    model.train(was_training)
+    return logps
 
 
 if __name__ == "__main__":

@@ -235,7 +235,12 @@ class PreferenceConfig(TrainingArguments):
 
 
 def check_training(args: TrainingArguments) -> None:
-    """Raise for numbers that transformers takes and nothing can be trained with."""
+    """Raise for numbers that transformers takes and nothing can be trained with, and for no JSON."""
+    for name in args._VALID_DICT_FIELDS:
+        value = getattr(args, name, None)
+        # Else it is the name of a file.
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            _json_object(name, value)
     for name, least in _LEAST_OF_TRAINING.items():
         value: Any = getattr(args, name)
         is_whole = isinstance(value, int) and not isinstance(value, bool)

@@ -1,25 +1,14 @@
-"""What becomes of a model before it is trained: loaded, adapted, its dropout switched off."""
+"""What becomes of a model before it is trained: adapted, its dropout switched off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
+from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_peft_available
 
 from prefkern.config import PreferenceConfig
@@ -29,28 +18,6 @@ from prefkern.models import unwrap
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
 # What init_lora_weights begins with where the adapter's first product is taken out of the base.
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def load_model(name: str, args: PreferenceConfig, **defaults: Any) -> Any:
-    """A causal LM by name or path, in float32 unless arguments or `defaults` say otherwise.
-
-    It may be one that takes images as well, of which the text is trained. Raises ValueError for the
-    folder of an adapter.
-    """
-    folder = Path(name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(
-            f"{name!r} holds an adapter and no model: load it with "
-            "peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and give that model"
-        )
-    kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
-    # Keywords that are the model's and not the config's are of no matter to its kind.
-    config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
-    kind = type(config)
-    takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if takes_images and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
 
 def is_peft_model(model: Any) -> bool:
@@ -261,13 +228,32 @@ def _dropout_rates(owner: Any) -> dict[str, float]:
     }
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0, also those kept outside of dropout modules."""
+def disable_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """Set every dropout rate to 0, also those kept outside of dropout modules.
+
+    Returns what was changed in configurations, (config, name, rate), for `with_own_rates`.
+    """
+    of_configs = []
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         # Llama's attention keeps its rate as a number, and Falcon reads it off the config each time.
         config = getattr(module, "config", None)
         for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
-            for name in _dropout_rates(owner):
+            for name, rate in _dropout_rates(owner).items():
                 setattr(owner, name, 0.0)
+                if owner is config:
+                    of_configs.append((config, name, rate))
+    return of_configs
+
+
+@contextmanager
+def with_own_rates(of_configs: list[tuple[Any, str, float]]) -> Iterator[None]:
+    """Configurations as they came, while they are saved: that nothing was dropped is no part of them."""
+    for config, name, rate in of_configs:
+        setattr(config, name, rate)
+    try:
+        yield
+    finally:
+        for config, name, _ in of_configs:
+            setattr(config, name, 0.0)

@@ -37,6 +37,8 @@ from prefkern.config import check_training, refuse_batches_by_length
 from prefkern.data import check_columns, tokenize_preferences
 from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
+from prefkern.models import unwrap
+from prefkern.positions import check_positions
 from prefkern.preparation import check_no_native_adapter
 from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 
@@ -156,7 +158,7 @@ class RewardTrainer(ItemTrainer):
         pad_token_id: what batches are padded with here, from `set_pad_token`.
         train_dataset, eval_dataset: from `tokenize_for_rewards`; None to score only.
 
-    Raises ValueError under nn.DataParallel.
+    Raises ValueError under nn.DataParallel, and for pairs beyond the model's table of positions.
     """
 
     args: RewardConfig
@@ -170,6 +172,9 @@ class RewardTrainer(ItemTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
     ) -> None:
+        for name, pairs in (("train", train_dataset), ("eval", eval_dataset)):
+            if pairs is not None:
+                check_positions(pairs, unwrap(model), name, max_length=args.max_length)
         callbacks: list[Any] = []
         if eval_dataset is None:
             args.eval_strategy = IntervalStrategy.NO

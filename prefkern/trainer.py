@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.api import resolve_backend
@@ -48,17 +48,20 @@ from prefkern.data import (
 from prefkern.forward import MISMATCHED, model_inputs, preference_outputs
 from prefkern.heads import has_low_rank_term
 from prefkern.integrations.liger import apply_liger, check_liger
+from prefkern.loading import load_model, load_tokenizer
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
     IGNORE_INDEX,
     align_labels,
     find_head,
+    head_transform,
     unwrap,
 )
 from prefkern.objective_trainer import ObjectiveTrainer, reference_states
 from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.packing import reads_whole_row, require_packing
+from prefkern.positions import check_positions
 from prefkern.preparation import (
     adapt,
     adapter_in_use,
@@ -67,7 +70,7 @@ from prefkern.preparation import (
     disable_dropout,
     is_peft_model,
     is_trained_adapter,
-    load_model,
+    with_own_rates,
 )
 from prefkern.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.routers import RouterLoss
@@ -75,10 +78,12 @@ from prefkern.text_inputs import embedding_rows
 from prefkern.trainer_checks import (
     Needs,
     check_batches,
+    check_carried_sums,
     check_needs,
     check_reference_arguments,
     given_objective,
     named,
+    reference_arguments,
 )
 from prefkern.unsaved import fingerprint
 from prefkern.vocabulary import check_pad_token, check_reference_words, check_tokens
@@ -163,15 +168,16 @@ class PreferenceTrainer(ObjectiveTrainer):
             distributions=is_paired and objective.needs_kls,
         )
         check_needs(self._objective_needs, args, ref_model)
+        self._reference_given = reference_arguments(args, ref_model)
+        # Datasets whose sums were computed here, by fingerprint.
+        self._computed_sums: set[str] = set()
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, name)
         check_liger(args, args.device)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
         model = load_model(model, args) if isinstance(model, str) else model
-        processing_class = processing_class or AutoTokenizer.from_pretrained(
-            model.config._name_or_path
-        )
+        processing_class = processing_class or load_tokenizer(model.config._name_or_path)
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
         if not hasattr(tokenizer, "pad_token_id"):
             raise TypeError(
@@ -185,7 +191,8 @@ class PreferenceTrainer(ObjectiveTrainer):
         model = adapt(model, peft_config, args)
         check_unmerged(model)
         find_head(model)
-        self._rows = embedding_rows(unwrap(model))
+        base = unwrap(model)
+        self._rows = embedding_rows(base)
         if not args.padding_free:
             check_pad_token(tokenizer, self._rows)
         self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
@@ -195,10 +202,13 @@ class PreferenceTrainer(ObjectiveTrainer):
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
+        # What a collator of one's own makes of a dataset is not known from the dataset.
+        self._collates_otherwise = data_collator is not None
+        self._check_positions(train_dataset, args, "train", base)
+        self._check_positions(eval_dataset, args, "eval", base)
         check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
         check_batches(eval_dataset, args.eval_batch_size, args, "eval")
-        if args.disable_dropout:
-            disable_dropout(model)
+        self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums alone: neither distributions nor mismatched pairs can be had from them.
         carried = self._objective_needs.sums_suffice and all(
             "ref_chosen_logps" in dataset.column_names
@@ -207,12 +217,13 @@ class PreferenceTrainer(ObjectiveTrainer):
         ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
         ref_name = ref_model if isinstance(ref_model, str) else None
         if isinstance(ref_model, str):
-            ref_model = load_model(ref_model, args, dtype=model.dtype)
+            ref_model = load_model(ref_model, args, "ref_model", dtype=model.dtype)
         if ref_model is not None:
             find_head(ref_model)
             check_reference_words(tokenizer, unwrap(model), unwrap(ref_model), ref_name)
             for each, part in named(train_dataset, "train") + named(eval_dataset, "eval"):
                 check_tokens(part, embedding_rows(unwrap(ref_model)), each, "reference")
+                self._check_positions(part, args, each, unwrap(ref_model), "reference")
         is_adapted = is_peft_model(model)
         needs_reference = objective.needs_reference
         if needs_reference and not carried:
@@ -250,12 +261,13 @@ class PreferenceTrainer(ObjectiveTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # What a collator of one's own makes of a dataset is not known from the dataset.
-        self._collates_otherwise = data_collator is not None
         self._sequences_an_item = 2 if is_paired else 1
         self._refuse_unsupported_setups()
-        if args.padding_free and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            # Sharded models have their weights only once they are wrapped: there, the first batch.
+        # Sharded models have their weights only once they are wrapped: there, the first batch.
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not is_sharded:
+            head_transform(self.model)  # pyright: ignore[reportArgumentType]
+        if args.padding_free and not is_sharded:
             require_packing(self.model)  # pyright: ignore[reportArgumentType]
         if args.padding_free and reads_whole_row(self.model):  # pyright: ignore[reportArgumentType]
             logger.warning(
@@ -281,6 +293,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             self.ref_model.requires_grad_(False).eval()
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
+            if not is_sharded:
+                head_transform(self.ref_model)
         if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
             # With precomputed sums it is the model before it is trained, or a checkpoint is loaded.
             initial: Any = self.model if self.ref_model is None else self.ref_model
@@ -447,6 +461,15 @@ class PreferenceTrainer(ObjectiveTrainer):
             logger.info("%s", report.summary)
         return dataset
 
+    def _check_positions(
+        self, dataset: Any, args: PreferenceConfig, name: str, base: Any, whose: str = "model"
+    ) -> None:
+        if self._collates_otherwise:
+            return
+        bounds = {"max_length": args.max_length, "multiple": args.pad_to_multiple_of}
+        for each, part in named(dataset, name):
+            check_positions(part, base, each, **bounds, whose=whose)
+
     def _prepared(self, dataset: Any, name: str) -> Any:
         """Raw pairs as a dataset to evaluate on."""
         for each, part in named(dataset, name):
@@ -460,6 +483,10 @@ class PreferenceTrainer(ObjectiveTrainer):
             # The constructor's datasets may have carried sums, and asked nothing of the model.
             model = self.accelerator.unwrap_model(self.model)
             check_reference_adapter(model, self.args.ref_adapter_name, self.ref_model)
+        for model in (self.accelerator.unwrap_model(self.model), self.ref_model):
+            if model is not None:
+                whose = "model" if model is not self.ref_model else "reference"
+                self._check_positions(dataset, self.args, name, unwrap(model), whose)
         if self._objective_needs.reference and self.args.precompute_ref_log_probs:
             dataset = self._with_reference(dataset)
         return dataset
@@ -468,8 +495,13 @@ class PreferenceTrainer(ObjectiveTrainer):
         """The dataset with the reference's sums as columns, computed unless it carries them."""
         if isinstance(dataset, dict):
             return {key: self._with_reference(value) for key, value in dataset.items()}
-        if dataset is None or "ref_chosen_logps" in dataset.column_names:
-            return dataset
+        if dataset is not None and "ref_chosen_logps" not in dataset.column_names:
+            dataset = self._computed(dataset)
+        if dataset is not None:
+            self._computed_sums.add(dataset._fingerprint)
+        return dataset
+
+    def _computed(self, dataset: Any) -> Any:
         args = self.args
         return with_sums(
             dataset,
@@ -500,9 +532,15 @@ class PreferenceTrainer(ObjectiveTrainer):
                 backend=resolve_backend(self.args.backend, self.args.device),
             )
 
+    def _save_into(self, folder: str, state_dict: Any) -> None:
+        with with_own_rates(self._dropout_of_configs):
+            super()._save_into(folder, state_dict)
+
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs
         check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
+        if dataset._fingerprint not in self._computed_sums:
+            check_carried_sums(dataset, name, needs, self._reference_given)
         if not needs.paired:
             check_labels(dataset, name)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from prefkern.config import PreferenceConfig
+from prefkern.data.columns import REFERENCE_COLUMNS
 from prefkern.objectives import Objective, UnpairedObjective
 
 
@@ -66,15 +67,36 @@ def check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig
         )
 
 
-def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
+def reference_arguments(args: PreferenceConfig, ref_model: Any) -> dict[str, Any]:
+    """What was said about where the reference's log-probs come from, by the argument's name."""
     given = {
         "ref_model": None if ref_model is None else type(ref_model).__name__,
         "ref_model_name_or_path": args.ref_model_name_or_path,
         "ref_adapter_name": args.ref_adapter_name,
         "precompute_ref_log_probs": args.precompute_ref_log_probs or None,
     }
-    for name, value in given.items():
-        if value is not None and not needs.reference:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def check_carried_sums(dataset: Any, name: str, needs: Needs, given: dict[str, Any]) -> None:
+    """Raise ValueError for reference sums in a dataset beside arguments that say otherwise.
+
+    The sums would be used, whatever reference they are of, and the arguments would not.
+    """
+    carried = [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
+    if not (carried and given and needs.reference and needs.sums_suffice):
+        return
+    argument, value = next(iter(given.items()))
+    raise ValueError(
+        f"dataset {name!r} carries reference sums ({' and '.join(carried)}), beside which "
+        f"{argument} ({value!r}) has no effect: leave {argument} out to train with these sums, or "
+        f"remove the columns (dataset.remove_columns({carried!r})) to have them computed"
+    )
+
+
+def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
+    for name, value in reference_arguments(args, ref_model).items():
+        if not needs.reference:
             raise ValueError(
                 f"{name} is {value!r}, and this objective has no reference; leave it out"
             )

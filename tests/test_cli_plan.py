@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -221,3 +223,26 @@ def test_errors_are_one_line(tmp_path, capsys, argv, message):
     lines = err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("prefkern plan: error: ")
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": "97"},
+        {"vocab_size": None},
+        {"vocab_size": 0},
+        {"num_hidden_layers": "two"},
+        {"num_attention_heads": 5},
+        {"hidden_size": -32},
+        {"dtype": "foo"},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_no_model_is_one_line(tmp_path, capsys, change):
+    tiny.model().config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    status, out, err = _run([str(tmp_path), "--seq-len", "8", "--batch", "1"], capsys)
+    assert status == 2 and not out
+    (line,) = [each for each in err.splitlines() if not each.startswith("[transformers]")]
+    assert f"model '{tmp_path}': no model can be made of its config.json (" in line

@@ -130,6 +130,28 @@ def test_accelerate_loop_weighs_pairs_alike(files, tmp_path, plain_descent):
             torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
 
 
+def test_accelerate_loop_has_no_dropout_in_its_reference(files, tmp_path, plain_descent):
+    """Equal models give ln 2, and a reference is the same in a model that is being trained."""
+    loop = importlib.import_module("accelerate_loop")
+    rates = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
+    model = tiny.model("GPT2", **rates)
+    model.save_pretrained(files[1])
+    _, losses = loop.main(
+        [*_arguments(files, tmp_path / "drop", batch=12, accumulate=1), "--objective", "dpo"]
+    )
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+
+    ids = torch.randint(4, 97, (4, 9))
+    with torch.no_grad():
+        logps = model(ids).logits[:, :-1].log_softmax(-1)
+    expected = logps.gather(-1, ids[:, 1:, None])[..., 0].sum(-1)
+    adapter = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, adapter).train()
+    found = loop.reference_logps(adapted, {"input_ids": ids})
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    assert all(module.training for module in adapted.modules())
+
+
 def test_preference_outputs_are_those_of_the_models_own_logits(files):
     """Values and every gradient, of the step that the loop and the trainer make."""
     from prefkern.collate import PreferenceCollator

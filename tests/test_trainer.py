@@ -405,6 +405,33 @@ def test_no_kind_of_dropout_disturbs_the_first_loss(tmp_path, family, options):
     assert abs(losses[False] - math.log(2)) > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("family", "rates"),
+    [
+        ("GPT2", {"attn_pdrop": 0.3, "resid_pdrop": 0.2, "embd_pdrop": 0.1}),
+        ("Falcon", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("disable", [True, False])
+def test_a_saved_model_keeps_its_own_dropout(tmp_path, family, rates, disable):
+    """In checkpoints and in the end, and without any of it in training."""
+    run = trainer(
+        tmp_path,
+        model=tiny.model(family, **rates),
+        max_steps=2,
+        disable_dropout=disable,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    run.train()
+    run.save_model()
+    for folder in ("checkpoint-1", "."):
+        saved = json.loads((tmp_path / folder / "config.json").read_text())
+        assert {name: saved[name] for name in rates} == rates
+    used = {name: getattr(run.model.config, name) for name in rates}
+    assert used == (dict.fromkeys(rates, 0.0) if disable else rates)
+
+
 def test_config_can_be_parsed_from_flags():
     parser = transformers.HfArgumentParser(PreferenceConfig)
     flags = (

@@ -141,7 +141,7 @@ class Parser(HfArgumentParser):
                 else:
                     raise ValueError(f"{where}: {key!r} takes one value, got the list {value}")
             else:
-                _check_word(action, _word(value), f"{where}: {key!r}")
+                _check_word(action, value, f"{where}: {key!r}")
                 flags.append(f"--{key}={_word(value)}")
         return flags
 
@@ -167,8 +167,9 @@ def _word(value: Any) -> str:
     return json.dumps(value, default=str) if isinstance(value, bool | dict | list) else str(value)
 
 
-def _check_word(action: argparse.Action, word: str, what: str) -> None:
+def _check_word(action: argparse.Action, value: Any, what: str) -> None:
     """Raise ValueError, naming where, for a word that argparse would refuse naming a flag alone."""
+    word = _word(value)
     if action.type is not None:
         try:
             action.type(word)  # pyright: ignore[reportCallIssue]
@@ -180,4 +181,8 @@ def _check_word(action: argparse.Action, word: str, what: str) -> None:
             ) from error
     if action.choices is not None and word not in [str(choice) for choice in action.choices]:
         known = ", ".join(str(choice) for choice in action.choices)
-        raise ValueError(f"{what} must be one of {known}, got {word!r}")
+        hint = ""
+        if isinstance(value, bool):
+            said = "yes or on" if value else "no or off"
+            hint = f"; YAML reads {said} as {word}, unless it is in quotes"
+        raise ValueError(f"{what} must be one of {known}, got {word!r}{hint}")

@@ -133,6 +133,9 @@ def main(argv: list[str]) -> int:
     missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
     if missing:
         return fail("margins", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
+    from prefkern.checkpoints import CheckpointError
+    from prefkern.cli.before_training import interrupted
+
     # Trainer makes its folder even for a run that only scores and saves no model.
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -141,12 +144,12 @@ def main(argv: list[str]) -> int:
             return fail("margins", str(error))
         is_writer = run.trainer.args.process_index == 0
         if run.held_out:
-            from prefkern.checkpoints import CheckpointError
-
             try:
                 _train(run.trainer)
-            except CheckpointError as error:
+            except (CheckpointError, FloatingPointError) as error:
                 return fail("margins", str(error))
+            except KeyboardInterrupt:
+                return interrupted("margins", run.trainer.args)
         rewards = run.trainer.rewards(run.tokens).double()
     bad = (~rewards.isfinite()).any(1).nonzero().flatten().tolist()
     if bad:
@@ -228,8 +231,10 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     from transformers import set_seed
 
     from prefkern import rewards
+    from prefkern.cli.before_training import check_options
     from prefkern.data import load_preference_dataset, show
 
+    check_options(config)
     with config.main_process_first(desc="loading", local=False):
         dataset = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config)
         evaluation = None

@@ -171,14 +171,15 @@ def read_head(name: str, trust_remote_code: bool = False) -> Head:
     """The head of a model by name or path, without its weights.
 
     Raises OSError for a model that is not there, and ValueError for one that is no causal LM with a
-    linear head.
+    linear head, or whose configuration makes no model.
     """
     import torch
     import transformers
 
+    from prefkern.loading import read_config, unusable_config
     from prefkern.models import candidate_transforms, find_head
 
-    config: Any = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config: Any = read_config(name, trust_remote_code=trust_remote_code)
     # A vision-language model is a causal LM to some families, and to others not.
     loader: Any = transformers.AutoModelForCausalLM
     is_own_code = bool(getattr(config, "auto_map", None))
@@ -186,8 +187,14 @@ def read_head(name: str, trust_remote_code: bool = False) -> Head:
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ValueError(f"{name!r} is no causal LM: its model type is {config.model_type!r}")
         loader = transformers.AutoModelForImageTextToText
-    with torch.device("meta"):
-        model = loader.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = loader.from_config(config, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        # Layers fail each in its own way on sizes that cannot be.
+        raise unusable_config(name, "model", error) from error
     base, head = find_head(model)
     vocab_size, hidden_size = head.weight.shape
     # Of several readings the likeliest; training holds it against the model itself.

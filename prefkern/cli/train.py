@@ -57,19 +57,29 @@ def main(argv: list[str]) -> int:
     if missing:
         return fail("train", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
     from prefkern.checkpoints import CheckpointError
+    from prefkern.cli.before_training import interrupted
 
+    config = None
     try:
-        trainer, config = _prepare(argv)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+        try:
+            trainer, config = _prepare(argv)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            return fail("train", str(error))
+        _run(trainer, config)
+    except (CheckpointError, FloatingPointError) as error:
         return fail("train", str(error))
+    except KeyboardInterrupt:
+        return interrupted("train", config)
+    return 0
+
+
+def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
+    """Train, evaluate and save, and show what came of it."""
     if config.process_index == 0:
         from prefkern.data import show
 
         show(trainer.dataset_reports.values())
-    try:
-        metrics = trainer.train(resume_from_checkpoint=resume_from(config)).metrics
-    except CheckpointError as error:
-        return fail("train", str(error))
+    metrics = trainer.train(resume_from_checkpoint=resume_from(config)).metrics
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
     trainer.save_model()
@@ -80,7 +90,6 @@ def main(argv: list[str]) -> int:
         for name, value in metrics.items():
             print(f"{name:<{width}}  {value:.6g}")
         print(f"saved to {config.output_dir}")
-    return 0
 
 
 def parse(
@@ -100,7 +109,7 @@ def parse(
         ("model_name_or_path", model.model_name_or_path),
         ("dataset", data.dataset),
     ):
-        if value is None:
+        if not value:
             raise ValueError(f"--{name} is required")
     if not 0 <= data.eval_fraction < 1:
         raise ValueError(f"--eval_fraction must be in [0, 1), got {data.eval_fraction}")
@@ -130,6 +139,10 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     """Check and load everything, the cheapest first."""
     model, data, lora, config = parse(argv)
     config.build_objective()
+
+    from prefkern.cli.before_training import check_best_metric, check_optimizer, check_options
+
+    check_options(config)
 
     from prefkern.data import load_preference_dataset
 
@@ -169,4 +182,6 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
         eval_dataset=evaluation,
         peft_config=adapter,
     )
+    check_optimizer(config, trainer.model)
+    check_best_metric(trainer)
     return trainer, config

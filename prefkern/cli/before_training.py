@@ -1,0 +1,131 @@
+"""What transformers would find out about a run's options only when it trains: asked of it beforehand.
+
+A scheduler's keywords, an optimiser's package and a logger's are looked at when they are first needed,
+after the model is loaded and in the middle of Trainer; a metric's name after the first evaluation, with
+nothing saved. Each error names the option and what was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+if TYPE_CHECKING:
+    from prefkern.trainer import PreferenceTrainer
+
+# Optimisers that take the names of layers from the model.
+_OF_LAYERS = ("galore", "apollo", "lomo")
+# What Trainer adds to an evaluation's metrics.
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+# What transformers raises of a name or keyword that it cannot use; the texts are good.
+_ERRORS = (ValueError, TypeError, ImportError, RuntimeError, AttributeError, KeyError)
+
+
+def check_options(config: TrainingArguments) -> None:
+    """Raise ValueError for options of transformers that would stop the run later."""
+    _check_folder(config.output_dir)
+    for name in config.report_to or ():
+        callback = INTEGRATION_TO_CALLBACK.get(name)
+        if callback is not None:
+            try:
+                callback()
+            except (RuntimeError, ImportError) as error:
+                raise ValueError(f"--report_to {name}: {error}") from error
+    if not any(part in str(config.optim) for part in _OF_LAYERS):
+        check_optimizer(config)
+    weight = torch.zeros(1, requires_grad=True)
+    try:
+        get_scheduler(
+            config.lr_scheduler_type,
+            torch.optim.SGD([weight], lr=config.learning_rate),
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs={**(config.lr_scheduler_kwargs or {})},  # pyright: ignore[reportGeneralTypeIssues]
+        )
+    except _ERRORS as error:
+        name = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
+        given = config.lr_scheduler_kwargs or "none"
+        raise ValueError(
+            f"--lr_scheduler_type {name} cannot be made with --lr_scheduler_kwargs ({given}): {error}"
+        ) from error
+
+
+def check_optimizer(config: TrainingArguments, model: Any = None) -> None:
+    """Raise ValueError for an optimiser that is not there; some are asked for with the model."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(config, model)
+    except _ERRORS as error:
+        name = getattr(config.optim, "value", config.optim)
+        raise ValueError(f"--optim {name} cannot be used: {error}") from error
+
+
+def check_best_metric(trainer: PreferenceTrainer) -> None:
+    """Raise ValueError for a metric_for_best_model that evaluation will not log."""
+    name = trainer.args.metric_for_best_model
+    if name is None or trainer.args.eval_strategy == "no" or trainer.eval_dataset is None:
+        return
+    known = [*_metrics(trainer), *_SPEEDS]
+    if isinstance(trainer.eval_dataset, dict):
+        known = [f"{key}_{each}" for key in trainer.eval_dataset for each in known]
+    if name.removeprefix("eval_") not in known:
+        close = difflib.get_close_matches(name.removeprefix("eval_"), known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(
+            f"--metric_for_best_model is {name!r}{hint}, which evaluation does not log; it logs "
+            f"{', '.join(known)}"
+        )
+
+
+def interrupted(command: str, config: TrainingArguments | None) -> int:
+    """Say which checkpoint an interrupted run can go on from; the exit status, as of a shell."""
+    from prefkern.checkpoints import CheckpointError, last_complete
+
+    told = "nothing was saved"
+    if config is not None:
+        try:
+            found = last_complete(Path(config.output_dir or "."))
+            told = f"the last checkpoint is {found}: --resume_from_checkpoint true goes on from it"
+        except CheckpointError:
+            told = f"{config.output_dir} holds no checkpoint"
+    print(f"prefkern {command}: interrupted; {told}", file=sys.stderr)
+    return 130
+
+
+def _check_folder(output_dir: str | None) -> None:
+    path = Path(output_dir or ".").expanduser()
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise ValueError(f"--output_dir must be a folder, got {str(path)!r}: {each} is a file")
+
+
+def _metrics(trainer: PreferenceTrainer) -> list[str]:
+    """Names of what the objective logs: those of two pairs of nothing, by the trainer's own code."""
+    from prefkern.loss import FusedPreferenceLoss
+    from prefkern.metrics import item_values, means, per_item
+
+    objective = copy.deepcopy(trainer.loss_fn.objective).cpu()
+    needs = trainer._objective_needs
+    hidden, weight = torch.ones(4, 2, 3), torch.ones(5, 3)
+    options: dict[str, Any] = {"return_stats": trainer.args.token_metrics}
+    if needs.distributions:
+        options |= {"ref_hidden": hidden, "ref_weight": weight}
+    elif needs.reference:
+        options["ref_logps"] = -torch.ones(4)
+    if needs.margins:
+        options["reward_margins"] = torch.ones(2)
+    if not needs.paired:
+        options["desirable"] = torch.tensor([True, True, False, False])
+        options["mismatched_log_ratios"] = torch.zeros(4)
+    loss_fn = FusedPreferenceLoss(objective, backend="torch").eval()
+    with torch.no_grad():
+        out = loss_fn(hidden, weight, torch.ones(4, 2, dtype=torch.int64), **options)
+    values = {"loss": per_item(out.losses), **item_values(out, objective)}
+    # A mean over nothing is left out, of these pairs and not of all.
+    return sorted({*values, *means({name: value.sum(0) for name, value in values.items()})})
