@@ -88,7 +88,7 @@ def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) ->
         raise ValueError(f"{name} needs ref_logps, got None")
     if objective.needs_reward_margins and scores.reward_margins is None:
         raise ValueError(f"{name} needs reward_margins, got None")
-    if objective.has_statistics and objective.training:
+    if objective.observes:
         sums = sequences.sequence_sums(scores.logps.detach(), scores.offsets)
         objective.observe(_pairs(sums, scores))
     losses, sums, coefficients, *rest = _PairLoss.apply(

@@ -487,7 +487,7 @@ MUTATIONS = (
     Mutation(
         "evaluation moves alpha-DPO's statistics",
         "prefkern/objectives/alpha_dpo.py",
-        "        if self.training:\n            self.observe(pairs)",
+        "        if self.observes:\n            self.observe(pairs)",
         "        if True:\n            self.observe(pairs)",
         "tests/test_statistics.py -k evaluation",
     ),

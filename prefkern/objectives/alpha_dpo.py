@@ -56,7 +56,6 @@ class AlphaDPO(Contrastive):
             belong; False: s = 1, as Eq. 12 is printed.
     """
 
-    has_statistics = True
     gamma: float
     alpha: float
     length_normalized: bool
@@ -100,9 +99,13 @@ class AlphaDPO(Contrastive):
     def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return _GAPS[self.implicit_reference][1] != 0
 
+    @property
+    def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.training
+
     def forward(self, pairs: Pairs) -> PairLoss:
         check_kind("pairs", pairs, Pairs)
-        if self.training:
+        if self.observes:
             self.observe(pairs)
         return super().forward(pairs)
 

@@ -134,15 +134,15 @@ class Objective(nn.Module):
     - `needs_alignments`: `chosen_alignments` and `rejected_alignments`;
     - `needs_kls`: `chosen_kls` and `rejected_kls`, so hidden states and head of the reference.
 
-    `has_statistics` says that `observe` must see each batch that is trained on before `forward`
-    or the pair kernel does.
+    `observes` says that `observe` must see a batch before the pair kernel does: there are
+    statistics, and the module that has them is training. `forward` sees to it by itself.
     """
 
     needs_reference: bool = True
     needs_reward_margins: bool = False
     needs_alignments: bool = False
     needs_kls: bool = False
-    has_statistics: bool = False
+    observes: bool = False
     adaptive: Adaptive | None = None
     beta: float
 
@@ -150,7 +150,7 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward(pairs)")
 
     def observe(self, pairs: Pairs) -> None:
-        """Move running statistics by a batch; `forward` does so itself when training."""
+        """Move running statistics by a batch."""
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
         """Numbers of this objective's own to log, (B,) each."""

@@ -47,8 +47,8 @@ class Wrapper(Objective):
         return self.objective.needs_kls
 
     @property
-    def has_statistics(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.has_statistics
+    def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.objective.observes
 
     @property
     def adaptive(self) -> Adaptive | None:  # pyright: ignore[reportIncompatibleVariableOverride]
