@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefkern import checks, memory, plan, sequences
 from prefkern.autograd import Call, Result, scored_logprobs
-from prefkern.operands import LowRank, Operands, Transform
+from prefkern.operands import LowRank, Operands, Transform, as_stored
 from prefkern.outputs import TokenStats
 
 BACKENDS = ("triton", "torch")
@@ -122,6 +122,10 @@ def run(
     low_rank: LowRank | None = None,
 ) -> tuple[Result, plan.Plan]:
     """Plan and run checked arguments, again where memory runs out; and the plan that ran."""
+    hidden, weight = hidden.resolve_neg(), weight.resolve_neg()
+    bias, ref_hidden = as_stored(bias), as_stored(ref_hidden)
+    if low_rank is not None:
+        low_rank = LowRank(low_rank.hidden.resolve_neg(), low_rank.weight.resolve_neg())
     operands = operands_of(hidden)
     gradients = wanted_gradients(hidden, weight, bias, low_rank)
     product_row = None

@@ -19,7 +19,7 @@ And where a NaN came from: `explain_nonfinite`, which `prefkern.nonfinite` tells
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def objective_balance(objective: Objective, pairs: Pairs) -> GradientBalance:
         raise TypeError(f"pairs must be Pairs, got {pairs!r}")
     # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
     with torch.inference_mode(False), torch.enable_grad():
-        values = {
+        values: dict[str, Any] = {
             name: None if value is None else value.detach().clone()
             for name, value in vars(pairs).items()
         }

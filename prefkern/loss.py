@@ -406,8 +406,8 @@ def _same_head(head: _Head, reference: _Head) -> bool:
         pairs.append((head.bias, reference.bias))
     return all(
         a is b
-        or (a.data_ptr(), a.shape, a.stride(), a.dtype)
-        == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+        or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.is_neg())
+        == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.is_neg())
         for a, b in pairs
     )
 

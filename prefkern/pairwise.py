@@ -18,6 +18,7 @@ from torch import Tensor
 from prefkern import sequences
 from prefkern.objectives import Objective, PairLoss, Pairs
 from prefkern.once import differentiable_once
+from prefkern.operands import as_stored
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,11 @@ def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) ->
         sums = sequences.sequence_sums(scores.logps.detach(), scores.offsets)
         objective.observe(_pairs(sums, scores))
     losses, sums, coefficients, *rest = _PairLoss.apply(
-        scores.logps, scores.offsets, scores.ref_logps, scores.reward_margins, options
+        scores.logps,
+        scores.offsets,
+        as_stored(scores.ref_logps),
+        as_stored(scores.reward_margins),
+        options,
     )
     chosen, rejected = coefficients.chunk(2)
     return Paired(PairLoss(losses, *rest), _pairs(sums, scores), (chosen, rejected))
