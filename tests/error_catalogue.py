@@ -184,6 +184,9 @@ CALLS: dict[str, Call] = {
     "token_logprobs": Call(prefkern.token_logprobs, text),
     "preference_outputs": Call(prefkern.preference_outputs, step),
     "gradient_balance": Call(diagnostics.gradient_balance, dict),
+    "explain_nonfinite": Call(
+        diagnostics.explain_nonfinite, lambda: {**batch(), "reward_margins": torch.zeros(B)}
+    ),
     "objective_balance": Call(
         diagnostics.objective_balance,
         lambda: {"objective": objectives.DPO(), "pairs": Pairs(**pairs())},
@@ -341,6 +344,15 @@ _LOSS = [
     ({"desirable": torch.ones(4).bool()}, ValueError, "DPO trains on pairs"),
     ({"mismatched_log_ratios": torch.zeros(3)}, ValueError, "DPO trains on pairs"),
 ]
+# What is right or wrong only where an objective and a transform are known.
+_OF_A_LOSS = (
+    "logit_scale",
+    "softcap",
+    "temperature",
+    "return_stats",
+    "desirable",
+    "mismatched_log_ratios",
+)
 _LOSS_ADAPTER = [
     ({"lora_hidden": randn(2 * B, T, 4)}, TypeError, "an adapter has both", "None"),
     ({"lora_weight": randn(V, 4)}, TypeError, "an adapter has both", "None"),
@@ -673,6 +685,24 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
     (("token_logprobs",), _TEXT),
     (("preference_outputs",), _STEP),
     (("gradient_balance",), [({"out": None}, TypeError, "PreferenceOutput", "NoneType")]),
+    (
+        ("explain_nonfinite",),
+        [
+            *(
+                row
+                for row in _LOSS
+                if next(iter(row[0])) not in _OF_A_LOSS
+                and not {"DPO needs a reference", "ref_logps, not both"} & {*row[2:]}
+            ),
+            *_LOSS_ADAPTER,
+            ({"labels": torch.full((2 * B, T), V), "bias": randn(V)}, ValueError, "[0, 50)", "50"),
+            (packed(torch.tensor([0, 3])), ValueError, "[2B + 1]", "[2]"),
+            ({"mismatched_log_ratios": [0.0]}, TypeError, "tensor of shape [M]", "[0.0]"),
+            ({"mismatched_log_ratios": torch.zeros(2, 2)}, ValueError, "[M]", "[2, 2]"),
+            ({"ignore_index": "pad"}, TypeError, "int", "'pad'"),
+            ({"paired": 1}, TypeError, "True or False", "1"),
+        ],
+    ),
     (
         ("objective_balance",),
         [
