@@ -32,6 +32,9 @@ class FusedPreferenceLoss(nn.Module):
             (`prefkern.diagnostics.explain_nonfinite`), at one device synchronisation a call. None:
             a NaN goes its way, as in any torch operator. Not under torch.compile or in a CUDA
             graph, which have nothing to read a number with.
+
+    Running statistics (alpha-DPO, beta-DPO) move at each forward in training mode: checkpoint the
+    model, not the loss. A recomputation would score by other statistics, and raises RuntimeError.
     """
 
     def __init__(

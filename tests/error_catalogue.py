@@ -520,6 +520,7 @@ _PLAN = [
     ),
     ({"dtype": torch.int64}, TypeError, "float32, bfloat16, float16 or float64", "int64"),
     ({"dtype": "bfloat16"}, TypeError, "float32, bfloat16, float16 or float64", "'bfloat16'"),
+    ({"dtype": torch.float64, "backend": "triton"}, TypeError, "is float64", "backend='torch'"),
     ({"device": "gpu"}, ValueError, "a torch.device or its name", "'gpu'"),
     ({"device": 3}, TypeError, "a torch.device or its name", "3"),
     *(

@@ -131,6 +131,9 @@ class AlphaDPO(Contrastive):
 
     @torch.no_grad()
     def margin(self, pairs: Pairs) -> Tensor:
+        if not self.alpha:
+            # Z may be infinite, and 0 times that is NaN.
+            return torch.full_like(pairs.chosen_logps, self.fixed_margin)
         spread = self.statistics.spread()
         z = (self.gap(pairs) - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
         return self.fixed_margin + self._gap_scale * torch.where(spread > 0, z, 0.0)

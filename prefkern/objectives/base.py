@@ -114,7 +114,11 @@ class Pairs:
 
 
 class PairLoss(NamedTuple):
-    """Loss and coefficients of each pair, all (B,); only `losses` carries a gradient."""
+    """Loss and coefficients of each pair, all (B,); only `losses` carries a gradient.
+
+    Where nothing is adaptive, `beta_chosen` and `beta_rejected` may be one tensor: clone what is
+    to be changed in place.
+    """
 
     losses: Tensor
     beta_chosen: Tensor
@@ -195,42 +199,62 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
             object.__setattr__(values, name, value.long())
 
 
+def weighed(factor: Tensor, value: Tensor) -> Tensor:
+    """`factor value`, and 0 where a factor of 0 meets an infinite value, which would be NaN.
+
+    Factors that are exponentials of a log-prob vanish where it is -inf, faster than it grows.
+    """
+    return torch.where((factor == 0) & value.isinf(), 0.0, factor * value)
+
+
 def check_kind(name: str, value: Any, kind: type) -> None:
     """Raise TypeError for what is not the dataclass that an objective reads."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {kind.__name__}, got {value!r}"[:200])
 
 
-# Hyper-parameters beyond this have no use, and their products would leave float32.
+# Hyper-parameters beyond these have no use, and their products and reciprocals would leave float32.
 LARGEST = 1e6
+LEAST = 1e-12
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def shown(value: object) -> str:
+    """A value as a message has it, in a line."""
+    return f"{value!r}"[:80]
 
 
 def require_number(name: str, value: Any) -> float:
     if not is_number(value) or abs(value) > LARGEST:
-        raise ValueError(f"{name} must be a finite number, within +-{LARGEST:g}, got {value!r}")
+        raise ValueError(
+            f"{name} must be a finite number, within +-{LARGEST:g}, got {shown(value)}"
+        )
     return float(value)
 
 
 def require_positive(name: str, value: Any) -> float:
-    if not is_number(value) or not 0 < value <= LARGEST:
-        raise ValueError(f"{name} must be a finite number > 0, at most {LARGEST:g}, got {value!r}")
+    if not is_number(value) or not LEAST <= value <= LARGEST:
+        raise ValueError(
+            f"{name} must be a finite number > 0, from {LEAST:g} to {LARGEST:g}, got {shown(value)}"
+        )
     return float(value)
 
 
 def require_not_negative(name: str, value: Any) -> float:
     if not is_number(value) or not 0 <= value <= LARGEST:
-        raise ValueError(f"{name} must be a finite number >= 0, at most {LARGEST:g}, got {value!r}")
+        raise ValueError(
+            f"{name} must be a finite number >= 0, at most {LARGEST:g}, got {shown(value)}"
+        )
     return float(value)
 
 
 def require_below(name: str, value: Any, end: float) -> float:
     """A number in [0, end)."""
     if not (is_number(value) and 0 <= value < end):
-        raise ValueError(f"{name} must be in [0, {end:g}), got {value!r}")
+        raise ValueError(f"{name} must be in [0, {end:g}), got {shown(value)}")
     return float(value)
 
 

@@ -18,6 +18,7 @@ from prefkern.objectives.base import (
     check_kind,
     require_bool,
     require_positive,
+    weighed,
 )
 
 
@@ -124,7 +125,7 @@ class WPO(Wrapper):
         check_kind("pairs", pairs, Pairs)
         weight = self.weight(pairs)
         result = self.objective(pairs)
-        return result._replace(losses=weight * result.losses)
+        return result._replace(losses=weighed(weight, result.losses))
 
     @torch.no_grad()
     def weight(self, pairs: Pairs) -> Tensor:  # (B,)
