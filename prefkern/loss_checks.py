@@ -29,6 +29,9 @@ def bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor
         return torch.arange(0, rows * length + 1, length, device=labels.device)
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens!r}")
+    checks.dense("cu_seqlens", cu_seqlens)
+    if cu_seqlens.device.type == "meta":
+        raise ValueError("cu_seqlens must hold numbers, got a tensor on meta")
     if labels.ndim != 1:
         raise ValueError(
             "with cu_seqlens the batch is packed: hidden must have shape [M, H] and labels [M], "
@@ -125,6 +128,7 @@ def mismatched(log_ratios: Tensor, device: torch.device) -> None:
     """KTO's log-ratios, whose number is its own."""
     if not isinstance(log_ratios, Tensor):
         raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {log_ratios!r}")
+    checks.dense("mismatched_log_ratios", log_ratios)
     if log_ratios.ndim != 1:
         shape = list(log_ratios.shape)
         raise ValueError(f"mismatched_log_ratios must have shape [M], got {shape}")

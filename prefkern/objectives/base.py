@@ -177,6 +177,8 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of shape [{size}], got {value!r}")
+        if value.is_nested or value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor of shape [{size}]")
         if value.ndim != 1 or value.shape != first.shape:
             raise ValueError(
                 f"{name} must have the shape [{size}] of {names[0]}, "
@@ -189,7 +191,8 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
                 raise TypeError(f"desirable must be a bool tensor, got {value.dtype}")
             continue
         may_be_integers = name.endswith("_lengths") or name == "reward_margins"
-        is_integer = not value.is_floating_point() and value.dtype != torch.bool
+        is_integer = not (value.is_floating_point() or value.is_complex())
+        is_integer = is_integer and value.dtype != torch.bool
         if not value.is_floating_point() and not (may_be_integers and is_integer):
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
         if value.dtype in (torch.float16, torch.bfloat16):
