@@ -12,7 +12,7 @@ An error is |x - truth| / max(|truth|, tiny), tiny being 1e-280 in float64 and 1
 where a saturated loss or gradient is as good as 0: of the loss, and of the two derivatives with
 respect to L_w and L_l. The row has the worst over its pairs, some of them with P = 1 - 1e-12, with
 log-ratios of 1e4 and with 32,768 tokens. Pairs on which the library's bounds against overflow are
-in force (a ratio above e^64, a square above 1e36) are not compared, and their number is said.
+in force (a ratio above e^60, a square above 1e36) are not compared, and their number is said.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefkern import checks, memory, plan, sequences
 from prefkern.autograd import Call, Result, scored_logprobs
-from prefkern.operands import LowRank, Operands, Transform
+from prefkern.operands import LowRank, Operands, Transform, as_stored
 from prefkern.outputs import TokenStats
 
 BACKENDS = ("triton", "torch")
@@ -122,6 +122,10 @@ def run(
     low_rank: LowRank | None = None,
 ) -> tuple[Result, plan.Plan]:
     """Plan and run checked arguments, again where memory runs out; and the plan that ran."""
+    hidden, weight = hidden.resolve_neg(), weight.resolve_neg()
+    bias, ref_hidden = as_stored(bias), as_stored(ref_hidden)
+    if low_rank is not None:
+        low_rank = LowRank(low_rank.hidden.resolve_neg(), low_rank.weight.resolve_neg())
     operands = operands_of(hidden)
     gradients = wanted_gradients(hidden, weight, bias, low_rank)
     product_row = None
@@ -271,7 +275,7 @@ def plan_for(
         gradients=plan.Gradients(
             trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
         ),
-        backend=resolve_backend(backend, device, dtype),
+        backend=resolve_backend(backend, device, dtype, name="dtype"),
         workspace_mb=resolve_workspace(workspace_mb, device),
         has_softcap=softcap,
         with_stats=return_stats,
@@ -305,9 +309,15 @@ def resolve_workspace(workspace_mb: float | None, device: torch.device) -> float
 
 
 def resolve_backend(
-    backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    name: str = "hidden",
 ) -> str:
-    """The backend to run: the one asked for, if it can run on the device, or the device's own."""
+    """The backend to run: the one asked for, if it can run on the device, or the device's own.
+
+    `name` is of the argument that has the dtype.
+    """
     if backend is None:
         has_kernels = device.type == "cuda" and dtype != torch.float64 and _kernels() is not None
         return "triton" if has_kernels else "torch"
@@ -317,15 +327,16 @@ def resolve_backend(
     if backend == "triton":
         if dtype == torch.float64:
             raise TypeError(
-                "hidden is float64, which backend='torch' computes in, and backend='triton' not; "
+                f"{name} is float64, which backend='torch' computes in, and backend='triton' not; "
                 "give backend='torch' or None, or float32, bfloat16 or float16"
             )
         kernels = _kernels()
         if kernels is None:
             raise RuntimeError("backend='triton' was asked for, but triton is not installed")
         if device.type != "cuda" and not kernels.INTERPRET:
+            place = "hidden is on" if name == "hidden" else "device is"
             raise RuntimeError(
-                f"backend='triton' needs a GPU, and hidden is on {device.type}; "
+                f"backend='triton' needs a GPU, and {place} {device.type}; "
                 "set TRITON_INTERPRET=1 before importing to run its kernels on a CPU"
             )
     return backend

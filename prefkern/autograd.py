@@ -114,7 +114,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 10
-        budget, grad = ctx.call.budget, grad.to(ctx.call.operands.wide)
+        budget, grad = ctx.call.budget, grad.to(ctx.call.operands.wide).resolve_neg()
 
         def again(workspace_mb: float) -> Plan:
             """Recompute what was kept, and give its memory back, for a second backward as well."""

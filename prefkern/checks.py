@@ -28,8 +28,7 @@ def head(
             raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {_name(value)}")
         if value.dtype not in FLOATS:
             raise TypeError(f"{prefix}{name} must be {_FLOATS}, got {value.dtype}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{prefix}{name} must be a dense tensor, got {value.layout}")
+        dense(f"{prefix}{name}", value)
         if value.device.type == "meta":
             raise ValueError(
                 f"{prefix}{name} must hold numbers, got a tensor {list(value.shape)} on meta; "
@@ -62,6 +61,7 @@ def head(
         return
     if not isinstance(bias, Tensor):
         raise TypeError(f"{prefix}bias must be a tensor [V] or None, got {_name(bias)}")
+    dense(f"{prefix}bias", bias)
     if bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{prefix}bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
@@ -72,6 +72,13 @@ def head(
         raise TypeError(f"{prefix}bias must be {weight.dtype} as weight is, got {bias.dtype}")
     if bias.device != weight.device:
         raise ValueError(f"{prefix}bias is on {bias.device} and weight on {weight.device}")
+
+
+def dense(name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
 
 
 def low_rank(
@@ -92,6 +99,7 @@ def low_rank(
             )
         if value.dtype not in FLOATS:
             raise TypeError(f"{name} must be {_FLOATS}, got {value.dtype}")
+        dense(name, value)
         if value.dtype == torch.float64 != hidden.dtype:
             raise TypeError(f"{name} is float64 and hidden {hidden.dtype}: cast one to the other's")
         if value.device != hidden.device:
@@ -140,6 +148,7 @@ def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
         raise TypeError(f"labels must be an int64 tensor, got {_name(labels)}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
+    dense("labels", labels)
     if labels.shape != shape:
         raise ValueError(
             f"labels must have the shape of hidden without its last dimension, {list(shape)}, "
@@ -153,10 +162,11 @@ def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
     """One number for each pair, or each sequence."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape [{size}], got {_name(value)}")
-    if value.shape != (size,) or value.is_complex():
+    dense(name, value)
+    if value.shape != (size,):
         raise ValueError(f"{name} must have shape [{size}], got {list(value.shape)}")
-    if (value.dtype == torch.bool) != (name == "desirable"):
-        kind = "a bool tensor" if name == "desirable" else "numbers"
+    if (value.dtype == torch.bool) != (name == "desirable") or value.is_complex():
+        kind = "a bool tensor" if name == "desirable" else "real numbers"
         raise TypeError(f"{name} must be {kind}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} and hidden on {device}")
@@ -186,6 +196,8 @@ def boolean(name: str, value: bool) -> None:
 def ignore_index(value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"ignore_index must be an int, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must be an int64, got {_name(value)}")
 
 
 def number(name: str, value: float) -> None:

@@ -18,7 +18,8 @@ And where a NaN came from: `explain_nonfinite`, which `prefkern.nonfinite` tells
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def objective_balance(objective: Objective, pairs: Pairs) -> GradientBalance:
     """The same of an objective on log-probs alone, as plots of a formula need it.
 
     Args:
-        objective: any pairwise objective; running statistics are not moved.
+        objective: any pairwise objective, evaluated; nothing of it is changed.
         pairs: its input, (B,) tensors; no gradient reaches them.
 
     Raises TypeError for what is neither.
@@ -74,20 +75,16 @@ def objective_balance(objective: Objective, pairs: Pairs) -> GradientBalance:
         raise TypeError(f"objective must be a pairwise objective, got {objective!r}")
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs must be Pairs, got {pairs!r}")
-    was_training = objective.training
-    objective.eval()
-    try:
-        with torch.enable_grad():
-            values = dict(vars(pairs))
-            leaves = [
-                values[name].detach().clone().requires_grad_()
-                for name in ("chosen_logps", "rejected_logps")
-            ]
-            values["chosen_logps"], values["rejected_logps"] = leaves
-            losses = objective(Pairs(**values)).losses
-            chosen, rejected = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-    finally:
-        objective.train(was_training)
+    # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
+    with torch.inference_mode(False), torch.enable_grad():
+        values: dict[str, Any] = {
+            name: None if value is None else value.detach().clone()
+            for name, value in vars(pairs).items()
+        }
+        leaves = [values[name].requires_grad_() for name in ("chosen_logps", "rejected_logps")]
+        # A copy, since an objective keeps what it saw last, and each module its own mode.
+        losses = copy.deepcopy(objective).eval()(Pairs(**values)).losses
+        chosen, rejected = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
     return _balance(chosen, rejected, pairs.chosen_logps.detach(), pairs.rejected_logps.detach())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefkern import api, checks, memory, plan, sequences
 from prefkern.kl_autograd import Call, scored_kl
-from prefkern.operands import Transform
+from prefkern.operands import Transform, as_stored
 from prefkern.outputs import TokenKL
 
 
@@ -95,6 +95,9 @@ def run(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, plan.Plan]:
     """Plan and run checked arguments: (N,) log-probs of both and divergence of scored tokens."""
+    hidden, weight, bias = hidden.resolve_neg(), weight.resolve_neg(), as_stored(bias)
+    ref_hidden, ref_weight = ref_hidden.resolve_neg(), ref_weight.resolve_neg()
+    ref_bias = as_stored(ref_bias)
     operands, ref_operands = api.operands_of(hidden), api.operands_of(ref_hidden)
     plan_of = functools.partial(
         plan.make_kl_plan,

@@ -95,7 +95,7 @@ class _LinearKL(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, dlogps: Tensor, _: Tensor, dkl: Tensor) -> tuple[Tensor | None, ...]:
         wide = ctx.call.operands.wide
-        dlogps, dkl = dlogps.to(wide), dkl.to(wide)
+        dlogps, dkl = dlogps.to(wide).resolve_neg(), dkl.to(wide).resolve_neg()
 
         def attempt(plan: Plan) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             return _gradients(ctx, dlogps, dkl, plan)

@@ -32,6 +32,9 @@ class FusedPreferenceLoss(nn.Module):
             (`prefkern.diagnostics.explain_nonfinite`), at one device synchronisation a call. None:
             a NaN goes its way, as in any torch operator. Not under torch.compile or in a CUDA
             graph, which have nothing to read a number with.
+
+    Running statistics (alpha-DPO, beta-DPO) move at each forward in training mode: checkpoint the
+    model, not the loss. A recomputation would score by other statistics, and raises RuntimeError.
     """
 
     def __init__(
@@ -408,8 +411,8 @@ def _same_head(head: _Head, reference: _Head) -> bool:
         pairs.append((head.bias, reference.bias))
     return all(
         a is b
-        or (a.data_ptr(), a.shape, a.stride(), a.dtype)
-        == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+        or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.is_neg())
+        == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.is_neg())
         for a, b in pairs
     )
 

@@ -29,6 +29,9 @@ def bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor
         return torch.arange(0, rows * length + 1, length, device=labels.device)
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens!r}")
+    checks.dense("cu_seqlens", cu_seqlens)
+    if cu_seqlens.device.type == "meta":
+        raise ValueError("cu_seqlens must hold numbers, got a tensor on meta")
     if labels.ndim != 1:
         raise ValueError(
             "with cu_seqlens the batch is packed: hidden must have shape [M, H] and labels [M], "
@@ -53,26 +56,12 @@ def reference(
 ) -> None:
     """A reference that is there if it is needed, once, whole, and of the policy's tokens."""
     name = inner_name(objective)
-    if (ref_hidden is None) != (ref_weight is None):
-        given, missing = ("ref_hidden", "ref_weight")
-        if ref_hidden is None:
-            given, missing = missing, given
-        raise ValueError(f"{given} was given without {missing}; a reference needs both")
-    if ref_bias is not None and ref_weight is None:
-        raise ValueError("ref_bias was given without ref_weight")
-    if ref_hidden is not None and ref_logps is not None:
+    if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
         raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
+    reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
     needs_kls = isinstance(objective, Objective) and objective.needs_kls
-    if ref_hidden is not None and ref_weight is not None:
-        checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-        if ref_weight.shape[0] < weight.shape[0]:
-            raise ValueError(
-                f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-                "the reference must know every word that labels may name"
-            )
-        if needs_kls:
-            checks.same_words(hidden, weight, ref_hidden, ref_weight)
-        checks.same_tokens(hidden, ref_hidden)
+    if needs_kls and ref_hidden is not None and ref_weight is not None:
+        checks.same_words(hidden, weight, ref_hidden, ref_weight)
     if ref_logps is not None:
         checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
     if needs_kls and ref_hidden is None:
@@ -85,6 +74,32 @@ def reference(
             f"{name} needs a reference: give ref_hidden and ref_weight, or ref_logps, "
             "sums computed earlier"
         )
+
+
+def reference_head(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    """A reference's head, whole or not at all, and of the policy's tokens and words."""
+    if (ref_hidden is None) != (ref_weight is None):
+        given, missing = ("ref_hidden", "ref_weight")
+        if ref_hidden is None:
+            given, missing = missing, given
+        raise ValueError(f"{given} was given without {missing}; a reference needs both")
+    if ref_bias is not None and ref_weight is None:
+        raise ValueError("ref_bias was given without ref_weight")
+    if ref_hidden is None or ref_weight is None:
+        return
+    checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    if ref_weight.shape[0] < weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+            "the reference must know every word that labels may name"
+        )
+    checks.same_tokens(hidden, ref_hidden)
 
 
 def unpaired(
@@ -106,13 +121,18 @@ def unpaired(
     if desirable is None or mismatched_log_ratios is None:
         return
     checks.vector("desirable", desirable, n_sequences, hidden.device)
-    mismatched = mismatched_log_ratios
-    if not isinstance(mismatched, Tensor):
-        raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}")
-    if mismatched.ndim != 1:
-        shape = list(mismatched.shape)
+    mismatched(mismatched_log_ratios, hidden.device)
+
+
+def mismatched(log_ratios: Tensor, device: torch.device) -> None:
+    """KTO's log-ratios, whose number is its own."""
+    if not isinstance(log_ratios, Tensor):
+        raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {log_ratios!r}")
+    checks.dense("mismatched_log_ratios", log_ratios)
+    if log_ratios.ndim != 1:
+        shape = list(log_ratios.shape)
         raise ValueError(f"mismatched_log_ratios must have shape [M], got {shape}")
-    checks.vector("mismatched_log_ratios", mismatched, len(mismatched), hidden.device)
+    checks.vector("mismatched_log_ratios", log_ratios, len(log_ratios), device)
 
 
 def margins(

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prefkern import checks, loss_checks, sequences
 from prefkern.outputs import PreferenceOutput, UnpairedOutput
 
 OnNonfinite = Literal["raise", "warn"]
@@ -77,8 +78,26 @@ def explain_nonfinite(
             rules a word out, but where that word is a label.
         paired: B chosen sequences, then their B rejected ones; False: single responses (KTO).
 
-    Synchronises with the device, and takes memory for a bit of each of 16 million values at a time.
+    Raises TypeError and ValueError as the loss does. Synchronises with the device, and takes memory for a bit of each of 16 million values at a time.
     """
+    checks.boolean("paired", paired)
+    checks.head(hidden, weight, bias)
+    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.ignore_index(ignore_index)
+    bounds = loss_checks.bounds(labels, cu_seqlens, paired)
+    count = bounds.shape[0] - 1
+    loss_checks.reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    for name, value, size in (
+        ("ref_logps", ref_logps, count),
+        ("reward_margins", reward_margins, count // 2),
+    ):
+        if value is not None:
+            checks.vector(name, value, size, hidden.device)
+    if mismatched_log_ratios is not None:
+        loss_checks.mismatched(mismatched_log_ratios, hidden.device)
+    words = weight.shape[0]
+    sequences.select(labels.reshape(-1), ignore_index, words, bounds, cu_seqlens is not None)
     scored = labels.reshape(-1) != ignore_index
     lines = []
 
@@ -149,20 +168,25 @@ def report(
         sums = {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
     else:
         sums = {"summed": out.logps}
+        given = (*given, out.reference_point.reshape(1))
     with torch.no_grad():
         vectors = (out.loss.reshape(1), *sums.values(), *given)
-        values = torch.cat([v.detach().float() for v in vectors if v is not None])
+        # As wide as the widest of them: a float64 beyond float32's range is finite.
+        values = torch.cat([v.detach() for v in vectors if v is not None])
         if values.isfinite().all():
             return
         losses = _vector("losses", out.losses)
         parts = [losses, *(_vector(f"{name} log-probs", value) for name, value in sums.items())]
-        cause = explain() or (
-            "every input is finite, so a logit overflowed float32, or a label has no probability: "
-            "look at the sizes of hidden and weight"
-        )
+        found = explain()
+        cause = f"Not finite are\n{found}"
+        if found is None:
+            dtype = str(out.loss.dtype).removeprefix("torch.")
+            cause = (
+                f"Every input is finite, so a logit or a sum overflowed {dtype}, or a label has no "
+                "probability: look at the sizes of hidden and weight"
+            )
     message = (
-        f"the loss is {out.loss.item():g}"
-        f"{''.join(f'; {part}' for part in parts if part)}. Not finite are\n{cause}"
+        f"the loss is {out.loss.item():g}{''.join(f'; {part}' for part in parts if part)}. {cause}"
     )
     if mode == "raise":
         raise FloatingPointError(message)
@@ -191,15 +215,13 @@ def _bad_words(bias: Tensor, labels: Tensor, scored: Tensor) -> Tensor:  # (V,) 
 
 def _token(first: int, labels: Tensor, cu_seqlens: Tensor | None, paired: bool) -> str:
     """A flat token's place, as a sequence and a position in it."""
-    if cu_seqlens is None and labels.ndim == 2:
-        sequences, (row, column) = labels.shape[0], divmod(first, labels.shape[1])
-    elif cu_seqlens is not None:
-        sequences = len(cu_seqlens) - 1
+    if cu_seqlens is None:
+        count, (row, column) = labels.shape[0], divmod(first, labels.shape[1])
+    else:
+        count = len(cu_seqlens) - 1
         row = int((cu_seqlens[1:] <= first).sum())
         column = first - int(cu_seqlens[row])
-    else:
-        return f"is token {first}"
-    return f"is token {column} of sequence {row} ({_side(row, sequences, paired)})"
+    return f"is token {column} of sequence {row} ({_side(row, count, paired)})"
 
 
 def _sequence(row: int, sequences: int, paired: bool) -> str:

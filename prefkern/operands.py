@@ -162,6 +162,11 @@ class Buffers:
         return tile, tile if self._in_place else part(self._second)
 
 
+def as_stored(x: Tensor | None) -> Tensor | None:
+    """The same numbers, in memory too: that of `z.conj().imag` holds them negated, and kernels read it."""
+    return None if x is None else x.resolve_neg()
+
+
 def take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
     return hidden[tokens] if rows is None else hidden.index_select(0, rows[tokens])
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from prefkern import sequences
 from prefkern.objectives import Objective, PairLoss, Pairs
 from prefkern.once import anchors, differentiable_once
+from prefkern.operands import as_stored
 
 if TYPE_CHECKING:
     from prefkern_kernels.pair import PairLossOutput
@@ -91,13 +92,17 @@ def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) ->
         raise ValueError(f"{name} needs ref_logps, got None")
     if objective.needs_reward_margins and scores.reward_margins is None:
         raise ValueError(f"{name} needs reward_margins, got None")
-    if objective.has_statistics and objective.training:
+    if objective.observes:
         sums = sequences.sequence_sums(scores.logps.detach(), scores.offsets)
         objective.observe(_pairs(sums, scores))
     from prefkern_kernels import pair_loss as launch
 
     out: PairLossOutput = launch(
-        scores.logps.detach(), scores.offsets, scores.ref_logps, scores.reward_margins, **options
+        scores.logps.detach(),
+        scores.offsets,
+        as_stored(scores.ref_logps),
+        as_stored(scores.reward_margins),
+        **options,
     )
     pairs = _pairs(_Sums.apply(scores.logps, scores.offsets, out), scores)
     logps = (pairs.chosen_logps, pairs.rejected_logps)

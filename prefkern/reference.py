@@ -209,9 +209,15 @@ def preference_loss(
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1).detach()
         per_token = _divergence(log_p, log_r)
         kls = sequence_sums(torch.where(scored, per_token, 0.0))
-    with torch.enable_grad():
+    given = (ref_logps, lengths, reward_margins, alignments, kls)
+    if torch.is_inference_mode_enabled():
+        # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
+        with torch.inference_mode(False):
+            sums = sums.clone()
+            given = tuple(None if value is None else value.clone() for value in given)
+    with torch.inference_mode(False), torch.enable_grad():
         tracked = sums if sums.requires_grad else sums.detach().requires_grad_()
-        pairs = Pairs.of_sequences(tracked, ref_logps, lengths, reward_margins, alignments, kls)
+        pairs = Pairs.of_sequences(tracked, *given)
         result = objective(pairs)
         (gradients,) = torch.autograd.grad(
             result.losses.sum(), tracked, retain_graph=True, materialize_grads=True

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tiny
 import torch
 
@@ -55,6 +56,8 @@ class Row:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return "nested"
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{value.device.type[0]}"
     return repr(value)[:24]
@@ -62,6 +65,10 @@ def _short(value: Any) -> str:
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape)
+
+
+def nested(*rows: int, width: int = 1, layout: torch.layout = torch.strided) -> torch.Tensor:
+    return torch.nested.nested_tensor([randn(n, width) for n in rows], layout=layout)
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -184,6 +191,9 @@ CALLS: dict[str, Call] = {
     "token_logprobs": Call(prefkern.token_logprobs, text),
     "preference_outputs": Call(prefkern.preference_outputs, step),
     "gradient_balance": Call(diagnostics.gradient_balance, dict),
+    "explain_nonfinite": Call(
+        diagnostics.explain_nonfinite, lambda: {**batch(), "reward_margins": torch.zeros(B)}
+    ),
     "objective_balance": Call(
         diagnostics.objective_balance,
         lambda: {"objective": objectives.DPO(), "pairs": Pairs(**pairs())},
@@ -227,6 +237,13 @@ _OPERATOR = [
     ({"ignore_index": "pad"}, TypeError, "int", "'pad'"),
     ({"ignore_index": None}, TypeError, "int", "None"),
     ({"ignore_index": True}, TypeError, "int", "True"),
+    ({"ignore_index": 2**64}, ValueError, "an int64", "18446744073709551616"),
+    ({"ignore_index": -(10**400)}, ValueError, "an int64", "-1000"),
+    ({"hidden": nested(T, 2, width=H)}, TypeError, "dense", "nested"),
+    ({"hidden": nested(T, 2, width=H, layout=torch.jagged)}, TypeError, "dense", "nested"),
+    ({"bias": randn(V).to_sparse()}, TypeError, "dense", "sparse"),
+    ({"labels": ids(B, T).to_sparse()}, TypeError, "dense", "sparse"),
+    ({"labels": nested(T, 2).long()}, TypeError, "dense", "nested"),
     ({"logit_scale": nan}, ValueError, "finite", "nan"),
     ({"logit_scale": None}, TypeError, "a number", "None"),
     ({"logit_scale": "2"}, TypeError, "a number", "'2'"),
@@ -278,6 +295,10 @@ _ADAPTER = [
         "hidden on cpu",
     ),
 ]
+_SPARSE_ADAPTER = [
+    ({"lora_weight": randn(V, 4).to_sparse(), "lora_hidden": randn(B, T, 4)}, TypeError, "dense"),
+    ({"lora_hidden": nested(T, 2, width=4), "lora_weight": randn(V, 4)}, TypeError, "nested"),
+]
 _DOUBLE = [
     ({"hidden": randn(B, T, H).double()}, TypeError, "hidden is torch.float64", "one dtype"),
     ({"weight": randn(V, H).double()}, TypeError, "weight torch.float64", "one dtype"),
@@ -303,6 +324,11 @@ _LOSS = [
     ({"ref_logps": torch.zeros(2 * B, 1)}, ValueError, "[4]", "[4, 1]"),
     ({"ref_logps": [0.0] * 4}, TypeError, "tensor of shape [4]", "list"),
     ({"ref_logps": torch.zeros(2 * B).bool()}, TypeError, "numbers", "bool"),
+    ({"ref_logps": torch.zeros(2 * B) + 0j}, TypeError, "real numbers", "complex64"),
+    ({"ref_logps": torch.zeros(2 * B).to_sparse()}, TypeError, "dense", "sparse"),
+    ({"reward_margins": torch.zeros(B) + 0j}, TypeError, "real numbers", "complex64"),
+    (packed(torch.tensor([0, 3, 6, 9, 12], device="meta")), ValueError, "on meta", "numbers"),
+    (packed(torch.tensor([0, 3, 6, 9, 12]).to_sparse()), TypeError, "dense", "sparse"),
     ({"ref_logps": torch.zeros(2 * B, device="meta")}, ValueError, "on meta", "hidden on cpu"),
     ({"ref_hidden": randn(2 * B, T, H), "ref_logps": None}, ValueError, "without ref_weight"),
     ({"ref_weight": randn(V, H), "ref_logps": None}, ValueError, "without ref_hidden"),
@@ -341,6 +367,15 @@ _LOSS = [
     ({"desirable": torch.ones(4).bool()}, ValueError, "DPO trains on pairs"),
     ({"mismatched_log_ratios": torch.zeros(3)}, ValueError, "DPO trains on pairs"),
 ]
+# What is right or wrong only where an objective and a transform are known.
+_OF_A_LOSS = (
+    "logit_scale",
+    "softcap",
+    "temperature",
+    "return_stats",
+    "desirable",
+    "mismatched_log_ratios",
+)
 _LOSS_ADAPTER = [
     ({"lora_hidden": randn(2 * B, T, 4)}, TypeError, "an adapter has both", "None"),
     ({"lora_weight": randn(V, 4)}, TypeError, "an adapter has both", "None"),
@@ -353,6 +388,8 @@ _KTO = [
     ({"mismatched_log_ratios": [0.0]}, TypeError, "tensor of shape [M]", "[0.0]"),
     ({"mismatched_log_ratios": torch.zeros(2, 2)}, ValueError, "[M]", "[2, 2]"),
     ({"mismatched_log_ratios": torch.zeros(2).bool()}, TypeError, "numbers", "bool"),
+    ({"mismatched_log_ratios": torch.zeros(2) + 0j}, TypeError, "real numbers", "complex64"),
+    ({"mismatched_log_ratios": torch.zeros(2).to_sparse()}, TypeError, "dense", "sparse"),
 ]
 _MARGINS = [({"reward_margins": None}, ValueError, "MADPO needs reward_margins", "None")]
 
@@ -361,8 +398,8 @@ def _positive(name: str) -> list[Any]:
     """Bad values of a hyper-parameter that is a positive number."""
     return [
         ({name: value}, ValueError, "finite number > 0", repr(value))
-        for value in (True, "0.1", None, nan, math.inf, 0, -0.1, 1e7)
-    ]
+        for value in (True, "0.1", None, nan, math.inf, 0, -0.1, 1e7, 1e-45)
+    ] + [({name: 10**400}, ValueError, "finite number > 0", "1000")]
 
 
 def _not_negative(name: str) -> list[Any]:
@@ -448,7 +485,11 @@ _OBJECTIVES: dict[str, list[Any]] = {
         ({"space": "log"}, ValueError, '"ratio" or "policy"', "'log'"),
         *(
             ({"exponent": value}, ValueError, '"length", a number, or a pair', repr(value))
-            for value in ("len", True, None, (1.0,), (1.0, "2"), nan)
+            for value in ("len", True, None, (1.0,), (1.0, "2"), nan, np.array([1.0, 2.0]))
+        ),
+        *(
+            ({"exponent": value}, ValueError, "within +-1e+06", "1000")
+            for value in (10**400, (1.0, -(10**400)))
         ),
         *_positive("clip")[:2],
         *_positive("k"),
@@ -473,6 +514,8 @@ def _vectors(names: tuple[str, ...], size: str, first: str) -> list[Any]:
         rows += [
             ({name: [1.0, 2.0]}, TypeError, f"tensor of shape [{size}]", "[1.0, 2.0]"),
             ({name: torch.zeros(B).bool()}, TypeError, "floating-point", "bool"),
+            ({name: torch.zeros(B) + 0j}, TypeError, "floating-point", "complex64"),
+            ({name: torch.zeros(B).to_sparse()}, TypeError, "dense", f"[{size}]"),
         ]
         if not may_be_integers:
             rows += [({name: torch.zeros(B).long()}, TypeError, "floating-point", "int64")]
@@ -493,6 +536,8 @@ _EXAMPLES = [
     ({"mismatched_log_ratios": torch.zeros(2, 2)}, TypeError, "[M]"),
     ({"mismatched_log_ratios": torch.zeros(2).bool()}, TypeError, "[M]"),
     ({"mismatched_log_ratios": None}, TypeError, "[M]", "None"),
+    ({"mismatched_log_ratios": torch.zeros(2) + 0j}, TypeError, "[M]", "j"),
+    ({"mismatched_log_ratios": torch.zeros(2).to_sparse()}, TypeError, "[M]", "sparse"),
 ]
 _PLAN = [
     *(
@@ -508,6 +553,7 @@ _PLAN = [
     ),
     ({"dtype": torch.int64}, TypeError, "float32, bfloat16, float16 or float64", "int64"),
     ({"dtype": "bfloat16"}, TypeError, "float32, bfloat16, float16 or float64", "'bfloat16'"),
+    ({"dtype": torch.float64, "backend": "triton"}, TypeError, "is float64", "backend='torch'"),
     ({"device": "gpu"}, ValueError, "a torch.device or its name", "'gpu'"),
     ({"device": 3}, TypeError, "a torch.device or its name", "3"),
     *(
@@ -587,7 +633,10 @@ _STEP = [
     ({"bogus": 1}, TypeError, "unexpected keyword"),
 ]
 _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
-    (("linear_logprobs", "reference.linear_logprobs"), [*_OPERATOR, *_STATS, *_ADAPTER]),
+    (
+        ("linear_logprobs", "reference.linear_logprobs"),
+        [*_OPERATOR, *_STATS, *_ADAPTER, *_SPARSE_ADAPTER],
+    ),
     (("linear_kl", "reference.linear_kl"), [*_OPERATOR, *_REFERENCE_HEAD]),
     (("linear_logprobs", "linear_kl"), _DOUBLE),
     (("plan_for",), _PLAN),
@@ -673,6 +722,24 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
     (("token_logprobs",), _TEXT),
     (("preference_outputs",), _STEP),
     (("gradient_balance",), [({"out": None}, TypeError, "PreferenceOutput", "NoneType")]),
+    (
+        ("explain_nonfinite",),
+        [
+            *(
+                row
+                for row in _LOSS
+                if next(iter(row[0])) not in _OF_A_LOSS
+                and not {"DPO needs a reference", "ref_logps, not both"} & {*row[2:]}
+            ),
+            *_LOSS_ADAPTER,
+            ({"labels": torch.full((2 * B, T), V), "bias": randn(V)}, ValueError, "[0, 50)", "50"),
+            (packed(torch.tensor([0, 3])), ValueError, "[2B + 1]", "[2]"),
+            ({"mismatched_log_ratios": [0.0]}, TypeError, "tensor of shape [M]", "[0.0]"),
+            ({"mismatched_log_ratios": torch.zeros(2, 2)}, ValueError, "[M]", "[2, 2]"),
+            ({"ignore_index": "pad"}, TypeError, "int", "'pad'"),
+            ({"paired": 1}, TypeError, "True or False", "1"),
+        ],
+    ),
     (
         ("objective_balance",),
         [

@@ -430,8 +430,8 @@ MUTATIONS = (
     Mutation(
         "label smoothing's share",
         "prefkern/objectives/contrastive.py",
-        "torch.lerp(losses, flipped, label_smoothing)",
-        "torch.lerp(flipped, losses, label_smoothing)",
+        "return (1 - label_smoothing) * losses + label_smoothing * flipped",
+        "return (1 - label_smoothing) * flipped + label_smoothing * losses",
         "tests/test_objectives.py -k oracles",
     ),
     Mutation(
@@ -487,7 +487,7 @@ MUTATIONS = (
     Mutation(
         "evaluation moves alpha-DPO's statistics",
         "prefkern/objectives/alpha_dpo.py",
-        "        if self.training:\n            self.observe(pairs)",
+        "        if self.observes:\n            self.observe(pairs)",
         "        if True:\n            self.observe(pairs)",
         "tests/test_statistics.py -k evaluation",
     ),

@@ -97,7 +97,7 @@ ADAPTIVES = {
     "k 2, clip 1.5": Adaptive(clip=1.5, k=2.0),
     "exponent 0, no clip": Adaptive(exponent=0.0, clip=None),
 }
-# Dyadic, so that the float32 buffers of the statistics and the square root hold it exactly.
+# Dyadic, so that the square root, and float32, hold it exactly.
 MEAN, STD = 0.25, 0.75
 MISMATCHED = (0.5, -1.0, 2.75)
 

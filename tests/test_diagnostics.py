@@ -188,6 +188,40 @@ def test_running_statistics_are_not_moved():
         assert getattr(objective, "draws", 0) == 0
 
 
+def test_nothing_is_left_behind():
+    """Neither modes, each module's own, nor what a batch before left to be logged."""
+    inner = BetaDPO(keep=0.5)
+    objective = objectives.WithNLL(objectives.WPO(inner, alignment=False))
+    objective.objective.eval()
+    modes = [module.training for module in objective.modules()]
+    pairs = Pairs(**columns(ORDINARY))
+    inner.train()
+    result = objective(pairs)
+    kept = objective.metrics(pairs, result)["beta_dpo/kept"].tolist()
+    assert 0.0 in kept
+    inner.eval()
+    objective_balance(objective, pairs)
+    assert [module.training for module in objective.modules()] == modes
+    assert objective.metrics(pairs, result)["beta_dpo/kept"].tolist() == kept
+
+
+@pytest.mark.parametrize("name", ["adadpo", "alphadpo", "betadpo", "madpo", "tdpo2"])
+def test_in_inference_mode(name, device):
+    """A formula's balance, and the oracle's output, are what they are outside of it."""
+    pairs = Pairs(**columns(ORDINARY))
+    objective = objectives.build(name, use_weighting=True)
+    expected = objective_balance(objective, pairs)
+    with torch.inference_mode():
+        made = {key: value.clone() for key, value in vars(pairs).items() if value is not None}
+        found = objective_balance(objective, Pairs(**made))
+        evaluated = reference.preference_loss(objective.eval().to(device), **batch(device))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    truth = reference.preference_loss(objective, **batch(device))
+    assert torch.equal(evaluated.losses, truth.losses.detach())
+    assert torch.equal(evaluated.chosen_gradients, truth.chosen_gradients)
+    assert not evaluated.loss.requires_grad and truth.loss.requires_grad
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="PreferenceOutput"):
         gradient_balance(None)

@@ -7,6 +7,7 @@ cancel where `log_softmax` would.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,7 +16,17 @@ import torch
 from conftest import BACKENDS, HAS_GPU, HAS_TRITON
 
 import prefkern
-from prefkern.objectives import build, names
+from prefkern.objectives import (
+    DPO,
+    IPO,
+    TDPO2,
+    WPO,
+    Adaptive,
+    AlphaDPO,
+    SimPO,
+    build,
+    names,
+)
 
 STRUCTURES = {
     "one_pass": (False, 4.0),
@@ -258,10 +269,10 @@ def as_gpus_compare(monkeypatch) -> None:
         )
 
 
-def one_pair(objective, place: str, value: float, device: str):
+def one_pair(objective, place: str, value: float, device: str, **others: float):
     """(loss, coefficients) of one token a side, by the kernel and by the objective in float64."""
     kernels = pytest.importorskip("prefkern_kernels")
-    numbers = {"L_w": -3.0, "L_l": -4.0, "R_w": -3.5, "R_l": -3.6, "h": 0.3, place: value}
+    numbers = {"L_w": -3.0, "L_l": -4.0, "R_w": -3.5, "R_l": -3.6, "h": 0.3, **others, place: value}
     logps, ref, margins = (
         torch.tensor([numbers[key] for key in keys], device=device)
         for keys in (("L_w", "L_l"), ("R_w", "R_l"), ("h",))
@@ -298,17 +309,89 @@ def test_nan_stays_nan_in_the_pair_kernel(name, place, as_gpus_compare, device):
     assert torch.equal(ours.beta_chosen.isnan(), theirs.beta_chosen.isnan())
 
 
+def of_no_weight() -> AlphaDPO:
+    """Statistics with a spread, whose z-score has no say."""
+    objective = AlphaDPO(alpha=0.0)
+    objective.statistics.variance.fill_(4.0)
+    return objective
+
+
+OBJECTIVES = {
+    **{name: functools.partial(build, name) for name in WITH_KERNEL},
+    "dpo, smoothed": lambda: DPO(label_smoothing=0.1),
+    "adadpo, smoothed": lambda: DPO(label_smoothing=0.1, adaptive=Adaptive()),
+    "adadpo, unbounded": lambda: DPO(adaptive=Adaptive("policy", 1.0, None)),
+    "adaipo, of means": lambda: IPO(length_normalized=True, adaptive=Adaptive()),
+    "alphadpo, alpha 0": of_no_weight,
+}
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs triton")
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("place", ["L_w", "L_l"])
-@pytest.mark.parametrize("name", WITH_KERNEL)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_label_without_probability_in_the_pair_kernel(name, place, device):
     """A log-prob of -inf, where a bias rules a label out: as the formula has it, inf or finite."""
-    objective = build(name).eval().to(device)
+    objective = OBJECTIVES[name]().eval().to(device)
     ours, theirs, gradient = one_pair(objective, place, -math.inf, device)
     torch.testing.assert_close(
         ours.losses.double(), theirs.losses.detach(), equal_nan=True, rtol=1e-5, atol=1e-30
     )
-    if theirs.losses.isfinite().all():
-        torch.testing.assert_close(ours.coefficients.double(), gradient, rtol=1e-4, atol=1e-30)
-    plain = not name.startswith("ada")
-    assert not plain or not ours.losses.isnan().any()
+    torch.testing.assert_close(ours.coefficients.double(), gradient, rtol=1e-4, atol=1e-30)
+    torch.testing.assert_close(ours.rewards[:1].double(), theirs.chosen_rewards, rtol=1e-5, atol=0)
+    assert not ours.losses.isnan().any() and ours.coefficients.isfinite().all()
+    # What the losses of ever less probable responses tend to: a number, or without bound.
+    far, _, _ = one_pair(objective, place, -3000.0, device)
+    if ours.losses.abs() < 1e30:
+        torch.testing.assert_close(ours.losses, far.losses, rtol=1e-5, atol=1e-30)
+    else:
+        assert ours.losses.sign() == far.losses.sign() and far.losses.abs() > 20
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_weight_of_0_leaves_out_what_it_weighs(bad):
+    """Exactly, though 0 times it is NaN: alpha-DPO is SimPO then, and TDPO2 DPO."""
+    given = [torch.tensor(x) for x in ([-3.0, -4.0], [-5.0, -9.0], [-1.0, bad], [-2.0, -3.0])]
+    pairs = prefkern.Pairs(*given, *[torch.tensor([3, 2])] * 2)
+    mine = of_no_weight().eval()(pairs)
+    simpo = SimPO(mine.beta_chosen[0].item(), 4.0)(pairs)
+    assert torch.equal(mine.losses, simpo.losses)
+    given[2] = torch.tensor([-1.0, -2.0])
+    kls = {f"{side}_kls": torch.tensor([0.5, -bad]) for side in ("chosen", "rejected")}
+    mine = TDPO2(alpha=0.0)(prefkern.Pairs(*given, **kls))
+    assert torch.equal(mine.losses, DPO()(prefkern.Pairs(*given)).losses)
+
+
+def test_a_response_that_the_policy_cannot_give_weighs_nothing():
+    """WPO's weight falls faster than the loss grows."""
+    chosen = torch.tensor([-math.inf, -3.0, -3000.0], requires_grad=True)
+    zeros = torch.zeros(3)
+    ones = torch.ones(3)
+    losses = WPO(DPO(), alignment=False)(
+        prefkern.Pairs(chosen, zeros - 1, zeros, zeros, ones, ones)
+    ).losses
+    losses.sum().backward()
+    assert (losses == 0).tolist() == [True, False, True]
+    assert (chosen.grad == 0).tolist() == [True, False, True]
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs triton")
+@pytest.mark.parametrize("place", ["R_w", "R_l"])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_weight_of_0_leaves_it_out_in_the_pair_kernel(bad, place, device):
+    ours, theirs, gradient = one_pair(of_no_weight().eval().to(device), place, bad, device)
+    torch.testing.assert_close(ours.losses.double(), theirs.losses.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.coefficients.double(), gradient, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs triton")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_largest_coefficient_is_a_number(device):
+    """Every hyper-parameter at its end, and a response whose log-ratio is 0."""
+    objective = DPO(1e6, adaptive=Adaptive("policy", (0.0, 1.0), None, 1e6)).to(device)
+    numbers = {"L_w": -3.5, "R_w": -3.5}
+    ours, theirs, gradient = one_pair(objective, "L_l", -99.0, device, **numbers)
+    assert ours.beta_chosen.isfinite().all() and ours.beta_chosen > 1e37
+    torch.testing.assert_close(ours.beta_chosen.double(), theirs.beta_chosen, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.losses.double(), theirs.losses.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.coefficients.double(), gradient, rtol=1e-5, atol=0)

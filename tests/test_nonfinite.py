@@ -141,8 +141,36 @@ def test_finite_inputs_whose_logits_overflow():
     case = call()
     case["hidden"] *= 1e30
     case["weight"] *= 1e30
-    with pytest.raises(FloatingPointError, match="every input is finite, so a logit overflowed"):
+    said = r"not finite, the first at 0\. Every input is finite, so a logit .* overflowed float32"
+    with pytest.raises(FloatingPointError, match=said):
         loss_fn()(**case)
+
+
+def test_a_float64_beyond_float32_is_finite():
+    """Neither a loss of 1e44, nor margins that are held to a bound before they are rounded."""
+    case = {name: x.double() if x.is_floating_point() else x for name, x in call().items()}
+    case["bias"][4] = 0.0
+    case["hidden"] *= 1e30
+    case["weight"] *= 1e15
+    out = loss_fn(backend="torch")(**case)
+    assert out.loss.isfinite() and out.loss > torch.finfo(torch.float32).max
+    case["lora_hidden"] *= 1e300
+    case["lora_weight"] *= 1e300
+    with pytest.raises(FloatingPointError, match="Every input is finite, .* overflowed float64"):
+        loss_fn(backend="torch")(**case)
+    case = call()
+    case["reward_margins"] = torch.tensor([1e300, -1e300], dtype=torch.float64)
+    assert loss_fn()(**case).loss.isfinite()
+
+
+def test_a_reference_point_that_overflows_shows():
+    """KTO's losses are finite all the same."""
+    case = call()
+    del case["reward_margins"]
+    case["desirable"] = torch.tensor([True, False, True, False])
+    case["mismatched_log_ratios"] = torch.full((2,), 3e38)
+    with pytest.raises(FloatingPointError, match="a logit or a sum overflowed float32"):
+        loss_fn(name="kto")(**case)
 
 
 def test_what_an_objective_has_no_use_for_does_not_count():

@@ -410,7 +410,7 @@ def test_options_compose():
     # needs and statistics are those of what is inside
     assert objectives.build("madpo", rpo_alpha=1.0).needs_reward_margins
     assert objectives.build("tdpo1", use_weighting=True).needs_kls
-    assert objectives.build("alphadpo", rpo_alpha=1.0).has_statistics
+    assert objectives.build("alphadpo", rpo_alpha=1.0).observes
     assert not objectives.build("simpo", use_weighting=True).needs_reference
 
 

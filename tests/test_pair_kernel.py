@@ -254,6 +254,18 @@ def test_alpha_dpo_moves_its_statistics_as_in_torch(reference, wrapped, device):
     assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
 
 
+@pytest.mark.parametrize("outer", [True, False])
+def test_statistics_follow_the_mode_of_the_module_that_has_them(outer, backend, device):
+    """Whatever the mode of what is wrapped around it: frozen inside stays frozen, and the reverse."""
+    inner = AlphaDPO().to(device)
+    objective = WithNLL(inner)
+    for step, training in enumerate((True, False)):
+        objective.train(outer)
+        inner.train(training)
+        pairwise.pair_loss(objective, scores(ORDINARY, device, inner), backend)
+        assert inner.statistics.batches == 1, step
+
+
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("name", ["dpo: adaptive", "orpo: plain", "madpo: plain"])
 def test_gradients_are_there_without_a_graph(name, grad, device):

@@ -513,9 +513,7 @@ def test_an_adapter_that_transformers_loaded_is_refused(tmp_path):
     # It was not replaced by a fresh one on the way.
     saved = peft.PeftModel.from_pretrained(tiny.model(), str(tmp_path / "adapter")).eval()
     torch.testing.assert_close(_oracle(loaded.eval(), *_batch()), _oracle(saved, *_batch()))
-    with pytest.raises(
-        ValueError, match="adapter' holds an adapter and no model: load it with peft"
-    ):
+    with pytest.raises(ValueError, match="adapter' is an adapter of .*merge_and_unload"):
         _trainer_on(tmp_path, str(tmp_path / "adapter"))
     added = tiny.model()
     added.add_adapter(fresh, "mine")

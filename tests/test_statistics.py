@@ -6,12 +6,14 @@ import copy
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_on_two_ranks
+from torch.utils.checkpoint import checkpoint
 
 from prefkern import Pairs
 from prefkern.objectives import KTO, WPO, AlphaDPO, BetaDPO, Examples, WithNLL
@@ -58,8 +60,8 @@ def test_statistics_are_the_running_moments(momentum, start):
     expected = by_hand(BATCHES, momentum, start)
     for step, (batch, (mean, variance)) in enumerate(zip(BATCHES, expected, strict=True)):
         statistics.update(batch)
-        assert statistics.mean.item() == pytest.approx(mean, rel=2e-6, abs=2e-6)
-        assert statistics.variance.item() == pytest.approx(variance, rel=2e-5, abs=2e-5)
+        assert statistics.mean.item() == pytest.approx(mean, rel=1e-12)
+        assert statistics.variance.item() == pytest.approx(variance, rel=1e-11)
         assert statistics.batches.item() == step + 1
 
 
@@ -67,8 +69,9 @@ def test_statistics_are_the_running_moments(momentum, start):
 def test_the_first_batch_is_its_own_mean_and_variance(momentum):
     statistics = RunningStatistics(momentum)
     statistics.update(BATCHES[0])
-    assert statistics.mean == BATCHES[0].double().mean().float()
-    assert statistics.variance == BATCHES[0].double().var(correction=0).float()
+    assert statistics.mean == BATCHES[0].double().mean()
+    variance = BATCHES[0].double().var(correction=0)
+    torch.testing.assert_close(statistics.variance, variance, rtol=1e-14, atol=0)
 
 
 def test_without_momentum_only_the_last_batch_counts():
@@ -363,3 +366,69 @@ def test_statistics_keep_their_dtype(dtype):
     objective.to(dtype)
     assert all(map(torch.equal, before, objective.buffers()))
     assert objective.to("meta").statistics.mean.is_meta
+
+
+def test_float64_is_scored_in_float64():
+    """Also of gaps far from 0, of which float32 would leave the mean no digits."""
+    generator = torch.Generator().manual_seed(9)
+    for far in (0.0, 1e5):
+        objective = AlphaDPO(2.0, 0.5, 0.25)
+        gaps = torch.randn(7, generator=generator, dtype=torch.float64)
+        pairs = replace(pairs_with_gaps(gaps), ref_chosen_logps=torch.full_like(gaps, -far))
+        losses = objective(pairs).losses
+        z = (gaps - gaps.mean()) / gaps.std(correction=0)
+        expected = torch.nn.functional.softplus(-(2.0 * gaps - 0.5 - 0.25 * 2.0 * z))
+        # 1e5 leaves 11 digits of a gap.
+        torch.testing.assert_close(losses, expected, rtol=1e-9 if far else 1e-13, atol=0)
+
+
+def test_statistics_of_a_float32_checkpoint_are_taken():
+    objective = AlphaDPO()
+    objective(pairs_with_gaps(BATCHES[0]))
+    state = objective.state_dict()
+    old = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    restored = AlphaDPO()
+    restored.load_state_dict(old)
+    assert restored.statistics.mean.dtype == torch.float64
+    assert restored.statistics.mean == old["statistics.mean"].double()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_loss_is_not_recomputed_by_other_statistics(name, use_reentrant):
+    """Activation checkpointing around it raises; evaluation, which moves nothing, may."""
+    objective = STATEFUL[name]()
+
+    def loss(chosen):
+        # Something to recompute, whatever the objective keeps.
+        pairs = pairs_with_gaps(BATCHES[0])
+        return objective(replace(pairs, chosen_logps=chosen.sin().exp())).losses.sum()
+
+    leaf = BATCHES[0].clone().requires_grad_()
+    checkpointed = checkpoint(loss, leaf, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="Checkpoint the model, not the loss"):
+        checkpointed.backward()
+    assert all(m.batches == 1 for m in objective.modules() if isinstance(m, RunningStatistics))
+    objective.eval()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    checkpoint(loss, leaf, use_reentrant=use_reentrant).backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [None, {}, {"seed": 1}, {"seed": "1", "draws": 0}, {"seed": 0, "draws": True}, [0, 0]],
+    ids=str,
+)
+def test_a_state_of_draws_that_is_none(state):
+    objective = BetaDPO()
+    objective.manual_seed(7)
+    with pytest.raises(TypeError, match="BetaDPO's state must have|must be an int, got"):
+        objective.load_state_dict({**objective.state_dict(), "_extra_state": state})
+    assert (objective.seed, objective.draws) == (7, 0)
+
+
+@pytest.mark.parametrize("seed", ["x", 1.7, None, True])
+def test_a_seed_that_is_none(seed):
+    with pytest.raises(TypeError, match="seed must be an int, got"):
+        BetaDPO().manual_seed(seed)

@@ -131,8 +131,9 @@ def _link(delta, label_smoothing, max_squared, LINK: tl.constexpr):
             loss = ((1.0 - label_smoothing) * kept - label_smoothing * flipped) / scale
             ddelta = -((1.0 - label_smoothing) * below + label_smoothing * above) / scale
         else:
-            # Where delta overflows, 0 times the flipped loss would be NaN.
-            smoothed = kept + label_smoothing * (flipped - kept)
+            # Where delta overflows, 0 times the flipped loss would be NaN, and so a step from one
+            # to the other.
+            smoothed = (1.0 - label_smoothing) * kept + label_smoothing * flipped
             loss = tl.where(label_smoothing > 0, smoothed, kept)
             ddelta = label_smoothing * above - (1.0 - label_smoothing) * below
     return loss, ddelta
@@ -237,12 +238,14 @@ def _pair_loss_kernel(
         if SCORE == "mean_log_prob":
             gap_w = gap_w / n_w
             gap_l = gap_l / n_l
-        mean = tl.load(gap_mean_ptr)
-        spread = tl.sqrt(tl.load(gap_variance_ptr))
+        mean = tl.load(gap_mean_ptr).to(tl.float32)
+        spread = tl.sqrt(tl.load(gap_variance_ptr).to(tl.float32))
         has_spread = spread > least_spread * tl.abs(mean)
         z = (gap_w - gap_l - mean) / tl.where(has_spread, spread, 1.0)
-        offset += gap_scale * tl.where(has_spread, z, 0.0)
-    delta = beta_w * s_w - beta * s_l - offset
+        offset += _times(tl.where(has_spread, z, 0.0), gap_scale)
+    # A ratio of 0 is that of a log-prob of -inf, and falls faster than that grows.
+    weighed_w = tl.where((beta_w == 0.0) & (tl.abs(s_w) == float("inf")), 0.0, beta_w * s_w)
+    delta = weighed_w - beta * s_l - offset
     loss, ddelta = _link(delta, label_smoothing, max_squared, LINK)
 
     if HAS_WEIGHT:
@@ -268,7 +271,7 @@ def _pair_loss_kernel(
     tl.store(lengths_ptr + rejected, end_l - begin_l)
     tl.store(beta_chosen_ptr + chosen, beta_w)
     tl.store(beta_rejected_ptr + chosen, beta)
-    tl.store(rewards_ptr + chosen, beta_w * s_w)
+    tl.store(rewards_ptr + chosen, weighed_w)
     tl.store(rewards_ptr + rejected, beta * s_l)
     tl.store(coefficients_ptr + chosen, ddelta * beta_w * slope_w - nll_weight / n_w)
     tl.store(coefficients_ptr + rejected, -ddelta * beta * slope_l)
@@ -297,7 +300,8 @@ def pair_loss(
     max_squared: float,
     gap: tuple[float, float] | None = None,  # policy's and reference's part in alpha-DPO's gap
     gap_scale: float = 0.0,
-    gap_statistics: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean and variance, scalars
+    gap_statistics: tuple[torch.Tensor, torch.Tensor]
+    | None = None,  # mean and variance, () float64
     least_spread: float = 0.0,  # relative to the mean
     margin_weight: MarginWeight | None = None,
 ) -> PairLossOutput:

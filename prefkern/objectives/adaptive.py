@@ -17,11 +17,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from prefkern.objectives.base import LARGEST, is_number, require_positive
+from prefkern.objectives.base import LARGEST, is_number, require_positive, shown
 
-# exp() of a log-ratio is held below e^64 = 6e27: times beta and a log-ratio of 1e5 it stays finite
-# in float32, while no coefficient that could train anything is ever touched.
-MAX_LOG_RATIO = 64.0
+# exp() of a log-ratio is held below e^60 = 1e26: times the largest beta and k it stays finite in
+# float32, while no coefficient that could train anything is ever touched.
+MAX_LOG_RATIO = 60.0
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Adaptive:
             raise ValueError(f'space must be "ratio" or "policy", got {self.space!r}')
         if isinstance(self.exponent, list):
             object.__setattr__(self, "exponent", tuple(self.exponent))
-        if self.exponent != "length":
+        if not (isinstance(self.exponent, str) and self.exponent == "length"):
             numbers = self.exponent if isinstance(self.exponent, tuple) else (self.exponent,) * 2
             bounded = [is_number(x) and -LARGEST <= x <= LARGEST for x in numbers]  # pyright: ignore[reportOperatorIssue]
             if len(bounded) != 2 or not all(bounded):
                 raise ValueError(
                     'exponent must be "length", a number, or a pair of numbers (alpha_w, alpha_l), '
-                    f"within +-{LARGEST:g}, got {self.exponent!r}"
+                    f"within +-{LARGEST:g}, got {shown(self.exponent)}"
                 )
         if self.clip is not None:
             require_positive("clip", self.clip)

@@ -56,7 +56,6 @@ class AlphaDPO(Contrastive):
             belong; False: s = 1, as Eq. 12 is printed.
     """
 
-    has_statistics = True
     gamma: float
     alpha: float
     length_normalized: bool
@@ -100,9 +99,13 @@ class AlphaDPO(Contrastive):
     def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return _GAPS[self.implicit_reference][1] != 0
 
+    @property
+    def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.training
+
     def forward(self, pairs: Pairs) -> PairLoss:
         check_kind("pairs", pairs, Pairs)
-        if self.training:
+        if self.observes:
             self.observe(pairs)
         return super().forward(pairs)
 
@@ -128,6 +131,9 @@ class AlphaDPO(Contrastive):
 
     @torch.no_grad()
     def margin(self, pairs: Pairs) -> Tensor:
+        if not self.alpha:
+            # Z may be infinite, and 0 times that is NaN.
+            return torch.full_like(pairs.chosen_logps, self.fixed_margin)
         spread = self.statistics.spread()
         z = (self.gap(pairs) - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
         return self.fixed_margin + self._gap_scale * torch.where(spread > 0, z, 0.0)

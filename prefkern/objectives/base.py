@@ -114,7 +114,11 @@ class Pairs:
 
 
 class PairLoss(NamedTuple):
-    """Loss and coefficients of each pair, all (B,); only `losses` carries a gradient."""
+    """Loss and coefficients of each pair, all (B,); only `losses` carries a gradient.
+
+    Where nothing is adaptive, `beta_chosen` and `beta_rejected` may be one tensor: clone what is
+    to be changed in place.
+    """
 
     losses: Tensor
     beta_chosen: Tensor
@@ -134,15 +138,15 @@ class Objective(nn.Module):
     - `needs_alignments`: `chosen_alignments` and `rejected_alignments`;
     - `needs_kls`: `chosen_kls` and `rejected_kls`, so hidden states and head of the reference.
 
-    `has_statistics` says that `observe` must see each batch that is trained on before `forward`
-    or the pair kernel does.
+    `observes` says that `observe` must see a batch before the pair kernel does: there are
+    statistics, and the module that has them is training. `forward` sees to it by itself.
     """
 
     needs_reference: bool = True
     needs_reward_margins: bool = False
     needs_alignments: bool = False
     needs_kls: bool = False
-    has_statistics: bool = False
+    observes: bool = False
     adaptive: Adaptive | None = None
     beta: float
 
@@ -150,7 +154,7 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define forward(pairs)")
 
     def observe(self, pairs: Pairs) -> None:
-        """Move running statistics by a batch; `forward` does so itself when training."""
+        """Move running statistics by a batch."""
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
         """Numbers of this objective's own to log, (B,) each."""
@@ -173,6 +177,8 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of shape [{size}], got {value!r}")
+        if value.is_nested or value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor of shape [{size}]")
         if value.ndim != 1 or value.shape != first.shape:
             raise ValueError(
                 f"{name} must have the shape [{size}] of {names[0]}, "
@@ -185,7 +191,8 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
                 raise TypeError(f"desirable must be a bool tensor, got {value.dtype}")
             continue
         may_be_integers = name.endswith("_lengths") or name == "reward_margins"
-        is_integer = not value.is_floating_point() and value.dtype != torch.bool
+        is_integer = not (value.is_floating_point() or value.is_complex())
+        is_integer = is_integer and value.dtype != torch.bool
         if not value.is_floating_point() and not (may_be_integers and is_integer):
             raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
         if value.dtype in (torch.float16, torch.bfloat16):
@@ -195,42 +202,62 @@ def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size
             object.__setattr__(values, name, value.long())
 
 
+def weighed(factor: Tensor, value: Tensor) -> Tensor:
+    """`factor value`, and 0 where a factor of 0 meets an infinite value, which would be NaN.
+
+    Factors that are exponentials of a log-prob vanish where it is -inf, faster than it grows.
+    """
+    return torch.where((factor == 0) & value.isinf(), 0.0, factor * value)
+
+
 def check_kind(name: str, value: Any, kind: type) -> None:
     """Raise TypeError for what is not the dataclass that an objective reads."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {kind.__name__}, got {value!r}"[:200])
 
 
-# Hyper-parameters beyond this have no use, and their products would leave float32.
+# Hyper-parameters beyond these have no use, and their products and reciprocals would leave float32.
 LARGEST = 1e6
+LEAST = 1e-12
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def shown(value: object) -> str:
+    """A value as a message has it, in a line."""
+    return f"{value!r}"[:80]
 
 
 def require_number(name: str, value: Any) -> float:
     if not is_number(value) or abs(value) > LARGEST:
-        raise ValueError(f"{name} must be a finite number, within +-{LARGEST:g}, got {value!r}")
+        raise ValueError(
+            f"{name} must be a finite number, within +-{LARGEST:g}, got {shown(value)}"
+        )
     return float(value)
 
 
 def require_positive(name: str, value: Any) -> float:
-    if not is_number(value) or not 0 < value <= LARGEST:
-        raise ValueError(f"{name} must be a finite number > 0, at most {LARGEST:g}, got {value!r}")
+    if not is_number(value) or not LEAST <= value <= LARGEST:
+        raise ValueError(
+            f"{name} must be a finite number > 0, from {LEAST:g} to {LARGEST:g}, got {shown(value)}"
+        )
     return float(value)
 
 
 def require_not_negative(name: str, value: Any) -> float:
     if not is_number(value) or not 0 <= value <= LARGEST:
-        raise ValueError(f"{name} must be a finite number >= 0, at most {LARGEST:g}, got {value!r}")
+        raise ValueError(
+            f"{name} must be a finite number >= 0, at most {LARGEST:g}, got {shown(value)}"
+        )
     return float(value)
 
 
 def require_below(name: str, value: Any, end: float) -> float:
     """A number in [0, end)."""
     if not (is_number(value) and 0 <= value < end):
-        raise ValueError(f"{name} must be in [0, {end:g}), got {value!r}")
+        raise ValueError(f"{name} must be in [0, {end:g}), got {shown(value)}")
     return float(value)
 
 

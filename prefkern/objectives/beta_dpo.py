@@ -18,6 +18,7 @@ from prefkern.objectives.base import (
     require_below,
     require_not_negative,
     require_positive,
+    shown,
 )
 from prefkern.objectives.running import RunningStatistics, gather
 
@@ -55,7 +56,7 @@ class BetaDPO(Objective):
         self.beta = require_positive("beta", beta)
         self.m = require_not_negative("m", m)
         if not (is_number(keep) and 0 < keep <= 1):
-            raise ValueError(f"keep must be in (0, 1], got {keep!r}")
+            raise ValueError(f"keep must be in (0, 1], got {shown(keep)}")
         self.keep = float(keep)
         self.momentum = require_below("momentum", momentum, 1)
         self.beta_min = require_positive("beta_min", beta_min)
@@ -91,14 +92,16 @@ class BetaDPO(Objective):
         return {"beta_dpo/beta": result.beta_chosen, "beta_dpo/kept": self._kept}
 
     def manual_seed(self, seed: int) -> None:
-        """Start the draws over from a seed of one's own; the same on every rank."""
-        self.seed, self.draws = int(seed), 0
+        """Start the draws over from a seed of one's own, an int; the same on every rank."""
+        self.seed, self.draws = _whole("seed", seed), 0
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seed": self.seed, "draws": self.draws}
 
     def set_extra_state(self, state: Any) -> None:
-        self.seed, self.draws = state["seed"], state["draws"]
+        if not isinstance(state, dict) or {*state} != {"seed", "draws"}:
+            raise TypeError(f"BetaDPO's state must have seed and draws, got {shown(state)}")
+        self.seed, self.draws = _whole("seed", state["seed"]), _whole("draws", state["draws"])
 
     def extra_repr(self) -> str:
         names = ("beta", "m", "keep", "momentum", "beta_min")
@@ -134,3 +137,9 @@ class BetaDPO(Objective):
         # A hair above, so that 0.29 of 100 is 29 and not 28.
         count = max(int(self.keep * len(h) + 1e-6), 1)
         return torch.zeros_like(h).index_fill(0, keys.topk(count).indices, 1.0)
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {shown(value)}")
+    return value

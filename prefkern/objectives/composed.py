@@ -18,6 +18,7 @@ from prefkern.objectives.base import (
     check_kind,
     require_bool,
     require_positive,
+    weighed,
 )
 
 
@@ -47,8 +48,8 @@ class Wrapper(Objective):
         return self.objective.needs_kls
 
     @property
-    def has_statistics(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.has_statistics
+    def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.objective.observes
 
     @property
     def adaptive(self) -> Adaptive | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -124,7 +125,7 @@ class WPO(Wrapper):
         check_kind("pairs", pairs, Pairs)
         weight = self.weight(pairs)
         result = self.objective(pairs)
-        return result._replace(losses=weight * result.losses)
+        return result._replace(losses=weighed(weight, result.losses))
 
     @torch.no_grad()
     def weight(self, pairs: Pairs) -> Tensor:  # (B,)

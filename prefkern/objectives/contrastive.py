@@ -32,6 +32,7 @@ from prefkern.objectives.base import (
     require_not_negative,
     require_number,
     require_positive,
+    weighed,
 )
 
 Score = Literal["log_ratio", "mean_log_ratio", "log_prob", "mean_log_prob", "log_odds"]
@@ -64,7 +65,10 @@ class Contrastive(Objective):
         check_kind("pairs", pairs, Pairs)
         chosen, rejected = self.scores(pairs)
         beta_chosen, beta_rejected = self.coefficients(pairs)
-        delta = beta_chosen * chosen - beta_rejected * rejected - self.margin(pairs)
+        weighed_chosen = beta_chosen * chosen
+        if self.adaptive is not None:
+            weighed_chosen = weighed(beta_chosen, chosen)
+        delta = weighed_chosen - beta_rejected * rejected - self.margin(pairs)
         losses = _linked(self.link, delta, self.label_smoothing)
         weight = self.weight(pairs)
         if weight is not None:
@@ -76,7 +80,7 @@ class Contrastive(Objective):
             losses,
             beta_chosen,
             beta_rejected,
-            (beta_chosen * chosen).detach(),
+            weighed_chosen.detach(),
             (beta_rejected * rejected).detach(),
         )
 
@@ -421,7 +425,8 @@ def _linked(link: Link, delta: Tensor, label_smoothing: float) -> Tensor:
     if link == "robust":
         kept = 1 - label_smoothing
         return (kept * losses - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-    return torch.lerp(losses, flipped, label_smoothing)
+    # Not as a step from one to the other: where delta overflows that is inf - inf.
+    return (1 - label_smoothing) * losses + label_smoothing * flipped
 
 
 def _in_policy_space(adaptive: Any) -> Any:

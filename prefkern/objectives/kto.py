@@ -46,8 +46,10 @@ class Examples:
         check_vectors(self, names, required=tuple(names), size="S")
         # M is a size of its own.
         mismatched = self.mismatched_log_ratios
-        is_tensor = isinstance(mismatched, Tensor) and mismatched.dtype != torch.bool
-        if not is_tensor or mismatched.ndim != 1:
+        is_tensor = isinstance(mismatched, Tensor) and not (
+            mismatched.dtype == torch.bool or mismatched.is_complex() or mismatched.is_nested
+        )
+        if not is_tensor or mismatched.layout != torch.strided or mismatched.ndim != 1:
             raise TypeError(
                 f"mismatched_log_ratios must be a tensor of shape [M], got {mismatched!r}"
             )

@@ -16,6 +16,7 @@ from prefkern.objectives.base import (
     is_number,
     require_one_of,
     require_positive,
+    shown,
 )
 from prefkern.objectives.contrastive import Contrastive
 
@@ -58,10 +59,10 @@ class MADPO(Contrastive):
         super().__init__()
         if not (is_number(c_max) and 1 < c_max <= LARGEST):
             raise ValueError(
-                f"c_max must be a finite number > 1, at most {LARGEST:g}, got {c_max!r}"
+                f"c_max must be a finite number > 1, at most {LARGEST:g}, got {shown(c_max)}"
             )
         if c_min is not None and not (is_number(c_min) and 0 <= c_min < 1):
-            raise ValueError(f"c_min must be None or in [0, 1), got {c_min!r}")
+            raise ValueError(f"c_min must be None or in [0, 1), got {shown(c_min)}")
         self._set(
             beta=require_positive("beta", beta),
             tau=require_positive("tau", tau),

@@ -26,7 +26,7 @@ LEAST_SPREAD = 1e-6
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance over the batches of all ranks.
+    """Mean and variance over the batches of all ranks, in float64.
 
     Args:
         momentum: share that the past keeps, in [0, 1).
@@ -49,13 +49,22 @@ class RunningStatistics(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.bias_corrected = bias_corrected
-        self.register_buffer("mean", torch.tensor(float(mean)))
-        self.register_buffer("variance", torch.tensor(float(variance)))
+        self.register_buffer("mean", torch.tensor(float(mean), dtype=torch.float64))
+        self.register_buffer("variance", torch.tensor(float(variance), dtype=torch.float64))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:  # (B,) of this rank
-        """Move by one batch; every rank must call it. Takes no synchronisation of its own."""
+        """Move by one batch; every rank must call it. Takes no synchronisation of its own.
+
+        Raises RuntimeError in the recomputation of a checkpointed region.
+        """
+        if not torch.compiler.is_compiling() and _in_backward():
+            raise RuntimeError(
+                "a loss with running statistics was recomputed by activation checkpointing: they "
+                "would be moved twice, and its gradient be of another loss. Checkpoint the model, "
+                "not the loss"
+            )
         finite = values.isfinite()
         values = torch.where(finite, values.detach().double(), 0.0)
         count, total = all_sum(torch.stack([finite.sum(dtype=torch.float64), values.sum()]))
@@ -68,10 +77,11 @@ class RunningStatistics(nn.Module):
             weight = weight / (1 - torch.pow(self.momentum, self.batches.clamp(min=1).double()))
         weight = torch.where(count > 0, weight, 0.0)
         step = mean - self.mean
-        self.variance.copy_(
-            (1 - weight) * (self.variance + weight * step.square()) + weight * variance
-        )
-        self.mean.copy_(self.mean + weight * step)
+        # Not by mul_, add_ or copy_, whose results are not used: of float64 scalars, the graphs of
+        # torch.compile (2.11 to 2.13) are without such calls.
+        self.variance *= 1 - weight
+        self.variance += weight * ((1 - weight) * step.square() + variance)
+        self.mean += weight * step
 
     def spread(self) -> Tensor:
         """The standard deviation; 0 where it is no more than the rounding of the numbers."""
@@ -87,6 +97,11 @@ class RunningStatistics(nn.Module):
             if after.dtype != buffer.dtype and not buffer.is_meta:
                 setattr(self, name, buffer.to(after.device))
         return self
+
+
+def _in_backward() -> bool:
+    """Whether a backward is running in this thread, which is where regions are recomputed."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def all_sum(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ so that besides the log-probs the two divergences train.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -78,6 +79,9 @@ class TDPO2(TDPO1):
         self.alpha = require_not_negative("alpha", alpha)
 
     def divergence(self, chosen_kls: Tensor, rejected_kls: Tensor) -> Tensor:
+        # A divergence may be infinite, and 0 times that is NaN.
+        if not self.alpha:
+            return torch.zeros_like(rejected_kls)
         return self.alpha * (rejected_kls - chosen_kls.detach())
 
     def extra_repr(self) -> str:
