@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.import_utils import is_peft_available
 
 from prefkern.config import PreferenceConfig
+from prefkern.hub import is_trusted
 
 # In the names of rates: attention_dropout, attn_pdrop, layerdrop.
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
@@ -33,13 +34,17 @@ def load_model(name: str, args: PreferenceConfig, **defaults: Any) -> Any:
     It may be one that takes images as well, of which the text is trained.
     """
     kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
+    remote = is_trusted(kwargs)
+    kwargs.pop("trust_remote_code", None)
     # Keywords that are the model's and not the config's are of no matter to its kind.
-    config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+    config, _ = AutoConfig.from_pretrained(
+        name, trust_remote_code=remote, return_unused_kwargs=True, **kwargs
+    )
     kind = type(config)
     takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if takes_images and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText.from_pretrained(name, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=remote, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=remote, **kwargs)
 
 
 def is_peft_model(model: Any) -> bool:

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EarlyStoppingCallback,
     TrainingArguments,
 )
@@ -35,6 +34,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from prefkern.collate import PreferenceCollator
 from prefkern.config import check_training, refuse_batches_by_length
 from prefkern.data import check_columns, tokenize_preferences
+from prefkern.hub import is_trusted, load_tokenizer, whence
 from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
 from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
@@ -299,7 +299,7 @@ def new_reward_model(name: str, adapter: Any = None, **kwargs: Any) -> tuple[Any
 
     Raises ValueError or OSError for a model that cannot be loaded or adapted.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=_trusted(kwargs))
+    tokenizer = load_tokenizer(name, kwargs)
     model = _load_classifier(name, num_labels=1, **kwargs)[0]
     head = _with_float_head(model)
     if adapter is not None:
@@ -324,15 +324,16 @@ def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
 
     Raises ValueError or OSError for what is not a reward model.
     """
-    remote = _trusted(kwargs)
     if find_adapter_config_file(name) is None:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=remote)
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
+        )
         _check_outputs(name, config)
         model, missing = _load_classifier(name, **kwargs)
         if missing:
             raise ValueError(f"{name!r} is no reward model: it has no weights {missing[0]}")
         _with_float_head(model)
-        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
+        return model, load_tokenizer(name, kwargs)
 
     from peft import PeftConfig, PeftModel
 
@@ -358,9 +359,11 @@ def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
             f"the adapter {name!r} does not fit {base!r} with one output: {error}"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
+        # The revision is that of the base, whose weights are loaded with it.
+        unversioned = {key: value for key, value in kwargs.items() if key != "revision"}
+        tokenizer = load_tokenizer(name, unversioned)
     except (OSError, ValueError):
-        return model, AutoTokenizer.from_pretrained(base, trust_remote_code=remote)
+        return model, load_tokenizer(base, kwargs)
     # An adapter is saved without its model's configuration; the pad token is the tokenizer's.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -402,9 +405,11 @@ def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
 
 def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
     """The model, and the names of its weights that the files lack."""
+    remote = is_trusted(kwargs)
+    kwargs.pop("trust_remote_code", None)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True, **kwargs
+            name, output_loading_info=True, trust_remote_code=remote, **kwargs
         )
     except RuntimeError as error:
         # Weights of other shapes, such as the head of a classifier with several labels.
@@ -434,7 +439,3 @@ def _with_float_head(model: Any) -> nn.Module | None:
 
 def _to_own_dtype(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].to(next(head.parameters()).dtype), *inputs[1:])
-
-
-def _trusted(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("trust_remote_code", False))

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.api import resolve_backend
@@ -47,6 +47,7 @@ from prefkern.data import (
 )
 from prefkern.forward import MISMATCHED, model_inputs, preference_outputs
 from prefkern.heads import has_low_rank_term
+from prefkern.hub import load_tokenizer
 from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
@@ -167,9 +168,12 @@ class PreferenceTrainer(ObjectiveTrainer):
         check_liger(args, args.device)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
+        init_kwargs: Any = args.model_init_kwargs or {}
+        # What a model that is given was loaded with is not known.
+        own_kwargs = init_kwargs if isinstance(model, str) else {}
         model = load_model(model, args) if isinstance(model, str) else model
-        processing_class = processing_class or AutoTokenizer.from_pretrained(
-            model.config._name_or_path
+        processing_class = processing_class or load_tokenizer(
+            model.config._name_or_path, own_kwargs
         )
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
         if not hasattr(tokenizer, "pad_token_id"):
@@ -209,7 +213,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             ref_model = load_model(ref_model, args, dtype=model.dtype)
         if ref_model is not None:
             find_head(ref_model)
-            check_reference_words(tokenizer, unwrap(model), unwrap(ref_model), ref_name)
+            models = (unwrap(model), unwrap(ref_model))
+            check_reference_words(tokenizer, *models, ref_name, init_kwargs)
             for each, part in named(train_dataset, "train") + named(eval_dataset, "eval"):
                 check_tokens(part, embedding_rows(unwrap(ref_model)), each, "reference")
         is_adapted = is_peft_model(model)
