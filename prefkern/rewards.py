@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.collate import PreferenceCollator
-from prefkern.config import check_training, refuse_batches_by_length
+from prefkern.config import check_training, refuse_batches_by_length, refuse_without_effect
 from prefkern.data import check_columns, tokenize_preferences
 from prefkern.hub import is_trusted, load_tokenizer, whence
 from prefkern.integrations.liger import apply_liger, check_liger
@@ -43,12 +43,16 @@ from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 _HEADS = ("score", "classifier")
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 # Arguments that the loss or the metrics of a reward model leave without effect.
-_UNUSED = {
-    "label_smoothing_factor": 0.0,
-    "batch_eval_metrics": False,
-    "eval_do_concat_batches": True,
-    "prediction_loss_only": False,
-}
+_UNUSED = (
+    "average_tokens_across_devices",
+    "batch_eval_metrics",
+    "eval_do_concat_batches",
+    "include_for_metrics",
+    "label_names",
+    "label_smoothing_factor",
+    "length_column_name",
+    "prediction_loss_only",
+)
 
 
 @dataclass
@@ -104,9 +108,7 @@ class RewardConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, default in _UNUSED.items():
-            if getattr(self, name, default) != default:
-                raise ValueError(f"{name} has no effect on a reward model")
+        refuse_without_effect(self, _UNUSED, "a reward model")
         check_mode(self.truncation_mode)
         check_training(self)
         refuse_batches_by_length(self)

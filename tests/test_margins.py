@@ -502,6 +502,8 @@ def test_conversations(files, tmp_path):
         ({"load_best_model_at_end": False}, "load_best_model_at_end must be true"),
         ({"save_steps": 5}, "--save_steps has no effect"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
+        ({"label_names": ["labels"]}, "label_names has no effect on a reward model"),
+        ({"average_tokens_across_devices": "false"}, "average_tokens_across_devices has no effect"),
         ({"train_sampling_strategy": "group_by_length"}, "batches by length are not supported"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "fewer than a batch"),
         ({"betta": 0.1}, "unknown argument '--betta'"),
