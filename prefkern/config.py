@@ -7,7 +7,9 @@ than ignored.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,19 @@ _LEAST_OF_TRAINING = {
     "gradient_accumulation_steps": 1,
     "seed": 0,
 }
+# Of transformers' own, those for predictions and labels that an evaluation keeps (here it keeps sums),
+# for batches by length, and for tokens that are counted (here pairs are, over all ranks).
+_WITHOUT_EFFECT = (
+    "average_tokens_across_devices",
+    "batch_eval_metrics",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "include_for_metrics",
+    "label_names",
+    "length_column_name",
+    "prediction_loss_only",
+)
 _BOOLS = (
     "use_weighting",
     "padding_free",
@@ -171,6 +186,7 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"backend must be None or one of {known}, got {self.backend!r}")
         check_mode(self.truncation_mode)
         refuse_batches_by_length(self)
+        refuse_without_effect(self, _WITHOUT_EFFECT, "preference pairs")
         if self.padding_free and self.pad_to_multiple_of is not None:
             raise ValueError(
                 f"pad_to_multiple_of ({self.pad_to_multiple_of}) has no effect under padding_free, "
@@ -257,6 +273,18 @@ def refuse_batches_by_length(args: TrainingArguments) -> None:
             "batches by length are not supported on preference pairs; "
             'train_sampling_strategy must be "random" or "sequential"'
         )
+
+
+def refuse_without_effect(args: TrainingArguments, names: Collection[str], what: str) -> None:
+    """Raise ValueError for an argument of transformers' that is set and would change nothing."""
+    for each in dataclasses.fields(TrainingArguments):
+        if each.name not in names:
+            continue
+        value = getattr(args, each.name)
+        is_made = each.default_factory is not dataclasses.MISSING
+        # Whatever the default is in the version that is installed.
+        if value != (each.default_factory() if is_made else each.default):
+            raise ValueError(f"{each.name} has no effect on {what}, and is {value!r}; leave it out")
 
 
 def _json_object(name: str, value: Any) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ what is wrong with it and what to do.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.config import PreferenceConfig
+from prefkern.hub import is_trusted, load_tokenizer
 
 
 def load_model(name: str, args: PreferenceConfig, what: str = "model", **defaults: Any) -> Any:
@@ -39,15 +40,21 @@ def load_model(name: str, args: PreferenceConfig, what: str = "model", **default
     shapes, or lack some of the weights; `what` is what the error calls the model.
     """
     kwargs = {"dtype": torch.float32, **defaults, **(args.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
+    remote = is_trusted(kwargs)
+    kwargs.pop("trust_remote_code", None)
     # Keywords that are the model's and not the config's are of no matter to its kind.
-    config, _ = read_config(name, what, return_unused_kwargs=True, **kwargs)
+    config, _ = read_config(
+        name, what, trust_remote_code=remote, return_unused_kwargs=True, **kwargs
+    )
     kind = type(config)
     takes_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     loader: Any = AutoModelForCausalLM
     if takes_images and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         loader = AutoModelForImageTextToText
     try:
-        model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, info = loader.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=remote, **kwargs
+        )
     except SafetensorError as error:
         raise ValueError(
             f"{what} {name!r}: {_unreadable(name)} is damaged or was not written to its end "
@@ -73,7 +80,9 @@ def load_model(name: str, args: PreferenceConfig, what: str = "model", **default
     return model
 
 
-def read_config(name: str, what: str = "model", **kwargs: Any) -> Any:
+def read_config(
+    name: str, what: str = "model", *, trust_remote_code: bool = False, **kwargs: Any
+) -> Any:
     """A model's configuration, as AutoConfig has it.
 
     Raises OSError for one that is not there, and ValueError for an adapter, and for a configuration
@@ -84,7 +93,7 @@ def read_config(name: str, what: str = "model", **kwargs: Any) -> Any:
     if Path(name).is_dir():
         _refuse_adapter(name, what)
     try:
-        return AutoConfig.from_pretrained(name, **kwargs)
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError):
         # A hub name is asked for once more only now.
         with suppress(OSError):
@@ -102,15 +111,18 @@ def unusable_config(name: str, what: str, error: Exception) -> ValueError:
     )
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer that lies beside a model. Raises ValueError, naming the file where one is broken."""
+def tokenizer_beside(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The tokenizer of a model that `kwargs` loaded.
+
+    Raises ValueError, naming the file where one is broken.
+    """
     if not name:
         raise ValueError(
             "the model does not say where it was loaded from (its config's _name_or_path is empty), "
             "so that its tokenizer is not known: pass processing_class"
         )
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name, kwargs)
     except Exception as error:
         # The Rust library raises plain Exceptions.
         broken = _broken_json(name)

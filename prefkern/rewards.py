@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EarlyStoppingCallback,
     TrainingArguments,
 )
@@ -33,8 +32,9 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.collate import PreferenceCollator
-from prefkern.config import check_training, refuse_batches_by_length
+from prefkern.config import check_training, refuse_batches_by_length, refuse_without_effect
 from prefkern.data import check_columns, tokenize_preferences
+from prefkern.hub import is_trusted, load_tokenizer, whence
 from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
 from prefkern.models import unwrap
@@ -46,12 +46,16 @@ from prefkern.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 _HEADS = ("score", "classifier")
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 # Arguments that the loss or the metrics of a reward model leave without effect.
-_UNUSED = {
-    "label_smoothing_factor": 0.0,
-    "batch_eval_metrics": False,
-    "eval_do_concat_batches": True,
-    "prediction_loss_only": False,
-}
+_UNUSED = (
+    "average_tokens_across_devices",
+    "batch_eval_metrics",
+    "eval_do_concat_batches",
+    "include_for_metrics",
+    "label_names",
+    "label_smoothing_factor",
+    "length_column_name",
+    "prediction_loss_only",
+)
 
 
 @dataclass
@@ -107,9 +111,7 @@ class RewardConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, default in _UNUSED.items():
-            if getattr(self, name, default) != default:
-                raise ValueError(f"{name} has no effect on a reward model")
+        refuse_without_effect(self, _UNUSED, "a reward model")
         check_mode(self.truncation_mode)
         check_training(self)
         refuse_batches_by_length(self)
@@ -305,7 +307,7 @@ def new_reward_model(name: str, adapter: Any = None, **kwargs: Any) -> tuple[Any
 
     Raises ValueError or OSError for a model that cannot be loaded or adapted.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=_trusted(kwargs))
+    tokenizer = load_tokenizer(name, kwargs)
     model = _load_classifier(name, num_labels=1, **kwargs)[0]
     check_no_native_adapter(model)
     head = _with_float_head(model)
@@ -331,15 +333,16 @@ def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
 
     Raises ValueError or OSError for what is not a reward model.
     """
-    remote = _trusted(kwargs)
     if find_adapter_config_file(name) is None:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=remote)
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
+        )
         _check_outputs(name, config)
         model, missing = _load_classifier(name, **kwargs)
         if missing:
             raise ValueError(f"{name!r} is no reward model: it has no weights {missing[0]}")
         _with_float_head(model)
-        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
+        return model, load_tokenizer(name, kwargs)
 
     from peft import PeftConfig, PeftModel
 
@@ -365,9 +368,11 @@ def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
             f"the adapter {name!r} does not fit {base!r} with one output: {error}"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
+        # The revision is that of the base, whose weights are loaded with it.
+        unversioned = {key: value for key, value in kwargs.items() if key != "revision"}
+        tokenizer = load_tokenizer(name, unversioned)
     except (OSError, ValueError):
-        return model, AutoTokenizer.from_pretrained(base, trust_remote_code=remote)
+        return model, load_tokenizer(base, kwargs)
     # An adapter is saved without its model's configuration; the pad token is the tokenizer's.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -409,9 +414,11 @@ def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
 
 def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
     """The model, and the names of its weights that the files lack."""
+    remote = is_trusted(kwargs)
+    kwargs.pop("trust_remote_code", None)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True, **kwargs
+            name, output_loading_info=True, trust_remote_code=remote, **kwargs
         )
     except RuntimeError as error:
         # Weights of other shapes, such as the head of a classifier with several labels.
@@ -441,7 +448,3 @@ def _with_float_head(model: Any) -> nn.Module | None:
 
 def _to_own_dtype(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].to(next(head.parameters()).dtype), *inputs[1:])
-
-
-def _trusted(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get("trust_remote_code", False))

@@ -48,7 +48,7 @@ from prefkern.data import (
 from prefkern.forward import MISMATCHED, model_inputs, preference_outputs
 from prefkern.heads import has_low_rank_term
 from prefkern.integrations.liger import apply_liger, check_liger
-from prefkern.loading import load_model, load_tokenizer
+from prefkern.loading import load_model, tokenizer_beside
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
     IGNORE_INDEX,
@@ -176,8 +176,13 @@ class PreferenceTrainer(ObjectiveTrainer):
         check_liger(args, args.device)
         # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
         set_seed(args.seed)
+        init_kwargs: Any = args.model_init_kwargs or {}
+        # What a model that is given was loaded with is not known.
+        own_kwargs = init_kwargs if isinstance(model, str) else {}
         model = load_model(model, args) if isinstance(model, str) else model
-        processing_class = processing_class or load_tokenizer(model.config._name_or_path)
+        processing_class = processing_class or tokenizer_beside(
+            model.config._name_or_path, own_kwargs
+        )
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
         if not hasattr(tokenizer, "pad_token_id"):
             raise TypeError(
@@ -220,7 +225,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             ref_model = load_model(ref_model, args, "ref_model", dtype=model.dtype)
         if ref_model is not None:
             find_head(ref_model)
-            check_reference_words(tokenizer, unwrap(model), unwrap(ref_model), ref_name)
+            models = (unwrap(model), unwrap(ref_model))
+            check_reference_words(tokenizer, *models, ref_name, init_kwargs)
             for each, part in named(train_dataset, "train") + named(eval_dataset, "eval"):
                 check_tokens(part, embedding_rows(unwrap(ref_model)), each, "reference")
                 self._check_positions(part, args, each, unwrap(ref_model), "reference")

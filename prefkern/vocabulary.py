@@ -7,13 +7,14 @@ long as there are so many, and a reference with another vocabulary gives log-pro
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import pyarrow.compute as pc
-from transformers import AutoTokenizer
 
 from prefkern.data import COLUMNS
+from prefkern.hub import load_tokenizer
 from prefkern.text_inputs import embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -55,16 +56,23 @@ def check_tokens(
             )
 
 
-def check_reference_words(tokenizer: Any, model: Any, ref_model: Any, ref_name: str | None) -> None:
+def check_reference_words(
+    tokenizer: Any,
+    model: Any,
+    ref_model: Any,
+    ref_name: str | None,
+    ref_kwargs: Mapping[str, Any],
+) -> None:
     """Raise ValueError for a reference with other words; warn where that cannot be told.
 
     Args:
         ref_name: where it was loaded from, and with it its tokenizer; None: not known.
+        ref_kwargs: keywords of `from_pretrained` that it was loaded with.
     """
     rows, ref_rows = embedding_rows(model), embedding_rows(ref_model)
     if ref_name is not None:
         try:
-            theirs = AutoTokenizer.from_pretrained(ref_name).get_vocab()
+            theirs = load_tokenizer(ref_name, ref_kwargs).get_vocab()
         except (OSError, ValueError, KeyError):
             theirs = {}
         ours = tokenizer.get_vocab()

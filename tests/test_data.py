@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers
 
 datasets = pytest.importorskip("datasets")
 
+import prefkern
 from prefkern import data
 from prefkern.collate import ExampleCollator, PreferenceCollator
-from prefkern.data import tokenisation
+from prefkern.data import formats, tokenisation
 
 TOKENIZER = tiny.tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -232,6 +236,173 @@ def test_dropped_and_identical_pairs_are_counted():
         _tokenize(rows[2:])
 
 
+BLOCKS = "{% if m['content'] is string %}{{ m['content'] }}{% elif m['content'] %}{% for b in "
+BLOCKS += "m['content'] %}{{ b['text'] }}{% endfor %}{% endif %}"
+BLOCKS += "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {% endfor %}"
+CALLS = {"role": "assistant", "tool_calls": [{"function": {"name": "plot"}}]}
+
+
+def _taking_blocks():
+    """A tokenizer whose template takes lists of blocks, and tool calls, as content."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("{{ m['content'] }}", BLOCKS)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**STANDARD, "chosen": ""},
+        {**STANDARD, "rejected": " <eos>"},
+        # Of such a prompt the end is cut off and scored, whatever the response is.
+        {"prompt": "the fi", "chosen": "", "rejected": "lm good"},
+        {**CONVERSATION, "chosen": [_assistant("")]},
+        {**CONVERSATION, "rejected": [_assistant(" \n"), _assistant("")]},
+        {"prompt_ids": [5], "chosen_ids": [6, EOS], "rejected_ids": [EOS]},
+    ],
+)
+def test_responses_that_say_nothing_are_dropped_as_empty(row):
+    is_text = "prompt_ids" not in row
+    good = {key: [7, 8] for key in row}
+    if is_text:
+        good = CONVERSATION if isinstance(row["chosen"], list) else STANDARD
+    tokenised, report = _tokenize([good, row])
+    assert (len(tokenised), report.pairs, report.empty, report.too_long) == (1, 1, 1, 0)
+    assert "1 dropped for an empty response" in report.summary
+    with pytest.raises(ValueError, match="has no pair with two responses that can be scored"):
+        _tokenize([row])
+    if is_text:
+        singles = [
+            {"prompt": each["prompt"], "completion": each[side], "label": True}
+            for each in (good, row)
+            for side in ("chosen", "rejected")
+        ]
+        assert _examples(singles)[1].empty == 1
+
+
+def test_calls_of_tools_and_blocks_say_something():
+    block = [{"type": "text", "text": "bad"}]
+    row = {**CONVERSATION, "chosen": [{**CALLS, "content": None}]}
+    for content, empty in ((block, 0), ([{"type": "text", "text": ""}], 1)):
+        rows = [row, {**row, "rejected": [{"role": "assistant", "content": content}]}]
+        both = [datasets.Dataset.from_list([each]) for each in rows]
+        tokenised, report = data.tokenize_preferences(both[0], _taking_blocks())
+        assert tokenised[0]["chosen_ids"] == [*_ids("plot"), EOS] and report.empty == 0
+        if empty:
+            with pytest.raises(ValueError, match="no pair with two responses"):
+                data.tokenize_preferences(both[1], _taking_blocks())
+        else:
+            again, _ = data.tokenize_preferences(both[1], _taking_blocks())
+            assert again[0] == tokenised[0]
+
+
+def test_prompts_that_whole_conversations_repeat_are_left_out():
+    plain, _ = _tokenize([CONVERSATION])
+    two = [_user("film ?"), _assistant("fine"), _user("really ?")]
+    for prompt in (CONVERSATION["prompt"], two):
+        row = {**CONVERSATION, "prompt": prompt}
+        whole = {**row, **{side: prompt + row[side] for side in ("chosen", "rejected")}}
+        # Arrow gives the messages of a response keys that those of the prompt have not.
+        extra = {**whole, "chosen": [*whole["chosen"][:-1], {**whole["chosen"][-1], "name": "a"}]}
+        expected = _tokenize([row])[0][0]
+        for each in (whole, extra):
+            assert _tokenize([each])[0][0] == expected
+        single = {"prompt": prompt, "completion": whole["chosen"], "label": True}
+        assert _examples([single])[0][0]["completion_ids"] == expected["chosen_ids"]
+        for other in ("chosen", "rejected"):
+            with pytest.raises(ValueError, match=f"row 0: .*, and '{other}' does not; expected"):
+                _tokenize([{**whole, other: row[other]}])
+    assert _tokenize([{**CONVERSATION}])[0][0] == plain[0]
+
+
+def test_prompts_that_texts_repeat_are_counted():
+    whole = {"prompt": "the film", "chosen": "the film good", "rejected": "the film bad"}
+    rows = [STANDARD, whole, {**whole, "rejected": "bad"}, {**whole, "prompt": "the fil"}]
+    rows += [{**whole, "prompt": ""}, {**whole, "prompt": " "}]
+    tokenised, report = _tokenize(rows)
+    assert (report.pairs, report.repeated) == (6, 1)
+    assert report.summary.endswith(", 1 whose responses repeat the prompt)")
+    # As TRL does, it is scored: that it is meant cannot be excluded.
+    assert tokenised[1]["chosen_ids"] == [*_ids("filmthe film good"), EOS]
+    assert "repeat" not in _tokenize([STANDARD])[1].summary
+
+
+def test_text_that_brings_the_first_token_gets_no_second():
+    processors = pytest.importorskip("tokenizers.processors")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    rows = [STANDARD, {**STANDARD, "prompt": "<bos> the film is"}]
+    dataset = datasets.Dataset.from_list([*rows, {**rows[0], "prompt": "<bos> <bos> the film is"}])
+    # A tokenizer that adds none: what the text has is what it means.
+    own, report = data.tokenize_preferences(dataset, tokenizer)
+    assert [row["prompt_ids"].count(bos) for row in own] == [0, 1, 2] and report.begun == 0
+    processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer._tokenizer.post_processor = processor
+    tokenised, report = data.tokenize_preferences(dataset, tokenizer)
+    assert tokenised[0] == tokenised[1]
+    assert [row["prompt_ids"].count(bos) for row in tokenised] == [1, 1, 2]
+    assert all(row["chosen_ids"] == [*_ids("very good"), EOS] for row in tokenised)
+    assert report.begun == 2 and "2 whose text has the tokenizer's first token" in report.summary
+    # Without a prompt the text that has it is the response's.
+    rows = [{**STANDARD, "prompt": "", "chosen": "<bos> very good"}]
+    empty, _ = data.tokenize_preferences(datasets.Dataset.from_list(rows), tokenizer)
+    assert empty[0]["prompt_ids"] == [bos] and empty[0]["chosen_ids"] == [*_ids("very good"), EOS]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_the_format_of_a_dataset_does_not_matter(kind, tmp_path):
+    rows = [{**row, "score_chosen": 1.0, "score_rejected": 0.5} for row in tiny.pairs(3)]
+    dataset = datasets.Dataset.from_list(rows)
+    expected = data.tokenize_preferences(dataset, TOKENIZER)[0].to_list()
+    found, _ = data.tokenize_preferences(dataset.with_format(kind), TOKENIZER)
+    assert found.to_list() == expected and found[0] == expected[0]
+    singles = datasets.Dataset.from_list([SINGLE, {**SINGLE, "label": False}])
+    examples, _ = data.tokenize_examples(singles.with_format(kind), TOKENIZER)
+    assert examples.to_list() == data.tokenize_examples(singles, TOKENIZER)[0].to_list()
+    dataset.with_format(kind).save_to_disk(tmp_path)
+    assert data.load_preference_dataset(str(tmp_path)).to_list() == rows
+    # A transform says what the rows are.
+    dataset.set_transform(lambda batch: batch)
+    assert tokenisation.plain(dataset) is dataset
+
+
+def test_tokens_of_another_version_are_not_taken_from_the_cache(tmp_path, monkeypatch):
+    datasets.Dataset.from_list([STANDARD]).to_json(tmp_path / "pairs.jsonl")
+    loaded = data.load_preference_dataset(str(tmp_path / "pairs.jsonl"))
+    singles = loaded.map(lambda row: {"completion": row["chosen"], "label": True})
+    singles = singles.remove_columns(["chosen", "rejected"])
+
+    def found():
+        tokens, _ = data.tokenize_preferences(loaded, TOKENIZER)
+        examples, _ = data.tokenize_examples(singles, TOKENIZER)
+        return tokens[0]["chosen_ids"], examples[0]["completion_ids"]
+
+    first = found()
+    # Code that the mapped function calls, and does not hold.
+    other = ([[5], [5, 6], [5, 7]], False)
+    monkeypatch.setattr(formats, "_text_ids", lambda *_: other)
+    assert found() == first, "nothing is cached, so that this test shows nothing"
+    versions = tokenisation._versions()
+    for changed in (("0.0", *versions[1:]), (*versions[:1], "of other code", *versions[2:])):
+        monkeypatch.setattr(tokenisation, "_versions", lambda changed=changed: changed)
+        assert found() == ([6, EOS], [6, EOS])
+
+
+def test_versions_are_of_the_code_that_makes_tokens(tmp_path, monkeypatch):
+    shutil.copytree(Path(prefkern.__file__).parent, tmp_path / "prefkern")
+    ours = tokenisation._versions()
+    assert ours[0] == prefkern.__version__ and transformers.__version__ in ours
+    monkeypatch.setattr(prefkern, "__file__", str(tmp_path / "prefkern/__init__.py"))
+    read = tokenisation._versions.__wrapped__
+    assert read() == ours
+    for name in ("data/formats.py", "truncation.py"):
+        before = read()
+        with (tmp_path / "prefkern" / name).open("a") as file:
+            file.write("# changed\n")
+        assert read() != before
+
+
 def test_extra_columns():
     rows = [{**STANDARD, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5, "id": 7}]
     tokenised, _ = _tokenize(rows)
@@ -291,6 +462,10 @@ def test_tokenising_again_changes_nothing():
         ({**STANDARD, "rejected": None}, "row 1: 'rejected' must be text or a list"),
         ({**STANDARD, "chosen": 3}, "row 1: 'chosen' must be text"),
         ({"prompt": "a", "chosen": "b"}, "row 1: 'rejected' must be text"),
+        (
+            {**STANDARD, "prompt": None},
+            "row 1: 'prompt' must be text or a list .*, got None; leave",
+        ),
         ({**STANDARD, "prompt": 3}, "row 1: 'prompt' must be text or a list of messages, got 3"),
         ({**STANDARD, "prompt": []}, "row 1: 'prompt' is a conversation, and 'chosen' and 'rej"),
     ],
@@ -305,7 +480,7 @@ def test_bad_rows_are_named(row, message):
                 function(example, i)
 
     rows = Rows()
-    rows.column_names, rows.features = list(STANDARD), {}
+    rows.column_names, rows.features, rows.format = list(STANDARD), {}, {"type": "custom"}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
         patch.setattr(tokenisation, "check_columns", lambda *_: None)
         data.tokenize_preferences(rows, TOKENIZER)
@@ -337,6 +512,16 @@ def test_text_prompts_of_conversations():
         ),
         ({"prompt": [{"from": "user", "value": "a"}]}, "a message has no 'role', but 'from', 'val"),
         (
+            {"prompt": [{"role": "user", "value": "film ?"}]},
+            r"of role 'user' in 'prompt' has neither .* but {'role': 'user', 'value': 'film \?'}; ",
+        ),
+        ({"chosen": [_assistant(None)]}, "role 'assistant' in 'chosen' has neither 'content' nor"),
+        ({"rejected": [_assistant(3)]}, "'content' of .* in 'rejected' must be text or .*, got 3"),
+        ({"prompt": [{"role": 1, "content": "a"}]}, "'role' of a message in 'prompt' must be text"),
+        ({"prompt": ["film ?"]}, "'prompt' must be text or a list of messages .* is 'film \\?'"),
+        ({"prompt": [_user("a"), None]}, "'prompt' must be .*, and one of its messages is None"),
+        ({"chosen": [_assistant("a"), None]}, "'chosen' must be .* one of its messages is None"),
+        (
             {"prompt": [_user([{"type": "image", "url": "a.png"}])]},
             "of role 'user' has content of type 'image', which is not supported yet",
         ),
@@ -352,12 +537,7 @@ def test_conversations_that_cannot_be_rendered(change, message):
 
 
 def test_templates_that_take_blocks_are_given_them():
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace(
-        "{{ m['content'] }}",
-        "{% if m['content'] is string %}{{ m['content'] }}"
-        "{% else %}{% for b in m['content'] %}{{ b['text'] }}{% endfor %}{% endif %}",
-    )
+    tokenizer = _taking_blocks()
     row = {**CONVERSATION, "prompt": [_user([{"type": "text", "text": "film ?"}])]}
     blocks, _ = data.tokenize_preferences(datasets.Dataset.from_list([row]), tokenizer)
     assert blocks[0] == _tokenize([CONVERSATION])[0][0]
@@ -534,6 +714,10 @@ def test_bad_single_responses_are_named(change, message):
     good = {**SINGLE, "label": 1}
     with pytest.raises(ValueError, match=f"dataset 'train', {message}"):
         _examples([good, {**good, **change}])
+    with pytest.raises(
+        ValueError, match="row 0: a message of role 'assistant' in 'completion' has"
+    ):
+        _examples([{**SINGLE_CHAT, "completion": [_assistant(None)]}])
     with pytest.raises(ValueError, match="row 0: 'label' must be true or false, got 'yes'"):
         _examples([{**SINGLE, "label": "yes"}])
 
@@ -627,6 +811,43 @@ def test_loading(tmp_path, kind):
     else:
         getattr(dataset, f"to_{kind}")(path)
     assert data.load_preference_dataset(str(path)).to_list() == rows
+
+
+def test_text_of_csv_stays_text(tmp_path):
+    path = tmp_path / "pairs.csv"
+    lines = ["prompt,chosen,rejected,margin,id", "NA,good film,good plot,1.5,3", "null,007,7,,4"]
+    path.write_text("\n".join([*lines, '"",good,None,2,NA', "the film,very good,bad,-1,5"]) + "\n")
+    rows = data.load_preference_dataset(str(path)).to_list()
+    assert [[row[key] for key in ("prompt", "chosen", "rejected")] for row in rows] == [
+        ["NA", "good film", "good plot"],
+        ["null", "007", "7"],
+        ["", "good", "None"],
+        ["the film", "very good", "bad"],
+    ]
+    # Numbers are read as before, and where there is none, none is.
+    assert [row["margin"] for row in rows] == [1.5, None, 2.0, -1.0]
+    assert [row["id"] for row in rows] == [3, 4, None, 5]
+    tokenised, _ = _tokenize([{**rows[0], "margin": 0.0}])
+    assert tokenised[0]["prompt_ids"] == _ids("NA")
+    path.write_text("prompt,completion,label\nNA,7,true\na,,false\n")
+    assert data.load_preference_dataset(str(path)).to_list() == [
+        {"prompt": "NA", "completion": "7", "label": True},
+        {"prompt": "a", "completion": "", "label": False},
+    ]
+
+
+def test_missing_prompts_are_named(tmp_path):
+    """Of JSONL, and of a folder of CSV, which pandas has read as it does."""
+    rows = [STANDARD, {key: STANDARD[key] for key in ("chosen", "rejected")}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv/train.csv").write_text("prompt,chosen,rejected\na,b,c\nNA,good film,good a\n")
+    for source in ("a.jsonl", "csv"):
+        loaded = data.load_preference_dataset(str(tmp_path / source))
+        with pytest.raises(ValueError, match="row 1: 'prompt' must be text .*, got None; .* 'NA'"):
+            data.tokenize_preferences(loaded, TOKENIZER)
+    with pytest.raises(ValueError, match="row 0: 'chosen_ids' has None among its token ids"):
+        _tokenize([{"prompt_ids": [5], "chosen_ids": [6, None], "rejected_ids": [7]}])
 
 
 def test_slices_of_splits(tmp_path):

@@ -447,6 +447,21 @@ def test_files_and_folders(files, tmp_path, suffix):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_what_other_columns_become(files, tmp_path):
+    """What `datasets` reads is what is written: of JSON, dates alone change."""
+    extras = [{"on": "2024-01-01T00:00:00Z", "of": {"a": 1}}, {"on": None, "of": {"b": "é"}}]
+    extras = [{**each, "text": "2024", "n": 2**53 + 1, "x": 0.1, "none": None} for each in extras]
+    rows = [{**row, **extra} for row, extra in zip(tiny.pairs(2), extras, strict=True)]
+    dataset = write(tmp_path / "extra.jsonl", rows)
+    folder = save_model(tmp_path / "rewards", classifier(pad_token_id=0), tiny.tokenizer())
+    options = scoring(files, str(folder), dataset=str(dataset))
+    run(options)
+    found = read(options["output"])
+    assert [row.pop("on") for row in found] == ["2024-01-01 00:00:00", None]
+    kept = [{key: row[key] for key in row if key != "on"} for row in rows]
+    assert [{key: row[key] for key in row if key != "margin"} for row in found] == kept
+
+
 def test_conversations(files, tmp_path):
     rows = [
         {
@@ -502,6 +517,8 @@ def test_conversations(files, tmp_path):
         ({"load_best_model_at_end": False}, "load_best_model_at_end must be true"),
         ({"save_steps": 5}, "--save_steps has no effect"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor has no effect"),
+        ({"label_names": ["labels"]}, "label_names has no effect on a reward model"),
+        ({"average_tokens_across_devices": "false"}, "average_tokens_across_devices has no effect"),
         ({"train_sampling_strategy": "group_by_length"}, "batches by length are not supported"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "fewer than a batch"),
         ({"betta": 0.1}, "unknown argument '--betta'"),

@@ -7,7 +7,8 @@
 The first trains a reward model on the pairs, with some held out for early stopping (MADPO, Section
 5.1), saves it to --output_dir and scores every pair with its best checkpoint; the second scores with
 a model that is there already. The column `margin` is r(chosen) - r(rejected); rows, their order and
-their other columns stay as they are. Arguments come from flags, a YAML file, or both.
+their other columns stay as they are, but for dates in JSON, which `datasets` reads as times and
+which are written `2024-01-01 00:00:00`. Arguments come from flags, a YAML file, or both.
 
 Everything that can be wrong is looked at before training. An error is one line on stderr and exit
 status 2. Several processes (`accelerate launch`, `torchrun`) share the work; the first one writes.

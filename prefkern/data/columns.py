@@ -73,11 +73,19 @@ def check_labels(dataset: datasets.Dataset, name: str) -> None:
     """Raise ValueError unless every `label` of single responses is true or false."""
     if not {"prompt", "completion", "label"} <= set(dataset.column_names):
         return
-    for row, label in enumerate(dataset["label"][:]):
+    for row, label in enumerate(plain(dataset)["label"][:]):
         if not (isinstance(label, bool) or label in (0, 1)):
             raise ValueError(
                 f"dataset {name!r}, row {row}: 'label' must be true or false, got {label!r}"
             )
+
+
+def plain(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The dataset with rows of Python's own types, and not a library's tables or tensors.
+
+    A transform of the user's own stays: it is what the rows are.
+    """
+    return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
 
 
 def without_unused(

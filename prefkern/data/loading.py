@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pandas
 from datasets.exceptions import DatasetsError
 
 from prefkern.data import faults
-from prefkern.data.columns import check_columns
+from prefkern.data.columns import check_columns, plain
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
+# What pandas takes for a missing value.
+_MISSING = [
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+]
 
 
 def load_preference_dataset(
@@ -49,7 +57,8 @@ def load_preference_dataset(
     except (DatasetsError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
     check_columns(dataset, source, paired=False)
-    return dataset
+    # `save_to_disk` keeps the format that a dataset was given.
+    return plain(dataset)
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -72,7 +81,22 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
     with path.open("rb") as file:
         if not file.read(4096).strip():
             raise ValueError("the file is empty")
-    return datasets.load_dataset(builder, data_files={_split_name(split): str(path)}, split=split)
+    files = {_split_name(split): str(path)}
+    options = _text_as_it_is(path) if builder == "csv" else {}
+    return datasets.load_dataset(builder, data_files=files, split=split, **options)
+
+
+def _text_as_it_is(path: Path) -> dict[str, Any]:
+    """Options of pandas under which the prompts "NA", "null" and "" are text, and the answer 007.
+
+    In other columns they, and empty cells, stay values that are missing.
+    """
+    columns = pandas.read_csv(path, nrows=0).columns
+    return {
+        "converters": {column: str for column in columns if column in _TEXT_COLUMNS},
+        "na_values": {column: _MISSING for column in columns if column not in _TEXT_COLUMNS},
+        "keep_default_na": False,
+    }
 
 
 def _load_saved(path: Path, split: str) -> datasets.Dataset:

@@ -105,6 +105,8 @@ class DatasetReport:
     lengths: dict[str, Lengths]
     histogram: Histogram
     unit: str = "pairs"
+    repeated: int = 0  # both responses begin with the whole prompt, which is then scored
+    begun: int = 0  # text that brought a beginning-of-sequence token, and was given no second one
 
     @property
     def dropped(self) -> int:
@@ -129,6 +131,12 @@ class DatasetReport:
                 f", {self.made_identical:,} by truncation" if self.made_identical else ""
             )
             counts.insert(4, (self.identical, f"with identical responses{by_truncation}"))
+        # What looks wrong in the text itself is rare, and told where it is found.
+        suspicious = [
+            (self.repeated, "whose responses repeat the prompt"),
+            (self.begun, "whose text has the tokenizer's first token already"),
+        ]
+        counts += [(count, what) for count, what in suspicious if count]
         return counts
 
     @property

@@ -6,13 +6,20 @@ which nothing can be scored are dropped, and the marks are summed up in a `Datas
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy
+import tokenizers
+import transformers
 
+import prefkern
 from prefkern.data.columns import (
     COLUMNS,
     EXAMPLE_COLUMNS,
@@ -24,9 +31,10 @@ from prefkern.data.columns import (
     has_examples,
     is_number,
     margin_columns,
+    plain,
     reward_margin,
 )
-from prefkern.data.formats import tokenize_pair
+from prefkern.data.formats import TokenizedPair, check_message, tokenize_pair
 from prefkern.data.report import DatasetReport, Histogram, Lengths
 from prefkern.truncation import check_mode, truncate
 
@@ -39,6 +47,8 @@ _MARKS = (
     "_identical",
     "_was_identical",
     "_merged",
+    "_repeated",
+    "_begun",
     "_found_lengths",
     "_lengths",
 )
@@ -79,6 +89,7 @@ def tokenize_preferences(
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
     check_columns(dataset, name)
+    dataset = plain(dataset)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name)
     marks = _marks(marked)
@@ -105,6 +116,7 @@ def tokenize_examples(
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
     check_columns(dataset, name, paired=False)
+    dataset = plain(dataset)
     check_labels(dataset, name)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
     is_paired = not has_examples(dataset.column_names)
@@ -114,7 +126,7 @@ def tokenize_examples(
     if not is_paired:
         own = ("completion", "label", "completion_ids")
         dataset = dataset.map(
-            lambda example, row: _as_pair(example, row, name),
+            _AsOfNow(lambda example, row: _as_pair(example, row, name)),
             with_indices=True,
             remove_columns=[column for column in own if column in dataset.column_names],
             num_proc=num_proc,
@@ -138,7 +150,7 @@ def tokenize_examples(
             )
         return rows
 
-    examples = kept.map(split, batched=True, remove_columns=kept.column_names)
+    examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
     marks = _responses(marks, len(sides))
     return examples, _report(name, "responses", marks, bounds)
 
@@ -179,6 +191,12 @@ def _with_tokens(
     if margins:
         numbers["margin"] = margins
 
+    eos = getattr(tokenizer, "eos_token_id", None)
+
+    def ends_only(tokens: _Tokens) -> bool:
+        """Whether a response is nothing but the end of its sequence."""
+        return eos is not None and any(ids == [eos] for ids in tokens[1:])
+
     def process(example: dict[str, Any], row: int) -> dict[str, Any]:
         for what, sources in numbers.items():
             for column in sources:
@@ -193,16 +211,21 @@ def _with_tokens(
                         "log-probs is never above 0; is it a negative log-likelihood?"
                     )
         if all(example.get(column) is not None for column in TOKEN_COLUMNS):
+            for column in TOKEN_COLUMNS:
+                if None in example[column]:
+                    raise ValueError(
+                        f"dataset {name!r}, row {row}: {column!r} has None among its token ids"
+                    )
             prompt, chosen, rejected = (list(example[column]) for column in TOKEN_COLUMNS)
-            merged = False
+            pair = TokenizedPair(prompt, chosen, rejected)
         else:
             try:
-                prompt, chosen, rejected, merged = tokenize_pair(example, tokenizer)
+                pair = tokenize_pair(example, tokenizer)
             except ValueError as error:
                 raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
-        found = (prompt, chosen, rejected)
+        found = (pair.prompt, pair.chosen, pair.rejected)
         kept = bounds.cut(found)
-        is_empty = not _can_be_scored(*found)
+        is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)
         is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
         if all(references) and any(is_cut) and _can_be_scored(*kept):
             raise ValueError(
@@ -219,19 +242,47 @@ def _with_tokens(
             "_truncated": is_cut[1:],
             "_identical": kept[1] == kept[2],
             "_was_identical": found[1] == found[2],
-            "_merged": merged,
+            "_merged": pair.merged,
+            "_repeated": pair.repeated,
+            "_begun": pair.begun,
             "_found_lengths": [len(ids) for ids in found],
             "_lengths": [len(ids) for ids in kept],
         }
 
     unused = [column for column in dataset.column_names if column not in COLUMNS]
     return dataset.map(
-        process,
+        _AsOfNow(process),
         with_indices=True,
         remove_columns=unused,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
+
+
+@dataclass(frozen=True)
+class _AsOfNow:
+    """A function of rows, and what else its result depends on.
+
+    `datasets` keeps what a function made of a dataset and knows it by the function, in which other
+    modules' functions count by name: it would give the tokens of an earlier version back.
+    """
+
+    function: Callable[..., dict[str, Any]]
+    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
+
+    def __call__(self, *args: Any) -> dict[str, Any]:
+        return self.function(*args)
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """Of this package, of the code that makes tokens, and of those that it calls."""
+    package = Path(prefkern.__file__).parent
+    code = hashlib.sha256()
+    for file in [*sorted(package.glob("data/*.py")), package / "truncation.py"]:
+        code.update(file.read_bytes())
+    others = (transformers.__version__, tokenizers.__version__)
+    return (prefkern.__version__, code.hexdigest(), *others)
 
 
 def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
@@ -296,6 +347,8 @@ def _report(name: str, unit: str, marks: _Marks, bounds: _Bounds) -> DatasetRepo
         identical=int(kept["_identical"].sum()),
         made_identical=int((kept["_identical"] & ~kept["_was_identical"]).sum()),
         merged=int(kept["_merged"].sum()),
+        repeated=int(kept["_repeated"].sum()),
+        begun=int(kept["_begun"].sum()),
         max_length=bounds.max_length,
         truncation_mode=bounds.truncation_mode,
         lengths={
@@ -319,4 +372,10 @@ def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
             f"dataset {name!r}, row {row}: 'completion' must be text or a list of messages, "
             f"got {completion!r}"
         )
+    # Under its own name: from here on it is both responses of a pair.
+    try:
+        for message in completion if isinstance(completion, list) else []:
+            check_message("completion", message)
+    except ValueError as error:
+        raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
     return {"chosen": completion, "rejected": completion, "desirable": bool(example["label"])}

@@ -191,7 +191,7 @@ def build(model: Model, task: str, dtype: torch.dtype, device: torch.device) -> 
     torch.manual_seed(0)
     config = AutoConfig.for_model(model.kind, **model.config)
     with device:  # where a billion random numbers take no time
-        built = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        built = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if task == "full":
         return built.train()
     from peft import LoraConfig, get_peft_model
