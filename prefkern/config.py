@@ -280,10 +280,9 @@ def refuse_without_effect(args: TrainingArguments, names: Collection[str], what:
     for each in dataclasses.fields(TrainingArguments):
         if each.name not in names:
             continue
-        value = getattr(args, each.name)
-        is_made = each.default_factory is not dataclasses.MISSING
+        value, make = getattr(args, each.name), each.default_factory
         # Whatever the default is in the version that is installed.
-        if value != (each.default_factory() if is_made else each.default):
+        if value != (each.default if make is dataclasses.MISSING else make()):
             raise ValueError(f"{each.name} has no effect on {what}, and is {value!r}; leave it out")
 
 
