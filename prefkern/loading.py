@@ -124,8 +124,10 @@ def tokenizer_beside(name: str, kwargs: Mapping[str, Any]) -> Any:
     try:
         return load_tokenizer(name, kwargs)
     except Exception as error:
-        # The Rust library raises plain Exceptions.
+        # The Rust library raises plain Exceptions; what transformers says of a folder is clear.
         broken = _broken_json(name)
+        if broken is None and isinstance(error, (OSError, ValueError)):
+            raise
         where = name if broken is None else str(broken)
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

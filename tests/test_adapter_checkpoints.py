@@ -55,6 +55,7 @@ def adapters(model) -> dict[str, torch.Tensor]:
     [("default",), ("policy",), ("a", "b"), ("default", "b"), ("b", "default")],
     ids="+".join,
 )
+@pytest.mark.long(names=[("a", "b"), ("default", "b")])
 def test_the_best_model_is_loaded_whatever_its_adapters_are_called(tmp_path, names):
     run = trainer(tmp_path, model=adapted(*names), eval_dataset=tiny.dataset(6, 3), **BEST_IS_EARLY)
     at_step = {}

@@ -171,7 +171,7 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
         ({"objective": "kto", "rpo_alpha": 0.1}, "'kto' has no option 'rpo_alpha'"),
         ({"objective": "kto", "use_weighting": "true"}, "'kto' has no option 'use_weighting'"),
         ({"beta": 0.1, "objective_options": '{"beta": 0.2}'}, "beta is 0.1, and 0.2 in"),
-        ({"rpo_alpha": -1}, "rpo_alpha must be a finite number > 0, at most 1e+06, got -1"),
+        ({"rpo_alpha": -1}, "rpo_alpha must be a finite number > 0, from 1e-12 to 1e+06, got -1"),
         ({"objective": "madpo"}, "dataset 'train' has no margins"),
         (
             {"objective": "kto", "per_device_train_batch_size": 1},

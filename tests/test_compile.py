@@ -237,6 +237,7 @@ def test_the_compiler_that_users_have(device):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("spoiled", ["ruled out", "NaN", "reference"])
+@pytest.mark.long(packed=True, spoiled=["NaN", "reference"])
 def test_what_is_not_finite_stays_in_its_pair(spoiled, packed, device):
     """As without the compiler: the other pairs' losses and gradients are what they were."""
     model = Model(DPO(0.1), trains_head=False).to(device)

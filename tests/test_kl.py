@@ -98,6 +98,7 @@ def test_the_oracle_is_torch_kl_div():
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.long(backend="triton", loss="both", head="trained")
 @pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
+@pytest.mark.long(backend="triton", head="bias only")
 def test_float32_against_float64(name, head, loss, backend, device):
     V, spread, options, has_bias = CASES[name]
     case = make(V, spread)
@@ -162,6 +163,7 @@ def test_near_the_reference(distance, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("V", "options"), [(127, {}), (129, TRANSFORM), (1000, {"softcap": 9.0})])
+@pytest.mark.long(backend="triton", dtype=torch.bfloat16)
 def test_equal_models_have_no_divergence(V, options, head, dtype, backend, device):
     """Exactly 0, and its gradient too: policy and reference run through the same operations."""
     case = make(V, 8.0, distance=0.0)

@@ -18,7 +18,7 @@ from test_trainer import config, lora
 
 from prefkern import PreferenceTrainer
 from prefkern.cli import plan
-from prefkern.loading import load_model, load_tokenizer
+from prefkern.loading import load_model, tokenizer_beside
 
 FAMILIES = {
     "Llama": {},
@@ -133,8 +133,8 @@ def test_a_model_without_a_name_needs_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_broken_tokenizer_is_named(tmp_path, file):
     tiny.tokenizer().save_pretrained(tmp_path)
-    assert len(load_tokenizer(str(tmp_path))) == len(tiny.tokenizer())
+    assert len(tokenizer_beside(str(tmp_path), {})) == len(tiny.tokenizer())
     (tmp_path / file).write_text("{bad")
     with pytest.raises(ValueError, match=f"cannot be loaded: {tmp_path / file}: ") as caught:
-        load_tokenizer(str(tmp_path))
+        tokenizer_beside(str(tmp_path), {})
     assert "Mend its files, or pass processing_class" in str(caught.value)

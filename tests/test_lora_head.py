@@ -81,6 +81,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("case", "trained", "backend"), COMBINATIONS)
+@pytest.mark.long(backend="triton", trained="adapter")
 def test_values_and_gradients_against_float64(case, trained, backend, device):
     shape, vocab_size, workspace_mb, scale, keywords = CASES[case]
     trained = TRAINED[trained]

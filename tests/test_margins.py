@@ -247,6 +247,7 @@ def test_margins_are_those_of_the_saved_model(files, tmp_path):
 
 @pytest.mark.parametrize("case", ["pad is eos", "only eos"])
 @pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.long(case="only eos", lora_r=0)
 def test_saved_models_say_how_they_pad(files, tmp_path, case, lora_r):
     tokenizer = only_eos() if case == "only eos" else tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token

@@ -520,6 +520,7 @@ def test_compiled(phase, monkeypatch):
     assert_right("compiled", loss, leaves, expected)
 
 
+@pytest.mark.long
 def test_a_rank_retries_alone(tmp_path):
     """Nothing is waited for inside a pass: with a refusal on one of two ranks both go on alike."""
     outputs = run_on_two_ranks(__file__, str(tmp_path))

@@ -359,8 +359,14 @@ def test_a_model_that_is_spoilt_already(tmp_path):
     trained = trainer(tmp_path)
     with torch.no_grad():
         trained.model.get_output_embeddings().weight[3, 3] = math.nan
-    with pytest.raises(ValueError, match="lm_head.weight holds nan or inf"):
+    with pytest.raises(FloatingPointError, match="weight: 1 of 97 words, the first is word 3"):
         trained.train()
+    # What is spoilt from the start has no trainer.
+    model = tiny.model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 3] = math.nan
+    with pytest.raises(ValueError, match="lm_head.weight holds nan or inf"):
+        trainer(tmp_path, model=model)
 
 
 def test_evaluation_warns_and_hides_nothing(tmp_path):

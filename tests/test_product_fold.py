@@ -106,6 +106,7 @@ def assert_right(state, expected, tolerance, softcap) -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("n", "v", "h"), [(37, 201, 72), (1, 17, 8), (64, 256, 64)])
+@pytest.mark.long(n=64)
 def test_against_float64(n, v, h, config, transform, device):
     """Sizes that divide no block and sizes that divide them, by every way of reading operands."""
     hidden, weight, labels = case(n, v, h, torch.bfloat16, device)

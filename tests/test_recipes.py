@@ -31,8 +31,8 @@ SHORT = ["--max_steps", "2", "--use_cpu", "true", "--report_to", "none", "--disa
 SHORT += ["--save_strategy", "no", "--logging_steps", "1"]
 
 
-def _save_model(folder: Path, family: str) -> str:
-    tiny.model(family).save_pretrained(folder)
+def _save_model(folder: Path, family: str, **options) -> str:
+    tiny.model(family, **options).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -99,7 +99,8 @@ def test_llama(tmp_path, monkeypatch, name):
 def imdb(tmp_path, monkeypatch):
     """A folder to work in: a tiny Gemma, an oracle and reviews, negative ones first as in IMDB."""
     monkeypatch.chdir(tmp_path)
-    _save_model(tmp_path / "gemma", "Gemma3Text")
+    # Of the tokenizer's words alone: any other that it sampled would be a response without text.
+    _save_model(tmp_path / "gemma", "Gemma3Text", vocab_size=len(tiny.tokenizer()))
     torch.manual_seed(0)
     oracle = transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(

@@ -210,6 +210,7 @@ class Leave(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("where", ["spelt otherwise", "from another folder", "moved", "linked"])
+@pytest.mark.long(where=["moved", "linked"])
 def test_the_best_checkpoint_is_kept_wherever_it_is_resumed(tmp_path, monkeypatch, where):
     """The first evaluation is the best, and one checkpoint beside the last is kept."""
 

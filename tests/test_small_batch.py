@@ -32,8 +32,11 @@ class Started(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.count[name] += name not in STARTS_NOTHING
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        # Nor does a copy of nothing: `once.anchors`.
+        is_empty = name == "clone" and not out.numel()
+        self.count[name] += name not in STARTS_NOTHING and not is_empty
+        return out
 
 
 class Uninterpreted:

@@ -120,6 +120,7 @@ def test_options_of_trl_have_trls_effect(options, without):
         ("Mixtral", {"output_router_logits": True, "num_local_experts": 4}),
     ],
 )
+@pytest.mark.long(family=["Cohere", "Phi"])
 def test_families(family, options):
     """A softcap, a scale, a head's bias, a router's loss: through both ways in, all metrics."""
 

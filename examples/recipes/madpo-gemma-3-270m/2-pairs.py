@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
             }
         )
     random.Random(args.seed).shuffle(rows)
+    # Where nothing but white space was sampled there is nothing to train on.
+    rows = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     trained = len(rows) - args.held_out
@@ -115,6 +117,8 @@ def continuations(prompts: list[str], args: argparse.Namespace) -> tuple[list[st
             top_k=0,
             max_new_tokens=args.new_tokens,
             num_return_sequences=2,
+            # A response that ends where it begins says nothing.
+            begin_suppress_tokens=tokenizer.all_special_ids,
             pad_token_id=tokenizer.pad_token_id,
         )
         new = output[:, batch["input_ids"].shape[1] :]
