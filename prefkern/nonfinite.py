@@ -78,7 +78,8 @@ def explain_nonfinite(
             rules a word out, but where that word is a label.
         paired: B chosen sequences, then their B rejected ones; False: single responses (KTO).
 
-    Raises TypeError and ValueError as the loss does. Synchronises with the device, and takes memory for a bit of each of 16 million values at a time.
+    Raises TypeError and ValueError as the loss does. Synchronises with the device, and takes memory
+    for a bit of each of 16 million values at a time.
     """
     checks.boolean("paired", paired)
     checks.head(hidden, weight, bias)
