@@ -556,6 +556,64 @@ MUTATIONS = (
         "return True",
         "tests/test_memory.py -k 'other_errors or these_words'",
     ),
+    # Derivatives of derivatives, and what is not finite.
+    Mutation(
+        "a second derivative raises by way of a plain backward alone",
+        "prefkern/once.py",
+        "given = (*ctx.anchors, *(g for g in grads if g is not None))",
+        "given = (torch.zeros((), requires_grad=True),)",
+        "tests/test_once.py -k 'differentiated or hessian'",
+    ),
+    Mutation(
+        "a second derivative raises unless it is one of the incoming gradient",
+        "prefkern/once.py",
+        "given = (*ctx.anchors, *(g for g in grads if g is not None))",
+        "given = ctx.anchors",
+        "tests/test_once.py -k differentiated",
+    ),
+    Mutation(
+        "hidden states are held until backward",
+        "prefkern/once.py",
+        "x[..., :0].clone()",
+        "x[..., :0]",
+        "tests/test_once.py -k held",
+    ),
+    Mutation(
+        "a label that the reference rules out makes a divergence NaN",
+        "prefkern/kl_passes.py",
+        "torch.where(ref_folded.hit > 0, ref_folded.hit * gap, 0.0)",
+        "ref_folded.hit * gap",
+        "tests/test_kl.py -k 'ruled_out and torch'",
+    ),
+    Mutation(
+        "kernels read what memory holds, and not its negative",
+        "prefkern/operands.py",
+        "return None if x is None else x.resolve_neg()",
+        "return x",
+        "tests/test_negated.py",
+    ),
+    # Adapters and checkpoints.
+    Mutation(
+        "an adapter's base is changed by its initialiser, and is the reference",
+        "prefkern/preparation.py",
+        '_ALTERS_BASE = ("pissa", ',
+        "_ALTERS_BASE = (",
+        "tests/test_peft.py -k 'initial or base'",
+    ),
+    Mutation(
+        "the best checkpoint is deleted where the folder is spelt otherwise",
+        "prefkern/checkpoints.py",
+        "kept = {path.resolve() for path in keep}",
+        "kept = {*keep}",
+        "tests/test_resume.py -k best_checkpoint",
+    ),
+    Mutation(
+        "a response that says nothing is trained on",
+        "prefkern/data/tokenisation.py",
+        "is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)",
+        "is_empty = not _can_be_scored(*found)",
+        "tests/test_data.py -k 'empty or nothing'",
+    ),
 )
 
 
