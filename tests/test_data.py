@@ -838,7 +838,7 @@ def test_text_of_csv_stays_text(tmp_path):
 
 def test_missing_prompts_are_named(tmp_path):
     """Of JSONL, and of a folder of CSV, which pandas has read as it does."""
-    rows = [STANDARD, {key: STANDARD[key] for key in ("chosen", "rejected")}]
+    rows = [STANDARD, {**STANDARD, "prompt": None}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv/train.csv").write_text("prompt,chosen,rejected\na,b,c\nNA,good film,good a\n")

@@ -384,7 +384,12 @@ INITIALISERS = {
 }
 
 
-@pytest.mark.parametrize("name", INITIALISERS, ids=str)
+# MiCA is not in every version.
+KNOWN = str(peft.LoraConfig.__dataclass_fields__["init_lora_weights"].type)
+NAMES = [name for name in INITIALISERS if name != "mica" or "mica" in KNOWN]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=str)
 def test_initialisers_that_change_the_base_are_refused_and_no_others(tmp_path, name):
     ga = {"lora_ga_config": peft.tuners.lora.LoraGAConfig()} if name == "lora_ga" else {}
     model = tiny.model()

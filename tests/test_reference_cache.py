@@ -34,7 +34,7 @@ class Forwards:
     def __init__(self, model, dies_after: int | None = None):
         self.rows = 0
         self.dies_after = dies_after
-        # Not the model: PEFT 0.18 calls the forward of the one inside itself, past its hooks.
+        # Not the model: older PEFT calls the forward of the one inside itself, past its hooks.
         model.get_input_embeddings().register_forward_pre_hook(self._count)
 
     def _count(self, embeddings, args):
