@@ -113,7 +113,7 @@ def test_statistics(device):
 
 
 # Compiling takes its time: of each way through the loss one, and the others with --long.
-WAYS = ("adadpo", "betadpo", "alphadpo")
+WAYS = ("adadpo", "alphadpo")
 OBJECTIVES = [
     pytest.param(name, marks=() if name in WAYS else pytest.mark.long)
     for name in objectives.names()

@@ -306,6 +306,7 @@ def test_divergence_of_confident_models_keeps_its_relative_precision(backend, de
 @pytest.mark.parametrize("distance", [0.1, 1.0])
 @pytest.mark.long(backend="triton", dtype=torch.float16)
 @pytest.mark.long(backend="triton", distance=0.1)
+@pytest.mark.long(backend="triton", head="frozen")
 def test_half_precision_is_no_worse_than_eager(distance, dtype, head, backend, device):
     """Three ways: float64 on the rounded inputs, eager in the same dtype, and ours."""
     case = {
@@ -350,6 +351,7 @@ def test_gradients_by_finite_differences(backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.long(backend="triton", head="frozen")
 def test_two_runs_and_all_structures_agree_bit_for_bit(head, backend, device):
     case = make(300, 5.0)
     keywords = {"backend": backend, "workspace_mb": 0.02}

@@ -223,7 +223,7 @@ def test_packed_is_padded(name, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.long(backend="triton", dtype=torch.bfloat16)
+@pytest.mark.long(backend="triton")
 def test_first_loss_of_equal_models_is_ln_2(dtype, backend, device):
     data = move(batch(B=3, T=14), device, dtype)
     data |= {"ref_hidden": data["hidden"].detach(), "ref_weight": data["weight"].detach()}
@@ -579,17 +579,16 @@ def test_bad_options(options, message):
 
 
 SHARED = [
-    pytest.param(
-        packed, trained, backend, marks=() if backend == "torch" or packed else pytest.mark.long
-    )
+    (packed, trained, backend)
     for packed in (False, True)
     for trained in (False, True)
     for backend in BACKENDS
 ]
 
 
+# Under the interpreter one test of a shared head is enough, `test_equal_models_through_a_shared_head`.
 @pytest.mark.parametrize(("packed", "trained", "backend"), SHARED)
-@pytest.mark.long(backend="triton", trained=False)
+@pytest.mark.long(backend="triton")
 def test_a_shared_head_is_read_once(packed, trained, backend, device, monkeypatch):
     """Policy and reference through one head: one call, the numbers of two."""
     monkeypatch.setattr(api, "run", spied := Spy(api.run))

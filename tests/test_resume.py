@@ -290,6 +290,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.long(name=[*OTHERS][1::2])
 def test_other_weights_than_a_run_began_with_are_told(tmp_path, caplog, name):
     case, other, told = OTHERS[name]
     run_of(tmp_path, case, eval_strategy="no", max_steps=1).train()

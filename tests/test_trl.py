@@ -681,6 +681,7 @@ def _outcome(path: Path, ranks: int) -> dict:
     return outcome
 
 
+@pytest.mark.long
 def test_two_ranks_train_as_one(tmp_path):
     run_on_two_ranks(__file__, str(tmp_path))
     expected = _outcome(tmp_path, ranks=1)
