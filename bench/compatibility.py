@@ -34,7 +34,7 @@ PACKAGES = (
 HEAD = """\
 # Versions that the tests pass on
 
-The whole suite on three sets of versions, by `make test-oldest`, `make record` and `make test-newest`:
+What `make test` runs, on three sets of versions, by `make test-oldest`, `make record` and `make test-newest`:
 the lower bounds of `pyproject.toml` together, those that `make test` installs, and the newest that
 could be had.
 """
