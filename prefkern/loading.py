@@ -4,6 +4,10 @@ transformers fills in what a folder lacks: weights that no file holds are drawn 
 in its log, and the run trains them. Of a folder that holds an adapter alone it says that the model type
 is unknown, and of a damaged file where its parser stopped. Here each is an error that names the folder,
 what is wrong with it and what to do.
+
+A revision, a cache or a token that is given for a model belongs to its tokenizer as well, whose words
+and chat template may be another revision's. Code that comes with the files runs only where it is
+trusted, and that is always said: where it is not, transformers asks on stdin.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -29,7 +34,17 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.config import PreferenceConfig
-from prefkern.hub import is_trusted, load_tokenizer
+
+# Keywords of `from_pretrained` that say where files are taken from, and not what is made of them.
+_WHENCE = (
+    "revision",
+    "code_revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+)
 
 
 def load_model(name: str, args: PreferenceConfig, what: str = "model", **defaults: Any) -> Any:
@@ -52,14 +67,7 @@ def load_model(name: str, args: PreferenceConfig, what: str = "model", **default
     if takes_images and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         loader = AutoModelForImageTextToText
     try:
-        model, info = loader.from_pretrained(
-            name, output_loading_info=True, trust_remote_code=remote, **kwargs
-        )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{what} {name!r}: {_unreadable(name)} is damaged or was not written to its end "
-            f"({error}); fetch it anew"
-        ) from error
+        model, missing = from_files(loader, name, what, trust_remote_code=remote, **kwargs)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -67,9 +75,6 @@ def load_model(name: str, args: PreferenceConfig, what: str = "model", **default
             f"{what} {name!r}: weights have other shapes than its config.json says (experts are "
             "stacked, so that one too few is such a shape); the log above names them"
         ) from error
-    # A buffer is computed, and of tied weights one is in the file.
-    own = {each for each, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(own & set(info["missing_keys"]))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
@@ -78,6 +83,27 @@ def load_model(name: str, args: PreferenceConfig, what: str = "model", **default
             "the model whole"
         )
     return model
+
+
+def from_files(
+    loader: Any, name: str, what: str, *, trust_remote_code: bool, **kwargs: Any
+) -> tuple[Any, list[str]]:
+    """A model by an Auto class, and the names of its weights that the files lack.
+
+    Raises ValueError, naming the file, for one that is damaged.
+    """
+    try:
+        model, info = loader.from_pretrained(
+            name, output_loading_info=True, trust_remote_code=trust_remote_code, **kwargs
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"{what} {name!r}: {_unreadable(name)} is damaged or was not written to its end "
+            f"({error}); fetch it anew"
+        ) from error
+    # A buffer is computed, and of tied weights one is in the file.
+    own = {each for each, _ in model.named_parameters(remove_duplicate=False)}
+    return model, sorted(own & set(info["missing_keys"]))
 
 
 def read_config(
@@ -111,10 +137,11 @@ def unusable_config(name: str, what: str, error: Exception) -> ValueError:
     )
 
 
-def tokenizer_beside(name: str, kwargs: Mapping[str, Any]) -> Any:
-    """The tokenizer of a model that `kwargs` loaded.
+def load_tokenizer(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The tokenizer of a model by name or path, which is loaded with `kwargs`.
 
-    Raises ValueError, naming the file where one is broken.
+    Raises OSError where there is none, and ValueError, naming the file where one is broken, for one
+    that cannot be read and for one that is code which is not trusted.
     """
     if not name:
         raise ValueError(
@@ -122,7 +149,9 @@ def tokenizer_beside(name: str, kwargs: Mapping[str, Any]) -> Any:
             "so that its tokenizer is not known: pass processing_class"
         )
     try:
-        return load_tokenizer(name, kwargs)
+        return AutoTokenizer.from_pretrained(
+            name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
+        )
     except Exception as error:
         # The Rust library raises plain Exceptions; what transformers says of a folder is clear.
         broken = _broken_json(name)
@@ -134,6 +163,16 @@ def tokenizer_beside(name: str, kwargs: Mapping[str, Any]) -> Any:
             f"the tokenizer of {name!r} cannot be loaded: {where}: {reason}. Mend its files, or "
             "pass processing_class"
         ) from error
+
+
+def whence(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a model's keywords of `from_pretrained`, those that say where its files are."""
+    return {name: kwargs[name] for name in _WHENCE if name in kwargs}
+
+
+def is_trusted(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model's keywords of `from_pretrained` let the code that comes with it run."""
+    return bool(kwargs.get("trust_remote_code", False))
 
 
 def _refuse_adapter(name: str, what: str) -> None:

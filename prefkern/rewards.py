@@ -34,9 +34,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from prefkern.collate import PreferenceCollator
 from prefkern.config import check_training, refuse_batches_by_length, refuse_without_effect
 from prefkern.data import check_columns, tokenize_preferences
-from prefkern.hub import is_trusted, load_tokenizer, whence
 from prefkern.integrations.liger import apply_liger, check_liger
 from prefkern.item_trainer import ItemTrainer
+from prefkern.loading import from_files, is_trusted, load_tokenizer, whence
 from prefkern.models import unwrap
 from prefkern.positions import check_positions
 from prefkern.preparation import check_no_native_adapter
@@ -417,8 +417,8 @@ def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
     remote = is_trusted(kwargs)
     kwargs.pop("trust_remote_code", None)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, output_loading_info=True, trust_remote_code=remote, **kwargs
+        model, missing = from_files(
+            AutoModelForSequenceClassification, name, "model", trust_remote_code=remote, **kwargs
         )
     except RuntimeError as error:
         # Weights of other shapes, such as the head of a classifier with several labels.
@@ -426,7 +426,7 @@ def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
     _check_outputs(name, model.config)
     # Keys and values are of no use in scoring.
     model.config.get_text_config().use_cache = False
-    return model, sorted(info["missing_keys"])
+    return model, missing
 
 
 def _check_outputs(name: str, config: Any) -> None:

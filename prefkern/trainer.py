@@ -48,7 +48,7 @@ from prefkern.data import (
 from prefkern.forward import MISMATCHED, model_inputs, preference_outputs
 from prefkern.heads import has_low_rank_term
 from prefkern.integrations.liger import apply_liger, check_liger
-from prefkern.loading import load_model, tokenizer_beside
+from prefkern.loading import load_model, load_tokenizer
 from prefkern.loss import FusedPreferenceLoss
 from prefkern.models import (
     IGNORE_INDEX,
@@ -77,6 +77,7 @@ from prefkern.routers import RouterLoss
 from prefkern.text_inputs import embedding_rows
 from prefkern.trainer_checks import (
     Needs,
+    carry_sums,
     check_batches,
     check_carried_sums,
     check_needs,
@@ -180,7 +181,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         # What a model that is given was loaded with is not known.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
         model = load_model(model, args) if isinstance(model, str) else model
-        processing_class = processing_class or tokenizer_beside(
+        processing_class = processing_class or load_tokenizer(
             model.config._name_or_path, own_kwargs
         )
         tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
@@ -215,10 +216,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums alone: neither distributions nor mismatched pairs can be had from them.
-        carried = self._objective_needs.sums_suffice and all(
-            "ref_chosen_logps" in dataset.column_names
-            for _, dataset in named(train_dataset, "train") + named(eval_dataset, "eval")
-        )
+        carried = self._objective_needs.sums_suffice and carry_sums(train_dataset, eval_dataset)
         ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
         ref_name = ref_model if isinstance(ref_model, str) else None
         if isinstance(ref_model, str):
@@ -482,10 +480,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             self._check_columns(part, each)
         dataset = self._tokenized(dataset, self.args, name)
         check_batches(dataset, self.args.eval_batch_size, self.args, name)
-        is_carried = all(
-            "ref_chosen_logps" in part.column_names for _, part in named(dataset, name)
-        )
-        if self._objective_needs.reference and not is_carried:
+        if self._objective_needs.reference and not carry_sums(dataset):
             # The constructor's datasets may have carried sums, and asked nothing of the model.
             model = self.accelerator.unwrap_model(self.model)
             check_reference_adapter(model, self.args.ref_adapter_name, self.ref_model)
@@ -501,7 +496,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         """The dataset with the reference's sums as columns, computed unless it carries them."""
         if isinstance(dataset, dict):
             return {key: self._with_reference(value) for key, value in dataset.items()}
-        if dataset is not None and "ref_chosen_logps" not in dataset.column_names:
+        if not carry_sums(dataset):
             dataset = self._computed(dataset)
         if dataset is not None:
             self._computed_sums.add(dataset._fingerprint)

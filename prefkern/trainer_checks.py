@@ -94,6 +94,12 @@ def check_carried_sums(dataset: Any, name: str, needs: Needs, given: dict[str, A
     )
 
 
+def carry_sums(*datasets: Any) -> bool:
+    """Whether each dataset, or each of a dict of them, has the reference's sums as columns."""
+    parts = [part for dataset in datasets for _, part in named(dataset, "")]
+    return all(REFERENCE_COLUMNS[0] in part.column_names for part in parts)
+
+
 def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
     for name, value in reference_arguments(args, ref_model).items():
         if not needs.reference:

@@ -14,7 +14,7 @@ import datasets
 import pyarrow.compute as pc
 
 from prefkern.data import COLUMNS
-from prefkern.hub import load_tokenizer
+from prefkern.loading import load_tokenizer
 from prefkern.text_inputs import embedding_rows
 
 logger = logging.getLogger(__name__)

@@ -41,18 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--long"):
         return
-    long = [item for item in items if _is_long(item)]
+    kept, long = [], []
+    for item in items:
+        (long if _is_long(item) else kept).append(item)
     config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if not _is_long(item)]
+    items[:] = kept
 
 
 def _is_long(item: pytest.Item) -> bool:
     """Whether a mark is for this case: one that names no parameter's value, or only values it has."""
-    given = (
-        item.callspec.params
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-        else {}
-    )
+    given = getattr(getattr(item, "callspec", None), "params", {})
     for mark in item.iter_markers("long"):
         if unknown := set(mark.kwargs) - set(given):
             raise pytest.UsageError(f"{item.nodeid}: long names {sorted(unknown)}, not a parameter")

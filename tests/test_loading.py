@@ -16,9 +16,9 @@ peft = pytest.importorskip("peft")
 
 from test_trainer import config, lora
 
-from prefkern import PreferenceTrainer
+from prefkern import PreferenceTrainer, rewards
 from prefkern.cli import plan
-from prefkern.loading import load_model, tokenizer_beside
+from prefkern.loading import load_model, load_tokenizer
 
 FAMILIES = {
     "Llama": {},
@@ -96,6 +96,12 @@ def test_damaged_files_and_other_shapes(tmp_path):
     weights.write_bytes(weights.read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged or was not written to its"):
         load_model(folder, config(tmp_path))
+    tiny.tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was not written to its"):
+        rewards.new_reward_model(folder)
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="the tokenizer of .*tokenizer.json.* Mend its files"):
+        rewards.new_reward_model(folder)
 
 
 @pytest.mark.parametrize("beside", ["alone", "with the base's config"])
@@ -133,8 +139,8 @@ def test_a_model_without_a_name_needs_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_broken_tokenizer_is_named(tmp_path, file):
     tiny.tokenizer().save_pretrained(tmp_path)
-    assert len(tokenizer_beside(str(tmp_path), {})) == len(tiny.tokenizer())
+    assert len(load_tokenizer(str(tmp_path), {})) == len(tiny.tokenizer())
     (tmp_path / file).write_text("{bad")
     with pytest.raises(ValueError, match=f"cannot be loaded: {tmp_path / file}: ") as caught:
-        tokenizer_beside(str(tmp_path), {})
+        load_tokenizer(str(tmp_path), {})
     assert "Mend its files, or pass processing_class" in str(caught.value)

@@ -300,8 +300,7 @@ def pair_loss(
     max_squared: float,
     gap: tuple[float, float] | None = None,  # policy's and reference's part in alpha-DPO's gap
     gap_scale: float = 0.0,
-    gap_statistics: tuple[torch.Tensor, torch.Tensor]
-    | None = None,  # mean and variance, () float64
+    gap_statistics: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean, variance: () float64
     least_spread: float = 0.0,  # relative to the mean
     margin_weight: MarginWeight | None = None,
 ) -> PairLossOutput:

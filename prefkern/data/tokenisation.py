@@ -259,21 +259,6 @@ def _with_tokens(
     )
 
 
-@dataclass(frozen=True)
-class _AsOfNow:
-    """A function of rows, and what else its result depends on.
-
-    `datasets` keeps what a function made of a dataset and knows it by the function, in which other
-    modules' functions count by name: it would give the tokens of an earlier version back.
-    """
-
-    function: Callable[..., dict[str, Any]]
-    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
-
-    def __call__(self, *args: Any) -> dict[str, Any]:
-        return self.function(*args)
-
-
 @functools.cache
 def _versions() -> tuple[str, ...]:
     """Of this package, of the code that makes tokens, and of those that it calls."""
@@ -283,6 +268,21 @@ def _versions() -> tuple[str, ...]:
         code.update(file.read_bytes())
     others = (transformers.__version__, tokenizers.__version__)
     return (prefkern.__version__, code.hexdigest(), *others)
+
+
+@dataclass(frozen=True)
+class _AsOfNow:
+    """A function of rows, and what else its result depends on.
+
+    `datasets` keeps what a function made of a dataset and knows it by the function, in which other
+    modules' functions count by name: it would give the tokens of an earlier version back.
+    """
+
+    function: Callable[..., dict[str, Any]]
+    versions: tuple[str, ...] = field(default_factory=_versions)
+
+    def __call__(self, *args: Any) -> dict[str, Any]:
+        return self.function(*args)
 
 
 def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
