@@ -47,7 +47,7 @@ help:
 	@echo "make mutate    break the source line by line and see that the tests notice"
 	@echo "make check     every backend of this machine against float64"
 	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
-	@echo "make lint      ruff and pyright"
+	@echo "make lint      ruff, the layers that may import one another, pyright"
 	@echo "make clean     remove .venv, .demo and caches"
 
 demo: $(DEMO_SETUP)
@@ -83,6 +83,7 @@ sanitize: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:

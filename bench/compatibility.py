@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "bench/results/compatibility.json"
 PAGE = ROOT / "bench/COMPATIBILITY.md"
 NAMES = ("oldest", "tested", "newest")
-OWN = "tests/test_compatibility.py::test_the_page_is_of_its_record"
+OWN = "tests/system/test_compatibility.py::test_the_page_is_of_its_record"
 PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "accelerate", "datasets", "peft", "trl"),
     *("liger-kernel", "hypothesis", "pytest", "matplotlib", "pyyaml", "rich", "xxhash"),

@@ -2,7 +2,7 @@
 
 usage: python bench/compile_reports.py [PYTHON ...]
 
-No GPU is needed: `tests/compile_ahead.py --all` is run for each architecture, by this interpreter
+No GPU is needed: `tests/support/compile_ahead.py --all` is run for each architecture, by this interpreter
 or by each of those named, which may have other versions of Triton. Writes
 `bench/results/compile-reports.json` and the table `bench/COMPILE.md`. Registers and spills say
 whether a configuration is worth measuring, not how fast it is.
@@ -39,7 +39,7 @@ def compile_all(python: str, target: str) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [python, ROOT / "tests/compile_ahead.py", target, "--all"],
+        [python, ROOT / "tests/support/compile_ahead.py", target, "--all"],
         capture_output=True,
         text=True,
         env=environment,

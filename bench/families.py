@@ -2,7 +2,7 @@
 
 usage: python bench/families.py [--json FILE] [--page FILE] [NAME ...]
 
-Twice: the families of `tests/family_table.py`, whose caps and scales are chosen to bite, the models
+Twice: the families of `tests/support/family_table.py`, whose caps and scales are chosen to bite, the models
 with images with and without one; and every class of transformers' auto mappings for causal LMs and
 for images with text, from its config's defaults with each size that has a known name made small,
 nested configs included, on text alone. `prefkern.token_logprobs` and its gradients, of all
@@ -37,12 +37,11 @@ from transformers.models.auto import modeling_auto
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
-import family_table
-from family_table import FAMILIES, VISION, Family
-
 import prefkern
-from prefkern.cli.bench import environment
-from prefkern.models import HeadTransform, head_transform
+from prefkern.models.transform import HeadTransform, head_transform
+from prefkern_bench import environment
+from support import family_table
+from support.family_table import FAMILIES, VISION, Family
 
 # Largest errors of a value, in nats, and of a gradient, relative to its parameter's largest.
 BOUNDS = {"value": 1e-4, "gradient": 1e-3}

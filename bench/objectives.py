@@ -2,8 +2,8 @@
 
 usage: python bench/objectives.py [--json PATH]         (exit status 1 if a bound is missed)
 
-The table of cases and their pairs is `tests/objective_cases.py`; the oracles are the textbook
-formulas in 150-digit decimals of `tests/oracles.py`. Each case is evaluated by its torch class in
+The table of cases and their pairs is `tests/support/objective_cases.py`; the oracles are the textbook
+formulas in 150-digit decimals of `tests/support/oracles.py`. Each case is evaluated by its torch class in
 float64 and float32, differentiated by autograd, and, where it has that form, by the Triton pair
 kernel (compiled on a GPU, under Triton's interpreter without one) through the call that the loss
 makes. All pairs are numbers of float32, so every path is asked the same question.
@@ -35,8 +35,17 @@ if DEVICE == "cpu":
     # Read when triton is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from listing import listing_1
-from objective_cases import (
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from prefkern import Pairs
+from prefkern.loss.diagnostics import objective_balance
+from prefkern.objectives import DPO, Adaptive, Objective
+from prefkern_bench import environment
+from support.listing import listing_1
+from support.objective_cases import (
     BOUNDS,
     CASES,
     GROUPS,
@@ -48,15 +57,6 @@ from objective_cases import (
     evaluate,
     evaluate_kernel,
 )
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-from prefkern import Pairs
-from prefkern.cli.bench import environment
-from prefkern.diagnostics import objective_balance
-from prefkern.objectives import DPO, Adaptive, Objective
 
 try:
     import prefkern_kernels as kernels

@@ -3,7 +3,7 @@
 usage: python bench/plans.py [--json PATH]         (exit status 1 if a bound is missed)
 
 For three shapes, three bounds on temporary memory and three tasks (forward; forward and backward
-with a frozen head; with a trainable one) `prefkern.measure.Meter` counts the matrix products, in
+with a frozen head; with a trainable one) `prefkern_bench.measure.Meter` counts the matrix products, in
 units of NHV, and the most bytes alive beyond inputs, outputs and gradients and the float32 `[N, H]`
 that holds D or dH. A row is missed where the bytes pass `workspace_mb` by more than 5%, where the
 operations are not those of its plan, or where they are more than the task's bound: 2, 4 and 8 NHV,
@@ -26,8 +26,8 @@ from rich.progress import track
 from rich.table import Table
 
 import prefkern
-from prefkern.cli.bench import environment
-from prefkern.measure import Meter
+from prefkern_bench import environment
+from prefkern_bench.measure import Meter
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20

@@ -284,7 +284,7 @@ def objectives_table(name: str) -> str:
         (
             "Worst relative error of value / of gradient over each objective's cases (options, P from near 0 to "
             "1 - 1e-12, log-ratios to 1e4, 32,768 tokens), against the textbook formulas in 150-digit decimals "
-            f"of tests/oracles.py. Bounds: {bounds['float64']:.0e} in float64, {bounds['float32']:.0e} in float32. The pair "
+            f"of tests/support/oracles.py. Bounds: {bounds['float64']:.0e} in float64, {bounds['float32']:.0e} in float32. The pair "
             f"kernel ran {report['kernel']}, in one launch a loss (alpha-DPO's running statistics, while training, "
             "are moved by torch before it); where there is none, the torch class is what runs on every backend."
         ),
@@ -323,7 +323,7 @@ PAGES = {
 
 
 def draw_pictures() -> None:
-    from prefkern.cli.bench import pictures
+    from prefkern_bench import pictures
 
     for name in kept("bench-*.json"):
         report = json.loads((RESULTS / name).read_text())

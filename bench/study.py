@@ -44,11 +44,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 
 import prefkern
 from prefkern.cli import margins as margins_command
-from prefkern.cli.bench import environment
-from prefkern.collate import PreferenceCollator
 from prefkern.data import load_preference_dataset, tokenize_preferences
-from prefkern.diagnostics import objective_balance
+from prefkern.data.collate import PreferenceCollator
+from prefkern.loss.diagnostics import objective_balance
 from prefkern.objectives import Objective, Pairs
+from prefkern_bench import environment
 
 ROOT = Path(__file__).parent.parent
 # The demo's model and data are scripts, not part of the package.

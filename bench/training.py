@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+TESTS = [str(ROOT / "tests" / name) for name in ("", "models", "training")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), *TESTS]
 
 import datasets
 import test_ddp
 import test_packing
 import test_resume
-import tiny
 import torch
 from test_trainer import step_logs, weights
 from torch import Tensor
 
 import prefkern
-from prefkern.cli.bench import environment
+from prefkern_bench import environment
+from support import tiny
 
 PAGE = ROOT / "bench/TRAINING.md"
 RESULT = ROOT / "bench/results/training-cpu.json"

@@ -28,7 +28,6 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import datasets
 import peft
-import tiny
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
@@ -40,8 +39,9 @@ from trl import DPOTrainer as PlainDPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from prefkern.cli.bench import environment
 from prefkern.integrations.trl import DPOTrainer, fuse_head
+from prefkern_bench import environment
+from support import tiny
 
 STEPS, PAIRS = 6, 24
 # Of float32, over the steps: relative, for losses, gradients and metrics.

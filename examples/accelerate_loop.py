@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefkern
-from prefkern.collate import PreferenceCollator
 from prefkern.data import load_preference_dataset, show, tokenize_preferences
-from prefkern.preparation import disable_dropout
+from prefkern.data.collate import PreferenceCollator
+from prefkern.models.adapters import disable_dropout
 
 
 def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:

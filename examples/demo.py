@@ -35,11 +35,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 import prefkern
-from prefkern.cli.bench import environment
 from prefkern.data import load_preference_dataset
-from prefkern.measure import Cost, cost_of
-from prefkern.models import HeadInputs, align_labels, forward_with_head, head_transform
+from prefkern.models.head_forward import forward_with_head
+from prefkern.models.heads import HeadInputs
+from prefkern.models.scoring import align_labels
+from prefkern.models.transform import head_transform
 from prefkern.objectives import Pairs
+from prefkern_bench import environment
+from prefkern_bench.measure import Cost, cost_of
 
 PAIRS_A_STEP = 8
 EVALUATE_EVERY = 10  # steps

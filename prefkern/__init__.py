@@ -5,7 +5,7 @@ Where to begin: `linear_logprobs` is the operator (log-probs of labels without l
 `FusedPreferenceLoss` is the loss on them, `objectives` the losses' formulas, `reference` the same
 calls with logits in memory, `diagnostics` a look at who is pushed how hard, `token_logprobs`,
 `preference_outputs` (a model's forward with the loss in it) and `PreferenceTrainer` the way in from
-transformers. The latter three import transformers, so they are loaded on first use.
+transformers. The trainer and its arguments import transformers, so they are loaded on first use.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 from prefkern import diagnostics, objectives, reference
-from prefkern.api import linear_logprobs, plan_for
-from prefkern.kl import linear_kl
-from prefkern.loss import FusedPreferenceLoss
+from prefkern.loss.fused import FusedPreferenceLoss
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.models.scoring import preference_outputs, token_logprobs
 from prefkern.objectives import Pairs
-from prefkern.outputs import PreferenceOutput, TokenKL, TokenStats, UnpairedOutput
-from prefkern.plan import Plan, last_plan
+from prefkern.ops.kl import linear_kl
+from prefkern.ops.logprobs import linear_logprobs, plan_for
+from prefkern.ops.outputs import TokenKL, TokenStats
+from prefkern.ops.plan import Plan, last_plan
+from prefkern.version import VERSION
 
 if TYPE_CHECKING:
-    from prefkern.forward import preference_outputs
-    from prefkern.models import token_logprobs
-    from prefkern.trainer import PreferenceConfig, PreferenceTrainer
+    from prefkern.training.trainer import PreferenceConfig, PreferenceTrainer
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "FusedPreferenceLoss",
@@ -50,10 +51,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "preference_outputs": "prefkern.forward",
-    "token_logprobs": "prefkern.models",
-    "PreferenceConfig": "prefkern.trainer",
-    "PreferenceTrainer": "prefkern.trainer",
+    "PreferenceConfig": "prefkern.training.config",
+    "PreferenceTrainer": "prefkern.training.trainer",
 }
 
 

@@ -1,100 +1,10 @@
-"""Who is pushed how hard: the gradient balance of a preference loss, pair by pair.
+"""Who is pushed how hard, and where a NaN came from: the public name of `prefkern.loss.diagnostics`."""
 
-AdaDPO's A.6 asks for the ratio of a pair's gradients on its two probabilities. With g the gradient
-of the loss with respect to a log-prob L = log P,
-
-    |dL/dP_w| / |dL/dP_l| = (|g_w| / |g_l|) (P_l / P_w)
-
-so that for DPO it is P_l / P_w and for AdaDPO (beta_w / beta_l) P_l / P_w. Its logarithm is given,
-for P is a sequence's probability: e^-1000 is an ordinary value. Also given is the share
-`|g_w| / (|g_w| + |g_l|)` of the push on log-probs, 1/2 for DPO, which is what the optimiser sees.
-The trainer logs both; by hand:
-
-    out = loss_fn(...)
-    prefkern.diagnostics.gradient_balance(out).log_balance.median()
-
-And where a NaN came from: `explain_nonfinite`, which `prefkern.nonfinite` tells of.
-"""
-
-from __future__ import annotations
-
-import copy
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-
-from prefkern.nonfinite import explain_nonfinite
-from prefkern.objectives import Objective, Pairs
-from prefkern.outputs import PreferenceOutput
+from prefkern.loss.diagnostics import (
+    GradientBalance,
+    explain_nonfinite,
+    gradient_balance,
+    objective_balance,
+)
 
 __all__ = ["GradientBalance", "explain_nonfinite", "gradient_balance", "objective_balance"]
-
-
-class GradientBalance(NamedTuple):
-    """Of each pair, (B,) each."""
-
-    chosen_gradients: Tensor  # d loss / d chosen_logps
-    rejected_gradients: Tensor  # d loss / d rejected_logps
-    log_balance: Tensor  # log(|dL/dP_w| / |dL/dP_l|), nats; NaN where neither side is pushed
-    chosen_share: Tensor  # |g_w| / (|g_w| + |g_l|); NaN where neither side is pushed
-
-
-@torch.no_grad()
-def gradient_balance(out: PreferenceOutput) -> GradientBalance:
-    """The gradient balance of a loss that was computed (AdaDPO, A.6).
-
-    Args:
-        out: what `FusedPreferenceLoss` (or `prefkern.reference.preference_loss`) returned. For
-            TDPO the gradients are those through the log-probs, without the divergences'.
-
-    Raises TypeError for an output without pairs (KTO).
-    """
-    if not isinstance(out, PreferenceOutput):
-        raise TypeError(f"out must be a PreferenceOutput, got {type(out).__name__}")
-    if out.chosen_gradients is None or out.rejected_gradients is None:
-        raise ValueError(
-            "out has no gradients, as it comes from a compiled call; call the loss outside of "
-            "torch.compile, or use objective_balance on its log-probs"
-        )
-    return _balance(
-        out.chosen_gradients, out.rejected_gradients, out.chosen_logps, out.rejected_logps
-    )
-
-
-def objective_balance(objective: Objective, pairs: Pairs) -> GradientBalance:
-    """The same of an objective on log-probs alone, as plots of a formula need it.
-
-    Args:
-        objective: any pairwise objective, evaluated; nothing of it is changed.
-        pairs: its input, (B,) tensors; no gradient reaches them.
-
-    Raises TypeError for what is neither.
-    """
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be a pairwise objective, got {objective!r}")
-    if not isinstance(pairs, Pairs):
-        raise TypeError(f"pairs must be Pairs, got {pairs!r}")
-    # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
-    with torch.inference_mode(False), torch.enable_grad():
-        values: dict[str, Any] = {
-            name: None if value is None else value.detach().clone()
-            for name, value in vars(pairs).items()
-        }
-        leaves = [values[name].requires_grad_() for name in ("chosen_logps", "rejected_logps")]
-        # A copy, since an objective keeps what it saw last, and each module its own mode.
-        losses = copy.deepcopy(objective).eval()(Pairs(**values)).losses
-        chosen, rejected = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-    return _balance(chosen, rejected, pairs.chosen_logps.detach(), pairs.rejected_logps.detach())
-
-
-def _balance(
-    chosen: Tensor, rejected: Tensor, chosen_logps: Tensor, rejected_logps: Tensor
-) -> GradientBalance:
-    # d / d P = (d / d log P) / P
-    log_balance = chosen.abs().log() - rejected.abs().log() + rejected_logps - chosen_logps
-    total = chosen.abs() + rejected.abs()
-    share = chosen.abs() / total
-    unpushed = total == 0
-    log_balance = log_balance.masked_fill(unpushed, float("nan"))
-    return GradientBalance(chosen, rejected, log_balance, share)

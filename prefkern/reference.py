@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern import checks, loss_checks
+from prefkern.loss import checks as loss_checks
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, Pairs, UnpairedObjective
-from prefkern.outputs import PreferenceOutput, TokenKL, TokenStats, UnpairedOutput
+from prefkern.ops import checks
+from prefkern.ops.outputs import TokenKL, TokenStats
 
 
 def logits(

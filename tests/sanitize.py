@@ -70,11 +70,11 @@ def main() -> int:
 def drive(device: str = "cuda") -> set[str]:
     """Launch every kernel; returns the launchers that ran."""
     import torch
-    from launch_cases import CASES, product
 
     import prefkern_kernels as kernels
     from prefkern.objectives import build
     from prefkern_kernels import tiles
+    from support.launch_cases import CASES, product
 
     kernels.launches.clear()
     for case in CASES.values():

@@ -8,7 +8,7 @@ measured: an empty `measured` means nowhere yet, and then the order is a guess f
 bytes. `autotune` orders them on one's own device; its file goes before this table.
 
 The candidate in use compiles without spills by Triton 3.6.0, 3.7.1 and 3.9.0, each other one by one of
-them at least, which `tests/test_compile_ahead.py` asserts; `bench/COMPILE.md` has their registers and
+them at least, which `tests/kernels/test_compile_ahead.py` asserts; `bench/COMPILE.md` has their registers and
 shared memory. That bounds a thread to 128 accumulators, and to 64 where there is a bias or a softcap.
 """
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 if TYPE_CHECKING:
-    from prefkern.trainer import PreferenceTrainer
+    from prefkern.training.trainer import PreferenceTrainer
 
 # Optimisers that take the names of layers from the model.
 _OF_LAYERS = ("galore", "apollo", "lomo")
@@ -85,7 +85,7 @@ def check_best_metric(trainer: PreferenceTrainer) -> None:
 
 def interrupted(command: str, config: TrainingArguments | None) -> int:
     """Say which checkpoint an interrupted run can go on from; the exit status, as of a shell."""
-    from prefkern.checkpoints import CheckpointError, last_complete
+    from prefkern.training.checkpoints import CheckpointError, last_complete
 
     told = "nothing was saved"
     if config is not None:
@@ -107,8 +107,8 @@ def _check_folder(output_dir: str | None) -> None:
 
 def _metrics(trainer: PreferenceTrainer) -> list[str]:
     """Names of what the objective logs: those of two pairs of nothing, by the trainer's own code."""
-    from prefkern.loss import FusedPreferenceLoss
-    from prefkern.metrics import item_values, means, per_item
+    from prefkern.loss.fused import FusedPreferenceLoss
+    from prefkern.training.metrics import item_values, means, per_item
 
     objective = copy.deepcopy(trainer.loss_fn.objective).cpu()
     needs = trainer._objective_needs

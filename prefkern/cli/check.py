@@ -116,13 +116,13 @@ def _backends() -> list[tuple[str, str]]:
     """(backend, device) of each way that this machine can run."""
     import torch
 
-    from prefkern import api
+    from prefkern.ops import call
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     runs = [("torch", device) for device in devices]
     for device in devices:
         try:
-            api.resolve_backend("triton", torch.device(device))
+            call.resolve_backend("triton", torch.device(device))
         except RuntimeError:
             continue
         runs.append(("triton", device))

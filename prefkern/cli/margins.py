@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
-from prefkern.files import replacing
+from prefkern.training.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefkern.rewards import RewardConfig, RewardTrainer
+    from prefkern.training.rewards import RewardConfig, RewardTrainer
 
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 # The margins that `prefkern train` reads.
@@ -134,8 +134,8 @@ def main(argv: list[str]) -> int:
     missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
     if missing:
         return fail("margins", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
-    from prefkern.checkpoints import CheckpointError
     from prefkern.cli.before_training import interrupted
+    from prefkern.training.checkpoints import CheckpointError
 
     # Trainer makes its folder even for a run that only scores and saves no model.
     with tempfile.TemporaryDirectory() as scratch:
@@ -172,7 +172,7 @@ def parse(
 
     Raises ValueError for what is unknown, missing, malformed or contradictory.
     """
-    from prefkern.rewards import RewardConfig
+    from prefkern.training.rewards import RewardConfig
 
     parser = Parser(
         (RewardModelArguments, MarginsDataArguments, RewardLoraArguments, RewardConfig),
@@ -231,9 +231,9 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     from datasets import concatenate_datasets
     from transformers import set_seed
 
-    from prefkern import rewards
     from prefkern.cli.before_training import check_options
     from prefkern.data import load_preference_dataset, show
+    from prefkern.training import rewards
 
     check_options(config)
     with config.main_process_first(desc="loading", local=False):
@@ -395,7 +395,7 @@ def _report(run: _Run, rewards: Tensor) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from prefkern.rewards import pair_metrics
+    from prefkern.training.rewards import pair_metrics
 
     written = rewards[: len(run.dataset)]
     parts = {"all pairs": written}

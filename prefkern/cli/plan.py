@@ -27,7 +27,7 @@ from prefkern.cli.arguments import fail
 if TYPE_CHECKING:
     import torch
 
-    from prefkern.plan import Plan
+    from prefkern.ops.plan import Plan
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _WORKSPACES_MB = (256.0, 1024.0, 4096.0)
@@ -176,8 +176,9 @@ def read_head(name: str, trust_remote_code: bool = False) -> Head:
     import torch
     import transformers
 
-    from prefkern.loading import read_config, unusable_config
-    from prefkern.models import candidate_transforms, find_head
+    from prefkern.models.heads import find_head
+    from prefkern.models.loading import read_config, unusable_config
+    from prefkern.models.transform import candidate_transforms
 
     config: Any = read_config(name, trust_remote_code=trust_remote_code)
     # A vision-language model is a causal LM to some families, and to others not.

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
-from prefkern.config import PreferenceConfig
+from prefkern.training.config import PreferenceConfig
 
 if TYPE_CHECKING:
-    from prefkern.trainer import PreferenceTrainer
+    from prefkern.training.trainer import PreferenceTrainer
 
 
 @dataclass
@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
     if missing:
         return fail("train", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
-    from prefkern.checkpoints import CheckpointError
     from prefkern.cli.before_training import interrupted
+    from prefkern.training.checkpoints import CheckpointError
 
     config = None
     try:
@@ -159,7 +159,7 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
 
     from peft import LoraConfig
 
-    from prefkern.trainer import PreferenceTrainer
+    from prefkern.training.trainer import PreferenceTrainer
 
     # What the file says under model_init_kwargs is more specific.
     config.model_init_kwargs = {**model.init_kwargs(), **(config.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]

@@ -7,18 +7,14 @@ beginning is the prompt. For KTO, which knows no pairs, a row is `prompt`, `comp
 (whether it is desirable), or each response of a pair by itself. Images are refused, by name.
 
 In reading order: `columns` (what a dataset has to have), `loading`, `formats` (a row's text to
-tokens), `prefkern.truncation` (what becomes of a pair that is too long), `tokenisation` (all rows)
-and `report`. Nothing is cut or dropped silently: a `DatasetReport` counts it.
+tokens), `truncation` (what becomes of a pair that is too long), `tokenisation` (all rows)
+and `report`, then `collate` (rows to batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
 """
 
 from __future__ import annotations
 
-try:
-    import datasets as datasets
-except ImportError as error:
-    raise ImportError(
-        "training needs more packages than the operator does: pip install 'prefkern[train]'"
-    ) from error
+import importlib
+from typing import TYPE_CHECKING
 
 from prefkern.data.columns import (
     COLUMNS,
@@ -27,11 +23,13 @@ from prefkern.data.columns import (
     check_labels,
     without_unused,
 )
-from prefkern.data.formats import extract_prompt
-from prefkern.data.loading import load_preference_dataset
 from prefkern.data.report import DatasetReport, Lengths, show
-from prefkern.data.tokenisation import tokenize_examples, tokenize_preferences
-from prefkern.truncation import TRUNCATION_MODES, truncate
+from prefkern.data.truncation import TRUNCATION_MODES, truncate
+
+if TYPE_CHECKING:
+    from prefkern.data.formats import extract_prompt
+    from prefkern.data.loading import load_preference_dataset
+    from prefkern.data.tokenisation import tokenize_examples, tokenize_preferences
 
 __all__ = [
     "COLUMNS",
@@ -49,3 +47,27 @@ __all__ = [
     "truncate",
     "without_unused",
 ]
+
+# These stand on `datasets`, `jinja2` or `transformers`, and are imported when they are asked for.
+_LAZY = {
+    "extract_prompt": "formats",
+    "load_preference_dataset": "loading",
+    "tokenize_examples": "tokenisation",
+    "tokenize_preferences": "tokenisation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'prefkern.data' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"prefkern.data.{_LAZY[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"training needs more packages than the operator does ({error.name}): "
+            "pip install 'prefkern[train]'"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
+if TYPE_CHECKING:
+    import datasets
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
 MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
+ID_COLUMNS = (*TOKEN_COLUMNS, EXAMPLE_COLUMNS[1])
 # What the collators read; every other column is dropped.
 COLUMNS = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
 # TRL's names. What these hold is part of the prompt, so to leave it out would be another task.
@@ -33,6 +35,8 @@ def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool
 
     Raises TypeError for another kind of dataset, ValueError for missing columns, images or no rows.
     """
+    import datasets
+
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"dataset {name!r} must be a datasets.Dataset (not streaming), "

@@ -19,7 +19,6 @@ import numpy
 import tokenizers
 import transformers
 
-import prefkern
 from prefkern.data.columns import (
     COLUMNS,
     EXAMPLE_COLUMNS,
@@ -36,7 +35,8 @@ from prefkern.data.columns import (
 )
 from prefkern.data.formats import TokenizedPair, check_message, tokenize_pair
 from prefkern.data.report import DatasetReport, Histogram, Lengths
-from prefkern.truncation import check_mode, truncate
+from prefkern.data.truncation import check_mode, truncate
+from prefkern.version import VERSION
 
 # What became of a row: numbers, and never tokens, so that a report on many rows is cheap.
 _MARKS = (
@@ -78,7 +78,7 @@ def tokenize_preferences(
         max_length: bound on prompt plus response; None for none.
         max_prompt_length: bound on the prompt; None for none.
         truncation_mode: how the bounds are met, one of `TRUNCATION_MODES`; see
-            `prefkern.truncation`. A pair that carries reference sums is not cut, but refused: they
+            `prefkern.data.truncation`. A pair that carries reference sums is not cut, but refused: they
             would be of other tokens.
         num_proc: processes.
         name: what the report calls the dataset.
@@ -262,12 +262,11 @@ def _with_tokens(
 @functools.cache
 def _versions() -> tuple[str, ...]:
     """Of this package, of the code that makes tokens, and of those that it calls."""
-    package = Path(prefkern.__file__).parent
     code = hashlib.sha256()
-    for file in [*sorted(package.glob("data/*.py")), package / "truncation.py"]:
+    for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
     others = (transformers.__version__, tokenizers.__version__)
-    return (prefkern.__version__, code.hexdigest(), *others)
+    return (VERSION, code.hexdigest(), *others)
 
 
 @dataclass(frozen=True)

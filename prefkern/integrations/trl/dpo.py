@@ -3,7 +3,7 @@
 What a batch is, which model is the reference and what is done around a step stay TRL's: datasets
 and chat templates, collators (those of vision-language models too), PEFT with a fresh or a trained
 adapter, reference log-probs computed beforehand and cached, a reference that follows the policy,
-the router's loss, callbacks, model cards. What becomes of a batch is `prefkern.objective_trainer`'s:
+the router's loss, callbacks, model cards. What becomes of a batch is `prefkern.training.objective_trainer`'s:
 
 - the loss is the mean over the pairs of an optimiser step, counted over accumulated batches and
   ranks. TRL takes the mean of the batches' means, which is the same where batches are equally
@@ -32,22 +32,18 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
 from trl.trainer.utils import use_adapter
 
-from prefkern import __version__
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
 from prefkern.integrations.trl.options import check_reference, objective_of
-from prefkern.loss import FusedPreferenceLoss
-from prefkern.models import (
-    IGNORE_INDEX,
-    HeadInputs,
-    align_labels,
-    find_head,
-    head_forward,
-    head_transform,
-)
-from prefkern.objective_trainer import ObjectiveTrainer, reference_states
+from prefkern.loss.fused import FusedPreferenceLoss
+from prefkern.loss.outputs import PreferenceOutput
+from prefkern.models.adapters import check_reference_adapter, check_unmerged
+from prefkern.models.head_forward import head_forward
+from prefkern.models.heads import HeadInputs, find_head
+from prefkern.models.scoring import IGNORE_INDEX, align_labels
+from prefkern.models.transform import head_transform
 from prefkern.objectives import DPO, KTO, Objective
-from prefkern.outputs import PreferenceOutput
-from prefkern.preparation import check_reference_adapter, check_unmerged
+from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states
+from prefkern.version import VERSION
 
 _MARGINS = "reward_margins"
 # Of a batch, what is not the model's.
@@ -229,7 +225,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         weights = self._precompute_model_hash
         cut = self.args.max_length, self.args.truncation_mode
         self._precompute_model_hash = (
-            f"{weights} prefkern {__version__} {self.accelerator.mixed_precision} {cut}"
+            f"{weights} prefkern {VERSION} {self.accelerator.mixed_precision} {cut}"
         )
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)

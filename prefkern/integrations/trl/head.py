@@ -18,18 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkern import checks
-from prefkern.api import BACKENDS, linear_logprobs
-from prefkern.models import (
-    IGNORE_INDEX,
-    HeadInputs,
-    HeadTransform,
-    align_labels,
-    find_head,
-    head_forward,
-    head_transform,
-)
-from prefkern.outputs import TokenStats
+from prefkern.models.head_forward import head_forward
+from prefkern.models.heads import HeadInputs, find_head
+from prefkern.models.scoring import IGNORE_INDEX, align_labels
+from prefkern.models.transform import HeadTransform, head_transform
+from prefkern.ops import checks
+from prefkern.ops.call import BACKENDS
+from prefkern.ops.logprobs import linear_logprobs
+from prefkern.ops.outputs import TokenStats
 
 _FORWARD = "concatenated_forward"
 # What a subclass may not have changed: who reads logits, and who makes them.

@@ -14,8 +14,8 @@ from typing import Any
 from trl.trainer.dpo_config import DPOConfig
 
 from prefkern import objectives
-from prefkern.config import refuse_batches_by_length
 from prefkern.objectives import Objective
+from prefkern.training.config import refuse_batches_by_length
 
 # TRL's losses that are objectives here, and the options that say so.
 _LOSSES: dict[str, tuple[str, dict[str, Any]]] = {

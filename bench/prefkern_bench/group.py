@@ -1,0 +1,154 @@
+"""One group of rows: one task at one shape, by every provider.
+
+Each provider is examined first (errors, plan, memory, operations, in a run each, so that none
+disturbs another), then all that came through are timed in turns. What a provider raises anywhere is
+its row's `failure`.
+
+Counted operations are those of the products that torch runs. Where products hide in a provider's
+own kernels, or fewer are seen than the task can do with, the row says "operations not counted"
+instead of a number. A compiled provider is counted in its uncompiled form, which multiplies the
+same matrices.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from prefkern_bench.measure import Meter, cuda_peak_bytes
+from prefkern_bench.providers import IN_ONE_PASS, PROVIDERS, Provider
+from prefkern_bench.report import PLAIN_PRODUCT, Row
+from prefkern_bench.timing import Step, describe_failure, release, time_in_turns
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all groups of a run share."""
+
+    providers: list[str]
+    tasks: list[str]
+    dtype: torch.dtype
+    device: torch.device
+    workspace_mb: float | None
+    warm_up: int
+    rounds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """One task at one shape.
+
+    Args:
+        blank: the row of a provider before anything is known of it.
+        run: the step; its result goes to `errors`.
+        errors: fills in what a result says about its errors.
+        nhv: one N H V, the unit of operations; None where that means nothing.
+        fewest: operations in NHV that no way to do the task can do without.
+        plain_product: a plain product of 2NHV operations, the measure of time; None: none.
+    """
+
+    blank: Callable[[str], Row]
+    run: Callable[[Provider], Any]
+    errors: Callable[[Row, Any], None]
+    nhv: int | None = None
+    fewest: int = 0
+    plain_product: Step | None = None
+
+
+def measure(group: Group, settings: Settings, progress: Progress) -> list[Row]:
+    """One row for each provider, and one for the plain product."""
+    rounds = settings.warm_up + settings.rounds
+    some = group.blank("")
+    # More room changes nothing where the head is frozen; a step's rows are of the default.
+    has_roomy = some.suite != "step" and some.task == "trainable"
+    names = [name for name in settings.providers if name != IN_ONE_PASS or has_roomy]
+    rows = {name: group.blank(name) for name in names}
+    task = progress.add_task(f"{some.suite}: {some.shape}, {some.task}", total=len(names) + rounds)
+    steps: dict[str, Step] = {}
+    for name, row in rows.items():
+        try:
+            provider = PROVIDERS[name](settings.workspace_mb, settings.device)
+            _examine(row, provider, group, settings.device)
+            steps[name] = lambda provider=provider: group.run(provider)
+        except Exception as error:  # noqa: BLE001, a peer's failure is a result
+            row.failure = describe_failure(error)
+            del error
+        progress.advance(task)
+        release(settings.device)
+    if group.plain_product is not None and steps:
+        steps[PLAIN_PRODUCT] = group.plain_product
+        rows[PLAIN_PRODUCT] = group.blank(PLAIN_PRODUCT)
+        if group.nhv is not None:
+            _record_operations(rows[PLAIN_PRODUCT], 2 * group.nhv, group.nhv)
+    times = time_in_turns(
+        steps,
+        settings.device,
+        warm_up=settings.warm_up,
+        rounds=settings.rounds,
+        seconds=settings.seconds,
+        advance=lambda: progress.advance(task),
+    )
+    _record_times(rows, times, group)
+    progress.remove_task(task)
+    return list(rows.values())
+
+
+def _examine(row: Row, provider: Provider, group: Group, device: torch.device) -> None:
+    result = group.run(provider)
+    row.plan = provider.plan()
+    group.errors(row, result)
+    del result
+    release(device)
+    if device.type == "cuda":
+        row.peak_mib = cuda_peak_bytes(lambda: group.run(provider), device) / MIB
+    uncompiled = provider.uncompiled()
+    try:
+        with Meter() as meter:
+            group.run(uncompiled)
+    except Exception as error:
+        # The uncompiled form may ask for more memory than there is.
+        if uncompiled is provider:
+            raise
+        row.add_note(f"operations not counted: {describe_failure(error)}")
+        return
+    if device.type != "cuda":
+        if provider.is_visible and uncompiled is provider:
+            row.peak_mib = meter.peak_bytes / MIB
+        else:
+            row.add_note("memory not counted")
+    if provider.is_visible and meter.operations >= group.fewest * (group.nhv or 0):
+        _record_operations(row, meter.operations, group.nhv)
+    else:
+        row.add_note("operations not counted")
+
+
+def _record_operations(row: Row, operations: int, nhv: int | None) -> None:
+    row.operations = operations
+    row.operations_nhv = None if nhv is None else operations / nhv
+
+
+def _record_times(
+    rows: Mapping[str, Row], times: Mapping[str, list[float] | str], group: Group
+) -> None:
+    plain = times.get(PLAIN_PRODUCT)
+    # Milliseconds of a plain product of one NHV operations.
+    unit = statistics.median(plain) / 2 if isinstance(plain, list) and plain else None
+    for name, outcome in times.items():
+        row = rows[name]
+        if isinstance(outcome, str):
+            row.failure = outcome
+            continue
+        row.all_ms = [round(ms, 4) for ms in outcome]
+        row.median_ms = statistics.median(outcome)
+        if unit is not None and name != PLAIN_PRODUCT:
+            row.floor_ratio = row.median_ms / (unit * group.fewest)
+            if row.operations_nhv is not None:
+                row.product_ratio = row.median_ms / (unit * row.operations_nhv)

@@ -1,0 +1,200 @@
+"""The suite "step": forward, DPO loss, backward and AdamW of a whole model.
+
+The models are real configurations with random weights, so that nothing is downloaded. Task "lora"
+trains adapters on all linear layers of a frozen model, "full" every parameter, the head included.
+Rows are half prompt. The reference's log-probs were computed earlier, and each provider takes them;
+Liger, which cannot, gets the reference's hidden states and pays for their product. "eager" is what a
+model's own forward does: logits of every token, prompts included.
+
+The learning rate is 0, so that every provider meets the same weights. Errors are those of the
+sequences' log-probs against float64, from the model's hidden states. Operations are of all of the
+step's matrix products but those inside the attention operator; memory is what lives beyond weights,
+optimiser state and batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefkern_bench.group import Group, Settings
+from prefkern_bench.problem import IGNORE_INDEX, Problem, dpo_loss, token_logps
+from prefkern_bench.providers import Eager, Provider, label_logps
+from prefkern_bench.report import Row
+
+TASKS = ("lora", "full")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A configuration of transformers, and the batch it is measured with."""
+
+    name: str
+    kind: str  # as AutoConfig.for_model takes it
+    config: dict[str, Any]
+    pairs: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens: the second half of each row."""
+        return self.pairs * self.length
+
+
+_SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+_QWEN3_06B = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+_LLAMA32_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+QUICK = [
+    Model(
+        "tiny model",
+        "llama",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": 500,
+            "tie_word_embeddings": True,
+        },
+        2,
+        8,
+    )
+]
+CPU = [Model("SmolLM2, 2 layers", "llama", _SMOLLM2 | {"num_hidden_layers": 2}, 2, 128)]
+GPU = [
+    Model("Qwen3-0.6B model", "qwen3", _QWEN3_06B, 8, 1024),
+    Model("Llama-3.2-1B model", "llama", _LLAMA32_1B, 8, 1024),
+]
+KNOWN = {model.name: model for model in QUICK + CPU + GPU}
+
+
+def default_models(is_gpu: bool, quick: bool) -> list[Model]:
+    return QUICK if quick else GPU if is_gpu else CPU
+
+
+def step_groups(model: Model, settings: Settings) -> Iterator[Group]:
+    """A group for each task."""
+    for task in TASKS:
+        if task not in settings.tasks:
+            continue
+        trained = TrainedModel(model, task, settings)
+        yield Group(
+            blank=lambda provider, task=task: Row("step", model.name, task, provider, model.tokens),
+            run=trained.step,
+            errors=trained.record_errors,
+        )
+        del trained
+
+
+class TrainedModel:
+    """A model with its optimiser, a batch, and the batch's reference."""
+
+    def __init__(self, model: Model, task: str, settings: Settings) -> None:
+        device = settings.device
+        self.model = build(model, task, settings.dtype, device)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=0.0)
+        # The optimiser's state exists before anything is measured.
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        generator = torch.Generator(device).manual_seed(0)
+        size = (2 * model.pairs, model.length)
+        vocab_size = model.config["vocab_size"]
+        self.ids = torch.randint(vocab_size, size, generator=generator, device=device)
+        labels = self.ids.roll(-1, 1)
+        labels[:, : model.length // 2 - 1] = IGNORE_INDEX
+        labels[:, -1] = IGNORE_INDEX
+        with torch.no_grad():
+            hidden = self.hidden()
+        weight = self.head().detach()
+        scored = labels != IGNORE_INDEX
+        logps = token_logps(hidden[scored], weight, labels[scored])
+        self.true_sums = logps.view(len(labels), -1).sum(-1)
+        self.problem = Problem(hidden, weight, labels, None, hidden, weight, self.true_sums.float())
+
+    def hidden(self) -> Tensor:  # (2B, T, H)
+        return self.plain_model().get_decoder()(self.ids, use_cache=False).last_hidden_state
+
+    def head(self) -> Tensor:  # (V, H)
+        return self.plain_model().get_output_embeddings().weight
+
+    def plain_model(self) -> Any:
+        """The transformers model, with adapters inside it if there are any."""
+        unwrap = getattr(self.model, "get_base_model", None)
+        return self.model if unwrap is None else unwrap()
+
+    def step(self, provider: Provider) -> Tensor:  # (2B,)
+        if isinstance(provider, Eager):
+            loss, sums = self.logits_loss()
+        else:
+            # A tied head is the embedding, whose gradient then has both parts.
+            loss, sums = provider.loss(
+                self.problem._replace(hidden=self.hidden(), weight=self.head())
+            )
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sums.detach()
+
+    def logits_loss(self) -> tuple[Tensor, Tensor]:
+        """The model's own forward: logits of all tokens, of which the scored ones are kept."""
+        problem = self.problem
+        scored = problem.labels != IGNORE_INDEX
+        logits = self.plain_model()(self.ids, use_cache=False).logits[scored]
+        logps = label_logps(logits, problem.labels[scored])
+        sums = logps.view(len(problem.labels), -1).sum(-1)
+        assert problem.ref_sums is not None
+        return dpo_loss(sums, problem.ref_sums), sums
+
+    def record_errors(self, row: Row, sums: Tensor) -> None:
+        error = (sums.double() - self.true_sums).abs()
+        row.sum_logp_error, row.sum_logp_mean_error = error.max().item(), error.mean().item()
+
+
+def build(model: Model, task: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model with random weights; for "lora", frozen, with adapters that are not all zero."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model.kind, **model.config)
+    with device:  # where a billion random numbers take no time
+        built = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if task == "full":
+        return built.train()
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(built, lora).train()

@@ -1,0 +1,77 @@
+"""Rows as tables for a terminal: one for each task at each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from prefkern_bench.report import Row
+
+LEGEND = """\
+NHV: matrix-product operations, counted. MiB: peak beyond the inputs. ms: median, and from the least
+to the most. x: times the time of plain products of as many operations. Errors against float64:
+token, sum: the worst log-prob of a token and of a sequence, in nats; dH, dW: relative.
+-: not measured, the notes say why where it is not plain."""
+CPU_REMARK = "Times on a CPU say little about a GPU; operations and errors carry over."
+
+
+def table_of(rows: Sequence[Row], title: str) -> Table:
+    is_step = rows[0].suite == "step"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    columns = ["GFLOP" if is_step else "NHV", "MiB", "ms", "from-to"]
+    columns += ["sum"] if is_step else ["x", "token", "sum", "dH", "dW"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        # What was measured before a failure stays in the JSON; a table's row is all or nothing.
+        table.add_row(row.provider, *([] if row.failure else _cells(row, is_step)))
+    return table
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Failures, and notes; a note that several rows share stands once."""
+    failures = [f"{row.provider}: {row.failure}" for row in rows if row.failure]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note and not row.failure:
+            notes.setdefault(row.note, []).append(row.provider)
+    return failures + [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+
+
+def _cells(row: Row, is_step: bool) -> list[str]:
+    if is_step:
+        operations = None if row.operations is None else rounded(row.operations / 1e9)
+    else:
+        operations = None if row.operations_nhv is None else f"{row.operations_nhv:.2f}"
+    spread = None
+    if row.all_ms:
+        spread = f"{rounded(min(row.all_ms))}-{rounded(max(row.all_ms))}"
+    cells = [operations, rounded(row.peak_mib), rounded(row.median_ms), spread]
+    if is_step:
+        cells.append(error(row.sum_logp_error))
+    else:
+        cells.append(None if row.product_ratio is None else f"{row.product_ratio:.2f}")
+        cells += [
+            error(value)
+            for value in (
+                row.token_logp_error,
+                row.sum_logp_error,
+                row.dhidden_error,
+                row.dweight_error,
+            )
+        ]
+    return ["-" if cell is None else cell for cell in cells]
+
+
+def rounded(value: float | None) -> str | None:
+    """Three digits, without an exponent."""
+    if value is None:
+        return None
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def error(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1e}"

@@ -1,0 +1,166 @@
+"""Batches of what `prefkern.data` has tokenised: padded on the right, or packed into one row.
+
+Pairs: 2B rows, B chosen and then their B rejected. Single responses (KTO): S rows, and beside them
+the batch's prompts with responses to other prompts, from which KTO estimates its reference point.
+
+Packed (`padding_free`), the rows follow one another in a single one of M tokens, as many as there
+are, and `cu_seqlens` says where each begins; `prefkern.models.packing` makes a model's inputs of it.
+
+Only responses have labels; the prompt's and the padding's are -100. Labels are not shifted here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefkern.data.columns import REFERENCE_COLUMNS
+from prefkern.data.truncation import truncate
+from prefkern.models.scoring import IGNORE_INDEX
+
+
+@dataclass
+class PreferenceCollator:
+    """Pairs -> padded batch of 2B rows: B chosen rows, then their B rejected rows.
+
+    Args:
+        pad_token_id: what fills `input_ids` on the right.
+        pad_to_multiple_of: rounds the length T up.
+        padding_free: one row without padding; the two above have no part in it.
+
+    A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
+    labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and
+    `reward_margins` ([B] float32). Packed, it holds `input_ids` and `labels` ([1, M]) and
+    `cu_seqlens` ([2B + 1] int32) in place of the first three.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    padding_free: bool = False
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [list(example["prompt_ids"]) for example in examples] * 2
+        responses = [
+            list(example[column])
+            for column in ("chosen_ids", "rejected_ids")
+            for example in examples
+        ]
+        batch = _batch(self, prompts, responses)
+        if all(column in examples[0] for column in REFERENCE_COLUMNS):
+            batch["ref_logps"] = torch.tensor(
+                [example[column] for column in REFERENCE_COLUMNS for example in examples],
+                dtype=torch.float32,
+            )
+        if "reward_margin" in examples[0]:
+            batch["reward_margins"] = torch.tensor(
+                [example["reward_margin"] for example in examples], dtype=torch.float32
+            )
+        return batch
+
+
+@dataclass
+class ExampleCollator:
+    """Single responses -> padded batch of S rows, and of their mismatched prompts and responses.
+
+    Args:
+        pad_token_id, pad_to_multiple_of, padding_free: as in `PreferenceCollator`.
+        max_length: bound on a mismatched prompt plus response, of which the prompt loses its
+            beginning, whatever becomes of a dataset's own pairs: each has to have a response.
+
+    A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool),
+    and the first three again under `mismatched_...` ([M, T']): each prompt with the next response
+    of the batch that answers another prompt (KTO); M is 0 where all prompts are one. Packed, each
+    three are those of `PreferenceCollator`.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    max_length: int | None = None
+    padding_free: bool = False
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [list(example["prompt_ids"]) for example in examples]
+        responses = [list(example["completion_ids"]) for example in examples]
+        batch = _batch(self, prompts, responses)
+        batch["desirable"] = torch.tensor([bool(example["desirable"]) for example in examples])
+        count = len(examples)
+        mismatched = []
+        for row, prompt in enumerate(prompts):
+            others = ((row + step) % count for step in range(1, count))
+            other = next((each for each in others if prompts[each] != prompt), None)
+            if other is not None:
+                response = responses[other]
+                cut, response, _ = truncate(prompt, response, response, self.max_length, None)
+                mismatched.append((cut, response))
+        rows = _batch(
+            self, [prompt for prompt, _ in mismatched], [response for _, response in mismatched]
+        )
+        return {**batch, **{f"mismatched_{name}": value for name, value in rows.items()}}
+
+
+def sequence_count(batch: Mapping[str, Any]) -> int:
+    """Sequences of a batch: its rows, or those that its one row is packed of."""
+    if "cu_seqlens" in batch:
+        return len(batch["cu_seqlens"]) - 1
+    return len(batch["input_ids"])
+
+
+def first_sequence(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch of the first sequence alone, of rows or one packed row and its `cu_seqlens`."""
+    if "cu_seqlens" not in batch:
+        return {name: rows[:1] for name, rows in batch.items()}
+    bounds = batch["cu_seqlens"][:2]
+    row = {name: row[:, : int(bounds[1])] for name, row in batch.items() if name != "cu_seqlens"}
+    return {**row, "cu_seqlens": bounds}
+
+
+def _batch(
+    collator: PreferenceCollator | ExampleCollator,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+) -> dict[str, Tensor]:
+    if collator.padding_free:
+        return _packed(prompts, responses)
+    return _padded(prompts, responses, collator.pad_token_id, collator.pad_to_multiple_of)
+
+
+def _packed(prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Tensor]:
+    """Prompts and responses end to end in one row; only responses have labels."""
+    pairs = [*zip(prompts, responses, strict=True)]
+    ends = [0, *accumulate(len(prompt) + len(response) for prompt, response in pairs)]
+    tokens = [token for prompt, response in pairs for token in (*prompt, *response)]
+    labels = [
+        label for prompt, response in pairs for label in (*[IGNORE_INDEX] * len(prompt), *response)
+    ]
+    return {
+        "input_ids": torch.tensor([tokens], dtype=torch.int64),
+        "labels": torch.tensor([labels], dtype=torch.int64),
+        "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
+    }
+
+
+def _padded(
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None,
+) -> dict[str, Tensor]:
+    """Rows of prompt and response, padded on the right; only responses have labels."""
+    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
+    multiple = pad_to_multiple_of or 1
+    shape = (len(prompts), math.ceil(longest / multiple) * multiple)
+    input_ids = torch.full(shape, pad_token_id)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, end = len(prompt), len(prompt) + len(response)
+        input_ids[row, :end] = torch.tensor(prompt + response)
+        attention_mask[row, :end] = 1
+        labels[row, start:end] = torch.tensor(response)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -1,0 +1,157 @@
+"""What a preference loss asks of its arguments beyond those of the operator.
+
+The fused loss and the oracle share it: what one refuses, so does the other. As in `prefkern.ops.checks`,
+nothing here takes memory or synchronises with a device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefkern.objectives import Objective, UnpairedObjective
+from prefkern.ops import checks
+
+
+def bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor:  # (S + 1,)
+    """Where each sequence begins among the flat tokens; checks what shapes can tell."""
+    if cu_seqlens is None:
+        if labels.ndim != 2 or labels.shape[0] == 0 or (is_paired and labels.shape[0] % 2):
+            expected = (
+                "[2B, T], B chosen rows and then their B rejected rows (or [M] with cu_seqlens)"
+                if is_paired
+                else "[S, T], a row for each response (or [M] with cu_seqlens)"
+            )
+            raise ValueError(f"labels must have shape {expected}, got {list(labels.shape)}")
+        rows, length = labels.shape
+        if length == 0:
+            return torch.zeros(rows + 1, dtype=torch.int64, device=labels.device)
+        return torch.arange(0, rows * length + 1, length, device=labels.device)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens!r}")
+    checks.dense("cu_seqlens", cu_seqlens)
+    if cu_seqlens.device.type == "meta":
+        raise ValueError("cu_seqlens must hold numbers, got a tensor on meta")
+    if labels.ndim != 1:
+        raise ValueError(
+            "with cu_seqlens the batch is packed: hidden must have shape [M, H] and labels [M], "
+            f"got labels {list(labels.shape)}"
+        )
+    least, kind = (3, "[2B + 1]") if is_paired else (2, "[S + 1]")
+    size = cu_seqlens.shape[0] if cu_seqlens.ndim == 1 else 0
+    if size < least or (is_paired and size % 2 == 0):
+        raise ValueError(f"cu_seqlens must have shape {kind}, got {list(cu_seqlens.shape)}")
+    return cu_seqlens.to(labels.device, torch.int64)
+
+
+def reference(
+    objective: Objective | UnpairedObjective,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    ref_logps: Tensor | None,
+    n_sequences: int,
+) -> None:
+    """A reference that is there if it is needed, once, whole, and of the policy's tokens."""
+    name = inner_name(objective)
+    if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
+        raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
+    reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    needs_kls = isinstance(objective, Objective) and objective.needs_kls
+    if needs_kls and ref_hidden is not None and ref_weight is not None:
+        checks.same_words(hidden, weight, ref_hidden, ref_weight)
+    if ref_logps is not None:
+        checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
+    if needs_kls and ref_hidden is None:
+        raise ValueError(
+            f"{name} needs the reference's distributions: give ref_hidden and ref_weight, "
+            "ref_logps are not enough"
+        )
+    if objective.needs_reference and ref_hidden is None and ref_logps is None:
+        raise ValueError(
+            f"{name} needs a reference: give ref_hidden and ref_weight, or ref_logps, "
+            "sums computed earlier"
+        )
+
+
+def reference_head(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    """A reference's head, whole or not at all, and of the policy's tokens and words."""
+    if (ref_hidden is None) != (ref_weight is None):
+        given, missing = ("ref_hidden", "ref_weight")
+        if ref_hidden is None:
+            given, missing = missing, given
+        raise ValueError(f"{given} was given without {missing}; a reference needs both")
+    if ref_bias is not None and ref_weight is None:
+        raise ValueError("ref_bias was given without ref_weight")
+    if ref_hidden is None or ref_weight is None:
+        return
+    checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    if ref_weight.shape[0] < weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
+            "the reference must know every word that labels may name"
+        )
+    checks.same_tokens(hidden, ref_hidden)
+
+
+def unpaired(
+    objective: Objective | UnpairedObjective,
+    desirable: Tensor | None,
+    mismatched_log_ratios: Tensor | None,
+    n_sequences: int,
+    hidden: Tensor,
+) -> None:
+    """What single responses need (KTO), and pairs have no use for."""
+    name = type(objective).__name__
+    given = {"desirable": desirable, "mismatched_log_ratios": mismatched_log_ratios}
+    for argument, value in given.items():
+        if isinstance(objective, Objective):
+            if value is not None:
+                raise ValueError(f"{argument} was given, and {name} trains on pairs")
+        elif value is None:
+            raise ValueError(f"{name} needs {argument}, got None")
+    if desirable is None or mismatched_log_ratios is None:
+        return
+    checks.vector("desirable", desirable, n_sequences, hidden.device)
+    mismatched(mismatched_log_ratios, hidden.device)
+
+
+def mismatched(log_ratios: Tensor, device: torch.device) -> None:
+    """KTO's log-ratios, whose number is its own."""
+    if not isinstance(log_ratios, Tensor):
+        raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {log_ratios!r}")
+    checks.dense("mismatched_log_ratios", log_ratios)
+    if log_ratios.ndim != 1:
+        shape = list(log_ratios.shape)
+        raise ValueError(f"mismatched_log_ratios must have shape [M], got {shape}")
+    checks.vector("mismatched_log_ratios", log_ratios, len(log_ratios), device)
+
+
+def margins(
+    objective: Objective | UnpairedObjective,
+    reward_margins: Tensor | None,  # (B,)
+    n_sequences: int,
+    device: torch.device,
+) -> None:
+    """A reward model's margins, if they are needed or given."""
+    if reward_margins is not None:
+        checks.vector("reward_margins", reward_margins, n_sequences // 2, device)
+    elif isinstance(objective, Objective) and objective.needs_reward_margins:
+        raise ValueError(
+            f"{inner_name(objective)} needs reward_margins, [B] margins of a reward model, got None"
+        )
+
+
+def inner_name(objective: Objective | UnpairedObjective) -> str:
+    """The name of the objective that asks, inside what is wrapped around it."""
+    while isinstance(getattr(objective, "objective", None), Objective):
+        objective = objective.objective  # pyright: ignore[reportAssignmentType]
+    return type(objective).__name__

@@ -1,0 +1,485 @@
+"""FusedPreferenceLoss: hidden states, head and labels in; a preference loss out; no logits between.
+
+Per-token log-probs come from the operator's passes over tiles (and, for TDPO, divergences from
+`prefkern.kl`'s); their sequence sums and the objective are `prefkern.loss.pairwise`'s. KTO, which knows
+no pairs, takes single responses through the same call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prefkern.loss import checks as loss_checks
+from prefkern.loss import nonfinite, pairwise
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
+from prefkern.ops import call, checks, kl, sequences
+from prefkern.ops.operands import LowRank, Transform
+from prefkern.ops.outputs import TokenStats
+from prefkern.ops.plan import Plan
+
+
+class FusedPreferenceLoss(nn.Module):
+    """A preference objective on log-probs that are computed in tiles.
+
+    Args:
+        objective: an objective of `prefkern.objectives`.
+        ignore_index: label of tokens that are not scored.
+        workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
+        backend: None, "triton" or "torch"; see `prefkern.linear_logprobs`.
+        on_nonfinite: "raise" (FloatingPointError) or "warn" where the loss, a log-prob, the
+            reference's sums or the margins are NaN or infinite, naming what made them so and where
+            (`prefkern.diagnostics.explain_nonfinite`), at one device synchronisation a call. None:
+            a NaN goes its way, as in any torch operator. Not under torch.compile or in a CUDA
+            graph, which have nothing to read a number with.
+
+    Running statistics (alpha-DPO, beta-DPO) move at each forward in training mode: checkpoint the
+    model, not the loss. A recomputation would score by other statistics, and raises RuntimeError.
+    """
+
+    def __init__(
+        self,
+        objective: Objective | UnpairedObjective,
+        ignore_index: int = -100,
+        workspace_mb: float | None = None,
+        backend: str | None = None,
+        on_nonfinite: nonfinite.OnNonfinite | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(objective, Objective | UnpairedObjective):
+            raise TypeError(
+                f"objective must be an objective of prefkern.objectives, got {objective!r}; "
+                'prefkern.objectives.build("adadpo") makes one by name'
+            )
+        checks.ignore_index(ignore_index)
+        if workspace_mb is not None:
+            checks.positive("workspace_mb", workspace_mb)
+        if backend is not None and backend not in call.BACKENDS:
+            raise ValueError(f"backend must be None or one of {call.BACKENDS}, got {backend!r}")
+        if on_nonfinite is not None and on_nonfinite not in nonfinite.MODES:
+            raise ValueError(
+                f"on_nonfinite must be None or one of {nonfinite.MODES}, got {on_nonfinite!r}"
+            )
+        self.objective = objective
+        self.ignore_index = ignore_index
+        self.workspace_mb = workspace_mb
+        self.backend = backend
+        self.on_nonfinite: nonfinite.OnNonfinite | None = on_nonfinite
+
+    def forward(
+        self,
+        hidden: Tensor,  # (2B, T, H), or (M, H) with cu_seqlens
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # (2B, T), or (M,)
+        bias: Tensor | None = None,  # (V,)
+        ref_hidden: Tensor | None = None,  # as hidden; its H may differ
+        ref_weight: Tensor | None = None,  # (V, H) of the reference
+        ref_bias: Tensor | None = None,  # (V,)
+        ref_logps: Tensor | None = None,  # (2B,)
+        reward_margins: Tensor | None = None,  # (B,)
+        cu_seqlens: Tensor | None = None,  # (2B + 1,)
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        *,
+        return_stats: bool = False,
+        desirable: Tensor | None = None,  # (S,), KTO
+        mismatched_log_ratios: Tensor | None = None,  # (M,), KTO
+        lora_hidden: Tensor | None = None,  # (2B, T, R), or (M, R) with cu_seqlens
+        lora_weight: Tensor | None = None,  # (V, R)
+    ) -> PreferenceOutput | UnpairedOutput:
+        """The loss of B pairs: B chosen sequences, then their B rejected ones.
+
+        Args:
+            hidden, weight, labels, bias, logit_scale, softcap, temperature: as in
+                `prefkern.linear_logprobs`; labels[t] is the token that hidden[t] predicts.
+            ref_hidden, ref_weight, ref_bias: the reference's, through its own head; no gradient
+                reaches them. The labels and the transform are the policy's.
+            ref_logps: instead, sums computed earlier, [2B], chosen first. Not for TDPO, which needs
+                the reference's distributions.
+            reward_margins: [B], for objectives that need them; others leave them alone.
+            cu_seqlens: [2B + 1] int32 or int64, where each sequence of a packed batch begins.
+            return_stats: also return per-token statistics, of the labels' shape.
+            desirable: for an unpaired objective (KTO), [S] bool: the batch is then S single
+                responses, hidden [S, T, H] (or packed, cu_seqlens [S + 1]), and the result an
+                `UnpairedOutput`.
+            mismatched_log_ratios: KTO, [M]: log policy / reference of mismatched pairs, summed;
+                see `prefkern.objectives.Examples`.
+            lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
+                `prefkern.linear_logprobs`. Not for TDPO.
+
+        Raises TypeError and ValueError as `prefkern.linear_logprobs` does, for an odd number of
+        sequences, and for a reference or margins that are missing, given twice, or given in part.
+        """
+        is_paired = isinstance(self.objective, Objective)
+        checks.head(hidden, weight, bias)
+        checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+        if lora_hidden is not None and is_paired and self.objective.needs_kls:
+            name = loss_checks.inner_name(self.objective)
+            raise ValueError(
+                f"lora_hidden was given, and {name} does not support an adapter on the head"
+            )
+        checks.labels(labels, hidden.shape[:-1], hidden.device)
+        checks.transform(logit_scale, softcap, temperature)
+        bounds = loss_checks.bounds(labels, cu_seqlens, is_paired)
+        n_sequences = bounds.shape[0] - 1
+        loss_checks.reference(
+            self.objective, hidden, weight, ref_hidden, ref_weight, ref_bias, ref_logps, n_sequences
+        )
+        loss_checks.unpaired(self.objective, desirable, mismatched_log_ratios, n_sequences, hidden)
+        loss_checks.margins(self.objective, reward_margins, n_sequences, hidden.device)
+        checks.boolean("return_stats", return_stats)
+        transform = Transform(float(logit_scale), softcap, float(temperature))
+        if self.on_nonfinite is not None and (
+            torch.compiler.is_compiling() or sequences.is_capturing(labels)
+        ):
+            raise NotImplementedError(
+                f"on_nonfinite={self.on_nonfinite!r} reads a number of the device, which "
+                "torch.compile and CUDA graphs cannot; leave it None, and look at the loss outside"
+            )
+        if torch.compiler.is_compiling():
+            if lora_hidden is not None:
+                from prefkern.ops import compiled
+
+                raise NotImplementedError(compiled.NO_ADAPTER)
+            return self._compiled(
+                _Head(hidden, weight, bias),
+                None
+                if ref_hidden is None or ref_weight is None
+                else _Head(ref_hidden.detach(), ref_weight.detach(), ref_bias),
+                labels,
+                bounds,
+                cu_seqlens is not None,
+                ref_logps,
+                reward_margins,
+                transform,
+                return_stats,
+                desirable,
+                mismatched_log_ratios,
+            )
+        workspace_mb = call.resolve_workspace(self.workspace_mb, hidden.device)
+        backend = call.resolve_backend(self.backend, hidden.device, hidden.dtype)
+
+        scored = sequences.select(
+            labels.reshape(-1), self.ignore_index, weight.shape[0], bounds, cu_seqlens is not None
+        )
+        assert scored.offsets is not None
+        head = _Head(hidden, weight, bias, call.low_rank_of(lora_hidden, lora_weight))
+        reference = None
+        if ref_hidden is not None and ref_weight is not None:
+            reference = _Head(ref_hidden, ref_weight, ref_bias)
+        tokens = _score_tokens(
+            self.objective, head, reference, scored, transform, workspace_mb, backend, return_stats
+        )
+        if tokens.ref_logps is not None:
+            ref_logps = sequences.sequence_sums(tokens.ref_logps, scored.offsets)
+        if ref_logps is not None:
+            ref_logps = ref_logps.detach().to(tokens.logps.dtype)
+        token_stats = None
+        if return_stats and tokens.stats is not None:
+            token_stats = TokenStats(
+                *(
+                    call.place(x, scored.rows, labels.shape)
+                    for x in (tokens.logps.detach(), *tokens.stats[:3])
+                )
+            )
+        if isinstance(self.objective, Objective):
+            out = _paired_output(
+                self.objective, tokens, scored, ref_logps, reward_margins, backend, token_stats
+            )
+        else:
+            out = _unpaired_output(
+                self.objective,
+                sequences.sequence_sums(tokens.logps, scored.offsets),
+                scored.offsets.diff(),
+                ref_logps,
+                desirable,
+                mismatched_log_ratios,
+                token_stats,
+                tokens.plan,
+            )
+        if self.on_nonfinite is not None:
+            ref_logps = ref_logps if self.objective.needs_reference else None
+            needs_margins = is_paired and self.objective.needs_reward_margins
+            reward_margins = reward_margins if needs_margins else None
+            nonfinite.report(
+                self.on_nonfinite,
+                out,
+                lambda: nonfinite.explain_nonfinite(
+                    hidden,
+                    weight,
+                    labels,
+                    bias,
+                    ref_hidden=ref_hidden,
+                    ref_weight=ref_weight,
+                    ref_bias=ref_bias,
+                    ref_logps=ref_logps,
+                    reward_margins=reward_margins,
+                    mismatched_log_ratios=mismatched_log_ratios,
+                    lora_hidden=lora_hidden,
+                    lora_weight=lora_weight,
+                    cu_seqlens=cu_seqlens,
+                    ignore_index=self.ignore_index,
+                    paired=is_paired,
+                ),
+                (ref_logps, reward_margins, mismatched_log_ratios),
+            )
+        return out
+
+    def _compiled(
+        self,
+        head: _Head,
+        reference: _Head | None,
+        labels: Tensor,  # (2B, T), or (M,)
+        bounds: Tensor,  # (2B + 1,)
+        is_packed: bool,
+        ref_logps: Tensor | None,
+        reward_margins: Tensor | None,
+        transform: Transform,
+        return_stats: bool,
+        desirable: Tensor | None,
+        mismatched_log_ratios: Tensor | None,
+    ) -> PreferenceOutput | UnpairedOutput:
+        """The same under torch.compile: the passes are opaque to it, all else is traced."""
+        from prefkern.ops import compiled
+
+        objective = self.objective
+        is_paired = isinstance(objective, Objective)
+        if is_paired and objective.needs_kls:
+            name = loss_checks.inner_name(objective)
+            raise NotImplementedError(f"{name} under torch.compile is not supported yet")
+
+        # Each call checks them: the sums of what it returns must not be formed before.
+        unchecked = bounds if is_packed else None
+
+        def token_logprobs(head: _Head, with_stats: bool = False):
+            return compiled.token_logprobs(
+                head.hidden,
+                head.weight,
+                labels,
+                head.bias,
+                self.ignore_index,
+                transform,
+                self.workspace_mb,
+                self.backend,
+                with_stats,
+                unchecked,
+            )
+
+        if reference is not None:
+            with torch.no_grad():
+                ref_logps = compiled.sequence_sums(token_logprobs(reference)[0], bounds)
+        needs_alignments = is_paired and objective.needs_alignments
+        logps, stats = token_logprobs(head, return_stats or needs_alignments)
+        if ref_logps is not None:
+            ref_logps = ref_logps.detach().to(logps.dtype)
+        mask = labels != self.ignore_index
+        lengths = compiled.sequence_sums(mask, bounds)
+        sums = compiled.sequence_sums(logps, bounds)
+        token_stats = None
+        if return_stats and stats is not None:
+            token_stats = TokenStats(logps.detach(), *stats[:3])
+        if not isinstance(objective, Objective):
+            return _unpaired_output(
+                objective, sums, lengths, ref_logps, desirable, mismatched_log_ratios, token_stats
+            )
+        alignments = None
+        if needs_alignments and stats is not None:
+            per_token = (logps.detach() - stats[3]) * mask
+            alignments = compiled.sequence_sums(per_token, bounds) / lengths.clamp(min=1)
+        margins = None if reward_margins is None else reward_margins.detach().to(logps.dtype)
+        pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments)
+        return _output_of(objective, pairs, objective(pairs), token_stats)
+
+
+def _unpaired_output(
+    objective: UnpairedObjective,
+    sums: Tensor,  # (S,)
+    lengths: Tensor,  # (S,)
+    ref_logps: Tensor | None,  # (S,)
+    desirable: Tensor | None,  # (S,)
+    mismatched_log_ratios: Tensor | None,  # (M,)
+    token_stats: TokenStats | None,
+    plan: Plan | None = None,
+) -> UnpairedOutput:
+    assert ref_logps is not None and desirable is not None
+    assert mismatched_log_ratios is not None
+    result = objective(Examples(sums, desirable, ref_logps, mismatched_log_ratios))
+    return UnpairedOutput(
+        loss=result.losses.mean(),
+        losses=result.losses,
+        logps=sums,
+        ref_logps=ref_logps,
+        rewards=result.rewards,
+        lengths=lengths,
+        desirable=desirable,
+        reference_point=result.reference_point,
+        token_stats=token_stats,
+        plan=plan,
+    )
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Hidden states and the head that they go through."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    low_rank: LowRank | None = None
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The scored tokens' numbers, (N,) each."""
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    kls: Tensor | None
+    stats: tuple[Tensor, ...] | None  # entropy, mean logit, is_top1, log sum_v p_v^2
+    plan: Plan
+
+
+def _score_tokens(
+    objective: Objective | UnpairedObjective,
+    head: _Head,
+    reference: _Head | None,
+    scored: sequences.Scored,
+    transform: Transform,
+    workspace_mb: float,
+    backend: str,
+    return_stats: bool,
+) -> _Tokens:
+    """Log-probs of policy and reference, and what else the objective needs of a token."""
+    is_paired = isinstance(objective, Objective)
+    needs_stats = return_stats or (is_paired and objective.needs_alignments)
+
+    def run(head: _Head, with_stats: bool = False, ref_hidden: Tensor | None = None):
+        return call.run(
+            head.hidden,
+            head.weight,
+            head.bias,
+            scored,
+            transform,
+            workspace_mb,
+            backend,
+            with_stats,
+            ref_hidden,
+            head.low_rank,
+        )
+
+    if is_paired and objective.needs_kls:
+        assert reference is not None
+        stats = None
+        if needs_stats:
+            # The pass over both heads folds no statistics: they take a pass of their own.
+            with torch.no_grad():
+                stats = run(head, True)[0].stats
+        logps, ref_logps, kls, plan = kl.run(
+            head.hidden,
+            head.weight,
+            head.bias,
+            reference.hidden,
+            reference.weight,
+            reference.bias,
+            scored,
+            transform,
+            workspace_mb,
+            backend,
+        )
+        return _Tokens(logps, ref_logps, kls, stats, plan)
+    ref_logps = None
+    if reference is not None and _same_head(head, reference):
+        # One reading of the weight serves both, and both are folded in the same order.
+        result, plan = run(head, needs_stats, reference.hidden)
+        return _Tokens(result.logps, result.ref_logps, None, result.stats, plan)
+    if reference is not None:
+        with torch.no_grad():
+            ref_logps = run(reference)[0].logps
+    result, plan = run(head, needs_stats)
+    return _Tokens(result.logps, ref_logps, None, result.stats, plan)
+
+
+def _same_head(head: _Head, reference: _Head) -> bool:
+    """Whether both go through the same numbers, in the same dtype."""
+    if head.hidden.dtype != reference.hidden.dtype or head.low_rank is not None:
+        return False
+    if (head.bias is None) != (reference.bias is None):
+        return False
+    pairs = [(head.weight, reference.weight)]
+    if head.bias is not None and reference.bias is not None:
+        pairs.append((head.bias, reference.bias))
+    return all(
+        a is b
+        or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.is_neg())
+        == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.is_neg())
+        for a, b in pairs
+    )
+
+
+def _paired_output(
+    objective: Objective,
+    tokens: _Tokens,
+    scored: sequences.Scored,
+    ref_logps: Tensor | None,  # (2B,)
+    reward_margins: Tensor | None,  # (B,)
+    backend: str,
+    token_stats: TokenStats | None,
+) -> PreferenceOutput:
+    offsets = scored.offsets
+    assert offsets is not None
+    alignments = None
+    if objective.needs_alignments:
+        assert tokens.stats is not None
+        per_token = tokens.logps.detach() - tokens.stats[3]
+        alignments = sequences.sequence_sums(per_token, offsets) / offsets.diff().clamp(min=1)
+    paired = pairwise.pair_loss(
+        objective,
+        pairwise.Scores(
+            tokens.logps,
+            offsets,
+            ref_logps,
+            None if reward_margins is None else reward_margins.detach().to(tokens.logps.dtype),
+            alignments,
+            None if tokens.kls is None else sequences.sequence_sums(tokens.kls, offsets),
+        ),
+        backend,
+    )
+    return _output_of(
+        objective, paired.pairs, paired.result, token_stats, paired.gradients, tokens.plan
+    )
+
+
+def _output_of(
+    objective: Objective,
+    pairs: Pairs,
+    result: PairLoss,
+    token_stats: TokenStats | None,
+    gradients: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    plan: Plan | None = None,
+) -> PreferenceOutput:
+    assert pairs.chosen_lengths is not None and pairs.rejected_lengths is not None
+    with torch.no_grad():
+        metrics = objective.metrics(pairs, result)
+    return PreferenceOutput(
+        loss=result.losses.mean(),
+        losses=result.losses,
+        chosen_logps=pairs.chosen_logps,
+        rejected_logps=pairs.rejected_logps,
+        ref_chosen_logps=pairs.ref_chosen_logps,
+        ref_rejected_logps=pairs.ref_rejected_logps,
+        chosen_rewards=result.chosen_rewards,
+        rejected_rewards=result.rejected_rewards,
+        chosen_lengths=pairs.chosen_lengths,
+        rejected_lengths=pairs.rejected_lengths,
+        beta_chosen=result.beta_chosen,
+        beta_rejected=result.beta_rejected,
+        chosen_gradients=gradients[0],
+        rejected_gradients=gradients[1],
+        metrics=metrics,
+        token_stats=token_stats,
+        plan=plan,
+    )

@@ -1,0 +1,237 @@
+"""Where a loss that is NaN or infinite came from.
+
+A NaN in one hidden state makes a log-prob of NaN, a loss of NaN and, a step later, a model of NaN;
+the loss alone does not say which of its inputs was spoilt. `explain_nonfinite` looks at all of
+them, in the order in which one makes another: the head, the hidden states of scored tokens,
+what a reference and a reward model gave. It names each that is not finite, how much of it, the first
+place, and what to do.
+
+A healthy call costs nothing of this: `FusedPreferenceLoss(on_nonfinite="raise")` reads one bit a
+call from the device, and looks further only where that says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prefkern.loss import checks as loss_checks
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.ops import checks, sequences
+
+OnNonfinite = Literal["raise", "warn"]
+MODES = ("raise", "warn")
+
+_OF_THE_MODEL = (
+    "the model's forward made it: if every token has it, look for parameters that an earlier step "
+    "has spoilt (a lower learning_rate, max_grad_norm); if a few have, at those sequences; under "
+    "float16, at activations beyond 65504 (bfloat16 has the range of float32)"
+)
+_OF_A_WEIGHT = (
+    "an earlier optimiser step has spoilt it, or it was loaded so: go back to a checkpoint, with a "
+    "lower learning_rate"
+)
+_OF_A_REFERENCE = "the reference made it, or the dataset carried it: check its model or column"
+_REMEDIES = {
+    "weight": _OF_A_WEIGHT,
+    "bias": _OF_A_WEIGHT,
+    "lora_weight": _OF_A_WEIGHT,
+    "hidden": _OF_THE_MODEL,
+    "lora_hidden": _OF_THE_MODEL,
+    "ref_hidden": _OF_A_REFERENCE,
+    "ref_weight": _OF_A_REFERENCE,
+    "ref_bias": _OF_A_REFERENCE,
+    "ref_logps": _OF_A_REFERENCE,
+    "reward_margins": "the dataset carried it: check the reward model's margins of that pair",
+    "mismatched_log_ratios": "policy or reference made it, of a mismatched prompt and response",
+}
+# As many values are looked at at a time.
+_PIECE = 2**24
+
+
+def explain_nonfinite(
+    hidden: Tensor,  # (2B, T, H), or (M, H) with cu_seqlens
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (2B, T), or (M,)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,  # (2B,)
+    reward_margins: Tensor | None = None,  # (B,)
+    mismatched_log_ratios: Tensor | None = None,  # (M,)
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # (2B + 1,)
+    ignore_index: int = -100,
+    paired: bool = True,
+) -> str | None:
+    """Which arguments of a preference loss are not finite, a line each; None if all are.
+
+    Args:
+        hidden, weight, labels, bias and the rest: as `prefkern.FusedPreferenceLoss` was called.
+            Hidden states of tokens that are not scored do not count, nor does a bias of -inf, which
+            rules a word out, but where that word is a label.
+        paired: B chosen sequences, then their B rejected ones; False: single responses (KTO).
+
+    Raises TypeError and ValueError as the loss does. Synchronises with the device, and takes memory
+    for a bit of each of 16 million values at a time.
+    """
+    checks.boolean("paired", paired)
+    checks.head(hidden, weight, bias)
+    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.ignore_index(ignore_index)
+    bounds = loss_checks.bounds(labels, cu_seqlens, paired)
+    count = bounds.shape[0] - 1
+    loss_checks.reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    for name, value, size in (
+        ("ref_logps", ref_logps, count),
+        ("reward_margins", reward_margins, count // 2),
+    ):
+        if value is not None:
+            checks.vector(name, value, size, hidden.device)
+    if mismatched_log_ratios is not None:
+        loss_checks.mismatched(mismatched_log_ratios, hidden.device)
+    words = weight.shape[0]
+    sequences.select(labels.reshape(-1), ignore_index, words, bounds, cu_seqlens is not None)
+    scored = labels.reshape(-1) != ignore_index
+    lines = []
+
+    def look(name: str, value: Tensor | None, bad: Tensor | None, place: _Place) -> None:
+        if value is None or bad is None or not bad.any():
+            return
+        first = int(bad.reshape(-1).to(torch.uint8).argmax())
+        count, of = int(bad.sum()), bad.numel()
+        lines.append(f"{name}: {place(first, count, of)}; {_REMEDIES[name]}")
+
+    def rows(value: Tensor | None) -> Tensor | None:
+        return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1]))
+
+    def of_tokens(value: Tensor | None) -> Tensor | None:
+        bad = rows(value)
+        return None if bad is None else bad & scored
+
+    def token(first: int, count: int, of: int) -> str:
+        where = _token(first, labels, cu_seqlens, paired)
+        return f"{count} of {int(scored.sum())} scored tokens, the first {where}"
+
+    def word(first: int, count: int, of: int) -> str:
+        return f"{count} of {of} words, the first is word {first}"
+
+    def sequence(first: int, count: int, of: int) -> str:
+        return f"{count} of {of} sequences, the first {_sequence(first, of, paired)}"
+
+    def pair(first: int, count: int, of: int) -> str:
+        return f"{count} of {of} pairs, the first is pair {first}"
+
+    def number(first: int, count: int, of: int) -> str:
+        return f"{count} of {of} numbers, the first is number {first}"
+
+    def numbers(value: Tensor | None) -> Tensor | None:
+        return None if value is None else ~value.isfinite()
+
+    for prefix in ("", "ref_"):
+        w, b = (weight, bias) if not prefix else (ref_weight, ref_bias)
+        look(f"{prefix}weight", w, rows(w), word)
+        look(f"{prefix}bias", b, None if b is None else _bad_words(b, labels, scored), word)
+        if not prefix:
+            look("lora_weight", lora_weight, rows(lora_weight), word)
+        states = hidden if not prefix else ref_hidden
+        look(f"{prefix}hidden", states, of_tokens(states), token)
+        if not prefix:
+            look("lora_hidden", lora_hidden, of_tokens(lora_hidden), token)
+    look("ref_logps", ref_logps, numbers(ref_logps), sequence)
+    look("reward_margins", reward_margins, numbers(reward_margins), pair)
+    look("mismatched_log_ratios", mismatched_log_ratios, numbers(mismatched_log_ratios), number)
+    return "\n".join(lines) or None
+
+
+# (first place, how many, of how many) in words.
+_Place = Callable[[int, int, int], str]
+
+
+def report(
+    mode: OnNonfinite,
+    out: PreferenceOutput | UnpairedOutput,
+    explain: Callable[[], str | None],
+    given: tuple[Tensor | None, ...] = (),
+) -> None:
+    """Raise, or warn, where a loss, a log-prob or a given vector is not finite; one synchronisation.
+
+    Raises FloatingPointError.
+    """
+    if isinstance(out, PreferenceOutput):
+        sums = {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
+    else:
+        sums = {"summed": out.logps}
+        given = (*given, out.reference_point.reshape(1))
+    with torch.no_grad():
+        vectors = (out.loss.reshape(1), *sums.values(), *given)
+        # As wide as the widest of them: a float64 beyond float32's range is finite.
+        values = torch.cat([v.detach() for v in vectors if v is not None])
+        if values.isfinite().all():
+            return
+        losses = _vector("losses", out.losses)
+        parts = [losses, *(_vector(f"{name} log-probs", value) for name, value in sums.items())]
+        found = explain()
+        cause = f"Not finite are\n{found}"
+        if found is None:
+            dtype = str(out.loss.dtype).removeprefix("torch.")
+            cause = (
+                f"Every input is finite, so a logit or a sum overflowed {dtype}, or a label has no "
+                "probability: look at the sizes of hidden and weight"
+            )
+    message = (
+        f"the loss is {out.loss.item():g}{''.join(f'; {part}' for part in parts if part)}. {cause}"
+    )
+    if mode == "raise":
+        raise FloatingPointError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _vector(name: str, values: Tensor) -> str:
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return ""
+    return f"{len(bad)} of {len(values)} {name} are not finite, the first at {bad[0]}"
+
+
+def _bad_rows(matrix: Tensor) -> Tensor:  # (n, k) -> (n,)
+    """Which rows have a value that is not finite."""
+    pieces = matrix.detach().split(max(_PIECE // max(matrix.shape[1], 1), 1))
+    return torch.cat([~piece.isfinite().all(1) for piece in pieces])
+
+
+def _bad_words(bias: Tensor, labels: Tensor, scored: Tensor) -> Tensor:  # (V,) -> (V,)
+    bad = bias.isnan() | (bias == float("inf"))
+    words = labels.reshape(-1)[scored]
+    bad[words] |= ~bias[words].isfinite()
+    return bad
+
+
+def _token(first: int, labels: Tensor, cu_seqlens: Tensor | None, paired: bool) -> str:
+    """A flat token's place, as a sequence and a position in it."""
+    if cu_seqlens is None:
+        count, (row, column) = labels.shape[0], divmod(first, labels.shape[1])
+    else:
+        count = len(cu_seqlens) - 1
+        row = int((cu_seqlens[1:] <= first).sum())
+        column = first - int(cu_seqlens[row])
+    return f"is token {column} of sequence {row} ({_side(row, count, paired)})"
+
+
+def _sequence(row: int, sequences: int, paired: bool) -> str:
+    return f"is sequence {row} ({_side(row, sequences, paired)})"
+
+
+def _side(row: int, sequences: int, paired: bool) -> str:
+    if not paired:
+        return f"response {row}"
+    side = "chosen" if row < sequences // 2 else "rejected"
+    return f"the {side} response of pair {row % (sequences // 2)}"

@@ -1,0 +1,167 @@
+"""From per-token log-probs to a pairwise loss: sums of sequences, objective, gradient coefficients.
+
+All of it is a matter of `[2B]` numbers, and there are two ways through. Where the objective has the
+form of the pair kernel and the backend is triton, one launch returns the losses and, with them,
+`d loss / d logps` of each sequence. Elsewhere the objective's own torch code runs, differentiated
+by autograd. Either way those gradients are part of the result: they are what each response is
+pushed by, and what `prefkern.diagnostics` reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prefkern.objectives import Objective, PairLoss, Pairs
+from prefkern.ops import sequences
+from prefkern.ops.once import anchors, differentiable_once
+from prefkern.ops.operands import as_stored
+
+if TYPE_CHECKING:
+    from prefkern_kernels.pair import PairLossOutput
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known of 2B sequences before the objective is asked, B chosen ones first."""
+
+    logps: Tensor  # (N,) per scored token, differentiable
+    offsets: Tensor  # (2B + 1,)
+    ref_logps: Tensor | None = None  # (2B,) sums
+    reward_margins: Tensor | None = None  # (B,)
+    alignments: Tensor | None = None  # (2B,) means over tokens (WPO)
+    kls: Tensor | None = None  # (2B,) sums, differentiable (TDPO)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The objective's answer, and what it was asked about."""
+
+    result: PairLoss
+    pairs: Pairs
+    gradients: tuple[Tensor, Tensor]  # d losses / d logps, chosen and rejected, (B,) each
+
+
+def pair_loss(objective: Objective, scores: Scores, backend: str) -> Paired:
+    """The losses of B pairs and what they come from."""
+    options = objective.pair_kernel_options() if backend == "triton" else None
+    if options is not None:
+        return _by_kernel(objective, scores, options)
+    return _by_objective(objective, scores)
+
+
+def _by_objective(objective: Objective, scores: Scores) -> Paired:
+    sums = sequences.sequence_sums(scores.logps, scores.offsets)
+    trains = sums.requires_grad
+    if torch.is_inference_mode_enabled():
+        # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
+        with torch.inference_mode(False):
+            values: dict[str, Any] = {
+                name: None if value is None else value.detach().clone()
+                for name, value in vars(scores).items()
+            }
+            return _by_objective(objective, Scores(**values))
+    with torch.enable_grad():
+        # Without a graph to hang on (evaluation), the gradients are still wanted.
+        sums = sums if trains else sums.detach().requires_grad_()
+        pairs = _pairs(sums, scores)
+        result = objective(pairs)
+        gradients = torch.zeros_like(sums)
+        if result.losses.requires_grad:
+            (gradients,) = torch.autograd.grad(
+                result.losses.sum(), sums, retain_graph=trains, materialize_grads=True
+            )
+    if not trains:
+        result = PairLoss(*(value.detach() for value in result))
+        pairs = replace(
+            pairs,
+            chosen_logps=pairs.chosen_logps.detach(),
+            rejected_logps=pairs.rejected_logps.detach(),
+        )
+    chosen, rejected = gradients.detach().chunk(2)
+    return Paired(result, pairs, (chosen, rejected))
+
+
+def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) -> Paired:
+    # The kernel would take a missing reference for one of probability 1.
+    name = type(objective).__name__
+    if objective.needs_reference and scores.ref_logps is None:
+        raise ValueError(f"{name} needs ref_logps, got None")
+    if objective.needs_reward_margins and scores.reward_margins is None:
+        raise ValueError(f"{name} needs reward_margins, got None")
+    if objective.observes:
+        sums = sequences.sequence_sums(scores.logps.detach(), scores.offsets)
+        objective.observe(_pairs(sums, scores))
+    from prefkern_kernels import pair_loss as launch
+
+    out: PairLossOutput = launch(
+        scores.logps.detach(),
+        scores.offsets,
+        as_stored(scores.ref_logps),
+        as_stored(scores.reward_margins),
+        **options,
+    )
+    pairs = _pairs(_Sums.apply(scores.logps, scores.offsets, out), scores)
+    logps = (pairs.chosen_logps, pairs.rejected_logps)
+    losses = _Losses.apply(*logps, out, anchors(*logps))
+    chosen, rejected = out.coefficients.chunk(2)
+    result = PairLoss(losses, out.beta_chosen, out.beta_rejected, *out.rewards.chunk(2))
+    return Paired(result, pairs, (chosen, rejected))
+
+
+class _Sums(torch.autograd.Function):
+    """The sums that the pair kernel formed, in the graph between log-probs and losses."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logps: Tensor,  # (N,)
+        offsets: Tensor,  # (2B + 1,)
+        launched: PairLossOutput,
+    ) -> Tensor:  # (2B,)
+        ctx.save_for_backward(offsets)
+        ctx.count = logps.shape[0]
+        return launched.sums
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (offsets,) = ctx.saved_tensors
+        # d loss_b / d logp_t is the same for every token of a sequence.
+        return sequences.spread(grads[0], offsets, ctx.count), None, None
+
+
+class _Losses(torch.autograd.Function):
+    """The losses that the pair kernel formed of those sums, and each sum's gradient coefficient."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        chosen_logps: Tensor,  # (B,)
+        rejected_logps: Tensor,  # (B,)
+        launched: PairLossOutput,
+        once: tuple[Tensor, ...],
+    ) -> Tensor:  # (B,)
+        ctx.save_for_backward(launched.coefficients)
+        ctx.anchors = once
+        return launched.losses
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (coefficients,) = ctx.saved_tensors
+        chosen, rejected = coefficients.view(2, -1) * grads[0]
+        return chosen, rejected, None, None
+
+
+def _pairs(sums: Tensor, scores: Scores) -> Pairs:  # (2B,) ->
+    return Pairs.of_sequences(
+        sums,
+        scores.ref_logps,
+        scores.offsets.diff(),
+        scores.reward_margins,
+        scores.alignments,
+        scores.kls,
+    )

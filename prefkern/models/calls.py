@@ -1,0 +1,56 @@
+"""A model called from within: its head's forward replaced, its modes and random state put back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def replaced_forward(
+    module: nn.Module, replacement: Callable[[Tensor], Tensor]
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Replace a module's forward within the context; yields the original. Its hooks still fire."""
+    # accelerate's device hooks sit in `forward` and call `_old_forward`: keep them in place.
+    attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    original = getattr(module, attribute)
+    is_own = attribute in vars(module)
+    setattr(module, attribute, replacement)
+    try:
+        yield original
+    finally:
+        if is_own:
+            setattr(module, attribute, original)
+        else:
+            delattr(module, attribute)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random state are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def without_cache(base: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(base.forward).parameters
+    return {"use_cache": False, **inputs} if "use_cache" in parameters else dict(inputs)
+
+
+def uncalled(base: Any, head: nn.Module) -> RuntimeError:
+    return RuntimeError(
+        f"{type(base).__name__} did not call its output head ({type(head).__name__}) as a module, "
+        "so its log-probs cannot be computed without logits"
+    )

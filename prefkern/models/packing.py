@@ -1,0 +1,222 @@
+"""Packed batches: sequences end to end in one row, so that no padding is computed.
+
+A row [1, M] of S sequences comes with `cu_seqlens` [S + 1], where each begins. From it the model is
+given all that some family reads: positions that restart, from which transformers builds a
+block-diagonal mask for sdpa, eager and flex attention where there is no attention mask; the bounds
+for flash attention's variable-length path; and the number of each token's sequence, for state space
+layers whose kernels know of it.
+
+Whether a family heeds any of that is not written down anywhere: state space and linear attention
+layers carry their state on where their kernels are missing, ALiBi is laid over the row as a whole,
+positions may be counted inside the model, and GPT-OSS builds its masks without them. Such a model
+trains all the same, on sequences that read one another. So each model is asked, once for each
+attention implementation: what the first sequence says must not change the next one's hidden states,
+and they have to be those of a padded batch, or it is an error, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prefkern.models.calls import undisturbed
+from prefkern.models.head_forward import forward_with_head
+from prefkern.models.heads import HeadInputs, find_head, unwrap
+
+# The probe's sequences. A short one between two that outgrow a convolution's width and a block of
+# 64 or 128 tokens, as layers on blocks of tokens have them.
+_PROBE_LENGTHS = (67, 3, 130)
+# Chunked attention, whose chunks have to begin with each sequence, has chunks far beyond that.
+_PROBE_CHUNK = 16
+
+
+def packed_inputs(
+    model: nn.Module,
+    input_ids: Tensor,  # (1, M)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> dict[str, Any]:
+    """What a causal LM's forward is given for a packed batch.
+
+    Args:
+        model: a Hugging Face causal LM, bare or wrapped; it is probed at its first packed batch.
+        input_ids: [1, M] int64.
+        cu_seqlens: [S + 1] int32 or int64, where each sequence begins; the last is M.
+
+    Raises ValueError for shapes and bounds that do not fit, and for a model that would let packed
+    sequences read one another.
+    """
+    require_packing(model)
+    return _inputs(unwrap(model), input_ids, cu_seqlens)
+
+
+def require_packing(model: nn.Module) -> None:
+    """Raise ValueError unless packed sequences give the model's hidden states of padded ones."""
+    base, _ = find_head(model)
+    # A reference reads the same weights without the adapter, so this does not hang on the probe.
+    if _adds_virtual_tokens(model):
+        raise _refusal(base, "prompt learning puts its virtual tokens before a row, not a sequence")
+    implementation = _implementation(base)
+    if base.__dict__.get("_prefkern_packs") != implementation:
+        problem = _problem(model, base)
+        if problem is not None:
+            raise _refusal(base, problem)
+        base.__dict__["_prefkern_packs"] = implementation
+
+
+def reads_whole_row(model: nn.Module) -> bool:
+    """Whether attention is computed between all tokens of a row, and masked where it must not be."""
+    return _implementation(unwrap(model)) in ("sdpa", "eager")
+
+
+def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise ValueError(
+            f"with cu_seqlens input_ids must be one row [1, M], got shape {list(input_ids.shape)}"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor, got {cu_seqlens!r}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
+    tokens, device = input_ids.shape[1], input_ids.device
+    bounds = cu_seqlens.to(device, torch.int32)
+    lengths = bounds.diff()
+    # One synchronisation: transformers wants the longest as a number.
+    facts = torch.stack([lengths.max(), lengths.min(), bounds[0], bounds[-1]])
+    longest, shortest, *ends = facts.tolist()
+    if shortest < 1 or ends != [0, tokens]:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, by at least 1 each; "
+            f"got {cu_seqlens.tolist()}"
+        )
+
+    def of_tokens(values: Tensor) -> Tensor:  # (S,) -> (M,)
+        return values.repeat_interleave(lengths, output_size=tokens)
+
+    positions = torch.arange(tokens, device=device) - of_tokens(bounds[:-1])
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions[None]}
+    parameters = inspect.signature(base.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        numbers = torch.arange(len(lengths), dtype=torch.int32, device=device)
+        inputs |= {
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "seq_idx": of_tokens(numbers)[None],
+            # Some families have it among these only; with a cache no mask is built of positions.
+            "use_cache": False,
+        }
+    return inputs
+
+
+def _problem(model: nn.Module, base: Any) -> str | None:
+    """Why a model cannot take packed batches, in words; None if it can."""
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "its forward takes no position_ids"
+    config = base.config.get_text_config()
+    device = base.get_input_embeddings().weight.device
+    limit = getattr(config, "max_position_embeddings", None) or max(_PROBE_LENGTHS)
+    lengths = torch.tensor([min(length, limit) for length in _PROBE_LENGTHS])
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(device)
+    first = int(lengths[0])
+    # Words of those that no family sets aside for pictures, other ones in each sequence.
+    words = min(config.vocab_size, 1000)
+    ids = torch.arange(int(lengths.sum())) * 37 % words
+    if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0:
+        # Texts may end with the very token that pads; no mask says here that it is read.
+        ids[lengths.cumsum(0) - 1] = config.pad_token_id
+    changed = torch.cat([(ids[:first] + 1) % words, ids[first:]])
+    is_token = torch.arange(int(lengths.max())) < lengths[:, None]
+    rows = torch.zeros(is_token.shape, dtype=torch.int64)
+    rows[is_token] = ids
+    ids, changed, rows, is_token = (x.to(device) for x in (ids, changed, rows, is_token))
+
+    with undisturbed(model, device), _small_chunks(config):
+        padded, _ = _hidden(model, {"input_ids": rows, "attention_mask": is_token.long()})
+        try:
+            packed, precision = _hidden(model, _inputs(base, ids[None], bounds))
+            beside_others, _ = _hidden(model, _inputs(base, changed[None], bounds))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            return f"its forward raised {type(error).__name__}: {error}".rstrip(".")
+    # The same shapes in the same kernels: but for rounding where words choose experts, nothing of
+    # the first sequence is in the others, at any precision.
+    seen = _difference(beside_others[0, first:], packed[0, first:])
+    if not seen <= max(4 * precision, 1e-4):
+        return (
+            "sequences in one row see one another: other words in the first one change the hidden "
+            f"states of the next by {seen:.2g} of their norm"
+        )
+    # Other shapes, whose rounding adds up over layers; positions that are off differ by far more.
+    difference = _difference(packed[0], padded[is_token])
+    if not difference <= max(32 * precision, 1e-3):
+        return (
+            f"packed, its hidden states differ by {difference:.2g} of their norm from what they "
+            "are padded, as where a model counts positions along the row"
+        )
+    return None
+
+
+def _difference(x: Tensor, expected: Tensor) -> float:  # (N, H) each
+    """The largest difference of a token's states, in units of their norm."""
+    norms = expected.norm(dim=-1)
+    # The pad token's own state may be 0.
+    return ((x - expected).norm(dim=-1) / norms.clamp(min=1e-3 * norms.max())).max().item()
+
+
+def _hidden(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, float]:
+    """What reaches the head, in float32, and the rounding of what it was computed in."""
+
+    def keep(head: HeadInputs) -> tuple[tuple[Tensor, float], Tensor]:
+        hidden, kind = head.hidden, head.hidden.device.type
+        dtypes = [hidden.dtype, head.weight.dtype]
+        if torch.is_autocast_enabled(kind):
+            dtypes.append(torch.get_autocast_dtype(kind))
+        precision = max(torch.finfo(dtype).eps for dtype in dtypes)
+        if torch.get_float32_matmul_precision() != "highest" and kind == "cuda":
+            # TF32 keeps ten bits.
+            precision = max(precision, 2.0**-10)
+        return (hidden.float(), precision), hidden
+
+    return forward_with_head(model, inputs, keep)[0]
+
+
+@contextmanager
+def _small_chunks(config: Any) -> Iterator[None]:
+    """Chunks of attention short enough for the probe to have several."""
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None:
+        config.attention_chunk_size = _PROBE_CHUNK
+    try:
+        yield
+    finally:
+        if chunk is not None:
+            config.attention_chunk_size = chunk
+
+
+def _adds_virtual_tokens(model: Any) -> bool:
+    while not hasattr(model, "peft_config") and isinstance(
+        getattr(model, "module", None), nn.Module
+    ):
+        model = model.module
+    configs = getattr(model, "peft_config", None) or {}
+    return any(getattr(config, "is_prompt_learning", False) for config in configs.values())
+
+
+def _implementation(base: Any) -> str:
+    return str(getattr(base.config.get_text_config(), "_attn_implementation", None))
+
+
+def _refusal(base: Any, problem: str) -> ValueError:
+    return ValueError(
+        f"{type(base).__name__} with attn_implementation={_implementation(base)!r} cannot take "
+        f"packed batches: {problem}. Leave out padding_free (cu_seqlens), or load it with another "
+        "attn_implementation"
+    )

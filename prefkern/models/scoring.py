@@ -1,0 +1,227 @@
+"""Log-probs and losses of a Hugging Face causal LM, with no logits in memory.
+
+`token_logprobs` scores tokens; `preference_outputs` runs a preference loss on a batch of
+`prefkern.data.collate`. The latter is the step that the trainer makes, and a loop of one's own:
+
+    out = prefkern.preference_outputs(model, batch, loss_fn, ref_logps=ref_logps)
+    out.loss.backward()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prefkern.loss.fused import FusedPreferenceLoss
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.models import text_inputs
+from prefkern.models.head_forward import forward_with_head, head_forward
+from prefkern.models.heads import HeadInputs, find_head
+from prefkern.models.packing import packed_inputs
+from prefkern.models.routers import RouterLoss
+from prefkern.models.transform import head_transform
+from prefkern.ops.logprobs import linear_logprobs
+
+IGNORE_INDEX = -100
+
+# Of `token_logprobs`: a name that is nearly one of these is no argument of a model.
+_OWN_OPTIONS = ("labels", "cu_seqlens", "temperature", "workspace_mb", "backend", "attention_mask")
+# What a batch has for the loss, and not for the model.
+_OF_THE_LOSS = ("labels", "ref_logps", "reward_margins", "desirable")
+MISMATCHED = "mismatched_"
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Log-probability of each token under a causal LM, without logits.
+
+    Args:
+        model: a Hugging Face causal LM, bare or wrapped (DDP, PEFT, FSDP).
+        input_ids: [B, T] int64.
+        attention_mask: [B, T], 1 for tokens and 0 for padding.
+        labels: [B, T] as the model takes them, not shifted, -100 where not scored. None scores
+            every token of `input_ids` that is not masked out and follows one that is not.
+        cu_seqlens: [S + 1] int32 or int64, where each sequence of a packed row begins: input_ids is
+            then [1, M], without attention_mask, positions restart with each sequence, and the
+            first token of each is not scored.
+        temperature: divides the logits, > 0.
+        workspace_mb, backend: as in `prefkern.linear_logprobs`.
+        model_kwargs: passed to the model's forward (position_ids, pixel_values, ...).
+
+    Returns:
+        [B, T-1] float32; column t holds log p(labels[:, t + 1]), 0 where not scored.
+        Differentiable in the model's parameters.
+
+    Raises TypeError and ValueError for tensors that do not fit the model or one another, for a model whose head or logits transform is not
+    understood, and for one that cannot keep packed sequences apart.
+    """
+    base, _ = find_head(model)
+    text_inputs.check(base, input_ids, attention_mask, labels)
+    text_inputs.check_names(base, model_kwargs, _OWN_OPTIONS)
+    if labels is None:
+        labels = input_ids
+        if attention_mask is not None:
+            # A token after padding has no context: its log-prob would come from a pad's state.
+            kept = attention_mask.bool()
+            kept = kept & F.pad(kept[:, :-1], (1, 0), value=True)
+            labels = labels.masked_fill(~kept, IGNORE_INDEX)
+    inputs = {"input_ids": input_ids, **model_kwargs}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
+    if cu_seqlens is not None:
+        if len(inputs) > 1:
+            given = ", ".join(name for name in inputs if name != "input_ids")
+            raise ValueError(f"a packed row is input_ids and cu_seqlens alone, got {given} as well")
+        inputs = packed_inputs(model, input_ids, cu_seqlens)
+    aligned = align_labels(labels, cu_seqlens)
+    transform = head_transform(model)
+
+    def score(head: HeadInputs) -> tuple[Tensor, Tensor]:
+        head = head.of_tokens(aligned)
+        logps = linear_logprobs(
+            head.hidden,
+            head.weight,
+            aligned,
+            head.bias,
+            ignore_index=IGNORE_INDEX,
+            logit_scale=transform.logit_scale,
+            softcap=transform.softcap,
+            temperature=temperature,
+            workspace_mb=workspace_mb,
+            backend=backend,
+            **head.adapter(),
+        )
+        assert isinstance(logps, Tensor)
+        return logps, logps
+
+    logps, zero = forward_with_head(model, inputs, score)
+    return logps[:, :-1] + zero
+
+
+def preference_outputs(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    loss_fn: FusedPreferenceLoss,
+    *,
+    router_loss: RouterLoss | None = None,
+    **options: Any,
+) -> PreferenceOutput | UnpairedOutput:
+    """Run a loss inside a model's forward, with no logits in memory.
+
+    Scale, softcap, bias, tied weights and an adapter on the head are read off the model.
+
+    Args:
+        model: a Hugging Face causal LM, bare or wrapped (DDP, PEFT, FSDP).
+        batch: what a collator of `prefkern.data.collate` makes, on the model's device: `input_ids`,
+            `labels` ([2B, T], not shifted, -100 where not scored; B chosen rows, then their B
+            rejected), `attention_mask` and whatever else the model's forward takes; or packed,
+            `input_ids` and `labels` [1, M] and `cu_seqlens` [2B + 1].
+        loss_fn: a `prefkern.FusedPreferenceLoss` with -100 as its `ignore_index`.
+        router_loss: what a mixture of experts' load-balancing loss counts for; None: what the
+            model's config says.
+        options: further keywords of its call, first of all `ref_logps` ([2B]) or `reward_margins`
+            ([B]). Those that the batch carries are not passed on by themselves: an objective may
+            have no use for them.
+
+    Returns:
+        The output of `loss_fn`. Its `loss` depends on the wrapped model's output as well, which
+        changes no value, and is where DDP and FSDP hang their hooks: call backward on it.
+
+    Raises TypeError and ValueError for a batch whose tensors do not fit one another or the model,
+    for a model whose head or logits transform is not understood, and for a `loss_fn` of another
+    `ignore_index`.
+    """
+    if not isinstance(loss_fn, FusedPreferenceLoss):
+        raise TypeError(f"loss_fn must be a prefkern.FusedPreferenceLoss, got {loss_fn!r}")
+    if router_loss is not None and not isinstance(router_loss, RouterLoss):
+        raise TypeError(f"router_loss must be a RouterLoss or None, got {router_loss!r}")
+    base, _ = find_head(model)
+    _check_batch(base, batch)
+    if loss_fn.ignore_index != IGNORE_INDEX:
+        raise ValueError(
+            f"loss_fn must have ignore_index={IGNORE_INDEX}, which a model's labels and the last "
+            f"token of each sequence have; got {loss_fn.ignore_index}"
+        )
+    router_loss = RouterLoss.of(model) if router_loss is None else router_loss
+    transform = head_transform(model)
+    inputs = {**model_inputs(model, batch), **router_loss.asked_of(model)}
+    cu_seqlens = batch.get("cu_seqlens")
+    labels = align_labels(batch["labels"], cu_seqlens)
+
+    def score(head: HeadInputs) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
+        is_packed = cu_seqlens is not None
+        head = head.of_tokens(labels, is_packed)
+        outputs = loss_fn(
+            head.hidden,
+            head.weight,
+            labels[0] if is_packed else labels,
+            head.bias,
+            cu_seqlens=cu_seqlens,
+            logit_scale=transform.logit_scale,
+            softcap=transform.softcap,
+            **head.adapter(),
+            **options,
+        )
+        return outputs, outputs.loss
+
+    outputs, returned = head_forward(model, inputs, score)
+    outputs = router_loss.added_to(outputs, returned)
+    return replace(outputs, loss=outputs.loss + returned.logits.sum())
+
+
+def _check_batch(base: Any, batch: Mapping[str, Any]) -> None:
+    """Labels of another shape would be scored against other tokens' hidden states."""
+    # transformers' BatchEncoding is none to isinstance.
+    if not hasattr(batch, "keys"):
+        raise TypeError(f"batch must be a mapping of names to tensors, got {batch!r}"[:200])
+    if "labels" not in batch:
+        raise ValueError(f"batch must have labels, got {', '.join(map(str, batch)) or 'nothing'}")
+    labels, ids = batch["labels"], batch.get("input_ids")
+    if ids is not None:
+        text_inputs.check(base, ids, batch.get("attention_mask"), labels)
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch is the model's, and not the loss's."""
+    rest = {
+        name: value
+        for name, value in batch.items()
+        if name not in _OF_THE_LOSS and not name.startswith(MISMATCHED)
+    }
+    if "cu_seqlens" not in rest:
+        return rest
+    if rest.keys() != {"input_ids", "cu_seqlens"}:
+        raise ValueError(
+            "a packed batch has input_ids, labels and cu_seqlens, from which all else is made; "
+            f"got {', '.join(rest)}"
+        )
+    return packed_inputs(model, **rest)
+
+
+def align_labels(
+    labels: Tensor,  # (B, T), or (1, M) with cu_seqlens
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+) -> Tensor:  # as labels
+    """Labels as a model takes them -> labels aligned with hidden states: the only shift there is.
+
+    The last token of a sequence predicts nothing, least of all the first of the next in its row.
+    """
+    aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    if cu_seqlens is None:
+        return aligned
+    return aligned.index_fill(1, cu_seqlens[1:].to(labels.device, torch.int64) - 1, IGNORE_INDEX)

@@ -1,0 +1,183 @@
+"""The operator: log-probs of labels from hidden states and a head, without logits in memory.
+
+`linear_logprobs` checks its arguments, finds the scored tokens (`sequences`), and hands them to
+`call`, which makes a plan (`plan`) and runs it (`autograd` over `passes`) on one of two backends.
+They share everything but what is done to a tile: Triton kernels (`prefkern_kernels`) or their twins
+in torch (`torch_tiles`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefkern.ops import call, checks, compiled, plan, sequences
+from prefkern.ops.operands import Transform
+from prefkern.ops.outputs import TokenStats
+
+
+def linear_logprobs(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+    lora_hidden: Tensor | None = None,  # (..., R)
+    lora_weight: Tensor | None = None,  # (V, R)
+) -> Tensor | TokenStats:
+    """Log-probs of labels under `softmax(transform(hidden @ weight.T + bias))`, in tiles.
+
+    The transform is `softcap tanh(logit_scale z / softcap) / temperature`, without the tanh where
+    softcap is None. Labels are aligned already: `labels[t]` is the token that `hidden[t]` predicts.
+    Tokens whose label is ignore_index are never computed.
+
+    Args:
+        hidden: [..., H] float32, bfloat16 or float16; or float64, on the torch backend, which is
+            then computed in throughout: for gradcheck and the like.
+        weight: [V, H], of hidden's dtype (of any of the first three under autocast).
+        labels: [...] int64.
+        bias: [V] or None.
+        workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
+        backend: "triton" (GPUs; CPU under TRITON_INTERPRET=1), "torch" (any device), or None:
+            triton on a GPU that has it, else torch.
+        return_stats: return TokenStats, with entropy, mean logit and top-1 beside the log-probs.
+        lora_hidden, lora_weight: a LoRA adapter on the head, which adds `lora_hidden @
+            lora_weight.T` to the raw logits: scaling * lora_A(hidden) [..., R] and lora_B's weight
+            [V, R], in float32, bfloat16 or float16, whatever hidden has, or both float64.
+
+    Returns:
+        [...] float32 (float64 of float64), in nats; 0 where not scored. Differentiable once in hidden, weight, bias and
+        the adapter's two; each gradient has its argument's dtype. `prefkern.last_plan()` tells what ran.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. All
+            but one are found without a device synchronisation: the labels' range, which shares the
+            one synchronisation that counting the scored tokens takes.
+        RuntimeError: the backend asked for cannot run here.
+        torch.OutOfMemoryError: memory ran out twice, the second time with half the workspace; with
+            what was tried and what would fit. The first time is a RuntimeWarning (`memory`).
+    """
+    checks.head(hidden, weight, bias)
+    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+    checks.labels(labels, hidden.shape[:-1], hidden.device)
+    checks.ignore_index(ignore_index)
+    checks.transform(logit_scale, softcap, temperature)
+    checks.boolean("return_stats", return_stats)
+    transform = Transform(float(logit_scale), softcap, float(temperature))
+    if torch.compiler.is_compiling():
+        if lora_hidden is not None:
+            raise NotImplementedError(compiled.NO_ADAPTER)
+        logps, stats = compiled.token_logprobs(
+            hidden, weight, labels, bias, ignore_index, transform, workspace_mb, backend,
+            return_stats,
+        )  # fmt: skip
+        return logps if stats is None else TokenStats(logps, *stats[:3])
+    workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
+    backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
+    scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
+    result, _ = call.run(
+        hidden,
+        weight,
+        bias,
+        scored,
+        transform,
+        workspace_mb,
+        backend,
+        return_stats,
+        low_rank=call.low_rank_of(lora_hidden, lora_weight),
+    )
+    logps = call.place(result.logps, scored.rows, labels.shape)
+    if result.stats is None:
+        return logps
+    stats = result.stats[:3]
+    return TokenStats(logps, *(call.place(value, scored.rows, labels.shape) for value in stats))
+
+
+def plan_for(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    trains_hidden: bool = True,
+    trains_head: bool = False,
+    lora_rank: int = 0,
+    softcap: bool = False,
+    return_stats: bool = False,
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+) -> plan.Plan:
+    """What a call of that shape runs and costs, without running it; nothing is allocated.
+
+    Args:
+        tokens: N, scored tokens; hidden_size: H; vocab_size: V.
+        dtype: of hidden and weight.
+        device: where the call would run, which need not be here; None: a GPU if there is one.
+        trains_hidden, trains_head: what needs a gradient; neither: log-probs alone.
+        lora_rank: of an adapter that is trained on the head; 0: none.
+        softcap: whether the model caps its logits; return_stats: as in `linear_logprobs`.
+        workspace_mb, backend: as in `linear_logprobs`.
+
+    Returns:
+        A Plan: structure, tiles, `operations` (`operations_nhv`), `workspace_bytes`, `saved_bytes`.
+
+    Raises TypeError and ValueError for what is not a shape, dtype or device, and for a GPU's default
+    workspace where there is no GPU to ask.
+    """
+    for name, size in (
+        ("tokens", tokens),
+        ("hidden_size", hidden_size),
+        ("vocab_size", vocab_size),
+    ):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        checks.positive(name, size)
+    if not isinstance(lora_rank, int) or isinstance(lora_rank, bool) or lora_rank < 0:
+        raise ValueError(f"lora_rank must be an int >= 0, got {lora_rank!r}")
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+    for name, value in (
+        ("trains_hidden", trains_hidden),
+        ("trains_head", trains_head),
+        ("softcap", softcap),
+        ("return_stats", return_stats),
+    ):
+        checks.boolean(name, value)
+    device = _device(device)
+    if workspace_mb is None and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "workspace_mb must be given: its default depends on a GPU, and none is here"
+        )
+    operands = call.operands_for(dtype, device.type)
+    return plan.make_plan(
+        tokens=tokens,
+        vocab_size=vocab_size,
+        head=plan.Head(hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank),
+        gradients=plan.Gradients(
+            trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
+        ),
+        backend=call.resolve_backend(backend, device, dtype, name="dtype"),
+        workspace_mb=call.resolve_workspace(workspace_mb, device),
+        has_softcap=softcap,
+        with_stats=return_stats,
+    )
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """A device that may not be here; None: a GPU if there is one."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"device must be a torch.device or its name, got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch.device or its name, got {device!r}") from error

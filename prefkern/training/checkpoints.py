@@ -1,0 +1,599 @@
+"""Checkpoints that are there whole or not at all, and are looked at before a run resumes from one.
+
+transformers writes a checkpoint file by file into the folder that bears its name, and resumes from
+the folder with the largest number, whole or not: a run that was killed while it saved cannot be
+resumed, or resumes with an optimiser of its own. Here a checkpoint is written to
+
+    <output_dir>/.unfinished/checkpoint-N      and renamed to
+    <output_dir>/checkpoint-N                  once every rank has written its part,
+
+and only then are older ones deleted. Where a folder of that name exists already, of an earlier run,
+the finished one waits under `.finished` until the other is gone; whoever looks next ends that.
+
+Before a run resumes, every file of the checkpoint that will be read is opened (without executing
+anything, and without reading the numbers): `resume_from_checkpoint=True` passes over folders with a
+damaged file, with a warning that names it, and a folder that is asked for by name is refused. Names
+and shapes of its weights are held against the model; transformers would load those that happen to
+fit, and say so in the log. For mixtures of experts that was all but the experts: their weights are
+saved under other names than they are trained under.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import safe_globals
+
+from prefkern.training.files import remove, replacing, sync, write_json
+from prefkern.training.unsaved import UNSAVED_FILE, Fingerprints, save_fingerprints, warn_of_others
+
+logger = logging.getLogger(__name__)
+
+_UNFINISHED, _FINISHED = ".unfinished", ".finished"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STATE = "trainer_state.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_JSON = (
+    _STATE,
+    _CONFIG,
+    _ADAPTER_CONFIG,
+    UNSAVED_FILE,
+    *(f"{name}.index.json" for name in _WEIGHTS),
+)
+# Written for people alone: a pickle of more than tensors, which nobody opens.
+_UNREAD = ("training_args.bin",)
+# What a LoRA adapter's weights are multiplied with is not among its weights.
+_ADAPTER_SETTINGS = ("r", "lora_alpha", "use_rslora", "alpha_pattern")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that a run cannot resume from: which file it is, and what to do."""
+
+
+class CheckpointTrainer(Trainer):
+    """transformers' Trainer whose checkpoints and models are written whole."""
+
+    _staging: Path | None = None
+    _to_push: Path | None = None
+    _resumed_from: Path | None = None
+    # Of weights that checkpoints do not hold.
+    _unsaved: Fingerprints | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As Trainer's; True resumes from the last checkpoint that is complete.
+
+        Raises CheckpointError for a checkpoint that is incomplete, damaged or of another model.
+        """
+        folder = Path(self.args.output_dir or ".")
+        if self.args.should_save:
+            _take_places(folder)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_complete(folder))
+        elif resume_from_checkpoint:
+            require_complete(Path(resume_from_checkpoint))
+        elif self.args.should_save and self.args.save_strategy != "no" and _checkpoints(folder):
+            logger.warning(
+                "%s holds checkpoints of an earlier run (%s), and this one starts anew: resuming "
+                "would take the largest number of either. Give it another output_dir, or delete "
+                "them",
+                folder,
+                ", ".join(each.name for each in _checkpoints(folder)),
+            )
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed_from is not None:
+            _warn_of_weights_alone(self._resumed_from)
+            warn_of_others(self._unsaved or {}, self._resumed_from)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        writes = self.args.should_save
+        if writes:
+            _take_places(folder)
+            remove(folder / _UNFINISHED)
+        self.accelerator.wait_for_everyone()
+        self._staging, self._to_push = folder / _UNFINISHED, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        name = f"checkpoint-{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == staging / name:
+            self.state.best_model_checkpoint = str(folder / name)
+            if writes:
+                self.state.save_to_json(str(staging / name / _STATE))
+        if writes:
+            _put_in_place(staging / name, folder)
+        self.accelerator.wait_for_everyone()
+        if self._to_push is not None:
+            super()._push_from_checkpoint(str(folder / name))
+        if writes:
+            kept = [folder / name, Path(self.state.best_model_checkpoint or folder / name)]
+            _delete_oldest(folder, self.args.save_total_limit, kept)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # It is uploaded in the background: from where it stays.
+        self._to_push = Path(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        if self._staging is not None or not self.args.should_save:
+            self._save_into(str(folder), state_dict)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{_UNFINISHED}-model"
+        remove(temporary)
+        temporary.mkdir()
+        # PEFT writes on in a card that is there.
+        card = folder / "README.md"
+        if card.exists():
+            (temporary / card.name).write_bytes(card.read_bytes())
+        self._save_into(str(temporary), state_dict)
+        sync(temporary)
+        written = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
+        _remove_other_weights(folder, written)
+        _set_other_base_aside(folder, temporary, written)
+        for path in written:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / path).replace(folder / path)
+        remove(temporary)
+
+    def _save_into(self, folder: str, state_dict: Any) -> None:
+        """All that a saved model is made of, into a folder that nobody reads yet."""
+        super()._save(folder, state_dict)
+
+    def save_state(self) -> None:
+        """Trainer's state in the output folder."""
+        if self.is_world_process_zero():
+            with replacing(Path(self.args.output_dir or ".") / _STATE) as temporary:
+                self.state.save_to_json(str(temporary))
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Metrics as `<split>_results.json`, and, combined, added to `all_results.json`."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir or ".")
+        write_json(folder / f"{split}_results.json", metrics, indent=4, sort_keys=True)
+        if combined:
+            path = folder / "all_results.json"
+            earlier = json.loads(path.read_text()) if path.exists() else {}
+            write_json(path, {**earlier, **metrics}, indent=4, sort_keys=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self._unsaved:
+            save_fingerprints(self._unsaved, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._load_converted(Path(resume_from_checkpoint), model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_callback_state(self) -> None:
+        # Trainer has just read its state, and forgotten a best checkpoint that is not where it was,
+        # as seen from here: the folder may be spelt otherwise, or have been moved.
+        super()._load_callback_state()
+        if self._resumed_from is not None:
+            state = json.loads((self._resumed_from / _STATE).read_text(encoding="utf-8"))
+            best = state["best_model_checkpoint"]
+            if best is not None and not Path(best).is_dir():
+                beside = self._resumed_from.parent / Path(best).name
+                if beside.is_dir():
+                    self.state.best_model_checkpoint = str(beside)
+                    logger.warning("%s is taken for the best checkpoint, %s", beside, best)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        folder = Path(self.state.best_model_checkpoint)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}, the best checkpoint, is gone, so that load_best_model_at_end cannot load "
+                "it: the model is that of the last step"
+            )
+        if not (self._load_converted(folder) or self._load_adapters(folder)):
+            super()._load_best_model()
+
+    def _load_adapters(self, folder: Path) -> bool:
+        """Load the adapters in use if one has a folder of its own, where Trainer does not look."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        model = self.accelerator.unwrap_model(self.model)
+        if not hasattr(model, "peft_config"):
+            return False
+        folders = [_of_adapter(name, folder) for name in model.active_adapters]
+        if all(each == folder for each in folders):
+            return False
+        for name, each in zip(model.active_adapters, folders, strict=True):
+            model.load_adapter(str(each), name, is_trainable=True)
+        return True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _warn_of_other_ranks(Path(checkpoint), self.args.world_size)
+        super()._load_rng_state(checkpoint)
+
+    def _load_converted(self, folder: Path, model: Any = None) -> bool:
+        """Hold a checkpoint's weights against the model, and load them if Trainer cannot.
+
+        Raises CheckpointError for weights of another model.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        if hasattr(model, "peft_config"):
+            for name in model.active_adapters:
+                _check_adapter(folder, model, name)
+            return False
+        expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+        found = _shapes(folder, _WEIGHTS)
+        if not found:
+            what = "an adapter" if _shapes(folder, _ADAPTERS) else "no weights"
+            raise CheckpointError(
+                f"{folder} holds {what}, and the model is a {type(model).__name__} without an "
+                "adapter: resume with the peft_config (--lora_r) that it was trained with"
+            )
+        if _is_same(model, expected, found):
+            return False
+        # Saved under other names, as experts are: from_pretrained knows how to read them. Float32
+        # holds every value of a narrower dtype.
+        load = type(model).from_pretrained
+        try:
+            loaded, info = load(folder, dtype=torch.float32, output_loading_info=True)
+            wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+            shapes = {name: list(value.shape) for name, value in loaded.state_dict().items()}
+        except (RuntimeError, OSError, ValueError) as error:
+            raise _of_another_model(folder, model, expected, found) from error
+        if wrong or shapes != expected:
+            raise _of_another_model(folder, model, expected, found)
+        model.load_state_dict(loaded.state_dict())
+        return True
+
+
+def last_complete(folder: Path) -> Path:
+    """The complete checkpoint with the largest number, past incomplete ones, which are named.
+
+    Raises CheckpointError where there is none.
+    """
+    passed = []
+    for checkpoint in reversed(_checkpoints(folder)):
+        found = problem(checkpoint)
+        if found is None:
+            for each in passed:
+                logger.warning("resuming from %s: %s", checkpoint, each)
+            return checkpoint
+        passed.append(found)
+    reasons = "".join(f"; {each}" for each in passed)
+    raise CheckpointError(
+        f"resume_from_checkpoint is True, and {folder} holds no complete checkpoint{reasons}; "
+        "leave it out to start anew"
+    )
+
+
+def require_complete(checkpoint: Path) -> None:
+    """Raise CheckpointError for a checkpoint that is missing, incomplete or damaged."""
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"resume_from_checkpoint must be a folder, True or None, got {str(checkpoint)!r}, "
+            "which is no folder"
+        )
+    found = problem(checkpoint)
+    if found is not None:
+        others = [each for each in _checkpoints(checkpoint.parent) if each != checkpoint]
+        whole = [str(each) for each in others if problem(each) is None]
+        remedy = f"resume from {whole[-1]}" if whole else "start anew, without it"
+        raise CheckpointError(f"{found}; {remedy}")
+
+
+def problem(checkpoint: Path) -> str | None:
+    """What is missing or damaged in a checkpoint, naming the file; None if it is complete."""
+    names = {path.name for path in checkpoint.iterdir()}
+    if _STATE not in names:
+        # transformers writes it last.
+        return f"{checkpoint} is incomplete: it has no {_STATE}, which is written last"
+    adapters = _adapter_folders(checkpoint)
+    for path in sorted(chain(checkpoint.iterdir(), *(each.iterdir() for each in adapters))):
+        found = _damage(path)
+        if found is not None:
+            return f"{path} is damaged or was not written to its end ({found})"
+    for adapter in adapters:
+        if not any((adapter / name).exists() for name in _ADAPTERS):
+            return f"{adapter} is incomplete: it has no {_ADAPTERS[0]}"
+    folders = _is_sharded(checkpoint)
+    known = {*_WEIGHTS, *_ADAPTERS, *_JSON[-2:]}
+    if not folders and not adapters and not known & names:
+        return f"{checkpoint} is incomplete: it has no weights ({_WEIGHTS[0]} or {_ADAPTERS[0]})"
+    for index in _JSON[-2:]:
+        if index in names:
+            shards = set(json.loads((checkpoint / index).read_text())["weight_map"].values())
+            for shard in sorted(shards - names):
+                return f"{checkpoint} is incomplete: it has no {shard}, which {index} names"
+    has_optimizer = folders or any(name.startswith("optimizer") for name in names)
+    if not folders and has_optimizer != ("scheduler.pt" in names):
+        missing = "scheduler.pt" if has_optimizer else "optimizer.pt"
+        return f"{checkpoint} is incomplete: it has no {missing}"
+    return None
+
+
+def _adapter_folders(checkpoint: Path) -> list[Path]:
+    """Folders of adapters that are not called "default"."""
+    return [path.parent for path in checkpoint.glob(f"*/{_ADAPTER_CONFIG}")]
+
+
+def _is_sharded(checkpoint: Path) -> bool:
+    """Whether states lie in folders, as DeepSpeed and FSDP write them."""
+    adapters = _adapter_folders(checkpoint)
+    return any(path.is_dir() and path not in adapters for path in checkpoint.iterdir())
+
+
+def _damage(path: Path) -> str | None:
+    """Why a file cannot be read; None for one that can, and for one that is not."""
+    try:
+        if path.name in _JSON:
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix in (".pt", ".pth", ".bin") and path.name not in _UNREAD and path.is_file():
+            read_tensors(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        return _first_line(error)
+    return None
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote, if it is tensors and plain values; nothing in it is executed.
+
+    Numbers stay on disk until they are asked for. Raises ValueError, with a reason, for what is no
+    such file, is truncated, or holds objects of other kinds.
+    """
+    try:
+        with safe_globals():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # Of the reader's and of the unpickler's errors there is no common kind.
+        raise ValueError(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    # torch explains weights_only at length, and how to switch it off, before it comes to the point.
+    unsafe = re.search(r"unsupported GLOBAL (\S+)", text, re.IGNORECASE)
+    if unsafe is not None:
+        return f"it would call {unsafe[1]}, which is not done"
+    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')[:200]}"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders called checkpoint-N, in the order of N."""
+    if not folder.is_dir():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
+    return [path for _, path in sorted((int(name[1]), path) for name, path in found if name)]
+
+
+def _put_in_place(checkpoint: Path, folder: Path) -> None:
+    """Give a finished checkpoint the place where it will be looked for."""
+    sync(checkpoint)
+    final = folder / checkpoint.name
+    if final.exists():
+        # A rename does not replace a folder that holds something.
+        waiting = folder / _FINISHED / checkpoint.name
+        waiting.parent.mkdir(exist_ok=True)
+        checkpoint.rename(waiting)
+        _take_places(folder)
+    else:
+        checkpoint.rename(final)
+    remove(checkpoint.parent)
+
+
+def _take_places(folder: Path) -> None:
+    """Have finished checkpoints replace those of the same name, also after a kill in between."""
+    waiting = folder / _FINISHED
+    for checkpoint in _checkpoints(waiting):
+        _delete(folder / checkpoint.name)
+        checkpoint.rename(folder / checkpoint.name)
+    with contextlib.suppress(OSError):
+        waiting.rmdir()
+
+
+def _delete_oldest(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
+    """Delete checkpoints beyond a limit, never those to keep: the one just saved, and the best.
+
+    Trainer would keep the one of the largest number where it cannot tell ages apart, which may be
+    an earlier run's.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = sorted(_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
+    # One may be spelt as the run began, and the other as it was resumed.
+    kept = {path.resolve() for path in keep}
+    surplus = max(len(found) - max(limit, len(kept)), 0)
+    for checkpoint in [path for path in found if path.resolve() not in kept][:surplus]:
+        _delete(checkpoint)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, if it is there; its name goes first, so that none is seen half deleted."""
+    if checkpoint.exists():
+        waste = checkpoint.parent / _UNFINISHED
+        remove(waste)
+        waste.mkdir()
+        checkpoint.rename(waste / checkpoint.name)
+        remove(waste)
+
+
+def _remove_other_weights(folder: Path, written: Iterable[Path]) -> None:
+    """Delete what an earlier save left and would be read first: other parts, another adapter."""
+    new = {path.name for path in written if path.parent == Path()}
+    for stems in ("model|pytorch_model", "adapter_model"):
+        weights = re.compile(rf"({stems})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+        is_new = any(weights.fullmatch(name) for name in new)
+        is_behind = stems == "adapter_model" and _is_behind_an_adapter(folder, written)
+        if not (is_new or is_behind):
+            continue
+        if is_behind:
+            logger.warning("%s held an adapter, which would be loaded: it is deleted", folder)
+            (folder / _ADAPTER_CONFIG).unlink()
+        for path in folder.iterdir():
+            if weights.fullmatch(path.name) and path.name not in new:
+                path.unlink()
+
+
+def _is_behind_an_adapter(folder: Path, written: Iterable[Path]) -> bool:
+    """Whether an adapter of an earlier save would be loaded in place of what is written now."""
+    weights = {*_WEIGHTS, *_ADAPTERS, *_JSON[-2:]}
+    is_model = any(path.name in weights for path in written)
+    has_adapter = (folder / _ADAPTER_CONFIG).exists()
+    return is_model and has_adapter and Path(_ADAPTER_CONFIG) not in written
+
+
+def _set_other_base_aside(folder: Path, temporary: Path, written: Iterable[Path]) -> None:
+    """Rename the config of an earlier save's model where an adapter of another base is written.
+
+    transformers takes the model that lies beside an adapter for its base, whatever base that names.
+    Its weights stay, which may have cost a training.
+    """
+    config = folder / _CONFIG
+    adapters = [path for path in written if path.name == _ADAPTER_CONFIG]
+    if not adapters or not config.exists() or Path(_CONFIG) in written:
+        return
+    base = json.loads((temporary / adapters[0]).read_text()).get("base_model_name_or_path")
+    if base and Path(base).resolve() != folder.resolve():
+        aside = folder / f"{_CONFIG}.earlier"
+        config.replace(aside)
+        logger.warning(
+            "%s holds a model that is not %s, the base of the adapter that is saved there: its "
+            "config.json is renamed to %s, so that it is not loaded in its place",
+            folder,
+            base,
+            aside.name,
+        )
+
+
+def _shapes(folder: Path, files: Iterable[str]) -> dict[str, list[int]]:
+    """Shapes by name of the weights in a checkpoint, from the first of these files that it has."""
+    for name in files:
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            paths = [folder / name]
+        elif index.exists():
+            paths = [
+                folder / part for part in {*json.loads(index.read_text())["weight_map"].values()}
+            ]
+        else:
+            continue
+        shapes: dict[str, list[int]] = {}
+        for path in paths:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as opened:
+                    names: list[str] = list(opened.keys())
+                    shapes |= {name: opened.get_slice(name).get_shape() for name in names}
+            else:
+                shapes |= {key: list(value.shape) for key, value in read_tensors(path).items()}
+        return shapes
+    return {}
+
+
+def _is_same(model: nn.Module, expected: dict[str, list[int]], found: dict[str, list[int]]) -> bool:
+    if any(expected.get(name) != shape for name, shape in found.items()):
+        return False
+    state = model.state_dict()
+    held = {state[name].data_ptr() for name in found}
+    # Of tied weights one is saved.
+    return all(name in found or state[name].data_ptr() in held for name in expected)
+
+
+def _of_another_model(
+    folder: Path, model: nn.Module, expected: dict[str, list[int]], found: dict[str, list[int]]
+) -> CheckpointError:
+    differing = [name for name in found if expected.get(name) != found[name]]
+    name = next(iter(differing or [name for name in expected if name not in found]))
+    return CheckpointError(
+        f"{folder} is of another model than this {type(model).__name__}: {name} has shape "
+        f"{found.get(name, 'none')} there and {expected.get(name, 'none')} here; resume with the "
+        "model that the run began with"
+    )
+
+
+def _of_adapter(name: str, folder: Path) -> Path:
+    """Where in a checkpoint an adapter lies: one that is not called "default", in its own folder."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _check_adapter(folder: Path, model: Any, active: str) -> None:
+    """Raise CheckpointError for an adapter that does not fit the model's, or is none."""
+    from peft import get_peft_model_state_dict
+
+    own = _of_adapter(active, folder)
+    found = _shapes(own, _ADAPTERS)
+    if not found:
+        what = "a whole model" if _shapes(folder, _WEIGHTS) else "no adapter"
+        raise CheckpointError(
+            f"{own} holds {what}, and the model has an adapter ({active!r}): resume without "
+            "peft_config (--lora_r 0), as it was trained"
+        )
+    weights = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    expected = {name: list(value.shape) for name, value in weights.items()}
+    prefix = getattr(model.base_model, "prefix", "")
+    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    wrong += [name for name in found if name not in expected and prefix and prefix in name]
+    if wrong:
+        raise CheckpointError(
+            f"{own} holds another adapter than {active!r} of this model: {wrong[0]} has shape "
+            f"{found.get(wrong[0], 'none')} there and {expected.get(wrong[0], 'none')} here; resume "
+            "with the peft_config and the model that the run began with"
+        )
+    config = own / _ADAPTER_CONFIG
+    saved = json.loads(config.read_text()) if config.exists() else {}
+    for name in _ADAPTER_SETTINGS:
+        ours = getattr(model.peft_config[active], name, None)
+        if name in saved and ours is not None and saved[name] != ours:
+            raise CheckpointError(
+                f"{config}: {name} is {saved[name]!r} there and {ours!r} here; resume with the "
+                "peft_config that the run began with"
+            )
+
+
+def _warn_of_other_ranks(checkpoint: Path, world_size: int) -> None:
+    """Random states are a rank's own: with other ranks the run goes on, and not bit for bit."""
+    saved = len(list(checkpoint.glob("rng_state*.pth")))
+    if saved and saved != world_size:
+        logger.warning(
+            "%s was saved by %d processes and is resumed by %d: random states start over, so the "
+            "run goes on, but not bit for bit",
+            checkpoint,
+            saved,
+            world_size,
+        )
+
+
+def _warn_of_weights_alone(checkpoint: Path) -> None:
+    """What save_only_model leaves out, a run that is resumed begins anew."""
+    has_optimizer = any(path.name.startswith("optimizer") for path in checkpoint.iterdir())
+    if not (has_optimizer or _is_sharded(checkpoint)):
+        logger.warning(
+            "%s holds weights alone (save_only_model): optimiser, learning rate schedule, random "
+            "states and statistics of the objective start over, so the run goes on, but not as it "
+            "would have without the interruption",
+            checkpoint,
+        )

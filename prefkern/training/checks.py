@@ -1,0 +1,151 @@
+"""What PreferenceTrainer refuses of its arguments and datasets before it trains.
+
+An argument without effect on the objective, a reference that is given twice, and datasets whose last
+batches would leave a rank without anything to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from prefkern.data.columns import REFERENCE_COLUMNS
+from prefkern.objectives import Objective, UnpairedObjective
+from prefkern.training.config import PreferenceConfig
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the objective asks of the trainer."""
+
+    paired: bool
+    reference: bool
+    margins: bool
+    distributions: bool  # the reference's, and not only its sums
+
+    @property
+    def sums_suffice(self) -> bool:
+        """Whether the reference's sums over a dataset's own responses are all that it gives."""
+        return self.paired and not self.distributions
+
+
+def given_objective(objective: Any, args: PreferenceConfig) -> Objective | UnpairedObjective:
+    """An objective that was passed as such: args must not describe another."""
+    if not isinstance(objective, Objective | UnpairedObjective):
+        raise TypeError(
+            f"objective must be an objective of prefkern.objectives, got {objective!r}; "
+            'a name goes into args: PreferenceConfig(objective="adadpo")'
+        )
+    for name in ("beta", "rpo_alpha", "use_weighting", "objective_options"):
+        if getattr(args, name):
+            raise ValueError(
+                f"args.{name} is {getattr(args, name)!r}, which has no effect on an objective that "
+                "is passed itself; give it to the objective"
+            )
+    return objective
+
+
+def check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig) -> None:
+    """Raise for a reference that is given twice or is none, and for keywords that nobody reads."""
+    if not (ref_model is None or isinstance(ref_model, str | nn.Module)):
+        raise TypeError(
+            "ref_model must be a causal LM, a name or path to load, or None, got "
+            f"{type(ref_model).__name__} {ref_model!r}"[:200]
+        )
+    if ref_model is not None and args.ref_model_name_or_path is not None:
+        raise ValueError(
+            f"ref_model was given, and ref_model_name_or_path is {args.ref_model_name_or_path!r}: "
+            "give one of them"
+        )
+    names = (model, ref_model, args.ref_model_name_or_path)
+    if args.model_init_kwargs and not any(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"model_init_kwargs is {args.model_init_kwargs!r}, which has no effect on a model that "
+            "is loaded already; leave it out, or give the model's name"
+        )
+
+
+def reference_arguments(args: PreferenceConfig, ref_model: Any) -> dict[str, Any]:
+    """What was said about where the reference's log-probs come from, by the argument's name."""
+    given = {
+        "ref_model": None if ref_model is None else type(ref_model).__name__,
+        "ref_model_name_or_path": args.ref_model_name_or_path,
+        "ref_adapter_name": args.ref_adapter_name,
+        "precompute_ref_log_probs": args.precompute_ref_log_probs or None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def check_carried_sums(dataset: Any, name: str, needs: Needs, given: dict[str, Any]) -> None:
+    """Raise ValueError for reference sums in a dataset beside arguments that say otherwise.
+
+    The sums would be used, whatever reference they are of, and the arguments would not.
+    """
+    carried = [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
+    if not (carried and given and needs.reference and needs.sums_suffice):
+        return
+    argument, value = next(iter(given.items()))
+    raise ValueError(
+        f"dataset {name!r} carries reference sums ({' and '.join(carried)}), beside which "
+        f"{argument} ({value!r}) has no effect: leave {argument} out to train with these sums, or "
+        f"remove the columns (dataset.remove_columns({carried!r})) to have them computed"
+    )
+
+
+def carry_sums(*datasets: Any) -> bool:
+    """Whether each dataset, or each of a dict of them, has the reference's sums as columns."""
+    parts = [part for dataset in datasets for _, part in named(dataset, "")]
+    return all(REFERENCE_COLUMNS[0] in part.column_names for part in parts)
+
+
+def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
+    for name, value in reference_arguments(args, ref_model).items():
+        if not needs.reference:
+            raise ValueError(
+                f"{name} is {value!r}, and this objective has no reference; leave it out"
+            )
+    if args.precompute_ref_log_probs and needs.reference and not needs.sums_suffice:
+        what = "the reference's distributions" if needs.paired else "mismatched pairs of each batch"
+        raise ValueError(
+            f"precompute_ref_log_probs keeps sums, and this objective needs {what}; leave it out"
+        )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if not needs.paired and getattr(args, name) < 2:
+            raise ValueError(
+                "this objective takes its reference point from mismatched responses of a batch: "
+                f"{name} must be at least 2, got {getattr(args, name)}"
+            )
+
+
+def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
+    if dataset is None:
+        return []
+    if isinstance(dataset, dict):
+        return [(f"{name}_{key}", value) for key, value in dataset.items()]
+    return [(name, dataset)]
+
+
+def check_batches(
+    dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
+) -> None:
+    """Raise where the last batches leave nothing to do, or ranks with different things to do."""
+    across_ranks = batch_size * args.world_size
+    accelerator: Any = args.accelerator_config
+    is_uneven = args.world_size > 1 and not (args.dataloader_drop_last or accelerator.even_batches)
+    for each, part in named(dataset, name):
+        if args.dataloader_drop_last and len(part) < across_ranks:
+            raise ValueError(
+                f"dataset {each!r} has {len(part)} pairs, fewer than a batch of {across_ranks} "
+                "over all processes, and dataloader_drop_last drops partial batches"
+            )
+        # A rank would wait for what the others never send. In training their last batches may
+        # differ in size, in evaluation not even that.
+        last = len(part) % across_ranks
+        if is_uneven and last and not (trains and last > across_ranks - batch_size):
+            raise ValueError(
+                f"dataset {each!r} has {len(part)} pairs, which leave {last} for the last batches "
+                f"of {batch_size} on {args.world_size} processes; even_batches=False cannot do "
+                "with that: leave it out, or set dataloader_drop_last"
+            )

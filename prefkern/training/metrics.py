@@ -1,0 +1,131 @@
+"""What the trainer logs: each metric as a numerator and a weight for every pair (or response).
+
+Sums of both are carried over batches, steps and ranks, so that a mean is over pairs (tokens,
+desirable responses, ...), whatever the batches were. Names are TRL's where TRL has the metric.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefkern.loss.diagnostics import gradient_balance
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.objectives import Objective, UnpairedObjective
+from prefkern.ops.outputs import TokenStats
+from prefkern.ops.sequences import sequence_sums
+
+
+@torch.no_grad()
+def item_values(
+    out: PreferenceOutput | UnpairedOutput,
+    objective: Objective | UnpairedObjective,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+) -> dict[str, Tensor]:
+    """Each metric as [B, 2] (KTO: [S, 2]): an item's numerator and its weight.
+
+    Per-token statistics are those of S rows or, with `cu_seqlens`, of a packed batch.
+    """
+    if isinstance(out, UnpairedOutput):
+        return _of_responses(out, cu_seqlens)
+    assert isinstance(objective, Objective)
+    return _of_pairs(out, objective, cu_seqlens)
+
+
+def per_item(numerators: Tensor, weights: Tensor | None = None) -> Tensor:  # (B,) -> (B, 2)
+    numerators = numerators.detach().float()
+    weights = torch.ones_like(numerators) if weights is None else weights.float()
+    return torch.stack([numerators, weights], dim=1)
+
+
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """The metrics of summed (2,) values; one whose weight is 0 has nothing to say and is left out."""
+    values = {name: total.tolist() for name, total in sums.items()}
+    result = {name: total / weight for name, (total, weight) in values.items() if weight > 0}
+    # Of responses without pairs, the margin is between means (as in TRL).
+    if "rewards/margins" not in sums and {"rewards/chosen", "rewards/rejected"} <= result.keys():
+        result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+    return result
+
+
+def _of_pairs(
+    out: PreferenceOutput, objective: Objective, cu_seqlens: Tensor | None
+) -> dict[str, Tensor]:
+    chosen, rejected = out.chosen_rewards, out.rejected_rewards
+    values = {
+        "rewards/chosen": per_item(chosen),
+        "rewards/rejected": per_item(rejected),
+        "rewards/accuracies": per_item(chosen > rejected),
+        "rewards/margins": per_item(chosen - rejected),
+        "logps/chosen": per_item(out.chosen_logps),
+        "logps/rejected": per_item(out.rejected_logps),
+    }
+    balance = gradient_balance(out)
+    values["gradients/log_balance"] = _where_finite(balance.log_balance)
+    values["gradients/chosen_share"] = _where_finite(balance.chosen_share)
+    adaptive = objective.adaptive
+    if adaptive is not None:
+        ratio = out.beta_chosen / out.beta_rejected
+        values["adaptive/beta_ratio"] = per_item(ratio)
+        if adaptive.clip is not None:
+            # beta cancels up to the rounding of a product and a quotient.
+            at_clip = ratio >= adaptive.k * adaptive.clip * (1 - 1e-6)
+            values["adaptive/clip_fraction"] = per_item(at_clip)
+    moves_beta = adaptive is not None or "beta_dpo/beta" in out.metrics
+    if moves_beta and out.ref_chosen_logps is not None and out.ref_rejected_logps is not None:
+        # Rewards above use the coefficients in force; these compare with plain DPO's.
+        base = (out.chosen_logps - out.ref_chosen_logps) - (
+            out.rejected_logps - out.ref_rejected_logps
+        )
+        values["rewards/base_margins"] = per_item(objective.beta * base)
+        values["rewards/base_accuracies"] = per_item(base > 0)
+    values |= {name: per_item(value) for name, value in out.metrics.items()}
+    if out.token_stats is not None:
+        lengths = torch.cat([out.chosen_lengths, out.rejected_lengths])
+        is_chosen = torch.arange(len(lengths), device=lengths.device) < len(out.losses)
+        rows = _of_tokens(out.token_stats, lengths, is_chosen, cu_seqlens)
+        # The two responses of a pair count as one item.
+        values |= {name: value.view(2, -1, 2).sum(0) for name, value in rows.items()}
+    return values
+
+
+def _of_responses(out: UnpairedOutput, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+    desirable = out.desirable.float()
+    values = {
+        "rewards/chosen": per_item(out.rewards * desirable, desirable),
+        "rewards/rejected": per_item(out.rewards * (1 - desirable), 1 - desirable),
+        "logps/chosen": per_item(out.logps * desirable, desirable),
+        "logps/rejected": per_item(out.logps * (1 - desirable), 1 - desirable),
+        "kl": per_item(out.reference_point.expand_as(out.losses)),
+        **{name: per_item(value) for name, value in out.metrics.items()},
+    }
+    if out.token_stats is not None:
+        values |= _of_tokens(out.token_stats, out.lengths, out.desirable, cu_seqlens)
+    return values
+
+
+def _of_tokens(
+    stats: TokenStats,  # (S, T) each, or (M,) with cu_seqlens
+    lengths: Tensor,  # (S,)
+    is_chosen: Tensor,  # (S,) bool
+    cu_seqlens: Tensor | None,  # (S + 1,)
+) -> dict[str, Tensor]:  # (S, 2) each
+    def sums(per_token: Tensor) -> Tensor:  # -> (S,)
+        if cu_seqlens is None:
+            return per_token.float().sum(1)
+        return sequence_sums(per_token.float(), cu_seqlens.long())
+
+    logits = sums(stats.mean_logit)
+    chosen, rejected = is_chosen.float(), 1 - is_chosen.float()
+    return {
+        "entropy": per_item(sums(stats.entropy), lengths),
+        "logits/chosen": per_item(logits * chosen, lengths * chosen),
+        "logits/rejected": per_item(logits * rejected, lengths * rejected),
+        "mean_token_accuracy": per_item(sums(stats.is_top1) * chosen, lengths * chosen),
+    }
+
+
+def _where_finite(values: Tensor) -> Tensor:  # (B,) -> (B, 2)
+    """Pairs whose value does not exist do not count."""
+    finite = values.isfinite()
+    return per_item(torch.where(finite, values, 0.0), finite)

@@ -1,0 +1,183 @@
+"""What trainers on an objective share: its metrics, and its statistics in checkpoints.
+
+A batch's metrics are kept as sums for each item (`prefkern.training.metrics`), so that what is logged is a
+mean over pairs (or tokens) since the last log, over all ranks. Evaluation gathers values per pair, so
+that neither a partial batch nor a repeated pair shifts a mean. A training step whose loss is NaN or
+infinite raises before its backward, saying what made it so (`prefkern.loss.nonfinite`). A subclass says
+how a batch becomes a loss; whose model, data and reference those are is its own affair.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from prefkern.loss.fused import FusedPreferenceLoss
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.models.head_forward import forward_with_head
+from prefkern.models.heads import HeadInputs
+from prefkern.models.transform import head_transform
+from prefkern.training.item_trainer import ItemTrainer
+from prefkern.training.metrics import item_values, means, per_item
+from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
+
+
+class ObjectiveTrainer(ItemTrainer):
+    """ItemTrainer with a `loss_fn`; a subclass defines `_preference_outputs`."""
+
+    loss_fn: FusedPreferenceLoss
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._train_sums: dict[str, Tensor] = {}
+        self._eval_sums: dict[str, Tensor] = {}
+        self._resumed: SinceLastLog | None = None
+        self.add_callback(_BeginLogs(self))
+
+    def _preference_outputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
+        """The batch's outputs, and the mean over its items to differentiate."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _preference_outputs")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
+        # Under a gradient scaler such a step is left out, and the scale lowered.
+        self.loss_fn.on_nonfinite = "warn" if self.args.fp16 else "raise"
+        outputs, loss = self._preference_outputs(model, inputs)
+        cu_seqlens = inputs.get("cu_seqlens")
+        for name, values in item_values(outputs, self.loss_fn.objective, cu_seqlens).items():
+            total = values.sum(0)
+            previous = self._train_sums.get(name)
+            self._train_sums[name] = total if previous is None else previous + total
+        loss = self._share(loss, len(outputs.losses), num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss and metrics of an evaluation batch; there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        self.loss_fn.on_nonfinite = "warn"
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs, loss = self._preference_outputs(model, inputs)
+        values = {
+            "loss": per_item(outputs.losses),
+            **item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens")),
+        }
+        # Pair by pair, so that what pads the last batch of the ranks is left out.
+        stacked = torch.stack([*values.values()], dim=1)  # (B, metrics, 2)
+        gathered: Any = self.accelerator.gather_for_metrics(stacked)
+        for name, total in zip(values, gathered.sum(0), strict=True):
+            previous = self._eval_sums.get(name)
+            self._eval_sums[name] = total if previous is None else previous + total
+        return loss, None, None
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with means over pairs in place of its mean over batches."""
+        self._eval_sums = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = means(self._eval_sums)
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, adding to a training log the metrics since the last; called on every rank."""
+        if self._train_sums and ("loss" in logs or "train_loss" in logs):
+            names = list(self._train_sums)
+            sums = self.accelerator.reduce(torch.stack([*self._train_sums.values()]), "sum")
+            logs.update(means(dict(zip(names, sums, strict=True))))
+            self._train_sums = {}
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        writes = self.args.should_save
+        if writes:
+            save_objective(self.loss_fn.objective, output_dir)
+        steps = self.state.global_step - self._globalstep_last_logged
+        told = SinceLastLog(steps, self._tr_loss, self._train_sums)
+        told.save(output_dir, self.accelerator, self.loss_fn.objective, writes)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_objective(self.loss_fn.objective, checkpoint)
+            self._resumed = SinceLastLog.load(checkpoint, self.accelerator)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            load_objective(self.loss_fn.objective, best, otherwise="stay those of the last step")
+
+    def _begin_logs(self) -> None:
+        """Nothing is left to tell of an earlier run, but what a checkpoint has left."""
+        resumed, self._resumed = self._resumed, None
+        self._train_sums = {}
+        if resumed is not None:
+            self._train_sums = resumed.sums
+            self._globalstep_last_logged -= resumed.steps
+            self._tr_loss += resumed.loss
+            # The run's mean loss is over its own steps.
+            self._total_loss_scalar -= resumed.loss.item()
+
+
+class _BeginLogs(TrainerCallback):
+    """Tells a trainer that Trainer has reset the loss that is to be logged."""
+
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._begin_logs()
+
+
+def reference_states(
+    reference: nn.Module,
+    policy: nn.Module,
+    inputs: dict[str, Any],
+    labels: Tensor,  # (2B, T), aligned
+    is_packed: bool = False,
+) -> dict[str, Any]:
+    """The reference's hidden states and head, for objectives that compare distributions (TDPO).
+
+    To be called without gradients. Raises ValueError where the two models transform their logits
+    differently.
+    """
+    if head_transform(reference) != head_transform(policy):
+        raise ValueError(
+            "policy and reference transform their logits differently "
+            f"({head_transform(policy)} and {head_transform(reference)}): their distributions "
+            "cannot be compared in one pass"
+        )
+
+    def keep(head: HeadInputs) -> tuple[dict[str, Any], Tensor]:
+        if head.adapter():
+            raise ValueError("LoRA on the output head of the reference is not supported for TDPO")
+        states = {
+            "ref_hidden": head.of_tokens(labels, is_packed).hidden.detach(),
+            "ref_weight": head.weight.detach(),
+            "ref_bias": None if head.bias is None else head.bias.detach(),
+        }
+        return states, head.hidden
+
+    states, _ = forward_with_head(reference, inputs, keep)
+    return states

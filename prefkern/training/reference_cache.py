@@ -1,0 +1,335 @@
+"""The reference's log-prob sums of a dataset: computed once, kept on disk, found again by content.
+
+A sum is a matter of the reference and the tokens, and the cache is keyed by just those: a hash of
+the reference's weights, its configuration, adapter and logits transform, a hash of the token ids of
+all pairs (which the chat template and truncation went into), and what the arithmetic ran in:
+autocast's dtype, attention, backend, device, and the versions of prefkern, torch and transformers.
+Whatever else changes (objective, learning rate, output folder) finds the sums of an earlier run.
+
+    <ref_cache_dir>/<key>/key.json                         what the key is of, to be read by people
+    <ref_cache_dir>/<key>/000000000-000000512.safetensors  sums of these pairs, [pairs, 2] float32
+
+Shards are written as soon as they are computed, each in one atomic step, so that an interrupted
+computation resumes at its last shard. Each carries its key and a checksum; one that is truncated,
+altered or of another key is computed again, with a warning.
+
+Rank 0 alone hashes, reads and writes, and tells the others what is missing: ranks agree, also where
+nodes share no file system. Nothing here moves the random state: a run that finds its sums trains
+bit for bit as the one that computed them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import transformers
+import xxhash
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader
+
+from prefkern.data.columns import REFERENCE_COLUMNS
+from prefkern.models.adapters import is_peft_model
+from prefkern.models.heads import unwrap
+from prefkern.models.transform import head_transform
+from prefkern.training.files import write_atomically
+from prefkern.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_SHARD_PAIRS = 512
+# Weights are hashed in pieces, so that those on a GPU need little memory beside it.
+_PIECE_BYTES = 2**26
+# Of a model's configuration: what says nothing about its log-probs, or is said elsewhere in the key.
+_SILENT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
+_SILENT_PARTS = ("dropout", "pdrop", "layerdrop", "_token_id")
+
+
+def default_folder() -> str:
+    """Where caches lie unless `ref_cache_dir` says otherwise."""
+    return os.path.join(constants.HF_HOME, "prefkern", "reference-log-probs")
+
+
+def open_cache(
+    folder: str | Path, model: nn.Module, dataset: Any, **arithmetic: Any
+) -> SumsOnDisk | None:
+    """The cache of a tokenised dataset's sums under a reference; None, with a warning, without one.
+
+    Args:
+        folder: where all caches lie; made where it does not exist.
+        model: the reference, as it will be run: with its adapter switched off, the base model.
+        dataset: with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        arithmetic: what else the numbers depend on: autocast, backend, device, ...
+    """
+    described = ingredients(model, dataset, **arithmetic)
+    if described is None:
+        logger.warning(
+            "reference sums are not kept: the reference's weights are sharded, offloaded or "
+            "of a kind that cannot be told from others"
+        )
+        return None
+    try:
+        return SumsOnDisk(Path(folder).expanduser(), described, len(dataset))
+    except OSError as error:
+        logger.warning("reference sums are not kept: %s", error)
+        return None
+
+
+class SumsOnDisk:
+    """The sums of one dataset under one reference, as far as they are on disk.
+
+    Args:
+        folder: where all caches lie.
+        ingredients: what the sums depend on, as JSON can say it.
+        pairs: how many pairs the dataset has.
+
+    Raises OSError where the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, ingredients: Mapping[str, Any], pairs: int) -> None:
+        description = json.dumps(ingredients, indent=1, sort_keys=True, default=_as_json)
+        self.key = xxhash.xxh3_128_hexdigest(description.encode())
+        self.pairs = pairs
+        self.folder = folder / self.key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "key.json", description.encode())
+
+    def read(self) -> tuple[Tensor, list[range]]:  # (pairs, 2)
+        """The sums, float32, and the rows that are missing, shard by shard."""
+        sums = torch.zeros(self.pairs, 2)
+        missing = []
+        for rows in _shards(self.pairs):
+            file = self._file(rows)
+            try:
+                sums[rows.start : rows.stop] = self._read_shard(file, rows)
+            except FileNotFoundError:
+                missing.append(rows)
+            except (SafetensorError, OSError, ValueError) as error:
+                logger.warning(
+                    "%s cannot be used (%s): the reference's sums of its %d pairs are computed "
+                    "again",
+                    file,
+                    error,
+                    len(rows),
+                )
+                missing.append(rows)
+        return sums, missing
+
+    def write(self, rows: range, sums: Tensor) -> None:  # (len(rows), 2)
+        """Put a shard on disk. A disk that is full costs the cache, and not the run."""
+        sums = sums.contiguous()
+        metadata = {"key": self.key, "checksum": _checksum(sums)}
+        try:
+            write_atomically(self._file(rows), save({"sums": sums}, metadata))
+        except OSError as error:
+            logger.warning("reference sums are not kept: %s", error)
+
+    def _file(self, rows: range) -> Path:
+        return self.folder / f"{rows.start:09d}-{rows.stop:09d}.safetensors"
+
+    def _read_shard(self, file: Path, rows: range) -> Tensor:
+        with safe_open(file, "pt") as shard:
+            metadata = shard.metadata() or {}
+            if metadata.get("key") != self.key:
+                raise ValueError("it belongs to another model or dataset")
+            sums: Tensor = shard.get_tensor("sums")
+        if sums.shape != (len(rows), 2) or sums.dtype != torch.float32:
+            raise ValueError(f"it holds {list(sums.shape)} numbers of {sums.dtype}")
+        if metadata.get("checksum") != _checksum(sums):
+            raise ValueError("its checksum is wrong")
+        return sums
+
+
+def ingredients(model: nn.Module, dataset: Any, **arithmetic: Any) -> dict[str, Any] | None:
+    """What sums depend on, as in `open_cache`; None where the weights cannot be hashed."""
+    weights = hash_weights(model)
+    if weights is None:
+        return None
+    base, transform = unwrap(model), head_transform(model)
+    return {
+        "versions": {
+            "prefkern": VERSION,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": f"{type(base).__module__}.{type(base).__qualname__}",
+        "config": _numeric(base.config.to_dict()),
+        "attention": getattr(base.config, "_attn_implementation", None),
+        "adapter": _adapter(model),
+        "transform": [transform.logit_scale, transform.softcap],
+        "weights": weights,
+        "tokens": hash_tokens(dataset),
+        "arithmetic": arithmetic,
+    }
+
+
+def hash_weights(model: nn.Module) -> str | None:
+    """A hash of a model's state_dict and buffers: names, dtypes, shapes and contents.
+
+    Buffers that no checkpoint has count, too: `model.to(bfloat16)` rounds the rotary frequencies,
+    which loading the same weights in bfloat16 does not. The same for the same content on every device. Weights of an adapter that is switched off are
+    left out. None where the contents are not all here: sharded, offloaded or opaque.
+    """
+    skipped = _switched_off(model)
+    digest = xxhash.xxh3_128()
+    for name, value in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
+        if any(part.startswith(skipped) for part in name.split(".")):
+            continue
+        if not isinstance(value, Tensor) or value.is_meta or hasattr(value, "ds_id"):
+            return None
+        if is_traceable_wrapper_subclass(value):
+            return None
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        flat = value.detach().reshape(-1)
+        for piece in flat.split(max(_PIECE_BYTES // flat.element_size(), 1)):
+            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_tokens(dataset: Any) -> str:
+    """A hash of the token ids of all pairs, in their order."""
+    digest = xxhash.xxh3_128()
+    tokens = dataset.select_columns(list(_TOKEN_COLUMNS)).with_format("arrow")
+    for table in tokens.iter(batch_size=4096):
+        for column in _TOKEN_COLUMNS:
+            lengths = pc.list_value_length(table[column])  # pyright: ignore[reportAttributeAccessIssue]
+            values = pc.list_flatten(table[column])  # pyright: ignore[reportAttributeAccessIssue]
+            for numbers in (lengths, values):
+                digest.update(numbers.cast(pa.int64()).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_sums(
+    dataset: Any,
+    score: Callable[[Any], Tensor],
+    collate: Callable[[Any], Any],
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    on_disk: SumsOnDisk | None,
+    shows_progress: bool,
+) -> Any:
+    """The dataset with the reference's sums as columns; every rank calls it, and gets all of them.
+
+    Args:
+        dataset: tokenised pairs.
+        score: the sums of a batch, [2B] float32, chosen first.
+        collate: rows of the dataset -> batch.
+        accelerator: spreads batches over ranks.
+        batch_size: pairs a batch and rank.
+        on_disk: what rank 0 reads and writes; None keeps nothing.
+        shows_progress: whether there is a progress bar.
+    """
+    from tqdm.auto import tqdm
+
+    pairs = len(dataset)
+    found = on_disk.read() if on_disk else (torch.zeros(pairs, 2), list(_shards(pairs)))
+    sums, missing = broadcast_object_list([found])[0]
+    rows = torch.tensor([row for shard in missing for row in shard], dtype=torch.int64)
+    if on_disk:
+        logger.info("%d of %d reference sums found in %s", pairs - len(rows), pairs, on_disk.folder)
+    done = 0
+    bar = tqdm(
+        desc="Reference log-probs",
+        total=pairs,
+        initial=pairs - len(rows),
+        unit="pairs",
+        disable=not shows_progress,
+    )
+    # A loader draws a seed for its workers, which would shift all that training draws.
+    with bar, torch.random.fork_rng(devices=[]):
+        for batch in _batches(dataset, rows, batch_size, collate, accelerator):
+            by_pair: Any = accelerator.gather_for_metrics(score(batch).view(2, -1).T.contiguous())
+            sums[rows[done : done + len(by_pair)]] = by_pair.cpu()
+            done += len(by_pair)
+            bar.update(len(by_pair))
+            # Rows are missing in order, so that a shard is complete once its last row is there.
+            while missing and (done == len(rows) or missing[0].stop <= rows[done]):
+                shard = missing.pop(0)
+                if on_disk:
+                    on_disk.write(shard, sums[shard.start : shard.stop])
+    for column, values in zip(REFERENCE_COLUMNS, sums.T.tolist(), strict=True):
+        dataset = dataset.add_column(column, values)
+    return dataset
+
+
+def _batches(
+    dataset: Any,
+    rows: Tensor,
+    batch_size: int,
+    collate: Callable[[Any], Any],
+    accelerator: Accelerator,
+) -> Any:
+    """This rank's batches of some rows."""
+    if not len(rows):
+        return ()
+    chosen = dataset if len(rows) == len(dataset) else dataset.select(rows.tolist())
+    return prepare_data_loader(
+        DataLoader(chosen, batch_size=batch_size, collate_fn=collate),
+        accelerator.device,
+        put_on_device=True,
+        # Whatever training does with a last batch: here every rank has one to gather from.
+        even_batches=True,
+    )
+
+
+def _shards(pairs: int) -> list[range]:
+    return [
+        range(start, min(start + _SHARD_PAIRS, pairs)) for start in range(0, pairs, _SHARD_PAIRS)
+    ]
+
+
+def _checksum(sums: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(sums.numpy().tobytes())
+
+
+def _adapter(model: Any) -> Any:
+    """The adapter that a reference runs with: none, switched off, or its configuration."""
+    if not is_peft_model(model):
+        return None
+    if _switched_off(model):
+        return "switched off"
+    configs = {name: config.to_dict() for name, config in model.peft_config.items()}
+    return {"active": model.active_adapters, "configs": configs}
+
+
+def _switched_off(model: Any) -> tuple[str, ...]:
+    """What names of weights begin with that have no part in the forward."""
+    if not is_peft_model(model):
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not layers or not all(layer.disable_adapters for layer in layers):
+        return ()
+    return (model.base_model.prefix, "modules_to_save")
+
+
+def _numeric(config: Any) -> Any:
+    """What of a configuration log-probs may depend on."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        str(name): _numeric(value)
+        for name, value in config.items()
+        if name not in _SILENT and not any(part in str(name) for part in _SILENT_PARTS)
+    }
+
+
+def _as_json(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)

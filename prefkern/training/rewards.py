@@ -1,0 +1,450 @@
+"""Reward models on preference pairs: step 1 of MADPO, whose margins step 2 reads.
+
+A reward model r(x, y) is a transformer with one output, fitted to the Bradley-Terry likelihood of
+the pairs, P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)) (MADPO, Eq. 1 and 2):
+
+    loss = -log sigmoid(m),  m = r(x, y_w) - r(x, y_l),  d loss / d r_w = -d loss / d r_l = -sigmoid(-m)
+
+Pairs are tokenised and cut by `prefkern.data` and batched by `prefkern.data.collate`, so that a margin m
+belongs to exactly the tokens that the policy is trained on. The head's weights and its product are float32 whatever the
+dtype of the body (autocast aside): a margin is a difference of two scores.
+
+transformers' decoders score the last token that is not the pad token. Where the pad token is also
+the one that ends every text, as in many base models, that is not the last token; so a model that is
+trained here pads with a token that ends none of its sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    EarlyStoppingCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from prefkern.data import check_columns, tokenize_preferences
+from prefkern.data.collate import PreferenceCollator
+from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
+from prefkern.models.adapters import check_no_native_adapter
+from prefkern.models.heads import unwrap
+from prefkern.models.liger import apply_liger, check_liger
+from prefkern.models.loading import from_files, is_trusted, load_tokenizer, whence
+from prefkern.models.positions import check_positions
+from prefkern.training.config import check_training, refuse_batches_by_length, refuse_without_effect
+from prefkern.training.item_trainer import ItemTrainer
+
+# What transformers calls the head of a sequence classifier, as far as PEFT knows.
+_HEADS = ("score", "classifier")
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+# Arguments that the loss or the metrics of a reward model leave without effect.
+_UNUSED = (
+    "average_tokens_across_devices",
+    "batch_eval_metrics",
+    "eval_do_concat_batches",
+    "include_for_metrics",
+    "label_names",
+    "label_smoothing_factor",
+    "length_column_name",
+    "prediction_loss_only",
+)
+
+
+@dataclass
+class RewardConfig(TrainingArguments):
+    """Training arguments of `RewardTrainer`; the rest are transformers' TrainingArguments.
+
+    Evaluates ten times a run, saves whenever it evaluates, stops when the held-out loss no longer
+    falls, and ends with the best checkpoint. Raises ValueError for what would have no effect.
+    """
+
+    output_dir: str | None = field(
+        default="reward_model", metadata={"help": "Folder that the reward model is saved to."}
+    )
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Initial learning rate. Default: 1e-4 for LoRA, else 1e-5."}
+    )
+    eval_strategy: str = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default="steps", metadata={"help": "When to evaluate and save: steps or epoch."}
+    )
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Every so many steps; below 1, a share of all steps."}
+    )
+    save_total_limit: int | None = field(
+        default=1, metadata={"help": "Checkpoints to keep besides the last."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "End with the best checkpoint; cannot be turned off."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    early_stopping_patience: int = field(
+        default=3, metadata={"help": "Stop after so many evaluations without a better one."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Bound on prompt plus response, as in training."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Bound on the prompt, in tokens."}
+    )
+    truncation_mode: str = field(
+        default="keep_end", metadata={"help": TRUNCATION_HELP, "choices": list(TRUNCATION_MODES)}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise the dataset."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("early_stopping_patience", 1),
+            ("max_length", 2),
+            ("max_prompt_length", 1),
+            ("dataset_num_proc", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        refuse_without_effect(self, _UNUSED, "a reward model")
+        check_mode(self.truncation_mode)
+        check_training(self)
+        refuse_batches_by_length(self)
+        if self.eval_strategy == "no":
+            raise ValueError(
+                "early stopping needs evaluation: eval_strategy must be steps or epoch"
+            )
+        if not self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end must be true: margins are the best model's")
+        # The best model is one that was saved.
+        self.save_strategy = self.eval_strategy
+        self.save_steps = self.eval_steps or self.logging_steps
+        super().__post_init__()
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
+    """-log sigmoid(r_w - r_l) of each pair, from its two rewards."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:  # (B, 2)
+    """Rewards r_w and r_l, in float32, of a batch of B chosen rows and then their B rejected."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return output.logits.float().view(2, -1).T
+
+
+def pair_metrics(rewards: Tensor) -> dict[str, float]:  # (pairs, 2)
+    """Mean Bradley-Terry loss, share of pairs with r_w > r_l, and mean margin."""
+    chosen, rejected = rewards.double().T
+    return {
+        "loss": bradley_terry_loss(chosen, rejected).mean().item(),
+        "accuracy": (chosen > rejected).double().mean().item(),
+        "margin": (chosen - rejected).mean().item(),
+    }
+
+
+class RewardTrainer(ItemTrainer):
+    """Trains a reward model on tokenised pairs, with early stopping where some are held out.
+
+    The loss is the mean over the pairs of an optimiser step, over accumulated batches and ranks.
+
+    Args:
+        model: a sequence classifier with one output, or a PEFT model of one.
+        args: a `RewardConfig`.
+        tokenizer: saved with the model; its pad token, if any, is what the saved model pads with.
+        pad_token_id: what batches are padded with here, from `set_pad_token`.
+        train_dataset, eval_dataset: from `tokenize_for_rewards`; None to score only.
+
+    Raises ValueError under nn.DataParallel, and for pairs beyond the model's table of positions.
+    """
+
+    args: RewardConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: RewardConfig,
+        tokenizer: Any,
+        pad_token_id: int,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+    ) -> None:
+        for name, pairs in (("train", train_dataset), ("eval", eval_dataset)):
+            if pairs is not None:
+                check_positions(pairs, unwrap(model), name, max_length=args.max_length)
+        callbacks: list[Any] = []
+        if eval_dataset is None:
+            args.eval_strategy = IntervalStrategy.NO
+        else:
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        check_liger(args, args.device)
+        apply_liger(args, model)
+        # The tokenizer is not given to Trainer, which would let it override the model's pad token.
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PreferenceCollator(pad_token_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self._tokenizer = tokenizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
+        rewards = pair_rewards(model, inputs)
+        losses = bradley_terry_loss(*rewards.unbind(1))
+        if model.training:
+            self._refuse_nonfinite(rewards)
+        loss = self._share(losses.mean(), len(losses), num_items_in_batch)
+        return (loss, rewards) if return_outputs else loss
+
+    def _refuse_nonfinite(self, rewards: Tensor) -> None:  # (B, 2)
+        bad = ~rewards.detach().isfinite()
+        # Under a gradient scaler such a step is left out, and the scale lowered.
+        if not self.args.fp16 and bad.any():
+            pairs = bad.any(1).nonzero().flatten().tolist()
+            raise FloatingPointError(
+                f"the reward model gave NaN or inf for {len(pairs)} of the batch's {len(bad)} pairs, "
+                f"the first of them pair {pairs[0]}: an earlier step has spoilt its parameters (a "
+                "lower learning_rate, max_grad_norm), or activations left their dtype's range"
+            )
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, None]:
+        """Loss and rewards of a batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, rewards.contiguous(), None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with means over pairs in place of its mean over batches."""
+        output = super().evaluation_loop(
+            dataloader, description, False, ignore_keys, metric_key_prefix
+        )
+        assert output.metrics is not None
+        metrics = pair_metrics(torch.as_tensor(output.predictions))
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
+    def rewards(self, tokens: Any) -> Tensor:  # (pairs, 2)
+        """Rewards r_w and r_l of every pair, in order; the same on every rank."""
+        return torch.as_tensor(self.predict(tokens).predictions)
+
+    def _save_into(self, folder: str, state_dict: Any) -> None:
+        # Without a pad token transformers scores the last token, of one sequence at a time, which
+        # is what a model does here that found no token to set aside for padding.
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()  # pyright: ignore[reportCallIssue]
+        used, config.pad_token_id = config.pad_token_id, self._tokenizer.pad_token_id
+        super()._save_into(folder, state_dict)
+        config.pad_token_id = used
+        self._tokenizer.save_pretrained(folder)
+
+
+def tokenize_for_rewards(
+    dataset: Any, tokenizer: Any, config: RewardConfig, name: str = "pairs"
+) -> tuple[Any, Any]:
+    """Tokens of every pair, in order, as the policy's trainer makes them, and their report.
+
+    Raises ValueError where a row cannot be used, also for one that the trainer would drop.
+    """
+    check_columns(dataset, name)
+    text = dataset.select_columns([c for c in dataset.column_names if c in _TEXT_COLUMNS])
+    options = {
+        "max_length": config.max_length,
+        "max_prompt_length": config.max_prompt_length,
+        "truncation_mode": config.truncation_mode,
+        "num_proc": config.dataset_num_proc,
+        "name": name,
+    }
+    tokens, report = tokenize_preferences(text, tokenizer, **options)
+    if report.dropped:
+        # Tokenised once more, with each row's number in a column that is kept.
+        numbered = text.add_column("reward_margin", [*range(len(text))])
+        kept = set(tokenize_preferences(numbered, tokenizer, **options)[0]["reward_margin"])
+        rows = [row for row in range(len(text)) if row not in kept]
+        what = "an empty response" if report.empty else "a pair that is too long"
+        if report.empty and report.too_long:
+            what += ", or a pair that is too long"
+        raise ValueError(
+            f"dataset {name!r}, row {rows[0]}: {what}, which cannot be scored "
+            f"({len(rows)} such {'row' if len(rows) == 1 else 'rows'}); leave it out"
+        )
+    return tokens, report
+
+
+def new_reward_model(name: str, adapter: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    """A reward model to train, with a fresh head, and its tokenizer.
+
+    Args:
+        name: folder or hub name of a model that transformers can load as a sequence classifier.
+        adapter: a peft configuration with task type SEQ_CLS; None trains all weights.
+        kwargs: keywords of `from_pretrained`.
+
+    Raises ValueError or OSError for a model that cannot be loaded or adapted.
+    """
+    tokenizer = load_tokenizer(name, kwargs)
+    model = _load_classifier(name, num_labels=1, **kwargs)[0]
+    check_no_native_adapter(model)
+    head = _with_float_head(model)
+    if adapter is not None:
+        if head is None:
+            raise ValueError(
+                f"{name!r} has no head called {' or '.join(_HEADS)}, so peft would not train it; "
+                "--lora_r 0 trains all weights"
+            )
+        from peft import get_peft_model
+
+        model = get_peft_model(model, adapter)
+    return model, tokenizer
+
+
+def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
+    """A trained reward model and its tokenizer.
+
+    Args:
+        name: folder or hub name of a sequence classifier with one output, or of a PEFT adapter of
+            one.
+        kwargs: keywords of `from_pretrained`.
+
+    Raises ValueError or OSError for what is not a reward model.
+    """
+    if find_adapter_config_file(name) is None:
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
+        )
+        _check_outputs(name, config)
+        model, missing = _load_classifier(name, **kwargs)
+        if missing:
+            raise ValueError(f"{name!r} is no reward model: it has no weights {missing[0]}")
+        _with_float_head(model)
+        return model, load_tokenizer(name, kwargs)
+
+    from peft import PeftConfig, PeftModel
+
+    adapter = PeftConfig.from_pretrained(name)
+    if adapter.task_type != "SEQ_CLS":
+        raise ValueError(
+            f"{name!r} is an adapter with task type {adapter.task_type}; that of a reward model "
+            "is SEQ_CLS"
+        )
+    base = adapter.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"the adapter {name!r} does not name its base model")
+    model, missing = _load_classifier(base, num_labels=1, **kwargs)
+    saved = getattr(adapter, "modules_to_save", None) or ()
+    untrained = [key for key in missing if not any(part in saved for part in key.split("."))]
+    if untrained:
+        raise ValueError(f"{name!r} and its base have no weights {untrained[0]}")
+    _with_float_head(model)
+    try:
+        model = PeftModel.from_pretrained(model, name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the adapter {name!r} does not fit {base!r} with one output: {error}"
+        ) from error
+    try:
+        # The revision is that of the base, whose weights are loaded with it.
+        unversioned = {key: value for key, value in kwargs.items() if key != "revision"}
+        tokenizer = load_tokenizer(name, unversioned)
+    except (OSError, ValueError):
+        return model, load_tokenizer(base, kwargs)
+    # An adapter is saved without its model's configuration; the pad token is the tokenizer's.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
+    """Settle which token pads, tell the model, and return its id.
+
+    A trained model keeps its own, since that tells it which token to score. A new one is given a
+    special token that ends none of the sequences, and the tokenizer the same. Where there is no
+    such token, batches are padded with any that ends no sequence, and the tokenizer has none.
+
+    Args:
+        model: the reward model.
+        tokenizer: its tokenizer.
+        tokens: every pair that will be scored, from `tokenize_for_rewards`.
+        is_new: whether the model is to be trained.
+
+    Raises ValueError where every token ends a sequence.
+    """
+    config = model.config.get_text_config()
+    rows: int = model.get_input_embeddings().num_embeddings
+    own: int | None = config.pad_token_id
+    # Some old configurations write None as -1.
+    if not is_new and own is not None and 0 <= own < rows:
+        return own
+    ends = {ids[-1] for column in ("chosen_ids", "rejected_ids") for ids in tokens[column]}
+    added = tokenizer.added_tokens_decoder
+    special = [tokenizer.pad_token_id, *sorted(i for i in added if added[i].special)]
+    free = [i for i in special if i is not None and i not in ends | {tokenizer.eos_token_id}]
+    pad = next((i for i in (*free, *range(rows)) if i < rows and i not in ends), None)
+    if pad is None:
+        raise ValueError("sequences end with every token of the vocabulary; none is left to pad")
+    config.pad_token_id = pad
+    if is_new:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad) if pad in free else None
+    return pad
+
+
+def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
+    """The model, and the names of its weights that the files lack."""
+    remote = is_trusted(kwargs)
+    kwargs.pop("trust_remote_code", None)
+    try:
+        model, missing = from_files(
+            AutoModelForSequenceClassification, name, "model", trust_remote_code=remote, **kwargs
+        )
+    except RuntimeError as error:
+        # Weights of other shapes, such as the head of a classifier with several labels.
+        raise ValueError(f"{name!r} cannot be loaded as a reward model: {error}") from error
+    _check_outputs(name, model.config)
+    # Keys and values are of no use in scoring.
+    model.config.get_text_config().use_cache = False
+    return model, missing
+
+
+def _check_outputs(name: str, config: Any) -> None:
+    if config.num_labels != 1:
+        kind = ", ".join(config.architectures or ["of unknown architecture"])
+        raise ValueError(
+            f"{name!r} has {config.num_labels} outputs ({kind}); a reward model is a sequence "
+            "classifier with one"
+        )
+
+
+def _with_float_head(model: Any) -> nn.Module | None:
+    """The head, made float32, its inputs too; None where it has another name."""
+    head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
+    if head is not None:
+        head.float().register_forward_pre_hook(_to_own_dtype)
+    return head
+
+
+def _to_own_dtype(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].to(next(head.parameters()).dtype), *inputs[1:])

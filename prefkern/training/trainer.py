@@ -1,0 +1,573 @@
+"""PreferenceTrainer: transformers' Trainer on preference pairs, with no logits in memory.
+
+A step: the reference's log-prob sums of the batch, unless the dataset carries them; the policy's
+wrapped forward, in which `FusedPreferenceLoss` stands where the output head was; one backward.
+Policy and reference go through the same code, dtype and summation, so that equal models give a DPO
+loss of ln 2.
+
+The loss is the mean over the pairs of an optimiser step, as `prefkern.training.item_trainer` counts them.
+What an objective takes from a batch as a whole (running statistics, beta-DPO's beta and draws, KTO's
+reference point) it takes from each forward batch, over all ranks, accumulated or not. Metrics have
+TRL's names and are means over pairs (or tokens) since the last log, over all ranks. Evaluation
+gathers values per pair, so that neither a partial batch nor a repeated pair shifts a mean.
+
+The reference is one of: `ref_model`; the adapter switched off, or another adapter, for PEFT; sums
+computed once before training (`precompute_ref_log_probs`, kept by `prefkern.training.reference_cache`) or
+found in the dataset; else a copy of the initial model.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+from transformers.trainer_utils import PredictionOutput
+
+from prefkern.data import (
+    DatasetReport,
+    check_columns,
+    check_labels,
+    tokenize_examples,
+    tokenize_preferences,
+    without_unused,
+)
+from prefkern.data.collate import (
+    ExampleCollator,
+    PreferenceCollator,
+    first_sequence,
+    sequence_count,
+)
+from prefkern.data.columns import ID_COLUMNS
+from prefkern.loss.fused import FusedPreferenceLoss
+from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+from prefkern.models.adapters import (
+    adapt,
+    adapter_in_use,
+    check_reference_adapter,
+    check_unmerged,
+    disable_dropout,
+    is_peft_model,
+    is_trained_adapter,
+    with_own_rates,
+)
+from prefkern.models.heads import find_head, has_low_rank_term, unwrap
+from prefkern.models.liger import apply_liger, check_liger
+from prefkern.models.loading import load_model, load_tokenizer
+from prefkern.models.packing import reads_whole_row, require_packing
+from prefkern.models.positions import check_positions
+from prefkern.models.routers import RouterLoss
+from prefkern.models.scoring import (
+    IGNORE_INDEX,
+    MISMATCHED,
+    align_labels,
+    model_inputs,
+    preference_outputs,
+)
+from prefkern.models.text_inputs import embedding_rows
+from prefkern.models.transform import head_transform
+from prefkern.models.vocabulary import check_pad_token, check_reference_words, check_tokens
+from prefkern.objectives import KTO, Objective, UnpairedObjective
+from prefkern.ops.call import resolve_backend
+from prefkern.training.checks import (
+    Needs,
+    carry_sums,
+    check_batches,
+    check_carried_sums,
+    check_needs,
+    check_reference_arguments,
+    given_objective,
+    named,
+    reference_arguments,
+)
+from prefkern.training.config import PreferenceConfig
+from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states
+from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
+from prefkern.training.unsaved import fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceTrainer(ObjectiveTrainer):
+    """Trains a causal LM on preference pairs.
+
+    Args:
+        model: a Hugging Face causal LM, a PEFT model of one, or a name or path to load.
+        args: a `PreferenceConfig`.
+        train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`;
+            the latter may be a dict of them.
+        processing_class: the tokenizer; None loads the model's own.
+        objective: overrides `args.objective`.
+        ref_model: the reference, a model, name or path. None: the adapter switched off for PEFT
+            (so the reference is the base model), else a copy of the initial model, which costs its
+            memory unless `precompute_ref_log_probs` is set.
+        peft_config: adapts `model` with PEFT.
+        callbacks, optimizers, data_collator: as in transformers' Trainer.
+
+    Attributes:
+        dataset_reports: `DatasetReport` of each dataset by name ("train", "eval", ...).
+
+    Raises ValueError for what cannot be trained as asked: unusable datasets, heads and arguments.
+    Raises TypeError for a model, arguments or a dataset of another kind.
+    """
+
+    args: PreferenceConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: PreferenceConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        objective: Objective | UnpairedObjective | None = None,
+        ref_model: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        data_collator: Any = None,
+    ) -> None:
+        args = args if args is not None else PreferenceConfig()
+        if not isinstance(args, PreferenceConfig):
+            raise TypeError(f"args must be a PreferenceConfig, got {type(args).__name__}")
+        if not isinstance(model, str | nn.Module):
+            raise TypeError(
+                f"model must be a causal LM, or a name or path to load, got {type(model).__name__}"
+            )
+        if isinstance(train_dataset, dict):
+            raise TypeError(
+                f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
+                f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...]"
+            )
+        if args.padding_free and data_collator is not None:
+            raise ValueError(
+                "padding_free has no effect on a data_collator that is given; leave it out, and "
+                "let the collator return cu_seqlens if it packs"
+            )
+        if args.pad_to_multiple_of is not None and data_collator is not None:
+            raise ValueError(
+                "pad_to_multiple_of has no effect on a data_collator that is given; leave it out"
+            )
+        if isinstance(ref_model, nn.Module) and unwrap(ref_model) is unwrap(model):
+            raise ValueError(
+                "ref_model is the model that is trained; pass None to have a copy made, or a copy"
+            )
+        check_reference_arguments(model, ref_model, args)
+        is_built = objective is None
+        objective = (
+            args.build_objective() if objective is None else given_objective(objective, args)
+        )
+        is_paired = isinstance(objective, Objective)
+        self._objective_needs = Needs(
+            paired=is_paired,
+            reference=objective.needs_reference,
+            margins=is_paired and objective.needs_reward_margins,
+            distributions=is_paired and objective.needs_kls,
+        )
+        check_needs(self._objective_needs, args, ref_model)
+        self._reference_given = reference_arguments(args, ref_model)
+        # Datasets whose sums were computed here, by fingerprint.
+        self._computed_sums: set[str] = set()
+        for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
+            self._check_columns(dataset, name)
+        check_liger(args, args.device)
+        # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
+        set_seed(args.seed)
+        init_kwargs: Any = args.model_init_kwargs or {}
+        # What a model that is given was loaded with is not known.
+        own_kwargs = init_kwargs if isinstance(model, str) else {}
+        model = load_model(model, init_kwargs) if isinstance(model, str) else model
+        processing_class = processing_class or load_tokenizer(
+            model.config._name_or_path, own_kwargs
+        )
+        tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+        if not hasattr(tokenizer, "pad_token_id"):
+            raise TypeError(
+                f"processing_class must be a tokenizer or a processor, got {processing_class!r}"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        pad_token_id: int | None = tokenizer.pad_token_id
+        if pad_token_id is None:
+            raise ValueError("the tokenizer has neither a pad nor an eos token; set pad_token")
+        model = adapt(
+            model,
+            peft_config,
+            disable_dropout=args.disable_dropout,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+        check_unmerged(model)
+        find_head(model)
+        base = unwrap(model)
+        self._rows = embedding_rows(base)
+        if not args.padding_free:
+            check_pad_token(tokenizer, self._rows)
+        self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
+
+        self._tokenizer = tokenizer
+        self.dataset_reports: dict[str, DatasetReport] = {}
+        with args.main_process_first(desc="tokenisation", local=False):
+            train_dataset = self._tokenized(train_dataset, args, "train")
+            eval_dataset = self._tokenized(eval_dataset, args, "eval")
+        # What a collator of one's own makes of a dataset is not known from the dataset.
+        self._collates_otherwise = data_collator is not None
+        self._check_positions(train_dataset, args, "train", base)
+        self._check_positions(eval_dataset, args, "eval", base)
+        check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
+        check_batches(eval_dataset, args.eval_batch_size, args, "eval")
+        self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
+        # Sums alone: neither distributions nor mismatched pairs can be had from them.
+        carried = self._objective_needs.sums_suffice and carry_sums(train_dataset, eval_dataset)
+        ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
+        ref_name = ref_model if isinstance(ref_model, str) else None
+        if isinstance(ref_model, str):
+            ref_model = load_model(ref_model, {"dtype": model.dtype, **init_kwargs}, "ref_model")
+        if ref_model is not None:
+            find_head(ref_model)
+            models = (unwrap(model), unwrap(ref_model))
+            check_reference_words(tokenizer, *models, ref_name, init_kwargs)
+            for each, part in named(train_dataset, "train") + named(eval_dataset, "eval"):
+                check_tokens(part, ID_COLUMNS, embedding_rows(unwrap(ref_model)), each, "reference")
+                self._check_positions(part, args, each, unwrap(ref_model), "reference")
+        is_adapted = is_peft_model(model)
+        needs_reference = objective.needs_reference
+        if needs_reference and not carried:
+            check_reference_adapter(model, args.ref_adapter_name, ref_model)
+        is_base = ref_model is None and args.ref_adapter_name is None
+        if is_adapted and peft_config is None and is_base and is_trained_adapter(model):
+            logger.warning("the reference is the base model, without the adapter that was given")
+        has_reference = ref_model is not None or carried or is_adapted
+        if needs_reference and not has_reference and not args.precompute_ref_log_probs:
+            ref_model = copy.deepcopy(model)
+        casts = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)]
+        is_cast_too = is_adapted and ref_model is None
+        is_cast_too = is_cast_too and not (carried or args.precompute_ref_log_probs)
+        if needs_reference and casts and not is_cast_too:
+            raise ValueError(
+                f"{casts[0]} casts the policy and not its reference, so that rewards would be "
+                "differences of two precisions; leave it out, or train with bf16"
+            )
+        self.ref_model = ref_model
+        apply_liger(args, *(each for each in (model, ref_model) if each is not None))
+        layout = (pad_token_id, args.pad_to_multiple_of)
+        collator = (
+            PreferenceCollator(*layout, padding_free=args.padding_free)
+            if is_paired
+            else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
+        )
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._sequences_an_item = 2 if is_paired else 1
+        self._refuse_unsupported_setups()
+        # Sharded models have their weights only once they are wrapped: there, the first batch.
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not is_sharded:
+            head_transform(self.model)  # pyright: ignore[reportArgumentType]
+        if args.padding_free and not is_sharded:
+            require_packing(self.model)  # pyright: ignore[reportArgumentType]
+        if args.padding_free and reads_whole_row(self.model):  # pyright: ignore[reportArgumentType]
+            logger.warning(
+                "under padding_free this attention multiplies the whole row and masks what is of "
+                "other sequences, the more the larger the batch: flash attention or "
+                "attn_implementation='flex_attention' leaves that out"
+            )
+        options = {"ignore_index": IGNORE_INDEX, "workspace_mb": args.workspace_mb}
+        self.loss_fn = FusedPreferenceLoss(objective, backend=args.backend, **options)
+        self.loss_fn.to(args.device)
+        for module in self.loss_fn.modules():
+            # An objective that was given may have drawn before.
+            if is_built and hasattr(module, "manual_seed"):
+                module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
+        # Sums are formed by the policy's own code. An objective on single responses takes any
+        # number of them, and in evaluation asks nothing of other ranks.
+        self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
+        self._told_of_no_mismatch = False
+
+        if self.ref_model is not None:
+            if args.disable_dropout:
+                disable_dropout(self.ref_model)
+            self.ref_model.requires_grad_(False).eval()
+            if not hasattr(self.ref_model, "hf_device_map"):
+                self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
+            if not is_sharded:
+                head_transform(self.ref_model)
+        if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
+            # With precomputed sums it is the model before it is trained, or a checkpoint is loaded.
+            initial: Any = self.model if self.ref_model is None else self.ref_model
+            reference = fingerprint(initial.named_parameters())
+            self._unsaved = {**(self._unsaved or {}), "reference": reference}
+        if needs_reference and args.precompute_ref_log_probs:
+            self.train_dataset = self._with_reference(self.train_dataset)
+            self.eval_dataset = self._with_reference(self.eval_dataset)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss and metrics on a dataset, which may be raw pairs; see transformers' Trainer."""
+        if isinstance(eval_dataset, str):
+            known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if eval_dataset not in known:
+                raise ValueError(
+                    "eval_dataset must be a dataset, or the name of one of those given "
+                    f"({', '.join(known) or 'none by name'}), got {eval_dataset!r}"
+                )
+        # A string names one of the datasets given to the constructor.
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # pyright: ignore[reportArgumentType]
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """As `evaluate`, in the form of Trainer's `predict`: metrics alone, without predictions."""
+        if test_dataset is None:
+            raise TypeError("test_dataset must be a dataset, got None")
+        test_dataset = self._prepared(test_dataset, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def _preference_outputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
+        """The loss, computed inside the policy's forward, and the scalar to differentiate."""
+        needs = self._objective_needs
+        options: dict[str, Any] = {"return_stats": self.args.token_metrics}
+        # A dataset may carry sums and margins that this objective has no use for.
+        if needs.distributions:
+            options |= self._reference_states(model, inputs)
+        elif needs.reference:
+            ref_logps = inputs.get("ref_logps")
+            options["ref_logps"] = self._reference_logps(inputs) if ref_logps is None else ref_logps
+        if needs.margins:
+            options["reward_margins"] = inputs.get("reward_margins")
+        if not needs.paired:
+            options["desirable"] = inputs["desirable"]
+            options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
+        self.loss_fn.train(model.training)
+        outputs = preference_outputs(
+            model, inputs, self.loss_fn, router_loss=self._router_loss, **options
+        )
+        return outputs, outputs.loss
+
+    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
+        # Models are wrapped in autocast only once training starts; sums computed before count too.
+        with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
+            return self._sums(model, inputs)
+
+    def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
+        """Log-prob sums of a batch's rows under a model, without gradient."""
+        count = sequence_count(inputs)
+        zeros = torch.zeros(count, device=inputs["input_ids"].device)
+        with torch.no_grad():
+            outputs = preference_outputs(
+                model,
+                inputs,
+                self._sum_fn,
+                router_loss=RouterLoss(),
+                ref_logps=zeros,
+                desirable=zeros.bool(),
+                mismatched_log_ratios=zeros,
+            )
+        assert isinstance(outputs, UnpairedOutput)
+        return outputs.logps
+
+    def _mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (M,)
+        """Log policy / reference of the batch's mismatched prompts and responses (KTO)."""
+        rows = {
+            name.removeprefix(MISMATCHED): value
+            for name, value in inputs.items()
+            if name.startswith(MISMATCHED)
+        }
+        count = sequence_count(rows)
+        if count == 0:
+            if not self._told_of_no_mismatch:
+                self._told_of_no_mismatch = True
+                logger.warning(
+                    "a batch of %d has one prompt only, so no mismatched pairs: its reference "
+                    "point is 0. Larger batches, or shuffled ones, make it meaningful",
+                    sequence_count(inputs),
+                )
+            # Wrapped forwards are collective (DDP's buffers, FSDP's weights): every rank makes one.
+            rows = first_sequence({name: inputs[name] for name in rows})
+        return (self._sums(model, rows) - self._reference_logps(rows))[:count]
+
+    def _reference_states(self, policy: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The reference's hidden states and head, for objectives that compare distributions."""
+        cu_seqlens = inputs.get("cu_seqlens")
+        labels = align_labels(inputs["labels"], cu_seqlens)
+        with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
+            inputs = {**model_inputs(model, inputs), **RouterLoss().asked_of(model)}
+            return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """The reference model, in evaluation mode."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        is_adapted = is_peft_model(model)
+        if not is_adapted and self.state.global_step > 0:
+            raise ValueError(
+                "the reference is the initial model, which training has changed: pass this "
+                "dataset to the constructor, or pass ref_model"
+            )
+        was_training = model.training
+        model.eval()
+        try:
+            if is_adapted:
+                with adapter_in_use(model, self.args.ref_adapter_name):
+                    yield model
+            else:
+                yield model
+        finally:
+            model.train(was_training)
+
+    def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {
+                key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
+            }
+        is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
+        needs = self._objective_needs
+        dataset = without_unused(
+            dataset, references=needs.reference and needs.sums_suffice, margins=needs.margins
+        )
+        tokenize = tokenize_preferences if self._objective_needs.paired else tokenize_examples
+        dataset, report = tokenize(
+            dataset,
+            self._tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+        check_tokens(dataset, ID_COLUMNS, self._rows, name)
+        # What was tokenised before has nothing new to say of a name that is known.
+        if not is_prepared or report.dropped or name not in self.dataset_reports:
+            self.dataset_reports[name] = report
+            logger.info("%s", report.summary)
+        return dataset
+
+    def _check_positions(
+        self, dataset: Any, args: PreferenceConfig, name: str, base: Any, whose: str = "model"
+    ) -> None:
+        if self._collates_otherwise:
+            return
+        bounds = {"max_length": args.max_length, "multiple": args.pad_to_multiple_of}
+        for each, part in named(dataset, name):
+            check_positions(part, base, each, **bounds, whose=whose)
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        """Raw pairs as a dataset to evaluate on."""
+        for each, part in named(dataset, name):
+            self._check_columns(part, each)
+        dataset = self._tokenized(dataset, self.args, name)
+        check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        if self._objective_needs.reference and not carry_sums(dataset):
+            # The constructor's datasets may have carried sums, and asked nothing of the model.
+            model = self.accelerator.unwrap_model(self.model)
+            check_reference_adapter(model, self.args.ref_adapter_name, self.ref_model)
+        for model in (self.accelerator.unwrap_model(self.model), self.ref_model):
+            if model is not None:
+                whose = "model" if model is not self.ref_model else "reference"
+                self._check_positions(dataset, self.args, name, unwrap(model), whose)
+        if self._objective_needs.reference and self.args.precompute_ref_log_probs:
+            dataset = self._with_reference(dataset)
+        return dataset
+
+    def _with_reference(self, dataset: Any) -> Any:
+        """The dataset with the reference's sums as columns, computed unless it carries them."""
+        if isinstance(dataset, dict):
+            return {key: self._with_reference(value) for key, value in dataset.items()}
+        if not carry_sums(dataset):
+            dataset = self._computed(dataset)
+        if dataset is not None:
+            self._computed_sums.add(dataset._fingerprint)
+        return dataset
+
+    def _computed(self, dataset: Any) -> Any:
+        args = self.args
+        return with_sums(
+            dataset,
+            lambda batch: self._reference_logps(self._prepare_inputs(batch)),
+            self.data_collator,
+            self.accelerator,
+            batch_size=args.precompute_ref_batch_size or args.per_device_eval_batch_size,
+            on_disk=self._reference_cache(dataset) if self.is_world_process_zero() else None,
+            shows_progress=not args.disable_tqdm and self.is_local_process_zero(),
+        )
+
+    def _reference_cache(self, dataset: Any) -> SumsOnDisk | None:
+        folder = self.args.ref_cache_dir
+        folder = default_folder() if folder is None else folder
+        if not folder:
+            return None
+        if self._collates_otherwise:
+            logger.warning("reference sums are not kept: a data_collator was given")
+            return None
+        with self._reference() as model:
+            return open_cache(
+                folder,
+                model,
+                dataset,
+                autocast=self.accelerator.mixed_precision,
+                tf32=self.args.tf32,
+                device=self.args.device.type,
+                backend=resolve_backend(self.args.backend, self.args.device),
+            )
+
+    def _save_into(self, folder: str, state_dict: Any) -> None:
+        with with_own_rates(self._dropout_of_configs):
+            super()._save_into(folder, state_dict)
+
+    def _check_columns(self, dataset: Any, name: str) -> None:
+        needs = self._objective_needs
+        check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
+        if dataset._fingerprint not in self._computed_sums:
+            check_carried_sums(dataset, name, needs, self._reference_given)
+        if not needs.paired:
+            check_labels(dataset, name)
+
+    def _refuse_unsupported_setups(self) -> None:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and parallelism.non_data_parallel_size > 1:
+            raise ValueError("tensor, context and sequence parallelism are not supported yet")
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self._objective_needs.distributions and is_sharded:
+            # The reference's head is gone when its forward has ended.
+            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
+        if self._objective_needs.distributions:
+            for model in (self.model, self.ref_model):
+                if model is not None and has_low_rank_term(find_head(model)[1]):
+                    raise ValueError(
+                        "TDPO does not support LoRA on the output head; leave the head out of "
+                        "target_modules, or train it as a whole (modules_to_save)"
+                    )
+        if self.ref_model is not None and is_sharded:
+            raise ValueError(
+                "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
+                "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"
+            )

@@ -1,0 +1,709 @@
+"""prefkern in TRL, held to the installed TRL, to logits in memory, and to itself resumed and on two ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from support import tiny
+from support.ranks import run_on_two_ranks
+
+pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+
+ROOT = Path(__file__).parent.parent.parent
+# So that TRL sends nothing over the network.
+os.environ.setdefault("CI", "1")
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl import DPOConfig
+from trl import DPOTrainer as PlainDPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+import prefkern
+import twins
+from prefkern import objectives
+from prefkern.integrations.trl import DPOTrainer, fuse_head, restore_head
+
+V = tiny.VOCAB_SIZE
+QUICK = {"max_steps": 2}
+
+
+def build(path, kind=DPOTrainer, make_config=DPOConfig, **options):
+    """A trainer that has not trained; options of the trainer by name, others of its config."""
+    names = ("ref_model", "peft_config", "objective", "objective_options", "eval_dataset")
+    names = (*names, "train_dataset", "compute_metrics", "workspace_mb", "callbacks")
+    given = {name: options.pop(name) for name in names if name in options}
+    model = options.pop("model", None)
+    given.setdefault("train_dataset", tiny.dataset(8))
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "gradient_checkpointing": False,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+    }
+    return kind(
+        model=tiny.model() if model is None else model,
+        args=make_config(str(path), **{**defaults, **options}),
+        processing_class=tiny.tokenizer(),
+        **given,
+    )
+
+
+def step_logs(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("name", twins.CASES)
+def test_twins(name):
+    twin = twins.CASES[name]()
+    assert len(twin.losses) == len(twin.gradients) == twins.STEPS
+    assert len({round(loss, 4) for loss, _ in twin.losses}) == twins.STEPS
+    assert twin.worst <= twins.BOUND
+
+
+def test_what_is_committed_of_the_twins_is_of_these():
+    report = json.loads((ROOT / "bench/results/trl-twin-cpu.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [*twins.CASES]
+    assert all(row["worst"] <= report["bound"] == twins.BOUND for row in report["rows"])
+
+
+# A reward is what the objective multiplies by its coefficient: for IPO not that of TRL.
+@pytest.mark.parametrize(
+    ("options", "without"),
+    [
+        ({"loss_type": ["hinge"], "beta": 0.5}, ()),
+        ({"loss_type": ["ipo"], "beta": 0.3}, ("chosen", "rejected", "margins", "accuracies")),
+        ({"loss_type": ["robust"], "label_smoothing": 0.2}, ()),
+        ({"use_weighting": True}, ()),
+        ({"gradient_checkpointing": True, "peft_config": twins.lora()}, ()),
+        ({"max_length": 7}, ()),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 1}, ()),
+        ({"train_dataset": tiny.dataset(16).to_iterable_dataset()}, ()),
+    ],
+    ids=["hinge", "ipo", "robust", "wpo", "checkpointing", "max_length", "sync", "stream"],
+)
+def test_options_of_trl_have_trls_effect(options, without):
+    def run(kind):
+        ref_model = None if "peft_config" in options else tiny.model(seed=1)
+        return twins.run(kind, DPOConfig, **{**QUICK, "ref_model": ref_model, **options})
+
+    pair = [run(kind) for kind in (PlainDPOTrainer, DPOTrainer)]
+    assert twins.compare("", *pair, (*twins._OF_TOKENS, *without)).worst <= twins.BOUND
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 5.0}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Phi", {}),
+        ("Mixtral", {"output_router_logits": True, "num_local_experts": 4}),
+    ],
+)
+@pytest.mark.long(family=["Cohere", "Phi"])
+def test_families(family, options):
+    """A softcap, a scale, a head's bias, a router's loss: through both ways in, all metrics."""
+
+    def model(seed=0):
+        built = tiny.model(family, seed=seed, **options)
+        bias = getattr(built.lm_head, "bias", None)
+        assert (bias is not None) == (family == "Phi")
+        if bias is not None:
+            torch.nn.init.normal_(bias)
+        return built
+
+    pair = [
+        twins.run(kind, DPOConfig, model=model(), ref_model=model(1), **QUICK, **twins.WHOLE)
+        for kind in (PlainDPOTrainer, DPOTrainer)
+    ]
+    assert twins.compare("", *pair).worst <= twins.BOUND
+    assert ("aux_loss" in pair[0].logs[0]) == (family == "Mixtral")
+    is_orpo = family in ("Mixtral", "Cohere")
+    kind, make_config = (ORPOTrainer, ORPOConfig) if is_orpo else (CPOTrainer, CPOConfig)
+    pair = [twins.run(kind, make_config, fuse, model=model(), **QUICK) for fuse in (False, True)]
+    assert twins.compare("", *pair).worst <= twins.BOUND
+
+
+@pytest.mark.parametrize(
+    ("kind", "make_config", "family", "options"),
+    [
+        (CPOTrainer, CPOConfig, "Gemma2", {"final_logit_softcapping": 5.0}),
+        (ORPOTrainer, ORPOConfig, "Cohere", {"logit_scale": 0.3}),
+    ],
+)
+def test_an_adapter_on_the_head_of_trls_own_trainers(kind, make_config, family, options):
+    config = peft.LoraConfig(
+        r=3, task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False
+    )
+    pair = [
+        twins.run(
+            kind,
+            make_config,
+            fuse,
+            model=peft.get_peft_model(tiny.model(family, **options), config),
+            **QUICK,
+        )
+        for fuse in (False, True)
+    ]
+    assert prefkern.last_plan().rank == 3
+    assert twins.compare("", *pair).worst <= twins.BOUND
+
+
+def test_a_trained_adapter_has_its_copy_as_reference():
+    def adapted():
+        torch.manual_seed(0)
+        return peft.get_peft_model(tiny.model(), twins.lora())
+
+    pair = [
+        twins.run(kind, DPOConfig, model=adapted(), **QUICK)
+        for kind in (PlainDPOTrainer, DPOTrainer)
+    ]
+    assert twins.compare("", *pair, twins._OF_TOKENS).worst <= twins.BOUND
+    # The copy, and not the base model: at first they agree.
+    assert pair[1].logs[0]["rewards/margins"] == 0
+    assert pair[1].logs[1]["rewards/margins"] != 0
+
+
+def _with_pictures():
+    """A tiny Llava, its processor, and pairs with a picture each."""
+    image = pytest.importorskip("PIL.Image")
+    pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    side = {"height": 16, "width": 16}
+    processor = transformers.LlavaProcessor(
+        pil.CLIPImageProcessorPil(size=side, crop_size=side),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **small, num_attention_heads=4, image_size=16, patch_size=8
+        ),
+        text_config=tiny.model().config,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    pixels = torch.randint(0, 255, (8, 16, 16, 3), dtype=torch.uint8).numpy()
+    rows = [
+        {**row, "prompt": f"<image> {row['prompt']}", "images": [image.fromarray(pixels[i])]}
+        for i, row in enumerate(tiny.pairs(8))
+    ]
+    model = transformers.LlavaForConditionalGeneration(config)
+    return model, processor, datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo"])
+def test_a_model_that_sees(objective):
+    """TRL's own collator of pictures; an objective without a reference loads none here either."""
+    model, processor, rows = _with_pictures()
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.5)
+    given = {
+        "train_dataset": rows,
+        "eval_dataset": rows,
+        "processing_class": processor,
+        "max_length": None,
+        **QUICK,
+        **twins.WHOLE,
+    }
+    if objective == "simpo":
+        trained = twins.run(
+            DPOTrainer, DPOConfig, model=model, objective="simpo", beta=2.5, **given
+        )
+        assert trained.trainer.ref_model is None and trained.logs[0]["loss"] > 0
+        return
+    pair = [
+        twins.run(
+            kind, DPOConfig, model=copy.deepcopy(model), ref_model=copy.deepcopy(reference), **given
+        )
+        for kind in (PlainDPOTrainer, DPOTrainer)
+    ]
+    assert any("vision_tower" in name for name in pair[0].gradients[0])
+    assert twins.compare("", *pair).worst <= twins.BOUND
+
+
+def test_equal_models_give_log_2_under_autocast(tmp_path):
+    trainer = build(tmp_path, ref_model=tiny.model(), bf16=True, max_steps=1)
+    trainer.train()
+    assert step_logs(trainer)[0]["loss"] == pytest.approx(0.69314718, abs=1e-7)
+
+
+class _Shapes(TorchDispatchMode):
+    """Notes every [.., T, V] tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 3 and tensor.shape[-1] == V:
+                self.logits.add(tuple(tensor.shape))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["dpo", "cpo", "simpo", "orpo"])
+def test_no_logits_are_made(tmp_path, kind):
+    if kind == "dpo":
+        trainer = build(tmp_path, ref_model=tiny.model(seed=1))
+    elif kind == "orpo":
+        trainer = build(tmp_path, ORPOTrainer, ORPOConfig)
+    else:
+        trainer = build(
+            tmp_path, CPOTrainer, CPOConfig, loss_type={"cpo": "sigmoid"}.get(kind, kind)
+        )
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    if kind != "dpo":
+        with _Shapes() as shapes:
+            trainer.compute_loss(trainer.model, batch)
+        # The net catches: as TRL has it, there are logits.
+        assert shapes.logits
+        assert fuse_head(trainer) is trainer
+    heads = []
+    trainer.model.lm_head.register_forward_hook(lambda m, args, out: heads.append(out.shape))
+    # The head's transform is probed once, on four tokens.
+    prefkern.models.head_transform(trainer.model)
+    if kind == "dpo":
+        prefkern.models.head_transform(trainer.ref_model)
+    heads.clear()
+    with _Shapes() as shapes:
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+    assert not shapes.logits
+    assert heads and all(shape[-1] == 1 for shape in heads)
+    plan = prefkern.last_plan()
+    assert plan is not None and plan.trains_head and plan.vocab_size == V
+    assert trainer.model.lm_head.weight.grad.abs().max() > 0
+
+
+ROWS = tiny.dataset(8).add_column("margin", [0.3 * i - 1 for i in range(8)])
+OBJECTIVES = {
+    "adadpo": {},
+    "alphadpo": {"beta": 2.5},
+    "simpo": {"beta": 2.0, "gamma": 0.5},
+    "adaorpo": {},
+    "madpo": {},
+    "betadpo": {"keep": 0.5},
+    "tdpo2": {},
+    "ipo": {"tau": 0.3},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "weighted"),
+    [*((name, False) for name in OBJECTIVES), ("adadpo", True), ("tdpo2", True)],
+)
+def test_objectives_against_logits_in_memory(tmp_path, name, weighted):
+    options = {"objective": name, "objective_options": OBJECTIVES[name], "use_weighting": weighted}
+    needs_reference = name not in ("simpo", "adaorpo")
+    reference = tiny.model(seed=1)
+    if needs_reference:
+        options["ref_model"] = copy.deepcopy(reference)
+    trainer = build(tmp_path, train_dataset=ROWS, **options)
+    assert (trainer.ref_model is not None) == needs_reference
+    objective = copy.deepcopy(trainer.loss_fn.objective)
+    collated = trainer.data_collator([trainer.train_dataset[i] for i in (5, 2)])
+    if name == "madpo":
+        assert collated["reward_margins"].tolist() == pytest.approx([0.5, -0.4])
+    else:
+        assert "reward_margins" not in collated
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+
+    model = tiny.model()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = ids.masked_fill(batch["completion_mask"] == 0, -100)
+    labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        ref_hidden = reference.model(ids, attention_mask=mask).last_hidden_state
+    out = prefkern.reference.preference_loss(
+        objective,
+        model.model(ids, attention_mask=mask).last_hidden_state,
+        model.lm_head.weight,
+        labels,
+        ref_hidden=ref_hidden,
+        ref_weight=reference.lm_head.weight.detach(),
+        reward_margins=batch.get("reward_margins"),
+    )
+    out.loss.backward()
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+    for (key, mine), (_, true) in zip(
+        trainer.model.named_parameters(), model.named_parameters(), strict=True
+    ):
+        worst = (mine.grad - true.grad).abs().max() / true.grad.abs().max()
+        assert worst <= 1e-4, key
+
+
+def test_an_objective_that_is_passed_is_the_one_that_trains(tmp_path):
+    objective = objectives.DPO(0.7, adaptive=objectives.Adaptive(clip=1.5))
+    trainer = build(tmp_path, objective=objective, ref_model=tiny.model(seed=1))
+    assert trainer.loss_fn.objective is objective and trainer.beta == 0.7
+    trainer.train()
+    log = step_logs(trainer)[0]
+    assert 0 < log["adaptive/beta_ratio"] <= 1.5
+    assert log["rewards/margins"] != pytest.approx(log["rewards/base_margins"])
+
+
+def test_a_small_last_batch_weighs_by_its_pairs(tmp_path):
+    """2 + 2 + 1 pairs accumulated train as one batch of 5; TRL's mean of means does not."""
+
+    def gradients(kind, size, accumulated):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+        record = twins.Record()
+        trainer = build(
+            tmp_path,
+            kind,
+            train_dataset=tiny.dataset(5),
+            ref_model=tiny.model(seed=1),
+            callbacks=[record],
+            **options,
+        )
+        trainer.train()
+        assert len(record.gradients) == 1
+        return record.gradients[0], step_logs(trainer)[0]
+
+    whole, log = gradients(DPOTrainer, 5, 1)
+    parts, log_of_parts = gradients(DPOTrainer, 2, 3)
+    trls, _ = gradients(PlainDPOTrainer, 2, 3)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-6, rtol=1e-4)
+    assert any((trls[name] - whole[name]).abs().max() > 1e-3 for name in whole)
+    for name in log.keys() - {"epoch"}:
+        assert log_of_parts[name] == pytest.approx(log[name], rel=1e-4, abs=1e-5), name
+
+
+def test_evaluation_means_are_over_pairs_and_carry_the_datasets_name(tmp_path):
+    trainer = build(
+        tmp_path,
+        ref_model=tiny.model(seed=1),
+        eval_dataset={"a": tiny.dataset(5, seed=2), "b": tiny.dataset(3, seed=3)},
+        per_device_eval_batch_size=2,
+    )
+    metrics = trainer.evaluate()
+    # Raw pairs, in one batch.
+    trainer.args.per_device_eval_batch_size = 5
+    whole = trainer.evaluate(tiny.dataset(5, seed=2))
+    for name in ("loss", "rewards/margins", "logps/chosen", "entropy", "logits/rejected"):
+        assert metrics[f"eval_a_{name}"] == pytest.approx(whole[f"eval_{name}"], rel=1e-5)
+        assert metrics[f"eval_a_{name}"] != metrics[f"eval_b_{name}"]
+
+
+def test_statistics_are_checkpointed_and_still_in_evaluation(tmp_path):
+    def trainer(**options):
+        return build(
+            tmp_path,
+            objective="alphadpo",
+            objective_options={"beta": 2.5},
+            ref_model=tiny.model(seed=1),
+            eval_dataset=tiny.dataset(4, seed=5),
+            per_device_train_batch_size=2,
+            save_strategy="steps",
+            save_steps=2,
+            **options,
+        )
+
+    class Still(transformers.TrainerCallback):
+        """Evaluates after each step: that must move nothing."""
+
+        def on_step_end(self, args, state, control, **_):
+            control.should_evaluate = True
+
+    straight = trainer()
+    straight.train()
+    card = (tmp_path / "README.md").read_text()
+    assert "AlphaDPO" in card and "Direct Preference Optimization" not in card
+    evaluated = trainer(callbacks=[Still()])
+    evaluated.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = straight.loss_fn.objective.state_dict()
+    assert len(expected) > 0 and any(value.abs().max() > 0 for value in expected.values())
+    for other in (evaluated, resumed):
+        state = other.loss_fn.objective.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in expected.items())
+    for mine, true in zip(step_logs(resumed)[-2:], step_logs(straight)[-2:], strict=True):
+        assert mine["loss"] == true["loss"]
+
+
+def test_the_cache_of_reference_sums_is_not_trls(tmp_path, monkeypatch):
+    # On disk: what is made of a dataset in memory is not found again.
+    tiny.dataset(4, seed=11).save_to_disk(tmp_path / "rows")
+    rows = datasets.load_from_disk(tmp_path / "rows")
+
+    def wrong(self, model, inputs):
+        zeros = torch.zeros(len(inputs["input_ids"]))
+        return zeros.chunk(2)
+
+    def sums(kind, **options):
+        trainer = build(
+            tmp_path,
+            kind,
+            train_dataset=rows,
+            precompute_ref_log_probs=True,
+            # Cut by the collator alone: the dataset is the same whatever the length.
+            truncation_mode="keep_end",
+            **options,
+        )
+        return trainer.train_dataset["ref_chosen_logps"][:]
+
+    with monkeypatch.context() as context:
+        context.setattr(PlainDPOTrainer, "compute_ref_log_probs", wrong)
+        assert set(sums(PlainDPOTrainer)) == {0.0}
+    mine = sums(DPOTrainer)
+    assert all(value < -1 for value in mine)
+    # Nor those of responses that are cut elsewhere.
+    assert sums(DPOTrainer, max_length=7) != mine
+    # And found again: no model is asked.
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", wrong)
+    assert sums(DPOTrainer) == mine
+
+
+def _with_margins(*values) -> datasets.Dataset:
+    return tiny.dataset(len(values)).add_column("margin", list(values))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (tiny.dataset(4), "dataset 'train' has no column reward_margin or margin"),
+        (_with_margins(1.0, None, 1.0, 1.0), r"dataset 'train', row 1: no margin \('margin' is No"),
+        (_with_margins(1.0, 1.0, math.nan), r"dataset 'train', row 2: no margin \('margin' is nan"),
+    ],
+    ids=["none", "null", "nan"],
+)
+def test_margins_are_numbers(tmp_path, rows, message):
+    """Of a stream they are known once a batch is made: nothing is trained on them there either."""
+    options = {"objective": "madpo", "ref_model": tiny.model(seed=1), "max_steps": 1}
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, train_dataset=rows, **options)
+    with pytest.raises(ValueError, match="no margin|no column reward_margin"):
+        build(tmp_path, train_dataset=rows.to_iterable_dataset(), **options).train()
+
+
+def test_a_merged_adapter_is_refused(tmp_path):
+    model = peft.get_peft_model(tiny.model(), twins.lora())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into its weights"):
+        build(tmp_path, model=model, objective="simpo", objective_options={"beta": 2.0})
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_adapters_that_change_the_reference_are_refused(tmp_path, precompute):
+    options = {"objective": "dpo", "precompute_ref_log_probs": precompute}
+    pissa = peft.LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
+        build(tmp_path, peft_config=pissa, **options)
+    # Of an adapter that is there TRL adds a copy, which takes its product out once more.
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
+        build(tmp_path, model=peft.get_peft_model(tiny.model(), pissa), **options)
+    model = peft.get_peft_model(tiny.model(), twins.lora())
+    model.get_input_embeddings().weight.requires_grad_(True)
+    try:
+        build(tmp_path, model=model, **options)
+    except ValueError as error:
+        assert "embed_tokens.weight would be trained" in str(error)
+    else:  # PEFT 0.19 freezes the base anew where TRL adds its copy
+        assert not model.get_input_embeddings().weight.requires_grad
+    trainer = build(tmp_path, peft_config=pissa, ref_model=tiny.model(), objective="dpo")
+    trainer.train()
+    assert step_logs(trainer)[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_an_adapter_that_transformers_loaded_is_refused(tmp_path):
+    for objective in ("dpo", "simpo"):
+        model = tiny.model()
+        model.add_adapter(twins.lora())
+        reference = {"ref_model": tiny.model()} if objective == "dpo" else {}
+        beta = {"objective_options": {"beta": 2.0}} if objective == "simpo" else {}
+        with pytest.raises(ValueError, match="holds an adapter .* that transformers loaded"):
+            build(tmp_path, model=model, objective=objective, **reference, **beta)
+
+
+REFUSED = [
+    ({"loss_type": ["apo_zero"]}, r"args.loss_type is \['apo_zero'\].*sigmoid, hinge, ipo, robust"),
+    ({"loss_type": ["sigmoid", "sft"]}, "args.loss_type"),
+    ({"loss_type": ["ipo"], "objective": "adadpo"}, "args.loss_type .* objective was given"),
+    ({"loss_weights": [2.0]}, "args.loss_weights"),
+    ({"label_smoothing": 0.1}, "args.label_smoothing is 0.1.*robust"),
+    ({"label_smoothing": 0.1, "objective": "dpo"}, "args.label_smoothing"),
+    ({"ld_alpha": 0.5}, "args.ld_alpha"),
+    ({"f_divergence_type": "forward_kl"}, "args.f_divergence_type"),
+    ({"f_alpha_divergence_coef": 0.7}, "args.f_alpha_divergence_coef"),
+    ({"discopop_tau": 0.1}, "args.discopop_tau"),
+    ({"padding_free": True}, "args.padding_free"),
+    ({"torch_compile": True}, "args.torch_compile"),
+    ({"label_smoothing_factor": 0.1}, "args.label_smoothing_factor"),
+    ({"use_weighting": True, "objective": objectives.DPO(0.1)}, "args.use_weighting .*WPO"),
+    ({"beta": 0.3, "objective": objectives.DPO(0.2)}, "args.beta is 0.3.* is 0.2"),
+    (
+        {"beta": 0.3, "objective": "dpo", "objective_options": {"beta": 0.2}},
+        "args.beta is 0.3.* is 0.2",
+    ),
+    ({"beta": 0.3, "objective": "ipo"}, "args.beta is 0.3.*no beta"),
+    ({"objective": "simpo"}, r"args.beta is 0.1, TRL's default.* is 2.0"),
+    ({"objective_options": {"clip": 2.0}}, "objective_options .* by name"),
+    ({"objective": "simpo", "beta": 1.0, "precompute_ref_log_probs": True}, "SimPO has no ref"),
+    ({"objective": "simpo", "beta": 1.0, "sync_ref_model": True}, "args.sync_ref_model"),
+    ({"objective": "simpo", "beta": 1.0, "ref_model": "tiny"}, "ref_model was given"),
+    ({"objective": "tdpo1", "precompute_ref_log_probs": True}, "args.precompute_ref_log_probs"),
+    ({"compute_metrics": print}, "compute_metrics"),
+    ({"objective": "adadp"}, "unknown objective 'adadp'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[m[:30] for _, m in REFUSED])
+def test_what_would_have_no_effect_is_refused_by_name(tmp_path, options, message):
+    if options.get("ref_model") == "tiny":
+        options = {**options, "ref_model": tiny.model(seed=1)}
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, **options)
+
+
+def test_what_is_no_objective_of_pairs_is_refused(tmp_path):
+    for objective in ("kto", objectives.KTO(0.1)):
+        with pytest.raises(TypeError, match="KTO is on single responses"):
+            build(tmp_path, objective=objective)
+    with pytest.raises(TypeError, match="must be an objective of prefkern.objectives"):
+        build(tmp_path, objective=3)
+
+
+def test_fuse_head_is_of_one_trainer_and_undone(tmp_path):
+    one, other = (build(tmp_path, CPOTrainer, CPOConfig) for _ in range(2))
+    assert fuse_head(fuse_head(one), workspace_mb=64) is one
+    assert one.concatenated_forward.workspace_mb == 64
+    assert "concatenated_forward" not in vars(other)
+    assert restore_head(restore_head(one)) is one
+    assert one.concatenated_forward.__func__ is CPOTrainer.concatenated_forward
+
+
+def test_fuse_head_refuses_by_name(tmp_path):
+    with pytest.raises(TypeError, match="CPOTrainer or ORPOTrainer, got DPOTrainer"):
+        fuse_head(build(tmp_path, PlainDPOTrainer, ref_model=tiny.model()))
+    with pytest.raises(TypeError, match="got int"):
+        fuse_head(3)
+
+    class Own(CPOTrainer):
+        def get_batch_loss_metrics(self, *args, **kwargs):
+            return super().get_batch_loss_metrics(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Own has a get_batch_loss_metrics of its own"):
+        fuse_head(build(tmp_path, Own, CPOConfig))
+    trainer = build(tmp_path, CPOTrainer, CPOConfig)
+    with pytest.raises(ValueError, match="backend must be"):
+        fuse_head(trainer, backend="cuda")
+    with pytest.raises(ValueError, match="workspace_mb"):
+        fuse_head(trainer, workspace_mb=-1)
+    trainer.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        fuse_head(trainer)
+    trainer.is_encoder_decoder = False
+    trainer.concatenated_forward = print
+    with pytest.raises(ValueError, match="concatenated_forward was replaced"):
+        fuse_head(trainer)
+
+
+def test_orpos_terms_must_name_the_same_tokens(tmp_path):
+    trainer = fuse_head(build(tmp_path, ORPOTrainer, ORPOConfig))
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    labels = batch["chosen_labels"]
+    labels[labels != -100] = 5
+    with pytest.raises(ValueError, match="chosen_labels name other tokens"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_example(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    tiny.dataset(6).to_json(tmp_path / "pairs.jsonl")
+    arguments = ["--model", str(folder), "--dataset", str(tmp_path / "pairs.jsonl"), "--use_cpu"]
+    arguments += ["--output", str(tmp_path / "out"), "--max_steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["trl_dpo.py", *arguments])
+    runpy.run_path(str(ROOT / "examples/trl_dpo.py"), run_name="__main__")
+    assert "'adaptive/beta_ratio': '1'" in capsys.readouterr().out
+    assert (tmp_path / "out/checkpoint-2/optimizer.pt").exists()
+    assert (tmp_path / "out/adapter_config.json").exists()
+
+
+def _outcome(path: Path, ranks: int) -> dict:
+    """AdaDPO and fused SimPO: 2 ranks x 1 pair x 2 accumulated, or one batch of 4."""
+    shape = {
+        "per_device_train_batch_size": 4 if ranks == 1 else 1,
+        "gradient_accumulation_steps": 1 if ranks == 1 else 2,
+        "per_device_eval_batch_size": 2,
+        "eval_dataset": tiny.dataset(5, seed=2),
+    }
+    outcome = {}
+    for name in ("adadpo", "simpo"):
+        record = twins.Record()
+        if name == "adadpo":
+            given = {"objective": name, "ref_model": tiny.model(seed=1)}
+            trainer = build(path, callbacks=[record], **given, **shape)
+        else:
+            options = {"loss_type": "simpo", "cpo_alpha": 0.0, "remove_unused_columns": False}
+            trainer = build(path, CPOTrainer, CPOConfig, callbacks=[record], **options, **shape)
+            fuse_head(trainer)
+        trainer.train()
+        assert trainer.args.world_size == ranks
+        gradients = [
+            {key.removeprefix("module."): value for key, value in step.items()}
+            for step in record.gradients
+        ]
+        metrics = trainer.evaluate() if name == "adadpo" else {}
+        outcome[name] = {"gradients": gradients, "logs": [*step_logs(trainer), metrics]}
+    return outcome
+
+
+@pytest.mark.long
+def test_two_ranks_train_as_one(tmp_path):
+    run_on_two_ranks(__file__, str(tmp_path))
+    expected = _outcome(tmp_path, ranks=1)
+    for rank in range(2):
+        actual = torch.load(tmp_path / f"rank{rank}.pt")
+        for name, true in expected.items():
+            assert len(true["gradients"]) == 2
+            for mine, theirs in zip(actual[name]["gradients"], true["gradients"], strict=True):
+                assert mine.keys() == theirs.keys()
+                for key, gradient in theirs.items():
+                    torch.testing.assert_close(mine[key], gradient, atol=1e-6, rtol=1e-3)
+            for mine, theirs in zip(actual[name]["logs"], true["logs"], strict=True):
+                for key in theirs.keys() - {"grad_norm"}:
+                    if key.endswith(twins._OF_TIME):
+                        continue
+                    # What CPO logs of a step is each rank's last batches': compare its loss.
+                    if name == "adadpo" or key == "loss":
+                        assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    torch.save(_outcome(folder, ranks=2), folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()

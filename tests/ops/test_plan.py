@@ -1,0 +1,227 @@
+"""What a call costs: counted products, counted bytes, and the plan that promised them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import prefkern
+from prefkern.ops import plan
+from prefkern_bench.measure import Meter
+
+N, H, V = 512, 64, 8192
+NHV = N * H * V
+MIB = 2**20
+
+
+def problem(
+    case: str, dtype: torch.dtype, device: str, shape: tuple[int, int, int] = (N, H, V)
+) -> tuple[torch.Tensor, ...]:
+    """hidden, weight and labels, of which `case` says what is trained."""
+    n, h, v = shape
+    hidden = torch.randn(n, h, device=device, dtype=dtype)
+    weight = torch.randn(v, h, device=device, dtype=dtype)
+    hidden.requires_grad_(case in ("frozen", "trained"))
+    weight.requires_grad_(case in ("head only", "trained"))
+    return hidden, weight, torch.randint(v, (n,), device=device)
+
+
+# The probabilities of all tokens in float32 are 16 MiB.
+@pytest.mark.parametrize(
+    ("case", "workspace_mb", "operations"),
+    [
+        ("forward", 0.5, 2),
+        ("forward", 64, 2),
+        ("frozen", 0.5, 4),
+        ("frozen", 64, 4),
+        ("trained", 0.5, 8),
+        ("trained", 64, 6),
+        ("head only", 0.5, 6),
+        ("head only", 64, 4),
+    ],
+)
+def test_operations_in_nhv(case, workspace_mb, operations, device):
+    hidden, weight, labels = problem(case, torch.float32, device)
+    with Meter() as meter:
+        logps = prefkern.linear_logprobs(
+            hidden, weight, labels, workspace_mb=workspace_mb, backend="torch"
+        )
+        if case != "forward":
+            logps.sum().backward()
+    made = prefkern.last_plan()
+    assert made is not None
+    # The Meter counts what the products' shapes say; the plan says what it meant to do.
+    assert meter.operations / NHV == pytest.approx(operations, abs=1e-9)
+    assert made.operations == meter.operations
+    assert made.operations_nhv == operations
+
+
+def test_a_workspace_between_keeps_some_tokens(device):
+    """Every token kept saves its 2HV: the cost falls in steps, not at once."""
+    costs = []
+    for workspace_mb in (1, 12, 14, 16, 18):
+        hidden, weight, labels = problem("trained", torch.float32, device)
+        with Meter() as meter:
+            out = prefkern.linear_logprobs(hidden, weight, labels, workspace_mb=workspace_mb)
+            out.sum().backward()
+        made = prefkern.last_plan()
+        assert meter.operations == made.operations
+        assert made.operations == (8 * N - 2 * made.kept_tokens) * H * V
+        assert made.structure == ("one_pass" if made.kept_tokens == N else "two_pass")
+        costs.append(meter.operations / NHV)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == 8 and costs[-1] == 6 and len({*costs}) == 5
+
+
+def test_tokens_that_are_not_scored_cost_nothing(device):
+    hidden, weight, labels = problem("frozen", torch.float32, device)
+    labels[: N // 2] = -100
+    with Meter() as meter:
+        prefkern.linear_logprobs(hidden, weight, labels, backend="torch").sum().backward()
+    assert meter.operations / NHV == pytest.approx(2.0, abs=1e-9)
+
+
+def peak_beyond_outputs(case, dtype, device, shape, workspace_mb, **options) -> int:
+    """Bytes at the peak beyond inputs, outputs and one float32 `[N, H]`."""
+    hidden, weight, labels = problem(case, dtype, device, shape)
+    labels[::3] = -100
+    scored = int((labels != -100).sum())
+    with Meter() as meter:
+        out = prefkern.linear_logprobs(
+            hidden, weight, labels, workspace_mb=workspace_mb, backend="torch", **options
+        )
+        if case != "forward":
+            (out.logps if options.get("return_stats") else out).sum().backward()
+    # D or dH in float32, and some numbers a token.
+    allowed = 4 * scored * shape[1] + 200 * shape[0]
+    allowed += sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
+    return meter.peak_bytes - allowed
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize("case", ["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace_mb", [1, 4, 10])
+def test_temporary_memory_stays_within_the_workspace(
+    workspace_mb, dtype, case, stats, softcap, device
+):
+    options = {"return_stats": stats, "softcap": softcap}
+    used = peak_beyond_outputs(case, dtype, device, (N, H, V), workspace_mb, **options)
+    assert used <= 1.05 * workspace_mb * MIB
+
+
+# Few tokens or many, of a few words or many, wide or narrow: (tokens, hidden, words).
+SHAPES = [(1, 8192, 512), (24, 16384, 300), (60_000, 8, 40), (300, 16, 262_144), (2000, 640, 5000)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", ["forward", "frozen", "trained"])
+@pytest.mark.long(shape=SHAPES[4], case="trained")
+def test_8_mb_are_enough_for_any_shape(case, shape, device):
+    used = peak_beyond_outputs(case, torch.bfloat16, device, shape, 8)
+    assert used <= 1.05 * 8 * MIB
+
+
+@pytest.mark.parametrize("case", ["forward", "frozen", "trained"])
+def test_the_copies_that_autocast_makes_count(case, device):
+    """float32 weights and states are rounded, and on a CPU raised again: three of each at once."""
+    hidden, weight, labels = problem(case, torch.float32, device, (152, 1024, 12000))
+    labels[::3] = -100
+    with Meter() as meter, torch.autocast(device, torch.bfloat16):
+        out = prefkern.linear_logprobs(hidden, weight, labels, workspace_mb=32, backend="torch")
+        if case != "forward":
+            out.sum().backward()
+    allowed = 4 * 101 * 1024 + 200 * 152
+    allowed += sum(x.grad.nbytes for x in (hidden, weight) if x.grad is not None)
+    assert meter.peak_bytes - allowed <= 1.05 * 32 * MIB
+
+
+COMMON = {
+    "tokens": 16384,
+    "vocab_size": 128256,
+    "head": plan.Head(4096, torch.bfloat16, False, torch.bfloat16, torch.bfloat16),
+    "backend": "triton",
+}
+
+
+def test_the_plan_uses_the_workspace():
+    """Neither more than the bound nor so little that the products become slivers."""
+    for workspace_mb, trained in itertools.product((8, 64, 512, 4096, 8192), (False, True)):
+        made = plan.make_plan(
+            **COMMON, gradients=plan.Gradients(True, trained, False), workspace_mb=workspace_mb
+        )
+        assert 0.5 * workspace_mb * MIB < made.workspace_bytes <= workspace_mb * MIB or (
+            made.forward_tiles.token_tile == 16384
+        )
+        expected = 4 if not trained else 8 - 2 * made.kept_tokens / made.tokens
+        assert made.operations_nhv == expected
+    # At the last, everything is kept, and the tiles beside it are of a size worth having.
+    assert made.kept_tokens == 16384 and made.structure == "one_pass"
+    assert made.forward_tiles.token_tile >= 1024 and made.forward_tiles.vocab_tile >= 8192
+
+
+def test_a_small_batch_is_one_tile():
+    for gradients in (plan.Gradients(True, False, False), plan.Gradients(True, True, False)):
+        made = plan.make_plan(**{**COMMON, "tokens": 256}, gradients=gradients, workspace_mb=1024)
+        assert (made.forward_tiles.token_tile, made.forward_tiles.vocab_tile) == (256, 128256)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 17, 1000])
+@pytest.mark.parametrize("vocab_size", [1, 127, 128, 129, 5000])
+@pytest.mark.parametrize("budget", [1, 10_000, 10_000_000])
+def test_tiles_exist_for_any_shape(tokens, vocab_size, budget):
+    tiles = plan.choose_tiles(tokens, vocab_size, budget, logit=4, token=100, word=100)
+    assert 1 <= tiles.token_tile <= max(tokens, 1)
+    assert 1 <= tiles.vocab_tile <= vocab_size
+    smallest = tiles.token_tile <= 16 and tiles.vocab_tile <= 128
+    assert tiles.bytes <= budget or smallest
+
+
+def test_last_plan_is_per_thread(device):
+    import threading
+
+    seen = []
+    prefkern.linear_logprobs(*problem("frozen", torch.float32, device))
+    thread = threading.Thread(target=lambda: seen.append(prefkern.last_plan()))
+    thread.start()
+    thread.join()
+    assert seen == [None] and prefkern.last_plan() is not None
+
+
+def test_plan_for_is_the_plan_that_runs(device):
+    hidden, weight, labels = problem("trained", torch.bfloat16, device)
+    prefkern.linear_logprobs(hidden, weight, labels, workspace_mb=3, softcap=5.0)
+    made = prefkern.plan_for(
+        N, H, V, dtype=torch.bfloat16, device=device, trains_head=True, softcap=True,
+        workspace_mb=3,
+    )  # fmt: skip
+    assert made == prefkern.last_plan()
+
+
+def test_plan_for_a_gpu_that_is_not_here():
+    """What a call will cost can be asked anywhere: a Llama-3-8B head, trained, on a GPU."""
+    made = prefkern.plan_for(
+        16384, 4096, 128256, device="cuda", trains_head=True, workspace_mb=6000
+    )
+    assert made.backend == "triton" and made.structure == "one_pass"
+    assert made.operations_nhv == 6
+    assert made.kept_bytes == 16384 * 128256 * 2
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="workspace_mb must be given"):
+            prefkern.plan_for(16384, 4096, 128256, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 8, 8), "tokens must be"),
+        ((8, 0, 8), "hidden_size must be"),
+        ((8, 8, 2.5), "vocab_size must be"),
+    ],
+)
+def test_plan_for_refuses_no_shape(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        prefkern.plan_for(*arguments)

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, drawn problems, oracles, tables of cases, and who runs them."""

@@ -1,0 +1,168 @@
+"""Each launcher on a few rows of any size: what the guards, the sanitizer and large offsets drive.
+
+A case is called with the functions on tiles (`prefkern_kernels` or their twins in torch), a size of
+row and a device, and returns all that the launch wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from prefkern.ops import torch_kl_tiles, torch_tiles
+
+ROWS = 3
+CAPPED = {"logit_scale": 1.7, "softcap": 8.0, "temperature": 0.6}
+Outputs = dict[str, torch.Tensor]
+
+
+class Draw:
+    """Numbers that are the same for every backend."""
+
+    def __init__(self, size: int, device: str) -> None:
+        self._generator = torch.Generator().manual_seed(size)
+        self.device = device
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator).to(self.device, dtype)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=self._generator).to(self.device)
+
+    def words(self, start: int, size: int) -> torch.Tensor:
+        """Labels of ROWS tokens: in another tile, in the last column, anywhere."""
+        anywhere = int(torch.randint(size, (), generator=self._generator))
+        labels = [start + size + 3, start + size - 1, start + anywhere]
+        return torch.tensor(labels, device=self.device)
+
+
+def fold(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw, start = Draw(size, device), 100
+    state = {
+        name: draw.uniform(ROWS) + 0.5
+        for name in (
+            "maximum", "total", "label_logit", "label_slope", "rescale", "shifted", "logit_sum",
+            "before", "squares",
+        )
+    }  # fmt: skip
+    weights = torch.empty(ROWS, size, dtype=torch.bfloat16, device=device)
+    sums = [state[name] for name in ("maximum", "total", "label_logit", "label_slope", "rescale")]
+    moments = [state[name] for name in ("shifted", "logit_sum", "before", "squares")]
+    ops.fold(
+        draw.normal(ROWS, size) * 6, draw.words(start, size),
+        draw.normal(size, dtype=torch.bfloat16), *sums, weights, *moments,
+        start=start, first=False, **CAPPED,
+    )  # fmt: skip
+    return {**state, "weights": weights}
+
+
+def remake_weights(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw, start = Draw(size, device), 100
+    weights = torch.empty(ROWS, size, dtype=torch.float16, device=device)
+    labels = draw.words(start, size)
+    ops.remake_weights(
+        draw.normal(ROWS, size), labels, draw.normal(size), draw.uniform(ROWS) + 13,
+        -draw.uniform(ROWS), draw.normal(ROWS), weights, start=start, **CAPPED,
+    )  # fmt: skip
+    return {"weights": weights}
+
+
+def settle(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw, vocab = Draw(size, device), 2 * size + size // 2 + 1
+    kept = draw.uniform(ROWS, vocab).to(torch.bfloat16)
+    maxima = torch.tensor([[0.0, 1, 2], [1, 1, 2], [1, 2, 2]], device=device)
+    labels = torch.tensor([0, vocab - 1, size], device=device)
+    ops.settle(kept, maxima, maxima[-1].clone(), -draw.uniform(ROWS), labels, size)
+    return {"kept": kept}
+
+
+def finish(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw, vocab = Draw(size, device), 7
+    out = {name: torch.empty(ROWS, device=device) for name in ("logps", "unit", "share", "value")}
+    derivative = draw.normal(ROWS, size)
+    ops.finish(
+        draw.normal(ROWS), draw.uniform(ROWS) + 1, draw.normal(ROWS), draw.uniform(ROWS),
+        torch.tensor([0, vocab - 1, 3], device=device), *out.values(), derivative,
+        draw.normal(vocab, size, dtype=torch.bfloat16), factor=-1.7,
+        compute_dtype=torch.bfloat16, operand_dtype=torch.float16,
+    )  # fmt: skip
+    return {**out, "derivative": derivative}
+
+
+def rescale_rows(ops: ModuleType, size: int, device: str) -> Outputs:
+    rows = Draw(size, device).normal(ROWS, size)
+    ops.rescale_rows(rows, torch.tensor([1.0, 0.5, 0.0], device=device))
+    return {"rows": rows}
+
+
+def scatter_scaled(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw = Draw(size, device)
+    out = torch.zeros(5, size, dtype=torch.bfloat16, device=device)
+    rows = torch.tensor([4, 0, 2], device=device)
+    ops.scatter_scaled(draw.normal(ROWS, size), draw.normal(ROWS), rows, out)
+    return {"out": out}
+
+
+def fold_kl(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw, start = Draw(size, device), 100
+    names = (
+        "maximum", "total", "label_logit", "label_slope", "ref_maximum", "ref_total",
+        "ref_label_logit", "cross", "rescale", "ref_rescale",
+    )  # fmt: skip
+    state = {name: draw.uniform(ROWS) + 0.5 for name in names}
+    weights = {
+        name: torch.empty(ROWS, size, dtype=torch.bfloat16, device=device)
+        for name in ("weights", "ref_weights")
+    }
+    ops.fold_kl(
+        draw.normal(ROWS, size) * 6, draw.normal(ROWS, size) * 6, draw.words(start, size),
+        draw.normal(size, dtype=torch.bfloat16), draw.normal(size), *state.values(),
+        *weights.values(), start=start, **CAPPED,
+    )  # fmt: skip
+    return {**state, **weights}
+
+
+def kl_gradient(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw, start = Draw(size, device), 100
+    gradient = torch.empty(ROWS, size, dtype=torch.float16, device=device)
+    ops.kl_gradient(
+        draw.normal(ROWS, size), draw.normal(ROWS, size), draw.words(start, size),
+        draw.normal(size), draw.normal(size, dtype=torch.bfloat16), draw.uniform(ROWS) + 13,
+        draw.uniform(ROWS) + 13, draw.normal(ROWS), draw.normal(ROWS), draw.normal(ROWS),
+        gradient, start=start, **CAPPED,
+    )  # fmt: skip
+    return {"gradient": gradient}
+
+
+CASES: dict[str, Callable[[ModuleType, int, str], Outputs]] = {
+    function.__name__: function
+    for function in (
+        fold, remake_weights, settle, finish, rescale_rows, scatter_scaled, fold_kl, kl_gradient,
+    )
+}  # fmt: skip
+
+
+def twin_of(name: str) -> ModuleType:
+    """The module that has a launcher's twin in torch."""
+    return torch_kl_tiles if name in ("fold_kl", "kl_gradient") else torch_tiles
+
+
+def product(n: int, v: int, h: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Arguments of `product_fold`, with labels at both ends, and a state to fold into."""
+    draw = Draw(n * v + h, device)
+    labels = torch.randint(v, (n,), generator=torch.Generator().manual_seed(n)).to(device)
+    labels[0], labels[-1] = 0, v - 1
+    state = torch.tensor([-math.inf, 0.0, -math.inf, 1.0], device=device)
+    state = state.unsqueeze(1).repeat(1, n).unbind(0)
+    names = ("maximum", "total", "label_logit", "label_slope")
+    return {
+        "hidden": draw.normal(n, h, dtype=dtype),
+        "weight": (draw.normal(v, h) * 4 / math.sqrt(h)).to(dtype),
+        "bias": None,
+        "labels": labels,
+        **dict(zip(names, (x.clone() for x in state), strict=True)),
+    }

@@ -1,0 +1,441 @@
+"""Every objective beside its oracle, and the pairs that they are compared on.
+
+One row a case: how the library makes the objective, and what `oracles` calls the same thing. The
+tests of the torch classes, of the pair kernel and `bench/objectives.py` all read this table, so an
+objective that is added here is tested everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefkern.loss import pairwise
+from prefkern.objectives import (
+    CPO,
+    DPO,
+    IPO,
+    KTO,
+    MADPO,
+    MAX_LOG_RATIO,
+    ORPO,
+    RDPO,
+    TDPO1,
+    TDPO2,
+    WPO,
+    Adaptive,
+    AlphaDPO,
+    BetaDPO,
+    Examples,
+    Hinge,
+    Objective,
+    Pairs,
+    RobustDPO,
+    SimPO,
+    UnpairedObjective,
+    WithNLL,
+)
+from prefkern.objectives.contrastive import MAX_SQUARED
+from support import oracles
+from support.oracles import Pair
+
+
+class Sample(NamedTuple):
+    """A pair, and what WPO knows of it."""
+
+    pair: Pair
+    alignment_w: float = 0.0
+    alignment_l: float = 0.0
+
+
+def _sample(*pair: float, alignments: tuple[float, float] = (0.0, 0.0)) -> Sample:
+    # Numbers of float32, so that float32, float64 and the oracle are asked about the same pair.
+    exact = (struct.unpack("f", struct.pack("f", x))[0] for x in pair)
+    return Sample(Pair(*exact), *alignments)
+
+
+#           L_w       L_l       R_w       R_l     n_w    n_l    K_w   K_l    h
+ORDINARY = [
+    _sample(-35.25, -41.75, -36.0, -40.0, 12, 15, 1.5, 2.25, 1.5, alignments=(-0.25, 0.5)),
+    _sample(-80.5, -20.25, -60.0, -30.0, 40, 9, 0.5, 3.0, -4.0, alignments=(-2.0, 0.125)),
+    _sample(-7.0, -7.5, -7.0, -7.5, 3, 3, 0.0, 0.0, 9.5, alignments=(0.75, 0.25)),
+    _sample(-20.0, -64.0, -28.0, -61.5, 30, 50, 6.0, 4.0, -8.0, alignments=(0.0, -3.0)),
+    _sample(-5.0, -12.0, -6.5, -8.0, 3, 4, 0.25, 0.75, 2.5, alignments=(0.5, -0.5)),
+    _sample(-310.5, -290.25, -300.0, -300.0, 128, 100, 9.0, 11.0, 6.0, alignments=(1.0, -1.0)),
+]
+HARD = {
+    "P near 1": [
+        _sample(-1.2e-6, -3e-6, -2.4e-6, -1.5e-6, 12, 15, 1e-7, 2e-7, 0.0),
+        _sample(-5e-12, -9e-9, -1e-11, -1e-8, 5, 9, 1e-9, 1e-9, 7.0),
+    ],
+    "P near 0": [
+        _sample(-7e-10, -1e4, -1e-3, -9.9e3, 7, 7, 0.5, 90.0, 1e-4),
+        _sample(-1e4, -7e-10, -9.9e3, -1e-3, 7, 7, 90.0, 0.5, -1e-4),
+    ],
+    "32k tokens": [
+        _sample(-30000.5, -28000.25, -30010.0, -27950.0, 32768, 32000, 700.0, 650.0, 20.0),
+    ],
+}
+GROUPS = {"ordinary": ORDINARY, **HARD}
+
+ADAPTIVES = {
+    "adaptive": Adaptive(),
+    "policy space": Adaptive("policy"),
+    "policy space, exponent 1, no clip": Adaptive("policy", 1.0, None),
+    "exponent 0.3": Adaptive("ratio", 0.3, 4.0),
+    "exponents 0.05, 0.2, no clip": Adaptive("ratio", (0.05, 0.2), None),
+    "no clip": Adaptive(clip=None),
+    "k 2, clip 1.5": Adaptive(clip=1.5, k=2.0),
+    "exponent 0, no clip": Adaptive(exponent=0.0, clip=None),
+}
+# Dyadic, so that the square root, and float32, hold it exactly.
+MEAN, STD = 0.25, 0.75
+MISMATCHED = (0.5, -1.0, 2.75)
+
+
+@dataclass(frozen=True)
+class Case:
+    objective: str  # its name in the registry, or that of what wraps one
+    variant: str  # what distinguishes this row from the objective's others
+    make: Callable[[], Objective | UnpairedObjective]
+    oracle: str
+    options: dict[str, Any]
+    wpo: str | None = None  # "aligned" or "unaligned"
+
+    @property
+    def id(self) -> str:
+        return f"{self.objective}: {self.variant}"
+
+    def expected(self, samples: list[Sample]) -> list[tuple[float, ...]]:
+        """Loss, d/dL_w, d/dL_l, beta_w, beta_l of each, of the oracle."""
+        return [_truth(self.oracle, s.pair, self.options_for(s, samples)) for s in samples]
+
+    def is_bounded(self, expected: tuple[float, ...]) -> bool:
+        """Whether a bound of the library's against overflow, which no paper has, is in force."""
+        if self.oracle == "ipo" and expected[0] > MAX_SQUARED**2:
+            return True
+        adaptive = self.options.get("adaptive")
+        if adaptive is None or adaptive.clip is not None:
+            return False
+        return expected[3] > expected[4] * adaptive.k * math.exp(MAX_LOG_RATIO)
+
+    def options_for(self, sample: Sample, samples: list[Sample]) -> tuple[tuple[str, Any], ...]:
+        """What the oracle is told of a pair, beside the pair: some of it depends on the batch."""
+        options = dict(self.options)
+        if self.wpo is not None:
+            a_w, a_l = sample.alignment_w, sample.alignment_l
+            if self.wpo == "unaligned":
+                p = sample.pair
+                a_w, a_l = p.L_w / p.n_w, p.L_l / p.n_l
+            options["weight"] = oracles.wpo_weight([(a_w, 0.0)], [(a_l, 0.0)], clamp=False)
+        if self.oracle == "betadpo":
+            gaps = [(p.L_w - p.R_w) - (p.L_l - p.R_l) for p, *_ in samples]
+            options["mean_gap"] = math.fsum(gaps) / len(gaps)
+        return tuple(sorted(options.items()))
+
+
+@functools.cache
+def _truth(name: str, pair: Pair, options: tuple[tuple[str, Any], ...]) -> tuple[float, ...]:
+    return oracles.value_and_gradient(name, pair, **dict(options))
+
+
+def _with_statistics(objective: AlphaDPO | BetaDPO) -> Objective:
+    objective.statistics.mean.fill_(MEAN)
+    objective.statistics.variance.fill_(STD**2)
+    return objective.eval()
+
+
+def _row(
+    objective: str, variant: str, cls: type, oracle: dict[str, Any] | None = None, **options: Any
+) -> Case:
+    """A row whose options both sides call the same; `oracle` has what only the oracle is told."""
+    theirs = {**options, **(oracle or {})}
+    adaptive = theirs.get("adaptive")
+    if adaptive is not None:
+        theirs["adaptive"] = oracles.Adaptive(*dataclasses.astuple(adaptive))
+    has_statistics = cls in (AlphaDPO, BetaDPO)
+
+    def make() -> Objective | UnpairedObjective:
+        made = cls(**options)
+        return _with_statistics(made) if has_statistics else made
+
+    return Case(objective, variant, make, objective, theirs)
+
+
+def _adaptable() -> Iterable[Case]:
+    """The methods of AdaDPO's Table 3 and their like, plain and adaptive."""
+    for name, cls, options in (
+        ("dpo", DPO, {"beta": 0.1}),
+        ("robust", RobustDPO, {"beta": 0.2, "label_smoothing": 0.2}),
+        ("hinge", Hinge, {"beta": 0.05}),
+        ("ipo", IPO, {"tau": 0.1}),
+        ("rdpo", RDPO, {"beta": 0.1, "alpha": 0.05}),
+        ("cpo", CPO, {"beta": 0.1, "nll_weight": 0.7}),
+        ("orpo", ORPO, {"beta": 0.4, "nll_weight": 1.3}),
+        ("simpo", SimPO, {"beta": 2.0, "gamma": 0.8}),
+    ):
+        yield _row(name, "plain", cls, **options)
+        for variant, adaptive in ADAPTIVES.items():
+            yield _row(name, variant, cls, **options, adaptive=adaptive)
+    yield _row("dpo", "smoothed", DPO, beta=0.3, label_smoothing=0.2)
+    yield _row("dpo", "smoothed, adaptive", DPO, beta=0.3, label_smoothing=0.2, adaptive=Adaptive())
+    yield _row("robust", "no flips", RobustDPO, beta=0.2, label_smoothing=0.0)
+    yield _row("rdpo", "length preferred", RDPO, beta=0.1, alpha=-0.05)
+    yield _row("ipo", "by length", IPO, tau=0.5, length_normalized=True)
+    yield _row(
+        "ipo", "by length, adaptive", IPO, tau=0.5, length_normalized=True, adaptive=Adaptive()
+    )
+    yield _row("cpo", "no NLL", CPO, beta=0.1, nll_weight=0.0)
+    yield _row("orpo", "no NLL", ORPO, beta=0.1, nll_weight=0.0)
+    yield _row("orpo", "no NLL, adaptive", ORPO, beta=0.1, nll_weight=0.0, adaptive=Adaptive())
+
+
+def _others() -> Iterable[Case]:
+    statistics = {"mean": MEAN, "std": STD}
+    for reference, by_length, by_beta in itertools.product(
+        ("ratio", "policy", "reference", "inverse_reference"), (True, False), (True, False)
+    ):
+        variant = reference + ", by length" * by_length + ", by beta" * by_beta
+        yield _row(
+            "alphadpo",
+            "plain" if variant == "ratio, by length, by beta" else variant,
+            AlphaDPO,
+            statistics,
+            # Without the lengths, log-probs are sums: what beta multiplies is that much larger.
+            beta=2.5 if by_length else 0.1,
+            gamma=0.6,
+            alpha=0.2,
+            length_normalized=by_length,
+            implicit_reference=reference,
+            scale_by_beta=by_beta,
+        )
+    for mode, c_min in itertools.product(("full", "amplify", "regularize"), (None, 0.0, 0.4)):
+        yield _row(
+            "madpo",
+            "plain" if (mode, c_min) == ("full", None) else f"{mode}, c_min {c_min}",
+            MADPO,
+            beta=0.1,
+            tau=7.0,
+            c_max=4.0,
+            c_min=c_min,
+            lam=0.5,
+            mode=mode,
+        )
+    yield _row("madpo", "steep", MADPO, beta=0.1, tau=2.0, c_max=1.5, c_min=0.9, lam=30.0)
+    # Of the batch's gap; the second's beta is at its floor.
+    yield _row("betadpo", "plain", BetaDPO, {"h0": MEAN}, beta=0.1, m=0.03)
+    yield _row("betadpo", "floor", BetaDPO, {"h0": MEAN}, beta=0.1, m=1e-9, beta_min=0.2)
+    yield _row("tdpo1", "plain", TDPO1, beta=0.1)
+    yield _row("tdpo2", "plain", TDPO2, beta=0.1, alpha=0.5)
+    yield _row("tdpo2", "alpha 0", TDPO2, beta=0.1, alpha=0.0)
+    z0 = oracles.kto_z0(MISMATCHED)
+    for variant, desirable, undesirable in (("plain", 1.0, 1.0), ("weighted", 1.5, 0.25)):
+        yield Case(
+            "kto",
+            variant,
+            functools.partial(KTO, 0.1, desirable, undesirable),
+            "kto",
+            {"beta": 0.1, "z0": z0, "lambda_d": desirable, "lambda_u": undesirable},
+        )
+
+
+def _composed(rows: list[Case]) -> Iterable[Case]:
+    """WPO and the NLL term around what they are likely to be put around."""
+
+    def wrapped(inner: Case, name: str, wrap: Callable, wpo: str | None = None, **options) -> Case:
+        def make() -> Objective:
+            objective = wrap(inner.make())
+            return objective.train(objective.objective.training)
+
+        return Case(
+            name,
+            inner.id.removesuffix(": plain"),
+            make,
+            inner.oracle,
+            {**inner.options, **options},
+            wpo,
+        )
+
+    by_id = {row.id: row for row in rows}
+    for inner in ("dpo: plain", "dpo: adaptive", "cpo: plain", "alphadpo: plain", "tdpo2: plain"):
+        row = by_id[inner]
+        yield wrapped(row, "wpo", WPO, "aligned")
+        yield wrapped(row, "nll", lambda o: WithNLL(o, 0.3), rpo_alpha=0.3)
+    yield wrapped(by_id["dpo: plain"], "wpo unaligned", lambda o: WPO(o, False), "unaligned")
+    yield wrapped(by_id["cpo: adaptive"], "nll", lambda o: WithNLL(o, 0.3), rpo_alpha=0.3)
+    yield wrapped(
+        by_id["dpo: adaptive"],
+        "nll of wpo",
+        lambda o: WithNLL(WPO(o), 0.3),
+        "aligned",
+        rpo_alpha=0.3,
+        weight_nll=False,
+    )
+    yield wrapped(
+        by_id["dpo: adaptive"],
+        "wpo of nll",
+        lambda o: WPO(WithNLL(o, 0.3)),
+        "aligned",
+        rpo_alpha=0.3,
+        weight_nll=True,
+    )
+
+
+def _all() -> list[Case]:
+    rows = [*_adaptable(), *_others()]
+    rows += list(_composed(rows))
+    first = list(dict.fromkeys(row.objective for row in rows))
+    return sorted(rows, key=lambda row: first.index(row.objective))
+
+
+CASES = {case.id: case for case in _all()}
+
+
+class Answer(NamedTuple):
+    """The library's, (B,) each, as float64 on the CPU."""
+
+    losses: Tensor
+    dchosen: Tensor
+    drejected: Tensor
+    beta_chosen: Tensor
+    beta_rejected: Tensor
+
+
+def columns(
+    samples: list[Sample], dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """The samples' numbers by the names of `Pairs`; log-probs and divergences are leaves."""
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=device)
+
+    pairs = [sample.pair for sample in samples]
+    values = {
+        "chosen_logps": column(p.L_w for p in pairs),
+        "rejected_logps": column(p.L_l for p in pairs),
+        "ref_chosen_logps": column(p.R_w for p in pairs),
+        "ref_rejected_logps": column(p.R_l for p in pairs),
+        "chosen_lengths": column(p.n_w for p in pairs).long(),
+        "rejected_lengths": column(p.n_l for p in pairs).long(),
+        "reward_margins": column(p.h for p in pairs),
+        "chosen_alignments": column(s.alignment_w for s in samples),
+        "rejected_alignments": column(s.alignment_l for s in samples),
+        "chosen_kls": column(p.K_w for p in pairs),
+        "rejected_kls": column(p.K_l for p in pairs),
+    }
+    for name in ("chosen_logps", "rejected_logps", "chosen_kls", "rejected_kls"):
+        values[name].requires_grad_()
+    return values
+
+
+def evaluate(
+    case: Case,
+    samples: list[Sample],
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> Answer:
+    """The torch class, differentiated by autograd."""
+    objective = case.make().to(device)
+    values = columns(samples, dtype, device)
+    chosen, rejected = values["chosen_logps"], values["rejected_logps"]
+    if isinstance(objective, Objective):
+        result = objective(Pairs(**values))
+        losses, betas = result.losses, (result.beta_chosen, result.beta_rejected)
+    else:
+        count = len(samples)
+        examples = Examples(
+            torch.cat([chosen, rejected]),
+            torch.arange(2 * count, device=device) < count,
+            torch.cat([values["ref_chosen_logps"], values["ref_rejected_logps"]]),
+            torch.tensor(MISMATCHED, dtype=dtype, device=device),
+        )
+        # The oracle's is the sum of a pair's two.
+        losses = sum(objective(examples).losses.chunk(2))
+        betas = (torch.full_like(losses, objective.beta),) * 2
+    assert losses.dtype == dtype
+    gradients = torch.autograd.grad(losses.sum(), [chosen, rejected])
+    return Answer(*(x.detach().cpu().double() for x in (losses, *gradients, *betas)))
+
+
+def scores(
+    samples: list[Sample], device: str, objective: Objective | None = None
+) -> pairwise.Scores:
+    """The samples as the loss sees them before an objective is asked: a float32 a token, a leaf.
+
+    A response's whole log-prob is its first token's, so that the sum is exact. What the objective
+    does not need is left out.
+    """
+    values = columns(samples, torch.float32, device)
+
+    def both(name: str) -> Tensor:
+        return torch.cat([values[f"chosen_{name}"], values[f"rejected_{name}"]]).detach()
+
+    lengths = both("lengths")
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    logps = torch.zeros(int(offsets[-1]), device=device)
+    logps[offsets[:-1][lengths > 0]] = both("logps")[lengths > 0]
+    needs_reference = objective is None or objective.needs_reference
+    needs_margins = objective is None or objective.needs_reward_margins
+    reference = torch.cat([values["ref_chosen_logps"], values["ref_rejected_logps"]])
+    return pairwise.Scores(
+        logps.requires_grad_(),
+        offsets,
+        reference if needs_reference else None,
+        values["reward_margins"] if needs_margins else None,
+        both("alignments") if objective is None or objective.needs_alignments else None,
+        both("kls") if objective is None or objective.needs_kls else None,
+    )
+
+
+def evaluate_kernel(case: Case, samples: list[Sample], device: str) -> Answer:
+    """The pair kernel, through the call that the loss makes, back to the tokens."""
+    objective = case.make().to(device)
+    assert isinstance(objective, Objective)
+    asked = scores(samples, device, objective)
+    out = pairwise.pair_loss(objective, asked, "triton")
+    (dlogps,) = torch.autograd.grad(out.result.losses.sum(), asked.logps)
+    gradients = dlogps[asked.offsets[:-1]].chunk(2)
+    result = out.result
+    values = (result.losses, *gradients, result.beta_chosen, result.beta_rejected)
+    return Answer(*(x.detach().cpu().double() for x in values))
+
+
+class Errors(NamedTuple):
+    value: float
+    gradient: float
+    coefficient: float
+
+
+# Below these a number is as good as 0 to its dtype.
+TINY = {torch.float64: 1e-280, torch.float32: 1e-30}
+# What errors are held to: some twenty roundings, where a digit that cancels would cost thousands.
+BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5}
+
+
+def errors(case: Case, samples: list[Sample], answer: Answer, dtype: torch.dtype) -> Errors:
+    """The worst relative errors |x - truth| / max(|truth|, TINY), pair by pair.
+
+    Pairs that the library's bounds against
+    overflow touch are left out: the oracle, like the papers, has none.
+    """
+    worst = [0.0, 0.0, 0.0]
+    for row, truth in enumerate(case.expected(samples)):
+        if case.is_bounded(truth):
+            continue
+        mine = [column[row].item() for column in answer]
+        relative = [
+            abs(x - true) / max(abs(true), TINY[dtype]) for x, true in zip(mine, truth, strict=True)
+        ]
+        for kind, values in enumerate((relative[:1], relative[1:3], relative[3:])):
+            # Not max(): it would drop a NaN.
+            worst[kind] = math.nan if any(map(math.isnan, values)) else max(worst[kind], *values)
+    return Errors(*worst)

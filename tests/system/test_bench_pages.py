@@ -1,0 +1,143 @@
+"""The script that counts plans, and the one that writes what was measured into pages."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+import families
+import plans
+import readme
+
+
+@pytest.mark.parametrize(
+    ("task", "most"), [("forward", 2), ("frozen", 4), ("trainable", 8)], ids=str
+)
+def test_a_plan_is_counted(task: str, most: int) -> None:
+    row = plans.measure(256, 64, 8192, 2, task)
+    assert not row.misses
+    assert row.operations_nhv == row.planned_nhv and row.operations_nhv <= most
+    # The bound means something: it is used, and the logits are larger.
+    assert 0.5 < row.temporary_mib <= 2 * plans.SLACK < row.logits_mib
+
+
+def test_a_broken_bound_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = plans.measure(256, 64, 8192, 2, "frozen")
+    row.temporary_mib, row.operations_nhv = 2.2, 6.0
+    assert plans.misses(row) == ["2.2 MiB of 2", "6.00 NHV, planned 4.00", "6.00 NHV, bound 4"]
+    row.temporary_mib, row.operations_nhv = 2.09, 4.0
+    assert plans.misses(row) == []
+
+    kept = plans.measure(256, 64, 8192, 2, "trainable")
+    kept.operations_nhv = kept.planned_nhv = 8.0
+    assert plans.misses(kept) == [] and plans.misses(kept, kept_tokens=256)
+
+    monkeypatch.setattr(plans, "SHAPES", [(64, 16, 512)])
+    monkeypatch.setattr(plans, "WORKSPACES_MB", [1])
+    file = tmp_path / "plans.json"
+    assert plans.main(["--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())["rows"]) == 3
+    monkeypatch.setattr(plans, "MOST", {"frozen": 3})
+    assert plans.main(["--json", str(file)]) == 1
+
+
+def test_the_readme_s_numbers_are_the_result_s() -> None:
+    """Read back from the page's tables, and found in the file, row by row."""
+    section = (ROOT / "README.md").read_text().split(readme.MARKERS[0])[1]
+    report = json.loads((ROOT / "bench/results/bench-cpu.json").read_text())
+    assert report["finished"]
+    rows = {
+        (row["task"], row["provider"]): row
+        for row in report["rows"]
+        if row["suite"] == "operator" and row["shape"] == report["shapes"][0]["name"]
+    }
+    found = re.findall(r"^\| (frozen|trainable) \| ([a-z -]+) \| (.*) \|$", section, re.MULTILINE)
+    backward = {key: row for key, row in rows.items() if key[0] != "forward"}
+    assert len(found) == len([row for row in backward.values() if not row["failure"]])
+    for (_, provider), row in backward.items():
+        reason = (row["failure"] or "").removeprefix("NotImplementedError: ")
+        assert not reason or f"{provider} (frozen, trainable): {reason}" in section
+    for task, provider, cells in found:
+        row = rows[task, provider]
+        nhv, mib, _, _, dhidden, _, ms, _ = (cell.strip() for cell in cells.split("|"))
+        assert nhv == ("-" if row["operations_nhv"] is None else f"{row['operations_nhv']:.2f}")
+        for text, value in ((mib, row["peak_mib"]), (ms, row["median_ms"])):
+            assert (
+                text == "-"
+                if value is None
+                else float(text.replace(",", "")) == pytest.approx(value, rel=0.006)
+            )
+        assert text_of(row["dhidden_error"]) == dhidden
+    assert report["command"] in section and report["date"][:10] in section
+
+
+def text_of(error: float | None) -> str:
+    return "-" if error is None else f"{error:.1e}"
+
+
+def test_a_changed_result_changes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.loads((ROOT / "bench/results/bench-cpu.json").read_text())
+    shape = report["shapes"][0]["name"]
+    row = next(r for r in report["rows"] if r["shape"] == shape and r["task"] == "frozen")
+    row["peak_mib"] = 4321.0
+    row_of_another = next(r for r in report["rows"] if r["provider"] == "trl")
+    row_of_another["failure"] = "out of memory"
+    (tmp_path / "bench-gpu.json").write_text(json.dumps(report))
+    (tmp_path / "bench-cpu.json").write_text(json.dumps(report))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.kept("bench-*.json") == ["bench-gpu.json", "bench-cpu.json"]
+    assert "4,321" in readme.bench_section("bench-gpu.json")
+    assert "Not there: trl (forward): out of memory" in readme.every_table("bench-gpu.json")
+
+
+def test_the_page_of_training_is_of_its_results() -> None:
+    """And nothing in them is over its bound; what is a miss is one."""
+    pytest.importorskip("trl")
+    import training
+
+    result, twins = (json.loads(file.read_text()) for file in (training.RESULT, training.TWINS))
+    assert training.PAGE.read_text() == training.page(result, twins)
+    assert training.misses(result) == []
+    broken = json.loads(json.dumps(result))
+    broken["packing"][0]["gradient"] = 1e-3
+    broken["resumption"][1]["weights_that_differ"] = 1
+    broken["ranks"][2]["worst"] = float("nan")
+    broken["adapter"][0]["dB"] = 1e-3
+    assert len(training.misses(broken)) == 4
+
+
+def test_a_family_is_agreed_with_refused_or_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = families.measure_class("GraniteForCausalLM")
+    assert (row.status, row.transform) == ("agrees", "scale 0.125")
+    assert row.value_error is not None and row.value_error < 1e-5
+    assert row.gradient_error is not None and 0 < row.gradient_error < 1e-5
+    refused = families.measure_class("ProphetNetForCausalLM")
+    assert refused.status == "refused" and "[1, 2, 4, 97]" in refused.why
+    assert "pixel_values" in families.measure_class("BlipForConditionalGeneration").why
+
+    # A wrong reading that raises nothing is found, in values and in gradients alone.
+    right = families.prefkern.token_logprobs
+    for wrong in (
+        lambda *batch: 1.001 * right(*batch),
+        lambda *batch: right(*batch) + 0.01 * (each := right(*batch)) - 0.01 * each.detach(),
+        lambda *batch: right(*batch) * torch.nan,
+    ):
+        monkeypatch.setattr(families.prefkern, "token_logprobs", wrong)
+        assert families.measure_class("GraniteForCausalLM").status == "differs"
+
+
+def test_the_page_of_families_is_the_result_s() -> None:
+    report = json.loads((ROOT / "bench/results/families-cpu.json").read_text())
+    assert families.page(report) == (ROOT / "bench/FAMILIES.md").read_text()
+    rows = report["classes"] + report["families"]
+    assert {row["status"] for row in rows} <= {"agrees", "refused", "not run"}
+    assert sum(row["status"] == "agrees" for row in rows) > 250
+    assert all(row["status"] == "agrees" for row in report["families"])
+    for row in rows:
+        assert row["status"] != "agrees" or row["value_error"] <= report["bounds"]["value"]

@@ -1,0 +1,242 @@
+"""A run that is killed while it saves goes on from its last complete checkpoint, bit for bit.
+
+The kill is a real SIGKILL, in a process of its own, at a moment that is chosen by standing in for
+what is called then: between two files, in the middle of one, between two renames, in the middle of
+deleting an older checkpoint. One script forks all of them, so that packages are imported once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+
+from test_resume import OPTIONS, assert_same_runs, run_of
+
+from prefkern.training import checkpoints
+
+LAST = 4  # the step whose checkpoint is being saved
+BEFORE = 2  # that of the last complete one
+SAVING = {
+    **OPTIONS,
+    "save_steps": 2,
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "rewards/margins",
+    "greater_is_better": True,
+}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(trainer) -> bool:
+    return trainer.state.global_step == LAST
+
+
+# Each takes a trainer and arranges that the process dies while it saves.
+
+
+def before_all_files(trainer):
+    on_call(trainer, "save_model", lambda *_: at_step(trainer) and kill())
+
+
+def in_weights(trainer):
+    """The file has half of its bytes."""
+    save = trainer._save_into
+
+    def save_half(folder, state_dict):
+        save(folder, state_dict)
+        if at_step(trainer):
+            [path] = Path(folder).glob("*model.safetensors")
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    trainer._save_into = save_half
+
+
+def between_weights_and_optimizer(trainer):
+    on_call(trainer, "_save_optimizer_and_scheduler", lambda *_: at_step(trainer) and kill())
+
+
+def in_torch_file(name: str) -> Callable:
+    def arrange(trainer):
+        save = torch.save
+
+        def save_half(value, path, *args, **kwargs):
+            if at_step(trainer) and Path(path).name == name:
+                content = io.BytesIO()
+                save(value, content)
+                Path(path).write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
+                kill()
+            save(value, path, *args, **kwargs)
+
+        torch.save = save_half
+
+    return arrange
+
+
+def in_trainer_state(trainer):
+    save = transformers.TrainerState.save_to_json
+
+    def save_half(state, path):
+        save(state, path)
+        if at_step(trainer):
+            os.truncate(path, os.path.getsize(path) // 2)
+            kill()
+
+    transformers.TrainerState.save_to_json = save_half
+
+
+def before_the_rename(trainer):
+    checkpoints.sync = lambda _: at_step(trainer) and kill()
+
+
+def after_the_rename(trainer):
+    on_call(checkpoints, "_delete_oldest", lambda *_: at_step(trainer) and kill())
+
+
+def while_deleting(trainer):
+    """Of the older checkpoint the weights are gone, and the rest is there."""
+
+    def delete(path, **_):
+        for weights in Path(path).rglob("model.safetensors"):
+            weights.unlink()
+            kill()
+
+    def arrange(*_):
+        if at_step(trainer):
+            shutil.rmtree = delete
+
+    on_call(checkpoints, "_delete_oldest", arrange)
+
+
+def between_two_renames(trainer):
+    """A folder of that name is there, of an earlier run: it makes way, and then comes the kill."""
+    delete = checkpoints._delete
+
+    def delete_and_die(path):
+        delete(path)
+        if at_step(trainer) and path.name == taken:
+            kill()
+
+    taken = f"checkpoint-{LAST}"
+    earlier = Path(trainer.args.output_dir) / taken
+
+    def make_earlier(*_):
+        if at_step(trainer):
+            earlier.mkdir()
+            (earlier / "model.safetensors").write_bytes(b"another run's")
+
+    on_call(trainer, "_save_checkpoint", make_earlier)
+    checkpoints._delete = delete_and_die
+
+
+def on_call(owner, name: str, also: Callable) -> None:
+    original = getattr(owner, name)
+
+    def called(*args, **kwargs):
+        also(*args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, called)
+
+
+# What happens, to which run, and the step that it is resumed from.
+MOMENTS = {
+    "before all files": (before_all_files, "betadpo, composed", BEFORE),
+    "in the weights": (in_weights, "betadpo, composed", BEFORE),
+    "in an adapter's weights": (in_weights, "lora", BEFORE),
+    "between weights and optimizer": (between_weights_and_optimizer, "lora", BEFORE),
+    "in the optimizer's state": (in_torch_file("optimizer.pt"), "betadpo, composed", BEFORE),
+    "in the schedule's state": (in_torch_file("scheduler.pt"), "lora", BEFORE),
+    "in the objective's state": (in_torch_file("objective.pt"), "betadpo, composed", BEFORE),
+    "in what is not logged": (in_torch_file("since_last_log.pt"), "lora", BEFORE),
+    "in the random states": (in_torch_file("rng_state.pth"), "lora", BEFORE),
+    "in the trainer's state": (in_trainer_state, "betadpo, composed", BEFORE),
+    "before the rename": (before_the_rename, "lora", BEFORE),
+    "between two renames": (between_two_renames, "betadpo, composed", LAST),
+    "after the rename": (after_the_rename, "lora", LAST),
+    "while an older one is deleted": (while_deleting, "betadpo, composed", LAST),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """Folders by number of the moment, left by runs that were killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        env=environment,
+        timeout=400,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """Runs that nothing happened to, by case."""
+    runs = {}
+    for case in {case for _, case, _ in MOMENTS.values()}:
+        runs[case] = run_of(tmp_path_factory.mktemp("whole"), case, **SAVING)
+        runs[case].train()
+    return runs
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed(killed, whole, moment):
+    _, case, step = MOMENTS[moment]
+    folder = killed / str([*MOMENTS].index(moment))
+    begun = []
+
+    class Begin(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            begun.append(state.global_step)
+
+    torch.manual_seed(17)
+    resumed = run_of(folder, case, **SAVING, callbacks=[Begin()])
+    resumed.train(resume_from_checkpoint=True)
+    assert begun == [step]
+    assert_same_runs(resumed, whole[case])
+    # Nothing of what was interrupted is left; at a limit of one Trainer ends with the best alone.
+    left = sorted(path.name for path in folder.iterdir() if path.name.startswith((".", "check")))
+    assert left == [f"checkpoint-{resumed.state.best_global_step}"]
+    assert checkpoints.problem(folder / left[0]) is None
+
+
+def test_what_reading_the_killed_runs_shows(killed):
+    """A checkpoint is under its name only while it is whole."""
+    for number, moment in enumerate(MOMENTS):
+        for path in (killed / str(number)).glob("checkpoint-*"):
+            assert checkpoints.problem(path) is None, (moment, path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for number, (arrange, case, _) in enumerate(MOMENTS.values()):
+        child = os.fork()
+        if child == 0:
+            run = run_of(Path(sys.argv[1]) / str(number), case, **SAVING)
+            arrange(run)
+            run.train()
+            os._exit(3)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (number, status)

@@ -1,0 +1,336 @@
+"""A run that is stopped and resumed is the run that was not: weights, logs and evaluations, bitwise."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from support import tiny
+
+pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+
+from test_trainer import assert_same_weights, trainer, weights
+
+# 14 pairs, 2 a batch, 2 batches a step: 4 steps an epoch, the last of one batch.
+STEPS = 8
+OPTIONS = {
+    "count": 14,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 0.5,
+    "logging_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+def llama(**options):
+    return tiny.model(attention_dropout=0.3, **options)
+
+
+def adapter():
+    return peft.LoraConfig(r=4, lora_dropout=0.3)
+
+
+CASES = {
+    "full": dict,
+    "lora": lambda: {"peft_config": adapter()},
+    "bf16 autocast": lambda: {"bf16": True},
+    "bf16 weights": lambda: {"model": llama().bfloat16()},
+    "checkpointed blocks": lambda: {"gradient_checkpointing": True},
+    "precomputed": lambda: {"precompute_ref_log_probs": True},
+    "alphadpo": lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
+    "betadpo": lambda: {
+        "objective": "betadpo",
+        "objective_options": {"keep": 0.5},
+        "peft_config": adapter(),
+    },
+    "betadpo, composed": lambda: {
+        "objective": "betadpo",
+        "objective_options": {"keep": 0.5},
+        "use_weighting": True,
+        "rpo_alpha": 0.2,
+    },
+    "statistics between logs": lambda: {"objective": "alphadpo", "logging_steps": 5},
+}
+
+
+def run_of(path: Path, case: str, **options):
+    options = {**OPTIONS, "disable_dropout": False, **CASES[case](), **options}
+    options.setdefault("model", llama())
+    return trainer(path, eval_dataset=tiny.dataset(5, seed=3), **options)
+
+
+def told(run) -> list[dict]:
+    """What a run has logged, without the clock, and without what is of a process's own steps."""
+    own = ("runtime", "second", "train_loss", "total_flos")
+    logs = [{k: v for k, v in log.items() if not k.endswith(own)} for log in run.state.log_history]
+    expected = {"loss", "grad_norm", "rewards/margins", "entropy"}
+    assert any(expected <= log.keys() for log in logs)
+    return logs
+
+
+def assert_same_runs(resumed, whole) -> None:
+    assert resumed.state.global_step == whole.state.global_step == STEPS
+    assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
+    assert told(resumed) == told(whole)
+    assert str(resumed.loss_fn.objective.state_dict()) == str(whole.loss_fn.objective.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, case):
+    """Stopped within an epoch, after a log and between two, at an epoch's end, and within the last."""
+    whole = run_of(tmp_path, case)
+    whole.train()
+    for step in (3, 4, 7) if case in ("full", "betadpo") else (3,):
+        torch.manual_seed(step)
+        resumed = run_of(tmp_path, case, save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_runs(resumed, whole)
+
+
+def test_dropout_matters_here(tmp_path):
+    """The comparisons above would not notice a random state that is lost if nothing was drawn."""
+    whole = run_of(tmp_path, "full")
+    whole.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "rng_state.pth").unlink()
+    torch.manual_seed(1)
+    resumed = run_of(tmp_path, "full", save_strategy="no", seed=42)
+    torch.manual_seed(1)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert told(resumed) != told(whole)
+
+
+def test_resumed_in_another_process(tmp_path):
+    whole = run_of(tmp_path, "betadpo")
+    whole.train()
+    command = [sys.executable, __file__, str(tmp_path)]
+    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    subprocess.run(command, check=True, env=environment, timeout=240)
+    resumed = torch.load(tmp_path / "resumed.pt")
+    assert_same_weights(resumed["weights"], weights(whole.model), atol=0, rtol=0)
+    assert resumed["logs"] == told(whole)
+
+
+class Stop(transformers.TrainerCallback):
+    """Breaks a run off, as a signal would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_broken_off_and_resumed_by_the_same_trainer(tmp_path):
+    """What the broken-off steps left behind is not counted twice."""
+    whole = run_of(tmp_path / "whole", "lora", save_strategy="no")
+    whole.train()
+    broken = run_of(tmp_path / "broken", "lora", save_steps=2, callbacks=[Stop(3)])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert broken._train_sums
+    broken.remove_callback(Stop)
+    broken.train(resume_from_checkpoint=True)
+    assert_same_runs(broken, whole)
+
+
+def test_broken_off_and_started_anew(tmp_path):
+    """Nothing is learnt, so both attempts see the same metrics, if each counts its own pairs."""
+    options = {"learning_rate": 0.0, "disable_dropout": True, "save_strategy": "no"}
+    whole = run_of(tmp_path, "full", **options)
+    whole.train()
+    broken = run_of(tmp_path, "full", callbacks=[Stop(3)], **options)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    broken.remove_callback(Stop)
+    broken.train()
+    assert told(broken) == told(whole)
+
+
+def test_mean_loss_of_a_resumed_run_is_over_its_own_steps(tmp_path):
+    options = {"learning_rate": 0.0, "disable_dropout": True, "eval_strategy": "no"}
+    each = run_of(tmp_path / "each", "full", **{**options, "logging_steps": 1})
+    each.train()
+    expected = sum(log["loss"] for log in each.state.log_history[3:-1])
+    run_of(tmp_path, "full", **options, logging_steps=5).train()
+    resumed = run_of(tmp_path, "full", **options, logging_steps=5)
+    metrics = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).metrics
+    # Versions of transformers differ in what they divide by.
+    steps = (STEPS - 3, STEPS)
+    assert any(metrics["train_loss"] == pytest.approx(expected / n, rel=1e-6) for n in steps)
+
+
+def test_early_stopping_remembers_its_patience(tmp_path):
+    """transformers restores callbacks where it is asked to."""
+
+    def stopping(**options):
+        options = {
+            "learning_rate": 0.0,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "eval_steps": 1,
+            "num_train_epochs": 4,
+            "restore_callback_states_from_checkpoint": True,
+            "callbacks": [transformers.EarlyStoppingCallback(early_stopping_patience=3)],
+            **options,
+        }
+        return run_of(tmp_path, "full", **options)
+
+    whole = stopping()
+    whole.train()
+    # The first evaluation is the best: nothing is learnt.
+    assert whole.state.global_step == 4
+    resumed = stopping()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 4
+
+
+class Leave(transformers.TrainerCallback):
+    """Ends a run early, as a time limit would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("where", ["spelt otherwise", "from another folder", "moved", "linked"])
+@pytest.mark.long(where=["moved", "linked"])
+def test_the_best_checkpoint_is_kept_wherever_it_is_resumed(tmp_path, monkeypatch, where):
+    """The first evaluation is the best, and one checkpoint beside the last is kept."""
+
+    def run(folder, step):
+        options = {
+            "eval_steps": 1,
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": True,
+            "learning_rate": 3e-2,
+            "callbacks": [Leave(step)],
+        }
+        return run_of(folder, "full", **options)
+
+    monkeypatch.chdir(tmp_path)
+    first = run(Path("out"), 3)
+    first.add_callback(_NoEnd())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert sorted(os.listdir("out")) == ["checkpoint-1", "checkpoint-3"]
+    folder = tmp_path / "out"
+    if where == "from another folder":
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    if where == "moved":
+        folder = (tmp_path / "out").rename(tmp_path / "moved")
+    if where == "linked":
+        folder = tmp_path / "link"
+        folder.symlink_to(tmp_path / "out")
+    resumed = run(folder, 5)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 5 and resumed.state.best_global_step == 1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert resumed.evaluate()["eval_loss"] == resumed.state.best_metric
+
+
+class _NoEnd(transformers.TrainerCallback):
+    """Killed before the end, when Trainer leaves the best checkpoint alone."""
+
+    def on_save(self, args, state, control, **_):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_weights_alone_are_told(tmp_path, caplog):
+    run_of(tmp_path, "lora", save_only_model=True, save_steps=3, num_train_epochs=1).train()
+    with caplog.at_level("WARNING"):
+        run_of(tmp_path, "lora", save_strategy="no").train(resume_from_checkpoint=True)
+    told = f"{tmp_path}/checkpoint-4 holds weights alone (save_only_model): optimiser, learning"
+    assert told in caplog.text
+    run_of(tmp_path / "whole", "lora", save_steps=4, num_train_epochs=1).train()
+    caplog.clear()
+    run_of(tmp_path / "whole", "lora", save_strategy="no").train(resume_from_checkpoint=True)
+    assert "holds weights alone" not in caplog.text
+
+
+# The run, and what it is resumed with instead; and what is told of it.
+OTHERS = {
+    "the same": ("full", lambda saved: llama(), None),
+    "the same, with an adapter": ("lora", lambda saved: llama(), None),
+    "the same, precomputed": ("precomputed", lambda saved: llama(), None),
+    "another base": ("lora", lambda saved: llama(seed=7), "another base model: of 21 weights 16 "),
+    "another reference": ("full", lambda saved: llama(seed=7), "another reference: of 21 weights "),
+    "its checkpoint": (
+        "full",
+        transformers.AutoModelForCausalLM.from_pretrained,
+        "another reference: of 21 weights 21 differ",
+    ),
+    "its checkpoint, precomputed": (
+        "precomputed",
+        transformers.AutoModelForCausalLM.from_pretrained,
+        "another reference: of",
+    ),
+    "another precision": ("lora", lambda saved: llama().bfloat16(), "resume with .* in its dtype"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.long(name=[*OTHERS][1::2])
+def test_other_weights_than_a_run_began_with_are_told(tmp_path, caplog, name):
+    case, other, told = OTHERS[name]
+    run_of(tmp_path, case, eval_strategy="no", max_steps=1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    caplog.clear()
+    resumed = run_of(
+        tmp_path, case, save_strategy="no", eval_strategy="no", model=other(checkpoint)
+    )
+    resumed.train(resume_from_checkpoint=checkpoint)
+    warnings = [record.message for record in caplog.records if "was trained with" in record.message]
+    if told is None:
+        assert not warnings
+    else:
+        assert len(warnings) == 1 and re.search(told, warnings[0]), warnings
+
+
+def test_one_row_of_a_base_is_not_overlooked(tmp_path, caplog):
+    """A row that was added to an embedding, drawn anew in each process."""
+    run_of(tmp_path, "lora", eval_strategy="no", max_steps=1).train()
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1] += 0.1
+    options = {"save_strategy": "no", "eval_strategy": "no", "max_steps": 1}
+    resumed = run_of(tmp_path, "lora", model=model, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert "another base model: of 21 weights 1 differ, the first of them model.emb" in caplog.text
+
+
+def test_a_best_model_without_statistics_is_told(tmp_path, caplog):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    run_of(tmp_path, "alphadpo", save_only_model=True, save_steps=2, **options).train()
+    assert (
+        "objective.pt is missing: the objective's statistics stay those of the las" in caplog.text
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    run = run_of(folder, "betadpo", save_strategy="no")
+    run.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    torch.save({"weights": weights(run.model), "logs": told(run)}, folder / "resumed.pt")

@@ -1,0 +1,258 @@
+"""What transformers' Trainer offers, on pairs: mixed precision, best models, loggers, masked rows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from support import tiny
+
+pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+
+from safetensors.torch import load_file
+from test_trainer import Record, lora, reference_for, step_logs, trainer
+
+import prefkern
+from prefkern import objectives
+from prefkern.models.scoring import IGNORE_INDEX
+
+
+def first_step(path: Path, **options):
+    """The gradients and the log of one step, and the dtype that a layer computed in."""
+    record, dtypes = Record(), []
+    model = tiny.model()
+    options = {"ref_model": tiny.model(seed=1), "max_grad_norm": 0.0, "optim": "sgd", **options}
+    run = trainer(path, count=4, model=model, callbacks=[record], max_steps=1, **options)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    run.train()
+    return record.gradients[0], step_logs(run)[0], dtypes[-1]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_bf16_autocast_on_a_cpu(tmp_path, checkpointed):
+    """The body runs in bf16; gradients are float32, and those of float32 up to bf16's rounding."""
+    expected, exact, dtype = first_step(tmp_path)
+    assert dtype == torch.float32
+    gradients, log, dtype = first_step(tmp_path, gradient_checkpointing=checkpointed, bf16=True)
+    assert dtype == torch.bfloat16
+    assert prefkern.last_plan().backend == "torch"
+    assert log["loss"] == pytest.approx(exact["loss"], rel=2e-2)
+    assert log["loss"] != exact["loss"]
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == torch.float32
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 0.1, name
+
+
+def test_fp16_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(ValueError, match="fp16 has no effect on a CPU; use bf16"):
+        trainer(tmp_path, fp16=True)
+    with pytest.raises(ValueError, match="fp16 and bf16"):
+        trainer(tmp_path, fp16=True, bf16=True)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_rewards/accuracies", "rewards/margins"])
+def test_the_best_model_is_the_one_that_stays(tmp_path, metric, adapted):
+    run = trainer(
+        tmp_path,
+        count=16,
+        learning_rate=0.1,
+        peft_config=lora() if adapted else None,
+        eval_dataset=tiny.dataset(8, seed=3),
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+    )
+    run.train()
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    logged = [log[name] for log in run.state.log_history if name in log]
+    assert len(logged) == 4 and len(set(logged)) > 1
+    best = min(logged) if metric == "eval_loss" else max(logged)
+    step = logged.index(best) + 1
+    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{step}")
+    assert run.evaluate()[name] == pytest.approx(best, abs=1e-6)
+    saved = load_file(
+        tmp_path / f"checkpoint-{step}" / f"{'adapter_' if adapted else ''}model.safetensors"
+    )
+    held = {n.replace(".default", ""): w for n, w in run.model.state_dict().items()}
+    assert saved
+    for each, weight in saved.items():
+        assert torch.equal(held[each], weight), each
+
+
+class Writer:
+    """Stands where tensorboard's writer would."""
+
+    scalars: dict[str, list[float]]
+
+    def __init__(self, **_):
+        Writer.scalars = {}
+
+    def add_scalar(self, name, value, step):
+        assert isinstance(value, float | int)
+        self.scalars.setdefault(name, []).append(value)
+
+    def add_text(self, *_):
+        pass
+
+    flush = close = add_text
+
+
+class Listener(transformers.TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("objective", ["adadpo", "alphadpo", "betadpo"])
+def test_loggers_are_told_under_trls_names(tmp_path, objective, monkeypatch, caplog):
+    """No compute_metrics: a callback hears each mean, and tensorboard writes each as a number."""
+    monkeypatch.setattr(
+        "transformers.integrations.integration_utils.is_tensorboard_available", lambda: True
+    )
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    listener = Listener()
+    run = trainer(
+        tmp_path,
+        objective=objective,
+        report_to="tensorboard",
+        callbacks=[listener],
+        eval_dataset=tiny.dataset(3, seed=3),
+        eval_strategy="epoch",
+    )
+    assert run.compute_metrics is None
+    run.train()
+    names = {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "mean_token_accuracy",
+    }
+    steps = [log for log in listener.logs if "loss" in log]
+    (evaluated,) = (log for log in listener.logs if "eval_loss" in log)
+    assert len(steps) == 3
+    assert all(names <= log.keys() for log in steps)
+    assert {f"eval_{name}" for name in names} <= evaluated.keys()
+    for name in names:
+        assert Writer.scalars[f"train/{name}"] == [log[name] for log in steps]
+        assert Writer.scalars[f"eval/{name}"] == [evaluated[f"eval_{name}"]]
+    assert "not a scalar" not in caplog.text and "attempting to log" not in caplog.text
+
+
+def masked_batch(run, pairs: int, masked: dict[int, tuple[int, ...]]):
+    """A batch of the run's first pairs; of some, responses (0 chosen, 1 rejected) are not scored."""
+    batch = run.data_collator([run.train_dataset[i] for i in range(pairs)])
+    for pair, sides in masked.items():
+        for side in sides:
+            batch["labels"][side * pairs + pair] = IGNORE_INDEX
+    return batch
+
+
+def sums_from_logits(model, batch):  # -> (2, B) sums and (2, B) lengths
+    """From the model's own logits, in its own dtype."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"][:, 1:]
+    scored = labels != IGNORE_INDEX
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, (labels * scored)[..., None])[..., 0]
+    return (logps * scored).sum(1).view(2, -1), scored.sum(1).view(2, -1)
+
+
+def dpo(rho, sums, n):
+    return -F.logsigmoid(0.3 * (rho[0] - rho[1]))
+
+
+def simpo(rho, sums, n):
+    mean = sums / n.clamp(min=1)
+    return -F.logsigmoid(2.0 * (mean[0] - mean[1]) - 0.5)
+
+
+def ipo(rho, sums, n):
+    return (rho[0] - rho[1] - 1 / (2 * 0.2)) ** 2
+
+
+def adadpo(rho, sums, n):
+    x = (rho / n.clamp(min=1)).detach()
+    ratio = (x[0] - x[1]).exp().clamp(max=1.5)
+    return -F.logsigmoid(0.3 * (ratio * rho[0] - rho[1]))
+
+
+TEXTBOOK = {
+    "dpo": (dpo, objectives.DPO(beta=0.3)),
+    "simpo": (simpo, objectives.SimPO(beta=2.0, gamma=0.5)),
+    "ipo": (ipo, objectives.IPO(tau=0.2)),
+    "adadpo": (adadpo, objectives.DPO(beta=0.3, adaptive=objectives.Adaptive(clip=1.5))),
+}
+
+
+@pytest.mark.parametrize("name", TEXTBOOK)
+@pytest.mark.parametrize("items", [None, 10])
+def test_masked_responses_count_as_pairs_of_empty_ones(tmp_path, name, items):
+    """One pair whole, one without a rejected response, one without either; against float64."""
+    formula, objective = TEXTBOOK[name]
+    model = tiny.model()
+    reference = reference_for(objective, tiny.model(seed=1))
+    run = trainer(tmp_path, model=model, ref_model=reference, objective=objective, count=3)
+    batch = masked_batch(run, 3, {1: (1,), 2: (0, 1)})
+    loss = run.compute_loss(run.model, batch, num_items_in_batch=items)
+    loss.backward()
+
+    exact = tiny.model().double()
+    sums, lengths = sums_from_logits(exact, batch)
+    assert lengths[1, 1] == 0 and lengths[:, 2].tolist() == [0, 0]
+    with torch.no_grad():
+        reference = sums_from_logits(tiny.model(seed=1).double(), batch)[0]
+    losses = formula(sums - reference, sums, lengths)
+    expected = losses.sum() / (items or 3)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    pushed = 0
+    for (each, mine), true in zip(model.named_parameters(), exact.parameters(), strict=True):
+        scale = max(true.grad.abs().max().item(), 1e-3)
+        assert (mine.grad - true.grad).abs().max() < 1e-4 * scale, each
+        pushed += scale > 1e-3
+    assert pushed > 10
+
+
+@pytest.mark.parametrize("name", [*TEXTBOOK, "cpo", "orpo", "alphadpo", "betadpo"])
+def test_a_batch_without_anything_to_score_gives_a_differentiable_zero(tmp_path, name):
+    objective = TEXTBOOK[name][1] if name in TEXTBOOK else objectives.build(name)
+    reference = reference_for(objective, tiny.model(seed=1))
+    run = trainer(tmp_path, ref_model=reference, objective=objective, count=2)
+    batch = masked_batch(run, 2, {0: (0, 1), 1: (0, 1)})
+    loss = run.compute_loss(run.model, batch)
+    assert math.isfinite(loss.item())
+    loss.backward()
+    for each, weight in run.model.named_parameters():
+        assert weight.grad is not None and weight.grad.eq(0).all(), each
+    run.model.zero_grad()
+    # Beside a pair that is scored, such a pair adds nothing to the gradient.
+    half = masked_batch(run, 2, {1: (0, 1)})
+    run.compute_loss(run.model, half, num_items_in_batch=1).backward()
+    gradients = [weight.grad for weight in run.model.parameters()]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.abs().max() > 1e-4 for gradient in gradients)
