@@ -9,18 +9,14 @@ The way from hidden states to gradients, with products by the device's own libra
     the fold's weights, kept and `settle`d -> product -> dW      trained head, as memory allows
     product -> `remake_weights` -> product -> dW                 trained head, elsewhere
 
-With a divergence from a reference, whose logits are a second product over the same words:
-
-    two products -> `fold_kl` -> (`rescale_rows`, product) twice -> log-probs, kl and both D
-    two products -> `kl_gradient` -> two products -> dH and dW
+A divergence from a reference takes the same way with a second tile of its raw products: `fold` and
+`remake_weights` take both, and `scatter_scaled` adds the divergence's part of dH.
 
 One kernel a file, its launcher beside it under the same name. `launches` counts them.
 """
 
 from .finish import finish
 from .fold import fold
-from .fold_kl import fold_kl
-from .kl_gradient import kl_gradient
 from .launches import launches
 from .pair import PairLossOutput, pair_loss
 from .primitives import INTERPRET
@@ -40,8 +36,6 @@ __all__ = [
     "PairLossOutput",
     "finish",
     "fold",
-    "fold_kl",
-    "kl_gradient",
     "launches",
     "pair_loss",
     "product_fold",

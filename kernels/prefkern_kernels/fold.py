@@ -1,6 +1,7 @@
 """Fold a float32 tile of logits into each token's running maximum, sum and label logit.
 
-For token t with label y and a tile of raw products `(n, v)` over words `start ... start + v`:
+For token t with label y and a tile of raw products `(n, v)` over the vocabulary's entries `start ...
+start + v`:
 
     z_v     = transform(tile_v + b_v)
     m'      = max(m, max_{v != y} z_v)
@@ -16,9 +17,17 @@ With `weights`, the row is written back as `exp(z_v - m') t_v` (t_v the softcap'
 the label's column) for a second product with the weight, and `rescale = exp(m - m')` is what the
 accumulator of that product must be multiplied by first. `weights` may be the tile itself.
 
-The first tile of a token begins its state, whatever the vectors held.
+With `ref_tile`, a reference's raw products over the same entries, its logits x are folded into a
+state of their own in the same way, and beside it
 
-One program a token; the row is read twice, the second time from cache.
+    cross'  = cross exp(m_r - m_r') + sum_{v != y} exp(x_v - m_r') (x_v - z_v)
+
+With lse the logarithms of the whole sums, `sum_v r_v (log r_v - log p_v) = sum_v r_v (x_v - z_v) -
+(lse_r - lse_p)`: the divergence needs no more than this. `ref_weights` is `exp(x_v - m_r') t_v`: t_v
+is the policy's there too, since only the policy has a gradient.
+
+The first tile of a token begins its state, whatever the vectors held. One program a token; the rows
+are read twice, the second time from cache.
 """
 
 from __future__ import annotations
@@ -29,7 +38,78 @@ import triton.language as tl
 
 from .launches import count
 from .primitives import check_rows, check_vectors, load_logits, on_device_of, round_to
-from .tiles import row_config
+from .tiles import pair_config, row_config
+
+
+@triton.jit
+def _first_reading(
+    row_ptr,
+    bias_ptr,
+    label_logit_ptr,
+    label_slope_ptr,
+    local,
+    first,
+    n_entries,
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Maximum without the label, largest logit ahead of it, sum of logits; stores the label's own."""
+    offs_v = tl.arange(0, BLOCK_V)
+    maximum = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    before = tl.full((BLOCK_V,), -float("inf"), tl.float32)
+    logit_sum = tl.zeros((BLOCK_V,), tl.float32)
+    for block in range(0, n_entries, BLOCK_V):
+        entries = block + offs_v
+        mask = entries < n_entries
+        z, slope = load_logits(
+            row_ptr,
+            bias_ptr,
+            entries,
+            mask,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
+        is_label = entries == local
+        maximum = tl.maximum(maximum, tl.where(mask & ~is_label, z, -float("inf")))
+        if HAS_STATS:
+            logit_sum += tl.where(mask, z, 0.0)
+            before = tl.maximum(before, tl.where(mask & (entries < local), z, -float("inf")))
+        if (local >= block) & (local < block + BLOCK_V) & (local < n_entries):
+            tl.store(label_logit_ptr, tl.sum(tl.where(is_label, z, 0.0), axis=0))
+            if HAS_SLOPE:
+                tl.store(label_slope_ptr, tl.sum(tl.where(is_label, slope, 0.0), axis=0))
+    begins_elsewhere = (first != 0) & ((local < 0) | (local >= n_entries))
+    tl.store(label_logit_ptr, -float("inf"), mask=begins_elsewhere)
+    if HAS_SLOPE:
+        tl.store(label_slope_ptr, 1.0, mask=begins_elsewhere)
+    return tl.max(maximum, axis=0), tl.max(before, axis=0), tl.sum(logit_sum, axis=0)
+
+
+@triton.jit
+def _raise_maximum(maximum_ptr, tile_max, first):
+    """The running maximum with a tile's: the old one, what to subtract, exp(old - new)."""
+    old = tl.load(maximum_ptr, mask=first == 0, other=-float("inf"))
+    new = tl.maximum(old, tile_max)
+    tl.store(maximum_ptr, new)
+    # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
+    offset = tl.where(new == -float("inf"), 0.0, new)
+    return old, offset, tl.exp(old - offset)
+
+
+@triton.jit
+def _add(running_ptr, factor, value, first):
+    """`running = running factor + value`, from 0 where the tile is a token's first."""
+    running = tl.load(running_ptr, mask=first == 0, other=0.0)
+    tl.store(running_ptr, running * factor + value)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -49,9 +129,19 @@ def _fold_kernel(
     logit_sum_ptr,
     before_ptr,
     squares_ptr,
+    ref_tile_ptr,
+    stride_rn,
+    ref_bias_ptr,
+    ref_maximum_ptr,
+    ref_total_ptr,
+    ref_label_logit_ptr,
+    cross_ptr,
+    ref_rescale_ptr,
+    ref_weights_ptr,
+    stride_un,
     start,
     first,
-    n_words,
+    n_entries,
     logit_scale,
     softcap,
     temperature,
@@ -59,58 +149,71 @@ def _fold_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    HAS_REF_BIAS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One token: its row of the tile into its state, and its row of weights."""
+    """One token: its row of the tile, or of both, into its state, and its rows of weights."""
     row = tl.program_id(0).to(tl.int64)
     tile_row = tile_ptr + row * stride_tn
     local = tl.load(labels_ptr + row) - start
     offs_v = tl.arange(0, BLOCK_V)
 
-    # First reading: the maximum without the label, and the label's own logit.
-    tile_max = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-    before_max = tl.full((BLOCK_V,), -float("inf"), tl.float32)
-    logit_sum = tl.zeros((BLOCK_V,), tl.float32)
-    for block in range(0, n_words, BLOCK_V):
-        words = block + offs_v
-        mask = words < n_words
-        z, slope = load_logits(
-            tile_row,
-            bias_ptr,
-            words,
-            mask,
+    tile_max, tile_before, tile_logits = _first_reading(
+        tile_row,
+        bias_ptr,
+        label_logit_ptr + row,
+        label_slope_ptr + row,
+        local,
+        first,
+        n_entries,
+        logit_scale,
+        softcap,
+        temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        True,
+        HAS_STATS,
+        BLOCK_V,
+    )
+    old, offset, factor = _raise_maximum(maximum_ptr + row, tile_max, first)
+    if HAS_REFERENCE:
+        ref_tile_row = ref_tile_ptr + row * stride_rn
+        ref_tile_max, _ref_before, _ref_logits = _first_reading(
+            ref_tile_row,
+            ref_bias_ptr,
+            ref_label_logit_ptr + row,
+            ref_label_logit_ptr + row,
+            local,
+            first,
+            n_entries,
             logit_scale,
             softcap,
             temperature,
-            HAS_BIAS,
+            HAS_REF_BIAS,
             HAS_SOFTCAP,
+            False,
+            False,
+            BLOCK_V,
         )
-        is_label = words == local
-        tile_max = tl.maximum(tile_max, tl.where(mask & ~is_label, z, -float("inf")))
-        if HAS_STATS:
-            logit_sum += tl.where(mask, z, 0.0)
-            before_max = tl.maximum(before_max, tl.where(mask & (words < local), z, -float("inf")))
-        if (local >= block) & (local < block + BLOCK_V) & (local < n_words):
-            tl.store(label_logit_ptr + row, tl.sum(tl.where(is_label, z, 0.0), axis=0))
-            tl.store(label_slope_ptr + row, tl.sum(tl.where(is_label, slope, 0.0), axis=0))
+        _ref_old, ref_offset, ref_factor = _raise_maximum(
+            ref_maximum_ptr + row, ref_tile_max, first
+        )
 
-    old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
-    new = tl.maximum(old, tl.max(tile_max, axis=0))
-    # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
-    offset = tl.where(new == -float("inf"), 0.0, new)
-    factor = tl.exp(old - offset)
-
-    # Second reading: the sum, and the weights.
+    # Second reading: the sums, and the weights.
     sums = tl.zeros((BLOCK_V,), tl.float32)
     shifted = tl.zeros((BLOCK_V,), tl.float32)
     squares = tl.zeros((BLOCK_V,), tl.float32)
-    for block in range(0, n_words, BLOCK_V):
-        words = block + offs_v
-        mask = words < n_words
+    ref_sums = tl.zeros((BLOCK_V,), tl.float32)
+    cross = tl.zeros((BLOCK_V,), tl.float32)
+    for block in range(0, n_entries, BLOCK_V):
+        entries = block + offs_v
+        mask = entries < n_entries
+        counts = mask & (entries != local)
         z, slope = load_logits(
             tile_row,
             bias_ptr,
-            words,
+            entries,
             mask,
             logit_scale,
             softcap,
@@ -118,23 +221,38 @@ def _fold_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
         )
-        z = tl.where(mask & (words != local), z - offset, -float("inf"))
-        e = tl.exp(z)
+        distance = tl.where(counts, z - offset, -float("inf"))
+        e = tl.exp(distance)
         sums += e
         if HAS_STATS:
             # exp is 0 from -104 down: the bound changes no product, and keeps 0 * -inf out.
-            shifted += e * tl.maximum(z, -200.0)
+            shifted += e * tl.maximum(distance, -200.0)
             squares += e * e
+        if HAS_REFERENCE:
+            x, _ref_slope = load_logits(
+                ref_tile_row,
+                ref_bias_ptr,
+                entries,
+                mask,
+                logit_scale,
+                softcap,
+                temperature,
+                HAS_REF_BIAS,
+                HAS_SOFTCAP,
+            )
+            ref_e = tl.exp(tl.where(counts, x - ref_offset, -float("inf")))
+            ref_sums += ref_e
+            # An entry that both models rule out, with a logit of -inf in both, is no difference.
+            cross += ref_e * tl.where(ref_e > 0, x - z, 0.0)
         if HAS_WEIGHTS:
             value = round_to(e * slope, weights_ptr.dtype.element_ty)
-            tl.store(weights_ptr + row * stride_wn + words, value, mask=mask)
+            tl.store(weights_ptr + row * stride_wn + entries, value, mask=mask)
+            if HAS_REFERENCE:
+                ref_value = round_to(ref_e * slope, ref_weights_ptr.dtype.element_ty)
+                tl.store(ref_weights_ptr + row * stride_un + entries, ref_value, mask=mask)
 
     total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
-    tl.store(maximum_ptr + row, new)
     tl.store(total_ptr + row, total * factor + tl.sum(sums, axis=0))
-    begins_elsewhere = (first != 0) & ((local < 0) | (local >= n_words))
-    tl.store(label_logit_ptr + row, -float("inf"), mask=begins_elsewhere)
-    tl.store(label_slope_ptr + row, 1.0, mask=begins_elsewhere)
     if HAS_WEIGHTS:
         tl.store(rescale_ptr + row, factor)
     if HAS_STATS:
@@ -142,12 +260,15 @@ def _fold_kernel(
         running = tl.load(shifted_ptr + row, mask=first == 0, other=0.0)
         running = (running + moved) * factor
         tl.store(shifted_ptr + row, running + tl.sum(shifted, axis=0))
-        running = tl.load(logit_sum_ptr + row, mask=first == 0, other=0.0)
-        tl.store(logit_sum_ptr + row, running + tl.sum(logit_sum, axis=0))
+        _add(logit_sum_ptr + row, 1.0, tile_logits, first)
         highest = tl.load(before_ptr + row, mask=first == 0, other=-float("inf"))
-        tl.store(before_ptr + row, tl.maximum(highest, tl.max(before_max, axis=0)))
-        running = tl.load(squares_ptr + row, mask=first == 0, other=0.0) * factor * factor
-        tl.store(squares_ptr + row, running + tl.sum(squares, axis=0))
+        tl.store(before_ptr + row, tl.maximum(highest, tile_before))
+        _add(squares_ptr + row, factor * factor, tl.sum(squares, axis=0), first)
+    if HAS_REFERENCE:
+        _add(ref_total_ptr + row, ref_factor, tl.sum(ref_sums, axis=0), first)
+        _add(cross_ptr + row, ref_factor, tl.sum(cross, axis=0), first)
+        if HAS_WEIGHTS:
+            tl.store(ref_rescale_ptr + row, ref_factor)
 
 
 def fold(
@@ -165,16 +286,25 @@ def fold(
     before: torch.Tensor | None = None,  # (n,)
     squares: torch.Tensor | None = None,  # (n,)
     *,
+    ref_tile: torch.Tensor | None = None,  # (n, v) float32, as tile; None: no reference
+    ref_bias: torch.Tensor | None = None,  # (v,)
+    ref_maximum: torch.Tensor | None = None,  # (n,), in and out, as are the next ones
+    ref_total: torch.Tensor | None = None,  # (n,)
+    ref_label_logit: torch.Tensor | None = None,  # (n,)
+    cross: torch.Tensor | None = None,  # (n,)
+    ref_rescale: torch.Tensor | None = None,  # (n,), out
+    ref_weights: torch.Tensor | None = None,  # (n, v), out, with weights; may be ref_tile itself
     start: int,
     first: bool,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Fold a tile into each token's running state; one launch."""
-    check_rows("tile", tile)
-    if weights is not None:
-        check_rows("weights", weights)
+    """Fold a tile, or a pair of tiles, into each token's running state; one launch."""
+    rows = {"tile": tile, "weights": weights, "ref_tile": ref_tile, "ref_weights": ref_weights}
+    for name, x in rows.items():
+        if x is not None:
+            check_rows(name, x)
     check_vectors(
         labels=labels,
         bias=bias,
@@ -187,11 +317,20 @@ def fold(
         logit_sum=logit_sum,
         before=before,
         squares=squares,
+        ref_bias=ref_bias,
+        ref_maximum=ref_maximum,
+        ref_total=ref_total,
+        ref_label_logit=ref_label_logit,
+        cross=cross,
+        ref_rescale=ref_rescale,
     )
     n, v = tile.shape
     if n == 0:
         return
-    config = row_config(v)
+    config = row_config(v) if ref_tile is None else pair_config(v)
+    # x - z with the transform's product contracted into it (fma) is the product's rounding error,
+    # and not 0, where the two logits are equal.
+    options = {} if ref_tile is None else {"enable_fp_fusion": False}
     count("fold")
     with on_device_of(tile):
         _fold_kernel[(n,)](
@@ -210,6 +349,16 @@ def fold(
             logit_sum,
             before,
             squares,
+            ref_tile,
+            0 if ref_tile is None else ref_tile.stride(0),
+            ref_bias,
+            ref_maximum,
+            ref_total,
+            ref_label_logit,
+            cross,
+            ref_rescale,
+            ref_weights,
+            0 if ref_weights is None else ref_weights.stride(0),
             start,
             int(first),
             v,
@@ -220,6 +369,9 @@ def fold(
             HAS_SOFTCAP=softcap is not None,
             HAS_WEIGHTS=weights is not None,
             HAS_STATS=shifted is not None,
+            HAS_REFERENCE=ref_tile is not None,
+            HAS_REF_BIAS=ref_bias is not None,
             BLOCK_V=config.block,
             num_warps=config.num_warps,
+            **options,
         )

@@ -1,11 +1,20 @@
-"""Turn a tile of raw products into the loss's derivative, once the fold has been finished.
+"""Turn a tile into the loss's gradient with respect to its raw products, once the fold is finished.
 
-    r u_v,    u_v = exp(z_v - unit) t_v,    u_label = label_value
+    out_v = r u_v,    u_v = exp(z_v - unit) t_v,    out_y = label_gradient
 
-with t_v the softcap's derivative and r the token's factor (see `finish`). All of it is float32 until
-the one rounding to the output's dtype. `weights` may be the tile itself.
+with t_v the softcap's derivative and r the token's factor (see `finish`; the caller multiplies by
+the transform's constant factor, or has it in r). With `ref_tile`, the reference's raw products over
+the same entries, the loss depends on the divergence `sum_v r_v (log r_v - log p_v)` as well, whose
+gradient is `p_v - r_v`: the reference's probabilities are added with a factor of their own,
 
-One program a token; a block of words reads only what it overwrites.
+    out_v = r exp(z_v - unit) t_v + ref_factor exp(x_v - ref_unit) t_v
+
+and `label_gradient` is formed by the caller, where neither difference cancels.
+
+With `is_kept` the tiles hold u_v, and the reference's, from the fold already. All of it is float32
+until the one rounding to the output's dtype. `weights` may be the tile itself.
+
+One program a token; a block of entries reads only what it overwrites.
 """
 
 from __future__ import annotations
@@ -16,7 +25,41 @@ import triton.language as tl
 
 from .launches import count
 from .primitives import check_rows, check_vectors, load_logits, on_device_of, round_to
-from .tiles import row_config
+from .tiles import pair_config, row_config
+
+
+@triton.jit
+def _exponentials(
+    row_ptr,
+    bias_ptr,
+    unit,
+    entries,
+    mask,
+    counts,
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_KEPT: tl.constexpr,
+):
+    """A block of exp(z - unit), 0 where it does not count, and of slopes; or what a fold kept."""
+    if IS_KEPT:
+        kept = tl.load(row_ptr + entries, mask=counts, other=0.0).to(tl.float32)
+        return kept, tl.full(kept.shape, 1.0, tl.float32)
+    z, slope = load_logits(
+        row_ptr,
+        bias_ptr,
+        entries,
+        mask,
+        logit_scale,
+        softcap,
+        temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+    )
+    # The label's own logit may lie far above the unit: its exponential is never formed.
+    return tl.exp(tl.where(counts, z - unit, -float("inf"))), slope
 
 
 @triton.jit
@@ -26,44 +69,74 @@ def _remake_weights_kernel(
     labels_ptr,
     bias_ptr,
     unit_ptr,
-    label_value_ptr,
     factor_ptr,
+    label_gradient_ptr,
     weights_ptr,
     stride_wn,
+    ref_tile_ptr,
+    stride_rn,
+    ref_bias_ptr,
+    ref_unit_ptr,
+    ref_factor_ptr,
     start,
-    n_words,
+    n_entries,
     logit_scale,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    HAS_REF_BIAS: tl.constexpr,
+    IS_KEPT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One token: its row of the tile into its row of weights."""
+    """One token: its row of the tile, or of both, into its row of weights."""
     row = tl.program_id(0).to(tl.int64)
     local = tl.load(labels_ptr + row) - start
     unit = tl.load(unit_ptr + row)
-    label_value = tl.load(label_value_ptr + row)
     factor = tl.load(factor_ptr + row)
-    for block in range(0, n_words, BLOCK_V):
-        words = block + tl.arange(0, BLOCK_V)
-        mask = words < n_words
-        z, slope = load_logits(
+    label_gradient = tl.load(label_gradient_ptr + row)
+    if HAS_REFERENCE:
+        ref_unit = tl.load(ref_unit_ptr + row)
+        ref_factor = tl.load(ref_factor_ptr + row)
+    for block in range(0, n_entries, BLOCK_V):
+        entries = block + tl.arange(0, BLOCK_V)
+        mask = entries < n_entries
+        counts = mask & (entries != local)
+        e, slope = _exponentials(
             tile_ptr + row * stride_tn,
             bias_ptr,
-            words,
+            unit,
+            entries,
             mask,
+            counts,
             logit_scale,
             softcap,
             temperature,
             HAS_BIAS,
             HAS_SOFTCAP,
+            IS_KEPT,
         )
-        # The label's own logit may lie far above the unit: its exponential is never formed.
-        z = tl.where(mask & (words != local), z - unit, -float("inf"))
-        u = tl.where(words == local, label_value, tl.exp(z) * slope)
-        value = round_to(u * factor, weights_ptr.dtype.element_ty)
-        tl.store(weights_ptr + row * stride_wn + words, value, mask=mask)
+        value = e * factor
+        if HAS_REFERENCE:
+            ref_e, _ref_slope = _exponentials(
+                ref_tile_ptr + row * stride_rn,
+                ref_bias_ptr,
+                ref_unit,
+                entries,
+                mask,
+                counts,
+                logit_scale,
+                softcap,
+                temperature,
+                HAS_REF_BIAS,
+                HAS_SOFTCAP,
+                IS_KEPT,
+            )
+            value += ref_e * ref_factor
+        value = tl.where(entries == local, label_gradient, value * slope)
+        value = round_to(value, weights_ptr.dtype.element_ty)
+        tl.store(weights_ptr + row * stride_wn + entries, value, mask=mask)
 
 
 def remake_weights(
@@ -71,23 +144,41 @@ def remake_weights(
     labels: torch.Tensor,  # (n,) int64
     bias: torch.Tensor | None,  # (v,)
     unit: torch.Tensor,  # (n,) float32
-    label_value: torch.Tensor,  # (n,) float32
     factor: torch.Tensor,  # (n,) float32, r
+    label_gradient: torch.Tensor,  # (n,) float32
     weights: torch.Tensor,  # (n, v), out; may be the tile itself
     *,
+    ref_tile: torch.Tensor | None = None,  # (n, v), as tile; None: no reference
+    ref_bias: torch.Tensor | None = None,  # (v,)
+    ref_unit: torch.Tensor | None = None,  # (n,) float32
+    ref_factor: torch.Tensor | None = None,  # (n,) float32
+    is_kept: bool = False,  # the tiles hold u, in any dtype
     start: int,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Turn a tile into the loss's derivative; one launch."""
+    """Turn a tile, or a pair of tiles, into the loss's gradient; one launch."""
     check_rows("tile", tile)
     check_rows("weights", weights)
-    check_vectors(labels=labels, bias=bias, unit=unit, label_value=label_value, factor=factor)
+    if ref_tile is not None:
+        check_rows("ref_tile", ref_tile)
+    check_vectors(
+        labels=labels,
+        bias=bias,
+        unit=unit,
+        factor=factor,
+        label_gradient=label_gradient,
+        ref_bias=ref_bias,
+        ref_unit=ref_unit,
+        ref_factor=ref_factor,
+    )
     n, v = tile.shape
     if n == 0:
         return
-    config = row_config(v)
+    config = row_config(v) if ref_tile is None else pair_config(v)
+    # Contracted (fma), the two products of equal distributions would not cancel exactly.
+    options = {} if ref_tile is None else {"enable_fp_fusion": False}
     count("remake_weights")
     with on_device_of(tile):
         _remake_weights_kernel[(n,)](
@@ -96,10 +187,15 @@ def remake_weights(
             labels,
             bias,
             unit,
-            label_value,
             factor,
+            label_gradient,
             weights,
             weights.stride(0),
+            ref_tile,
+            0 if ref_tile is None else ref_tile.stride(0),
+            ref_bias,
+            ref_unit,
+            ref_factor,
             start,
             v,
             float(logit_scale),
@@ -107,6 +203,10 @@ def remake_weights(
             float(temperature),
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
+            HAS_REFERENCE=ref_tile is not None,
+            HAS_REF_BIAS=ref_bias is not None,
+            IS_KEPT=is_kept,
             BLOCK_V=config.block,
             num_warps=config.num_warps,
+            **options,
         )

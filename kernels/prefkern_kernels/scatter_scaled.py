@@ -1,6 +1,6 @@
 """`out[rows[t]] = scale[t] values[t]`, rounded once: from D to the gradient of hidden.
 
-One program a token.
+With a divergence there are two terms of a token, and their sum is rounded. One program a token.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ def _scatter_scaled_kernel(
     values_ptr,
     stride_vn,
     scale_ptr,
+    others_ptr,
+    stride_on,
+    other_scale_ptr,
     rows_ptr,
     out_ptr,
-    stride_on,
+    stride_un,
     n_columns,
+    HAS_OTHERS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -34,8 +38,11 @@ def _scatter_scaled_kernel(
         columns = block + tl.arange(0, BLOCK_H)
         mask = columns < n_columns
         value = tl.load(values_ptr + token * stride_vn + columns, mask=mask, other=0.0) * scale
+        if HAS_OTHERS:
+            other = tl.load(others_ptr + token * stride_on + columns, mask=mask, other=0.0)
+            value += other * tl.load(other_scale_ptr + token)
         value = round_to(value, out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * stride_on + columns, value, mask=mask)
+        tl.store(out_ptr + row * stride_un + columns, value, mask=mask)
 
 
 def scatter_scaled(
@@ -43,9 +50,14 @@ def scatter_scaled(
     scale: torch.Tensor,  # (n,) float32
     rows: torch.Tensor | None,  # (n,) int64, no two the same; None: 0, 1, ...
     out: torch.Tensor,  # (m, H), in any dtype; other rows stay as they are
+    others: torch.Tensor | None = None,  # (n, H) float32, a second term; None: there is none
+    other_scale: torch.Tensor | None = None,  # (n,) float32
 ) -> None:
     """Scale rows and put them in their places; one launch."""
     check_rows("values", values)
+    if others is not None and other_scale is not None:
+        check_rows("others", others)
+        other_scale = other_scale.contiguous()
     check_rows("out", out)
     scale = scale.contiguous()
     check_vectors(rows=rows)
@@ -59,10 +71,14 @@ def scatter_scaled(
             values,
             values.stride(0),
             scale,
+            others,
+            0 if others is None else others.stride(0),
+            other_scale,
             rows,
             out,
             out.stride(0),
             h,
+            HAS_OTHERS=others is not None,
             HAS_ROWS=rows is not None,
             BLOCK_H=config.block,
             num_warps=config.num_warps,

@@ -1,12 +1,13 @@
 """FusedPreferenceLoss: hidden states, head and labels in; a preference loss out; no logits between.
 
-Per-token log-probs come from the operator's passes over tiles (and, for TDPO, divergences from
-`prefkern.kl`'s); their sequence sums and the objective are `prefkern.loss.pairwise`'s. KTO, which knows
-no pairs, takes single responses through the same call.
+The operator's passes over tiles give per-token log-probs (and, for TDPO, divergences from the
+reference); `pairwise` forms their sequence sums and asks the objective. KTO has no pairs: it takes
+single responses through the same call.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,8 @@ from prefkern.loss import checks as loss_checks
 from prefkern.loss import nonfinite, pairwise
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
-from prefkern.ops import call, checks, kl, sequences
-from prefkern.ops.operands import LowRank, Transform
+from prefkern.ops import call, checks, compiled, sequences
+from prefkern.ops.operands import Head, LowRank, Transform, same_head
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.plan import Plan
 
@@ -109,7 +110,7 @@ class FusedPreferenceLoss(nn.Module):
             mismatched_log_ratios: KTO, [M]: log policy / reference of mismatched pairs, summed;
                 see `prefkern.objectives.Examples`.
             lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
-                `prefkern.linear_logprobs`. Not for TDPO.
+                `prefkern.linear_logprobs`.
 
         Raises TypeError and ValueError as `prefkern.linear_logprobs` does, for an odd number of
         sequences, and for a reference or margins that are missing, given twice, or given in part.
@@ -117,11 +118,6 @@ class FusedPreferenceLoss(nn.Module):
         is_paired = isinstance(self.objective, Objective)
         checks.head(hidden, weight, bias)
         checks.low_rank(hidden, weight, lora_hidden, lora_weight)
-        if lora_hidden is not None and is_paired and self.objective.needs_kls:
-            name = loss_checks.inner_name(self.objective)
-            raise ValueError(
-                f"lora_hidden was given, and {name} does not support an adapter on the head"
-            )
         checks.labels(labels, hidden.shape[:-1], hidden.device)
         checks.transform(logit_scale, softcap, temperature)
         bounds = loss_checks.bounds(labels, cu_seqlens, is_paired)
@@ -140,16 +136,14 @@ class FusedPreferenceLoss(nn.Module):
                 f"on_nonfinite={self.on_nonfinite!r} reads a number of the device, which "
                 "torch.compile and CUDA graphs cannot; leave it None, and look at the loss outside"
             )
+        head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
+        reference = None
+        if ref_hidden is not None and ref_weight is not None:
+            reference = Head.of(ref_hidden, ref_weight, ref_bias)
         if torch.compiler.is_compiling():
-            if lora_hidden is not None:
-                from prefkern.ops import compiled
-
-                raise NotImplementedError(compiled.NO_ADAPTER)
             return self._compiled(
-                _Head(hidden, weight, bias),
-                None
-                if ref_hidden is None or ref_weight is None
-                else _Head(ref_hidden.detach(), ref_weight.detach(), ref_bias),
+                head,
+                reference,
                 labels,
                 bounds,
                 cu_seqlens is not None,
@@ -167,10 +161,6 @@ class FusedPreferenceLoss(nn.Module):
             labels.reshape(-1), self.ignore_index, weight.shape[0], bounds, cu_seqlens is not None
         )
         assert scored.offsets is not None
-        head = _Head(hidden, weight, bias, call.low_rank_of(lora_hidden, lora_weight))
-        reference = None
-        if ref_hidden is not None and ref_weight is not None:
-            reference = _Head(ref_hidden, ref_weight, ref_bias)
         tokens = _score_tokens(
             self.objective, head, reference, scored, transform, workspace_mb, backend, return_stats
         )
@@ -231,8 +221,8 @@ class FusedPreferenceLoss(nn.Module):
 
     def _compiled(
         self,
-        head: _Head,
-        reference: _Head | None,
+        head: Head,
+        reference: Head | None,
         labels: Tensor,  # (2B, T), or (M,)
         bounds: Tensor,  # (2B + 1,)
         is_packed: bool,
@@ -244,36 +234,34 @@ class FusedPreferenceLoss(nn.Module):
         mismatched_log_ratios: Tensor | None,
     ) -> PreferenceOutput | UnpairedOutput:
         """The same under torch.compile: the passes are opaque to it, all else is traced."""
-        from prefkern.ops import compiled
-
         objective = self.objective
         is_paired = isinstance(objective, Objective)
-        if is_paired and objective.needs_kls:
-            name = loss_checks.inner_name(objective)
-            raise NotImplementedError(f"{name} under torch.compile is not supported yet")
-
+        needs_kls = is_paired and objective.needs_kls
         # Each call checks them: the sums of what it returns must not be formed before.
         unchecked = bounds if is_packed else None
-
-        def token_logprobs(head: _Head, with_stats: bool = False):
-            return compiled.token_logprobs(
-                head.hidden,
-                head.weight,
-                labels,
-                head.bias,
-                self.ignore_index,
-                transform,
-                self.workspace_mb,
-                self.backend,
-                with_stats,
-                unchecked,
-            )
-
-        if reference is not None:
+        token_logprobs = functools.partial(
+            compiled.token_logprobs,
+            labels=labels,
+            ignore_index=self.ignore_index,
+            transform=transform,
+            workspace_mb=self.workspace_mb,
+            backend=self.backend,
+            bounds=unchecked,
+        )
+        if reference is not None and not needs_kls:
             with torch.no_grad():
-                ref_logps = compiled.sequence_sums(token_logprobs(reference)[0], bounds)
+                ref_logps = compiled.sequence_sums(token_logprobs(reference).logps, bounds)
         needs_alignments = is_paired and objective.needs_alignments
-        logps, stats = token_logprobs(head, return_stats or needs_alignments)
+        tokens = token_logprobs(
+            head,
+            reference=reference if needs_kls else None,
+            with_stats=return_stats or needs_alignments,
+        )
+        logps, stats = tokens.logps, tokens.stats
+        kls = None
+        if tokens.kl is not None and tokens.ref_logps is not None:
+            ref_logps = compiled.sequence_sums(tokens.ref_logps, bounds)
+            kls = compiled.sequence_sums(tokens.kl, bounds)
         if ref_logps is not None:
             ref_logps = ref_logps.detach().to(logps.dtype)
         mask = labels != self.ignore_index
@@ -291,7 +279,7 @@ class FusedPreferenceLoss(nn.Module):
             per_token = (logps.detach() - stats[3]) * mask
             alignments = compiled.sequence_sums(per_token, bounds) / lengths.clamp(min=1)
         margins = None if reward_margins is None else reward_margins.detach().to(logps.dtype)
-        pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments)
+        pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments, kls)
         return _output_of(objective, pairs, objective(pairs), token_stats)
 
 
@@ -323,16 +311,6 @@ def _unpaired_output(
 
 
 @dataclass(frozen=True)
-class _Head:
-    """Hidden states and the head that they go through."""
-
-    hidden: Tensor  # (..., H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    low_rank: LowRank | None = None
-
-
-@dataclass(frozen=True)
 class _Tokens:
     """The scored tokens' numbers, (N,) each."""
 
@@ -345,8 +323,8 @@ class _Tokens:
 
 def _score_tokens(
     objective: Objective | UnpairedObjective,
-    head: _Head,
-    reference: _Head | None,
+    head: Head,
+    reference: Head | None,
     scored: sequences.Scored,
     transform: Transform,
     workspace_mb: float,
@@ -355,69 +333,30 @@ def _score_tokens(
 ) -> _Tokens:
     """Log-probs of policy and reference, and what else the objective needs of a token."""
     is_paired = isinstance(objective, Objective)
-    needs_stats = return_stats or (is_paired and objective.needs_alignments)
-
-    def run(head: _Head, with_stats: bool = False, ref_hidden: Tensor | None = None):
-        return call.run(
-            head.hidden,
-            head.weight,
-            head.bias,
-            scored,
-            transform,
-            workspace_mb,
-            backend,
-            with_stats,
-            ref_hidden,
-            head.low_rank,
-        )
-
-    if is_paired and objective.needs_kls:
-        assert reference is not None
-        stats = None
-        if needs_stats:
-            # The pass over both heads folds no statistics: they take a pass of their own.
-            with torch.no_grad():
-                stats = run(head, True)[0].stats
-        logps, ref_logps, kls, plan = kl.run(
-            head.hidden,
-            head.weight,
-            head.bias,
-            reference.hidden,
-            reference.weight,
-            reference.bias,
-            scored,
-            transform,
-            workspace_mb,
-            backend,
-        )
-        return _Tokens(logps, ref_logps, kls, stats, plan)
-    ref_logps = None
-    if reference is not None and _same_head(head, reference):
-        # One reading of the weight serves both, and both are folded in the same order.
-        result, plan = run(head, needs_stats, reference.hidden)
-        return _Tokens(result.logps, result.ref_logps, None, result.stats, plan)
-    if reference is not None:
-        with torch.no_grad():
-            ref_logps = run(reference)[0].logps
-    result, plan = run(head, needs_stats)
-    return _Tokens(result.logps, ref_logps, None, result.stats, plan)
-
-
-def _same_head(head: _Head, reference: _Head) -> bool:
-    """Whether both go through the same numbers, in the same dtype."""
-    if head.hidden.dtype != reference.hidden.dtype or head.low_rank is not None:
-        return False
-    if (head.bias is None) != (reference.bias is None):
-        return False
-    pairs = [(head.weight, reference.weight)]
-    if head.bias is not None and reference.bias is not None:
-        pairs.append((head.bias, reference.bias))
-    return all(
-        a is b
-        or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.is_neg())
-        == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.is_neg())
-        for a, b in pairs
+    needs_kls = is_paired and objective.needs_kls
+    run = functools.partial(
+        call.run,
+        scored=scored,
+        transform=transform,
+        workspace_mb=workspace_mb,
+        backend=backend,
     )
+    ref_logps = ref_plan = None
+    if reference is not None and not needs_kls and not same_head(head, reference):
+        with torch.no_grad():
+            result, ref_plan = run(reference)
+        ref_logps, reference = result.logps, None
+    result, plan = run(
+        head,
+        reference=reference,
+        with_stats=return_stats or (is_paired and objective.needs_alignments),
+        with_divergence=needs_kls,
+    )
+    if ref_plan is not None:
+        plan = plan.after(ref_plan)
+    if reference is not None:
+        ref_logps = result.ref_logps
+    return _Tokens(result.logps, ref_logps, result.kl, result.stats, plan)
 
 
 def _paired_output(

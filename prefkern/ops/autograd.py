@@ -1,19 +1,19 @@
-"""The autograd function of the operator: scored tokens' log-probs, differentiable.
+"""The autograd function of the operator: scored tokens' log-probs, and a divergence, and gradients.
 
-What is kept for backward: `D = d logp / d hidden`, (N, H) in float32, where hidden needs a gradient,
-so that `dhidden = grad * D` is rounded once; where the head needs one, `passes.HeadTerms` and the
-inputs themselves. Nothing saved is ever overwritten: a second backward call with `retain_graph` is
-right.
+What is saved for backward is what `passes.forward` gathers: for a frozen head D, and K with a
+divergence, (N, W) float32 each, so that backward is one scaling and reads no weight; for a trained
+one three numbers a token, the probabilities that the plan keeps and the inputs themselves, of which
+the others are recomputed. Nothing saved is overwritten: a second backward with `retain_graph` is right.
+Nothing of the reference has a gradient, and differentiating a gradient raises (`once`).
 
 A plain function, in the graph of whatever module's forward calls it, so that the hooks of DDP, FSDP
-and PEFT see the parameters as they see any other. Differentiating its gradient raises.
+and PEFT see the parameters as they see any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from prefkern.ops import passes
 from prefkern.ops.memory import Budget
 from prefkern.ops.once import anchors, differentiable_once, refuse_tangents
 from prefkern.ops.operands import Head, LowRank, Operands, Transform
+from prefkern.ops.passes import Gathered
 from prefkern.ops.plan import Gradients, Plan
+from prefkern.ops.tile_ops import TileOps
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,22 @@ class Call:
 
     transform: Transform
     operands: Operands
+    ref_operands: Operands | None  # None: there is no reference
     plan: Plan
-    ops: ModuleType
+    ops: TileOps
     with_stats: bool
     budget: Budget
 
 
 @dataclass(frozen=True)
 class Result:
-    """(N,) each, of the scored tokens; only `logps` carries a gradient."""
+    """What a call gives: (N,) each, for scored tokens in their order."""
 
     logps: Tensor
-    stats: tuple[Tensor, Tensor, Tensor, Tensor] | None  # as `fold_state.statistics`
-    ref_logps: Tensor | None
+    # entropy, mean logit, is_top1, log sum_v p_v^2
+    stats: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
 
     def masked(self, mask: Callable[[Tensor], Tensor]) -> Result:
         """The same with `mask` applied to everything."""
@@ -51,31 +56,30 @@ class Result:
         if self.stats is not None:
             entropy, mean_logit, is_top1, collision = map(mask, self.stats)
             stats = entropy, mean_logit, is_top1, collision
-        ref_logps = None if self.ref_logps is None else mask(self.ref_logps)
-        return Result(mask(self.logps), stats, ref_logps)
+        ref_logps, kl = (None if x is None else mask(x) for x in (self.ref_logps, self.kl))
+        return Result(mask(self.logps), stats, ref_logps, kl)
 
 
 def scored_logprobs(
-    hidden: Tensor,  # (M, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    low_rank: LowRank | None,  # an adapter's part of the head
-    ref_hidden: Tensor | None,  # (M, H), a reference's, through the same head
+    head: Head,
+    reference: Head | None,  # through the same head, or of a divergence; as the plan has it
     rows: Tensor | None,  # (N,)
     labels: Tensor,  # (N,)
     call: Call,
 ) -> Result:
-    """Log-probs of the scored tokens; when asked, statistics of them and a reference's log-probs."""
-    lora_hidden, lora_weight = (None, None) if low_rank is None else vars(low_rank).values()
-    tensors = (hidden, weight, bias, lora_hidden, lora_weight, ref_hidden, rows, labels)
-    refuse_tangents(hidden=hidden, weight=weight, bias=bias)
+    """Log-probs of the scored tokens; when asked, statistics, and a reference's and the divergence."""
+    trained = _tensors(head)
+    refuse_tangents(hidden=head.hidden, weight=head.weight, bias=head.bias)
     if call.plan.structure == "forward":
         with torch.no_grad():
-            passed = _forward(*tensors, call)
-        return Result(passed.logps, passed.stats, passed.ref_logps)
-    once = anchors(hidden, weight, bias, lora_hidden, lora_weight)
-    logps, ref_logps, *stats = _LinearLogprobs.apply(*tensors, call, once)
-    return Result(logps, (stats[0], stats[1], stats[2], stats[3]) if stats else None, ref_logps)
+            passed = _forward(head, reference, rows, labels, call)
+        return Result(passed.logps, passed.stats, passed.ref_logps, passed.kl)
+    of_reference = (None, None, None) if reference is None else _tensors(reference)[:3]
+    logps, kl, ref_logps, *stats = _LinearLogprobs.apply(
+        *trained, *of_reference, rows, labels, call, anchors(*trained)
+    )
+    joined = (stats[0], stats[1], stats[2], stats[3]) if stats else None
+    return Result(logps, joined, ref_logps, kl)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -88,133 +92,131 @@ class _LinearLogprobs(torch.autograd.Function):
         lora_hidden: Tensor | None,
         lora_weight: Tensor | None,
         ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
         rows: Tensor | None,
         labels: Tensor,
         call: Call,
         once: tuple[Tensor, ...],
     ) -> tuple[Tensor | None, ...]:
-        operands = (hidden, weight, bias, lora_hidden, lora_weight)
-        passed = _forward(*operands, ref_hidden, rows, labels, call)
+        inputs = (hidden, weight, bias, lora_hidden, lora_weight, ref_hidden, ref_weight, ref_bias)
+        passed = _forward(*_heads(call, *inputs), rows, labels, call)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.anchors = call, once
+        ctx.shape_of_values = passed.logps.shape, passed.logps.device
         ctx.states = [(x.shape, x.dtype) for x in (hidden, lora_hidden) if x is not None]
-        saved: tuple[Tensor | None, ...] = (passed.derivative, rows)
-        ctx.kept_at = None
-        if passed.terms is not None:
-            storage = passed.terms.kept.untyped_storage()
-            ctx.kept_at = (storage.data_ptr(), storage.nbytes())
-            saved += (labels, *operands, *vars(passed.terms).values())
-        ctx.save_for_backward(*saved)
+        gathered = passed.gathered
+        ctx.kept_at = [_place(x) for x in (gathered.kept, gathered.ref_kept) if x is not None]
+        # A frozen head's backward has no product, and reads no input.
+        saved: tuple[Tensor | None, ...] = ()
+        if call.plan.trains_head:
+            saved = (labels, *inputs[:5], *(inputs[5:] if call.plan.has_divergence else ()))
+        ctx.save_for_backward(*gathered.tensors(), rows, *saved)
         constant = (passed.ref_logps, *(passed.stats or ()))
         ctx.mark_non_differentiable(*(x for x in constant if x is not None))
-        return passed.logps, *constant
+        return passed.logps, passed.kl, *constant
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 10
-        budget, grad = ctx.call.budget, grad.to(ctx.call.operands.wide).resolve_neg()
+    def backward(
+        ctx, dlogps: Tensor | None, dkl: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dlogps is None and dkl is None:
+            return (None,) * 12
+        wide, budget = ctx.call.operands.wide, ctx.call.budget
+        # With a divergence, both: one that is not given is 0.
+        given = (dlogps, dkl) if ctx.call.plan.has_divergence else (dlogps,)
+        shape, device = ctx.shape_of_values
+        grads = [
+            torch.zeros(shape, dtype=wide, device=device) if x is None else x.to(wide).resolve_neg()
+            for x in given
+        ]
 
         def again(workspace_mb: float) -> Plan:
             """Recompute what was kept, and give its memory back, for a second backward as well."""
-            if ctx.kept_at is not None:
-                storage = ctx.saved_tensors[-1].untyped_storage()
+            gathered = _saved(ctx)[0]
+            for x, place in zip((gathered.kept, gathered.ref_kept), ctx.kept_at, strict=False):
                 # What a saved-tensor hook has put in its place is not ours.
-                if (storage.data_ptr(), storage.nbytes()) == ctx.kept_at:
-                    storage.resize_(0)
+                if x is not None and _place(x) == place:
+                    x.untyped_storage().resize_(0)
             made = budget.plan_of(workspace_mb=workspace_mb, kept=0)
             made = replace(made, forward_tiles=ctx.call.plan.forward_tiles)
             ctx.call = replace(ctx.call, plan=made)
             return made
 
-        with without_autocast(grad):
+        with without_autocast(grads[0]):
             gradients, _ = budget.attempt(
-                lambda plan: _gradients(ctx, grad, plan), ctx.call.plan, "backward", again
+                lambda plan: _gradients(ctx, grads, plan), ctx.call.plan, "backward", again
             )
-        return *gradients, *(None,) * 5
+        return *gradients, *(None,) * 7
 
 
-def _gradients(ctx, grad: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:
+def _saved(ctx) -> tuple[Gathered, Tensor | None, list[Tensor]]:
+    """What forward gathered, rows, and for a trained head labels and the inputs."""
+    count = len(vars(Gathered()))
+    rows, *saved = ctx.saved_tensors[count:]
+    return Gathered(*ctx.saved_tensors[:count]), rows, saved
+
+
+def _gradients(ctx, grads: list[Tensor], plan: Plan) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight, bias and an adapter's two."""
-    call, needs = ctx.call, Gradients(*ctx.needs_input_grad[:5])
-    derivative, rows, *for_head = ctx.saved_tensors
-    dhidden = dlora_hidden = dweight = dbias = dlora_weight = None
-    if derivative is not None:
-        dhidden, dlora_hidden = _state_gradients(ctx, grad, derivative, rows, needs)
-    if for_head:
-        labels, hidden, weight, bias, lora_hidden, lora_weight, *terms = for_head
-        dweight, dbias, dlora_weight = passes.head_gradient(
-            grad,
-            _head(hidden, weight, bias, lora_hidden, lora_weight, call),
-            rows,
-            labels,
-            passes.HeadTerms(*terms),
-            call.transform,
-            plan,
-            call.ops,
-            needs,
-        )
-    return dhidden, dweight, dbias, dlora_hidden, dlora_weight
-
-
-def _state_gradients(
-    ctx, grad: Tensor, derivative: Tensor, rows: Tensor | None, needs: Gradients
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and of an adapter's hidden, each from its columns of D."""
-    start, own = ctx.call.plan.state_columns.start, ctx.call.plan.hidden_size
-
-    def gradient(part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return passes.hidden_gradient(grad, part, rows, shape, dtype, ctx.call.ops)
-
-    dhidden = dlora = None
-    if needs.hidden:
-        dhidden = gradient(derivative[:, :own], *ctx.states[0])
-    if needs.lora_hidden:
-        shape, dtype = ctx.states[1]
-        dlora = gradient(derivative[:, own - start :][:, : shape[1]], shape, dtype)
-    return dhidden, dlora
+    call, (gathered, rows, saved) = ctx.call, _saved(ctx)
+    labels, head, reference = None, None, None
+    if plan.trains_head:
+        labels, *inputs = saved
+        head, reference = _heads(call, *inputs)
+    return passes.backward(
+        grads,
+        head,
+        reference,
+        rows,
+        labels,
+        gathered,
+        ctx.states,
+        call.transform,
+        plan,
+        call.ops,
+        Gradients(*ctx.needs_input_grad[:5]),
+    )
 
 
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    ref_hidden: Tensor | None,
-    rows: Tensor | None,
-    labels: Tensor,
-    call: Call,
+    head: Head, reference: Head | None, rows: Tensor | None, labels: Tensor, call: Call
 ) -> passes.Passed:
-    reference = None
-    if ref_hidden is not None:
-        reference = Head(ref_hidden, weight, bias, call.operands)
-    with without_autocast(hidden):
+    with without_autocast(head.hidden):
         return passes.forward(
-            _head(hidden, weight, bias, lora_hidden, lora_weight, call),
-            rows,
-            labels,
-            call.transform,
-            call.plan,
-            call.ops,
-            call.with_stats,
-            reference,
+            head, reference, rows, labels, call.transform, call.plan, call.ops, call.with_stats
         )
 
 
-def _head(
+def _tensors(head: Head) -> tuple[Tensor | None, ...]:
+    adapter = (
+        (None, None) if head.low_rank is None else (head.low_rank.hidden, head.low_rank.weight)
+    )
+    return head.hidden, head.weight, head.bias, *adapter
+
+
+def _heads(
+    call: Call,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_hidden: Tensor | None,
     lora_weight: Tensor | None,
-    call: Call,
-) -> Head:
-    low_rank = None
-    if lora_hidden is not None and lora_weight is not None:
-        low_rank = LowRank(lora_hidden, lora_weight)
-    return Head(hidden, weight, bias, call.operands, low_rank)
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+) -> tuple[Head, Head | None]:
+    """The policy's and the reference's, of what autograd hands over one by one."""
+    head = Head(hidden, weight, bias, call.operands, LowRank.of(lora_hidden, lora_weight))
+    if ref_hidden is None or ref_weight is None or call.ref_operands is None:
+        return head, None
+    return head, Head(ref_hidden, ref_weight, ref_bias, call.ref_operands)
+
+
+def _place(kept: Tensor) -> tuple[int, int]:
+    storage = kept.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

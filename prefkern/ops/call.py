@@ -15,76 +15,70 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prefkern.ops import checks, memory, plan, sequences
+from prefkern.ops import checks, memory, plan, sequences, torch_tiles
 from prefkern.ops.autograd import Call, Result, scored_logprobs
-from prefkern.ops.operands import LowRank, Operands, Transform, as_stored
+from prefkern.ops.operands import Head, Transform
+from prefkern.ops.tile_ops import TileOps
 
 BACKENDS = ("triton", "torch")
 
 
 def run(
-    hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    head: Head,
     scored: sequences.Scored,
     transform: Transform,
     workspace_mb: float,
     backend: str,
-    with_stats: bool,
-    ref_hidden: Tensor | None = None,  # (..., H), a reference's, through the same head
-    low_rank: LowRank | None = None,
+    *,
+    reference: Head | None = None,
+    with_stats: bool = False,
+    with_divergence: bool = False,
 ) -> tuple[Result, plan.Plan]:
-    """Plan and run checked arguments, again where memory runs out; and the plan that ran."""
-    hidden, weight = hidden.resolve_neg(), weight.resolve_neg()
-    bias, ref_hidden = as_stored(bias), as_stored(ref_hidden)
-    if low_rank is not None:
-        low_rank = LowRank(low_rank.hidden.resolve_neg(), low_rank.weight.resolve_neg())
-    operands = operands_of(hidden)
-    gradients = wanted_gradients(hidden, weight, bias, low_rank)
+    """Plan and run checked arguments, again where memory runs out; and the plan that ran.
+
+    Args:
+        reference: a reference's states; of its head only with a divergence, else they go through
+            the policy's (`same_head`).
+    """
+    reference = None if reference is None else reference.detach()
+    gradients = wanted_gradients(head)
     product_row = None
     if backend == "triton" and not (gradients.states or gradients.head or with_stats):
-        is_plain = operands.dtype == hidden.dtype == weight.dtype
-        is_plain = is_plain and ref_hidden is None and low_rank is None
-        kernels = _kernels()
-        assert kernels is not None
-        if is_plain:
-            plain = bias is None and transform.softcap is None
-            product_row = kernels.product_fold_row(hidden, weight, plain)
+        is_plain = head.operands.dtype == head.hidden.dtype == head.weight.dtype
+        if is_plain and reference is None and head.low_rank is None:
+            kernels = _kernels()
+            assert kernels is not None
+            plain = head.bias is None and transform.softcap is None
+            product_row = kernels.product_fold_row(head.hidden, head.weight, plain)
+    ref_size = None
+    if reference is not None:
+        ref_size = reference.size if with_divergence else head.size
     plan_of = functools.partial(
         plan.make_plan,
         tokens=scored.count,
-        vocab_size=weight.shape[0],
-        head=planned_head(hidden, weight, operands, low_rank),
+        vocab_size=head.weight.shape[0],
+        head=head.size,
         gradients=gradients,
         backend=backend,
         has_softcap=transform.softcap is not None,
         with_stats=with_stats,
-        with_reference=ref_hidden is not None,
+        reference=ref_size,
+        with_divergence=with_divergence,
         product_row=product_row,
     )
     made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
-    if low_rank is not None:
-        flat = low_rank.hidden.reshape(-1, low_rank.hidden.shape[-1])
-        low_rank = LowRank(scored.cleared(flat), low_rank.weight)
     budget = memory.Budget(
-        workspace_mb, plan_of, plan.recorder(), retries=not sequences.is_capturing(hidden)
+        workspace_mb, plan_of, plan.recorder(), retries=not sequences.is_capturing(head.hidden)
     )
-    tensors = (
-        scored.cleared(hidden.reshape(-1, hidden.shape[-1])),
-        weight,
-        # Kernels walk the bias word by word: no strides, no expanded views. (V,): a small copy.
-        None if bias is None else bias.contiguous(),
-        low_rank,
-        None if ref_hidden is None else ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]),
-        scored.rows,
-        scored.labels,
-    )
+    head = head.through(scored.cleared)
+    reference = None if reference is None else reference.through(scored.cleared)
+    ref_operands = None if reference is None else reference.operands
     ops = tile_operations(backend)
 
     def attempt(made: plan.Plan) -> Result:
-        call = Call(transform, operands, made, ops, with_stats, budget)
-        return scored_logprobs(*tensors, call)
+        call = Call(transform, head.operands, ref_operands, made, ops, with_stats, budget)
+        return scored_logprobs(head, reference, scored.rows, scored.labels, call)
 
     result, made = budget.attempt(attempt, made, "forward")
     if scored.live is not None:
@@ -92,33 +86,14 @@ def run(
     return result, made
 
 
-def low_rank_of(hidden: Tensor | None, weight: Tensor | None) -> LowRank | None:
-    return None if hidden is None or weight is None else LowRank(hidden, weight)
-
-
-def planned_head(
-    hidden: Tensor, weight: Tensor, operands: Operands, low_rank: LowRank | None = None
-) -> plan.Head:
-    """What the plan must know of a head."""
-    return plan.Head(
-        weight.shape[1],
-        operands.compute_dtype,
-        operands.upcasts,
-        hidden.dtype,
-        weight.dtype,
-        0 if low_rank is None else low_rank.weight.shape[1],
-    )
-
-
-def wanted_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None
-) -> plan.Gradients:
+def wanted_gradients(head: Head) -> plan.Gradients:
     if not torch.is_grad_enabled():
         return plan.Gradients(False, False, False)
+    low_rank = head.low_rank
     return plan.Gradients(
-        hidden.requires_grad,
-        weight.requires_grad,
-        bias is not None and bias.requires_grad,
+        head.hidden.requires_grad,
+        head.weight.requires_grad,
+        head.bias is not None and head.bias.requires_grad,
         low_rank is not None and low_rank.hidden.requires_grad,
         low_rank is not None and low_rank.weight.requires_grad,
     )
@@ -180,26 +155,8 @@ def _kernels() -> ModuleType | None:
     return importlib.import_module("prefkern_kernels")
 
 
-def tile_operations(backend: str, twin: str = "prefkern.ops.torch_tiles") -> ModuleType:
-    """The backend's functions on tiles; `twin` names the module that has them in torch."""
-    if backend == "triton":
-        kernels = _kernels()
-        assert kernels is not None
-        return kernels
-    return importlib.import_module(twin)
-
-
-def operands_of(hidden: Tensor) -> Operands:
-    """How a call with these hidden states multiplies, autocast included."""
-    device = hidden.device.type
-    # Autocast leaves float64 as it is.
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return operands_for(torch.get_autocast_dtype(device), device)
-    return operands_for(hidden.dtype, device)
-
-
-def operands_for(dtype: torch.dtype, device_type: str) -> Operands:
-    # Only CUDA's libraries have products of half-precision operands with a float32 result.
-    has_wide_product = device_type == "cuda" and torch.version.hip is None
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    return Operands(dtype, upcasts=is_half and not has_wide_product)
+def tile_operations(backend: str) -> TileOps:
+    """The backend's functions on tiles."""
+    kernels = _kernels() if backend == "triton" else torch_tiles
+    assert kernels is not None
+    return kernels  # pyright: ignore[reportReturnType]

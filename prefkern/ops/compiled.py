@@ -1,10 +1,10 @@
 """The operator and the loss as `torch.compile` sees them: opaque operators around the same passes.
 
-Inside a compiled region `linear_logprobs` and `FusedPreferenceLoss` come here. What happens to a
-tile is behind two operators of torch's library, `prefkern::logprobs` and its backward, so that the
-graph is whole (`fullgraph=True`); sequence sums and the objective are traced, and the compiler
-fuses them. How many tokens are scored is known only when the operator runs: its outputs have room
-for all M tokens, of which the first N are used, so nothing in the graph depends on N.
+Inside a compiled region `linear_logprobs`, `linear_kl` and `FusedPreferenceLoss` come here. What
+happens to a tile is behind two operators of torch's library, `prefkern::logprobs` and its backward,
+so that the graph is whole (`fullgraph=True`); sequence sums and the objective are traced, and the
+compiler fuses them. How many tokens are scored is known only when the operator runs: its outputs
+have room for all M tokens, of which the first N are used, so nothing in the graph depends on N.
 
 What differs from an eager call: a label out of range is found when the compiled function runs; an
 output has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pairs.
@@ -13,31 +13,44 @@ output has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pai
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from prefkern.ops import call, memory, passes, plan, sequences
 from prefkern.ops.autograd import without_autocast
-from prefkern.ops.operands import Head, Operands, Transform
+from prefkern.ops.operands import Head, LowRank, Operands, Transform, operands_for
+from prefkern.ops.passes import Gathered
 
-# What both operators are told beside their tensors.
+T = TypeVar("T")
+
+# The tensors of a head and of a reference, as both operators take them.
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, "
+    "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
+)
+# The arguments of both that are not tensors.
 _OPTIONS = (
     "int ignore_index, float logit_scale, float? softcap, float temperature, "
-    "float workspace_mb, str backend, ScalarType compute_dtype, bool upcasts"
+    "float workspace_mb, str backend, ScalarType compute_dtype, ScalarType ref_compute_dtype, "
+    "bool of_hidden, bool of_weight, bool of_bias, bool of_lora_hidden, bool of_lora_weight"
 )
+# What forward gathers, each a tensor of no size where the call has no use for it.
+_GATHERED = tuple(vars(Gathered()))
+# Outputs of forward before those: log-probs, the reference's, the divergence, four statistics.
+_VALUES = 7
 # The share of the workspace that kept probabilities may take: the rest is for the tiles, for which
 # 8 MiB are enough at any shape.
 _KEPT_SHARE = 0.75
 _LEAST_MB_TO_KEEP = 32
 
-NO_ADAPTER = "a LoRA adapter on the head (lora_hidden) is not supported under torch.compile yet"
-
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments that are not tensors, as an operator takes them."""
+    """The arguments that are not tensors."""
 
     ignore_index: int
     logit_scale: float
@@ -46,290 +59,285 @@ class Options:
     workspace_mb: float
     backend: str
     compute_dtype: torch.dtype
-    upcasts: bool
+    ref_compute_dtype: torch.dtype
+    # Whose gradients are asked for.
+    of_hidden: bool
+    of_weight: bool
+    of_bias: bool
+    of_lora_hidden: bool
+    of_lora_weight: bool
 
     @property
-    def operands(self) -> Operands:
-        return Operands(self.compute_dtype, self.upcasts)
+    def gradients(self) -> plan.Gradients:
+        return plan.Gradients(
+            self.of_hidden, self.of_weight, self.of_bias, self.of_lora_hidden, self.of_lora_weight
+        )
 
     @property
     def transform(self) -> Transform:
         return Transform(self.logit_scale, self.softcap, self.temperature)
 
-    def values(self) -> tuple:
-        return (
-            self.ignore_index,
-            self.logit_scale,
-            self.softcap,
-            self.temperature,
-            self.workspace_mb,
-            self.backend,
-            self.compute_dtype,
-            self.upcasts,
+
+class _Inputs(NamedTuple):
+    """The tensors of a head and of a reference; states are of all M tokens."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_hidden: Tensor | None
+    lora_weight: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+
+    @property
+    def has_divergence(self) -> bool:
+        return self.ref_hidden is not None
+
+    def heads(self, options: Options) -> tuple[Head, Head | None]:
+        adapter = LowRank.of(self.lora_hidden, self.lora_weight)
+        head = Head.of(self.hidden, self.weight, self.bias, adapter)
+        head = replace(head, operands=self.operands(options.compute_dtype))
+        if self.ref_hidden is None or self.ref_weight is None:
+            return head, None
+        reference = Head.of(self.ref_hidden, self.ref_weight, self.ref_bias)
+        return head, replace(reference, operands=self.operands(options.ref_compute_dtype))
+
+    def operands(self, compute_dtype: torch.dtype) -> Operands:
+        """Autocast is over by the time that an operator runs: its dtype came with the options."""
+        return operands_for(compute_dtype, self.hidden.device.type)
+
+    def room(self, tokens: int, options: Options) -> Gathered:
+        """Room for what forward gathers of so many tokens, which may be a symbol."""
+        rank = 0 if self.lora_weight is None else self.lora_weight.shape[1]
+        operands, gradients = self.operands(options.compute_dtype), options.gradients
+        vocab_size, hidden_size = self.weight.shape
+        columns = plan.columns_of(hidden_size, rank, gradients.hidden, gradients.lora_hidden)
+        kept = 0
+        if gradients.head and options.workspace_mb >= _LEAST_MB_TO_KEEP:
+            budget = int(options.workspace_mb * plan.MIB * _KEPT_SHARE)
+            row = plan.kept_row(vocab_size) * operands.dtype.itemsize * (1 + self.has_divergence)
+            kept = torch.sym_min(tokens, budget // row)
+        return Gathered.empty(
+            tokens,
+            kept,  # pyright: ignore[reportArgumentType]
+            vocab_size,
+            0 if self.has_divergence and gradients.head else columns.width,
+            gradients.head,
+            self.has_divergence,
+            operands,
+            self.hidden.device,
         )
 
-
-def kept_rows(tokens: int, vocab_size: int, options: Options) -> int:
-    """For how many tokens probabilities may be kept; `tokens` may be a symbol."""
-    if options.workspace_mb < _LEAST_MB_TO_KEEP:
-        return 0
-    budget = int(options.workspace_mb * plan.MIB * _KEPT_SHARE)
-    most = budget // (plan.kept_row(vocab_size) * options.operands.dtype.itemsize)
-    return torch.sym_min(tokens, most)  # pyright: ignore[reportReturnType]
-
-
-def _planner(
-    scored: sequences.Scored,
-    weight: Tensor,
-    hidden: Tensor,
-    gradients: plan.Gradients,
-    options: Options,
-    with_stats: bool,
-    room: int,
-) -> functools.partial[plan.Plan]:
-    """Plans by workspace, of a call that has room to keep the probabilities of so many tokens."""
-    return functools.partial(
-        plan.make_plan,
-        tokens=scored.count,
-        vocab_size=weight.shape[0],
-        head=call.planned_head(hidden, weight, options.operands),
-        gradients=gradients,
-        backend=options.backend,
-        has_softcap=options.softcap is not None,
-        with_stats=with_stats,
-        kept=min(scored.count, room),
-    )
+    def outputs(self, with_stats: bool, options: Options) -> tuple[Tensor, ...]:
+        """Empty outputs of forward."""
+        M, wide = self.hidden.shape[0], self.operands(options.compute_dtype).wide
+        kinds = [(True, wide), (self.has_divergence, wide), (self.has_divergence, wide)]
+        kinds += [(with_stats, dtype) for dtype in (wide, wide, torch.bool, wide)]
+        values = [
+            self.hidden.new_empty((M,) if wanted else (0,), dtype=dtype) for wanted, dtype in kinds
+        ]
+        gathered = self.room(M, options).tensors()
+        return *values, *(self.hidden.new_empty(0) if x is None else x for x in gathered)
 
 
-def _logprobs(
-    hidden: Tensor,  # (M, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (M,)
-    bounds: Tensor | None,  # (S + 1,) to be checked, if they are not known to be right
-    trains_hidden: bool,
-    trains_head: bool,
-    with_stats: bool,
-    *options,
-) -> tuple[Tensor, ...]:
-    given = Options(*options)
-    gradients = plan.Gradients(trains_hidden, trains_head, False)
-    outputs = _room(hidden, weight, labels, trains_hidden, trains_head, with_stats, given)
-    logps, *stats, derivative, unit, share, label_value, kept = outputs
-    scored = sequences.select(labels, given.ignore_index, weight.shape[0], bounds)
-    plan_of = _planner(scored, weight, hidden, gradients, given, with_stats, kept.shape[0])
-    made = plan_of(workspace_mb=given.workspace_mb)
-    plan.record(made)
-    N = scored.count
-    terms = None
-    if trains_head:
-        terms = passes.HeadTerms(unit[:N], share[:N], label_value[:N], kept[: made.kept_tokens])
+class _Run:
+    """The passes' arguments for what an operator is given, and the memory that they may hold."""
+
+    def __init__(
+        self,
+        inputs: _Inputs,
+        scored: sequences.Scored,
+        options: Options,
+        tensors: Sequence[Tensor],  # those of `Gathered`
+        with_stats: bool = False,
+    ) -> None:
+        head, reference = inputs.heads(options)
+        self.head = head.through(scored.cleared)
+        self.reference = None if reference is None else reference.through(scored.cleared)
+        self.ops = call.tile_operations(options.backend)
+        wanted = inputs.room(0, options).tensors()
+        room = Gathered(*(None if w is None else x for w, x in zip(wanted, tensors, strict=True)))
+        plan_of = functools.partial(
+            plan.make_plan,
+            tokens=scored.count,
+            vocab_size=inputs.weight.shape[0],
+            head=self.head.size,
+            gradients=options.gradients,
+            backend=options.backend,
+            has_softcap=options.softcap is not None,
+            with_stats=with_stats,
+            reference=None if self.reference is None else self.reference.size,
+            with_divergence=inputs.has_divergence,
+            kept=0 if room.kept is None else min(scored.count, room.kept.shape[0]),
+        )
+        self.plan = plan_of(workspace_mb=options.workspace_mb)
+        self.gathered = room.first(scored.count, self.plan.kept_tokens)
+        retries = not sequences.is_capturing(inputs.hidden)
+        self.budget = memory.Budget(options.workspace_mb, plan_of, plan.record, retries)
+
+    def attempt(self, run: Callable[[plan.Plan], T], phase: memory.Phase) -> T:
+        with torch.no_grad(), without_autocast(self.head.hidden):
+            # What is kept is an output, or an input, which a second attempt cannot give back.
+            held_bytes = self.plan.kept_bytes
+            return self.budget.attempt(run, self.plan, phase, held_bytes=held_bytes)[0]
+
+
+def _logprobs(*arguments) -> tuple[Tensor, ...]:
+    """The forward operator, with the arguments of its schema."""
+    inputs, (labels, bounds, with_stats, *values) = _Inputs(*arguments[:8]), arguments[8:]
+    options = Options(*values)
+    outputs = inputs.outputs(with_stats, options)
+    scored = sequences.select(labels, options.ignore_index, inputs.weight.shape[0], bounds)
+    run = _Run(inputs, scored, options, outputs[_VALUES:], with_stats)
+    plan.record(run.plan)
 
     def attempt(made: plan.Plan) -> passes.Passed:
         return passes.forward(
-            _head(scored, hidden, weight, bias, given),
+            run.head,
+            run.reference,
             scored.rows,
             scored.labels,
-            given.transform,
+            options.transform,
             made,
-            call.tile_operations(given.backend),
+            run.ops,
             with_stats,
-            derivative=derivative[:N] if trains_hidden else None,
-            terms=terms,
+            run.gathered,
         )
 
-    with torch.no_grad(), without_autocast(hidden):
-        passed, made = _budget(plan_of, given, hidden).attempt(
-            attempt, made, "forward", held_bytes=made.kept_bytes
-        )
-    for out, values in zip((logps, *stats), (passed.logps, *(passed.stats or ())), strict=False):
-        out.copy_(call.place(scored.masked(values), scored.rows, labels.shape))
+    passed = run.attempt(attempt, "forward")
+    found = (passed.logps, passed.ref_logps, passed.kl, *(passed.stats or ()))
+    for out, value in zip(outputs, found, strict=False):
+        if value is not None:
+            out.copy_(call.place(scored.masked(value), scored.rows, labels.shape))
     # What is not used is not left to chance either: an operator's outputs are its inputs' doing.
-    for out in (derivative, unit, share, label_value):
-        out[N:].zero_()
-    kept[made.kept_tokens :].zero_()
-    kept[:, weight.shape[0] :].zero_()
+    for name, out in zip(_GATHERED, outputs[_VALUES:], strict=True):
+        used = run.plan.kept_tokens if name.endswith("kept") else scored.count
+        out[used:].zero_()
+        if name.endswith("kept"):
+            out[..., inputs.weight.shape[0] :].zero_()
     return outputs
 
 
-def _budget(
-    plan_of: functools.partial[plan.Plan], options: Options, hidden: Tensor
-) -> memory.Budget:
-    retries = not sequences.is_capturing(hidden)
-    return memory.Budget(options.workspace_mb, plan_of, plan.record, retries)
+def _logprobs_backward(*arguments) -> tuple[Tensor, ...]:
+    """The backward operator, with the arguments of its schema."""
+    dlogps, dkl, *rest = arguments
+    inputs, labels, rest = _Inputs(*rest[:8]), rest[8], rest[9:]
+    tensors, needs, values = rest[: len(_GATHERED)], rest[len(_GATHERED) : -13], rest[-13:]
+    options = Options(*values)
+    scored = sequences.select(labels, options.ignore_index, inputs.weight.shape[0])
+    run = _Run(inputs, scored, options, tensors)
 
+    def of_scored(grad: Tensor) -> Tensor:  # (M,) -> (N,)
+        grad = grad.to(run.head.operands.wide)
+        grad = grad if scored.rows is None else grad.index_select(0, scored.rows)
+        return scored.masked(grad)
 
-def _head(
-    scored: sequences.Scored, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options
-) -> Head:
-    bias = None if bias is None else bias.contiguous()
-    return Head(scored.cleared(hidden), weight, bias, options.operands)
-
-
-def _room(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    trains_hidden: bool,
-    trains_head: bool,
-    with_stats: bool,
-    options: Options,
-) -> tuple[Tensor, ...]:
-    """Empty outputs: log-probs, four statistics, D, the head's terms; of no size if not wanted."""
-    M, (V, H) = labels.shape[0], weight.shape
-
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = options.operands.wide) -> Tensor:
-        return hidden.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    rows = kept_rows(M, V, options) if trains_head else 0
-    return (
-        empty(True, M),
-        empty(with_stats, M),
-        empty(with_stats, M),
-        empty(with_stats, M, dtype=torch.bool),
-        empty(with_stats, M),
-        empty(trains_hidden, M, H),
-        empty(trains_head, M),
-        empty(trains_head, M),
-        empty(trains_head, M),
-        empty(True, rows, plan.kept_row(V), dtype=options.operands.dtype),
-    )
-
-
-def _logprobs_backward(
-    grad: Tensor,  # (M,)
-    hidden: Tensor,  # (M, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    labels: Tensor,  # (M,)
-    derivative: Tensor,
-    unit: Tensor,
-    share: Tensor,
-    label_value: Tensor,
-    kept: Tensor,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    trains_hidden: bool,
-    *options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = Options(*options)
-    gradients = plan.Gradients(trains_hidden, needs_weight, needs_bias)
-    scored = sequences.select(labels, given.ignore_index, weight.shape[0])
-    plan_of = _planner(scored, weight, hidden, gradients, given, False, kept.shape[0])
-    made = plan_of(workspace_mb=given.workspace_mb)
-    N = scored.count
-    grad = grad.to(given.operands.wide)
-    grad = grad if scored.rows is None else grad.index_select(0, scored.rows)
-    grad = scored.masked(grad)
-
-    def attempt(made: plan.Plan) -> tuple[Tensor, Tensor, Tensor]:
-        dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
-        if needs_hidden:
-            dhidden = passes.hidden_gradient(
-                grad,
-                derivative[:N],
-                scored.rows,
-                hidden.shape,
-                hidden.dtype,
-                call.tile_operations(given.backend),
-            )
-        if needs_weight or needs_bias:
-            of_weight, of_bias, _ = passes.head_gradient(
-                grad,
-                _head(scored, hidden, weight, bias, given),
-                scored.rows,
-                scored.labels,
-                passes.HeadTerms(unit[:N], share[:N], label_value[:N], kept[: made.kept_tokens]),
-                given.transform,
-                made,
-                call.tile_operations(given.backend),
-                gradients,
-            )
-            dweight = dweight if of_weight is None else of_weight
-            dbias = dbias if of_bias is None else of_bias
-        return dhidden, dweight, dbias
-
-    with torch.no_grad(), without_autocast(grad):
-        # What is kept is an input here, which a second attempt cannot give back.
-        found, _ = _budget(plan_of, given, hidden).attempt(
-            attempt, made, "backward", held_bytes=made.kept_bytes
+    def attempt(made: plan.Plan) -> tuple[Tensor | None, ...]:
+        return passes.backward(
+            [of_scored(grad) for grad in (dlogps, dkl) if grad is not None],
+            run.head,
+            run.reference,
+            scored.rows,
+            scored.labels,
+            run.gathered,
+            [(x.shape, x.dtype) for x in (inputs.hidden, inputs.lora_hidden) if x is not None],
+            options.transform,
+            made,
+            run.ops,
+            plan.Gradients(*needs),
         )
-    return found
+
+    found = run.attempt(attempt, "backward")
+    return tuple(inputs.hidden.new_empty(0) if x is None else x for x in found)
 
 
 _forward_op = torch.library.custom_op(
     "prefkern::logprobs",
     _logprobs,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? bounds, "
-    f"bool trains_hidden, bool trains_head, bool with_stats, {_OPTIONS}) -> ({', '.join(['Tensor'] * 10)})",
+    schema=f"({_INPUTS}, Tensor labels, Tensor? bounds, bool with_stats, {_OPTIONS}) -> "
+    f"({', '.join(['Tensor'] * (_VALUES + len(_GATHERED)))})",
 )
 _backward_op = torch.library.custom_op(
     "prefkern::logprobs_backward",
     _logprobs_backward,
     mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-    "Tensor derivative, Tensor unit, Tensor share, Tensor label_value, Tensor kept, "
-    "bool needs_hidden, bool needs_weight, bool needs_bias, bool trains_hidden, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dlogps, Tensor? dkl, {_INPUTS}, Tensor labels, "
+    f"{', '.join(f'Tensor {name}' for name in _GATHERED)}, bool needs_hidden, bool needs_weight, "
+    f"bool needs_bias, bool needs_lora_hidden, bool needs_lora_weight, {_OPTIONS}) -> "
+    f"({', '.join(['Tensor'] * 5)})",
 )
 
 
 @_forward_op.register_fake
-def _(hidden, weight, bias, labels, bounds, trains_hidden, trains_head, with_stats, *options):
-    return _room(hidden, weight, labels, trains_hidden, trains_head, with_stats, Options(*options))
+def _(*arguments):
+    inputs, (_, _, with_stats, *values) = _Inputs(*arguments[:8]), arguments[8:]
+    return inputs.outputs(with_stats, Options(*values))
 
 
 @_backward_op.register_fake
-def _(
-    grad, hidden, weight, bias, labels, derivative, unit, share, label_value, kept,
-    needs_hidden, needs_weight, needs_bias, trains_hidden, *options,
-):  # fmt: skip
-    return (
-        hidden.new_empty(hidden.shape if needs_hidden else 0),
-        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
-        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
+def _(*arguments):
+    trained, needs = arguments[2:7], arguments[-18:-13]
+    nothing = trained[0]
+    return tuple(
+        torch.empty_like(x) if need else nothing.new_empty(0)
+        for x, need in zip(trained, needs, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, _, trains_hidden, _, _, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.trains_hidden, ctx.options = trains_hidden, options
-    ctx.save_for_backward(hidden, weight, bias, labels, *output[5:])
-    ctx.mark_non_differentiable(*output[1:])
+    # The eight tensors and labels; then bounds and with_stats, which backward has no use for.
+    ctx.options = inputs[11:]
+    ctx.save_for_backward(*inputs[:9], *output[_VALUES:])
+    ctx.mark_non_differentiable(output[1], *output[3:])
 
 
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * (8 + len(ctx.options))
-    hidden, weight, bias, labels, *kept = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
+def _backward(ctx, dlogps, _, dkl, *__):
+    nothing = (None,) * (6 + len(ctx.options))
+    given = dkl if dlogps is None else dlogps
+    if given is None:
+        return *(None,) * 5, *nothing
+    *inputs, labels = ctx.saved_tensors[:9]
+    dlogps = torch.zeros_like(given) if dlogps is None else dlogps
+    if inputs[5] is not None and dkl is None:
+        # With a divergence both gradients are wanted: one that is not there is 0.
+        dkl = torch.zeros_like(given)
+    needs = ctx.needs_input_grad[:5]
     gradients = _backward_op(
-        grad, hidden, weight, bias, labels, *kept, *needs, ctx.trains_hidden, *ctx.options
+        dlogps, dkl, *inputs, labels, *ctx.saved_tensors[9:], *needs, *ctx.options
     )
-    wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return *wanted, *(None,) * (5 + len(ctx.options))
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *nothing
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+class TokenValues(NamedTuple):
+    """Of all tokens, 0 where not scored; of the labels' shape."""
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    kl: Tensor | None
+    stats: tuple[Tensor, Tensor, Tensor, Tensor] | None  # as `fold_state.statistics`
+
+
 def token_logprobs(
-    hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    head: Head,
     labels: Tensor,  # (...)
-    bias: Tensor | None,  # (V,)
     ignore_index: int,
     transform: Transform,
     workspace_mb: float | None,
     backend: str | None,
+    *,
+    reference: Head | None = None,  # of a divergence
     with_stats: bool = False,
     bounds: Tensor | None = None,  # (S + 1,) to be checked
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
-    """Log-probs of all tokens, 0 where not scored, and statistics if asked for; of labels' shape."""
-    operands = call.operands_of(hidden)
+) -> TokenValues:
+    """Log-probs of all tokens; with a reference, its log-probs and the divergence from it."""
+    hidden, low_rank = head.hidden, head.low_rank
+    wanted = call.wanted_gradients(head)
     options = Options(
         ignore_index,
         transform.logit_scale,
@@ -337,25 +345,41 @@ def token_logprobs(
         transform.temperature,
         call.resolve_workspace(workspace_mb, hidden.device),
         call.resolve_backend(backend, hidden.device, hidden.dtype),
-        operands.compute_dtype,
-        operands.upcasts,
+        head.operands.compute_dtype,
+        (reference or head).operands.compute_dtype,
+        wanted.hidden,
+        wanted.weight,
+        wanted.bias,
+        wanted.lora_hidden,
+        wanted.lora_weight,
     )
-    wanted = call.wanted_gradients(hidden, weight, bias)
-    logps, *stats = _forward_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
+    adapter = (None, None) if low_rank is None else (low_rank.hidden, low_rank.weight)
+    of_reference = (None, None, None)
+    if reference is not None:
+        reference = reference.detach()
+        of_reference = (reference.hidden, reference.weight, reference.bias)
+    logps, ref_logps, kl, *stats = _forward_op(
+        hidden,
+        head.weight,
+        head.bias,
+        *adapter,
+        *of_reference,
         labels.reshape(-1),
         bounds,
-        wanted.hidden,
-        wanted.head,
         with_stats,
-        *options.values(),
-    )[:5]
-    if not with_stats:
-        return logps.view(labels.shape), None
-    entropy, mean_logit, is_top1, collision = (x.view(labels.shape) for x in stats)
-    return logps.view(labels.shape), (entropy, mean_logit, is_top1, collision)
+        *vars(options).values(),
+    )[:_VALUES]
+    shape = labels.shape
+    of_stats = None
+    if with_stats:
+        entropy, mean_logit, is_top1, collision = (x.view(shape) for x in stats)
+        of_stats = (entropy, mean_logit, is_top1, collision)
+    return TokenValues(
+        logps.view(shape),
+        None if reference is None else ref_logps.view(shape),
+        None if reference is None else kl.view(shape),
+        of_stats,
+    )
 
 
 def sequence_sums(

@@ -11,6 +11,7 @@ relative to M,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +20,23 @@ from torch import Tensor
 
 @dataclass
 class FoldState:
-    """What a token needs of its logits: maximum, sum, label's logit; (N,) float32 each.
+    """What a token needs of its logits over a part of the vocabulary; (N,) float32 each.
 
-    It is a value of its own: states of two parts of the vocabulary can be combined, whichever
-    kernels, tiles or ranks they came from.
+    It is a value of its own, whichever kernel, tiles or rank it came from: `merge` gives the state
+    of two parts of the vocabulary.
     """
 
     maximum: Tensor  # m, over v != y
     total: Tensor  # sum_{v != y} exp(z_v - m)
-    label_logit: Tensor  # z_y
-    label_slope: Tensor  # t_y
+    label_logit: Tensor  # z_y; -inf where y is in another part
+    label_slope: Tensor  # t_y; 1 where y is in another part
     # With statistics:
     shifted: Tensor | None = None  # sum_{v != y} exp(z_v - m) (z_v - m)
     logit_sum: Tensor | None = None  # sum_v z_v
     before: Tensor | None = None  # max_{v < y} z_v
     squares: Tensor | None = None  # sum_{v != y} exp(2 (z_v - m))
+    # Of a reference, with a divergence:
+    cross: Tensor | None = None  # sum_{v != y} exp(x_v - m) (x_v - z_v), z the policy's logits
 
     @staticmethod
     def empty(
@@ -41,10 +44,13 @@ class FoldState:
         device: torch.device,
         with_stats: bool = False,
         dtype: torch.dtype = torch.float32,
+        with_cross: bool = False,
     ) -> FoldState:
         """Room for a state: it holds anything until `clear` or a first `fold`."""
-        size = (8 if with_stats else 4, tokens)
-        return FoldState(*torch.empty(size, dtype=dtype, device=device))
+        size = (4 + 4 * with_stats + with_cross, tokens)
+        vectors = [*torch.empty(size, dtype=dtype, device=device)]
+        cross = vectors.pop() if with_cross else None
+        return FoldState(*vectors, cross=cross)
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.maximum, self.total, self.label_logit, self.label_slope
@@ -55,13 +61,53 @@ class FoldState:
 
     def __getitem__(self, tokens: slice) -> FoldState:
         """The state of some tokens, a view."""
-        vectors = (*self.sums(), *self.moments())
+        vectors = (*self.sums(), *self.moments(), self.cross)
         return FoldState(*(None if x is None else x[tokens] for x in vectors))  # pyright: ignore[reportArgumentType]
+
+    def merge(self, other: FoldState) -> FoldState:
+        """The state over both parts of the vocabulary, of the same tokens and their labels.
+
+        Both have statistics, or a reference's sum, or neither has. The order does not matter.
+        """
+        maximum = torch.maximum(self.maximum, other.maximum)
+        # Where no logit but the label's is in either part, exp(-inf - 0) = 0.
+        offset = torch.where(maximum == -math.inf, 0.0, maximum)
+        factor, other_factor = torch.exp(self.maximum - offset), torch.exp(other.maximum - offset)
+
+        def added(mine: Tensor | None, others: Tensor | None, power: int = 1) -> Tensor | None:
+            """Both parts' sums, each brought to the common maximum."""
+            if mine is None or others is None:
+                return None
+            return mine * factor**power + others * other_factor**power
+
+        shifted = added(self.shifted, other.shifted)
+        if shifted is not None:
+            # z - m' = (z - m) + (m - m'), of a part that has a logit at all.
+            for part, scale in ((self, factor), (other, other_factor)):
+                moved = (part.maximum - offset) * part.total * scale
+                shifted = shifted + torch.where(part.total > 0, moved, 0.0)
+        return FoldState(
+            maximum,
+            self.total * factor + other.total * other_factor,
+            torch.maximum(self.label_logit, other.label_logit),
+            self.label_slope * other.label_slope,
+            shifted,
+            _of_both(torch.add, self.logit_sum, other.logit_sum),
+            _of_both(torch.maximum, self.before, other.before),
+            added(self.squares, other.squares, 2),
+            added(self.cross, other.cross),
+        )
+
+
+def _of_both(
+    function: Callable[[Tensor, Tensor], Tensor], mine: Tensor | None, others: Tensor | None
+) -> Tensor | None:
+    return None if mine is None or others is None else function(mine, others)
 
 
 def clear(*vectors: Tensor | None) -> None:
     """Begin a state, its vectors in their order; the first `fold` does it by itself."""
-    beginnings = (-math.inf, 0.0, -math.inf, 1.0, 0.0, 0.0, -math.inf, 0.0)
+    beginnings = (-math.inf, 0.0, -math.inf, 1.0, 0.0, 0.0, -math.inf, 0.0, 0.0)
     for vector, beginning in zip(vectors, beginnings, strict=False):
         if vector is not None:
             vector.fill_(beginning)
@@ -90,7 +136,7 @@ def finish(state: FoldState) -> Folded:
     m, label = state.maximum, state.label_logit
     confident = label >= m
     top = torch.maximum(m, label)
-    # exp(-inf) where there is no other word than the label; total is then 0.
+    # exp(-inf) where there is no other entry than the label; total is then 0.
     drop = torch.exp(m - top)
     own = torch.exp(label - top)
     total = state.total * drop + own
@@ -116,7 +162,7 @@ def statistics(
     own = torch.where(below > -math.inf, torch.exp(below) * below, torch.zeros_like(drop))
     spread = (state.shifted + moved) * drop + own
     entropy = torch.log(folded.total) - spread / folded.total
-    # A tie with an earlier word is not a top-1 prediction, as argmax takes the first maximum.
+    # A tie with an earlier entry is not a top-1 prediction, as argmax takes the first maximum.
     is_top1 = (state.label_logit >= state.maximum) & (state.label_logit > state.before)
     # sum_v p_v^2 = (1 + others) / s^2, where the 1 is the label's own term if it is the largest:
     # both logarithms are then small numbers, formed of small numbers, for a confident token.
@@ -128,3 +174,32 @@ def statistics(
     )
     # A probability's logarithm, which rounding may carry above 0.
     return entropy, state.logit_sum / vocab_size, is_top1, collision.clamp(max=0.0)
+
+
+def divergence(
+    state: FoldState, ref_state: FoldState, folded: Folded, ref_folded: Folded
+) -> Tensor:  # (N,)
+    """`sum_v r_v (log r_v - log p_v)`, of terms that are small where both trust the label."""
+    # kl = sum_{v != y} r_v (x_v - z_v) + r_y (x_y - z_y) - (M_r - M) - (log s_r - log s)
+    assert ref_state.cross is not None
+    gap = ref_state.label_logit - state.label_logit
+    confident = (state.label_logit >= state.maximum) & (ref_state.label_logit >= ref_state.maximum)
+    # M_r - M is the label's gap there, and r_y gap - gap = -(1 - r_y) gap.
+    own = torch.where(
+        confident,
+        -ref_folded.miss * gap,
+        # A label that the reference rules out has no part in it, and no gap.
+        torch.where(ref_folded.hit > 0, ref_folded.hit * gap, 0.0)
+        - (ref_folded.maximum - folded.maximum),
+    )
+    kl = ref_folded.rest * ref_state.cross + own - (ref_folded.log_total - folded.log_total)
+    # A divergence is not negative: where rounding carried it below 0, 0 is nearer to the truth.
+    # The gradient is formed of the probabilities, and does not depend on the bound.
+    return kl.clamp(min=0.0)
+
+
+def label_difference(folded: Folded, ref_folded: Folded) -> Tensor:  # (N,)
+    """p_y - r_y, from whichever of p_y and 1 - p_y is the smaller number."""
+    return torch.where(
+        folded.miss < 0.5, ref_folded.miss - folded.miss, folded.hit - ref_folded.hit
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefkern.ops import call, checks, compiled, plan, sequences
-from prefkern.ops.operands import Transform
+from prefkern.ops.operands import Head, LowRank, Transform, operands_for
 from prefkern.ops.outputs import TokenStats
 
 
@@ -71,28 +71,17 @@ def linear_logprobs(
     checks.transform(logit_scale, softcap, temperature)
     checks.boolean("return_stats", return_stats)
     transform = Transform(float(logit_scale), softcap, float(temperature))
+    head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
     if torch.compiler.is_compiling():
-        if lora_hidden is not None:
-            raise NotImplementedError(compiled.NO_ADAPTER)
-        logps, stats = compiled.token_logprobs(
-            hidden, weight, labels, bias, ignore_index, transform, workspace_mb, backend,
-            return_stats,
-        )  # fmt: skip
-        return logps if stats is None else TokenStats(logps, *stats[:3])
+        values = compiled.token_logprobs(
+            head, labels, ignore_index, transform, workspace_mb, backend, with_stats=return_stats
+        )
+        stats = values.stats
+        return values.logps if stats is None else TokenStats(values.logps, *stats[:3])
     workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
     backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
     scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
-    result, _ = call.run(
-        hidden,
-        weight,
-        bias,
-        scored,
-        transform,
-        workspace_mb,
-        backend,
-        return_stats,
-        low_rank=call.low_rank_of(lora_hidden, lora_weight),
-    )
+    result, _ = call.run(head, scored, transform, workspace_mb, backend, with_stats=return_stats)
     logps = call.place(result.logps, scored.rows, labels.shape)
     if result.stats is None:
         return logps
@@ -156,11 +145,11 @@ def plan_for(
         raise ValueError(
             "workspace_mb must be given: its default depends on a GPU, and none is here"
         )
-    operands = call.operands_for(dtype, device.type)
+    operands = operands_for(dtype, device.type)
     return plan.make_plan(
         tokens=tokens,
         vocab_size=vocab_size,
-        head=plan.Head(hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank),
+        head=plan.HeadSize(hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank),
         gradients=plan.Gradients(
             trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
         ),

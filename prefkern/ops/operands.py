@@ -8,12 +8,14 @@ numerically.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefkern.ops.plan import Columns, Tiles, padding
+from prefkern.ops.plan import Columns, HeadSize, Tiles, padding
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Transform:
         """The constant part c of the transform's derivative."""
         return self.logit_scale / self.temperature
 
-    def keywords(self) -> dict[str, float | None]:
+    def keywords(self) -> dict[str, Any]:
         return {
             "logit_scale": self.logit_scale,
             "softcap": self.softcap,
@@ -63,6 +65,22 @@ class Operands:
         return x.to(self.compute_dtype).to(self.dtype)
 
 
+def operands_of(hidden: Tensor) -> Operands:
+    """How a call with these hidden states multiplies, autocast included."""
+    device = hidden.device.type
+    # Autocast leaves float64 as it is.
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return operands_for(torch.get_autocast_dtype(device), device)
+    return operands_for(hidden.dtype, device)
+
+
+def operands_for(dtype: torch.dtype, device_type: str) -> Operands:
+    # Only CUDA's libraries have products of half-precision operands with a float32 result.
+    has_wide_product = device_type == "cuda" and torch.version.hip is None
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return Operands(dtype, upcasts=is_half and not has_wide_product)
+
+
 def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -71,16 +89,21 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
 class LowRank:
     """What a LoRA adapter adds to a head's logits: `hidden @ weight.T`."""
 
-    hidden: Tensor  # (M, R): scaling * lora_A(h), of all tokens
+    hidden: Tensor  # (..., R): scaling * lora_A(h), of all tokens
     weight: Tensor  # (V, R): lora_B
+
+    @staticmethod
+    def of(hidden: Tensor | None, weight: Tensor | None) -> LowRank | None:
+        """The adapter, or None where there is none."""
+        return None if hidden is None or weight is None else LowRank(hidden, weight)
 
 
 @dataclass(frozen=True)
 class Head:
-    """Hidden states and the head that they meet.
+    """Hidden states and the head that they go through.
 
-    An adapter's term is part of the same product: `h W^T + l B^T = [h l] [W B]^T`. Rows and words
-    are put together tile by tile, to a width that is `plan.Head.width`, zeros at the end.
+    An adapter's term is part of the same product: `h W^T + l B^T = [h l] [W B]^T`. Rows of either
+    side are put together tile by tile, to a width that is `plan.HeadSize.width`, zeros at the end.
     """
 
     hidden: Tensor  # (M, H), all tokens
@@ -88,6 +111,48 @@ class Head:
     bias: Tensor | None  # (V,)
     operands: Operands
     low_rank: LowRank | None = None
+
+    @staticmethod
+    def of(
+        hidden: Tensor,  # (..., H)
+        weight: Tensor,  # (V, H)
+        bias: Tensor | None,  # (V,)
+        low_rank: LowRank | None = None,
+    ) -> Head:
+        """A call's arguments, which multiply as the device and autocast have it.
+
+        The tokens in one dimension, and numbers in memory as they are: kernels read it. A bias is
+        walked without strides; of (V,) that is a small copy at most.
+        """
+        if low_rank is not None:
+            low_rank = LowRank(_flat(low_rank.hidden), low_rank.weight.resolve_neg())
+        if bias is not None:
+            bias = bias.resolve_neg().contiguous()
+        return Head(_flat(hidden), weight.resolve_neg(), bias, operands_of(hidden), low_rank)
+
+    def detach(self) -> Head:
+        """The same without gradients, as a reference's; it has no adapter."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.hidden.detach(), self.weight.detach(), bias, self.operands)
+
+    def through(self, clear: Callable[[Tensor], Tensor]) -> Head:
+        """With what `clear` makes of all states, (M, ...) -> (M, ...)."""
+        low_rank = self.low_rank
+        if low_rank is not None:
+            low_rank = LowRank(clear(low_rank.hidden), low_rank.weight)
+        return replace(self, hidden=clear(self.hidden), low_rank=low_rank)
+
+    @property
+    def size(self) -> HeadSize:
+        """What the plan must know of it."""
+        return HeadSize(
+            self.weight.shape[1],
+            self.operands.compute_dtype,
+            self.operands.upcasts,
+            self.hidden.dtype,
+            self.weight.dtype,
+            0 if self.low_rank is None else self.low_rank.weight.shape[1],
+        )
 
     def rows(
         self, rows: Tensor | None, tokens: slice, columns: Columns | None = None
@@ -100,10 +165,11 @@ class Head:
         low_rank = take(self.low_rank.hidden, rows, tokens)
         return self._side_by_side(*([low_rank] if own is None else [own, low_rank]))
 
-    def words(self, words: slice) -> Tensor:  # (v, W)
+    def weight_rows(self, entries: slice) -> Tensor:  # (v, W)
+        """The head's rows of some entries of the vocabulary."""
         if self.low_rank is None:
-            return self.operands.prepare(self.weight[words])
-        return self._side_by_side(self.weight[words], self.low_rank.weight[words])
+            return self.operands.prepare(self.weight[entries])
+        return self._side_by_side(self.weight[entries], self.low_rank.weight[entries])
 
     def label_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (V or n, W)
         """Indices, and the rows that they are into: each label's row of the head."""
@@ -112,8 +178,8 @@ class Head:
         rows = self._side_by_side(self.weight[labels], self.low_rank.weight[labels])
         return torch.arange(labels.shape[0], device=labels.device), rows
 
-    def bias_of(self, words: slice) -> Tensor | None:  # (v,)
-        return None if self.bias is None else self.bias[words]
+    def bias_of(self, entries: slice) -> Tensor | None:  # (v,)
+        return None if self.bias is None else self.bias[entries]
 
     def _side_by_side(self, *parts: Tensor) -> Tensor:
         """Operands of one product, with zeros up to the width that the whole head has."""
@@ -121,6 +187,27 @@ class Head:
         own, rank = self.hidden.shape[1], self.low_rank.weight.shape[1]
         parts = tuple(self.operands.prepare(part) for part in parts)
         return torch.cat([*parts, parts[0].new_zeros(parts[0].shape[0], padding(own + rank))], 1)
+
+
+def same_head(head: Head, other: Head) -> bool:
+    """Whether both go through the same numbers, in the same dtype."""
+    if head.hidden.dtype != other.hidden.dtype or head.low_rank is not None:
+        return False
+    if (head.bias is None) != (other.bias is None):
+        return False
+    pairs = [(head.weight, other.weight)]
+    if head.bias is not None and other.bias is not None:
+        pairs.append((head.bias, other.bias))
+    return all(
+        a is b
+        or (a.data_ptr(), a.shape, a.stride(), a.dtype)
+        == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+        for a, b in pairs
+    )
+
+
+def _flat(x: Tensor) -> Tensor:  # (..., H) -> (M, H)
+    return x.resolve_neg().reshape(-1, x.shape[-1])
 
 
 class Buffers:

@@ -1,4 +1,4 @@
-"""The passes over tiles: from hidden states and the head to log-probs and gradients.
+"""The passes over tiles: from hidden states and the head to log-probs, a divergence and gradients.
 
 For token t with label y: `z_v = transform(h . W_v + b_v)`, `logp = z_y - logsumexp_v z_v`. Tiles of
 raw products `(n, v)` are made in float32, folded into a state per token (`fold_state`), and
@@ -12,157 +12,390 @@ when hidden needs a gradient, and backward is `g D`. The head's gradient is of t
     dW_v = sum_t r_t u_tv h_t,    r = -g c a,    u_v = exp(z_v - m) t_v,    u_y = -total t_y
 
 `forward` keeps u, unnormalised and rounded once, of the tokens that the plan has room for, and of
-those the rows of hidden are scaled by r; `head_gradient` recomputes the others' as r u, and walks
+those the rows of hidden are scaled by r; `second_pass` recomputes the others' as r u, and walks
 the vocabulary outermost, so that each tile of dW is finished in float32 and rounded once.
 Nothing kept is overwritten: a second backward with `retain_graph` reads the same.
 
-All sums are in float32 (float64 for float64 inputs); nothing is accumulated by atomics, so two runs are bitwise equal.
+A reference is an option. Through the policy's own head its log-probs are one product more. With a
+divergence, `kl = sum_v r_v (log r_v - log p_v)` of a reference with logits x and probabilities r_v,
+every tile has a second one beside it, and `d kl / d z_v = p_v - r_v` adds a second term to each
+gradient. A frozen head's forward accumulates
+
+    K = d kl / d h = c (a A - a_r A_r + (p_y - r_y) t_y W_y),    A_r = sum_{v != y} exp(x_v - m_r) t_v W_v
+
+and backward is `g D + k K`. A trained head's backward makes, of both kept u or of both logits, the
+tile `c ((k - g) a u_v - k a_r u^r_v)`, with `c (g (1 - p_y) + k (p_y - r_y)) t_y` at the label, and
+takes both products with it. Equal models give a divergence and a K of exactly 0.
+
+All sums are in float32 (float64 for float64 inputs); nothing is accumulated by atomics, so two runs
+are bitwise equal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefkern.ops.fold_state import FoldState, clear, finish, statistics
+from prefkern.ops.fold_state import (
+    FoldState,
+    clear,
+    divergence,
+    finish,
+    label_difference,
+    statistics,
+)
 from prefkern.ops.operands import Buffers, Head, Operands, Transform, add_product, product
 from prefkern.ops.plan import Gradients, Plan, kept_row, slices
+from prefkern.ops.tile_ops import TileOps
+
+_Numbers = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
-class HeadTerms:
-    """What the head's gradient is made of, beside hidden: u, and what turns it into a gradient.
+class Gathered:
+    """What forward gathers for backward; None where the plan has no use for it.
 
     u is relative to a unit of each token's own, m or a little more: see `prefkern_kernels.finish`.
     """
 
-    unit: Tensor  # (N,)
-    share: Tensor  # (N,) exp(unit - M) / s
-    label_value: Tensor  # (N,) u_y
-    kept: Tensor  # (kept tokens, V rounded up), u of the first tokens
+    derivative: Tensor | None = None  # D, (N, width of the plan's state_columns)
+    kl_derivative: Tensor | None = None  # K, as D
+    # Of a trained head, (N,) each, and u:
+    unit: Tensor | None = None
+    share: Tensor | None = None  # exp(unit - M) / s
+    label_value: Tensor | None = None  # u_y
+    kept: Tensor | None = None  # (kept tokens, V rounded up), u of the first tokens
+    # The same of a reference, with a divergence from it:
+    ref_unit: Tensor | None = None
+    ref_share: Tensor | None = None
+    ref_label_value: Tensor | None = None
+    ref_kept: Tensor | None = None
+    difference: Tensor | None = None  # (N,) (p_y - r_y) t_y
 
     @staticmethod
-    def empty(plan: Plan, operands: Operands, device: torch.device) -> HeadTerms:
-        size = (3, plan.tokens)
-        unit, share, label_value = torch.empty(size, dtype=operands.wide, device=device)
-        row = kept_row(plan.vocab_size)
-        kept = torch.empty((plan.kept_tokens, row), dtype=operands.dtype, device=device)
-        return HeadTerms(unit, share, label_value, kept)
+    def empty(
+        tokens: int,
+        kept: int,
+        vocab_size: int,
+        state_width: int,  # 0: nothing is accumulated
+        trains_head: bool,
+        with_divergence: bool,
+        operands: Operands,
+        device: torch.device,
+    ) -> Gathered:
+        """Room for so many tokens, of which so many are kept."""
+
+        def room(is_wanted: bool, *shape: int, dtype: torch.dtype = operands.wide) -> Tensor | None:
+            return torch.empty(shape, dtype=dtype, device=device) if is_wanted else None
+
+        def of_head(is_wanted: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            return room(is_wanted, tokens), room(is_wanted, tokens), room(is_wanted, tokens)
+
+        pairs, row = trains_head and with_divergence, kept_row(vocab_size)
+        return Gathered(
+            room(state_width > 0, tokens, state_width),
+            room(state_width > 0 and with_divergence, tokens, state_width),
+            *of_head(trains_head),
+            room(trains_head, kept, row, dtype=operands.dtype),
+            *of_head(pairs),
+            room(pairs, kept, row, dtype=operands.dtype),
+            room(pairs, tokens),
+        )
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(vars(self).values())
+
+    def first(self, tokens: int, kept: int) -> Gathered:
+        """That of the first tokens, views."""
+        sizes = {"kept": kept, "ref_kept": kept}
+        return Gathered(
+            **{
+                name: None if x is None else x[: sizes.get(name, tokens)]
+                for name, x in vars(self).items()
+            }
+        )
+
+    def numbers(self, tokens: slice, of_reference: bool = False) -> _Numbers:
+        """unit, share and label_value of some tokens, of the policy or of the reference."""
+        unit, share, label_value = self.unit, self.share, self.label_value
+        if of_reference:
+            unit, share, label_value = self.ref_unit, self.ref_share, self.ref_label_value
+        if unit is None or share is None or label_value is None:
+            return None, None, None
+        return unit[tokens], share[tokens], label_value[tokens]
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What forward leaves: (N,) float32 each, unless said otherwise."""
+    """What forward returns: (N,) float32 each, and what backward needs."""
 
     logps: Tensor
-    stats: tuple[Tensor, Tensor, Tensor, Tensor] | None  # as `fold_state.statistics`
-    derivative: Tensor | None  # D, (N, H)
-    terms: HeadTerms | None
     ref_logps: Tensor | None
+    kl: Tensor | None
+    stats: tuple[Tensor, Tensor, Tensor, Tensor] | None  # as `fold_state.statistics`
+    gathered: Gathered
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One distribution in a walk over the vocabulary, of a tile of n tokens: policy or reference."""
+
+    hidden: Tensor  # (n, W)
+    state: FoldState  # (n,)
+    rescale: Tensor  # (n,)
+    buffers: Buffers
+    kept: Tensor | None  # (n, V), u
+    maxima: Tensor | None  # (tiles, n), what each tile's columns of u are relative to
+    accumulator: Tensor | None  # (n, width of the plan's state_columns), A
+
+    def views(self, entries: slice) -> tuple[Tensor, Tensor | None]:
+        """The float32 tile of some entries, and what the second product reads."""
+        place = self.kept[:, entries] if self.kept is not None else None
+        size = entries.stop - entries.start
+        tile, weights = self.buffers.views(self.hidden.shape[0], size, place)
+        is_read = place is not None or self.accumulator is not None
+        return tile, weights if is_read else None
+
+    def as_reference(
+        self, tile: Tensor, weights: Tensor | None, bias: Tensor | None
+    ) -> dict[str, Any]:
+        """Arguments of a fold of pairs."""
+        return {
+            "ref_tile": tile,
+            "ref_bias": bias,
+            "ref_maximum": self.state.maximum,
+            "ref_total": self.state.total,
+            "ref_label_logit": self.state.label_logit,
+            "cross": self.state.cross,
+            "ref_rescale": self.rescale,
+            "ref_weights": weights,
+        }
+
+    def gather(self, number: int, weights: Tensor | None, w: Tensor, ops: TileOps) -> None:
+        """What a tile, the `number`-th, adds to A, and what its part of u is relative to."""
+        if self.maxima is not None:
+            self.maxima[number] = self.state.maximum
+        if self.accumulator is None:
+            return
+        assert weights is not None
+        if number == 0:
+            product(weights, w, self.accumulator)
+        else:
+            ops.rescale_rows(self.accumulator, self.rescale)
+            add_product(weights, w, self.accumulator)
+
+
+class _Sides:
+    """What the walks of all token tiles share: states and buffers of the policy and a reference."""
+
+    def __init__(self, plan: Plan, head: Head, gathered: Gathered, with_stats: bool) -> None:
+        self.plan, self.gathered = plan, gathered
+        tiles, device, wide = plan.forward_tiles, head.hidden.device, head.operands.wide
+        self.state = FoldState.empty(tiles.token_tile, device, with_stats, wide)
+        self.ref_state = FoldState.empty(tiles.token_tile, device, dtype=wide, with_cross=True)
+        if plan.has_divergence:
+            # A fold of pairs leaves it alone: the slope is the policy's.
+            self.ref_state.label_slope.fill_(1.0)
+        has_second = gathered.derivative is not None or plan.kept_tokens > 0
+        has_scratch = plan.kept_tokens < plan.tokens
+        # The reference's second product is with the policy's weight, hence of its operands.
+        self.buffers, self.ref_buffers = (
+            Buffers(tiles, head.operands, device, has_second, has_scratch) if wanted else None
+            for wanted in (True, plan.has_divergence)
+        )
+
+    def policy(self, hidden: Tensor, tokens: slice) -> _Side:
+        gathered = self.gathered
+        assert self.buffers is not None
+        return self._side(
+            hidden, self.state, self.buffers, gathered.kept, gathered.derivative, tokens
+        )
+
+    def reference(self, hidden: Tensor, tokens: slice) -> _Side:
+        gathered, buffers = self.gathered, self.ref_buffers or self.buffers
+        assert buffers is not None
+        return self._side(
+            hidden, self.ref_state, buffers, gathered.ref_kept, gathered.kl_derivative, tokens
+        )
+
+    def _side(
+        self,
+        hidden: Tensor,
+        state: FoldState,
+        buffers: Buffers,
+        kept: Tensor | None,
+        accumulator: Tensor | None,
+        tokens: slice,
+    ) -> _Side:
+        plan, n = self.plan, hidden.shape[0]
+        maxima = None
+        if kept is not None and tokens.stop <= plan.kept_tokens:
+            count = -(-plan.vocab_size // plan.forward_tiles.vocab_tile)
+            maxima = state.maximum.new_empty((count, n))
+            kept = kept[tokens, : plan.vocab_size]
+        part = state[:n]
+        return _Side(
+            hidden,
+            part,
+            torch.empty_like(part.maximum),
+            buffers,
+            None if maxima is None else kept,
+            maxima,
+            None if accumulator is None else accumulator[tokens],
+        )
 
 
 def forward(
     head: Head,
+    reference: Head | None,
     rows: Tensor | None,  # (N,) which of the M tokens are scored; None: all
     labels: Tensor,  # (N,)
     transform: Transform,
     plan: Plan,
-    ops: ModuleType,
+    ops: TileOps,
     with_stats: bool = False,
-    reference: Head | None = None,
-    derivative: Tensor | None = None,
-    terms: HeadTerms | None = None,
+    gathered: Gathered | None = None,
 ) -> Passed:
     """Fold all tiles, and gather what the plan's gradients need.
 
-    A reference's hidden states go through the same tiles of the same weight, which is then read
-    once for both. `derivative` and `terms` are room for what is gathered, if there is some already.
+    A reference's hidden states go through the policy's head, unless the plan has a divergence from
+    it. `gathered` is room for what backward needs, if there is some already.
     """
     if plan.product_in_kernel:
-        return _product_in_kernel(head, rows, labels, transform, plan, ops)
-    N, columns = labels.shape[0], plan.state_columns
-    device, wide = head.hidden.device, head.operands.wide
-    tiles = plan.forward_tiles
-    logps = torch.empty(N, dtype=wide, device=device)
+        return _product_in_kernel(head, rows, labels, transform, plan)
+    N, columns, vocab_tile = labels.shape[0], plan.state_columns, plan.forward_tiles.vocab_tile
+    logps = head.hidden.new_empty(N, dtype=head.operands.wide)
     ref_logps = torch.empty_like(logps) if reference is not None else None
-    if plan.trains_hidden and derivative is None:
-        derivative = torch.empty((N, columns.width), dtype=wide, device=device)
-    if plan.trains_head and terms is None:
-        terms = HeadTerms.empty(plan, head.operands, device)
-    state = FoldState.empty(tiles.token_tile, device, with_stats, wide)
-    ref_state = FoldState.empty(tiles.token_tile, device, dtype=wide)
-    buffers = Buffers(tiles, head.operands, device, plan.trains_hidden, plan.kept_tokens < N)
+    kl = torch.empty_like(logps) if plan.has_divergence else None
+    if gathered is None:
+        gathered = Gathered.empty(
+            N,
+            plan.kept_tokens,
+            plan.vocab_size,
+            0 if plan.states_in_backward or not plan.trains_hidden else columns.width,
+            plan.trains_head,
+            plan.has_divergence,
+            head.operands,
+            logps.device,
+        )
+    sides = _Sides(plan, head, gathered, with_stats)
     stats = []
 
-    for tokens in token_slices(plan, tiles.token_tile):
-        n = tokens.stop - tokens.start
-        part, ref_part = state[:n], ref_state[:n]
+    for tokens in token_slices(plan, plan.forward_tiles.token_tile):
         y = labels[tokens]
-        h = head.rows(rows, tokens)
-        ref_h = reference.rows(rows, tokens) if reference is not None else None
-        accumulator = derivative[tokens] if derivative is not None else None
-        kept = None
-        if terms is not None and tokens.stop <= plan.kept_tokens:
-            kept = terms.kept[tokens, : plan.vocab_size]
-        rescale = torch.empty_like(part.maximum)
-        maxima = None
-        if kept is not None:
-            tile_count = -(-plan.vocab_size // tiles.vocab_tile)
-            maxima = torch.empty((tile_count, n), dtype=wide, device=device)
-        for words in slices(0, plan.vocab_size, tiles.vocab_tile):
-            w, bias = head.words(words), head.bias_of(words)
-            options = {"start": words.start, "first": words.start == 0, **transform.keywords()}
-            place = kept[:, words] if kept is not None else None
-            tile, weights = buffers.views(n, words.stop - words.start, place)
-            if ref_h is not None:
-                product(ref_h, w.t(), tile)
-                ops.fold(tile, y, bias, *ref_part.sums(), None, None, **options)
-            product(h, w.t(), tile)
-            ops.fold(tile, y, bias, *part.sums(), rescale, weights, *part.moments(), **options)
-            if maxima is not None:
-                maxima[words.start // tiles.vocab_tile] = part.maximum
-            if accumulator is not None:
-                assert weights is not None
-                if words.start == 0:
-                    product(weights, columns.of(w), accumulator)
-                else:
-                    ops.rescale_rows(accumulator, rescale)
-                    add_product(weights, columns.of(w), accumulator)
+        policy, ref = sides.policy(head.rows(rows, tokens), tokens), None
+        if reference is not None:
+            ref = sides.reference(reference.rows(rows, tokens), tokens)
+        for number, entries in enumerate(slices(0, plan.vocab_size, vocab_tile)):
+            options = {"start": entries.start, "first": number == 0, **transform.keywords()}
+            tile, weights = policy.views(entries)
+            pair, ref_weights = {}, None
+            if ref is not None and reference is not None and plan.has_divergence:
+                ref_tile, ref_weights = ref.views(entries)
+                # A tile's copy of the reference's weight must be gone before the policy's is made.
+                product(ref.hidden, reference.weight_rows(entries).t(), ref_tile)
+                pair = ref.as_reference(ref_tile, ref_weights, reference.bias_of(entries))
+            w, bias = head.weight_rows(entries), head.bias_of(entries)
+            if ref is not None and not plan.has_divergence:
+                # One reading of the policy's weight serves both.
+                product(ref.hidden, w.t(), tile)
+                ops.fold(tile, y, bias, *ref.state.sums(), None, None, **options)
+            product(policy.hidden, w.t(), tile)
+            state = policy.state
+            ops.fold(
+                tile,
+                y,
+                bias,
+                *state.sums(),
+                policy.rescale,
+                weights,
+                *state.moments(),
+                **pair,
+                **options,
+            )
+            policy.gather(number, weights, columns.of(w), ops)
+            if ref is not None and plan.has_divergence:
+                ref.gather(number, ref_weights, columns.of(w), ops)
             # A tile's copy of the weight must be gone before the next one is made.
             del w
-        del h, ref_h
-        for_head = (None, None, None)
-        if terms is not None:
-            for_head = (terms.unit[tokens], terms.share[tokens], terms.label_value[tokens])
-        indices, label_rows = y, None
-        if accumulator is not None:
-            indices, label_rows = head.label_rows(y)
-            label_rows = columns.of(label_rows)
-        ops.finish(
-            *part.sums(),
-            indices,
-            logps[tokens],
-            *for_head,
-            accumulator,
-            label_rows,
-            factor=transform.factor,
-            compute_dtype=head.operands.compute_dtype,
-            operand_dtype=head.operands.dtype,
-        )
-        if ref_logps is not None:
-            ops.finish(*ref_part.sums(), y, ref_logps[tokens])
-        if kept is not None:
-            unit, _, label_value = for_head
-            ops.settle(kept, maxima, unit, label_value, y, tiles.vocab_tile)
+        if kl is not None and ref is not None:
+            kl[tokens] = _finish_pair(policy, ref, head, y, tokens, gathered, plan, transform)
+        _finish(policy, head, y, logps[tokens], gathered.numbers(tokens), plan, transform, ops)
+        if ref is not None and ref_logps is not None:
+            numbers = gathered.numbers(tokens, of_reference=True)
+            _finish(ref, head, y, ref_logps[tokens], numbers, plan, transform, ops)
         if with_stats:
-            stats.append(statistics(part, finish(part), plan.vocab_size))
-    joined = None
-    if with_stats:
-        joined = _joined(stats, logps)
-    return Passed(logps, joined, derivative, terms, ref_logps)
+            stats.append(statistics(policy.state, finish(policy.state), plan.vocab_size))
+    joined = _joined(stats, logps) if with_stats else None
+    return Passed(logps, ref_logps, kl, joined, gathered)
+
+
+def _finish(
+    side: _Side,
+    head: Head,
+    labels: Tensor,  # (n,)
+    logps: Tensor,  # (n,), out
+    numbers: _Numbers,  # out
+    plan: Plan,
+    transform: Transform,
+    ops: TileOps,
+) -> None:
+    """A side's log-probs, D of its A, and its u at one unit, with the label's value."""
+    indices, label_rows, derivative = labels, None, None
+    if side.accumulator is not None and not plan.has_divergence:
+        indices, label_rows = head.label_rows(labels)
+        derivative, label_rows = side.accumulator, plan.state_columns.of(label_rows)
+    ops.finish(
+        *side.state.sums(),
+        indices,
+        logps,
+        *numbers,
+        derivative,
+        label_rows,
+        factor=transform.factor,
+        compute_dtype=head.operands.compute_dtype,
+        operand_dtype=head.operands.dtype,
+    )
+    unit, _, label_value = numbers
+    if side.kept is not None and side.maxima is not None:
+        assert unit is not None and label_value is not None
+        vocab_tile = plan.forward_tiles.vocab_tile
+        ops.settle(side.kept, side.maxima, unit, label_value, labels, vocab_tile)
+
+
+def _finish_pair(
+    policy: _Side,
+    ref: _Side,
+    head: Head,
+    labels: Tensor,  # (n,)
+    tokens: slice,
+    gathered: Gathered,
+    plan: Plan,
+    transform: Transform,
+) -> Tensor:  # (n,)
+    """The divergence; D and K of A and A_r, and what a trained head needs at the label."""
+    state, folded, ref_folded = policy.state, finish(policy.state), finish(ref.state)
+    difference = label_difference(folded, ref_folded) * state.label_slope
+    if gathered.difference is not None:
+        gathered.difference[tokens] = difference
+    d, k, c = policy.accumulator, ref.accumulator, transform.factor
+    if d is not None and k is not None:
+        d.mul_(folded.rest.unsqueeze(1))
+        k.mul_(ref_folded.rest.unsqueeze(1))
+        # K = c (a A - a_r A_r + (p_y - r_y) t_y W_y): rounded products, subtracted, so that equal
+        # ones leave nothing.
+        torch.sub(d, k, out=k)
+        indices, rows = head.label_rows(labels)
+        rows = plan.state_columns.of(rows).index_select(0, indices)
+        rows = rows.to(head.operands.compute_dtype).to(d.dtype)
+        k.mul_(c).addcmul_(rows, (c * difference).unsqueeze(1))
+        # D = c ((1 - p_y) t_y W_y - a A)
+        d.mul_(-c).addcmul_(rows, (c * folded.miss * state.label_slope).unsqueeze(1))
+    return divergence(state, ref.state, folded, ref_folded)
 
 
 def _product_in_kernel(
@@ -171,53 +404,144 @@ def _product_in_kernel(
     labels: Tensor,  # (N,)
     transform: Transform,
     plan: Plan,
-    ops: ModuleType,
 ) -> Passed:
     """Log-probs alone, by the kernel in which product and fold are one: no logit is written."""
+    import prefkern_kernels as kernels
+
     device = head.hidden.device
     logps = torch.empty(plan.tokens, dtype=torch.float32, device=device)
     state = FoldState.empty(plan.forward_tiles.token_tile, device)
     for tokens in token_slices(plan, plan.forward_tiles.token_tile):
         part, y = state[: tokens.stop - tokens.start], labels[tokens]
         clear(*part.sums())
-        ops.product_fold(
+        kernels.product_fold(
             head.rows(rows, tokens), head.weight, head.bias, y, *part.sums(), **transform.keywords()
         )
-        ops.finish(*part.sums(), y, logps[tokens])
-    return Passed(logps, None, None, None, None)
+        kernels.finish(*part.sums(), y, logps[tokens])
+    return Passed(logps, None, None, None, Gathered())
 
 
-def hidden_gradient(
-    grad: Tensor,  # (N,) d loss / d logp, float32
-    derivative: Tensor,  # (N, H) D, or an adapter's part of it
+def backward(
+    grads: Sequence[Tensor],  # (N,) d loss / d logp and, with a divergence, d loss / d kl, float32
+    head: Head | None,  # None where the head is frozen: backward has no product then
+    reference: Head | None,  # with a divergence
+    rows: Tensor | None,  # (N,)
+    labels: Tensor | None,  # (N,); as head
+    gathered: Gathered,
+    states: Sequence[tuple[torch.Size, torch.dtype]],  # of hidden, and an adapter's: (M, H), (M, R)
+    transform: Transform,
+    plan: Plan,
+    ops: TileOps,
+    needs: Gradients,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight, bias and an adapter's two, each in its dtype; None if not needed."""
+    of_head = HeadGradients()
+    if plan.trains_head:
+        assert head is not None and labels is not None
+        dkl = grads[1] if plan.has_divergence else None
+        of_head = second_pass(
+            grads[0], dkl, head, reference, rows, labels, gathered, transform, plan, ops, needs
+        )
+    derivatives = [x for x in (gathered.derivative, gathered.kl_derivative) if x is not None]
+    terms = list(zip(derivatives, grads, strict=False))
+    if of_head.states is not None:
+        terms = [(of_head.states, torch.ones_like(grads[0]))]
+
+    def of_states(columns: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        parts = [(values[:, columns], scale) for values, scale in terms]
+        return scattered(parts, rows, shape, dtype, ops)
+
+    dhidden = dlora_hidden = None
+    own = plan.hidden_size - plan.state_columns.start
+    if needs.hidden:
+        dhidden = of_states(slice(0, own), *states[0])
+    if needs.lora_hidden:
+        dlora_hidden = of_states(slice(own, own + states[1][0][1]), *states[1])
+    return dhidden, of_head.weight, of_head.bias, dlora_hidden, of_head.lora_weight
+
+
+def scattered(
+    terms: list[tuple[Tensor, Tensor]],  # (N, H) and the (N,) that scales it: one, or two
     rows: Tensor | None,  # (N,)
     shape: torch.Size,  # (M, H)
     dtype: torch.dtype,
-    ops: ModuleType,
+    ops: TileOps,
 ) -> Tensor:  # (M, H)
-    """g D at the tokens' places, 0 where not scored."""
+    """The sum of the scaled terms at the tokens' places, 0 where not scored."""
+    (values, scale), *others = terms
     make = torch.empty if rows is None else torch.zeros
-    dhidden = make(shape, dtype=dtype, device=grad.device)
-    ops.scatter_scaled(derivative, grad, rows, dhidden)
-    return dhidden
+    out = make(shape, dtype=dtype, device=values.device)
+    ops.scatter_scaled(values, scale, rows, out, *(others[0] if others else ()))
+    return out
 
 
-def head_gradient(
-    grad: Tensor,  # (N,) d loss / d logp, float32
+@dataclass(frozen=True)
+class HeadGradients:
+    """What `second_pass` returns; None where it was not asked for."""
+
+    weight: Tensor | None = None  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    lora_weight: Tensor | None = None  # (V, R)
+    states: Tensor | None = None  # (N, width of the plan's state_columns) float32
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What turns u, and a reference's, into the loss's gradient; (N,) each."""
+
+    policy: Tensor  # r
+    reference: Tensor | None
+    label: Tensor  # the gradient at the label
+    scale: Tensor | None  # (), what products of them are multiplied by; None: 1
+
+    @staticmethod
+    def of(
+        dlogps: Tensor,  # (N,) g
+        dkl: Tensor | None,  # (N,) k
+        gathered: Gathered,
+        factor: float,  # c
+        dtype: torch.dtype,  # of the operands
+    ) -> _Factors:
+        assert gathered.share is not None and gathered.label_value is not None
+        # r = c a (k - g), and -c a_r k of the reference; u_y is -(1 - p_y) t_y / a.
+        label = gathered.share * gathered.label_value * (dlogps * -factor)
+        reference = None
+        if dkl is not None and gathered.ref_share is not None and gathered.difference is not None:
+            label = label + gathered.difference * (dkl * factor)
+            reference = gathered.ref_share * (dkl * -factor)
+            dlogps = dlogps - dkl
+        policy = gathered.share * (dlogps * -factor)
+        scale = None
+        if dtype == torch.float16:
+            # A power of two above the largest factor, so that float16 holds what is scaled by it.
+            largest = policy.abs().amax()
+            if reference is not None:
+                largest = torch.maximum(largest, reference.abs().amax())
+            scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+            policy, label = policy / scale, label / scale
+            reference = None if reference is None else reference / scale
+        return _Factors(policy, reference, label, scale)
+
+
+def second_pass(
+    dlogps: Tensor,  # (N,) d loss / d logp, float32
+    dkl: Tensor | None,  # (N,) d loss / d kl; None without a divergence
     head: Head,
+    reference: Head | None,  # with a divergence
     rows: Tensor | None,  # (N,)
     labels: Tensor,  # (N,)
-    terms: HeadTerms,
+    gathered: Gathered,
     transform: Transform,
     plan: Plan,
-    ops: ModuleType,
+    ops: TileOps,
     gradients: Gradients,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of weight (V, H), bias (V,) and an adapter's weight (V, R), in their dtypes.
+) -> HeadGradients:
+    """Gradients of weight, bias and an adapter's weight, in their dtypes; and of the states.
 
-    Of kept tokens and of others.
+    Of kept tokens and of others. The states' are asked for with a divergence alone.
     """
     assert plan.backward_tiles is not None
+    assert gathered.unit is not None and gathered.kept is not None
     tiles, columns = plan.backward_tiles, plan.trained_columns
     device, dtype, wide = head.hidden.device, head.operands.dtype, head.operands.wide
     lora_weight = None if head.low_rank is None else head.low_rank.weight
@@ -225,76 +549,101 @@ def head_gradient(
     dweight = make(head.weight) if gradients.weight else None
     dbias = make(head.bias) if gradients.bias and head.bias is not None else None
     dlora = make(lora_weight) if gradients.lora_weight and lora_weight is not None else None
+    dstates = None
+    if plan.states_in_backward and gradients.states:
+        size = (plan.tokens, plan.state_columns.width)
+        dstates = torch.empty(size, dtype=wide, device=device)
     if plan.tokens == 0:
-        return dweight, dbias, dlora
+        return HeadGradients(dweight, dbias, dlora, dstates)
     buffer = None
     if gradients.weights:
         shape = (tiles.vocab_tile, columns.width)
         buffer = torch.empty(shape, dtype=wide, device=device)
-    buffers = Buffers(tiles, head.operands, device, True, plan.kept_tokens < plan.tokens)
-    r = terms.share * (grad * -transform.factor)
-    scale = None
-    if dtype == torch.float16:
-        # A power of two above the largest |r|, so that float16 holds what is scaled by r.
-        scale = torch.ldexp(torch.ones_like(r[0]), torch.frexp(r.abs().amax()).exponent)
-        r = r / scale
+    # With a divergence a tile is made of what is kept, too: of both distributions.
+    is_pair = reference is not None
+    has_scratch = is_pair or plan.kept_tokens < plan.tokens
+    buffers = Buffers(tiles, head.operands, device, True, has_scratch)
+    ref_buffers = Buffers(tiles, head.operands, device, False, is_pair) if is_pair else None
+    factors = _Factors.of(dlogps, dkl, gathered, transform.factor, dtype)
 
-    for words in slices(0, plan.vocab_size, tiles.vocab_tile):
-        size = words.stop - words.start
-        w, bias = None, head.bias_of(words)
+    for entries in slices(0, plan.vocab_size, tiles.vocab_tile):
+        size = entries.stop - entries.start
+        w, ref_w = None, None
+        if dstates is not None:
+            w = head.weight_rows(entries)
+        options = {"start": entries.start, **transform.keywords()}
         tile_of_weights = None if buffer is None else buffer[:size]
         dbias_tile = torch.zeros(size, dtype=wide, device=device) if gradients.bias else None
         for tokens in token_slices(plan, tiles.token_tile):
-            is_kept = tokens.stop <= plan.kept_tokens
-            h = None
-            if is_kept:
-                weights = terms.kept[tokens, words]
+            y, n = labels[tokens], tokens.stop - tokens.start
+            is_kept, h, scale_of_bias = tokens.stop <= plan.kept_tokens, None, None
+            if is_kept and not is_pair:
+                # Kept rows are read as they are: r goes into the rows of hidden.
+                weights, scale_of_bias = gathered.kept[tokens, entries], factors.policy[tokens]
                 if tile_of_weights is not None:
                     h = head.rows(rows, tokens, columns)
-                    h = (h * r[tokens].unsqueeze(1)).to(dtype)
+                    h = (h * factors.policy[tokens].unsqueeze(1)).to(dtype)
             else:
                 # r goes into the tile before it is rounded, and hidden stays as it is.
-                h = head.rows(rows, tokens)
-                w = head.words(words) if w is None else w
-                tile, weights = buffers.views(h.shape[0], size)
+                tile, weights = buffers.views(n, size)
                 assert weights is not None
-                product(h, w.t(), tile)
-                ops.remake_weights(
-                    tile,
-                    labels[tokens],
-                    bias,
-                    terms.unit[tokens],
-                    terms.label_value[tokens],
-                    r[tokens],
-                    weights,
-                    start=words.start,
-                    **transform.keywords(),
-                )
-                h = columns.of(h)
+                pair, bias = {}, None
+                if reference is not None and ref_buffers is not None:
+                    pair = _reference_of(gathered, factors, tokens)
+                if is_kept:
+                    assert gathered.ref_kept is not None
+                    tile = gathered.kept[tokens, entries]
+                    pair |= {"ref_tile": gathered.ref_kept[tokens, entries], "is_kept": True}
+                    if tile_of_weights is not None:
+                        h = head.rows(rows, tokens, columns)
+                else:
+                    if reference is not None and ref_buffers is not None:
+                        ref_w = reference.weight_rows(entries) if ref_w is None else ref_w
+                        ref_tile, _ = ref_buffers.views(n, size)
+                        product(reference.rows(rows, tokens), ref_w.t(), ref_tile)
+                        pair |= {"ref_tile": ref_tile, "ref_bias": reference.bias_of(entries)}
+                    h, bias = head.rows(rows, tokens), head.bias_of(entries)
+                    w = head.weight_rows(entries) if w is None else w
+                    product(h, w.t(), tile)
+                    h = columns.of(h)
+                numbers = (gathered.unit[tokens], factors.policy[tokens], factors.label[tokens])
+                ops.remake_weights(tile, y, bias, *numbers, weights, **pair, **options)
+            # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
             if tile_of_weights is not None:
                 assert h is not None
                 add = product if tokens.start == 0 else add_product
                 add(weights.t(), h, tile_of_weights)
-            if dbias_tile is not None and is_kept:
-                _add_column_sums(weights, r[tokens], dbias_tile)
+            if dstates is not None and w is not None:
+                add = product if entries.start == 0 else add_product
+                add(weights, plan.state_columns.of(w), dstates[tokens])
+            if dbias_tile is not None and scale_of_bias is not None:
+                _add_column_sums(weights, scale_of_bias, dbias_tile)
             elif dbias_tile is not None:
                 dbias_tile += weights.sum(0, dtype=wide)
             del h
-        if scale is not None:
+        if factors.scale is not None:
             for tile in (tile_of_weights, dbias_tile):
                 if tile is not None:
-                    tile.mul_(scale)
+                    tile.mul_(factors.scale)
         if dbias is not None and dbias_tile is not None:
-            dbias[words] = dbias_tile
+            dbias[entries] = dbias_tile
         if tile_of_weights is not None:
             if dweight is not None:
-                dweight[words] = tile_of_weights[:, : dweight.shape[1]]
+                dweight[entries] = tile_of_weights[:, : dweight.shape[1]]
             if dlora is not None:
                 start = plan.hidden_size - columns.start
-                dlora[words] = tile_of_weights[:, start : start + dlora.shape[1]]
-        # A tile's copy of the weight must be gone before the next one is made.
-        del w
-    return dweight, dbias, dlora
+                dlora[entries] = tile_of_weights[:, start : start + dlora.shape[1]]
+        # A tile's copies of weights must be gone before the next ones are made.
+        del w, ref_w
+    if dstates is not None and factors.scale is not None:
+        dstates.mul_(factors.scale)
+    return HeadGradients(dweight, dbias, dlora, dstates)
+
+
+def _reference_of(gathered: Gathered, factors: _Factors, tokens: slice) -> dict[str, Any]:
+    """What a reference's tile is turned by."""
+    assert gathered.ref_unit is not None and factors.reference is not None
+    return {"ref_unit": gathered.ref_unit[tokens], "ref_factor": factors.reference[tokens]}
 
 
 def token_slices(plan: Plan, token_tile: int) -> list[slice]:

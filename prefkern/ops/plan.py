@@ -22,10 +22,13 @@ the time of the products and of the bytes that the walk moves (`_OPERATIONS_A_BY
 the tiles that a frozen head's "one_pass" has, so that a reference pass adds in the same order as
 the policy's pass.
 
-A call with the divergence from a reference has the same structures over pairs of tiles
-(`make_kl_plan`), and keeps no probabilities. With H_ref the reference's width, one product of its
-is 2NH_refV, and "forward" takes one of each head, "one_pass" two more of the policy's (8NHV in all
-at equal widths) and "two_pass" one of the reference's and three of the policy's (12NHV).
+A reference is an option of the same passes. Through the policy's own head it is one product more.
+With the divergence from it, over a head of its own of width H_ref, the tiles come in pairs:
+
+- "forward" takes one product of each head.
+- A frozen head's "one_pass" accumulates `d kl / d hidden` beside D: 8NHV at equal widths.
+- A trained head takes the gradient of hidden in backward as well, from the very tile that it makes
+  for dW: 8NHV where both models' probabilities are kept, 12NHV where none are.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -44,9 +47,9 @@ MIB = 2**20
 # Below this a tile no longer makes a product worth calling.
 MIN_TOKEN_TILE = 16
 MIN_VOCAB_TILE = 128
-# Where that does not fit (8 MiB and H of 8192), words are given up to this. A workspace too small
+# Where that does not fit (8 MiB and H of 8192), a tile may be as narrow as this. A workspace too small
 # for it, below 8 MiB, gets the tile above.
-_FEWEST_WORDS = 16
+_NARROWEST_VOCAB_TILE = 16
 # The narrowest tile of kept tokens, whose maximum is remembered tile by tile.
 _LEAST_KEPT_TILE = 1024
 # What a GPU multiplies in the time that it takes to move a byte (A100 156, H100 295, H200 184).
@@ -62,7 +65,7 @@ class Tiles:
     token_tile: int
     vocab_tile: int
     bytes: int
-    traffic: float  # bytes that a walk over all tiles moves, per token, hidden unit and word
+    traffic: float  # bytes that a walk over all tiles moves, in units of NHV
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,16 @@ class Plan:
     backward_operations: int
     saved_bytes: int  # kept for backward beyond the inputs and the probabilities
     product_in_kernel: bool = False  # product and fold are one kernel, which writes no logit
-    ref_hidden_size: int | None = None  # of the reference's head, in a call with a divergence
+    ref_hidden_size: int | None = None  # of the reference's head; None: there is no reference
+    has_divergence: bool = False  # from that reference, so that tiles come in pairs
     rank: int = 0  # of a LoRA adapter on the head
     state_columns: Columns = Columns(0, 0)  # those of D
     trained_columns: Columns = Columns(0, 0)  # those of dW
+
+    @property
+    def states_in_backward(self) -> bool:
+        """The gradient of hidden is a product of backward, and not gathered in forward."""
+        return self.trains_hidden and self.trains_head and self.has_divergence
 
     @property
     def operations(self) -> int:
@@ -113,6 +122,19 @@ class Plan:
     def operations_nhv(self) -> float:
         """`operations` in units of NHV."""
         return self.operations / max(self.tokens * self.hidden_size * self.vocab_size, 1)
+
+    def after(self, reference: Plan) -> Plan:
+        """The plan of both calls, where a reference's log-probs were a call of their own before.
+
+        It is what `last_plan` has from then on.
+        """
+        both = replace(
+            self,
+            forward_operations=self.forward_operations + reference.forward_operations,
+            ref_hidden_size=reference.hidden_size,
+        )
+        record(both)
+        return both
 
     @property
     def workspace_bytes(self) -> int:
@@ -156,13 +178,25 @@ def padding(width: int) -> int:
     return -width % 8
 
 
+def operand_width(hidden_size: int, rank: int) -> int:
+    """Columns of a product's operands: H, and what an adapter of that rank adds, padded."""
+    width = hidden_size + rank
+    return width + padding(width) if rank else width
+
+
+def columns_of(hidden_size: int, rank: int, own: bool, low_rank: bool) -> Columns:
+    """Of those columns, the head's own, an adapter's, both or none."""
+    start = 0 if own else hidden_size
+    return Columns(start, operand_width(hidden_size, rank) if low_rank else hidden_size)
+
+
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:
     """`start : stop` in slices of `step`, the last one shorter."""
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadSize:
     """A head as the plan sees it: what its rows cost on their way to a product."""
 
     hidden_size: int
@@ -178,10 +212,7 @@ class Head:
     @property
     def width(self) -> int:
         """Columns of the products' operands: H, and what an adapter adds, made even."""
-        if not self.rank:
-            return self.hidden_size
-        width = self.hidden_size + self.rank
-        return width + padding(width)
+        return operand_width(self.hidden_size, self.rank)
 
     @property
     def operand_size(self) -> int:
@@ -200,13 +231,12 @@ class Head:
 
     @property
     def weight_row(self) -> int:
-        """Bytes of a word's copies on their way to the product."""
+        """Bytes of the copies of a row of the weight on its way to the product."""
         return self._copies(self.weight_dtype) + self._joined()
 
     def columns(self, own: bool, low_rank: bool) -> Columns:
         """Those that a gradient is asked of: the head's own, an adapter's, both or none."""
-        start = 0 if own else self.hidden_size
-        return Columns(start, self.width if low_rank else self.hidden_size)
+        return columns_of(self.hidden_size, self.rank, own, low_rank)
 
     def _joined(self) -> int:
         """Bytes of an adapter's part of a row, gathered, raised and beside the head's own."""
@@ -244,25 +274,31 @@ def make_plan(
     *,
     tokens: int,
     vocab_size: int,
-    head: Head,
+    head: HeadSize,
     gradients: Gradients,
     backend: str,
     workspace_mb: float,
     has_softcap: bool = False,
     with_stats: bool = False,
-    with_reference: bool = False,
+    reference: HeadSize | None = None,
+    with_divergence: bool = False,
     product_row: int | None = None,
     kept: int | None = None,
 ) -> Plan:
     """The plan of one call.
 
     Args:
-        with_reference: a reference's tokens go through the same head.
+        gradients: those of `head`; a reference has none.
+        reference: the head of a reference, which is `head` itself unless `with_divergence`.
+        with_divergence: from that reference to the policy.
         product_row: bytes a token of the kernel in which product and fold are one, where that is
             to be used and nothing needs a gradient; None: it is not.
         kept: how many tokens' probabilities a trained head keeps; None: as many as is best.
     """
-    size = _Sizes(tokens, vocab_size, head, backend, has_softcap, with_stats, with_reference)
+    pairs = reference if with_divergence else None
+    in_backward = pairs is not None and gradients.head
+    accumulates = gradients.states and not in_backward
+    size = _Sizes(tokens, vocab_size, head, reference, pairs, backend, has_softcap, with_stats)
     budget = int(workspace_mb * MIB)
     if not gradients.head:
         kept, forward_tiles, backward_tiles = 0, size.forward(budget, kept=0), None
@@ -284,6 +320,8 @@ def make_plan(
     structure: Structure = "forward"
     if gradients.states or gradients.head:
         structure = "two_pass" if recomputed else "one_pass"
+    ref_width = 0 if reference is None else reference.width
+    derivatives = size.tiles_at_once * accumulates
     return Plan(
         backend=backend,
         structure=structure,
@@ -296,11 +334,15 @@ def make_plan(
         backward_tiles=backward_tiles,
         kept_tokens=kept,
         kept_bytes=size.kept_bytes(kept),
-        forward_operations=column * (head.width * (1 + with_reference) + state_columns.width),
-        backward_operations=column * trained_columns.width
-        + 2 * recomputed * vocab_size * head.width,
-        saved_bytes=head.wide_size * tokens * (state_columns.width + 3 * gradients.head),
+        forward_operations=column * (head.width + ref_width + state_columns.width * derivatives),
+        backward_operations=column * (trained_columns.width + state_columns.width * in_backward)
+        + 2 * recomputed * vocab_size * size.width,
+        saved_bytes=head.wide_size
+        * tokens
+        * (state_columns.width * derivatives + (7 if pairs else 3) * gradients.head),
         product_in_kernel=product_row is not None and structure == "forward",
+        ref_hidden_size=None if reference is None else reference.hidden_size,
+        has_divergence=pairs is not None,
         rank=head.rank,
         state_columns=state_columns,
         trained_columns=trained_columns,
@@ -313,14 +355,25 @@ class _Sizes:
 
     tokens: int
     vocab_size: int
-    head: Head
+    head: HeadSize
+    reference: HeadSize | None
+    pairs: HeadSize | None  # the reference's, where a divergence needs tiles of both at once
     backend: str
     has_softcap: bool
     with_stats: bool
-    with_reference: bool
+
+    @property
+    def tiles_at_once(self) -> int:
+        return 1 if self.pairs is None else 2
+
+    @property
+    def width(self) -> int:
+        """Columns of the products that make the logits of a tile, or of a pair."""
+        return self.head.width + (0 if self.pairs is None else self.pairs.width)
 
     def kept_bytes(self, kept: int) -> int:
-        return kept * kept_row(self.vocab_size) * self.head.operand_size
+        row = kept_row(self.vocab_size) * self.head.operand_size
+        return kept * row * self.tiles_at_once
 
     def forward(self, budget: int, kept: int) -> Tiles:
         """The largest tiles of forward, with `kept` tokens' probabilities beside them."""
@@ -332,23 +385,30 @@ class _Sizes:
         logit = 0 if all_kept and head.operand_size == wide else wide
         if head.operand_size != wide and not all_kept:
             logit += head.operand_size
+        logit *= self.tiles_at_once
         if self.backend == "torch":
             logit += wide * self.has_softcap + (2 * wide + 1) * self.with_stats
+            logit += wide * (self.pairs is not None)
         # A token: its rows of hidden, its label's row of the weight as stored, rounded and in
         # float32, its state.
         token = head.hidden_row + head.width * (2 * wide + head.compute_dtype.itemsize) + 32 * wide
-        if self.with_reference:
-            token += head.hidden_row + 16 * wide
+        if self.reference is not None:
+            token += self.reference.hidden_row + 16 * wide
+        if self.pairs is not None:
+            # Both derivatives are finished at once.
+            token += wide * head.width
         if kept:
             # Its maximum after each tile, and no tile is so narrow that these would add up.
-            token += wide * (self.vocab_size // _LEAST_KEPT_TILE + 1)
+            maxima = self.vocab_size // _LEAST_KEPT_TILE + 1
+            token += wide * maxima * self.tiles_at_once
         return choose_tiles(
             self.tokens,
             self.vocab_size,
             budget - self.kept_bytes(kept),
             logit=logit,
             token=token,
-            word=head.weight_row,
+            # One head's rows at a time.
+            entry=max(head.weight_row, 0 if self.pairs is None else self.pairs.weight_row),
             # The weight is read once for each token tile, the accumulator read and written once
             # for each vocabulary tile.
             traffic=(2, 8),
@@ -357,22 +417,27 @@ class _Sizes:
 
     def backward(self, budget: int, kept: int, gradients: Gradients) -> Tiles:
         """The largest tiles of the head's gradient."""
-        head = self.head
+        head, wide = self.head, self.head.wide_size
         width = head.columns(gradients.weight, gradients.lora_weight).width
-        logit, wide = 0, head.wide_size
-        if kept < self.tokens:
-            logit = wide + (wide * self.has_softcap if self.backend == "torch" else 0)
+        logit = 0
+        if kept < self.tokens or self.pairs is not None:
+            logit = wide * self.tiles_at_once
+            logit += wide * self.has_softcap if self.backend == "torch" else 0
             if head.operand_size != wide:
                 logit += head.operand_size
         # Its rows of hidden, and the same scaled, in float32 and rounded.
         scaled = width * (wide + (head.operand_size if head.operand_size != wide else 0))
+        token, entry = head.hidden_row + scaled + 16 * wide, head.weight_row
+        if self.pairs is not None:
+            token += self.pairs.hidden_row + 16 * wide
+            entry += self.pairs.weight_row
         return choose_tiles(
             self.tokens,
             self.vocab_size,
             budget - self.kept_bytes(kept),
             logit=logit,
-            token=head.hidden_row + scaled + 16 * wide,
-            word=head.weight_row + (wide * width if gradients.weights else 0),
+            token=token,
+            entry=entry + (wide * width if gradients.weights else 0),
             # The tile of dW is read and written once for each token tile; hidden is read, scaled
             # and read again once for each vocabulary tile.
             traffic=(8, 6),
@@ -389,92 +454,15 @@ def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Til
         backward = size.backward(budget, kept, gradients)
         if kept and max(forward.bytes, backward.bytes) > rest:
             continue
-        # Per token, hidden unit and word, of what depends on the choice.
-        operations = 2 * (size.tokens - kept) / max(size.tokens, 1)
+        # Per token, hidden unit and entry of the vocabulary, of what depends on the choice.
+        recomputed = (size.tokens - kept) / max(size.tokens, 1)
+        operations = 2 * recomputed * size.width / size.head.width
         moved = forward.traffic + backward.traffic
         cost = operations + _OPERATIONS_A_BYTE * moved
         if best is None or cost < best[0]:
             best = cost, kept, forward, backward
     assert best is not None
     return best[1:]
-
-
-def make_kl_plan(
-    *,
-    tokens: int,
-    vocab_size: int,
-    policy: Head,
-    reference: Head,
-    gradients: Gradients,  # the policy's
-    backend: str,
-    workspace_mb: float,
-    has_softcap: bool,
-) -> Plan:
-    """The plan of a call with log-probs and their divergence."""
-    structure: Structure = "forward"
-    if gradients.hidden or gradients.head:
-        structure = "two_pass" if gradients.head else "one_pass"
-    # Bytes a logit: both float32 tiles, and what a backend holds beside them. Backward needs one
-    # tile for its second products, forward one for each of its two.
-    wide = policy.wide_size
-    forward_logit = backward_logit = 2 * wide
-    if backend == "torch":
-        forward_logit += wide + (wide if has_softcap else 0)
-        backward_logit += wide if has_softcap else 0
-    if policy.operand_size != wide:
-        forward_logit += 2 * policy.operand_size
-        backward_logit += policy.operand_size
-    hidden_rows = policy.hidden_row + reference.hidden_row
-    # Two accumulators, and the label's row of the weight as stored and in float32.
-    accumulator_rows = policy.hidden_size * (3 * wide + policy.compute_dtype.itemsize)
-
-    budget = int(workspace_mb * MIB)
-    product = 2 * tokens * policy.hidden_size * vocab_size
-    ref_product = 2 * tokens * reference.hidden_size * vocab_size
-    forward_tiles = choose_tiles(
-        tokens,
-        vocab_size,
-        budget,
-        logit=forward_logit,
-        token=hidden_rows + accumulator_rows + 32 * wide,
-        # One head's tile of weight at a time.
-        word=max(policy.weight_row, reference.weight_row),
-    )
-    backward_tiles = None
-    backward_operations = 0
-    if gradients.head:
-        backward_tiles = choose_tiles(
-            tokens,
-            vocab_size,
-            budget,
-            logit=backward_logit,
-            token=hidden_rows + 32 * wide,
-            word=policy.weight_row
-            + reference.weight_row
-            + (wide * policy.hidden_size if gradients.weight else 0),
-        )
-        backward_operations = product * (1 + gradients.weight + gradients.hidden) + ref_product
-    return Plan(
-        backend=backend,
-        structure=structure,
-        tokens=tokens,
-        hidden_size=policy.hidden_size,
-        vocab_size=vocab_size,
-        trains_hidden=gradients.hidden,
-        trains_head=gradients.head,
-        forward_tiles=forward_tiles,
-        backward_tiles=backward_tiles,
-        kept_tokens=0,
-        kept_bytes=0,
-        forward_operations=product * (3 if structure == "one_pass" else 1) + ref_product,
-        backward_operations=backward_operations,
-        saved_bytes={
-            "forward": 0,
-            "one_pass": 2 * wide * tokens * policy.hidden_size,
-            "two_pass": 6 * wide * tokens,
-        }[structure],
-        ref_hidden_size=reference.hidden_size,
-    )
 
 
 def choose_tiles(
@@ -484,32 +472,32 @@ def choose_tiles(
     *,
     logit: int,
     token: int,
-    word: int,
+    entry: int,
     traffic: tuple[int, int] = (2, 8),
     min_vocab_tile: int = MIN_VOCAB_TILE,
 ) -> Tiles:
     """Tile sizes within `budget` bytes that move least memory.
 
-    A tile of n tokens and v words costs `n v logit + n token + v word` bytes. A walk over all tiles
+    A tile of n tokens and v entries of the vocabulary costs `n v logit + n token + v entry` bytes. A walk over all tiles
     moves `traffic[0]` bytes an element of the weight for each of its N/n token tiles and
     `traffic[1]` bytes an element of `[N, H]` for each of its V/v vocabulary tiles: per NHV,
     `traffic[0] / n + traffic[1] / v`, of which the least is taken over n in powers of two.
     """
     smallest = min(MIN_TOKEN_TILE, max(tokens, 1))
-    for least in (min_vocab_tile, _FEWEST_WORDS):
+    for least in (min_vocab_tile, _NARROWEST_VOCAB_TILE):
         best: Tiles | None = None
         n = smallest
         while True:
-            v = max(budget - n * token, 0) // max(n * logit + word, 1)
+            v = max(budget - n * token, 0) // max(n * logit + entry, 1)
             v = vocab_size if v >= vocab_size else v // least * least
             if v > 0:
                 moved = traffic[0] / n + (traffic[1] / v if v < vocab_size else 0)
                 if best is None or moved < best.traffic:
-                    best = Tiles(n, v, n * v * logit + n * token + v * word, moved)
+                    best = Tiles(n, v, n * v * logit + n * token + v * entry, moved)
             if n >= tokens:
                 break
             n = min(2 * n, tokens)
         if best is not None:
             return best
     n, v = smallest, min(min_vocab_tile, vocab_size)
-    return Tiles(n, v, n * v * logit + n * token + v * word, traffic[0] / n + traffic[1] / v)
+    return Tiles(n, v, n * v * logit + n * token + v * entry, traffic[0] / n + traffic[1] / v)

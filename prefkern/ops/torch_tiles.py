@@ -2,7 +2,7 @@
 
 Same calls, same order of operations and same results as `prefkern_kernels` (see there and
 `prefkern.ops.passes` for the mathematics); the tests hold the two together. A tile is float32
-`(n, v)`: n tokens by v consecutive words of the vocabulary, holding raw products `h . W_v`. What
+`(n, v)`: n tokens by v consecutive entries of the vocabulary, holding raw products `h . W_v`. What
 takes a tile overwrites it.
 """
 
@@ -32,22 +32,32 @@ def fold(
     before: Tensor | None = None,  # (n,)
     squares: Tensor | None = None,  # (n,)
     *,
+    ref_tile: Tensor | None = None,  # (n, v) float32, overwritten; None: no reference
+    ref_bias: Tensor | None = None,  # (v,)
+    ref_maximum: Tensor | None = None,  # (n,), in and out, as are the next ones
+    ref_total: Tensor | None = None,  # (n,)
+    ref_label_logit: Tensor | None = None,  # (n,)
+    cross: Tensor | None = None,  # (n,)
+    ref_rescale: Tensor | None = None,  # (n,), out
+    ref_weights: Tensor | None = None,  # (n, v), out, with weights; may be ref_tile itself
     start: int,
     first: bool,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Fold a tile into each token's running state, a new one if it is the first."""
+    """Fold a tile, or a pair of tiles, into each token's running state."""
     if first:
         state = (maximum, total, label_logit, label_slope, shifted, logit_sum, before, squares)
         fold_state.clear(*state)
+        fold_state.clear(ref_maximum, ref_total, ref_label_logit, None, cross)
+    x = None
+    if ref_tile is not None:
+        # The reference's slope is not needed, and gone before the policy's is made.
+        x = transform_in_place(ref_tile, ref_bias, logit_scale, softcap, temperature)[0]
     z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
     local = labels - start
-    inside = (local >= 0) & (local < z.shape[1])
-    column = local.clamp(0, z.shape[1] - 1).unsqueeze(1)
-    picked = z.gather(1, column)
-    torch.where(inside, picked[:, 0], label_logit, out=label_logit)
+    inside, column = _label_columns(z, local)
     if slope is not None:
         torch.where(inside, slope.gather(1, column)[:, 0], label_slope, out=label_slope)
     if logit_sum is not None:
@@ -55,16 +65,11 @@ def fold(
     if before is not None:
         is_before = torch.arange(z.shape[1], device=z.device) < local.unsqueeze(1)
         torch.maximum(before, torch.where(is_before, z, -math.inf).amax(1), out=before)
+    difference = None if x is None else torch.sub(x, z)
 
-    # The label's column is left out: its own term is added at the end, where it cannot cancel.
-    z.scatter_(1, column, torch.where(inside.unsqueeze(1), -math.inf, picked))
-    new_maximum = torch.maximum(maximum, z.amax(1))
-    # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
-    offset = torch.where(new_maximum == -math.inf, 0.0, new_maximum)
-    factor = torch.exp(maximum - offset)
-    z.sub_(offset.unsqueeze(1))
+    old, offset, factor = _shift(z, inside, column, maximum, label_logit)
     if shifted is not None:
-        moved = torch.where(total > 0, (maximum - offset) * total, 0.0)
+        moved = torch.where(total > 0, (old - offset) * total, 0.0)
         # exp is 0 from -104 down (in float64 from -746), so that the bound changes no product and
         # -inf times 0 is 0.
         distance = z.clamp(min=-800.0)
@@ -76,39 +81,107 @@ def fold(
     else:
         z.exp_()
     total.mul_(factor).add_(z.sum(1))
-    maximum.copy_(new_maximum)
+    _write(z, factor, slope, tile, rescale, weights)
+    if x is None or difference is None:
+        return
+    assert ref_maximum is not None and ref_total is not None and ref_label_logit is not None
+    assert ref_tile is not None and cross is not None
+    _, _, ref_factor = _shift(x, inside, column, ref_maximum, ref_label_logit)
+    x.exp_()
+    ref_total.mul_(ref_factor).add_(x.sum(1))
+    # exp(x_v - m_r) is 0 in the label's column, where the difference is finite, and at an entry
+    # that both models rule out, where it is not: a logit of -inf in both is no difference.
+    terms = difference.mul_(x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+    cross.mul_(ref_factor).add_(terms.sum(1))
+    _write(x, ref_factor, slope, ref_tile, ref_rescale, ref_weights)
+
+
+def _shift(
+    z: Tensor,  # (n, v), left as z - maximum, -inf in the label's column
+    inside: Tensor,  # (n,) bool, the label is one of these entries
+    column: Tensor,  # (n, 1)
+    maximum: Tensor,  # (n,), in and out
+    label_logit: Tensor,  # (n,), in and out
+) -> tuple[Tensor, Tensor, Tensor]:  # (n,) each
+    """Take a tile's label and maximum: the old maximum, what is subtracted, exp(old - new)."""
+    picked = z.gather(1, column)
+    torch.where(inside, picked[:, 0], label_logit, out=label_logit)
+    # The label's column is left out: its own term is added at the end, where it cannot cancel.
+    z.scatter_(1, column, torch.where(inside.unsqueeze(1), -math.inf, picked))
+    old = maximum.clone()
+    torch.maximum(maximum, z.amax(1), out=maximum)
+    # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
+    offset = torch.where(maximum == -math.inf, 0.0, maximum)
+    z.sub_(offset.unsqueeze(1))
+    return old, offset, torch.exp(old - offset)
+
+
+def _write(
+    e: Tensor,  # (n, v) exponentials, in the tile's memory
+    factor: Tensor,  # (n,)
+    slope: Tensor | None,  # (n, v)
+    tile: Tensor,  # (n, v)
+    rescale: Tensor | None,  # (n,), out
+    weights: Tensor | None,  # (n, v), out; may be the tile itself
+) -> None:
+    """What the second product reads, and what its accumulator is multiplied by first."""
     if rescale is not None:
         rescale.copy_(factor)
     if weights is not None:
         if slope is not None:
-            z.mul_(slope)
+            e.mul_(slope)
         if weights is not tile:
-            weights.copy_(z)
+            weights.copy_(e)
 
 
 def remake_weights(
-    tile: Tensor,  # (n, v) float32, overwritten
+    tile: Tensor,  # (n, v) float32, overwritten unless it is kept
     labels: Tensor,  # (n,) int64
     bias: Tensor | None,  # (v,)
     unit: Tensor,  # (n,) float32
-    label_value: Tensor,  # (n,) float32
-    factor: Tensor,  # (n,) float32
+    factor: Tensor,  # (n,) float32, r
+    label_gradient: Tensor,  # (n,) float32
     weights: Tensor,  # (n, v), out; may be the tile itself
     *,
+    ref_tile: Tensor | None = None,  # (n, v), as tile; None: no reference
+    ref_bias: Tensor | None = None,  # (v,)
+    ref_unit: Tensor | None = None,  # (n,) float32
+    ref_factor: Tensor | None = None,  # (n,) float32
+    is_kept: bool = False,  # the tiles hold u, in any dtype
     start: int,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> None:
-    """Turn a tile into `factor exp(z_v - unit) t_v`, the label's into `factor label_value`."""
-    z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
-    z.sub_(unit.unsqueeze(1)).exp_()
+    """Turn a tile, or a pair of tiles, into the loss's gradient; see the kernel of this name."""
+    slope = None
+    if is_kept:
+        # A product with the float32 factor is float32, and leaves what is kept as it is.
+        z = tile * factor.unsqueeze(1)
+        if ref_tile is not None and ref_factor is not None:
+            z += ref_tile * ref_factor.unsqueeze(1)
+    else:
+        x = None
+        if ref_tile is not None and ref_unit is not None and ref_factor is not None:
+            x = transform_in_place(ref_tile, ref_bias, logit_scale, softcap, temperature)[0]
+            x.sub_(ref_unit.unsqueeze(1)).exp_().mul_(ref_factor.unsqueeze(1))
+        z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
+        z.sub_(unit.unsqueeze(1)).exp_().mul_(factor.unsqueeze(1))
+        if x is not None:
+            z.add_(x)
     if slope is not None:
         z.mul_(slope)
-    _put_label_values(z, labels - start, label_value)
-    z.mul_(factor.unsqueeze(1))
-    if weights is not tile:
+    inside, column = _label_columns(z, labels - start)
+    kept = z.gather(1, column)
+    z.scatter_(1, column, torch.where(inside.unsqueeze(1), label_gradient.unsqueeze(1), kept))
+    if weights is not z:
         weights.copy_(z)
+
+
+def _label_columns(tile: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:  # (n,) bool, (n, 1)
+    """Whether each token's label is an entry of the tile, and a column to read in either case."""
+    inside = (local >= 0) & (local < tile.shape[1])
+    return inside, local.clamp(0, tile.shape[1] - 1).unsqueeze(1)
 
 
 def settle(
@@ -172,22 +245,20 @@ def scatter_scaled(
     scale: Tensor,  # (n,)
     rows: Tensor | None,  # (n,) int64, no two the same; None: 0, 1, ...
     out: Tensor,  # (m, H), in any dtype; other rows stay as they are
+    others: Tensor | None = None,  # (n, H) float32, a second term; None: there is none
+    other_scale: Tensor | None = None,  # (n,)
 ) -> None:
-    """`out[rows[t]] = scale[t] values[t]`, rounded once."""
+    """`out[rows[t]] = scale[t] values[t] (+ other_scale[t] others[t])`, rounded once."""
     # As many rows at a time as a MiB holds.
     for part in slices(0, values.shape[0], max(2**18 // values.shape[1], 1)):
-        scaled = (values[part] * scale[part].unsqueeze(1)).to(out.dtype)
+        scaled = values[part] * scale[part].unsqueeze(1)
+        if others is not None and other_scale is not None:
+            scaled.addcmul_(others[part], other_scale[part].unsqueeze(1))
+        scaled = scaled.to(out.dtype)
         if rows is None:
             out[part] = scaled
         else:
             out.index_copy_(0, rows[part], scaled)
-
-
-def _put_label_values(tile: Tensor, local: Tensor, values: Tensor) -> None:
-    """Write each token's value at its label's column, if the tile has it."""
-    inside = (local >= 0) & (local < tile.shape[1])
-    column = local.clamp(0, tile.shape[1] - 1).unsqueeze(1)
-    tile.scatter_(1, column, torch.where(inside, values, tile.gather(1, column)[:, 0]).unsqueeze(1))
 
 
 def transform_in_place(

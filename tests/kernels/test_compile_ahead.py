@@ -25,8 +25,6 @@ ROWS_REGISTERS, ROWS_SHARED = 128, 16_384
 KERNELS = {
     "_finish_kernel",
     "_fold_kernel",
-    "_fold_kl_kernel",
-    "_kl_gradient_kernel",
     "_merge_splits_kernel",
     "_pair_loss_kernel",
     "_product_fold_kernel",

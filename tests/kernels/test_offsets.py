@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import prefkern
-from prefkern.ops import fold_state
+from prefkern.ops import fold_state, torch_tiles
 
 kernels = pytest.importorskip("prefkern_kernels")
 
@@ -23,7 +23,7 @@ from test_product_fold import ACCURACY, PLAIN, assert_right, truth
 
 from prefkern_kernels import tiles
 from support import launch_cases
-from support.launch_cases import CASES, twin_of
+from support.launch_cases import CASES
 
 WRAP = 2**31
 SIZE = 70
@@ -73,8 +73,15 @@ class Far:
                 # A table of maxima is walked as a vector: see below.
                 walked = name == "settle" and arg is args[1]
                 moved.append(far(arg, self._folder) if is_matrix and not walked else arg)
-            function(*moved, **keywords)
-            for arg, copy in zip(args, moved, strict=True):
+            moved_keywords = {
+                key: far(arg, self._folder)
+                if isinstance(arg, torch.Tensor) and arg.ndim == 2
+                else arg
+                for key, arg in keywords.items()
+            }
+            function(*moved, **moved_keywords)
+            given = (*args, *keywords.values())
+            for arg, copy in zip(given, (*moved, *moved_keywords.values()), strict=True):
                 if copy is not arg:
                     arg.copy_(copy)
 
@@ -85,7 +92,7 @@ class Far:
 @pytest.mark.parametrize("name", CASES)
 def test_rows_far_apart(name, ops, tmp_path, device):
     """The kernels and their twins in torch, every matrix of theirs."""
-    module = kernels if ops == "triton" else twin_of(name)
+    module = kernels if ops == "triton" else torch_tiles
     near = CASES[name](module, SIZE, device)
     distant = CASES[name](Far(module, tmp_path), SIZE, device)
     for key, value in near.items():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prefkern
 from prefkern import Pairs, objectives, reference
 from prefkern.loss import diagnostics
-from prefkern.objectives import DPO, KTO, TDPO1, WPO
+from prefkern.objectives import DPO, KTO, TDPO2, WPO
 from prefkern.ops import compiled, sequences
 
 B, T, H, V = 3, 10, 16, 300
@@ -154,6 +154,59 @@ def test_loss_of_every_objective(name, device):
             assert relative(mine, true.double()) < 2e-4
     # No compilation after the first call, whatever the length.
     assert frames == frames[:1] * 3
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_divergence_and_adapter(trains_head, device):
+    """TDPO with LoRA on the head: one graph, compiled once, values and gradients of the oracle."""
+    model = Model(WPO(TDPO2(0.1, 0.7)), trains_head).to(device)
+    adapter = torch.nn.Linear(H, 3, bias=False).to(device)
+    lora_weight = torch.randn(V, 3, device=device, requires_grad=True)
+    ref_weight, ref_bias = torch.randn(V, 5, device=device), torch.randn(V, device=device)
+
+    def loss(x, labels, ref_hidden):
+        adapted = {"lora_hidden": adapter(x), "lora_weight": lora_weight}
+        ref = {"ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        return model(x, labels, **adapted, **ref)
+
+    function, counter = counted(loss)
+    frames = []
+    for length in (T, 13, 21):
+        x, labels = batch(device, length)
+        ref_hidden = torch.randn(2 * B, length, 5, device=device)
+        out = function(x, labels, ref_hidden)
+        frames.append(counter.frame_count)
+        leaves = [*(p for p in model.parameters() if p.requires_grad), adapter.weight, lora_weight]
+        gradients = torch.autograd.grad(out.loss, leaves)
+        made = prefkern.last_plan()
+        assert made.has_divergence and made.rank == 3
+        truth = reference.preference_loss(
+            WPO(TDPO2(0.1, 0.7)), torch.cat([model.states(x), adapter(x)], -1),
+            torch.cat([model.head.weight, lora_weight], -1), labels, model.head.bias,
+            ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, **TRANSFORM,
+        )  # fmt: skip
+        wanted = torch.autograd.grad(truth.loss, leaves)
+        torch.testing.assert_close(out.losses, truth.losses, rtol=1e-4, atol=1e-4)
+        for mine, true in zip(gradients, wanted, strict=True):
+            assert relative(mine, true.double()) < 2e-4
+    assert frames == frames[:1] * 3
+
+
+def test_linear_kl(device):
+    """The operator itself, and a gradient of the divergence alone."""
+    weight, ref_weight = torch.randn(V, H, device=device), torch.randn(V, H, device=device)
+    hidden, labels = batch(device)
+
+    def kl(hidden):
+        return prefkern.linear_kl(hidden, weight, labels, hidden.detach() + 0.1, ref_weight)
+
+    found = []
+    for function in (kl, counted(kl)[0]):
+        leaf = hidden.clone().requires_grad_()
+        out = function(leaf)
+        found.append((*out, *torch.autograd.grad(out.kl.sum(), leaf)))
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -298,29 +351,45 @@ def test_errors(device):
         ):
             with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to"):
                 function(flat, scored, cu_seqlens=cu_seqlens, **ref)
-    with pytest.raises(Exception, match="TDPO1 under torch.compile is not supported"):
-        counted(Model(TDPO1(0.1), trains_head=False).to(device))[0](
-            x, labels, ref_hidden=x, ref_weight=torch.randn(V, H, device=device)
-        )
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("extra", ["none", "bias", "adapter", "divergence", "all"])
 @pytest.mark.parametrize("trains_head", [False, True])
-def test_opcheck(trains_head, has_bias, device):
+@pytest.mark.long(trains_head=False, extra=["bias", "divergence", "adapter"])
+@pytest.mark.long(trains_head=True, extra=["none", "bias"])
+def test_opcheck(trains_head, extra, device):
     hidden, labels = (value.flatten(0, 1) for value in batch(device))
     hidden.requires_grad_()
-    weight = torch.randn(V, H, device=device, requires_grad=trains_head)
-    bias = torch.randn(V, device=device, requires_grad=trains_head) if has_bias else None
-    options = compiled.Options(-100, 1.0, 8.0, 1.0, 64.0, "torch", torch.float32, False).values()
-    bounds = torch.tensor([0, 20, len(labels)], device=device)
-    arguments = (hidden, weight, bias, labels, bounds, True, trains_head, True, *options)
+    M = len(labels)
+    shapes = {
+        "weight": (V, H), "bias": (V,), "lora_hidden": (M, 3), "lora_weight": (V, 3),
+        "ref_hidden": (M, 5), "ref_weight": (V, 5), "ref_bias": (V,),
+    }  # fmt: skip
+    wanted = {
+        "none": [], "bias": ["bias"], "adapter": ["lora_hidden", "lora_weight"],
+        "divergence": ["ref_hidden", "ref_weight"], "all": [*shapes],
+    }[extra]  # fmt: skip
+    tensors = {
+        name: torch.randn(shape, device=device) if name in ("weight", *wanted) else None
+        for name, shape in shapes.items()
+    }
+    trained = ("weight", "bias") if trains_head else ()
+    for name in (*trained, "lora_hidden", "lora_weight"):
+        if tensors[name] is not None:
+            tensors[name].requires_grad_()
+    leaves = (hidden, *(tensors[name] for name in [*shapes][:4]))
+    needs = tuple(x is not None and x.requires_grad for x in leaves)
+    dtypes = (torch.float32, torch.float32)
+    options = vars(compiled.Options(-100, 1.0, 8.0, 1.0, 64.0, "torch", *dtypes, *needs)).values()
+    bounds = torch.tensor([0, 20, M], device=device)
+    arguments = (hidden, *tensors.values(), labels, bounds, True, *options)
     torch.library.opcheck(compiled._forward_op, arguments)
     constant = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
     outputs = compiled._forward_op(*constant)
-    needs = (True, trains_head, trains_head and has_bias, True)
-    grad = torch.randn(len(labels), device=device)
+    dlogps, dkl = torch.randn(2, M, device=device)
+    grads = (dlogps, dkl if "ref_hidden" in wanted else None)
     torch.library.opcheck(
-        compiled._backward_op, (grad, *constant[:4], *outputs[5:], *needs, *options)
+        compiled._backward_op, (*grads, *constant[:9], *outputs[7:], *needs, *options)
     )
 
 

@@ -13,7 +13,7 @@ from test_linear_logprobs import TRANSFORM, relative, run
 
 import prefkern
 from prefkern import reference
-from prefkern.ops import call, passes, plan
+from prefkern.ops import operands, passes, plan
 from prefkern.ops.operands import Operands
 
 N, H, V = 22, 16, 300
@@ -33,7 +33,9 @@ def wide(monkeypatch, device):
         assert a.dtype == b.dtype
         out.add_(a.float() @ b.float())
 
-    monkeypatch.setattr(call, "operands_for", lambda dtype, device: Operands(dtype, upcasts=False))
+    monkeypatch.setattr(
+        operands, "operands_for", lambda dtype, device: Operands(dtype, upcasts=False)
+    )
     monkeypatch.setattr(passes, "product", product)
     monkeypatch.setattr(passes, "add_product", add_product)
 

@@ -11,7 +11,7 @@ from test_linear_logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
 
 import prefkern
 from prefkern import reference
-from prefkern.ops import call, fold_state, kl, operands, sequences, torch_kl_tiles
+from prefkern.ops import call, fold_state, operands, sequences, torch_tiles
 from prefkern.ops.kl import linear_kl
 from prefkern_bench.measure import Meter
 
@@ -533,17 +533,16 @@ def test_run_gives_scored_tokens_and_the_plan(backend, device):
     labels = case.pop("labels")
     scored = sequences.select(labels.reshape(-1), -100, 129)
     arguments = [case[name] for name in (*POLICY, *REFERENCE)]
-    logps, ref_logps, divergence, made = kl.run(
-        *arguments, scored, operands.Transform(), SMALL, backend
-    )
+    policy, ref = operands.Head.of(*arguments[:3]), operands.Head.of(*arguments[3:])
+    given = (scored, operands.Transform(), SMALL, backend)
+    result, made = call.run(policy, *given, reference=ref, with_divergence=True)
     assert made is prefkern.last_plan() and made.tokens == 18
     whole = linear_kl(**case, labels=labels, backend=backend, workspace_mb=SMALL)
-    for part, all_tokens in zip((logps, ref_logps, divergence), whole, strict=True):
+    parts = (result.logps, result.ref_logps, result.kl)
+    for part, all_tokens in zip(parts, whole, strict=True):
         assert torch.equal(part, all_tokens[labels != -100])
-    policy, _ = call.run(
-        *arguments[:3], scored, operands.Transform(), SMALL, backend, with_stats=False
-    )
-    torch.testing.assert_close(logps, policy.logps, rtol=1e-6, atol=2e-6)
+    alone, _ = call.run(policy, *given)
+    torch.testing.assert_close(result.logps, alone.logps, rtol=1e-6, atol=2e-6)
 
 
 N, H, H_REF, V = 512, 64, 32, 8192
@@ -562,9 +561,10 @@ def problem(trained: bool, dtype: torch.dtype, device: str) -> dict[str, torch.T
     }
 
 
-@pytest.mark.parametrize("workspace_mb", [0.5, 4, 64])
+@pytest.mark.parametrize("workspace_mb", [0.5, 4, 24, 64])
 @pytest.mark.parametrize(
-    # Products of the policy's head and of the reference's, 2NHV and 2N H_ref V each.
+    # Products of the policy's head and of the reference's, 2NHV and 2N H_ref V each, where nothing
+    # is kept; a kept token saves one of each.
     ("case", "products", "ref_products"),
     [("forward", 1, 1), ("frozen", 3, 1), ("trained", 4, 2), ("head only", 3, 2)],
 )
@@ -578,8 +578,13 @@ def test_operations(case, products, ref_products, workspace_mb, device):
             (out.logps.sum() + out.kl.sum()).backward()
     made = prefkern.last_plan()
     assert made is not None
+    # 64 MiB hold both models' probabilities of all tokens in float32, 24 MiB those of some.
+    trains_head = case in ("trained", "head only")
+    kept = {0.5: 0, 4: 0, 24: N // 4, 64: N}[workspace_mb] if trains_head else 0
+    assert made.kept_tokens == kept
     # The Meter counts what the products' shapes say; the plan says what it meant to do.
-    assert meter.operations == 2 * N * V * (products * H + ref_products * H_REF)
+    whole = 2 * N * V * (products * H + ref_products * H_REF)
+    assert meter.operations == whole - 2 * kept * V * (H + H_REF)
     assert made.operations == meter.operations
 
 
@@ -648,40 +653,50 @@ class TestKernels:
         self.kernels.launches.clear()
         out = linear_kl(**case, backend="triton", workspace_mb=SMALL)
         out.kl.sum().backward()
-        # 18 tokens are 2 tiles, 300 words 3.
-        expected = {"fold_kl": 6, **({"kl_gradient": 6} if trained else {"rescale_rows": 8})}
+        # 18 tokens are 2 tiles, 300 entries 3; two states of a token tile are finished.
+        of_gradients = {"remake_weights": 6} if trained else {"rescale_rows": 8}
+        expected = {"fold": 6, "finish": 4, "scatter_scaled": 1, **of_gradients}
         assert dict(self.kernels.launches) == expected
 
+    @pytest.mark.parametrize("with_stats", [False, True])
     @pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("transform", [{}, TRANSFORM])
     @pytest.mark.parametrize("started", [False, True])
     @pytest.mark.parametrize(("n", "v", "start"), [(5, 127, 100), (3, 1, 6), (4, 300, 0)])
-    def test_fold_kl(self, n, v, start, started, transform, out_dtype, device):
+    def test_fold_of_pairs(self, n, v, start, started, transform, out_dtype, with_stats, device):
         tiles, labels, biases, guards = pair_of_tiles(n, v, start, device)
         transform = operands.Transform(**transform).keywords()
         states, outs = [], []
-        for ops in (self.kernels, torch_kl_tiles):
-            state = running_state(n, started, device)
+        for ops in (self.kernels, torch_tiles):
+            state, ref_state = running_states(n, started, with_stats, device)
             rescales = (
                 [torch.empty(n, device=device) for _ in range(2)] if out_dtype else (None,) * 2
             )
             pairs = [guarded(n, v, out_dtype, device) for _ in range(2)] if out_dtype else []
             weights = [out for _, out in pairs] if out_dtype else (None,) * 2
-            before = self.kernels.launches["fold_kl"]
-            ops.fold_kl(
-                *(tile if ops is self.kernels else tile.clone() for tile in tiles),
-                labels, *biases, *state.values(), *rescales, *weights, start=start, **transform,
+            tile, ref_tile = (x if ops is self.kernels else x.clone() for x in tiles)
+            before = self.kernels.launches["fold"]
+            ops.fold(
+                tile, labels, biases[0], *state.sums(), rescales[0], weights[0], *state.moments(),
+                ref_tile=ref_tile, ref_bias=biases[1], ref_maximum=ref_state.maximum,
+                ref_total=ref_state.total, ref_label_logit=ref_state.label_logit,
+                cross=ref_state.cross, ref_rescale=rescales[1], ref_weights=weights[1],
+                start=start, first=not started, **transform,
             )  # fmt: skip
-            assert ops is torch_kl_tiles or self.kernels.launches["fold_kl"] == before + 1
+            assert ops is torch_tiles or self.kernels.launches["fold"] == before + 1
             for whole, _ in pairs:
                 assert_guard_kept(whole, n, v)
-            states.append(state)
+            ref = {f"ref_{name}": x for name, x in vars(ref_state).items() if x is not None}
+            # The slope is the policy's, and a fold of pairs leaves the reference's alone.
+            ref.pop("ref_label_slope")
+            states.append({name: x for name, x in vars(state).items() if x is not None} | ref)
             outs.append((*rescales, *weights))
         for whole in guards:
             assert_guard_kept(whole, n, v)
+        assert "ref_cross" in states[0] and ("squares" in states[0]) == with_stats
         for name, value in states[0].items():
-            if name == "label_slope" and transform["softcap"] is None:
-                continue
+            if name == "label_slope" and started and transform["softcap"] is None:
+                continue  # always 1 then, but not in this made-up state
             torch.testing.assert_close(
                 value, states[1][name], rtol=2e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
@@ -694,45 +709,78 @@ class TestKernels:
             for weights in outs[0][2:]:
                 assert inside.any() and (weights[rows, labels[inside] - start] == 0).all()
 
+    @pytest.mark.parametrize("is_kept", [False, True])
     @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("transform", [{}, TRANSFORM])
     @pytest.mark.parametrize(("n", "v", "start"), [(5, 127, 100), (3, 1, 6), (4, 300, 0)])
-    def test_kl_gradient(self, n, v, start, transform, out_dtype, device):
+    def test_remake_weights_of_pairs(self, n, v, start, transform, out_dtype, is_kept, device):
         tiles, labels, biases, _ = pair_of_tiles(n, v, start, device)
-        vectors = [
-            *(torch.full((n,), value, device=device) for value in (20.0, 25.0)),
-            *(torch.randn(n, device=device) for _ in range(3)),
-        ]
-        options = {"start": start, **operands.Transform(**transform).keywords()}
+        if is_kept:
+            tiles, biases = [tile.bfloat16() for tile in tiles], (None, None)
+        unit, ref_unit = (torch.full((n,), value, device=device) for value in (20.0, 25.0))
+        factor, ref_factor, label = (torch.randn(n, device=device) for _ in range(3))
+        options = {
+            "ref_bias": biases[1], "ref_unit": ref_unit, "ref_factor": ref_factor,
+            "is_kept": is_kept, "start": start, **operands.Transform(**transform).keywords(),
+        }  # fmt: skip
+
+        def run(ops, tile, ref_tile, out):
+            vectors = (labels, biases[0], unit, factor, label)
+            ops.remake_weights(tile, *vectors, out, ref_tile=ref_tile, **options)
+
         results = []
-        for ops in (self.kernels, torch_kl_tiles):
+        for ops in (self.kernels, torch_tiles):
             whole, out = guarded(n, v, out_dtype, device)
-            before = self.kernels.launches["kl_gradient"]
-            ops.kl_gradient(*(x.clone() for x in tiles), labels, *biases, *vectors, out, **options)
-            assert ops is torch_kl_tiles or self.kernels.launches["kl_gradient"] == before + 1
+            before = self.kernels.launches["remake_weights"]
+            run(ops, *(x.clone() for x in tiles), out)
+            assert ops is torch_tiles or self.kernels.launches["remake_weights"] == before + 1
             assert_guard_kept(whole, n, v)
             results.append(out)
         tolerance = {torch.float32: 5e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[out_dtype]
         torch.testing.assert_close(*results, rtol=tolerance, atol=1e-6)
+        rows = (labels >= start) & (labels < start + v)
+        at_labels = results[0][rows, labels[rows] - start]
+        assert rows.any() and torch.equal(at_labels, label[rows].to(out_dtype))
         in_place = tiles[0].clone()
-        self.kernels.kl_gradient(in_place, tiles[1], labels, *biases, *vectors, in_place, **options)
-        torch.testing.assert_close(in_place, results[1].float(), rtol=tolerance, atol=1e-6)
+        run(self.kernels, in_place, tiles[1], in_place)
+        tolerance = max(tolerance, 8e-3 if is_kept else 0)
+        torch.testing.assert_close(in_place.float(), results[1].float(), rtol=tolerance, atol=1e-6)
+
+    def test_scatter_scaled_of_two_terms(self, device):
+        terms = torch.randn(2, 5, 300, device=device)
+        scales = torch.randn(2, 5, device=device)
+        rows = torch.tensor([6, 0, 3, 2, 1], device=device)
+        outs = []
+        for ops in (self.kernels, torch_tiles):
+            outs.append(torch.zeros(7, 300, dtype=torch.bfloat16, device=device))
+            ops.scatter_scaled(terms[0], scales[0], rows, outs[-1], terms[1], scales[1])
+        exact = torch.zeros(7, 300, dtype=torch.float64, device=device)
+        exact[rows] = (terms.double() * scales.double().unsqueeze(2)).sum(0)
+        for out in outs:
+            torch.testing.assert_close(out, exact.bfloat16(), rtol=8e-3, atol=1e-6)
 
     def test_launchers_refuse_what_they_would_misread(self, device):
         tiles, labels, biases, _ = pair_of_tiles(4, 8, 0, device)
-        vectors = [torch.ones(4, device=device) for _ in range(5)]
-        options = {"start": 0, **operands.Transform().keywords()}
-        out = torch.empty(4, 8, device=device)
+        vectors = [torch.ones(4, device=device) for _ in range(3)]
+        out, ones = torch.empty(4, 8, device=device), torch.ones(4, device=device)
+        options = {
+            "ref_unit": ones, "ref_factor": ones, "start": 0, **operands.Transform().keywords(),
+        }  # fmt: skip
         with pytest.raises(ValueError, match="ref_tile must be 2-D with unit stride"):
             strided = tiles[1].T.contiguous().T
-            self.kernels.kl_gradient(tiles[0], strided, labels, *biases, *vectors, out, **options)
+            self.kernels.remake_weights(
+                tiles[0], labels, biases[0], *vectors, out, ref_tile=strided, **options
+            )
         with pytest.raises(ValueError, match="ref_bias must be contiguous"):
             expanded = torch.ones(1, device=device).expand(8)
-            self.kernels.kl_gradient(*tiles, labels, None, expanded, *vectors, out, **options)
+            self.kernels.remake_weights(
+                tiles[0], labels, None, *vectors, out, ref_tile=tiles[1], ref_bias=expanded,
+                **options,
+            )  # fmt: skip
 
 
 def pair_of_tiles(n: int, v: int, start: int, device: str):
-    """Two guarded tiles, labels in and out of their words, biases of two dtypes, whole buffers."""
+    """Two guarded tiles, labels in and outside of them, biases of two dtypes, whole buffers."""
     guards, tiles = zip(*(guarded(n, v, torch.float32, device) for _ in range(2)), strict=True)
     for tile in tiles:
         tile.copy_(torch.randn(n, v) * 6)
@@ -742,19 +790,16 @@ def pair_of_tiles(n: int, v: int, start: int, device: str):
     return tiles, labels, biases, guards
 
 
-def running_state(n: int, started: bool, device: str) -> dict[str, torch.Tensor]:
-    """The vectors that fold_kl updates, in its order."""
-    state, ref_state = (fold_state.FoldState.empty(n, torch.device(device)) for _ in range(2))
-    vectors = {
-        name: getattr(state, name) for name in ("maximum", "total", "label_logit", "label_slope")
-    }
-    for name in ("maximum", "total", "label_logit"):
-        vectors[f"ref_{name}"] = getattr(ref_state, name)
-    fold_state.clear(*state.sums())
-    fold_state.clear(*ref_state.sums())
-    vectors["cross"] = torch.zeros(n, device=device)
-    if started:
-        generator = torch.Generator().manual_seed(5)
-        for name, value in vectors.items():
-            value.copy_(torch.rand(n, generator=generator) + name.endswith("total"))
-    return vectors
+def running_states(
+    n: int, started: bool, with_stats: bool, device: str
+) -> tuple[fold_state.FoldState, fold_state.FoldState]:
+    """States of policy and reference: of a first tile, whatever they hold, or of a later one."""
+    place = torch.device(device)
+    state = fold_state.FoldState.empty(n, place, with_stats)
+    ref_state = fold_state.FoldState.empty(n, place, with_cross=True)
+    generator = torch.Generator().manual_seed(5)
+    for part in (state, ref_state):
+        for name, value in vars(part).items():
+            if value is not None and started:
+                value.copy_(torch.rand(n, generator=generator) + (name == "total"))
+    return state, ref_state

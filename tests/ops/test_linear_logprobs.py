@@ -220,9 +220,9 @@ def run_statistics(arguments, backend, device, **transform):
     """`call.run`'s statistics of (N,) scored tokens, the log of the collision probability last."""
     hidden, weight, labels, bias = (x if x is None else x.to(device) for x in arguments)
     scored = sequences.select(labels, -100, weight.shape[0])
-    result, _ = call.run(
-        hidden, weight, bias, scored, operands.Transform(**transform), SMALL, backend, True
-    )
+    head = operands.Head.of(hidden, weight, bias)
+    transform = operands.Transform(**transform)
+    result, _ = call.run(head, scored, transform, SMALL, backend, with_stats=True)
     return result.stats
 
 

@@ -217,12 +217,3 @@ def test_adapters_that_do_not_fit(change, error, message):
     given = {"lora_hidden": tensors["lora_hidden"], "lora_weight": tensors["lora_weight"], **change}
     with pytest.raises(error, match=message):
         prefkern.linear_logprobs(tensors["hidden"], tensors["weight"], labels, **given)
-
-
-def test_where_adapters_are_refused():
-    tensors, labels = _problem((4, 9), 131, 1.0, torch.float32, "cpu")
-    adapter = {"lora_hidden": tensors["lora_hidden"], "lora_weight": tensors["lora_weight"]}
-    tdpo = prefkern.FusedPreferenceLoss(prefkern.objectives.build("tdpo1"))
-    reference = {"ref_hidden": tensors["hidden"], "ref_weight": tensors["weight"]}
-    with pytest.raises(ValueError, match="TDPO1 does not support an adapter on the head"):
-        tdpo(tensors["hidden"], tensors["weight"], labels, **reference, **adapter)

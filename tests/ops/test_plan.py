@@ -142,7 +142,7 @@ def test_the_copies_that_autocast_makes_count(case, device):
 COMMON = {
     "tokens": 16384,
     "vocab_size": 128256,
-    "head": plan.Head(4096, torch.bfloat16, False, torch.bfloat16, torch.bfloat16),
+    "head": plan.HeadSize(4096, torch.bfloat16, False, torch.bfloat16, torch.bfloat16),
     "backend": "triton",
 }
 
@@ -173,7 +173,7 @@ def test_a_small_batch_is_one_tile():
 @pytest.mark.parametrize("vocab_size", [1, 127, 128, 129, 5000])
 @pytest.mark.parametrize("budget", [1, 10_000, 10_000_000])
 def test_tiles_exist_for_any_shape(tokens, vocab_size, budget):
-    tiles = plan.choose_tiles(tokens, vocab_size, budget, logit=4, token=100, word=100)
+    tiles = plan.choose_tiles(tokens, vocab_size, budget, logit=4, token=100, entry=100)
     assert 1 <= tiles.token_tile <= max(tokens, 1)
     assert 1 <= tiles.vocab_tile <= vocab_size
     smallest = tiles.token_tile <= 16 and tiles.vocab_tile <= 128

@@ -175,28 +175,47 @@ def launch_pair(
     """The kernels of a policy's tile beside a reference's."""
     labels = meta(n, dtype=torch.int64)
     biases = [None if bias is None else meta(v, dtype=dtype) for dtype in (bias, torch.float32)]
-    kernels.fold_kl(
-        meta(n, v),
-        meta(n, v),
-        labels,
-        *biases,
-        *(meta(n) for _ in range(8)),
-        *(meta(n) if out else None for _ in range(2)),
-        *(meta(n, v, dtype=out) if out else None for _ in range(2)),
-        start=0,
-        **transform,
-    )
-    if out is not None:
-        kernels.kl_gradient(
-            meta(n, v),
+    reference = {
+        "ref_tile": meta(n, v),
+        "ref_bias": biases[1],
+        **{name: meta(n) for name in ("ref_maximum", "ref_total", "ref_label_logit", "cross")},
+        "ref_rescale": meta(n) if out else None,
+        "ref_weights": meta(n, v, dtype=out) if out else None,
+    }
+    for moments in (0, 4):
+        kernels.fold(
             meta(n, v),
             labels,
-            *biases,
-            *(meta(n) for _ in range(5)),
+            biases[0],
+            *(meta(n) for _ in range(4)),
+            meta(n) if out else None,
+            meta(n, v, dtype=out) if out else None,
+            *(meta(n) for _ in range(moments)),
+            **reference,
+            start=0,
+            first=True,
+            **transform,
+        )
+    for is_kept in (False, True) if out else ():
+        kept = {"dtype": out} if is_kept else {}
+        kernels.remake_weights(
+            meta(n, v, **kept),
+            labels,
+            None if is_kept else biases[0],
+            *(meta(n) for _ in range(3)),
             meta(n, v, dtype=out),
+            ref_tile=meta(n, v, **kept),
+            ref_bias=None if is_kept else biases[1],
+            ref_unit=meta(n),
+            ref_factor=meta(n),
+            is_kept=is_kept,
             start=0,
             **transform,
         )
+    kernels.scatter_scaled(
+        *(meta(n, 576), meta(n), None, meta(n, 576, dtype=out or torch.float32)),
+        *(meta(n, 576), meta(n)),
+    )
 
 
 # What a call adds to a product: none of it, or all that a class allows. The bare one has sizes that

@@ -36,8 +36,8 @@ import prefkern_kernels
 # Bytes before and after a buffer; a multiple of every alignment that a launch may count on.
 GUARD = 2**15
 LAUNCHERS = (
-    "finish", "fold", "fold_kl", "kl_gradient", "pair_loss", "product_fold", "remake_weights",
-    "rescale_rows", "scatter_scaled", "settle",
+    "finish", "fold", "pair_loss", "product_fold", "remake_weights", "rescale_rows",
+    "scatter_scaled", "settle",
 )  # fmt: skip
 # Bytes between rows: as many as keep a row aligned for a tensor descriptor.
 _BETWEEN_ROWS = 32

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from prefkern.ops import torch_kl_tiles, torch_tiles
-
 ROWS = 3
 CAPPED = {"logit_scale": 1.7, "softcap": 8.0, "temperature": 0.6}
 Outputs = dict[str, torch.Tensor]
@@ -66,7 +64,7 @@ def remake_weights(ops: ModuleType, size: int, device: str) -> Outputs:
     labels = draw.words(start, size)
     ops.remake_weights(
         draw.normal(ROWS, size), labels, draw.normal(size), draw.uniform(ROWS) + 13,
-        -draw.uniform(ROWS), draw.normal(ROWS), weights, start=start, **CAPPED,
+        draw.normal(ROWS), -draw.uniform(ROWS), weights, start=start, **CAPPED,
     )  # fmt: skip
     return {"weights": weights}
 
@@ -107,48 +105,66 @@ def scatter_scaled(ops: ModuleType, size: int, device: str) -> Outputs:
     return {"out": out}
 
 
-def fold_kl(ops: ModuleType, size: int, device: str) -> Outputs:
+def fold_of_pairs(ops: ModuleType, size: int, device: str) -> Outputs:
     draw, start = Draw(size, device), 100
-    names = (
-        "maximum", "total", "label_logit", "label_slope", "ref_maximum", "ref_total",
-        "ref_label_logit", "cross", "rescale", "ref_rescale",
-    )  # fmt: skip
+    names = ("maximum", "total", "label_logit", "label_slope", "rescale")
+    ref_names = ("ref_maximum", "ref_total", "ref_label_logit", "cross", "ref_rescale")
     state = {name: draw.uniform(ROWS) + 0.5 for name in names}
-    weights = {
-        name: torch.empty(ROWS, size, dtype=torch.bfloat16, device=device)
-        for name in ("weights", "ref_weights")
-    }
-    ops.fold_kl(
-        draw.normal(ROWS, size) * 6, draw.normal(ROWS, size) * 6, draw.words(start, size),
-        draw.normal(size, dtype=torch.bfloat16), draw.normal(size), *state.values(),
-        *weights.values(), start=start, **CAPPED,
+    ref_state = {name: draw.uniform(ROWS) + 0.5 for name in ref_names}
+    weights, ref_weights = (
+        torch.empty(ROWS, size, dtype=torch.bfloat16, device=device) for _ in range(2)
+    )
+    ops.fold(
+        draw.normal(ROWS, size) * 6, draw.words(start, size),
+        draw.normal(size, dtype=torch.bfloat16), *state.values(), weights,
+        ref_tile=draw.normal(ROWS, size) * 6, ref_bias=draw.normal(size), **ref_state,
+        ref_weights=ref_weights, start=start, first=False, **CAPPED,
     )  # fmt: skip
-    return {**state, **weights}
+    return {**state, **ref_state, "weights": weights, "ref_weights": ref_weights}
 
 
-def kl_gradient(ops: ModuleType, size: int, device: str) -> Outputs:
+def remake_weights_of_pairs(ops: ModuleType, size: int, device: str) -> Outputs:
     draw, start = Draw(size, device), 100
-    gradient = torch.empty(ROWS, size, dtype=torch.float16, device=device)
-    ops.kl_gradient(
-        draw.normal(ROWS, size), draw.normal(ROWS, size), draw.words(start, size),
-        draw.normal(size), draw.normal(size, dtype=torch.bfloat16), draw.uniform(ROWS) + 13,
-        draw.uniform(ROWS) + 13, draw.normal(ROWS), draw.normal(ROWS), draw.normal(ROWS),
-        gradient, start=start, **CAPPED,
+    weights = torch.empty(ROWS, size, dtype=torch.float16, device=device)
+    ops.remake_weights(
+        draw.normal(ROWS, size), draw.words(start, size), draw.normal(size),
+        draw.uniform(ROWS) + 13, draw.normal(ROWS), draw.normal(ROWS), weights,
+        ref_tile=draw.normal(ROWS, size), ref_bias=draw.normal(size, dtype=torch.bfloat16),
+        ref_unit=draw.uniform(ROWS) + 13, ref_factor=draw.normal(ROWS), start=start, **CAPPED,
     )  # fmt: skip
-    return {"gradient": gradient}
+    return {"weights": weights}
+
+
+def remake_weights_of_kept_pairs(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw, start = Draw(size, device), 100
+    weights = torch.empty(ROWS, size, dtype=torch.float32, device=device)
+    kept, ref_kept = (draw.uniform(ROWS, size).to(torch.bfloat16) for _ in range(2))
+    ops.remake_weights(
+        kept, draw.words(start, size), None, draw.uniform(ROWS), draw.normal(ROWS),
+        draw.normal(ROWS), weights, ref_tile=ref_kept, ref_unit=draw.uniform(ROWS),
+        ref_factor=draw.normal(ROWS), is_kept=True, start=start, **CAPPED,
+    )  # fmt: skip
+    return {"weights": weights}
+
+
+def scatter_scaled_of_pairs(ops: ModuleType, size: int, device: str) -> Outputs:
+    draw = Draw(size, device)
+    out = torch.zeros(5, size, dtype=torch.bfloat16, device=device)
+    rows = torch.tensor([4, 0, 2], device=device)
+    ops.scatter_scaled(
+        draw.normal(ROWS, size), draw.normal(ROWS), rows, out,
+        draw.normal(ROWS, size), draw.normal(ROWS),
+    )  # fmt: skip
+    return {"out": out}
 
 
 CASES: dict[str, Callable[[ModuleType, int, str], Outputs]] = {
     function.__name__: function
     for function in (
-        fold, remake_weights, settle, finish, rescale_rows, scatter_scaled, fold_kl, kl_gradient,
+        fold, remake_weights, settle, finish, rescale_rows, scatter_scaled, fold_of_pairs,
+        remake_weights_of_pairs, remake_weights_of_kept_pairs, scatter_scaled_of_pairs,
     )
 }  # fmt: skip
-
-
-def twin_of(name: str) -> ModuleType:
-    """The module that has a launcher's twin in torch."""
-    return torch_kl_tiles if name in ("fold_kl", "kl_gradient") else torch_tiles
 
 
 def product(n: int, v: int, h: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
