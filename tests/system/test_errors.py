@@ -233,16 +233,6 @@ def test_what_is_not_there():
         _ = prefkern.linear_logprops  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("call", ["linear_logprobs", "loss"])
-def test_an_adapter_on_the_head_under_compile(call):
-    arguments = CALLS[call].good()
-    arguments["lora_hidden"] = torch.randn(*arguments["hidden"].shape[:-1], 2)
-    arguments["lora_weight"] = torch.randn(catalogue.V, 2)
-    compiled = torch.compile(CALLS[call].function, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="is not supported under torch.compile"):
-        compiled(**arguments)
-
-
 def test_heads_that_are_not_called_once():
     class Twice(type(catalogue.MODEL)):
         def forward(self, *args, **kwargs):
