@@ -634,7 +634,7 @@ def test_orpos_terms_must_name_the_same_tokens(tmp_path):
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     labels = batch["chosen_labels"]
     labels[labels != -100] = 5
-    with pytest.raises(ValueError, match="chosen_labels name other tokens"):
+    with pytest.raises(ValueError, match="chosen_labels and chosen_input_ids differ, and both"):
         trainer.compute_loss(trainer.model, batch)
 
 

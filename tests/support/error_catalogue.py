@@ -598,7 +598,7 @@ _TEXT = [
         {"attention_mask": torch.ones(1, T).long(), "cu_seqlens": torch.tensor([0, 3]),
          "input_ids": TEXT[:1]},
         ValueError,
-        "input_ids and cu_seqlens alone",
+        "takes only input_ids and cu_seqlens",
     ),
     ({"temperature": -1}, ValueError, "> 0", "-1"),
     ({"temperature": True}, TypeError, "a number", "True"),

@@ -157,7 +157,7 @@ FAMILIES = [
     Family(
         "Inkling2Text",
         {**_INKLING, "unpadded_vocab_size": 95, **_CAPPED},
-        HeadTransform(softcap=_CAP, words=95),
+        HeadTransform(softcap=_CAP, vocab_size=95),
     ),
     Family("NanoChat", _CAPPED, HeadTransform(softcap=_CAP)),
     Family("Mamba", {"state_size": 8}),
