@@ -399,7 +399,9 @@ def page(report: dict[str, Any]) -> str:
     rows = report["classes"]
     by_status = {status: [row for row in rows if row["status"] == status] for status in STATUSES}
     counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in report["versions"].items() if version
+    )
     agreed = sorted(by_status["agrees"], key=lambda row: (not row["transform"], row["model"]))
     lines = [
         HEAD.format(command=report["command"], date=report["date"][:10], versions=versions),
