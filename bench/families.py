@@ -54,10 +54,10 @@ HEAD = """\
 Written by `{command}` on {date}; {versions}.
 
 Log-probs and gradients through prefkern, compared with log_softmax of the model's own logits, in
-float32 on tiny random models. Value: the largest error of a token's log-prob, in nats. Gradient: the
-largest error of a parameter's gradient, relative to the largest entry of that gradient, over all
-parameters. After the head: the logits transform that was read from the config and checked against
-the model.
+float32 on tiny random models. Value: the largest error of a token's log-prob, in nats. Gradient:
+the largest error of a parameter's gradient, relative to the largest entry of that gradient, over
+all parameters. After the head: the logits transform that was read from the config and checked
+against the model.
 
 ## Families of the tests
 
@@ -298,7 +298,8 @@ def small(config_class: Any, own: dict[str, Any]) -> Any:
 def build(model_class: Any, own: dict[str, Any]) -> nn.Module:
     """A small random model of a class.
 
-    Raises whatever its config or its constructor raises, and ValueError if the model is still large.
+    Raises whatever its config or its constructor raises, and ValueError if the model is still
+    large.
     """
     config = small(model_class.config_class, own)
     with torch.device("meta"):
@@ -333,7 +334,8 @@ def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], di
         row.status, row.why = "refused", reason(error)
         return row
     row.value_error = (actual - expected).abs().max().item()
-    # If a parameter's gradient is only rounding, its error is relative to the model's largest entry.
+    # If a parameter's gradient is only rounding, its error is relative to the model's largest
+    # entry.
     floor = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
     row.gradient_error = max(
         ((ours[each] - theirs[each]).abs().max() / theirs[each].abs().max().clamp(min=floor)).item()

@@ -1,8 +1,8 @@
 """`prefkern bench`: compares prefkern with its peers in time, memory, operations and error.
 
-There are three suites. "operator" measures only log-probs and their gradients. "loss" measures a DPO
-step on them, with its reference, in a padded batch. Both are in `suites.py`. "step" measures the
-whole training step of a model (`step.py`). The providers are in `providers.py`, the sizes in
+There are three suites. "operator" measures only log-probs and their gradients. "loss" measures a
+DPO step on them, with its reference, in a padded batch. Both are in `suites.py`. "step" measures
+the whole training step of a model (`step.py`). The providers are in `providers.py`, the sizes in
 `shapes.py`.
 
 Operations are the counted matrix products, in units of NHV (N scored tokens x hidden size x

@@ -1,8 +1,8 @@
 """Measures one group of rows: one task at one shape, with every provider.
 
-First each provider is examined: errors and plan, memory, operations, each in a separate run, so that
-they do not disturb one another. Then all providers without a failure are timed in turns. An error
-that a provider raises becomes the `failure` of its row.
+First each provider is examined: errors and plan, memory, operations, each in a separate run, so
+that they do not disturb one another. Then all providers without a failure are timed in turns. An
+error that a provider raises becomes the `failure` of its row.
 
 Operations are those of the products that torch runs. If a provider's products are inside its own
 kernels, or if fewer are counted than the task needs, the row says "operations not counted" instead

@@ -58,8 +58,8 @@ class Truth:
 def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, padded: bool) -> Problem:
     """Random hidden states and head; every second scored token predicts its label with confidence.
 
-    With `padded`, a quarter of each row is prompt before the scored tokens, and a quarter is padding
-    after them. The reference is then the policy plus a little noise.
+    With `padded`, a quarter of each row is prompt before the scored tokens, and a quarter is
+    padding after them. The reference is then the policy plus a little noise.
     """
     generator = torch.Generator(device).manual_seed(0)
 

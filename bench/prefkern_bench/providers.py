@@ -65,7 +65,7 @@ class Provider:
         return Scores(logps.view(rows, -1).float().sum(-1), logps)
 
     def loss(self, problem: Problem) -> tuple[Tensor, Tensor]:  # (), (2B,)
-        """The DPO loss and the policy's sums; computes the reference's sums if they are not given."""
+        """The DPO loss and the policy's sums; computes the reference's sums if they are missing."""
         sums = self._sums(problem.hidden, problem.weight, problem)
         ref_sums = problem.ref_sums
         if ref_sums is None:
@@ -121,7 +121,7 @@ class Prefkern(Provider):
 
 
 class PrefkernInOnePass(Prefkern):
-    """prefkern with a workspace that holds a trained head's probabilities: nothing is recomputed."""
+    """prefkern with room for a trained head's probabilities, so that nothing is recomputed."""
 
     def token_logps(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
@@ -181,7 +181,7 @@ class ScoredLogits(Provider):
 
 
 class Eager(ScoredLogits):
-    """Logits of the scored tokens only, which favours eager; suite "step" has logits of all tokens."""
+    """Logits of the scored tokens only, which favours eager; suite "step" computes all logits."""
 
 
 class Compiled(Provider):

@@ -49,8 +49,8 @@ class Row:
     median_ms: float | None = None
     all_ms: list[float] | None = None
     # Time divided by the time of a plain product, timed in the same rounds. For product_ratio the
-    # product has as many operations as were counted; for floor_ratio, the fewest that the task needs
-    # (2, 4, 6 NHV, and 2 more with a reference).
+    # product has as many operations as were counted; for floor_ratio, the fewest that the task
+    # needs (2, 4, 6 NHV, and 2 more with a reference).
     product_ratio: float | None = None
     floor_ratio: float | None = None
     # Errors against float64: nats, and |x - truth| / |truth|.

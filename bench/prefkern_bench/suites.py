@@ -1,8 +1,8 @@
 """The suites "operator" and "loss": log-probs alone, and a DPO step on them.
 
 "operator" computes the log-probs of N tokens from hidden states and a head; all tokens are scored.
-Task "forward" has no gradients. Task "frozen" has forward and backward to dH, task "trainable" to dH
-and dW. The incoming gradient is one random number for each sequence.
+Task "forward" has no gradients. Task "frozen" has forward and backward to dH, task "trainable" to
+dH and dW. The incoming gradient is one random number for each sequence.
 
 "loss" is a DPO step with its reference, which has its own head. Half of each row is prompt and
 padding. Task "frozen" goes to dH, task "trainable" to dH and dW.

@@ -1,8 +1,8 @@
 """Times steps in turns, and describes a failure in one line.
 
-Every round runs every step once and begins with another step each time. So a change of the clock, or
-load from another process, affects all steps alike. On CUDA a time is measured between two events on
-the stream, on a CPU by the wall clock.
+Every round runs every step once and begins with another step each time. So a change of the clock,
+or load from another process, affects all steps alike. On CUDA a time is measured between two events
+on the stream, on a CPU by the wall clock.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _argument(value: Any) -> str:
 
 
 def _check_argument(action: argparse.Action, value: Any, what: str) -> None:
-    """Raise ValueError for a value that argparse would refuse; argparse cannot name file and line."""
+    """Raise ValueError, with file and line, for a value that argparse would refuse without them."""
     argument = _argument(value)
     if action.type is not None:
         try:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _OF_LAYERS = ("galore", "apollo", "lomo")
 # The metrics that Trainer adds to an evaluation.
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-# The errors that transformers raises for a name or keyword that it cannot use; their texts are kept.
+# The errors that transformers raises for a name or keyword that it cannot use; their texts are
+# kept.
 _ERRORS = (ValueError, TypeError, ImportError, RuntimeError, AttributeError, KeyError)
 
 
@@ -85,7 +86,7 @@ def check_best_metric(trainer: PreferenceTrainer) -> None:
 
 
 def interrupted(command: str, config: TrainingArguments | None) -> int:
-    """Print the checkpoint that an interrupted run can resume from; returns 130, as a shell does."""
+    """Print the checkpoint that an interrupted run can resume from; returns the status 130."""
     from prefkern.training.checkpoints import CheckpointError, last_complete
 
     state = "nothing was saved"

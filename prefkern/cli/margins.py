@@ -1,4 +1,4 @@
-"""`prefkern margins`: step 1 of MADPO. It writes a reward margin into each row of a dataset of pairs.
+"""`prefkern margins`: step 1 of MADPO. Writes a reward margin into each row of a dataset of pairs.
 
     prefkern margins --model_name_or_path M --dataset pairs.jsonl --output margins.jsonl
     prefkern margins --reward_model R --dataset pairs.jsonl --output margins.jsonl
@@ -8,8 +8,8 @@ The first command trains a reward model on the pairs and holds some of them out 
 (MADPO, Section 5.1). It saves the model to --output_dir and scores every pair with the best
 checkpoint. The second command scores with an existing reward model. The new column `margin` is
 r(chosen) - r(rejected). Rows, their order and other columns do not change, with one exception:
-`datasets` reads dates in JSON as times, so they are written as `2024-01-01 00:00:00`. Arguments come
-from flags, from a YAML file, or from both.
+`datasets` reads dates in JSON as times, so they are written as `2024-01-01 00:00:00`. Arguments
+come from flags, from a YAML file, or from both.
 
 All inputs are checked before training. An error is one line on stderr and exit status 2. Several
 processes (`accelerate launch`, `torchrun`) share the work, and the first one writes.
@@ -377,7 +377,8 @@ def _write(dataset: Any, path: Path) -> None:
     """Write the file or folder under a temporary name, then rename it."""
     with replacing(path) as unfinished:
         if path.suffix in (".jsonl", ".json"):
-            # Row by row, because `datasets` writes JSON with pandas, which rounds floats to 10 digits.
+            # Row by row, because `datasets` writes JSON with pandas, which rounds floats to 10
+            # digits.
             with unfinished.open("w", encoding="utf-8") as file:
                 rows = (json.dumps(row, ensure_ascii=False, default=str) for row in dataset)
                 if path.suffix == ".jsonl":

@@ -41,7 +41,7 @@ def read_options(path: Path) -> tuple[dict[Any, Any], dict[Any, int]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that occurs twice, and keeps the lines of the top-level keys."""
+    """SafeLoader that refuses a key that occurs twice, and keeps the lines of top-level keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

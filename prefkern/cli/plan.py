@@ -4,8 +4,8 @@
 
 A batch of B pairs is 2B sequences of T tokens, of which N are scored. `prefkern.plan_for` says what
 prefkern runs for that shape. The table also shows the cost of logits in memory. Only the model's
-config is read (and downloaded, for a hub name). The model is built on the meta device, where weights
-have shapes but no bytes. An error is one line on stderr and exit status 2.
+config is read (and downloaded, for a hub name). The model is built on the meta device, where
+weights have shapes but no bytes. An error is one line on stderr and exit status 2.
 
 The cost of logits in memory is that of the shortest differentiable code,
 `model(...).logits.float().log_softmax(-1).gather(...)`, on all 2BT positions. At the peak, the
@@ -332,9 +332,9 @@ def _show(
         )
     console.print(table)
     console.print(
-        "Bytes do not include weights, hidden states and the gradients of both; kept: for backward. "
-        f"Logits: on all {batch.positions:,} positions, with a float32 log-softmax and, in "
-        "backward, two float32 gradients of that size. NHV: operations of the matrix products, per "
+        "Bytes do not include weights, hidden states and the gradients of both; kept: for "
+        f"backward. Logits: on all {batch.positions:,} positions, with a float32 log-softmax and, "
+        "in backward, two float32 gradients of that size. NHV: operations of the matrix products, per "
         "scored token, hidden unit and vocabulary entry. A step costs one of the head's rows, and "
         "the reference's row too unless its log-probs are precomputed. The largest workspace of a "
         "trained head is the smallest power of two in which nothing is computed twice.",

@@ -35,7 +35,8 @@ class PreferenceCollator:
     Args:
         pad_token_id: fills `input_ids` on the right.
         pad_to_multiple_of: rounds the length T up.
-        padding_free: pack into one row without padding; the two arguments above have no effect then.
+        padding_free: pack into one row without padding; the two arguments above have no effect
+        then.
 
     A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
     labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and

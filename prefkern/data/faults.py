@@ -1,7 +1,7 @@
 """Finds the fault in a JSON file: the line, and what is wrong with it.
 
-The readers of Arrow and pandas say only that parsing failed, at best with an offset into a block. So
-a file that they refused is read again here, line by line, until the fault is found.
+The readers of Arrow and pandas say only that parsing failed, at best with an offset into a block.
+So a file that they refused is read again here, line by line, until the fault is found.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _in_lines(lines: list[bytes]) -> str | None:
 
 
 def _unlike(rows: Iterable[tuple[str, Any]]) -> str | None:
-    """The first row that is not an object, or whose column has another type than in earlier rows."""
+    """The first row that is not an object, or whose column has another type than before."""
     seen: dict[str, tuple[str, str]] = {}
     for where, row in rows:
         if not isinstance(row, dict):

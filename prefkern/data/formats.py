@@ -103,7 +103,7 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Prompt and responses of a row whose `prompt` is text while its responses are conversations."""
+    """Prompt and responses of a row with a text `prompt` and conversations as responses."""
     common, chosen, rejected = extract_prompt(chosen, rejected)
     if not prompt:
         return common, chosen, rejected
@@ -255,7 +255,7 @@ def _render(
 
 
 def _check_blocks(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
-    """Raise ValueError if a template expects text but printed the Python repr of a list of blocks."""
+    """Raise ValueError if a template expects text but printed the repr of a list of blocks."""
     blocks = [
         message["content"] for message in messages if isinstance(message.get("content"), list)
     ]

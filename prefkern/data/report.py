@@ -72,7 +72,7 @@ class Histogram:
         return cls(width, tuple(int(count) for count in counts), int(lengths.max()), bound)
 
     def rows(self) -> list[tuple[str, int, bool]]:
-        """The edges and count of each bin, and whether it may fit; starts at the first count > 0."""
+        """Each bin's edges, its count, and whether it may fit, from the first count above 0 on."""
         first = next(at for at, count in enumerate(self.counts) if count)
         rows = []
         for at in range(first, len(self.counts)):

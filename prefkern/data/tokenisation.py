@@ -111,8 +111,8 @@ def tokenize_examples(
     """Tokenise single responses into columns `prompt_ids`, `completion_ids`, `desirable`.
 
     Args: as in `tokenize_preferences`. A row of `dataset` is one response (`prompt`, `completion`,
-    `label`), or a pair: its chosen response is desirable, its rejected one is not. The report counts
-    responses.
+    `label`), or a pair: its chosen response is desirable, its rejected one is not. The report
+    counts responses.
 
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
@@ -262,7 +262,7 @@ def _with_tokens(
 
 @functools.cache
 def _versions() -> tuple[str, ...]:
-    """The version of this package, a hash of the code that makes tokens, and the versions it calls."""
+    """This package's version, a hash of the code that makes tokens, and its libraries' versions."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
@@ -279,7 +279,8 @@ class _AsOfNow:
     """
 
     function: Callable[..., dict[str, Any]]
-    versions: tuple[str, ...] = field(default_factory=_versions)
+    # A lambda, so that `_versions` is looked up at each use and a test can replace it.
+    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
 
     def __call__(self, *args: Any) -> dict[str, Any]:
         return self.function(*args)

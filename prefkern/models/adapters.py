@@ -104,8 +104,9 @@ def check_no_native_adapter(model: Any) -> None:
 def check_reference_adapter(model: Any, name: str | None, ref_model: Any) -> None:
     """Raise ValueError unless the model can be its own reference, with the adapter `name` or none.
 
-    `name` must be an adapter of the model, but not the one that is trained. Training must not change
-    the base model. If `name` is None, the base model must also equal the model before it was adapted.
+    `name` must be an adapter of the model, but not the one that is trained. Training must not
+    change the base model. If `name` is None, the base model must also equal the model before it was
+    adapted.
     """
     if name is not None:
         _check_name(model, name, ref_model)
@@ -207,7 +208,8 @@ def adapt(
     """The model, with a new adapter if `peft_config` is given.
 
     Args:
-        disable_dropout: True if dropout will be switched off; an adapter's dropout is an error then.
+        disable_dropout: True if dropout will be switched off; an adapter with dropout is then an
+            error.
         gradient_checkpointing: True if the model's blocks are checkpointed.
     """
     check_no_native_adapter(model)
@@ -251,7 +253,8 @@ def disable_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        # Llama's attention keeps its rate as a number; Falcon reads it from the config at each call.
+        # Llama's attention keeps its rate as a number; Falcon reads it from the config at each
+        # call.
         config = getattr(module, "config", None)
         for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
             for name, rate in _dropout_rates(owner).items():
@@ -263,7 +266,7 @@ def disable_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
 
 @contextmanager
 def with_own_rates(of_configs: list[tuple[Any, str, float]]) -> Iterator[None]:
-    """Restore the configs' own dropout rates within the context, so that they are saved unchanged."""
+    """Restore the configs' own dropout rates within the context, so that these are saved."""
     for config, name, rate in of_configs:
         setattr(config, name, rate)
     try:

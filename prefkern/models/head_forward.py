@@ -1,10 +1,10 @@
 """Runs the forward of a Hugging Face causal LM with a function of ours in place of its head.
 
-The model's own forward runs, in its wrappers (DDP, PEFT, FSDP and autocast hooks all fire). Only the
-`forward` of its output head is replaced during the call. The replacement gets the hidden states,
-scores them without logits, and returns a `[B, T, 1]` tensor of zeros to the model instead of logits.
-So everything that a model family does before its head stays the same. What it does after its head is
-the subject of `transform`.
+The model's own forward runs, in its wrappers (DDP, PEFT, FSDP and autocast hooks all fire). Only
+the `forward` of its output head is replaced during the call. The replacement gets the hidden
+states, scores them without logits, and returns a `[B, T, 1]` tensor of zeros to the model instead
+of logits. So everything that a model family does before its head stays the same. What it does after
+its head is the subject of `transform`.
 
 The zeros carry the autograd graph. Added to the loss they change no value, but they make the loss
 depend on the wrapper's output, where DDP and FSDP put their backward hooks.

@@ -176,7 +176,8 @@ def problem(head: nn.Module) -> str | None:
             f"a {kind} with a weight of {weight.dtype}, probably quantised: leave the head out of "
             "quantisation"
         )
-    # No check of the shape: outside the forward FSDP flattens weights. The operator checks it later.
+    # No check of the shape: outside the forward FSDP flattens weights. The operator checks it
+    # later.
     return None
 
 

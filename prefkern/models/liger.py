@@ -1,12 +1,12 @@
 """Liger's layer kernels in a model whose head and loss are prefkern's.
 
 With `use_liger_kernel=True`, transformers' Trainer replaces a model's layers (RMS norm, rotary
-embedding, SwiGLU, ...) by Liger's kernels when training starts. It also replaces the model's forward
-by one with Liger's own loss. prefkern replaces the layers only, because the head and the loss are
-its own. It does so in the reference too, and before anything is computed. So policy and reference
-run the same kernels, and equal models have equal log-probs. Liger replaces some functions (the
-rotary embedding) in transformers' module of the model family, and so for every model of that family
-in the process.
+embedding, SwiGLU, ...) by Liger's kernels when training starts. It also replaces the model's
+forward by one with Liger's own loss. prefkern replaces the layers only, because the head and the
+loss are its own. It does so in the reference too, and before anything is computed. So policy and
+reference run the same kernels, and equal models have equal log-probs. Liger replaces some functions
+(the rotary embedding) in transformers' module of the model family, and so for every model of that
+family in the process.
 
 Liger silently ignores a model type or an option that it does not know. Here that is an error. A CPU
 is an error too, because Liger's layers do not run on it.

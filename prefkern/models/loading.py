@@ -7,7 +7,8 @@ folder, the fault and the remedy.
 
 A revision, a cache folder or an access token for a model also applies to its tokenizer, because
 another revision may have another vocabulary and chat template. Code among the files runs only if
-the user trusts it. `trust_remote_code` is always passed: without a value transformers asks on stdin.
+the user trusts it. `trust_remote_code` is always passed: without a value transformers asks on
+stdin.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: st
         init_kwargs: keywords of `from_pretrained`.
         what: the model's name in errors.
 
-    Raises OSError if there is no such model. Raises ValueError for an adapter, and for files that are
-    damaged, have wrong shapes or lack some of the weights.
+    Raises OSError if there is no such model. Raises ValueError for an adapter, and for files that
+    are damaged, have wrong shapes or lack some of the weights.
     """
     kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
     remote = is_trusted(kwargs)
@@ -115,8 +116,8 @@ def read_config(
 ) -> Any:
     """A model's config, as AutoConfig reads it.
 
-    Raises OSError if there is none, and ValueError for an adapter and for a config that no model can
-    be built from.
+    Raises OSError if there is none, and ValueError for an adapter and for a config that no model
+    can be built from.
     """
     if not name.strip():
         raise ValueError(f"{what} must be a folder or a hub name, got {name!r}")
@@ -149,8 +150,8 @@ def load_tokenizer(name: str, kwargs: Mapping[str, Any]) -> Any:
         name: the model's folder or hub name.
         kwargs: keywords of `from_pretrained` that the model is loaded with.
 
-    Raises OSError if there is none. Raises ValueError if it cannot be read, and names a broken file;
-    also if it is code that the user does not trust.
+    Raises OSError if there is none. Raises ValueError if it cannot be read, and names a broken
+    file; also if it is code that the user does not trust.
     """
     if not name:
         raise ValueError(

@@ -1,18 +1,18 @@
 """Packed batches: sequences end to end in one row, so that no padding is computed.
 
 A row [1, M] of S sequences has bounds `cu_seqlens` [S + 1]: they say where each sequence begins.
-`packed_inputs` turns them into every input that some model family reads. Positions restart with each
-sequence; without an attention mask, transformers builds a block-diagonal mask from them for sdpa,
-eager and flex attention. The bounds go to flash attention's variable-length path. The number of each
-token's sequence goes to state space layers whose kernels support it.
+`packed_inputs` turns them into every input that some model family reads. Positions restart with
+each sequence; without an attention mask, transformers builds a block-diagonal mask from them for
+sdpa, eager and flex attention. The bounds go to flash attention's variable-length path. The number
+of each token's sequence goes to state space layers whose kernels support it.
 
 No config says whether a family uses these inputs. State space and linear attention layers carry
 their state into the next sequence if their kernels are missing. ALiBi counts along the whole row.
 Some models count positions inside, and GPT-OSS builds its masks without them. Such a model would
 still train, but on sequences that read one another. So each model is probed once for each attention
-implementation. Other tokens in the first sequence must not change the hidden states of the next one,
-and all hidden states must equal those of a padded batch. Otherwise packing is an error, never a
-wrong number.
+implementation. Other tokens in the first sequence must not change the hidden states of the next
+one, and all hidden states must equal those of a padded batch. Otherwise packing is an error, never
+a wrong number.
 """
 
 from __future__ import annotations

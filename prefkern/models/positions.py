@@ -1,11 +1,11 @@
 """Checks that a model has a position for each token of a dataset's longest row.
 
 Some models have a table of positions (GPT-2, OPT, BERT; GPT-J and CTRL have tables of sines). A
-token beyond the table gives an index error on a CPU. On a GPU it gives an assertion, after which the
-process can run nothing more. So a longer row is an error here. Rotary and relative positions have no
-such limit, but the model was not trained beyond its own length: a longer row gives a warning. The
-user sets the bound on rows (`max_length`). It is not lowered automatically, because truncation
-changes what is trained.
+token beyond the table gives an index error on a CPU. On a GPU it gives an assertion, after which
+the process can run nothing more. So a longer row is an error here. Rotary and relative positions
+have no such limit, but the model was not trained beyond its own length: a longer row gives a
+warning. The user sets the bound on rows (`max_length`). It is not lowered automatically, because
+truncation changes what is trained.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def token_logprobs(
         model: a Hugging Face causal LM, bare or wrapped (DDP, PEFT, FSDP).
         input_ids: [B, T] int64.
         attention_mask: [B, T], 1 for tokens and 0 for padding.
-        labels: [B, T] int64 as the model takes them: not shifted, -100 where not scored. None scores
-            every token of `input_ids` that is real, if the token before it is real too.
+        labels: [B, T] int64 as the model takes them: not shifted, -100 where not scored. None
+            scores every token of `input_ids` that is real, if the token before it is real too.
         cu_seqlens: [S + 1] int32 or int64: where each sequence of a packed row begins. input_ids is
             then [1, M], and attention_mask must be None. Positions restart with each sequence, and
             its first token is not scored.
@@ -67,9 +67,9 @@ def token_logprobs(
         [B, T-1] float32; column t holds log p(labels[:, t + 1]), 0 where not scored.
         Differentiable in the model's parameters.
 
-    Raises TypeError and ValueError for tensors that do not fit the model or one another, for a model
-    whose head or logits transform cannot be read, and for a model that cannot keep packed sequences
-    apart.
+    Raises TypeError and ValueError for tensors that do not fit the model or one another, for a
+    model whose head or logits transform cannot be read, and for a model that cannot keep packed
+    sequences apart.
     """
     base, _ = find_head(model)
     text_inputs.check(base, input_ids, attention_mask, labels)

@@ -23,7 +23,7 @@ _LEAST_SHARED = 0.9
 
 
 def check_pad_token(tokenizer: Any, rows: int | None) -> None:
-    """Raise ValueError if the model's embedding has no row for the pad token; rows None: unknown."""
+    """Raise ValueError if the embedding has no row for the pad token; `rows` None: unknown."""
     if rows is not None and tokenizer.pad_token_id >= rows:
         raise ValueError(
             f"the tokenizer's pad token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, "
@@ -84,8 +84,8 @@ def check_reference_words(
         if theirs and shared < _LEAST_SHARED * min(len(ours), len(theirs)):
             raise ValueError(
                 f"ref_model {ref_name!r} has another vocabulary than the model: its tokenizer "
-                f"agrees with the model's in {shared} of {len(ours)} entries; log-probs would be of "
-                "other tokens. Give a reference of the same family"
+                f"agrees with the model's in {shared} of {len(ours)} entries; log-probs would be "
+                "of other tokens. Give a reference of the same family"
             )
     if None not in (rows, ref_rows) and rows != ref_rows:
         logger.warning(

@@ -311,7 +311,7 @@ def test_prompts_that_whole_conversations_repeat_are_left_out():
         single = {"prompt": prompt, "completion": whole["chosen"], "label": True}
         assert _examples([single])[0][0]["completion_ids"] == expected["chosen_ids"]
         for other in ("chosen", "rejected"):
-            with pytest.raises(ValueError, match=f"row 0: .*, and '{other}' does not; expected"):
+            with pytest.raises(ValueError, match=f"row 0: .*, but '{other}' does not; expected"):
                 _tokenize([{**whole, other: row[other]}])
     assert _tokenize([{**CONVERSATION}])[0][0] == plain[0]
 

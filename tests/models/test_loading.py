@@ -95,10 +95,10 @@ def test_damaged_files_and_other_shapes(tmp_path):
     with pytest.raises(ValueError, match="weights have other shapes than its config.json says"):
         load_model(folder)
     weights.write_bytes(weights.read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was not written to its"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or incomplete"):
         load_model(folder)
     tiny.tokenizer().save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was not written to its"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or incomplete"):
         rewards.new_reward_model(folder)
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="the tokenizer of .*tokenizer.json.* Repair its files"):

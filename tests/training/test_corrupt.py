@@ -361,9 +361,11 @@ def test_other_vocabularies(tmp_path, caplog):
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens([f"w{i}" for i in range(90)])
     tokenizer.add_special_tokens({"pad_token": "<padding>"})
-    with pytest.raises(ValueError, match="pad token '<padding>' has id 107, .* embedding 97 rows"):
+    with pytest.raises(
+        ValueError, match="pad token '<padding>' has id 107, .* embedding has 97 rows"
+    ):
         PreferenceTrainer(tiny.model(), config(tmp_path), ids, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="the reference's embedding 10 rows"):
+    with pytest.raises(ValueError, match="the reference's embedding has 10 rows"):
         trainer(tmp_path, objective="dpo", ref_model=model)
     trainer(tmp_path, objective="dpo", ref_model=tiny.model(vocab_size=120))
     assert "embedding has 97 rows and the reference's 120" in caplog.text

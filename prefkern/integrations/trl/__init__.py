@@ -1,6 +1,6 @@
 """prefkern in TRL: TRL's trainers without logits and, for DPO, with prefkern's objectives.
 
-- `DPOTrainer` is TRL's trainer with an objective of prefkern: `DPOTrainer(..., objective="adadpo")`.
+- `DPOTrainer` is TRL's trainer with prefkern's objectives: `DPOTrainer(..., objective="adadpo")`.
 - `fuse_head(trainer)` removes the logits from TRL's own CPO, SimPO and ORPO; `restore_head` puts
   them back.
 

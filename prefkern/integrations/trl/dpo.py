@@ -1,7 +1,7 @@
 """TRL's DPOTrainer with an objective of prefkern, and without logits.
 
-TRL still makes the batch, chooses the reference and does everything around a step: datasets and chat
-templates, collators (also for vision-language models), PEFT with a fresh or a trained adapter,
+TRL still makes the batch, chooses the reference and does everything around a step: datasets and
+chat templates, collators (also for vision-language models), PEFT with a fresh or a trained adapter,
 cached reference log-probs, a reference that follows the policy, the router's loss, callbacks and
 model cards. `prefkern.training.objective_trainer` does the step itself. The differences from TRL:
 
@@ -67,8 +67,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     No reference is loaded for an objective without one (SimPO, CPO, ORPO).
 
     Raises ValueError for an argument of TRL that would have no effect, and names it; also for a
-    model whose head cannot be read. Raises TypeError if `objective` is not on pairs, or if `args` is
-    not a DPOConfig.
+    model whose head cannot be read. Raises TypeError if `objective` is not on pairs, or if `args`
+    is not a DPOConfig.
     """
 
     args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -206,7 +206,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """No gradients; if the policy is its own reference, also the reference's adapter or none."""
+        """Without gradients; if the policy is its own reference, with that adapter or none."""
         adapter = nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy: Any = self.accelerator.unwrap_model(self.model)

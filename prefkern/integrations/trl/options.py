@@ -44,8 +44,8 @@ def objective_of(
 ) -> Objective:
     """The objective to train: the given one, or the one that TRL's arguments describe.
 
-    Raises ValueError for arguments that have no effect on it or contradict each other, and TypeError
-    for an objective that is not on pairs.
+    Raises ValueError for arguments that have no effect on it or contradict each other, and
+    TypeError for an objective that is not on pairs.
     """
     for name, why in _WITHOUT_EFFECT.items():
         if getattr(args, name) != _default(name):
