@@ -279,7 +279,6 @@ class _AsOfNow:
     """
 
     function: Callable[..., dict[str, Any]]
-    # A lambda, so that `_versions` is looked up at each use and a test can replace it.
     versions: tuple[str, ...] = field(default_factory=lambda: _versions())
 
     def __call__(self, *args: Any) -> dict[str, Any]:
