@@ -1,6 +1,6 @@
 """The columns of a preference dataset: which are needed, which are read, which are refused.
 
-These checks need the columns alone. So an unusable dataset fails at once, before a row is read or a
+These checks need only the columns. So an unusable dataset fails at once, before a row is read or a
 model is loaded.
 """
 

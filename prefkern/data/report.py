@@ -108,7 +108,7 @@ class DatasetReport:
     lengths: dict[str, Lengths]
     histogram: Histogram
     unit: str = "pairs"
-    repeated: int = 0  # both responses begin with the whole prompt, so the prompt is scored again
+    repeated: int = 0  # both responses begin with the whole prompt; that copy is scored
     begun: int = 0  # the text has a beginning-of-sequence token already; no second one was added
 
     @property

@@ -53,7 +53,7 @@ _MARKS = (
     "_found_lengths",
     "_lengths",
 )
-_ROUNDING = 1e-3  # of a sum of log-probs that is 0
+_ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
 _Marks = dict[str, numpy.ndarray]
 _Tokens = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 

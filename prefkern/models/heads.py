@@ -109,7 +109,7 @@ class HeadInputs:
         return replace(self, weight=self.weight[:count], bias=bias, lora_weight=lora_weight)
 
     def adapter(self) -> dict[str, Any]:
-        """Keyword arguments of the operator and the loss; empty where there is no adapter."""
+        """Keyword arguments for the operator and the loss; empty if there is no adapter."""
         if self.lora_hidden is None or self.lora_weight is None:
             return {}
         return {"lora_hidden": self.lora_hidden, "lora_weight": self.lora_weight}

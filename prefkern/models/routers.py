@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture of experts, which the model computes beside its logits.
+"""The load-balancing loss of a mixture of experts, which the model computes with its logits.
 
 This loss keeps a router from sending all tokens to a few experts. A model adds it to its own loss
 if its config sets `output_router_logits`. prefkern replaces the model's loss, so it adds the term

@@ -206,7 +206,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """Without gradients; if the policy is its own reference, with that adapter or none."""
+        """Without gradients; a policy that is its own reference uses its adapter "ref", or none."""
         adapter = nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy: Any = self.accelerator.unwrap_model(self.model)
