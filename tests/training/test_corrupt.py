@@ -375,7 +375,9 @@ def test_other_vocabularies(tmp_path, caplog):
     vocabulary = {word: at for at, word in enumerate(reversed(tiny.SPECIAL + tiny.WORDS))}
     words.backend_tokenizer.model = type(words.backend_tokenizer.model)(vocabulary, "<unk>")
     words.save_pretrained(other)
-    with pytest.raises(ValueError, match="has another vocabulary than the model: .* 1 of 17 entries"):
+    with pytest.raises(
+        ValueError, match="has another vocabulary than the model: .* 1 of 17 entries"
+    ):
         trainer(tmp_path, objective="dpo", ref_model=str(other))
 
 
