@@ -2,10 +2,10 @@
 
 usage: python bench/compatibility.py NAME [PYTEST OPTION ...]     (make test-oldest, test-newest, record)
 
-NAME is what the versions are called in the record: oldest (constraints-oldest.txt, the lower bounds
-of pyproject.toml), tested (constraints.txt) or newest (constraints-newest.txt). Writes NAME's part of
-`bench/results/compatibility.json` and the page `bench/COMPATIBILITY.md`, unless an option chooses
-tests (-k, a file). Exit status: pytest's.
+NAME is the name of the set of versions in the record: oldest (constraints-oldest.txt, the lower
+bounds of pyproject.toml), tested (constraints.txt) or newest (constraints-newest.txt). Writes
+NAME's part of `bench/results/compatibility.json` and the page `bench/COMPATIBILITY.md`. Writes
+nothing if an option selects tests (-k, a file). The exit status is pytest's.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ PACKAGES = (
 HEAD = """\
 # Versions that the tests pass on
 
-What `make test` runs, on three sets of versions, by `make test-oldest`, `make record` and `make test-newest`:
-the lower bounds of `pyproject.toml` together, those that `make test` installs, and the newest that
-could be had.
+The tests of `make test` on three sets of versions. *oldest*: the lower bounds of `pyproject.toml`
+(`make test-oldest`). *tested*: the versions that `make test` installs (`make record`). *newest*:
+the newest available versions (`make test-newest`).
 """
 
 
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def outcomes(junit: Path) -> dict[str, Any]:
-    """Counts, the failed tests, and the reasons of skips with how many tests gave each."""
+    """The number of passed tests, the failed tests, and how many tests gave each skip reason."""
     passed, failed, skipped = 0, [], Counter()
     for case in ElementTree.parse(junit).iter("testcase"):
         skip = case.find("skipped")
@@ -90,11 +90,11 @@ def _reasons(skipped: dict[str, int]) -> list[str]:
 def main(name: str, options: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        # The record that is being made is no matter of its own.
+        # Deselected: this test compares the page with the record, which is being replaced.
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", "--deselect", OWN]
         command += options
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        # 0 and 1: all were run. Anything else is no record of the tests.
+        # Status 0 and 1: all tests ran. After any other status there is nothing to record.
         if status > 1:
             return status
         found = outcomes(junit)

@@ -1,11 +1,11 @@
-"""Compile every configuration of `product_fold` for every GPU in the table, and write what it takes.
+"""Compile every configuration of `product_fold` for every GPU in the table; record its resources.
 
 usage: python bench/compile_reports.py [PYTHON ...]
 
-No GPU is needed: `tests/support/compile_ahead.py --all` is run for each architecture, by this interpreter
-or by each of those named, which may have other versions of Triton. Writes
-`bench/results/compile-reports.json` and the table `bench/COMPILE.md`. Registers and spills say
-whether a configuration is worth measuring, not how fast it is.
+No GPU is needed. The script runs `tests/support/compile_ahead.py --all` for each architecture, with
+this interpreter or with each PYTHON given, which may have another version of Triton. It writes
+`bench/results/compile-reports.json` and the table `bench/COMPILE.md`. Registers and spills show
+whether a configuration is worth measuring, but not how fast it is.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ COLUMNS = (
     *("specialised", "in use", "registers", "stack", "KiB", "instructions"),
 )
 HEAD = """\
-# What the product's configurations take
+# Resources of the product's configurations
 
-Written by `{command}` on {date}. Registers a thread (vector registers on gfx942), bytes of stack
-(what ptxas spills; on gfx942 scalar registers, which spill into lanes) and KiB of shared memory of
-`_product_fold_kernel`, the most over the variants of a call: with rows, a bias, a softcap and a
-vocabulary that the tiles do not divide, as the class allows. *In use* is the first candidate of its
-class; none is measured on a GPU unless `tiles.py` says so.
+Written by `{command}` on {date}. The table shows resources of `_product_fold_kernel`: registers per
+thread (vector registers on gfx942), bytes of stack (ptxas spills; on gfx942 scalar registers that
+spill into lanes) and KiB of shared memory. Each number is the largest over the variants of a call:
+with rows, a bias, a softcap and a vocabulary that the tiles do not divide, as far as the class
+allows them. *In use* marks the first candidate of its class. No configuration was measured on a GPU
+unless `tiles.py` says so.
 """
 
 
@@ -49,7 +50,7 @@ def compile_all(python: str, target: str) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """A report's rows in Markdown, one a configuration."""
+    """The rows of a report in Markdown, one for each configuration."""
     worst: dict[tuple, dict[str, Any]] = {}
     for row in report["kernels"]:
         if row["kernel"] != "_product_fold_kernel":
@@ -89,7 +90,7 @@ def table(report: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     pythons = sys.argv[1:] or [sys.executable]
-    # Where an interpreter lies is no part of the record; its versions are.
+    # The record does not name the paths of the interpreters, only their versions.
     command = " ".join(["python bench/compile_reports.py"] + ["PYTHON"] * len(sys.argv[1:]))
     reports = []
     for python in pythons:
@@ -100,7 +101,7 @@ def main() -> None:
     today = date.today().isoformat()
     record = {"date": today, "command": command, "reports": reports}
     path = ROOT / "bench/results/compile-reports.json"
-    # A kernel a line.
+    # One line for each kernel.
     path.write_text(json.dumps(record).replace('{"kernel"', '\n{"kernel"') + "\n")
     lines = [HEAD.format(command=command, date=today)]
     for report in reports:

@@ -1,17 +1,18 @@
-"""Hold every causal LM of transformers, built tiny, to its own logits, and write the page of it.
+"""Compare every causal LM of transformers, built tiny, with its own logits, and write the page.
 
 usage: python bench/families.py [--json FILE] [--page FILE] [NAME ...]
 
-Twice: the families of `tests/support/family_table.py`, whose caps and scales are chosen to bite, the models
-with images with and without one; and every class of transformers' auto mappings for causal LMs and
-for images with text, from its config's defaults with each size that has a known name made small,
-nested configs included, on text alone. `prefkern.token_logprobs` and its gradients, of all
-parameters, are compared with log_softmax of the model's own logits, in float32.
+There are two tables. The first has the families of `tests/support/family_table.py`, with softcaps
+and scales that change the logits visibly; models with images run with and without an image. The
+second has every class of transformers' auto mappings for causal LMs and for images with text, on
+text alone. Its config has the default values, but each size with a known name is small, also in
+nested configs. `prefkern.token_logprobs` and its gradients with respect to all parameters are
+compared with log_softmax of the model's own logits, in float32.
 
-A class ends as one of
-    agrees      its errors are within bounds
-    refused     prefkern says why it will not; never a wrong number
-    not run     the model does not run or train by itself on text alone, or was not built tiny here
+The result of a class is one of
+    agrees      its errors are within the bounds
+    refused     prefkern raises an error that says why; never a wrong number
+    not run     the model itself does not run or train on text alone, or could not be built tiny
     differs     a wrong number without an error: exit status 1
 """
 
@@ -43,7 +44,8 @@ from prefkern_bench import environment
 from support import family_table
 from support.family_table import FAMILIES, VISION, Family
 
-# Largest errors of a value, in nats, and of a gradient, relative to its parameter's largest.
+# Bounds on the error of a value, in nats, and of a gradient, relative to the largest entry of its
+# parameter's gradient.
 BOUNDS = {"value": 1e-4, "gradient": 1e-3}
 STATUSES = ("agrees", "refused", "not run", "differs")
 HEAD = """\
@@ -51,22 +53,23 @@ HEAD = """\
 
 Written by `{command}` on {date}; {versions}.
 
-Log-probs and gradients through prefkern against log_softmax of the model's own logits, in float32 on
-tiny models drawn at random. Value: the largest error of a token's log-prob, in nats. Gradient: the
-largest error of a parameter's gradient, relative to that parameter's largest, over all parameters.
-After the head: what was read off the config, and held against the model.
+Log-probs and gradients through prefkern, compared with log_softmax of the model's own logits, in
+float32 on tiny random models. Value: the largest error of a token's log-prob, in nats. Gradient:
+the largest error of a parameter's gradient, relative to the largest entry of that gradient, over
+all parameters. After the head: the logits transform that was read from the config and checked
+against the model.
 
 ## Families of the tests
 
-Caps are low and scales far from 1, so that one that is missed or misread would show.
+Softcaps are low and scales are far from 1, so that a missed or misread one would show.
 """
 MOST_PARAMETERS = 150_000_000
 
-_HIDDEN, _WORDS = 32, 97
-# What a size is called in configs, and what it becomes; `OWN` has what a class needs besides.
+_HIDDEN, _VOCAB = 32, 97
+# The names of sizes in configs, and their small values; `OWN` has what a class needs in addition.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(
-        ("vocab_size", "text_vocab_size", "n_vocab", "vocab_size_per_layer_input"), _WORDS
+        ("vocab_size", "text_vocab_size", "n_vocab", "vocab_size_per_layer_input"), _VOCAB
     ),
     **dict.fromkeys(
         (
@@ -152,7 +155,7 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.2,
     "is_decoder": True,
-    # What is done to logits, by numbers far from doing nothing.
+    # Transforms of the logits, with numbers that change them clearly.
     "logits_scaling": 8.0,
     "logit_scale": 0.0625,
     "lm_head_multiplier": 0.25,
@@ -161,7 +164,7 @@ SIZES: dict[str, Any] = {
     "unpadded_vocab_size": 95,
 }
 
-# What a class needs besides: shapes that must fit one another, and layers of each kind.
+# What a class needs in addition: shapes that fit one another, and layers of each kind.
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 _OF_TEXT = {"text_config": {"rope_parameters": _MROPE}}
@@ -274,7 +277,7 @@ class Row:
 
 
 def small(config_class: Any, own: dict[str, Any]) -> Any:
-    """A config with every size that has a known name made small."""
+    """A config in which every size with a known name is small."""
     default = config_class()
     options: dict[str, Any] = {}
     for name, value in default.to_dict().items():
@@ -282,7 +285,7 @@ def small(config_class: Any, own: dict[str, Any]) -> Any:
             many = isinstance(value, list | tuple)
             options[name] = [SIZES[name]] * len(value) if many else SIZES[name]
     if "kv_lora_rank" in options:
-        # Latent attention knows no groups of heads.
+        # Latent attention does not group heads.
         options["num_key_value_heads"] = options.get("num_attention_heads", 4)
     own = dict(own)
     for name in getattr(config_class, "sub_configs", {}):
@@ -293,9 +296,10 @@ def small(config_class: Any, own: dict[str, Any]) -> Any:
 
 
 def build(model_class: Any, own: dict[str, Any]) -> nn.Module:
-    """A class's model, small and drawn at random.
+    """A small random model of a class.
 
-    Raises whatever its config or its constructor raises, and ValueError for one that stays large.
+    Raises whatever its config or its constructor raises, and ValueError if the model is still
+    large.
     """
     config = small(model_class.config_class, own)
     with torch.device("meta"):
@@ -314,7 +318,7 @@ def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
 
 
 def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], dict]]) -> Row:
-    """Fill a row: `made()` gives a model, its ids, mask and labels, and further inputs."""
+    """Fill a row: `made()` returns a model, its ids, mask and labels, and further inputs."""
     try:
         model, batch, inputs = made()
         expected = family_table.oracle(model, *batch, **inputs)
@@ -330,7 +334,8 @@ def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], di
         row.status, row.why = "refused", reason(error)
         return row
     row.value_error = (actual - expected).abs().max().item()
-    # A parameter whose gradient is only rounding is measured by the model's largest.
+    # If a parameter's gradient is only rounding, its error is relative to the model's largest
+    # entry.
     floor = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
     row.gradient_error = max(
         ((ours[each] - theirs[each]).abs().max() / theirs[each].abs().max().clamp(min=floor)).item()
@@ -338,7 +343,7 @@ def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], di
         else float("inf")
         for each in ours.keys() | theirs.keys()
     )
-    # Written so that NaN differs.
+    # Comparisons are <=, so that NaN counts as "differs".
     agrees = row.value_error <= BOUNDS["value"] and row.gradient_error <= BOUNDS["gradient"]
     row.status = "agrees" if agrees else "differs"
     return row
@@ -377,8 +382,8 @@ def described(transform: HeadTransform) -> str:
         parts.append(f"scale {transform.logit_scale:g}")
     if transform.softcap is not None:
         parts.append(f"softcap {transform.softcap:g}")
-    if transform.words is not None:
-        parts.append(f"the first {transform.words} words")
+    if transform.vocab_size is not None:
+        parts.append(f"the first {transform.vocab_size} entries")
     return ", ".join(parts)
 
 
@@ -396,7 +401,9 @@ def page(report: dict[str, Any]) -> str:
     rows = report["classes"]
     by_status = {status: [row for row in rows if row["status"] == status] for status in STATUSES}
     counts = ", ".join(f"{len(found)} {status}" for status, found in by_status.items())
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in report["versions"].items() if version
+    )
     agreed = sorted(by_status["agrees"], key=lambda row: (not row["transform"], row["model"]))
     lines = [
         HEAD.format(command=report["command"], date=report["date"][:10], versions=versions),
@@ -430,7 +437,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args(argv)
-    # Configs of tiny models are told a lot about their tokens.
+    # transformers warns a lot about the special tokens of tiny configs.
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -450,7 +457,7 @@ def main(argv: list[str]) -> int:
         "classes": [asdict(row) for row in rows],
     }
     if arguments.json:
-        # A row a line.
+        # One line for each row.
         text = json.dumps(report).replace('{"model"', '\n{"model"')
         arguments.json.write_text(text + "\n")
     if arguments.page:

@@ -1,18 +1,20 @@
-"""Every objective's worst error in value and gradient against its oracle, plain and adaptive.
+"""The worst error of every objective, plain and adaptive, in value and gradient against its oracle.
 
 usage: python bench/objectives.py [--json PATH]         (exit status 1 if a bound is missed)
 
-The table of cases and their pairs is `tests/support/objective_cases.py`; the oracles are the textbook
-formulas in 150-digit decimals of `tests/support/oracles.py`. Each case is evaluated by its torch class in
-float64 and float32, differentiated by autograd, and, where it has that form, by the Triton pair
-kernel (compiled on a GPU, under Triton's interpreter without one) through the call that the loss
-makes. All pairs are numbers of float32, so every path is asked the same question.
+`tests/support/objective_cases.py` has the table of cases and their pairs. The oracles in
+`tests/support/oracles.py` are the textbook formulas in decimals with 150 digits. Each case runs
+through its torch class in float64 and float32, differentiated by autograd. If it has a pair kernel,
+it also runs through that Triton kernel, by the same call that the loss makes: compiled on a GPU, in
+Triton's interpreter without one. All numbers are exact in float32, so every path gets the same
+inputs.
 
-An error is |x - truth| / max(|truth|, tiny), tiny being 1e-280 in float64 and 1e-30 in float32,
-where a saturated loss or gradient is as good as 0: of the loss, and of the two derivatives with
-respect to L_w and L_l. The row has the worst over its pairs, some of them with P = 1 - 1e-12, with
-log-ratios of 1e4 and with 32,768 tokens. Pairs on which the library's bounds against overflow are
-in force (a ratio above e^60, a square above 1e36) are not compared, and their number is said.
+An error is |x - truth| / max(|truth|, tiny). Here tiny is 1e-280 in float64 and 1e-30 in float32,
+below which a saturated loss or gradient counts as 0. x is the loss, or one of its two derivatives
+with respect to L_w and L_l. A row has the worst error over its pairs. Some pairs have
+P = 1 - 1e-12, log-ratios of 1e4, or 32,768 tokens. Pairs for which the library bounds a value
+against overflow (a ratio above e^60, a square above 1e36) are not compared; the report has their
+number.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    # Read when triton is first imported.
+    # Triton reads this when it is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from rich.box import SIMPLE
@@ -64,12 +66,12 @@ except ImportError:
     kernels = None
 
 PATHS = {"float64": torch.float64, "float32": torch.float32, "kernel": torch.float32}
-# AdaDPO's A.6: P_w / P_l, and |dL/dP_w| / |dL/dP_l| of DPO and of Stable AdaDPO there.
+# AdaDPO, A.6: P_w / P_l, then |dL/dP_w| / |dL/dP_l| for DPO and for Stable AdaDPO.
 APPENDIX_A6 = [(5.0, 0.2, 0.4), (10.0, 0.1, 0.2), (1.5, 1 / 1.5, 1.0)]
 
 
 def row_of(case: Case) -> dict[str, Any]:
-    """The worst errors of one case by each path."""
+    """The worst errors of one case, for each path."""
     row: dict[str, Any] = {
         "objective": case.objective,
         "variant": case.variant,
@@ -95,7 +97,7 @@ def row_of(case: Case) -> dict[str, Any]:
             else:
                 answer = evaluate(case, samples, dtype, DEVICE)
             found.append(errors(case, samples, answer, dtype))
-        # NaN is the worst there is.
+        # A NaN counts as the worst error.
         worst = (
             max(column, key=lambda error: math.inf if math.isnan(error) else error)
             for column in zip(*found, strict=True)
@@ -127,7 +129,7 @@ def appendix_a6() -> list[dict[str, Any]]:
 
 
 def listing_1_difference() -> float:
-    """AdaDPO against the paper's code on random pairs: the worst of losses and gradients."""
+    """AdaDPO against the paper's code on random pairs: the worst error of losses and gradients."""
     generator = torch.Generator().manual_seed(0)
     ref = -50 + 20 * torch.randn(128, generator=generator, dtype=torch.float64)
     drift = 10 * torch.randn(128, generator=generator, dtype=torch.float64)
@@ -146,7 +148,7 @@ def listing_1_difference() -> float:
 
 
 def missed(report: dict[str, Any]) -> list[str]:
-    """What is beyond its bound, in words."""
+    """The errors above their bounds, as text."""
     found = []
     for row in report["rows"]:
         name = f"{row['objective']}: {row['variant']}"

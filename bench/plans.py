@@ -1,13 +1,15 @@
-"""What a call costs by its structure, counted on the torch backend: operations and temporary bytes.
+"""Counts the cost of calls by their plan, on the torch backend: operations and temporary bytes.
 
 usage: python bench/plans.py [--json PATH]         (exit status 1 if a bound is missed)
 
-For three shapes, three bounds on temporary memory and three tasks (forward; forward and backward
-with a frozen head; with a trainable one) `prefkern_bench.measure.Meter` counts the matrix products, in
-units of NHV, and the most bytes alive beyond inputs, outputs and gradients and the float32 `[N, H]`
-that holds D or dH. A row is missed where the bytes pass `workspace_mb` by more than 5%, where the
-operations are not those of its plan, or where they are more than the task's bound: 2, 4 and 8 NHV,
-and for a trainable head 6 where a plan says that it keeps every token's logits in the workspace.
+There are three shapes, three bounds on temporary memory and three tasks: forward; forward and
+backward with a frozen head; forward and backward with a trainable head. For each combination,
+`prefkern_bench.measure.Meter` counts the matrix products in units of NHV. It also counts the peak
+of bytes beyond inputs, outputs, gradients and the float32 `[N, H]` tensor that holds D or dH.
+
+A row fails if the bytes exceed `workspace_mb` by more than 5%, if the operations differ from the
+plan's, or if they exceed the bound of the task. That bound is 2, 4 and 8 NHV, and 6 for a trainable
+head if the plan keeps the logits of every token in the workspace.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from prefkern_bench.measure import Meter
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 SLACK = 1.05
-# N, H, V: a small vocabulary, many words to a hidden unit, and SmolLM2-135M's head.
+# N, H, V: a small vocabulary, a V that is large relative to H, and SmolLM2-135M's head.
 SHAPES = ((1024, 256, 16384), (2048, 128, 50257), (512, 576, 49152))
 WORKSPACES_MB = (8, 64, 256)
 MOST = {"forward": 2, "frozen": 4, "trainable": 8}  # NHV
-# Log-prob, logsumexp and their gradients, and the like: some numbers a token.
+# Some numbers for each token: log-prob, logsumexp, their gradients and similar.
 TOKEN_BYTES = 200
 
 
@@ -51,14 +53,14 @@ class Row:
     operations_nhv: float
     planned_nhv: float
     temporary_mib: float  # beyond inputs, outputs, gradients and [N, H]
-    logits_mib: float  # what the logits would take in float32, for comparison
+    logits_mib: float  # size of the logits in float32, for comparison
     misses: list[str]
 
 
 def measure(
     N: int, H: int, V: int, workspace_mb: int, task: str, dtype: torch.dtype = torch.bfloat16
 ) -> Row:
-    """One call, and its backward where the task has one."""
+    """One call, with its backward if the task has one."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, H, generator=generator).to(dtype).requires_grad_(task != "forward")
     weight = torch.randn(V, H, generator=generator).to(dtype).requires_grad_(task == "trainable")
@@ -88,7 +90,7 @@ def measure(
 
 
 def misses(row: Row, kept_tokens: int = 0) -> list[str]:
-    """Which bounds the row breaks."""
+    """The bounds that the row exceeds."""
     found = []
     if row.temporary_mib > SLACK * row.workspace_mb:
         found.append(f"{row.temporary_mib:.1f} MiB of {row.workspace_mb}")

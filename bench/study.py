@@ -1,18 +1,18 @@
-"""Five objectives side by side on one small task, in the manner of AdaDPO's Figure 3.
+"""Compares five objectives on one small task, in the manner of AdaDPO's Figure 3.
 
 Each objective trains the demo's model (SmolLM2-135M-Instruct with LoRA, on sentences of movie
-reviews) through `prefkern.PreferenceTrainer`, once per seed. A seed is an order of the same training
-pairs and an initial adapter. The same held-out pairs are scored every few steps, step 0 included,
-and each objective is asked what it makes of them: its loss, its rewards, and how its gradients on
-the two responses compare (`prefkern.diagnostics`). MADPO's margins come from `prefkern margins`,
-trained once on the training pairs.
+reviews) with `prefkern.PreferenceTrainer`, once per seed. The seed sets the order of the training
+pairs and the initial adapter; the pairs are the same. The same held-out pairs are scored every few
+steps, step 0 included. On them each objective gives its loss, its rewards, and the ratio of its
+gradients on the two responses (`prefkern.diagnostics`). MADPO's margins come from `prefkern
+margins`, whose reward model is trained once on the training pairs.
 
     python bench/study.py                      # the default study, some 25 minutes on two idle cores
     python bench/study.py --model Qwen/Qwen3-0.6B --data pairs.jsonl --steps 500 --held-out 512
 
-A call writes one JSON with everything that was measured and, beside it, a PNG; `--page` rewrites the
-figures of a Markdown page from it, and `--draw-only` does both without training. Runs that the output
-folder holds already, with the same settings, on the same machine and versions, are not repeated.
+A call writes one JSON file with all measurements and a PNG next to it. `--page` rewrites the
+figures of a Markdown page from the JSON. `--draw-only` does both without training. A run is not
+repeated if the output folder has it already, with the same settings, machine and versions.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ DEFAULT_DATA = "movie reviews"
 DEFAULT_OBJECTIVES = ["dpo", "adadpo", "simpo", "alphadpo", "madpo"]
 # The demo's adapter.
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-# Of the reward model behind MADPO's margins: the policies' batch and learning rate.
+# Epochs of MADPO's reward model; its batch size and learning rate are those of the policies.
 MARGIN_EPOCHS = 3
-PAIRS_A_BATCH = 16  # of those that are only scored
+PAIRS_A_BATCH = 16  # for pairs that are only scored
 START, END = "<!-- study -->\n", "<!-- /study -->\n"
 
 
@@ -75,7 +75,7 @@ class Style(NamedTuple):
     marker: str
 
 
-# Colours of Okabe and Ito, told apart under the common kinds of colour blindness.
+# Okabe and Ito's colours, which differ under the common kinds of colour blindness.
 STYLES = {
     "dpo": Style("DPO", "#000000", "-", "o"),
     "adadpo": Style("AdaDPO", "#D55E00", "-", "s"),
@@ -88,7 +88,7 @@ OTHER_STYLES = [("#E69F00", (0, (5, 1))), ("#56B4E9", (0, (3, 1, 1, 1))), ("#7F7
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The pairs that every run is evaluated on, the same batches each time."""
+    """The held-out pairs, in the same batches for every run."""
 
     batches: list[dict[str, Tensor]]
     lengths: Tensor  # (2, pairs) scored tokens, chosen and rejected
@@ -101,7 +101,7 @@ class HeldOut:
 
 @torch.no_grad()
 def response_sums(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:  # (2, pairs)
-    """Summed log-probs of the responses, chosen and rejected; the model's mode is put back."""
+    """Summed log-probs of the responses, chosen and rejected; restores the model's mode."""
     was_training = model.training
     model.eval()
     sums = []
@@ -117,7 +117,7 @@ def response_sums(model: Any, batches: list[dict[str, Tensor]]) -> Tensor:  # (2
 
 @torch.no_grad()
 def measure(objective: Objective, pairs: Pairs) -> dict[str, float]:
-    """A point of every curve. Neither the objective's mode nor its running statistics are moved."""
+    """One point of every curve; changes neither the objective's mode nor its running statistics."""
     balance = objective_balance(objective, pairs)
     was_training = objective.training
     result = objective.eval()(pairs)
@@ -174,7 +174,7 @@ class Evaluation(TrainerCallback):
 
 
 class Study:
-    """What a call was asked for: objectives, pairs, settings, and what is computed once for all."""
+    """One call of the study: its objectives, pairs, settings, and the data that all runs share."""
 
     def __init__(self, arguments: argparse.Namespace, console: Console) -> None:
         self.arguments, self.console = arguments, console
@@ -186,7 +186,7 @@ class Study:
         digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in self.files]
         self.environment = environment(self.device, command())
         self.environment["versions"]["peft"] = metadata.version("peft")
-        # All that a run's numbers depend on, besides its objective and its seed.
+        # Everything that a run's numbers depend on, except its objective and its seed.
         self.settings = {
             "model": arguments.model or DEFAULT_MODEL,
             "dtype": "bfloat16",
@@ -206,7 +206,7 @@ class Study:
         self._data: tuple[Any, HeldOut] | None = None
 
     def build(self, name: str) -> Objective:
-        """A fresh objective: a run moves the statistics of its own only."""
+        """A new objective for each run, because a run changes its objective's statistics."""
         try:
             objective = prefkern.objectives.build(name, **self.arguments.options.get(name, {}))
         except (ValueError, TypeError) as error:
@@ -217,7 +217,7 @@ class Study:
         return objective
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
-        """One training run, from the output folder if it is there."""
+        """One training run; read from the output folder if it is there already."""
         objective = self.build(name)
         settings = {**self.settings, "objective": describe(objective), "seed": seed}
         path = self.output / f"runs/{name}-{seed}.json"
@@ -237,7 +237,7 @@ class Study:
             "seconds": round(seconds, 1),
             "steps": steps,
             "curves": curves,
-            # Of every pair, so that a further measure needs no training; the report leaves it out.
+            # Sums of every pair, so that a new measure needs no training; not part of the report.
             "logps": evaluation.logps,
         }
         _write(path, result)
@@ -283,7 +283,7 @@ class Study:
         return evaluation
 
     def data(self) -> tuple[Any, HeldOut]:
-        """The pairs to train on and the held-out ones, with margins and reference sums."""
+        """The training pairs and the held-out pairs, with margins and reference sums."""
         if self._data is None:
             files = self.files
             if any(objective.needs_reward_margins for objective in self.objectives.values()):
@@ -296,7 +296,7 @@ class Study:
         return self._data
 
     def _scored(self, model: Any, tokenizer: Any, path: Path) -> tuple[Any, HeldOut]:
-        """A file's pairs as tokens that carry the reference's sums, and as batches to evaluate."""
+        """The pairs of a file: as tokens with the reference's sums, and as batches to evaluate."""
         dataset = load_preference_dataset(str(path))
         tokens, _ = tokenize_preferences(dataset, tokenizer, max_length=1024, name=path.stem)
         pad = tokenizer.pad_token_id
@@ -318,7 +318,7 @@ class Study:
         return tokens, HeldOut(batches, lengths.to(sums.device), sums, margins)
 
     def margins(self) -> list[Path]:
-        """The files of pairs with reward margins: the data's own, or those of `prefkern margins`."""
+        """Files of the pairs with reward margins, from the data or from `prefkern margins`."""
         if self._carries_margins():
             return self.files
         folder = self.output / "margins"
@@ -356,8 +356,8 @@ class Study:
         }
         scoring = {"reward_model": folder / "reward_model"}
         for source, output, own in zip(self.files, outputs, (training, scoring), strict=True):
-            words = {**own, **options, "dataset": source, "output": output}
-            argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+            given = {**own, **options, "dataset": source, "output": output}
+            argv = [text for key, value in given.items() for text in (f"--{key}", str(value))]
             if margins_command.main(argv):
                 raise SystemExit("study: prefkern margins failed")
         seconds = round(time.perf_counter() - started, 1)
@@ -365,7 +365,7 @@ class Study:
         return outputs
 
     def report_margins(self) -> dict[str, Any] | None:
-        """Where MADPO's margins come from, what they look like, and what they weigh."""
+        """The source of MADPO's margins, and statistics of the margins and of their weights."""
         using = [o for o in self.objectives.values() if o.needs_reward_margins]
         if not using:
             return None
@@ -394,11 +394,11 @@ class Study:
         return AutoModelForCausalLM.from_pretrained(self.model_path(), dtype=torch.bfloat16)
 
     def model_path(self) -> str:
-        # Where the demo puts it, too.
+        # The demo uses the same folder.
         return self.arguments.model or str(smollm2.prepare(ROOT / ".demo/smollm2-135m-instruct"))
 
     def _pairs(self) -> list[Path]:
-        """Files of the pairs to train on and of those held out."""
+        """Files of the training pairs and of the held-out pairs."""
         arguments = self.arguments
         wanted = arguments.steps * arguments.pairs_a_step
         if not arguments.data:
@@ -408,7 +408,7 @@ class Study:
         if not held_out:
             raise SystemExit(f"{arguments.data} has {len(pairs)} pairs: too few to hold some out")
         parts = pairs.train_test_split(test_size=held_out, seed=0)
-        # Every seed sees the same pairs: none that only some orders would reach.
+        # At most as many pairs as the steps use, so that every seed sees the same pairs.
         train = parts["train"].select(range(min(wanted, len(parts["train"]))))
         (self.output / "pairs").mkdir(exist_ok=True)
         paths = []
@@ -424,10 +424,10 @@ class Study:
 
 
 def conduct(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Every run that is still to do, and the report of all of them."""
+    """Do every missing run, and make the report of all runs."""
     study = Study(arguments, console)
     seeds = range(arguments.seeds)
-    # Seed by seed, so that a study that is cut short has compared all objectives once.
+    # Seed by seed, so that an interrupted study has complete comparisons for the first seeds.
     runs = {(name, seed): study.run(name, seed) for seed in seeds for name in study.objectives}
     margins = study.report_margins()
     kept = ("seconds", "steps", "curves")
@@ -456,7 +456,7 @@ def conduct(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-# Rows of the table: a label, the curve, and what is taken of a run's values.
+# Rows of the table: a label, the curve, and the function that takes one number from a run's values.
 Take = Callable[[list[float]], float]
 FIRST: Take = lambda values: values[0]
 LAST: Take = lambda values: values[-1]
@@ -477,17 +477,17 @@ ROWS: list[tuple[str, str, Take]] = [
     ("chosen share of the push [6]", "chosen_share", LAST),
 ]
 NOTES = [
-    "each objective's own, in its own units: not comparable across columns",
-    "share of pairs whose chosen response has strictly the higher reward, after training",
-    "by rho = log P/R, summed, policy over reference: the same quantity in every column",
-    "share of pairs whose chosen response has the higher log-prob per token, without a reference",
+    "in each objective's own units, so not comparable across columns",
+    "share of pairs whose chosen response has a strictly higher reward, after training",
+    "from rho = log P/R, policy over reference, summed: the same quantity in every column",
+    "share of pairs whose chosen response has a higher log-prob per token, without a reference",
     "median over pairs of log(|dL/dP_w| / |dL/dP_l|), nats (AdaDPO, A.6)",
     "mean over pairs of |g_w| / (|g_w| + |g_l|), g the gradient on a summed log-prob, after training",
 ]
 
 
 def table_of(report: dict[str, Any]) -> dict[str, list[str]]:
-    """Cells of the table by row: mean +- standard deviation over seeds of each objective."""
+    """The table's cells by row: for each objective, mean ± standard deviation over seeds."""
 
     def cell(name: str, curve: str, take: Take) -> str:
         values = [take(run["curves"][curve]) for run in report["runs"][name]]
@@ -528,13 +528,13 @@ def section(report: dict[str, Any], picture: str) -> str:
     lines = [
         (
             f"`{report['command']}` on {report['device']}; {versions}; {report['date'][:10]}; "
-            f"{report['seconds'] / 60:.0f} minutes of training and evaluation in all."
+            f"{report['seconds'] / 60:.0f} minutes of training and evaluation in total."
         ),
         "",
         (
             f"{settings['model']} ({settings['dtype']}), LoRA of rank {lora['r']} (alpha "
-            f"{lora['lora_alpha']}) on every linear layer but the head; {settings['data']}: {train} "
-            f"pairs to train on, {held_out} held out; {settings['steps']} steps of "
+            f"{lora['lora_alpha']}) on every linear layer except the head; {settings['data']}: "
+            f"{train} pairs to train on, {held_out} held out; {settings['steps']} steps of "
             f"{settings['pairs_a_step']} pairs; AdamW, learning rate {settings['learning_rate']:g} "
             f"for every objective, {settings['lr_scheduler_type']} decay after "
             f"{settings['warmup_steps']} steps of warm-up; seeds "
@@ -584,7 +584,7 @@ def section(report: dict[str, Any], picture: str) -> str:
 
 
 def write_page(report: dict[str, Any], picture: Path, page: Path) -> None:
-    """Replace what stands between the page's markers."""
+    """Replace the text between the page's markers."""
     text = page.read_text(encoding="utf-8") if page.exists() else START + END
     if START not in text or END not in text.split(START, 1)[1]:
         raise SystemExit(f"study: {page} has no {START.strip()} ... {END.strip()}")
@@ -593,8 +593,9 @@ def write_page(report: dict[str, Any], picture: Path, page: Path) -> None:
     page.write_text(before + section(report, relative) + rest.split(END, 1)[1], encoding="utf-8")
 
 
-# Of the picture: curve, title, axis, and scale: objectives differ by more than tenfold in their own
-# units, and "symlog" is linear up to 1 and logarithmic beyond.
+# Panels of the picture: curve, title, label of the axis, scale. Some scales are not linear, because
+# the objectives' own units differ by more than a factor of ten. "symlog" is linear up to 1 and
+# logarithmic above.
 PANELS = [
     ("loss", "(a) held-out loss", "each in its own units", "log"),
     ("reward_accuracy", "(b) reward accuracy", "share of pairs, strict", "linear"),
@@ -618,7 +619,7 @@ PANELS = [
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Eight panels over steps and, in a ninth cell, the legend and what the lines mean."""
+    """Draw eight panels over steps; a ninth cell has the legend and explains the lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -657,10 +658,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def _band(panel: Any, runs: list[dict[str, Any]], curve: str, style: Style) -> None:
-    """Mean of the seeds, and from the lowest to the highest of them."""
+    """Draw the mean over seeds as a line, and the range over seeds as a band."""
     steps = runs[0]["steps"]
     rows = [
-        # Where every pair ties, as before the first step, accuracy says nothing.
+        # If every pair ties, as before the first step, accuracy means nothing: leave it out.
         [
             float("nan") if curve == "reward_accuracy" and ties == 1 else value
             for value, ties in zip(run["curves"][curve], run["curves"]["reward_ties"], strict=True)
@@ -689,7 +690,7 @@ def _band(panel: Any, runs: list[dict[str, Any]], curve: str, style: Style) -> N
 
 
 def _scale(panel: Any, scale: str) -> None:
-    """A scale with ticks at plain numbers, and no room below 0 where nothing is."""
+    """Set a scale with ticks at plain numbers, and with no empty range below 0."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     if scale == "linear":
@@ -714,8 +715,8 @@ def _explanation(report: dict[str, Any]) -> str:
         f"{settings['steps']} steps of {settings['pairs_a_step']} pairs, "
         f"{settings['pairs'][1]} pairs held out.\n"
         f"Line: mean of {_seeds(report)}; band: lowest to highest.\n"
-        "(a) is logarithmic, (c) and (d) are beyond 1.\n"
-        "(b): step 0 left out where every pair ties.\n"
+        "(a) is logarithmic; (c) and (d) are above 1.\n"
+        "(b): step 0 is left out if every pair ties.\n"
         "ρ = log P/R, summed over a response;\n"
         "g = dL/d log P; r: the objective's reward."
     )
@@ -727,7 +728,7 @@ def _seeds(report: dict[str, Any]) -> str:
 
 
 def styles(report: dict[str, Any]) -> dict[str, Style]:
-    """A style for each objective of a report."""
+    """A style for each objective in a report."""
     others = [name for name in report["runs"] if name not in STYLES]
     given = dict(STYLES)
     for number, name in enumerate(others):
@@ -741,7 +742,7 @@ def label(name: str) -> str:
 
 
 def _margin_weights(objective: Objective, margins: Tensor) -> Tensor:  # (pairs,)
-    """What an objective makes of reward margins alone, MADPO's w(h); 1 where it has no weights."""
+    """The weights that an objective gives to reward margins, MADPO's w(h); 1 if it has none."""
     zeros = torch.zeros_like(margins)
     weigh: Any = getattr(objective, "weight", None)
     weights = weigh and weigh(Pairs(zeros, zeros, reward_margins=margins))
@@ -753,7 +754,7 @@ def _quantiles(values: Tensor) -> list[float]:
 
 
 def describe(objective: Objective) -> str:
-    """An objective with every hyper-parameter, defaults included."""
+    """An objective's name with all its hyper-parameters, defaults included."""
     return f"{type(objective).__name__}({objective.extra_repr()})"
 
 
@@ -767,7 +768,7 @@ def _rows(path: Path) -> int:
 
 
 def _write(path: Path, value: Any) -> None:
-    """JSON, renamed into place, so that an interrupted call leaves nothing half-written."""
+    """Write JSON under a temporary name, then rename it, so that no file is half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -779,12 +780,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="Hugging Face folder or hub name; default: SmolLM2-135M")
     parser.add_argument("--data", help="JSONL of prompt, chosen, rejected; default: movie reviews")
     parser.add_argument("--objectives", nargs="+", default=DEFAULT_OBJECTIVES, metavar="NAME")
-    parser.add_argument("--seeds", type=_positive, default=3, help="how many, from 0")
+    parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds, from 0 on")
     parser.add_argument("--steps", type=_positive, default=24)
     parser.add_argument("--pairs-a-step", type=_positive, default=8)
     parser.add_argument("--held-out", type=_positive, default=64, help="pairs to evaluate on")
-    parser.add_argument("--evaluate-every", type=_positive, default=4, help="steps")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of every objective")
+    parser.add_argument("--evaluate-every", type=_positive, default=4, help="in steps")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="for every objective")
     parser.add_argument(
         "--options",
         type=_options,
@@ -792,16 +793,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help='hyper-parameters by objective, as JSON: \'{"simpo": {"beta": 2.5}}\'',
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / ".demo/study", help="folder of runs, kept to resume"
+        "--output", type=Path, default=ROOT / ".demo/study", help="folder that keeps finished runs"
     )
     parser.add_argument("--json", type=Path, help="default: study.json in the output folder")
-    parser.add_argument("--page", type=Path, help="Markdown whose figures are rewritten")
-    parser.add_argument("--draw-only", type=Path, metavar="JSON", help="of an earlier call")
+    parser.add_argument("--page", type=Path, help="Markdown page whose figures to rewrite")
+    parser.add_argument(
+        "--draw-only", type=Path, metavar="JSON", help="only draw, from an earlier call's JSON"
+    )
     arguments = parser.parse_args(argv)
     arguments.objectives = list(dict.fromkeys(arguments.objectives))
     for name in arguments.options:
         if name not in arguments.objectives:
-            parser.error(f"--options names {name!r}, which is not among the objectives")
+            parser.error(f"--options names {name!r}, which is not one of the --objectives")
     return arguments
 
 
@@ -818,7 +821,7 @@ def _options(text: str) -> dict[str, dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
     if not (isinstance(options, dict) and all(isinstance(o, dict) for o in options.values())):
-        raise argparse.ArgumentTypeError("must be a JSON object of objects, by objective")
+        raise argparse.ArgumentTypeError("must be a JSON object with one object per objective")
     return options
 
 
@@ -832,7 +835,8 @@ def main(argv: list[str] | None = None) -> None:
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-        # peft 0.21.2 reads an attribute that transformers 5.23 has renamed, and warns of it.
+        # peft 0.21.2 reads an attribute that transformers 5.23 has renamed, and that gives a
+        # warning.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         path = arguments.json or arguments.output / "study.json"
         report = conduct(arguments, console)

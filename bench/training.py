@@ -1,10 +1,11 @@
-"""What a training run must not change, in numbers: packing, resumption, ranks, an adapter on the head.
+"""Measures what must not change a training run: packing, resumption, ranks, an adapter on the head.
 
 usage: python bench/training.py [--page]         (exit status 1 if a bound is missed)
 
-Tiny models on a CPU in float32, in the cases of the tests, which hold the same bounds; here is how
-far from them the numbers are. Writes bench/results/training-cpu.json, and with the twins' result
-(bench/twins.py) the page bench/TRAINING.md; with --page the page alone, of results that are there.
+The models are tiny, on a CPU in float32. The cases and bounds are those of the tests; this script
+shows how far the numbers are below the bounds. It writes bench/results/training-cpu.json. From that
+and from the result of bench/twins.py it writes the page bench/TRAINING.md. With --page it writes
+only the page, from existing results.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from support import tiny
 PAGE = ROOT / "bench/TRAINING.md"
 RESULT = ROOT / "bench/results/training-cpu.json"
 TWINS = ROOT / "bench/results/trl-twin-cpu.json"
-# Of float32: relative to a tensor's norm, or to the norm of all where a tensor's own is rounding.
+# Bounds for float32, relative to a tensor's norm, or to the norm of all tensors if that of the
+# tensor is only rounding.
 BOUNDS = {"packing": 2e-5, "ranks": 1e-4, "adapter": 1e-5}
 HALF_BOUND = 6e-3
 
@@ -50,7 +52,7 @@ def relative(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
 
 
 def packing() -> list[dict[str, Any]]:
-    """Padded runs and packed ones: the largest difference of a loss and of a gradient."""
+    """Padded against packed runs: the largest difference of a loss and of a gradient."""
     rows = []
     for family in test_packing.PACKS:
 
@@ -83,7 +85,7 @@ def packing() -> list[dict[str, Any]]:
 
 
 def resumption() -> list[dict[str, Any]]:
-    """Runs that are stopped after 3 of 8 steps and go on: what is not bitwise the same."""
+    """Runs stopped after 3 of 8 steps and resumed: the weights that are not bitwise equal."""
     rows = []
     for case in test_resume.CASES:
         with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +109,7 @@ def resumption() -> list[dict[str, Any]]:
 
 
 def ranks() -> list[dict[str, Any]]:
-    """Two ranks under torchrun and one process on the joint batch: gradients of each step."""
+    """Two ranks under torchrun against one process on the joint batch: gradients of each step."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -146,7 +148,7 @@ def ranks() -> list[dict[str, Any]]:
 
 
 def adapter() -> list[dict[str, Any]]:
-    """LoRA on the head: log-probs and gradients against float64, beside logits in memory."""
+    """LoRA on the head: errors of log-probs and gradients against float64; also eager's errors."""
     N, H, R, V = 512, 512, 16, 8192
     draw = torch.Generator().manual_seed(0)
     shapes = {"hidden": (N, H), "A": (R, H), "B": (V, R)}
@@ -202,7 +204,7 @@ def adapter() -> list[dict[str, Any]]:
 
 
 def misses(result: dict[str, Any]) -> list[str]:
-    """What is over its bound."""
+    """The cases that are above their bound."""
     found = []
     for row in result["packing"]:
         if not max(row["loss"], row["gradient"]) <= BOUNDS["packing"]:
@@ -229,7 +231,7 @@ def _table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 
 def page(result: dict[str, Any], twins: dict[str, Any]) -> str:
-    """The page of both results, in Markdown."""
+    """The page, in Markdown, from both results."""
 
     def made(by: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in by["versions"].items())
@@ -267,47 +269,51 @@ def page(result: dict[str, Any], twins: dict[str, Any]) -> str:
          f"{max(s['worst_gradient'] for s in twin['steps']):.0e}", f"{twin['metrics']:.0e}")
         for twin in twins["rows"]
     ]  # fmt: skip
-    return f"""# What a training run must not change
+    return f"""# What must not change a training run
 
 Tiny models, float32 unless said otherwise, on a CPU. {made(result)}
 
 ## Packed against padded
 
-AdaDPO with a reference of its own, steps of 4 pairs: the largest difference of a loss, relative,
-and of a parameter's gradient, relative to the norm of all gradients. Tokens: those that the model
-computes of the first batch.
+AdaDPO with a separate reference model, steps of 4 pairs. Loss: the largest relative difference.
+Gradient: the largest difference of a parameter's gradient, relative to the norm of all gradients.
+Tokens: the number of positions that the model computes for the first batch.
 
 {_table(("family", "steps", "loss", "gradient", "tokens padded", "packed"), packed)}
 
 ## Stopped and resumed
 
-8 steps, with dropout and shuffled data, against 3 steps, a checkpoint and 5 more by another
-trainer: weights that are not bitwise equal at the end, and all numbers that were logged.
+8 steps with dropout and shuffled data, against 3 steps, a checkpoint and 5 more steps by another
+trainer. The table counts the weights that are not bitwise equal at the end, and compares all logged
+numbers.
 
 {_table(("case", "steps", "weights that differ", "numbers logged", "they are"), resumed)}
 
 ## Two ranks against one process
 
-torchrun with two gloo ranks, and one process on the joint batch: gradients, before each optimiser
-step, that are not bitwise equal between the ranks, and the largest difference from the one
-process's, relative to the gradient's norm. *Uneven*: the second rank's last batch is of one pair.
+torchrun with two gloo ranks, against one process on the joint batch; gradients are taken before
+each optimiser step. The table counts the gradients that are not bitwise equal between the ranks. It
+also has the largest difference from the one process, relative to the gradient's norm. *Uneven*: the
+last batch of the second rank has one pair.
 
 {_table(("case", "pairs", "ranks x pairs x accumulated", "differ between ranks", "from one process"), spread)}
 
 ## LoRA on the head
 
-512 tokens, H = 512, R = 16, V = 8,192, against float64 on the same rounded inputs: the largest
-error of a log-prob in nats, and of gradients relative to their norm. NHV: operations of the
-products, forward and backward. In bfloat16 what is left of prefkern's error is mostly the rounding
-of `hidden @ A.T`, which is the adapter's own layer and no part of the head's product.
+512 tokens, H = 512, R = 16, V = 8,192, against float64 on the same rounded inputs. The table has
+the largest error of a log-prob, in nats, and the error of each gradient, relative to its norm. NHV:
+operations of the matrix products, forward and backward. In bfloat16, prefkern's remaining error is
+mostly the rounding of `hidden @ A.T`. The adapter's own layer computes that; it is not part of the
+head's product.
 
 {_table(("dtype", "softcap", "way", "NHV", "logp", "dhidden", "dA", "dB"), adapted)}
 
 ## TRL's trainers and their twins
 
-The same model, pairs and order under TRL's trainer and under its twin: `DPOTrainer` of
-`prefkern.integrations.trl` with `DPO(beta)`, or TRL's own trainer after `fuse_head`. 6 steps of
-AdamW in float32; a gradient's difference is relative to its largest entry. {made(twins)}
+TRL's trainer and its twin get the same model and the same pairs in the same order. The twin is
+`DPOTrainer` of `prefkern.integrations.trl` with `DPO(beta)`, or TRL's own trainer after
+`fuse_head`. Both run 6 steps of AdamW in float32. The difference of a gradient is relative to its
+largest entry. {made(twins)}
 
 {_table(("twin", "worst loss difference", "worst gradient", "worst metric"), worst)}
 
@@ -316,21 +322,21 @@ AdamW in float32; a gradient's difference is relative to its largest entry. {mad
 
 
 def measured(argv: list[str]) -> dict[str, Any]:
-    """Everything that the page shows."""
+    """Measure everything that the page shows, except the twins."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     command = shlex.join(["python", "bench/training.py", *argv])
     result = environment(torch.device("cpu"), command)
     for each in (packing, resumption, ranks, adapter):
-        # Trainers print what they log.
+        # Trainers print their logs, so discard stdout.
         with contextlib.redirect_stdout(io.StringIO()):
             result[each.__name__] = each()
     return result
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="What a training run must not change, in numbers.")
-    parser.add_argument("--page", action="store_true", help="write the page of what is there")
+    parser = argparse.ArgumentParser(description="Measures what must not change a training run.")
+    parser.add_argument("--page", action="store_true", help="only write the page, from old results")
     arguments = parser.parse_args(argv)
     if not arguments.page:
         RESULT.write_text(json.dumps(measured(argv), indent=1) + "\n")

@@ -1,12 +1,12 @@
-"""TRL's trainers and their twins with prefkern, side by side: losses, gradients and metrics of each step.
+"""Compares TRL's trainers with their twins on prefkern: losses, gradients and metrics of each step.
 
 usage: python bench/twins.py [--json PATH]         (exit status 1 if a bound is missed)
 
-Two trainers start from the same tiny model and see the same uneven pairs in the same order, 4 a step
-(2 accumulated twice), in float32 under AdamW: one is TRL's as it is, the other has prefkern's head. For
-each step the table has both losses, and the largest difference of any parameter's gradient relative
-to that gradient's largest entry. The twins' weights are never put back together, so a difference of
-one step would show, grown, in the next ones.
+Two trainers start from the same tiny model and see the same uneven pairs in the same order, 4 pairs
+a step (2 accumulated twice), in float32 with AdamW. One is TRL's own trainer, the other computes
+its log-probs with prefkern. For each step the table has both losses, and the largest difference of
+any parameter's gradient, relative to the largest entry of that gradient. The weights of the twins
+are never synchronised, so a difference in one step would grow in the next steps.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ from prefkern_bench import environment
 from support import tiny
 
 STEPS, PAIRS = 6, 24
-# Of float32, over the steps: relative, for losses, gradients and metrics.
+# Bound on relative differences of losses, gradients and metrics, in float32, over all steps.
 BOUND = 2e-5
-# A gradient's difference is relative to its largest entry, or this part of the step's largest.
+# A gradient's difference is relative to its own largest entry, or to this share of the largest
+# entry in the step, whichever is larger.
 LEAST_SCALE = 1e-3
-# What a clock says is not compared.
+# Metrics of time are not compared.
 _OF_TIME = ("runtime", "per_second")
-# Means over a log's tokens with prefkern, and with TRL means of its batches' means.
+# These metrics are means over all tokens of a log in prefkern, and means of batches' means in TRL.
 _OF_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
@@ -67,7 +68,7 @@ class Record(TrainerCallback):
 
 @dataclass
 class Run:
-    """What a trainer did: a log and all gradients of each step, then an evaluation."""
+    """The results of a run: a log and all gradients of each step, and the final evaluation."""
 
     trainer: Trainer
     gradients: list[dict[str, Tensor]]
@@ -80,7 +81,7 @@ class Run:
 
 @dataclass
 class Twin:
-    """The largest relative differences of two runs."""
+    """Differences between two runs: losses, worst gradient per step, worst metric."""
 
     name: str
     losses: list[tuple[float, float]] = field(default_factory=list)  # TRL's, prefkern's
@@ -94,7 +95,7 @@ class Twin:
 
 
 def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **options: Any) -> Run:
-    """Train and evaluate a tiny model; options are the trainer's where they are named here."""
+    """Train and evaluate a tiny model; `names` go to the trainer, other options to its config."""
     names = ("ref_model", "peft_config", "objective", "processing_class")
     names = (*names, "train_dataset", "eval_dataset")
     given: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
@@ -111,7 +112,7 @@ def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **optio
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,  # gradients are recorded as they are
+        "max_grad_norm": 0.0,  # gradients are recorded without clipping
         "remove_unused_columns": False,
         "gradient_checkpointing": False,
     }
@@ -134,9 +135,9 @@ def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **optio
 
 
 def compare(name: str, theirs: Run, ours: Run, without: tuple[str, ...] = ()) -> Twin:
-    """Everything that TRL's run logged and differentiated, beside the other's.
+    """Compare all losses, metrics and gradients of two runs.
 
-    `without` are ends of names of metrics.
+    Metrics whose name ends with a string in `without` are left out.
     """
     twin = Twin(name)
     for x, y in zip(theirs.logs, ours.logs, strict=True):
@@ -144,12 +145,15 @@ def compare(name: str, theirs: Run, ours: Run, without: tuple[str, ...] = ()) ->
     for x, y in zip([*theirs.logs, theirs.metrics], [*ours.logs, ours.metrics], strict=True):
         for key in x:
             if not key.endswith((*_OF_TIME, *without)):
-                # Means near 0 come of numbers around 1.
+                # A mean near 0 may be a mean of numbers around 1, so the scale is at least 1.
                 twin.metrics = max(twin.metrics, abs(x[key] - y[key]) / max(abs(x[key]), 1.0))
     for x, y in zip(theirs.gradients, ours.gradients, strict=True):
         if x.keys() != y.keys():
-            raise ValueError(f"{name}: other parameters have gradients: {x.keys() ^ y.keys()}")
-        # Some gradients are rounding alone (a key's bias moves no attention): those have no scale.
+            raise ValueError(
+                f"{name}: only one run has gradients of these parameters: {x.keys() ^ y.keys()}"
+            )
+        # Some gradients are only rounding (a key's bias does not change attention), so their own
+        # largest entry is no scale.
         least = LEAST_SCALE * max(gradient.abs().max() for gradient in x.values())
         worst = max(
             (x[key] - y[key]).abs().max() / x[key].abs().max().clamp(min=least) for key in x
@@ -160,7 +164,7 @@ def compare(name: str, theirs: Run, ours: Run, without: tuple[str, ...] = ()) ->
 
 def dpo(name: str, **options: Any) -> Twin:
     def each(kind: type) -> Run:
-        # A reference of its own, so that rewards are not 0 at first.
+        # A separate reference, so that rewards are not 0 in the first step.
         ref_model = None if "peft_config" in options else tiny.model(seed=1)
         return run(kind, DPOConfig, ref_model=ref_model, **options)
 
@@ -176,7 +180,7 @@ def lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
 
 
-# One batch a log, so that metrics over tokens can be compared as well.
+# One batch in each log, so that metrics over tokens can be compared too.
 WHOLE = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 1,
@@ -215,7 +219,7 @@ def row_of(twin: Twin) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="TRL's trainers and their twins with prefkern.")
+    parser = argparse.ArgumentParser(description="Compares TRL's trainers with prefkern twins.")
     default = ROOT / "bench/results/trl-twin-cpu.json"
     parser.add_argument("--json", type=Path, default=default, metavar="PATH")
     arguments = parser.parse_args(argv)

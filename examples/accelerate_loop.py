@@ -1,11 +1,11 @@
-"""A training loop of one's own with Accelerate: DPO-family losses, no trainer, no logits.
+"""Your own training loop with Accelerate: losses of the DPO family, no trainer, no logits.
 
     python examples/accelerate_loop.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl
     accelerate launch --num_processes 2 examples/accelerate_loop.py --model ... --dataset ...
 
 The loss runs inside the wrapped model's forward (`prefkern.preference_outputs`), so that DDP reduces
-gradients as ever. Each step's loss is the mean over all its pairs: those of every accumulated batch,
-on every rank, however many a batch has.
+gradients as usual. The loss of a step is the mean over all its pairs, in all accumulated batches
+and on all ranks, also if batches have different sizes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:
     parser.add_argument("--objective", default="adadpo")
     parser.add_argument("--output_dir", default="trained")
     parser.add_argument("--max_steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="pairs in a forward")
-    parser.add_argument("--accumulate", type=int, default=4, help="forwards in a step")
+    parser.add_argument("--batch", type=int, default=4, help="pairs per forward")
+    parser.add_argument("--accumulate", type=int, default=4, help="forwards per step")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     args = parser.parse_args(argv)
 
-    # Accelerate is left at one batch a step: it would take the mean of batches' means.
+    # Accelerate does not accumulate here: it would take the mean of the batches' means.
     accelerator = Accelerator()
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:
     loader = DataLoader(tokens, args.batch, shuffle=True, collate_fn=PreferenceCollator(pad))
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    # As the trainer does unless told otherwise: log-ratios are of two models, not of two draws.
+    # The trainer's default too: a log-ratio must compare two models, not two draws of dropout.
     disable_dropout(model)
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -68,13 +68,13 @@ def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:
     losses = []
     model.train()
     for batches in itertools.islice(steps(loader, args.accumulate), args.max_steps):
-        # Of all ranks; DDP takes the mean of their gradients, hence `num_processes` below.
+        # The pairs of all ranks. DDP takes the mean over ranks, hence `num_processes` below.
         count = torch.tensor(sum(len(batch["labels"]) // 2 for batch in batches))
         count = accelerator.reduce(count.to(accelerator.device), "sum")
         total = torch.zeros((), device=accelerator.device)
         for batch in batches:
             is_last = batch is batches[-1]
-            # Ranks wait for one another once a step.
+            # Ranks synchronise once per step, in its last batch.
             with nullcontext() if is_last else accelerator.no_sync(model):
                 ref_logps = reference_logps(accelerator.unwrap_model(model), batch)
                 out = prefkern.preference_outputs(model, batch, loss_fn, ref_logps=ref_logps)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:
 
 
 def steps(loader: DataLoader, accumulate: int) -> Iterator[list[dict[str, Tensor]]]:
-    """The batches of each optimiser step, epoch after epoch; an epoch's last step may have fewer."""
+    """The batches of each optimiser step, without end; the last step of an epoch may have fewer."""
     while True:
         epoch = iter(loader)
         while batches := list(itertools.islice(epoch, accumulate)):
@@ -103,7 +103,7 @@ def steps(loader: DataLoader, accumulate: int) -> Iterator[list[dict[str, Tensor
 
 @torch.no_grad()
 def reference_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:  # (2B,)
-    """Log-probs of the responses under the model without its adapter, never with dropout."""
+    """Log-probs of the responses under the model without its adapter and without dropout."""
     was_training = model.training
     model.eval()
     with model.disable_adapter():

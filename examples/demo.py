@@ -1,13 +1,13 @@
-"""`make demo`: a real language model learns preferences with AdaDPO, and no logits are in memory.
+"""`make demo`: a real language model learns preferences with AdaDPO, without logits in memory.
 
-1. `prefkern check`: this machine's backends against float64.
-2. The model (SmolLM2-135M-Instruct) and the pairs (movie reviews), or `--model` and `--data`.
-3. LoRA training through `prefkern.PreferenceTrainer`, held-out pairs scored before, during and after.
-4. The loss step alone, at the run's own shape, fused and with logits in memory: bytes and time.
-5. A picture, and an adapter that plain peft loads again with the same log-probs.
+1. Run `prefkern check`, which compares this machine's backends with float64.
+2. Prepare model (SmolLM2-135M-Instruct) and pairs (movie reviews), or use `--model` and `--data`.
+3. Train LoRA with `prefkern.PreferenceTrainer`; score held-out pairs before, during and after.
+4. Measure bytes and time of the loss step alone, at the run's own shape: fused, and with logits.
+5. Draw a picture. Save the adapter, load it with plain peft, and compare the log-probs.
 
-Everything that is printed was measured in the run that prints it. On the defaults' data "preferred"
-means "of positive sentiment": no person ranked these sentences.
+Every printed number was measured in the same run. On the default data, "preferred" means "of
+positive sentiment": no person ranked these sentences.
 """
 
 import argparse
@@ -51,7 +51,7 @@ TIMED_ROUNDS = 7
 
 
 class Watcher(TrainerCallback):
-    """A progress bar, the curves of the picture, and the plan of every step's loss."""
+    """Shows progress, and records the curves of the picture and the plan of every step's loss."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -90,7 +90,7 @@ class Watcher(TrainerCallback):
 
 
 def prepare(arguments: argparse.Namespace, console: Console) -> tuple[str, Any, Any]:
-    """The model's folder or name, the pairs to train on and the held-out ones."""
+    """The model's folder or name, the training pairs and the held-out pairs."""
     model = arguments.model or str(smollm2.prepare(arguments.output / "smollm2-135m-instruct"))
     if arguments.data:
         pairs = load_preference_dataset(arguments.data)
@@ -116,7 +116,7 @@ def prepare(arguments: argparse.Namespace, console: Console) -> tuple[str, Any, 
 def make_trainer(
     model: str, train: Any, held_out: Any, arguments: argparse.Namespace
 ) -> prefkern.PreferenceTrainer:
-    """AdaDPO with LoRA on every linear layer of the body; the head is frozen, so one pass does."""
+    """AdaDPO with LoRA on every linear layer except the head; a frozen head needs only one pass."""
     config = prefkern.PreferenceConfig(
         output_dir=str(arguments.output / "run"),
         objective="adadpo",
@@ -129,7 +129,7 @@ def make_trainer(
         per_device_eval_batch_size=16,
         precompute_ref_log_probs=True,
         token_metrics=False,
-        workspace_mb=16,  # all the temporary memory that the loss may take
+        workspace_mb=16,  # bound on the temporary memory of the loss
         gradient_checkpointing=False,
         bf16=False,  # the weights are bfloat16 themselves
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -177,7 +177,7 @@ def report_learning(
     before: tuple[Tensor, Tensor],
     after: tuple[Tensor, Tensor],
 ) -> dict[str, list[float]]:
-    """Held-out pairs before and after: the trainer's metrics, and log-probs scored on their own."""
+    """Held-out pairs before and after: the trainer's metrics, and separately scored log-probs."""
 
     def per_token_accuracy(scores: tuple[Tensor, Tensor]) -> float:
         chosen, rejected = scores[0] / scores[1]
@@ -205,17 +205,17 @@ def report_learning(
         table.add_row(label, *(f"{value:.4f}" for value in row))
     console.print(table)
     console.print(
-        "\\[1] pairs whose chosen response has strictly the higher reward; before\n"
-        "    training, policy and reference agree and every pair ties, hence 0.\n"
-        "\\[2] pairs whose chosen response has the higher mean log-prob per token,\n"
-        "    without a reference.\n",
+        "\\[1] share of pairs whose chosen response has a strictly higher reward; before\n"
+        "    training, policy and reference are equal and every pair ties, hence 0.\n"
+        "\\[2] share of pairs whose chosen response has a higher mean log-prob per\n"
+        "    token, without a reference.\n",
         style="dim",
     )
     return rows
 
 
 def loss_step_inputs(trainer: prefkern.PreferenceTrainer) -> dict[str, Any]:
-    """What the loss of one training batch sees: hidden states, head, labels, reference sums."""
+    """The inputs of the loss for one batch: hidden states, head, labels, reference sums."""
     model: Any = trainer.model
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     labels = align_labels(batch["labels"])
@@ -242,7 +242,7 @@ def eager_loss(
     ref_logps: Tensor,  # (2B,)
     **options: Any,
 ) -> Tensor:
-    """The same loss with logits in memory, those of the scored tokens only: [N, V] and float32."""
+    """The same loss with float32 logits [N, V] of the scored tokens in memory."""
     scored = labels != -100
     logits = prefkern.reference.logits(hidden[scored], weight, **options)
     logps = -F.cross_entropy(logits, labels[scored], reduction="none")
@@ -253,7 +253,7 @@ def eager_loss(
 
 
 def report_loss_step(console: Console, trainer: prefkern.PreferenceTrainer) -> dict[str, Any]:
-    """Hidden states to loss to their gradient: bytes, operations, time and error, two ways."""
+    """Measure the loss and its gradient of hidden states, fused and eager; print the costs."""
     inputs = loss_step_inputs(trainer)
     device = inputs["hidden"].device
 
@@ -315,34 +315,34 @@ def report_loss_step(console: Console, trainer: prefkern.PreferenceTrainer) -> d
     console.print(table)
     console.print(
         "Peak of temporary memory and gradients; median time of forward and backward;\n"
-        "matrix-product operations per scored token, hidden unit and word; errors of\n"
-        "the loss and of the hidden states' gradient (relative) against float64.",
+        "matrix-product operations per scored token, hidden unit and vocabulary entry;\n"
+        "errors against float64 of the loss and (relative) of the hidden states' gradient.",
         style="dim",
     )
     if device.type == "cpu":
         console.print(
-            "On a CPU prefkern multiplies in float32, which costs time where bfloat16 has\n"
-            "units of its own; what a GPU gains or loses is for `prefkern bench` to say.",
+            "On a CPU prefkern multiplies in float32. This is slower on a CPU with bfloat16\n"
+            "units. Use `prefkern bench` to measure a GPU.",
             style="dim",
         )
     return {**shape, "rows": rows}
 
 
 def report_plans(console: Console, watcher: Watcher, steps: int) -> None:
-    """Say what ran, and stop if it was not the fused path at every step."""
+    """Print the plan of the last step; stop if the fused path did not run in every step."""
     if len(watcher.plans) != steps:
-        raise SystemExit(f"the fused path ran in {len(watcher.plans)} of {steps} steps only")
+        raise SystemExit(f"the fused path ran in only {len(watcher.plans)} of {steps} steps")
     plan = watcher.plans[-1]
     console.print(
         f"\nThe fused path ran in all {steps} steps ({plan.backend} backend, {plan.structure}).\n"
-        f"In the last one: {plan.tokens} tokens x {plan.vocab_size} words, in tiles of "
+        f"In the last one: {plan.tokens} tokens x {plan.vocab_size} entries, in tiles of "
         f"{plan.forward_tiles.token_tile} x {plan.forward_tiles.vocab_tile},\n"
         f"{plan.workspace_bytes / 2**20:.1f} MiB of workspace."
     )
 
 
 def draw(watcher: Watcher, path: Path) -> None:
-    """Training loss, held-out accuracy and margin, held-out log-probs, over steps."""
+    """Draw training loss, held-out accuracy and margin, and held-out log-probs over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -359,7 +359,7 @@ def draw(watcher: Watcher, path: Path) -> None:
     loss.set(title="AdaDPO loss", ylabel="nats")
     loss.legend(frameon=False)
 
-    # Before the first step every reward is 0: a tie, not a wrong answer.
+    # Before the first step every reward is 0: each pair ties, so leave that point out.
     steps, accuracies = curve("eval_rewards/accuracies")
     accuracy.plot(steps[1:], accuracies[1:], "o-", color="C2")
     accuracy.axhline(0.5, color="C7", linestyle=":", linewidth=1)
@@ -396,11 +396,11 @@ def check_adapter(
     sums, loaded_sums = (score(each, trainer, pairs)[0] for each in (trained, loaded))
     difference = (sums - loaded_sums).abs().max().item()
     if not difference <= 1e-3:
-        raise SystemExit(f"the adapter that was loaded again differs by {difference} nats")
+        raise SystemExit(f"the reloaded adapter differs by {difference} nats")
     console.print(
         f"\nAdapter: {folder}\n"
-        f"Loaded again with peft's own PeftModel, it gives {sums.numel()} log-probs that differ by\n"
-        f"at most {difference:.1e} nats from the trained model's."
+        f"Loaded again with peft's own PeftModel, its {sums.numel()} log-probs differ by at most\n"
+        f"{difference:.1e} nats from the trained model's."
     )
 
 
@@ -409,14 +409,14 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face folder or hub name; default: SmolLM2-135M")
     parser.add_argument("--data", help="JSONL of prompt, chosen, rejected; default: movie reviews")
     parser.add_argument("--steps", type=int, default=40, help=f"of {PAIRS_A_STEP} pairs each")
-    parser.add_argument("--output", type=Path, default=Path(".demo"), help="folder of all results")
+    parser.add_argument("--output", type=Path, default=Path(".demo"), help="folder for all results")
     arguments = parser.parse_args()
     started = time.perf_counter()
     console = Console()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # peft 0.21.2 reads an attribute that transformers 5.23 has renamed, and warns of it.
+    # peft 0.21.2 reads an attribute that transformers 5.23 has renamed, and that gives a warning.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
     console.rule("prefkern check")
@@ -456,7 +456,7 @@ def main() -> None:
     report = arguments.output / "report.json"
     report.write_text(json.dumps(numbers, indent=1) + "\n")
     console.print(f"Picture: {picture}. The numbers above: {report}.")
-    console.print(f"{seconds:.0f} s in all.")
+    console.print(f"{seconds:.0f} s in total.")
 
 
 if __name__ == "__main__":

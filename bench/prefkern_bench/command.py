@@ -1,4 +1,9 @@
-"""The command itself: its options, the order of what runs, and what it prints and keeps."""
+"""The command `prefkern bench`: its options, the order of the runs, and its output.
+
+`parse` reads and checks the options before anything runs. `planned` lists the jobs: every suite at
+one shape, then the next shape. `run` measures them, and prints and saves each group of rows as soon
+as it is done.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     device = torch.device(arguments.device)
     if device.index is not None:
-        # Events and synchronisation are the current device's.
+        # CUDA events and synchronisation act on the current device.
         torch.cuda.set_device(device)
     about = environment(device, shlex.join(["prefkern", "bench", *argv]))
     about |= {
@@ -67,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(arguments: Any, settings: Settings, report: Report, console: Console) -> None:
-    """All groups of rows, one after the other; each is printed and kept when it is done."""
+    """Measure all groups of rows in order; print and save each one when it is done."""
     jobs = planned(arguments)
     columns = (
         TextColumn("{task.description}"),
@@ -86,7 +91,7 @@ def run(arguments: Any, settings: Settings, report: Report, console: Console) ->
                     console.print(remark, style="yellow", markup=False, highlight=False)
                 del one
                 release(settings.device)
-            # Static shapes: what was compiled for this one is of no use to another.
+            # Shapes are static: code compiled for this shape does not serve another one.
             is_last = number + 1 == len(jobs) or jobs[number + 1][0] != title
             if is_last and settings.device.type == "cuda":
                 torch.compiler.reset()
@@ -97,7 +102,7 @@ Job = tuple[str, Callable[[Settings], Iterator[Group]]]
 
 
 def planned(arguments: Any) -> list[Job]:
-    """What to run, each with a title: every suite at one shape, then the next shape."""
+    """The jobs with their titles: every suite at one shape, then the next shape."""
     jobs: list[Job] = []
     for shape in arguments.shapes:
         title = f"{shape.name}: N = {shape.tokens}, H = {shape.hidden_size}, V = {shape.vocab_size}"
@@ -123,48 +128,54 @@ def planned(arguments: Any) -> list[Job]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="prefkern bench",
-        description="prefkern beside its peers, in time, memory, operations and error.",
+        description="Compares prefkern with its peers in time, memory, operations and error.",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, a few repeats")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, few repeats")
     parser.add_argument(
         "--suite",
         nargs="+",
         choices=SUITES,
         default=list(SUITES),
-        help="operator: log-probs; loss: a DPO step over them; step: a model's training step",
+        help="operator: log-probs; loss: a DPO step on them; step: a model's training step",
     )
     parser.add_argument(
         "--shapes", "--shape", nargs="+", action="extend", metavar="NAME",
-        help=f"of {', '.join(shapes.KNOWN)}; for suite step, of {', '.join(step.KNOWN)}",
+        help=f"one of {', '.join(shapes.KNOWN)}; for suite step one of {', '.join(step.KNOWN)}",
     )  # fmt: skip
     parser.add_argument(
-        "--no-sweep", dest="sweep", action="store_false", help="no fewer tokens for the pictures"
+        "--no-sweep",
+        dest="sweep",
+        action="store_false",
+        help="skip the runs with fewer tokens, which the pictures need",
     )
     parser.add_argument(
         "--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS), metavar="NAME",
-        help=f"of {', '.join(PROVIDERS)}",
+        help=f"one of {', '.join(PROVIDERS)}",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", "--heads", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME",
-        help=f"of {', '.join(TASKS)}; the last two are suite step's",
+        help=f"one of {', '.join(TASKS)}; the last two belong to suite step",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--workspace-mb", type=float, help="bound on prefkern's temporary memory")
-    parser.add_argument("--repeats", type=int, help="timed rounds at most")
-    parser.add_argument("--warm-up", type=int, help="rounds before them")
+    parser.add_argument("--repeats", type=int, help="largest number of timed rounds")
+    parser.add_argument("--warm-up", type=int, help="number of rounds before the timed ones")
     parser.add_argument(
-        "--seconds", type=float, default=None, help="timed rounds of a task end after this long"
+        "--seconds",
+        type=float,
+        default=None,
+        help="bound on the timed rounds of a task, in seconds",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also keep the results in FILE")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw them, to FOLDER")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw pictures there")
     arguments = parser.parse_args(argv)
     _resolve(arguments, parser)
     return arguments
 
 
 def _resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fill in what depends on the device; refuse what cannot be, before anything runs."""
+    """Fill in the defaults that depend on the device; refuse impossible options before any run."""
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_gpu = arguments.device.startswith("cuda")
     if is_gpu and not torch.cuda.is_available():
@@ -180,9 +191,9 @@ def _resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         arguments.shapes = [shapes.KNOWN[name] for name in names if name in shapes.KNOWN]
         arguments.models = [step.KNOWN[name] for name in names if name in step.KNOWN]
     if not planned(arguments):
-        parser.error(f"--suite {' '.join(arguments.suite)} has none of the shapes asked for")
+        parser.error(f"--suite {' '.join(arguments.suite)} has none of the requested shapes")
 
-    # A first round warms nothing on a CPU but caches; on a GPU clocks rise, and memory is taken.
+    # On a CPU a first round only warms caches; on a GPU clocks rise and memory is allocated.
     defaults = (2, 1, 60.0) if quick else (20, 2, 2.0) if is_gpu else (5, 1, 10.0)
     given = (arguments.repeats, arguments.warm_up, arguments.seconds)
     arguments.repeats, arguments.warm_up, arguments.seconds = (

@@ -1,13 +1,12 @@
-"""One group of rows: one task at one shape, by every provider.
+"""Measures one group of rows: one task at one shape, with every provider.
 
-Each provider is examined first (errors, plan, memory, operations, in a run each, so that none
-disturbs another), then all that came through are timed in turns. What a provider raises anywhere is
-its row's `failure`.
+First each provider is examined: errors and plan, memory, operations, each in a separate run, so
+that they do not disturb one another. Then all providers without a failure are timed in turns. An
+error that a provider raises becomes the `failure` of its row.
 
-Counted operations are those of the products that torch runs. Where products hide in a provider's
-own kernels, or fewer are seen than the task can do with, the row says "operations not counted"
-instead of a number. A compiled provider is counted in its uncompiled form, which multiplies the
-same matrices.
+Operations are those of the products that torch runs. If a provider's products are inside its own
+kernels, or if fewer are counted than the task needs, the row says "operations not counted" instead
+of a number. A compiled provider is counted without compilation; it multiplies the same matrices.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Settings:
-    """What all groups of a run share."""
+    """The settings that all groups of a run share."""
 
     providers: list[str]
     tasks: list[str]
@@ -47,12 +46,12 @@ class Group:
     """One task at one shape.
 
     Args:
-        blank: the row of a provider before anything is known of it.
-        run: the step; its result goes to `errors`.
-        errors: fills in what a result says about its errors.
-        nhv: one N H V, the unit of operations; None where that means nothing.
-        fewest: operations in NHV that no way to do the task can do without.
-        plain_product: a plain product of 2NHV operations, the measure of time; None: none.
+        blank: makes the empty row of a provider.
+        run: runs the step with a provider; its result goes to `errors`.
+        errors: writes the errors of a result into the row.
+        nhv: N H V, the unit of operations; None if the unit makes no sense.
+        fewest: the fewest operations that the task needs, in NHV.
+        plain_product: a plain product of 2NHV operations, the unit of time; None: no unit.
     """
 
     blank: Callable[[str], Row]
@@ -67,7 +66,7 @@ def measure(group: Group, settings: Settings, progress: Progress) -> list[Row]:
     """One row for each provider, and one for the plain product."""
     rounds = settings.warm_up + settings.rounds
     some = group.blank("")
-    # More room changes nothing where the head is frozen; a step's rows are of the default.
+    # A larger workspace changes nothing for a frozen head; suite "step" uses the default only.
     has_roomy = some.suite != "step" and some.task == "trainable"
     names = [name for name in settings.providers if name != IN_ONE_PASS or has_roomy]
     rows = {name: group.blank(name) for name in names}
@@ -114,7 +113,7 @@ def _examine(row: Row, provider: Provider, group: Group, device: torch.device) -
         with Meter() as meter:
             group.run(uncompiled)
     except Exception as error:
-        # The uncompiled form may ask for more memory than there is.
+        # The uncompiled form may need more memory than the device has.
         if uncompiled is provider:
             raise
         row.add_note(f"operations not counted: {describe_failure(error)}")
@@ -139,7 +138,7 @@ def _record_times(
     rows: Mapping[str, Row], times: Mapping[str, list[float] | str], group: Group
 ) -> None:
     plain = times.get(PLAIN_PRODUCT)
-    # Milliseconds of a plain product of one NHV operations.
+    # Milliseconds of a plain product with one NHV of operations.
     unit = statistics.median(plain) / 2 if isinstance(plain, list) and plain else None
     for name, outcome in times.items():
         row = rows[name]

@@ -1,15 +1,15 @@
-"""What a step costs, counted: matrix-product operations and bytes, without a GPU and without timing.
+"""Counts the cost of a step: matrix-product operations and bytes, without a GPU and without timing.
 
 `Meter` watches every torch operator that runs while it is active, forward and backward. A product
-of an `[m, k]` and a `[k, n]` matrix is 2mkn operations. Bytes are those of storages that came into
-being while it was active: a view costs nothing, a tensor that was there before costs nothing, and
-what is freed is given back at the moment it is freed, so that `peak_bytes` is the most that was
-alive at once. Both are properties of the algorithm, the same on every machine, where a process's
-resident memory also shows the allocator's habits.
+of an `[m, k]` and a `[k, n]` matrix is 2mkn operations. Bytes are those of storages that are
+allocated while it is active. A view costs nothing, and a tensor that existed before costs nothing.
+Freed storages are subtracted at once, so that `peak_bytes` is the largest number of bytes alive at
+one time. Both counts are properties of the algorithm and equal on every machine. A process's
+resident memory, in contrast, also depends on the allocator.
 
-A custom operator that is written in torch is taken apart, so that its products and its memory are
-seen too. What it cannot see: scratch memory inside an operator, products inside a Triton kernel. On
-CUDA, bytes are therefore the caching allocator's record (`cost_of`).
+A custom operator that is written in torch is opened, so that its products and memory count too. The
+meter cannot see scratch memory inside an operator, or products inside a Triton kernel. So on CUDA
+the bytes come from the caching allocator (`cost_of`).
 
     with Meter() as meter:
         loss_fn(hidden, weight, labels).loss.backward()
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 
-# Operator -> the positions of its two factors. An overload (out, dtype, ...) keeps the positions.
+# Operator -> the positions of its two factors, which are the same for its overloads (out, dtype).
 _FACTORS = {
     _aten.mm: (0, 1),
     _aten.addmm: (1, 2),
@@ -48,15 +48,15 @@ _FACTORS = {
 }
 
 _BUILT_IN = ("aten", "prim", "prims")
-# Where `torch.library.custom_op` keeps an operator's code for any device, below autograd.
+# The key under which `torch.library.custom_op` registers code for any device, below autograd.
 _CUSTOM_CODE = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
 class Meter(TorchDispatchMode):
-    """Counts matrix-product operations and live bytes of what runs inside `with Meter() as meter:`.
+    """Counts matrix-product operations and live bytes of the code inside `with Meter() as meter:`.
 
-    `operations` counts up; `live_bytes` is what is alive now of the storages that were allocated
-    inside, and `peak_bytes` the most that it has been. A meter may be left and entered again.
+    `operations` only grows. `live_bytes` is the size of the storages that were allocated inside and
+    are alive now; `peak_bytes` is its largest value so far. A meter may be entered again.
     """
 
     def __init__(self) -> None:
@@ -74,19 +74,19 @@ class Meter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # In inference mode, composite operators (linear, matmul) arrive whole: take them apart.
+        # In inference mode, composite operators (linear, matmul) arrive whole: decompose them.
         if func is not torch.ops.prim.device.default:
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
 
-        # A custom operator is code around torch's operators: run that, and watch inside.
+        # A custom operator is code around torch's operators: run that code under the meter.
         if func.namespace not in _BUILT_IN and func.has_kernel_for_dispatch_key(_CUSTOM_CODE):
             with self:
                 return func._op_dk(_CUSTOM_CODE, *args, **kwargs)
 
-        # A result on a storage that an argument already had is a view or written in place.
+        # A result that shares its storage with an argument is a view, or was written in place.
         given = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **kwargs)
         if func.overloadpacket in _FACTORS:
@@ -106,7 +106,7 @@ class Meter(TorchDispatchMode):
                 return
             self._bytes_of[address] = 0
             weakref.finalize(storage, self._forget, address)
-        # An operator with an `out` argument may have grown a storage that was seen before.
+        # An operator with an `out` argument may enlarge a known storage.
         self.live_bytes += size - self._bytes_of[address]
         self._bytes_of[address] = size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -121,9 +121,9 @@ def _address(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Cost:
-    """Matrix-product operations of a step, and the most bytes alive beyond what was there before.
+    """Matrix-product operations of a step, and its peak of bytes beyond those alive before it.
 
-    What the step leaves behind or returns, gradients for one, is part of `peak_bytes`.
+    Tensors that the step returns or leaves behind, such as gradients, are part of `peak_bytes`.
     """
 
     operations: int
@@ -135,10 +135,10 @@ def cost_of(
     device: torch.device,
     counted: Callable[[], object] | None = None,
 ) -> Cost:
-    """Run `step` and say what it cost.
+    """Run `step` and return its cost.
 
-    On CUDA, memory and operations are taken in a run each, so that neither disturbs the other.
-    `counted` is then the same step in a form whose operators can be seen, for one that is compiled.
+    On CUDA, memory and operations are measured in separate runs, so that they do not disturb each
+    other. `counted` is the same step without compilation, for a step whose operators are hidden.
     """
     peak_bytes = cuda_peak_bytes(step, device) if device.type == "cuda" else None
     with Meter() as meter:

@@ -1,7 +1,7 @@
-"""Pictures of a report: time and memory against tokens, and error by provider.
+"""Draws pictures of a report: time and memory against tokens, and errors by provider.
 
-They are drawn from the JSON of a run, so that a kept result can be drawn again. matplotlib is
-imported only here, and only when a picture is asked for.
+They are drawn from the JSON of a run, so that a saved result can be drawn again. matplotlib is
+imported only here, and only when a picture is requested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Style(NamedTuple):
     marker: str
 
 
-# Okabe and Ito's palette, which the colour-blind tell apart; the markers do without colour.
+# Okabe and Ito's palette for colour-blind readers; the markers also work without colour.
 STYLES = {
     "prefkern": Style("#0072B2", "o"),
     "prefkern-roomy": Style("#56B4E9", "p"),
@@ -46,7 +46,7 @@ SUITE_MARKERS = {"operator": "o", "loss": "D"}
 
 
 def draw(report: dict[str, Any], folder: Path, prefix: str = "bench") -> list[Path]:
-    """Every picture that the report has numbers for; raises ImportError without matplotlib."""
+    """Draw every picture that the report has numbers for; raises ImportError without matplotlib."""
     drawn = []
     head = _longest_sweep(report["rows"])
     if head is not None:
@@ -137,11 +137,11 @@ def draw_tokens(report: dict[str, Any], head: str, path: Path) -> None:
 
 
 def draw_errors(report: dict[str, Any], path: Path) -> None:
-    """Errors against float64 of suites "operator" and "loss", a mark for each shape and task."""
+    """Errors of suites "operator" and "loss" against float64, one mark for each shape and task."""
     plots = pyplot()
     rows = _measured(report["rows"], *SUITE_MARKERS)
     shown = [name for name in STYLES if any(row["provider"] == name for row in rows)]
-    # A logarithmic axis needs a number.
+    # A logarithmic axis needs a number above 0.
     errors = {key: text for key, text in ERRORS.items() if any(row[key] for row in rows)}
     with plots.rc_context(_RC):
         figure, axes = plots.subplots(
@@ -212,12 +212,12 @@ def _measured(rows: Rows, *suites: str) -> Rows:
 
 
 def _head(row: dict[str, Any]) -> str:
-    """The name of the shape that this one has the head of."""
+    """The name of the shape whose head this row has: the name without " N=..."."""
     return row["shape"].partition(" N=")[0]
 
 
 def _longest_sweep(rows: Rows) -> str | None:
-    """The head that suite "operator" met at most numbers of tokens; None where all have one."""
+    """The head with the most token counts in suite "operator"; None if every head has only one."""
     tokens: dict[str, set[int]] = {}
     for row in _measured(rows, "operator"):
         tokens.setdefault(_head(row), set()).add(row["tokens"])
@@ -243,7 +243,7 @@ def _plain_ticks(panel: Any) -> None:
 
 
 def _widen(panel: Any) -> None:
-    """Whole decades, so that at least two ticks are there."""
+    """Widen the axis to whole decades, so that it has at least two ticks."""
     import math
 
     values: Iterable[float] = [x for c in panel.collections for x, _ in c.get_offsets()]

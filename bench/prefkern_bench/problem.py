@@ -1,9 +1,10 @@
-"""Inputs of the suites "operator" and "loss", and the truth about them in float64.
+"""Inputs of the suites "operator" and "loss", and their true results in float64.
 
-The truth never holds `[N, V]`: logits are walked in tiles, the vocabulary outermost. Log-probs are
-those of all scored tokens. Of the gradients, as much as `TRUTH_OPERATIONS` pays for: dH of a sample
-of tokens, each of which is exact on its own, and dW of a sample of words, each summed over all
-tokens. An error is then that of the sample, and the row says so.
+The truth never holds `[N, V]`: it computes logits in tiles, with the vocabulary as the outer loop.
+It has the log-probs of all scored tokens. It has as much of the gradients as `TRUTH_OPERATIONS`
+allows: dH for a sample of tokens, and dW for a sample of vocabulary entries, each summed over all
+tokens. Each sampled row is exact. An error is then that of the sample, and a note in the row says
+so.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from prefkern_bench.shapes import Shape
 
 IGNORE_INDEX = -100
 BETA = 0.1
-TOKEN_TILE, VOCAB_TILE = 4096, 8192  # of float64 logits: 256 MiB
-TRUTH_OPERATIONS = {"cuda": 10**13}  # for each gradient's sample, and elsewhere:
+TOKEN_TILE, VOCAB_TILE = 4096, 8192  # a tile of float64 logits: 256 MiB
+TRUTH_OPERATIONS = {"cuda": 10**13}  # for each gradient's sample; on other devices:
 TRUTH_OPERATIONS_ELSEWHERE = 2 * 10**11
 
 
 class Problem(NamedTuple):
     """The inputs of one step; `hidden` and, for a trainable head, `weight` require gradients.
 
-    The reference is either its own hidden states and head, or sums computed earlier, or both, for a
-    provider to take what it can.
+    The reference is given as hidden states and a head, or as precomputed sums, or as both; a
+    provider takes what it can.
     """
 
     hidden: Tensor  # (2B, T, H), chosen first
@@ -43,22 +44,22 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Truth:
-    """Float64 numbers of the scored tokens; gradients of a sample of tokens and of words."""
+    """Float64 log-probs of the scored tokens; gradients of sampled tokens and entries."""
 
     logps: Tensor  # (N,)
     sums: Tensor  # (2B,)
-    tokens: Tensor  # (n,), which of the N
+    tokens: Tensor  # (n,), indices among the N tokens
     dhidden: Tensor  # (n, H)
-    words: Tensor  # (m,), which of the V
+    entries: Tensor  # (m,), indices among the V vocabulary entries
     dweight: Tensor  # (m, H)
-    note: str | None  # which sample, None for all
+    note: str | None  # the size of the samples; None: everything
 
 
 def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, padded: bool) -> Problem:
-    """Random hidden states and head, every second scored token confident of its label.
+    """Random hidden states and head; every second scored token predicts its label with confidence.
 
-    With `padded`, each row has a quarter of prompt before and a quarter of padding behind its
-    scored tokens, and the reference is the policy with a little noise.
+    With `padded`, a quarter of each row is prompt before the scored tokens, and a quarter is
+    padding after them. The reference is then the policy plus a little noise.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -71,7 +72,8 @@ def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, padded:
     weight = normal(V, H) * shape.spread / H**0.5
     labels = torch.randint(V, (rows, length), generator=generator, device=device)
     hidden = normal(rows, length, H)
-    # h . W_y grows by |W_y|^2 = spread^2 times the step, past logsumexp = ln V + spread^2 / 2.
+    # h . W_y grows by the step times |W_y|^2 = spread^2, so that it exceeds the logsumexp, which is
+    # ln V + spread^2 / 2.
     step = (math.log(V) + 3) / shape.spread**2 + 0.5
     hidden[:, ::2] += step * weight[labels[:, ::2]]
     labels[:, :before] = IGNORE_INDEX
@@ -89,7 +91,7 @@ def dpo_loss(sums: Tensor, ref_sums: Tensor) -> Tensor:  # (2B,), (2B,) -> ()
 
 
 def fixed_grads(problem: Problem) -> Tensor:  # (N,) float32
-    """Suite "operator"'s gradients of the scored tokens' log-probs: one number a sequence."""
+    """Suite "operator": the gradient of each scored token's log-prob, one number per sequence."""
     rows, length = problem.labels.shape
     device = problem.labels.device
     generator = torch.Generator(device).manual_seed(1)
@@ -97,7 +99,7 @@ def fixed_grads(problem: Problem) -> Tensor:  # (N,) float32
 
 
 def dpo_grads(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """Suite "loss"'s gradients of the scored tokens' log-probs, from those log-probs."""
+    """Suite "loss": a function from the scored tokens' log-probs to their gradients."""
     rows = problem.labels.shape[0]
     assert problem.ref_hidden is not None and problem.ref_weight is not None
     scored = problem.labels != IGNORE_INDEX
@@ -123,8 +125,8 @@ def truth_of(
     """Log-probs, dH and dW in float64, from the same rounded inputs.
 
     Args:
-        grads: from the (N,) log-probs to the gradient of the loss with respect to them.
-        operations: what each gradient's sample may cost; None: chosen for the device.
+        grads: maps the (N,) log-probs to the gradient of the loss with respect to them.
+        operations: bound on the operations of each gradient's sample; None: chosen for the device.
     """
     scored = problem.labels != IGNORE_INDEX
     hidden, labels, weight = problem.hidden.detach()[scored], problem.labels[scored], problem.weight
@@ -137,21 +139,21 @@ def truth_of(
     if budget is None:
         budget = TRUTH_OPERATIONS.get(device.type, TRUTH_OPERATIONS_ELSEWHERE)
     tokens = _sample(N, max(32, int(budget / (4 * H * V))), device)
-    words = _sample(V, max(32, int(budget / (4 * H * N))), device, first=labels.unique())
+    entries = _sample(V, max(32, int(budget / (4 * H * N))), device, first=labels.unique())
     dhidden = torch.zeros(len(tokens), H, dtype=torch.float64, device=device)
     for rows, columns, dz in _logit_grads(problem, hidden, labels, lse, g, tokens, None):
         dhidden[rows] += dz @ weight[columns].double()
-    dweight = torch.zeros(len(words), H, dtype=torch.float64, device=device)
-    for rows, columns, dz in _logit_grads(problem, hidden, labels, lse, g, None, words):
+    dweight = torch.zeros(len(entries), H, dtype=torch.float64, device=device)
+    for rows, columns, dz in _logit_grads(problem, hidden, labels, lse, g, None, entries):
         dweight[columns] += dz.T @ hidden[rows].double()
 
     parts = []
     if len(tokens) < N:
         parts.append(f"dH error on {len(tokens):,} of {N:,} tokens")
-    if len(words) < V:
-        parts.append(f"dW error on {len(words):,} of {V:,} words")
+    if len(entries) < V:
+        parts.append(f"dW error on {len(entries):,} of {V:,} vocabulary entries")
     sums = logps.view(problem.labels.shape[0], -1).sum(-1)
-    return Truth(logps, sums, tokens, dhidden, words, dweight, "; ".join(parts) or None)
+    return Truth(logps, sums, tokens, dhidden, entries, dweight, "; ".join(parts) or None)
 
 
 @torch.no_grad()
@@ -170,19 +172,19 @@ def token_logps(
 def _fold(
     hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(N,) logsumexp of each token's logits, and (N,) logits of the labels."""
+    """The logsumexp of each token's logits, (N,), and the logit of its label, (N,)."""
     lse = torch.full(labels.shape, -math.inf, dtype=torch.float64, device=hidden.device)
     label_logits = torch.zeros_like(lse)
     for start in range(0, weight.shape[0], VOCAB_TILE):
-        words = weight[start : start + VOCAB_TILE].double()
+        tile_weight = weight[start : start + VOCAB_TILE].double()
         for rows in _slices(len(labels), TOKEN_TILE):
-            z = hidden[rows].double() @ words.T
+            z = hidden[rows].double() @ tile_weight.T
             if softcap is not None:
                 z = softcap * torch.tanh(z / softcap)
             lse[rows] = torch.logaddexp(lse[rows], z.logsumexp(-1))
             local = labels[rows] - start
-            here = (local >= 0) & (local < len(words))
-            found = z.gather(-1, local.clamp(0, len(words) - 1).unsqueeze(-1)).squeeze(-1)
+            here = (local >= 0) & (local < len(tile_weight))
+            found = z.gather(-1, local.clamp(0, len(tile_weight) - 1).unsqueeze(-1)).squeeze(-1)
             label_logits[rows] = torch.where(here, found, label_logits[rows])
     return lse, label_logits
 
@@ -194,17 +196,18 @@ def _logit_grads(
     lse: Tensor,  # (N,)
     g: Tensor,  # (N,)
     tokens: Tensor | None,
-    words: Tensor | None,
+    entries: Tensor | None,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tiles of the gradient with respect to `h . W`: rows, columns and the tile itself.
 
-    Rows and columns are places in `tokens` and `words`, or in all of them where that is None.
+    Rows and columns are positions in `tokens` and `entries`; None means all of them.
     """
     if tokens is not None:
         hidden, labels, lse, g = hidden[tokens], labels[tokens], lse[tokens], g[tokens]
-    numbers = torch.arange(len(problem.weight), device=hidden.device) if words is None else words
-    for columns in _slices(len(numbers), VOCAB_TILE):
-        index = numbers[columns]
+    if entries is None:
+        entries = torch.arange(len(problem.weight), device=hidden.device)
+    for columns in _slices(len(entries), VOCAB_TILE):
+        index = entries[columns]
         tile_weight = problem.weight[index].double()
         for rows in _slices(len(labels), TOKEN_TILE):
             z = hidden[rows].double() @ tile_weight.T
@@ -225,7 +228,7 @@ def _slices(count: int, size: int) -> list[slice]:
 def _sample(
     count: int, most: int, device: torch.device, first: Tensor | None = None
 ) -> Tensor:  # (min(count, most),)
-    """Numbers below `count`: all of them, or a sample, half of it from `first` where that is given."""
+    """Indices below `count`: all of them, or a sample, of which up to half comes from `first`."""
     if most >= count:
         return torch.arange(count, device=device)
     generator = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""The ways to compute log-probs and a DPO loss that `prefkern bench` measures beside one another.
+"""The ways to compute log-probs and a DPO loss that `prefkern bench` compares.
 
 | name | what |
 |---|---|
@@ -10,10 +10,11 @@
 | trl | TRL's `ChunkedLogProbFunction` at TRL's chunk size, with a loss in torch |
 | cce | Apple's `cut_cross_entropy`, which by default drops small entries of the gradient |
 
-A provider is one per-token function, and the DPO loss over it: gather the scored tokens, sum over
-sequences, the loss in torch. Those whose package brings its own loss override that. What a provider
-cannot do it raises, and the benchmark makes a row of it; a peer is imported when its provider is
-made, so that one that is missing, or has another interface in another version, is such a row, too.
+A provider is one per-token function, with a DPO loss on top: gather the scored tokens, sum over
+sequences, compute the loss in torch. A provider whose package has its own loss overrides this. A
+provider raises an error for what it cannot do, and the benchmark shows the error in its row. A peer
+is imported when its provider is created. So a missing peer, or a version with another interface,
+also becomes such a row.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ import prefkern
 from prefkern.objectives import DPO
 from prefkern_bench.problem import BETA, IGNORE_INDEX, Problem, dpo_loss
 
-# The provider with room enough, which only a trained head makes use of.
+# The provider with a workspace large enough for one pass; it differs only for a trained head.
 IN_ONE_PASS = "prefkern-roomy"
 
 
 class Scores(NamedTuple):
-    """Log-probs of sequences, and of the scored tokens where the provider returns them."""
+    """Log-probs of sequences, and of scored tokens if the provider returns them."""
 
     sums: Tensor  # (2B,)
     logps: Tensor | None  # (N,)
@@ -47,7 +48,7 @@ class Scores(NamedTuple):
 class Provider:
     """One way to compute log-probs of labels and a DPO loss from hidden states and a head."""
 
-    # Whether torch's operators are all there is to see of it, for counting.
+    # Whether all its work is in torch's operators, so that it can be counted.
     is_visible = True
 
     def token_logps(
@@ -56,7 +57,7 @@ class Provider:
         raise NotImplementedError
 
     def score(self, problem: Problem) -> Scores:
-        """Log-probs of all tokens of the problem, every one of which is scored."""
+        """Log-probs of all tokens of a problem in which every token is scored."""
         rows = problem.labels.shape[0]
         logps = self.token_logps(
             problem.hidden.flatten(0, 1), problem.weight, problem.labels.flatten(), problem.softcap
@@ -64,7 +65,7 @@ class Provider:
         return Scores(logps.view(rows, -1).float().sum(-1), logps)
 
     def loss(self, problem: Problem) -> tuple[Tensor, Tensor]:  # (), (2B,)
-        """The DPO loss and the policy's sums; the reference's are computed if they are not given."""
+        """The DPO loss and the policy's sums; computes the reference's sums if they are missing."""
         sums = self._sums(problem.hidden, problem.weight, problem)
         ref_sums = problem.ref_sums
         if ref_sums is None:
@@ -80,11 +81,11 @@ class Provider:
         return zeros.masked_scatter(scored, logps.float()).sum(-1)
 
     def uncompiled(self) -> Provider:
-        """The same without compilation, whose operators can be counted."""
+        """The same provider without compilation, so that its operators can be counted."""
         return self
 
     def plan(self) -> dict[str, Any] | None:
-        """What the latest call planned, for the record."""
+        """The plan of the latest call, for the record; None if the provider has none."""
         return None
 
 
@@ -120,7 +121,7 @@ class Prefkern(Provider):
 
 
 class PrefkernInOnePass(Prefkern):
-    """With a workspace that holds a trained head's probabilities, so that nothing is recomputed."""
+    """prefkern with room for a trained head's probabilities, so that nothing is recomputed."""
 
     def token_logps(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
@@ -139,7 +140,7 @@ class PrefkernInOnePass(Prefkern):
 def enough_for_one_pass(
     hidden: Tensor, weight: Tensor, tokens: int, softcap: float | None
 ) -> float:
-    """The least workspace in MiB, in steps of a tenth, with which a trained head takes one pass."""
+    """The smallest workspace in MiB, in steps of 10%, with which a trained head needs one pass."""
     workspace_mb = 16.0
     while True:
         made = prefkern.plan_for(
@@ -171,7 +172,7 @@ def label_logps(logits: Tensor, labels: Tensor) -> Tensor:  # (N, V), (N,) -> (N
 
 
 class ScoredLogits(Provider):
-    """Logits of the scored tokens only, from hidden states: what `Compiled` compiles."""
+    """Logits of the scored tokens only, from hidden states; `Compiled` compiles this."""
 
     def token_logps(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
@@ -180,11 +181,11 @@ class ScoredLogits(Provider):
 
 
 class Eager(ScoredLogits):
-    """The same, which is kind to it; suite "step" gives it the logits of the model's own forward."""
+    """Logits of the scored tokens only, which favours eager; suite "step" computes all logits."""
 
 
 class Compiled(Provider):
-    """Static shapes on a GPU, as the fastest; dynamic ones on a CPU, whose compiler is slow."""
+    """Static shapes on a GPU, where they are fastest; dynamic on a CPU, where compiling is slow."""
 
     def __init__(self, device: torch.device) -> None:
         self.compiled = torch.compile(eager_logps, dynamic=device.type != "cuda")
@@ -211,13 +212,14 @@ class TorchLinearCrossEntropy(Provider):
     ) -> Tensor:
         _refuse_softcap(softcap)
         with warnings.catch_warnings():
-            # It warns where it goes back to logits in memory, which is not what is asked for.
+            # It warns when it falls back to logits in memory. That is an error here: the row would
+            # measure something else.
             warnings.filterwarnings("error", message=".*linear_cross_entropy.*")
             return -self.function(hidden, weight, labels, reduction="none", options=self.options)
 
 
 class Liger(Provider):
-    """It takes no log-probs that were computed earlier: the reference's product is always in it."""
+    """Liger cannot take precomputed log-probs, so it always computes the reference's product."""
 
     def __init__(self, compiled: bool) -> None:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
@@ -255,14 +257,14 @@ class Liger(Provider):
 
 
 class Trl(Provider):
-    CHUNK_SIZE = 32768  # words, as TRL's trainers pass
+    CHUNK_SIZE = 32768  # vocabulary entries, the value that TRL's trainers pass
 
     def __init__(self) -> None:
         import trl.kernels
 
         self.function = trl.kernels.ChunkedLogProbFunction
         known = inspect.signature(self.function.forward).parameters
-        # Later versions compute entropy and the like only when asked.
+        # Later versions compute entropy and similar outputs only on request.
         self.options = [()] if "outputs" in known else []
 
     def token_logps(
@@ -293,7 +295,7 @@ def _refuse_softcap(softcap: float | None) -> None:
         raise NotImplementedError("has no softcap")
 
 
-# Name -> its maker, from prefkern's workspace_mb and the device.
+# Name -> a function that makes the provider from prefkern's workspace_mb and the device.
 PROVIDERS: dict[str, Callable[[float | None, torch.device], Provider]] = {
     "prefkern": lambda workspace_mb, device: Prefkern(workspace_mb),
     IN_ONE_PASS: lambda workspace_mb, device: PrefkernInOnePass(),

@@ -1,7 +1,7 @@
-"""Rows, what they belong to, and the JSON file that keeps them.
+"""The rows of a run, the environment that they were measured in, and their JSON file.
 
-The file is written anew after every group of rows, so that a run that is stopped leaves what it has
-finished; `finished` says whether it came to its end.
+The file is written again after every group of rows, so that an interrupted run keeps its finished
+rows. The field `finished` says whether the run reached its end.
 """
 
 from __future__ import annotations
@@ -34,32 +34,33 @@ PLAIN_PRODUCT = "plain product"
 
 @dataclass
 class Row:
-    """What was measured of one provider at one task of one shape; None where it was not."""
+    """The measurements of one provider on one task at one shape; None: not measured."""
 
     suite: str  # "operator" | "loss" | "step"
-    shape: str  # its name, or the model's
-    task: str  # "forward" | "frozen" | "trainable"; of a step, "lora" | "full"
+    shape: str  # name of the shape or of the model
+    task: str  # "forward" | "frozen" | "trainable"; in suite "step": "lora" | "full"
     provider: str
     tokens: int  # N, scored
-    failure: str | None = None  # why there is nothing, in one line
+    failure: str | None = None  # why there are no numbers, in one line
     note: str | None = None  # what a number leaves out
-    operations: int | None = None  # of matrix products, counted
+    operations: int | None = None  # counted operations of the matrix products
     operations_nhv: float | None = None  # the same in units of N H V
-    peak_mib: float | None = None  # most memory alive beyond the inputs
+    peak_mib: float | None = None  # peak memory beyond the inputs
     median_ms: float | None = None
     all_ms: list[float] | None = None
-    # Time over that of plain products, timed in the same rounds: of as many operations as were
-    # counted, and of the fewest that the task takes (2, 4, 6 NHV; the reference's 2 besides).
+    # Time divided by the time of a plain product, timed in the same rounds. For product_ratio the
+    # product has as many operations as were counted; for floor_ratio, the fewest that the task
+    # needs (2, 4, 6 NHV, and 2 more with a reference).
     product_ratio: float | None = None
     floor_ratio: float | None = None
     # Errors against float64: nats, and |x - truth| / |truth|.
     token_logp_error: float | None = None  # the worst
     token_logp_mean_error: float | None = None
-    sum_logp_error: float | None = None  # of a sequence, the worst
+    sum_logp_error: float | None = None  # the worst over sequences
     sum_logp_mean_error: float | None = None
     dhidden_error: float | None = None
     dweight_error: float | None = None
-    plan: dict[str, Any] | None = None  # prefkern's
+    plan: dict[str, Any] | None = None  # prefkern's plan
 
     def add_note(self, note: str | None) -> None:
         if note:
@@ -68,7 +69,7 @@ class Row:
 
 @dataclass
 class Report:
-    """All rows of a run, and the file that they are kept in."""
+    """All rows of a run, and the JSON file that keeps them."""
 
     about: dict[str, Any]
     rows: list[Row]
@@ -89,7 +90,7 @@ class Report:
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """The machine, the versions and the command that the numbers belong to."""
     versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "prefkern": prefkern.__version__,
@@ -99,7 +100,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    # Which says what it is built for, as its metadata may not.
+    # torch.__version__ names the build (+cpu, +cu128); the package's metadata may not.
     versions["torch"] = torch.__version__
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

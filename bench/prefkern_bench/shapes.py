@@ -1,8 +1,8 @@
-"""The sizes that `prefkern bench` measures at, by name.
+"""The named sizes of `prefkern bench`.
 
-A shape is N scored tokens in 2B sequences of equal length, a hidden size and a vocabulary. Suite
-"operator" has just these tokens. Suite "loss" has rows twice as long: a quarter of each is prompt
-and a quarter is padding, neither of them scored, as in a padded batch of preferences.
+A shape is N scored tokens in 2B sequences of equal length, a hidden size and a vocabulary size.
+Suite "operator" has exactly these tokens. Suite "loss" has rows that are twice as long, as in a
+padded batch of pairs: a quarter of each row is prompt and a quarter is padding, both not scored.
 
 `SWEEP` names the shape that suite "operator" also runs with fewer tokens, for the pictures of time
 and memory against tokens.
@@ -31,7 +31,7 @@ class Shape:
 
     @property
     def length(self) -> int:
-        """Scored tokens of one sequence."""
+        """The number of scored tokens of one sequence."""
         return self.tokens // (2 * self.pairs)
 
     @property
@@ -68,5 +68,5 @@ def default_shapes(is_gpu: bool, quick: bool) -> list[Shape]:
 
 
 def swept(shape: Shape) -> list[Shape]:
-    """The shape at fewer tokens, if it is one of those that are swept."""
+    """The shape with fewer tokens, for each count in `SWEEP`; empty for other shapes."""
     return [shape.with_tokens(tokens) for tokens in SWEEP.get(shape.name, [])]

@@ -1,14 +1,14 @@
 """The suite "step": forward, DPO loss, backward and AdamW of a whole model.
 
-The models are real configurations with random weights, so that nothing is downloaded. Task "lora"
-trains adapters on all linear layers of a frozen model, "full" every parameter, the head included.
-Rows are half prompt. The reference's log-probs were computed earlier, and each provider takes them;
-Liger, which cannot, gets the reference's hidden states and pays for their product. "eager" is what a
-model's own forward does: logits of every token, prompts included.
+The models are real configs with random weights, so nothing is downloaded. Task "lora" trains
+adapters on all linear layers of a frozen model. Task "full" trains every parameter, the head
+included. Half of each row is prompt. The reference's log-probs are computed beforehand, and each
+provider takes them. Liger cannot, so it gets the reference's hidden states and pays for their
+product. "eager" is the model's own forward: logits of every token, prompts included.
 
-The learning rate is 0, so that every provider meets the same weights. Errors are those of the
-sequences' log-probs against float64, from the model's hidden states. Operations are of all of the
-step's matrix products but those inside the attention operator; memory is what lives beyond weights,
+The learning rate is 0, so every provider sees the same weights. Errors are those of the sequences'
+log-probs against float64, computed from the model's hidden states. Operations count all matrix
+products of the step except those inside the attention operator. Memory is the peak beyond weights,
 optimiser state and batch.
 """
 
@@ -31,17 +31,17 @@ TASKS = ("lora", "full")
 
 @dataclass(frozen=True)
 class Model:
-    """A configuration of transformers, and the batch it is measured with."""
+    """A config of transformers, and the size of the batch that it is measured with."""
 
     name: str
-    kind: str  # as AutoConfig.for_model takes it
+    kind: str  # the model type for AutoConfig.for_model
     config: dict[str, Any]
     pairs: int
     length: int
 
     @property
     def tokens(self) -> int:
-        """Scored tokens: the second half of each row."""
+        """The number of scored tokens: the second half of each of the 2B rows."""
         return self.pairs * self.length
 
 
@@ -124,7 +124,7 @@ class TrainedModel:
         self.model = build(model, task, settings.dtype, device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=0.0)
-        # The optimiser's state exists before anything is measured.
+        # A first step, so that the optimiser's state exists before any measurement.
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
@@ -152,7 +152,7 @@ class TrainedModel:
         return self.plain_model().get_output_embeddings().weight
 
     def plain_model(self) -> Any:
-        """The transformers model, with adapters inside it if there are any."""
+        """The transformers model, with its adapters inside if there are any."""
         unwrap = getattr(self.model, "get_base_model", None)
         return self.model if unwrap is None else unwrap()
 
@@ -160,7 +160,7 @@ class TrainedModel:
         if isinstance(provider, Eager):
             loss, sums = self.logits_loss()
         else:
-            # A tied head is the embedding, whose gradient then has both parts.
+            # A tied head is the embedding itself, whose gradient is the sum of both uses.
             loss, sums = provider.loss(
                 self.problem._replace(hidden=self.hidden(), weight=self.head())
             )
@@ -170,7 +170,7 @@ class TrainedModel:
         return sums.detach()
 
     def logits_loss(self) -> tuple[Tensor, Tensor]:
-        """The model's own forward: logits of all tokens, of which the scored ones are kept."""
+        """The model's own forward: logits of all tokens; only the scored ones go on to the loss."""
         problem = self.problem
         scored = problem.labels != IGNORE_INDEX
         logits = self.plain_model()(self.ids, use_cache=False).logits[scored]
@@ -185,12 +185,12 @@ class TrainedModel:
 
 
 def build(model: Model, task: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model with random weights; for "lora", frozen, with adapters that are not all zero."""
+    """The model with random weights; for "lora" it is frozen and has adapters that are not zero."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(model.kind, **model.config)
-    with device:  # where a billion random numbers take no time
+    with device:  # a GPU draws a billion random numbers quickly
         built = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if task == "full":
         return built.train()

@@ -1,11 +1,11 @@
-"""The suites "operator" and "loss": log-probs alone, and a DPO step over them.
+"""The suites "operator" and "loss": log-probs alone, and a DPO step on them.
 
-"operator" takes hidden states and a head to the log-probs of N tokens, all scored. Task "forward"
-is without gradients; "frozen" is forward and backward to dH, "trainable" to dH and dW. The
-gradients that come in are one random number a sequence.
+"operator" computes the log-probs of N tokens from hidden states and a head; all tokens are scored.
+Task "forward" has no gradients. Task "frozen" has forward and backward to dH, task "trainable" to
+dH and dW. The incoming gradient is one random number for each sequence.
 
-"loss" is a DPO step with its reference, through the reference's own head, in rows that are half
-prompt and padding: to dH, and to dH and dW.
+"loss" is a DPO step with its reference, which has its own head. Half of each row is prompt and
+padding. Task "frozen" goes to dH, task "trainable" to dH and dW.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from prefkern_bench.report import Row
 from prefkern_bench.shapes import Shape
 from prefkern_bench.timing import Step
 
-# The fewest products, in NHV: one, dH's besides, dW's besides.
+# The fewest operations, in NHV: one product; with that of dH; with that of dW.
 FEWEST = {"forward": 2, "frozen": 4, "trainable": 6}
-PRODUCT_ROWS = 4096  # of the plain product, whose result is then no larger than this times V
+PRODUCT_ROWS = 4096  # rows of the plain product at a time, so that its result is at most this by V
 
 
 class Result(NamedTuple):
-    """What a step gives back."""
+    """The results of a step."""
 
     sums: Tensor  # (2B,)
     logps: Tensor | None  # (N,)
@@ -83,12 +83,12 @@ def loss_groups(shape: Shape, settings: Settings) -> Iterator[Group]:
 
     for task in ("frozen", "trainable"):
         if task in settings.tasks:
-            # The reference's product besides.
+            # Plus the reference's product.
             yield _group("loss", shape, task, problem, truth, run, FEWEST[task] + 2)
 
 
 def _leaves(problem: Problem, task: str) -> Problem:
-    """The problem with leaves of its own, which gradients are for."""
+    """The problem with new leaf tensors, which collect the gradients of the task."""
     return problem._replace(
         hidden=problem.hidden.detach().requires_grad_(),
         weight=problem.weight.detach().requires_grad_(task == "trainable"),
@@ -112,7 +112,7 @@ def _group(
 
 
 def plain_product(problem: Problem) -> Step:
-    """Hidden states of the scored tokens times the head, in their own dtype, rows at a time."""
+    """The scored tokens' hidden states times the head, in their own dtype, some rows at a time."""
     hidden = problem.hidden[problem.labels != IGNORE_INDEX]  # (N, H)
 
     def step() -> None:
@@ -131,7 +131,7 @@ def record_errors(row: Row, result: Result, truth: Truth) -> None:
     if result.dhidden is not None:
         row.dhidden_error = _relative(result.dhidden[truth.tokens], truth.dhidden)
     if result.dweight is not None:
-        row.dweight_error = _relative(result.dweight[truth.words], truth.dweight)
+        row.dweight_error = _relative(result.dweight[truth.entries], truth.dweight)
     if result.dhidden is not None:
         row.add_note(truth.note)
 

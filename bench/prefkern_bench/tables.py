@@ -1,4 +1,8 @@
-"""Rows as tables for a terminal: one for each task at each shape."""
+"""Prints rows as tables on a terminal: one table for each task at each shape.
+
+`table_of` makes the table, `remarks` the lines below it: failures and notes. `rounded` and `error`
+format the numbers. The legend explains the columns once, at the end of the run.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from rich.table import Table
 from prefkern_bench.report import Row
 
 LEGEND = """\
-NHV: matrix-product operations, counted. MiB: peak beyond the inputs. ms: median, and from the least
-to the most. x: times the time of plain products of as many operations. Errors against float64:
-token, sum: the worst log-prob of a token and of a sequence, in nats; dH, dW: relative.
--: not measured, the notes say why where it is not plain."""
-CPU_REMARK = "Times on a CPU say little about a GPU; operations and errors carry over."
+NHV: counted operations of matrix products. MiB: peak memory beyond the inputs. ms: median, then
+lowest and highest. x: time as a multiple of a plain product with as many operations. Errors against
+float64: token, sum: the worst log-prob of a token and of a sequence, in nats; dH, dW: relative.
+-: not measured; a note says why if it is not obvious."""
+CPU_REMARK = "Times on a CPU say little about a GPU; operations and errors are the same there."
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
@@ -26,13 +30,13 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        # What was measured before a failure stays in the JSON; a table's row is all or nothing.
+        # After a failure the row is empty; numbers measured before it are in the JSON only.
         table.add_row(row.provider, *([] if row.failure else _cells(row, is_step)))
     return table
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """Failures, and notes; a note that several rows share stands once."""
+    """Failures, and notes; a note that several rows share appears once."""
     failures = [f"{row.provider}: {row.failure}" for row in rows if row.failure]
     notes: dict[str, list[str]] = {}
     for row in rows:

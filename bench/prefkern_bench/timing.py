@@ -1,8 +1,8 @@
-"""Times taken in turns, and failures told in one line.
+"""Times steps in turns, and describes a failure in one line.
 
-Every round runs every step once, beginning with another one each time, so that a clock or a
-neighbour that drifts touches all of them alike. On CUDA a time is that between two events on the
-stream, on a CPU the wall's.
+Every round runs every step once and begins with another step each time. So a change of the clock,
+or load from another process, affects all steps alike. On CUDA a time is measured between two events
+on the stream, on a CPU by the wall clock.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def time_in_turns(
     seconds: float,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float] | str]:
-    """Milliseconds of each step in each round after the warm-up, or what it raised, in one line.
+    """Milliseconds of each step in each round after the warm-up, or its failure in one line.
 
     Args:
-        rounds: rounds that are timed; fewer, but at least three, where they would take more than
-            `seconds`.
+        rounds: the number of timed rounds; there are fewer, but at least three, if all of them
+            would take longer than `seconds`.
         advance: called after each round.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -83,9 +83,9 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def release(device: torch.device) -> None:
-    """Leave nothing of a provider, least of all of one that failed, to the next one's peak.
+    """Free the memory of a provider (also of one that failed) before the next one's peak is taken.
 
-    On a CPU, what others left does not touch a peak, and a collection takes longer than a step.
+    On a CPU, memory of others does not change a peak, and a collection takes longer than a step.
     """
     if device.type == "cuda":
         gc.collect()
@@ -99,6 +99,6 @@ def describe_failure(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"not installed ({error.name})"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # A first line that only announces the next says nothing alone.
+    # A first line that ends with a colon says nothing without the second one.
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {text}"[:120]

@@ -1,7 +1,7 @@
 """Entry point of `prefkern` and `python -m prefkern.cli`.
 
-A command is a module of this package with `main(argv) -> exit status`, imported only when it is
-called: `prefkern --help` answers without torch.
+A command is a module of this package with `main(argv) -> exit status`. It is imported only when it
+is called, so `prefkern --help` does not load torch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import importlib
 import sys
 
 COMMANDS = {
-    "check": "hold this machine's backends against the float64 reference",
-    "bench": "time and memory of the fused path beside eager and its peers",
+    "check": "compare the backends of this machine with the float64 reference",
+    "bench": "compare time, memory, operations and error with eager and the peers",
     "train": "train a model on preference pairs",
-    "plan": "what the head of a model will cost in memory, without loading it",
+    "plan": "show what the head of a model will cost, without loading its weights",
     "margins": "train a reward model and write its margins into the dataset, for MADPO",
 }
 

@@ -1,7 +1,7 @@
-"""What the commands that train share: arguments from flags, from a YAML file, or from both.
+"""Arguments of the commands that train: from flags, from a YAML file, or from both.
 
-The keys of the file are the flags' names, and its items become flags in front of those given, so
-that one path checks both. An error is one line on stderr and exit status 2.
+The keys of the file are the names of the flags. Its items become flags in front of the given flags,
+so that one parser checks both. An error is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class ModelArguments:
-    """The model that is trained."""
+    """The model to train."""
 
     _argument_group_name = "model"
 
@@ -33,10 +33,10 @@ class ModelArguments:
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Dtype of the weights; auto is the file's.", "choices": _DTYPES},
+        metadata={"help": "Dtype of the weights; auto: as in the file.", "choices": _DTYPES},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, flash_attention_2, ... Default: the model's."}
+        default=None, metadata={"help": "sdpa, flash_attention_2, ... Default: the model's own."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code from the hub."}
@@ -66,11 +66,11 @@ class DatasetArguments:
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub dataset."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to take."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to use."})
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are one line, and which turns a YAML file into flags."""
+    """HfArgumentParser with errors of one line, which also turns a YAML file into flags."""
 
     def __init__(self, kinds: tuple[type, ...], command: str, description: str) -> None:
         super().__init__(
@@ -85,10 +85,10 @@ class Parser(HfArgumentParser):
         raise ValueError(message)
 
     def parse(self, argv: list[str]) -> tuple[tuple[Any, ...], set[str]]:
-        """The dataclasses, and the names of the options that were given.
+        """The dataclasses, and the names of the options that the user gave.
 
-        Options come from flags, after those of a YAML file if the first word names it. Raises
-        ValueError for what is unknown or malformed.
+        If the first argument is a YAML file, its options come before the flags. Raises ValueError
+        for an unknown or malformed option.
         """
         if argv and argv[0].endswith((".yaml", ".yml")):
             argv = [*self.flags_of_yaml(Path(argv[0])), *argv[1:]]
@@ -97,20 +97,21 @@ class Parser(HfArgumentParser):
         )
         if unknown:
             raise ValueError(f"unknown argument {unknown[0]!r}")
-        # argparse gives a default only to what the namespace lacks.
+        # argparse sets a default only for names that the namespace lacks.
         unset = object()
         blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
         filled = vars(self.parse_known_args(argv, blank)[0])
         return tuple(parsed), {name for name, value in filled.items() if value is not unset}
 
     def flags_of_yaml(self, path: Path) -> list[str]:
-        """The file's items as flags. Raises ValueError for a key that is no flag, and for no YAML.
+        """The file's items as flags.
 
-        What flags cannot say (null, and lists for options that also take one word) is let through
-        as a default where the option's type allows it.
+        Flags cannot express null, or a list for an option that also takes one value. Such a value
+        becomes the option's default if its type allows that. Raises ValueError for a key that is
+        not a flag, and the errors of `read_options`.
         """
         values, lines = read_options(path)
-        # Flags without a value (--help, --no_bf16) make no keys.
+        # Flags without a value (--help, --no_bf16) are not keys.
         actions = {
             option.removeprefix("--"): action
             for option, action in self._option_string_actions.items()
@@ -137,17 +138,17 @@ class Parser(HfArgumentParser):
                 if action.nargs is None and list in allowed:
                     self.set_defaults(**{action.dest: value})
                 elif action.nargs == "+":
-                    flags += [f"--{key}", *map(_word, value)]
+                    flags += [f"--{key}", *map(_argument, value)]
                 else:
                     raise ValueError(f"{where}: {key!r} takes one value, got the list {value}")
             else:
-                _check_word(action, value, f"{where}: {key!r}")
-                flags.append(f"--{key}={_word(value)}")
+                _check_argument(action, value, f"{where}: {key!r}")
+                flags.append(f"--{key}={_argument(value)}")
         return flags
 
 
 def resume_from(config: TrainingArguments) -> Any:
-    """What `Trainer.train` takes as `resume_from_checkpoint`: a folder, True, False or None."""
+    """The value for `Trainer.train(resume_from_checkpoint=...)`: a folder, True, False or None."""
     resume: Any = config.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):
         return resume.lower() == "true"
@@ -155,34 +156,34 @@ def resume_from(config: TrainingArguments) -> Any:
 
 
 def fail(command: str, message: str) -> int:
-    """Say what is wrong, in one line; the exit status."""
+    """Print the error in one line; returns the exit status 2."""
     print(f"prefkern {command}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
-def _word(value: Any) -> str:
-    """A value of a YAML file as a word of the command line."""
+def _argument(value: Any) -> str:
+    """A value of a YAML file as an argument of the command line."""
     if isinstance(value, str):
         return value
     return json.dumps(value, default=str) if isinstance(value, bool | dict | list) else str(value)
 
 
-def _check_word(action: argparse.Action, value: Any, what: str) -> None:
-    """Raise ValueError, naming where, for a word that argparse would refuse naming a flag alone."""
-    word = _word(value)
+def _check_argument(action: argparse.Action, value: Any, what: str) -> None:
+    """Raise ValueError, with file and line, for a value that argparse would refuse without them."""
+    argument = _argument(value)
     if action.type is not None:
         try:
-            action.type(word)  # pyright: ignore[reportCallIssue]
+            action.type(argument)  # pyright: ignore[reportCallIssue]
         except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             kind = getattr(action.type, "__name__", "value")
             expected = {"int": "an int", "float": "a number", "string_to_bool": "true or false"}
             raise ValueError(
-                f"{what} must be {expected.get(kind, 'one of its choices')}, got {word!r}"
+                f"{what} must be {expected.get(kind, 'one of its choices')}, got {argument!r}"
             ) from error
-    if action.choices is not None and word not in [str(choice) for choice in action.choices]:
+    if action.choices is not None and argument not in [str(choice) for choice in action.choices]:
         known = ", ".join(str(choice) for choice in action.choices)
         hint = ""
         if isinstance(value, bool):
-            said = "yes or on" if value else "no or off"
-            hint = f"; YAML reads {said} as {word}, unless it is in quotes"
-        raise ValueError(f"{what} must be one of {known}, got {word!r}{hint}")
+            given = "yes or on" if value else "no or off"
+            hint = f"; YAML reads {given} as {argument}, unless it is in quotes"
+        raise ValueError(f"{what} must be one of {known}, got {argument!r}{hint}")

@@ -1,8 +1,9 @@
-"""What transformers would find out about a run's options only when it trains: asked of it beforehand.
+"""Checks options that transformers itself checks only during training.
 
-A scheduler's keywords, an optimiser's package and a logger's are looked at when they are first needed,
-after the model is loaded and in the middle of Trainer; a metric's name after the first evaluation, with
-nothing saved. Each error names the option and what was given.
+Trainer looks at a scheduler's keywords, and at the packages of an optimiser and a logger, when it
+first needs them: after the model is loaded. It looks at the name of the best metric after the first
+evaluation, when nothing is saved yet. These checks run before training. Each error names the option
+and its value.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 # Optimisers that take the names of layers from the model.
 _OF_LAYERS = ("galore", "apollo", "lomo")
-# What Trainer adds to an evaluation's metrics.
+# The metrics that Trainer adds to an evaluation.
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-# What transformers raises of a name or keyword that it cannot use; the texts are good.
+# The errors that transformers raises for a name or keyword that it cannot use; their texts are
+# kept.
 _ERRORS = (ValueError, TypeError, ImportError, RuntimeError, AttributeError, KeyError)
 
 
@@ -58,7 +60,7 @@ def check_options(config: TrainingArguments) -> None:
 
 
 def check_optimizer(config: TrainingArguments, model: Any = None) -> None:
-    """Raise ValueError for an optimiser that is not there; some are asked for with the model."""
+    """Raise ValueError for an optimiser that cannot be used; some need the model to decide."""
     try:
         Trainer.get_optimizer_cls_and_kwargs(config, model)
     except _ERRORS as error:
@@ -67,7 +69,7 @@ def check_optimizer(config: TrainingArguments, model: Any = None) -> None:
 
 
 def check_best_metric(trainer: PreferenceTrainer) -> None:
-    """Raise ValueError for a metric_for_best_model that evaluation will not log."""
+    """Raise ValueError if evaluation will not log args.metric_for_best_model."""
     name = trainer.args.metric_for_best_model
     if name is None or trainer.args.eval_strategy == "no" or trainer.eval_dataset is None:
         return
@@ -78,23 +80,23 @@ def check_best_metric(trainer: PreferenceTrainer) -> None:
         close = difflib.get_close_matches(name.removeprefix("eval_"), known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
-            f"--metric_for_best_model is {name!r}{hint}, which evaluation does not log; it logs "
+            f"--metric_for_best_model is {name!r}{hint}, but evaluation does not log it; it logs "
             f"{', '.join(known)}"
         )
 
 
 def interrupted(command: str, config: TrainingArguments | None) -> int:
-    """Say which checkpoint an interrupted run can go on from; the exit status, as of a shell."""
+    """Print the checkpoint that an interrupted run can resume from; returns the status 130."""
     from prefkern.training.checkpoints import CheckpointError, last_complete
 
-    told = "nothing was saved"
+    state = "nothing was saved"
     if config is not None:
         try:
             found = last_complete(Path(config.output_dir or "."))
-            told = f"the last checkpoint is {found}: --resume_from_checkpoint true goes on from it"
+            state = f"the last checkpoint is {found}; resume it with --resume_from_checkpoint true"
         except CheckpointError:
-            told = f"{config.output_dir} holds no checkpoint"
-    print(f"prefkern {command}: interrupted; {told}", file=sys.stderr)
+            state = f"{config.output_dir} holds no checkpoint"
+    print(f"prefkern {command}: interrupted; {state}", file=sys.stderr)
     return 130
 
 
@@ -106,7 +108,7 @@ def _check_folder(output_dir: str | None) -> None:
 
 
 def _metrics(trainer: PreferenceTrainer) -> list[str]:
-    """Names of what the objective logs: those of two pairs of nothing, by the trainer's own code."""
+    """The names of the metrics that the trainer logs, from its own code on two dummy pairs."""
     from prefkern.loss.fused import FusedPreferenceLoss
     from prefkern.training.metrics import item_values, means, per_item
 
@@ -127,5 +129,5 @@ def _metrics(trainer: PreferenceTrainer) -> list[str]:
     with torch.no_grad():
         out = loss_fn(hidden, weight, torch.ones(4, 2, dtype=torch.int64), **options)
     values = {"loss": per_item(out.losses), **item_values(out, objective)}
-    # A mean over nothing is left out, of these pairs and not of all.
+    # `means` omits a mean over no items. Real batches may have items there, so both names count.
     return sorted({*values, *means({name: value.sum(0) for name, value in values.items()})})

@@ -1,4 +1,8 @@
-"""`prefkern bench`: the benchmark, which is a package of its own, `prefkern_bench`."""
+"""`prefkern bench`: runs the benchmark, which is a separate package, `prefkern_bench`.
+
+The benchmark compares prefkern with its peers and needs their packages, so it is not part of the
+installed library. If it is missing, the command says what to install and returns 2.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from prefkern.cli.arguments import fail
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark; 2, with what to install, where it is missing."""
+    """Run the benchmark and return its exit status; 2 if the benchmark is not installed."""
     if importlib.util.find_spec("prefkern_bench") is None:
         return fail(
             "bench",

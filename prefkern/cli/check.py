@@ -1,15 +1,17 @@
-"""`prefkern check`: every backend of this machine against the float64 reference.
+"""`prefkern check`: compares every backend of this machine with the float64 reference.
 
-For a grid of shapes, dtypes, transforms and heads (frozen; trained, its probabilities kept for
-backward; trained, recomputed there) it compares log-probs, dH and dW, then log-probs with the KL to
-a reference through a second head, and then the whole preference loss, with `prefkern.reference` in
-float64 on the same, already rounded, inputs. A row is the worst of its shapes. Bounds:
+The check runs a grid of shapes, dtypes, transforms and heads: frozen; trained with the
+probabilities kept for backward; trained with recomputation in backward. On each it compares
+log-probs, dH and dW; then log-probs and the KL to a reference with a second head; then the whole
+preference loss. The truth is `prefkern.reference` in float64, on the same inputs after rounding to
+the dtype. A row shows the worst of its shapes. The bounds are:
 
 - log-probs and KL: 1e-3 nats per token for half-precision inputs, 1e-4 for float32;
-- dH and dW, as norm of the error over norm of the truth: 1e-5 for float32; for half precision, what
-  the eager path (logits in memory, same dtype, same device) errs on the same inputs.
+- dH and dW, as norm of the error / norm of the truth: 1e-5 for float32. For half precision, the
+  error of the eager path (logits in memory, same dtype and device) on the same inputs.
 
-Without a GPU the Triton kernels run under Triton's interpreter. Exit status 1 on a miss.
+Without a GPU the Triton kernels run in Triton's interpreter. Exit status 1 if an error is above its
+bound.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import dataclasses
 import os
 import sys
 
-# Products of half precision rounded once differ from eager's by the luck of the roundings alone.
+# Half-precision results that are rounded once may exceed eager's error a little, by chance.
 EAGER_SLACK = 1.02
 LOGP_BOUND = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
-# N, H, V and a workspace in MiB so small that there are several tiles both ways; the interpreter
-# takes its time for each token and tile, and gets fewer of them.
+# N, H, V and a workspace in MiB, so small that tokens and vocabulary both take several tiles. The
+# interpreter is slow for each token and tile, so it gets fewer of them.
 SHAPES = ((96, 64, 1000, 0.1), (33, 96, 127, 0.02), (256, 32, 4099, 0.5))
 INTERPRETED_SHAPES = ((18, 64, 300, 0.03), (17, 32, 127, 0.01))
-# MiB that hold everything, so that there is one tile and a trained head's probabilities are kept.
+# A workspace in MiB that holds everything: one tile, and a trained head's probabilities are kept.
 ROOMY = 64
 HEADS = ("frozen", "kept", "recomputed")
 TRANSFORMS = {
@@ -55,7 +57,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        # Written so that a NaN fails.
+        # All comparisons are <=, so that a NaN fails.
         return (
             self.logp <= self.logp_bound
             and self.dhidden <= self.dhidden_bound
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> int:
         for dtype in args.dtype or LOGP_BOUND
         for name in [*TRANSFORMS, "kl", "loss"]
         for head in HEADS
-        # With a divergence, nothing is kept.
+        # The KL keeps no probabilities.
         if (name, head) != ("kl", "kept")
     ]
     rows = [
@@ -113,7 +115,7 @@ def main(argv: list[str]) -> int:
 
 
 def _backends() -> list[tuple[str, str]]:
-    """(backend, device) of each way that this machine can run."""
+    """Each (backend, device) that this machine can run."""
     import torch
 
     from prefkern.ops import call
@@ -138,7 +140,7 @@ def _check(backend: str, device: str, dtype: str, case: str, head: str, seed: in
         errors, bounds = measure(backend, device, dtype, case, head != "frozen", shape, seed)
         for name, error in errors.items():
             worst, bound = getattr(row, name), getattr(row, f"{name}_bound")
-            # Of several shapes the one that uses most of its bound, and NaN above all.
+            # Keep the shape that uses the largest part of its bound; a NaN counts as the worst.
             if worst is None or not bound or not error / bounds[name] <= worst / bound:
                 setattr(row, name, error)
                 setattr(row, f"{name}_bound", bounds[name])
@@ -163,7 +165,7 @@ def _operator_errors(
     options = dict(TRANSFORMS[case])
     has_bias = options.pop("bias", False)
     generator = torch.Generator().manual_seed(seed)
-    # Logits with a spread of 5, as a trained model's, some tokens of them confident.
+    # Logits with a spread of 5, as in a trained model. Half of the tokens predict their label.
     hidden = torch.randn(N, H, generator=generator) * 5 / H**0.5
     weight = torch.randn(V, H, generator=generator)
     bias = torch.randn(V, generator=generator)
@@ -202,7 +204,7 @@ def _kl_errors(
     shape: tuple[int, int, int, float],
     seed: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The same of `linear_kl`; in place of logp, the worse of log-prob and divergence."""
+    """The same for `linear_kl`; "logp" is the worse error of the log-prob and the KL."""
     import torch
 
     from prefkern import linear_kl, reference
@@ -244,7 +246,7 @@ def _loss_errors(
     shape: tuple[int, int, int, float],
     seed: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The same of AdaDPO's loss; in place of logp, a sequence's log-prob per token."""
+    """The same for AdaDPO's loss; "logp" is a sequence's log-prob per token."""
     import torch
 
     from prefkern import FusedPreferenceLoss, objectives, reference
@@ -281,7 +283,7 @@ def _loss_errors(
 
 
 def _assert_structure(trained: bool, workspace_mb: float) -> None:
-    """What a row says of its head is what ran."""
+    """Assert that the plan that ran is the one that the row's head names."""
     from prefkern import last_plan
 
     plan = last_plan()
@@ -357,7 +359,7 @@ def _environment(runs: list[tuple[str, str]]) -> str:
         tf32 = torch.backends.cuda.matmul.allow_tf32
         lines.append(f"{torch.cuda.get_device_name()}; TF32 products {'on' if tf32 else 'off'}")
     if ("triton", "cpu") in runs:
-        lines.append("no GPU: the Triton kernels ran under Triton's interpreter")
+        lines.append("no GPU: the Triton kernels ran in Triton's interpreter")
     elif not any(backend == "triton" for backend, _ in runs):
         lines.append("the triton backend cannot run here")
     return "\n".join(lines)

@@ -1,17 +1,18 @@
-"""`prefkern margins`: step 1 of MADPO, a dataset of pairs with a reward margin in every row.
+"""`prefkern margins`: step 1 of MADPO. Writes a reward margin into each row of a dataset of pairs.
 
     prefkern margins --model_name_or_path M --dataset pairs.jsonl --output margins.jsonl
     prefkern margins --reward_model R --dataset pairs.jsonl --output margins.jsonl
     prefkern train --objective madpo --dataset margins.jsonl ...
 
-The first trains a reward model on the pairs, with some held out for early stopping (MADPO, Section
-5.1), saves it to --output_dir and scores every pair with its best checkpoint; the second scores with
-a model that is there already. The column `margin` is r(chosen) - r(rejected); rows, their order and
-their other columns stay as they are, but for dates in JSON, which `datasets` reads as times and
-which are written `2024-01-01 00:00:00`. Arguments come from flags, a YAML file, or both.
+The first command trains a reward model on the pairs and holds some of them out for early stopping
+(MADPO, Section 5.1). It saves the model to --output_dir and scores every pair with the best
+checkpoint. The second command scores with an existing reward model. The new column `margin` is
+r(chosen) - r(rejected). Rows, their order and other columns do not change, with one exception:
+`datasets` reads dates in JSON as times, so they are written as `2024-01-01 00:00:00`. Arguments
+come from flags, from a YAML file, or from both.
 
-Everything that can be wrong is looked at before training. An error is one line on stderr and exit
-status 2. Several processes (`accelerate launch`, `torchrun`) share the work; the first one writes.
+All inputs are checked before training. An error is one line on stderr and exit status 2. Several
+processes (`accelerate launch`, `torchrun`) share the work, and the first one writes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 # The margins that `prefkern train` reads.
 _MARGIN_COLUMNS = ("margin", "reward_margin")
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# Options of a run that only scores; the others would have no effect there.
+# The options of a run that only scores; any other option would have no effect there.
 _SCORING = {
     *("reward_model", "dtype", "attn_implementation", "trust_remote_code"),
     *("dataset", "dataset_config", "dataset_split", "output", "overwrite"),
@@ -59,7 +60,7 @@ _QUANTILES = {"min": 0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95
 
 @dataclass
 class RewardModelArguments(ModelArguments):
-    """The reward model: one to train, or one that is trained already."""
+    """The reward model: a new one to train, or one that is already trained."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -71,42 +72,43 @@ class RewardModelArguments(ModelArguments):
     reward_model: str | None = field(
         default=None,
         metadata={
-            "help": "Instead: a trained reward model, a sequence classifier with one output or a "
-            "PEFT adapter of one, such as an earlier run's --output_dir."
+            "help": "Instead of training: a trained reward model. It is a sequence classifier with "
+            "one output, or a PEFT adapter of one, such as the --output_dir of an earlier run."
         },
     )
 
 
 @dataclass
 class MarginsDataArguments(DatasetArguments):
-    """The preference pairs, and where they go."""
+    """The preference pairs, and the file to write."""
 
     output: str | None = field(
         default=None,
         metadata={
-            "help": "What to write (required): a .jsonl, .json, .parquet or .csv file, or a folder."
+            "help": "File to write (required): .jsonl, .json, .parquet or .csv, or a folder."
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace --output if it exists."})
     eval_fraction: float = field(
         default=1 / 6,
         metadata={
-            "help": "Share of the pairs, drawn by --seed, that is held out of training to stop it "
-            "early. Default: 1/6, MADPO's 2,000 of 12,000."
+            "help": "Share of the pairs to hold out for early stopping, drawn by --seed. Default: "
+            "1/6, as in MADPO (2,000 of 12,000)."
         },
     )
     eval_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Instead: pairs to stop by, a file, folder or hub name. No margins are written for them."
+            "help": "Instead of --eval_fraction: pairs for early stopping, as a file, folder or "
+            "hub name. No margins are written for them."
         },
     )
-    eval_split: str = field(default="test", metadata={"help": "Its split."})
+    eval_split: str = field(default="test", metadata={"help": "Split of --eval_dataset."})
 
 
 @dataclass
 class RewardLoraArguments:
-    """The adapter of a reward model that is trained; its head is trained, too."""
+    """The adapter of a new reward model; its head is trained too."""
 
     _argument_group_name = "LoRA"
 
@@ -114,18 +116,18 @@ class RewardLoraArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scale: alpha / r."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of layers. Default: every linear layer but the head."},
+        metadata={"help": "Names of layers. Default: every linear layer except the head."},
     )
 
 
 @dataclass
 class _Run:
-    """What is loaded and checked before anything is computed."""
+    """Everything that is loaded and checked before the first computation."""
 
     trainer: RewardTrainer
     dataset: Any
-    tokens: Any  # of the dataset's pairs, and after them of those of --eval_dataset
-    held_out: list[int]  # rows; none without training
+    tokens: Any  # of the dataset's pairs, then of the pairs of --eval_dataset
+    held_out: list[int]  # rows of `tokens`; empty for a run that only scores
     output: Path
 
 
@@ -137,7 +139,7 @@ def main(argv: list[str]) -> int:
     from prefkern.cli.before_training import interrupted
     from prefkern.training.checkpoints import CheckpointError
 
-    # Trainer makes its folder even for a run that only scores and saves no model.
+    # Trainer makes its output folder even for a run that only scores, so give it a temporary one.
     with tempfile.TemporaryDirectory() as scratch:
         try:
             run = _prepare(argv, scratch)
@@ -168,17 +170,17 @@ def main(argv: list[str]) -> int:
 def parse(
     argv: list[str],
 ) -> tuple[RewardModelArguments, MarginsDataArguments, RewardLoraArguments, RewardConfig]:
-    """Arguments from flags, after those of a YAML file if the first one names it.
+    """The arguments from flags, and from a YAML file if the first argument names one.
 
-    Raises ValueError for what is unknown, missing, malformed or contradictory.
+    Raises ValueError for unknown, missing, malformed or contradictory arguments.
     """
     from prefkern.training.rewards import RewardConfig
 
     parser = Parser(
         (RewardModelArguments, MarginsDataArguments, RewardLoraArguments, RewardConfig),
         "margins",
-        "Write reward margins into a dataset of preference pairs, by a reward model that is "
-        "trained on them or given.",
+        "Writes reward margins into a dataset of preference pairs. The reward model is trained on "
+        "the pairs or given.",
     )
     (model, data, lora, config), given = parser.parse(argv)
     if (model.model_name_or_path is None) == (model.reward_model is None):
@@ -192,7 +194,7 @@ def parse(
         unused = sorted(given - _SCORING)
         if unused:
             names = ", ".join(f"--{name}" for name in unused)
-            raise ValueError(f"with --reward_model nothing is trained; no effect of {names}")
+            raise ValueError(f"with --reward_model nothing is trained, so {names} has no effect")
         return model, data, lora, config
     if not 0 < data.eval_fraction < 1:
         raise ValueError(f"--eval_fraction must be in (0, 1), got {data.eval_fraction}")
@@ -215,7 +217,7 @@ def parse(
 
 
 def _prepare(argv: list[str], scratch: str) -> _Run:
-    """Check and load everything, the cheapest first."""
+    """Check and load everything, the cheapest checks first."""
     model, data, lora, config = parse(argv)
     assert data.dataset is not None and data.output is not None
     output = Path(data.output).expanduser()
@@ -251,15 +253,15 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     elif is_new:
         held_out = _draw(len(dataset), data.eval_fraction, config)
 
-    # The head and the adapter are drawn before Trainer seeds.
+    # Seed here: the head and the adapter are drawn before Trainer sets its seed.
     set_seed(config.seed)
     if is_new:
         adapter = _adapter(lora) if lora.lora_r else None
         classifier, tokenizer = rewards.new_reward_model(name, adapter, **model.init_kwargs())
-        # The second is the newer name of the first, from transformers 5.2x on.
+        # transformers 5.2x renamed gradient_checkpointing to activation_checkpointing.
         recomputes = config.gradient_checkpointing or getattr(config, "activation_checkpointing", 0)
         if adapter is not None and recomputes:
-            # Else the checkpointed blocks of a frozen model have no input to differentiate.
+            # Otherwise no input of a frozen model's checkpointed blocks requires a gradient.
             classifier.enable_input_require_grads()
     else:
         classifier, tokenizer = rewards.load_reward_model(name, **model.init_kwargs())
@@ -268,7 +270,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
         reports = [report]
         if evaluation is not None:
             assert data.eval_dataset is not None
-            # One file may be both, in slices.
+            # Both datasets may be slices of one file, so the name includes the split.
             source = f"{data.eval_dataset} ({data.eval_split})"
             more, report = rewards.tokenize_for_rewards(evaluation, tokenizer, config, source)
             tokens = concatenate_datasets([tokens, more])
@@ -289,7 +291,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
-    """Raise unless the file or folder can be written when all is done."""
+    """Raise unless the file or folder can be written at the end of the run."""
     if path.suffix and path.suffix not in _SUFFIXES:
         raise ValueError(
             f"--output: unknown file type {path.suffix!r}; known: {', '.join(_SUFFIXES)}, or a "
@@ -305,33 +307,35 @@ def _check_output(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"--output: {path} exists; --overwrite replaces it")
     is_dataset = path.is_file() if path.suffix else (path / "dataset_info.json").exists()
     if not is_dataset:
-        raise FileExistsError(f"--output: {path} exists, is no dataset, and is not replaced")
+        raise FileExistsError(f"--output: {path} exists, is not a dataset, and is not replaced")
 
 
 def _check_columns(dataset: Any, name: str, output: Path) -> None:
-    """Raise for columns that the margins would contradict, or that the file cannot hold."""
+    """Raise ValueError for columns that the margins would contradict, or the file cannot hold."""
     from datasets import Value
 
     for column in _MARGIN_COLUMNS:
         if column in dataset.column_names:
             raise ValueError(
-                f"dataset {name!r} has a column {column!r}, which is what training reads margins "
-                "from; remove it, or train on it as it is"
+                f"dataset {name!r} has a column {column!r}, from which training reads margins; "
+                "remove the column, or train on the dataset as it is"
             )
     for column in _TOKEN_COLUMNS:
         if column in dataset.column_names:
             raise ValueError(
-                f"dataset {name!r} has a column {column!r}; a reward model needs text, since "
-                "tokens may be another tokenizer's"
+                f"dataset {name!r} has a column {column!r}, but a reward model needs text, because "
+                "the token ids may be from another tokenizer"
             )
     if output.suffix == ".csv":
         nested = [name for name, kind in dataset.features.items() if not isinstance(kind, Value)]
         if nested:
-            raise ValueError(f"--output: a .csv file cannot hold column {nested[0]!r}, no scalar")
+            raise ValueError(
+                f"--output: a .csv file cannot hold column {nested[0]!r}, which is not a scalar"
+            )
 
 
 def _draw(pairs: int, fraction: float, config: RewardConfig) -> list[int]:
-    """The rows that are held out."""
+    """The rows to hold out, drawn by the seed."""
     count = round(pairs * fraction)
     if not 0 < count < pairs:
         raise ValueError(
@@ -370,10 +374,11 @@ def _train(trainer: RewardTrainer) -> None:
 
 
 def _write(dataset: Any, path: Path) -> None:
-    """Write the file or folder under another name, then rename it into place."""
+    """Write the file or folder under a temporary name, then rename it."""
     with replacing(path) as unfinished:
         if path.suffix in (".jsonl", ".json"):
-            # Row by row: pandas, by which datasets writes JSON, rounds floats to ten digits.
+            # Row by row, because `datasets` writes JSON with pandas, which rounds floats to 10
+            # digits.
             with unfinished.open("w", encoding="utf-8") as file:
                 rows = (json.dumps(row, ensure_ascii=False, default=str) for row in dataset)
                 if path.suffix == ".jsonl":
@@ -389,7 +394,7 @@ def _write(dataset: Any, path: Path) -> None:
 
 
 def _report(run: _Run, rewards: Tensor) -> None:
-    """Print what the margins look like, and warn where they say nothing."""
+    """Print statistics of the margins, and warn if the reward model is no better than chance."""
     import numpy
     from rich.box import SIMPLE
     from rich.console import Console
@@ -412,7 +417,7 @@ def _report(run: _Run, rewards: Tensor) -> None:
     table.add_row("mean", *(f"{m['margin']:.4f}" for m in metrics.values()))
     margins = [part[:, 0] - part[:, 1] for part in parts.values()]
     table.add_row("std", *(f"{m.std(correction=0):.4f}" for m in margins))
-    # torch.quantile takes no more than 2^24 values.
+    # numpy, because torch.quantile takes at most 2^24 values.
     quantiles = [numpy.quantile(m.numpy(), [*_QUANTILES.values()]) for m in margins]
     for name, values in zip(_QUANTILES, zip(*quantiles, strict=True), strict=True):
         table.add_row(name, *(f"{value:.4f}" for value in values))
@@ -422,11 +427,11 @@ def _report(run: _Run, rewards: Tensor) -> None:
     if run.held_out:
         state, args = run.trainer.state, run.trainer.args
         stopped = "stopped early" if state.global_step < state.max_steps else "done"
-        # None where training ended before the first evaluation.
+        # best_global_step is None if training ended before the first evaluation.
         best = state.best_global_step or state.global_step
         print(
-            f"training {stopped} at step {state.global_step} of {state.max_steps}; the model is "
-            f"that of step {best}"
+            f"training {stopped} at step {state.global_step} of {state.max_steps}; the saved model "
+            f"is from step {best}"
         )
         evaluation = {f"eval_{name}": value for name, value in metrics[judged].items()}
         run.trainer.save_metrics("all", evaluation, combined=False)
@@ -437,7 +442,7 @@ def _report(run: _Run, rewards: Tensor) -> None:
     if accuracy <= needed:
         print(
             f"prefkern margins: warning: an accuracy of {accuracy:.3f} on {pairs} pairs "
-            f"({judged}) is no better than chance, which is above {needed:.3f} once in twenty "
-            "times; these margins say little",
+            f"({judged}) is no better than chance, which exceeds {needed:.3f} one time in twenty; "
+            "these margins carry little information",
             file=sys.stderr,
         )

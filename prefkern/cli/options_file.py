@@ -1,7 +1,7 @@
-"""A YAML file of options: its items, the line of each, and errors that name file, line and column.
+"""Reads a YAML file of options: its items, their lines, and errors with file, line and column.
 
-Read by YAML's safe loader, which makes plain values and executes nothing. A key that is there twice
-is an error here; YAML's loaders take the last one and say nothing.
+YAML's safe loader reads the file: it makes plain values and executes nothing. A key that occurs
+twice is an error here. YAML's own loaders silently take the last one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import yaml
 
 
 def read_options(path: Path) -> tuple[dict[Any, Any], dict[Any, int]]:
-    """The file's items, and the lines of their keys, from 1.
+    """The file's items, and the line of each key, counted from 1.
 
-    Raises FileNotFoundError, ValueError for what is no YAML or names a key twice, and TypeError for
-    what is no mapping.
+    Raises FileNotFoundError for a missing file, ValueError for a file that is not YAML or has a key
+    twice, and TypeError for YAML that is not a mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -30,7 +30,7 @@ def read_options(path: Path) -> tuple[dict[Any, Any], dict[Any, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-        raise ValueError(f"{path}{where}: {error.problem or 'this is no YAML'}") from error
+        raise ValueError(f"{path}{where}: {error.problem or 'this is not YAML'}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -41,7 +41,7 @@ def read_options(path: Path) -> tuple[dict[Any, Any], dict[Any, int]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that is there twice, and keeps the lines of the outermost."""
+    """SafeLoader that refuses a key that occurs twice, and keeps the lines of top-level keys."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -58,10 +58,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"{key!r} is there already, in line {lines[key]}",
+                    f"{key!r} occurs twice, first in line {lines[key]}",
                     key_node.start_mark,
                 )
             lines[key] = line
-        # The outermost mapping is the first.
+        # The top-level mapping is constructed first, so later ones do not replace its lines.
         self.lines = self.lines or lines
         return super().construct_mapping(node, deep)

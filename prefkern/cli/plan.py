@@ -1,17 +1,17 @@
-"""`prefkern plan`: what the head's step will cost a model, in memory and operations, beforehand.
+"""`prefkern plan`: predicts the memory and the operations of a model's head, before training.
 
     prefkern plan meta-llama/Meta-Llama-3-8B-Instruct --seq-len 2048 --batch 4
 
-A batch of B pairs is 2B sequences of T tokens, of which N are scored. What a call of that shape runs
-is asked of `prefkern.plan_for`; beside it stands what logits in memory take. Of the model only the
-configuration is read (and downloaded, for a hub name): it is built on the meta device, where weights
-have shapes and no bytes. An error is one line on stderr and exit status 2.
+A batch of B pairs is 2B sequences of T tokens, of which N are scored. `prefkern.plan_for` says what
+prefkern runs for that shape. The table also shows the cost of logits in memory. Only the model's
+config is read (and downloaded, for a hub name). The model is built on the meta device, where
+weights have shapes but no bytes. An error is one line on stderr and exit status 2.
 
-Logits in memory are counted as the shortest code that autograd differentiates holds them,
-`model(...).logits.float().log_softmax(-1).gather(...)`, on all 2BT positions: at the worst moment of
-the policy's backward the logits in the model's dtype, their float32 log-softmax, and two float32
-gradients of that size; of the reference, whose pass is over by then, the logits, their float32 copy
-and its log-softmax.
+The cost of logits in memory is that of the shortest differentiable code,
+`model(...).logits.float().log_softmax(-1).gather(...)`, on all 2BT positions. At the peak, the
+policy's backward holds the logits in the model's dtype, their float32 log-softmax, and two float32
+gradients of the same size. The reference's pass ends before that. At its own peak it holds the
+logits, their float32 copy and the log-softmax.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _WORKSPACES_MB = (256.0, 1024.0, 4096.0)
 
 @dataclass(frozen=True)
 class Head:
-    """A model's head, and what becomes of its logits, as the configuration has them."""
+    """A model's head and its logits transform, from the config."""
 
-    model: str  # the class
+    model: str  # name of the class
     hidden_size: int
     vocab_size: int
     is_tied: bool
@@ -47,7 +47,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs of 2T tokens, in forward and backward at once."""
+    """B pairs of 2T tokens that go through forward and backward together."""
 
     pairs: int
     length: int
@@ -59,19 +59,19 @@ class Batch:
 
     @property
     def scored(self) -> int:
-        """N: tokens of responses, at most; what is shorter than T has fewer."""
+        """N: the largest number of response tokens; sequences shorter than T have fewer."""
         return 2 * self.pairs * (self.length - self.prompt_length)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one way to a step's log-probs and gradients takes.
+    """The cost of one way to compute a step's log-probs and gradients.
 
-    Bytes are those beyond weights, hidden states and the gradients of both, which all ways have.
+    Bytes do not include weights, hidden states and the gradients of both, which every way needs.
     """
 
     task: str  # "reference", "frozen head", "trained head"
-    way: str  # a plan's structure, or "logits"
+    way: str  # the plan's structure, or "logits"
     workspace_mb: float | None
     temporary_bytes: int
     saved_bytes: int  # between forward and backward
@@ -114,11 +114,11 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="prefkern plan",
-        description="What the head's step will cost a model, beside logits in memory.",
+        description="Predicts what a model's head costs in a step, compared with logits in memory.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "model", help="folder or hub name; of the latter only the configuration is downloaded"
+        "model", help="folder or hub name; for a hub name only the config is downloaded"
     )
     parser.add_argument("--seq-len", type=int, required=True, help="tokens of prompt and response")
     parser.add_argument(
@@ -128,16 +128,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--prompt-len",
         type=int,
         default=0,
-        help="of these tokens, those of the prompt, which are not scored (default: 0)",
+        help="how many of these tokens are prompt, which is not scored (default: 0)",
     )
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
         default="bfloat16",
-        help="of hidden states and head (default: bfloat16)",
+        help="dtype of hidden states and head (default: bfloat16)",
     )
     parser.add_argument(
-        "--device", default="cuda", help="where it will run, which need not be here (default: cuda)"
+        "--device",
+        default="cuda",
+        help="device of the later run; this machine need not have it (default: cuda)",
     )
     parser.add_argument("--backend", choices=("triton", "torch"), help="default: the device's own")
     parser.add_argument(
@@ -149,9 +151,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     head = parser.add_mutually_exclusive_group()
     head.add_argument(
-        "--lora", action="store_true", help="only a frozen head, as with adapters on the body"
+        "--lora", action="store_true", help="show only a frozen head, as with LoRA on the body"
     )
-    head.add_argument("--trains-head", action="store_true", help="only a head that is trained")
+    head.add_argument("--trains-head", action="store_true", help="show only a trained head")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run model code from the hub"
     )
@@ -162,16 +164,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, name)}")
     if args.prompt_len >= args.seq_len:
         raise ValueError(
-            f"--prompt-len must be below --seq-len, which is {args.seq_len}: got {args.prompt_len}"
+            f"--prompt-len must be below --seq-len ({args.seq_len}), got {args.prompt_len}"
         )
     return args
 
 
 def read_head(name: str, trust_remote_code: bool = False) -> Head:
-    """The head of a model by name or path, without its weights.
+    """The head of a model, given by name or path, without loading weights.
 
-    Raises OSError for a model that is not there, and ValueError for one that is no causal LM with a
-    linear head, or whose configuration makes no model.
+    Raises OSError if there is no such model, and ValueError if it is not a causal LM with a linear
+    head, or if no model can be built from its config.
     """
     import torch
     import transformers
@@ -181,12 +183,14 @@ def read_head(name: str, trust_remote_code: bool = False) -> Head:
     from prefkern.models.transform import candidate_transforms
 
     config: Any = read_config(name, trust_remote_code=trust_remote_code)
-    # A vision-language model is a causal LM to some families, and to others not.
+    # Some families register their vision-language model as a causal LM too, others do not.
     loader: Any = transformers.AutoModelForCausalLM
     is_own_code = bool(getattr(config, "auto_map", None))
     if not is_own_code and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise ValueError(f"{name!r} is no causal LM: its model type is {config.model_type!r}")
+            raise ValueError(
+                f"{name!r} is not a causal LM: its model type is {config.model_type!r}"
+            )
         loader = transformers.AutoModelForImageTextToText
     try:
         with torch.device("meta"):
@@ -194,11 +198,11 @@ def read_head(name: str, trust_remote_code: bool = False) -> Head:
     except (ImportError, OSError):
         raise
     except Exception as error:
-        # Layers fail each in its own way on sizes that cannot be.
+        # For impossible sizes each kind of layer raises its own error.
         raise unusable_config(name, "model", error) from error
     base, head = find_head(model)
     vocab_size, hidden_size = head.weight.shape
-    # Of several readings the likeliest; training holds it against the model itself.
+    # The likeliest of several readings; only training checks it against the model itself.
     transform = candidate_transforms(config)[0]
     return Head(
         model=type(base).__name__,
@@ -218,10 +222,10 @@ def fused_costs(
     workspaces_mb: tuple[float, ...] | list[float],
     backend: str | None = None,
 ) -> list[Cost]:
-    """What prefkern runs: the reference's pass, a frozen head, and a trained one by workspace.
+    """Costs of prefkern: the reference's pass, a frozen head, and a trained head per workspace.
 
-    After the workspaces that are given, a trained head has the least power of two MiB in which all
-    tokens' probabilities fit and nothing is computed twice.
+    A trained head gets one more row: the smallest power of two in MiB that holds the probabilities
+    of all tokens, so that nothing is computed twice.
     """
     from prefkern import plan_for
 
@@ -235,7 +239,7 @@ def fused_costs(
             trains_hidden=trains_hidden,
             trains_head=trains_head,
             softcap=head.softcap is not None,
-            # As the trainer logs them.
+            # The trainer logs statistics for the policy.
             return_stats=trains_hidden,
             workspace_mb=workspace_mb,
             backend=backend,
@@ -268,7 +272,7 @@ def fused_costs(
 
 
 def eager_costs(head: Head, batch: Batch, dtype: torch.dtype) -> list[Cost]:
-    """What logits in memory take, as the module's docstring counts them."""
+    """Costs of logits in memory, counted as the module's docstring says."""
     logits = batch.positions * head.vocab_size
     product = 2 * logits * head.hidden_size
     rounded = dtype.itemsize
@@ -288,7 +292,7 @@ def _show(
     from rich.markup import escape
     from rich.table import Table
 
-    # Where nothing is known of the width, nothing is gained by folding lines.
+    # If stdout is not a terminal, its width is unknown, so lines are not folded.
     is_terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if is_terminal else 120)
     transform = "" if head.logit_scale == 1 else f", logits times {head.logit_scale:.6g}"
@@ -296,7 +300,7 @@ def _show(
     size = _bytes(head.hidden_size * head.vocab_size * dtype.itemsize)
     console.print(
         f"[bold]{escape(name)}[/bold] ({head.model}): H = {head.hidden_size:,}, V = {head.vocab_size:,}, "
-        f"{'a head tied to the embeddings' if head.is_tied else 'a head of its own'}, {size} in "
+        f"{'head tied to the embeddings' if head.is_tied else 'head not tied'}, {size} in "
         f"{str(dtype).removeprefix('torch.')}{transform}",
         soft_wrap=not is_terminal,
     )
@@ -308,7 +312,7 @@ def _show(
     table = Table(box=SIMPLE, pad_edge=False)
     for column in ("step", "way"):
         table.add_column(column, no_wrap=True)
-    for column in ("workspace", "temporary", "kept", "in all", "NHV"):
+    for column in ("workspace", "temporary", "kept", "total", "NHV"):
         table.add_column(column, justify="right")
     unit = batch.scored * head.hidden_size * head.vocab_size
     is_first_eager = True
@@ -328,12 +332,12 @@ def _show(
         )
     console.print(table)
     console.print(
-        "Bytes are those beyond weights, hidden states and the gradients of both; kept: for backward. Logits: on all "
-        f"{batch.positions:,} positions, with a float32 log-softmax and, in backward, two float32 "
-        "gradients of that size. NHV: operations of the matrix products, per scored token, hidden "
-        "unit and word. A step takes the reference's row, unless its log-probs are precomputed, "
-        "and one of the others. The roomiest workspace of a trained head is the least power of two "
-        "in which nothing is computed twice.",
+        "Bytes do not include weights, hidden states and the gradients of both; kept: for "
+        f"backward. Logits: on all {batch.positions:,} positions, with a float32 log-softmax and, "
+        "in backward, two float32 gradients of that size. NHV: operations of the matrix products, per "
+        "scored token, hidden unit and vocabulary entry. A step costs one of the head's rows, and "
+        "the reference's row too unless its log-probs are precomputed. The largest workspace of a "
+        "trained head is the smallest power of two in which nothing is computed twice.",
         style="dim",
         soft_wrap=not is_terminal,
     )
@@ -341,7 +345,7 @@ def _show(
 
 def _bytes(count: float) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        # What would be printed as 1,024 is 1 of the next unit.
+        # A value that would print as 1,024 prints as 1 of the next unit.
         if count >= 0.9995 * size:
             value = round(count / size, 0 if count >= 100 * size else 1)
             return f"{value:,g} {unit}" if value < 1e6 else f"{value:,.0f} {unit}"

@@ -3,8 +3,8 @@
     prefkern train --model_name_or_path M --dataset pairs.jsonl --objective adadpo --lora_r 16
     prefkern train config.yaml --learning_rate 1e-5
 
-What can be wrong is looked at in the order of what it costs: arguments and objective, then the
-dataset, then the model. An error is one line on stderr and exit status 2.
+Inputs are checked before training, the cheapest first: arguments and objective, then the dataset,
+then the model. An error is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class DataArguments(DatasetArguments):
-    """The preference pairs, and those to evaluate on."""
+    """The preference pairs to train on and to evaluate on."""
 
     eval_dataset: str | None = field(
         default=None, metadata={"help": "File, folder or hub name to evaluate on."}
     )
-    eval_split: str = field(default="test", metadata={"help": "Its split."})
+    eval_split: str = field(default="test", metadata={"help": "Split of --eval_dataset."})
     eval_fraction: float = field(
-        default=0.0, metadata={"help": "Or: the share of the dataset held out for evaluation."}
+        default=0.0,
+        metadata={"help": "Instead of --eval_dataset: share of the pairs to hold out."},
     )
 
 
@@ -47,7 +48,7 @@ class LoraArguments:
     )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of layers. Default: every linear layer but the head."},
+        metadata={"help": "Names of layers. Default: every linear layer except the head."},
     )
 
 
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
-    """Train, evaluate and save, and show what came of it."""
+    """Train, evaluate, save, and print the metrics."""
     if config.process_index == 0:
         from prefkern.data import show
 
@@ -95,9 +96,9 @@ def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
 def parse(
     argv: list[str],
 ) -> tuple[ModelArguments, DataArguments, LoraArguments, PreferenceConfig]:
-    """Arguments from flags, after those of a YAML file if the first one names it.
+    """The arguments from flags, and from a YAML file if the first argument names one.
 
-    Raises ValueError for what is unknown, missing, malformed or contradictory.
+    Raises ValueError for unknown, missing, malformed or contradictory arguments.
     """
     parser = Parser(
         (ModelArguments, DataArguments, LoraArguments, PreferenceConfig),
@@ -136,7 +137,7 @@ def parse(
 
 
 def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
-    """Check and load everything, the cheapest first."""
+    """Check and load everything, the cheapest checks first."""
     model, data, lora, config = parse(argv)
     config.build_objective()
 
@@ -161,7 +162,7 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
 
     from prefkern.training.trainer import PreferenceTrainer
 
-    # What the file says under model_init_kwargs is more specific.
+    # model_init_kwargs are more specific, so they override the flags.
     config.model_init_kwargs = {**model.init_kwargs(), **(config.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
     adapter = None
     if lora.lora_r:

@@ -1,14 +1,15 @@
-"""Preference datasets: loading, tokenisation, truncation, and a report of what became of them.
+"""Preference datasets: loading, tokenisation, truncation, and a report on the result.
 
-The formats are TRL's. Standard: `prompt`, `chosen`, `rejected` as text. Conversational: the same as
-lists of messages, rendered by the tokenizer's chat template, with `tools` (a list, or JSON) and
-`chat_template_kwargs` of the row. Implicit prompt: `chosen` and `rejected` only, whose common
-beginning is the prompt. For KTO, which knows no pairs, a row is `prompt`, `completion` and a `label`
-(whether it is desirable), or each response of a pair by itself. Images are refused, by name.
+The formats are TRL's. Standard: `prompt`, `chosen` and `rejected` are text. Conversational: they
+are lists of messages, which the tokenizer's chat template renders; a row may also have `tools` (a
+list, or JSON) and `chat_template_kwargs`. Implicit prompt: a row has `chosen` and `rejected` only,
+and their common beginning is the prompt. KTO needs no pairs: a row is `prompt`, `completion` and
+`label` (true if the response is desirable), or a pair whose two responses count one by one. Images
+are not supported: an error names the column.
 
-In reading order: `columns` (what a dataset has to have), `loading`, `formats` (a row's text to
-tokens), `truncation` (what becomes of a pair that is too long), `tokenisation` (all rows)
-and `report`, then `collate` (rows to batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
+In reading order: `columns` (the columns that a dataset needs), `loading`, `formats` (a row's text
+to tokens), `truncation` (pairs that are too long), `tokenisation` (all rows) and `report`, then
+`collate` (rows to batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ __all__ = [
     "without_unused",
 ]
 
-# These stand on `datasets`, `jinja2` or `transformers`, and are imported when they are asked for.
+# These need `datasets`, `jinja2` or `transformers`, so they are imported at first use.
 _LAZY = {
     "extract_prompt": "formats",
     "load_preference_dataset": "loading",

@@ -1,12 +1,15 @@
-"""Batches of what `prefkern.data` has tokenised: padded on the right, or packed into one row.
+"""Collators: tokenised rows to batches, padded on the right or packed into one row.
 
-Pairs: 2B rows, B chosen and then their B rejected. Single responses (KTO): S rows, and beside them
-the batch's prompts with responses to other prompts, from which KTO estimates its reference point.
+A batch of pairs has 2B rows: B chosen, then their B rejected. A batch of single responses (KTO) has
+S rows. Beside them it has the prompts of the batch with responses to other prompts; KTO estimates
+its reference point from these.
 
-Packed (`padding_free`), the rows follow one another in a single one of M tokens, as many as there
-are, and `cu_seqlens` says where each begins; `prefkern.models.packing` makes a model's inputs of it.
+A packed batch (`padding_free`) is one row of M tokens: all sequences end to end, without padding.
+`cu_seqlens` says where each sequence begins. `prefkern.models.packing` turns it into a model's
+inputs.
 
-Only responses have labels; the prompt's and the padding's are -100. Labels are not shifted here.
+Only responses have labels; the labels of the prompt and of the padding are -100. Labels are not
+shifted here.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ class PreferenceCollator:
     """Pairs -> padded batch of 2B rows: B chosen rows, then their B rejected rows.
 
     Args:
-        pad_token_id: what fills `input_ids` on the right.
+        pad_token_id: fills `input_ids` on the right.
         pad_to_multiple_of: rounds the length T up.
-        padding_free: one row without padding; the two above have no part in it.
+        padding_free: pack into one row without padding; the two arguments above have no effect
+        then.
 
     A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
     labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and
@@ -66,17 +70,17 @@ class PreferenceCollator:
 
 @dataclass
 class ExampleCollator:
-    """Single responses -> padded batch of S rows, and of their mismatched prompts and responses.
+    """Single responses -> padded batch of S rows, and a second one of mismatched rows (KTO).
 
     Args:
         pad_token_id, pad_to_multiple_of, padding_free: as in `PreferenceCollator`.
-        max_length: bound on a mismatched prompt plus response, of which the prompt loses its
-            beginning, whatever becomes of a dataset's own pairs: each has to have a response.
+        max_length: bound on a mismatched prompt plus response. The prompt loses its beginning,
+            whatever mode truncates the dataset, because each mismatched row needs a response.
 
-    A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool),
-    and the first three again under `mismatched_...` ([M, T']): each prompt with the next response
-    of the batch that answers another prompt (KTO); M is 0 where all prompts are one. Packed, each
-    three are those of `PreferenceCollator`.
+    A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool).
+    It holds the first three again as `mismatched_...` ([M, T']): each prompt with the next response
+    of the batch that answers another prompt. M is 0 if all prompts are equal. Packed, each group of
+    three is as in `PreferenceCollator`.
     """
 
     pad_token_id: int
@@ -105,14 +109,14 @@ class ExampleCollator:
 
 
 def sequence_count(batch: Mapping[str, Any]) -> int:
-    """Sequences of a batch: its rows, or those that its one row is packed of."""
+    """The number of sequences in a batch: its rows, or the sequences of its one packed row."""
     if "cu_seqlens" in batch:
         return len(batch["cu_seqlens"]) - 1
     return len(batch["input_ids"])
 
 
 def first_sequence(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch of the first sequence alone, of rows or one packed row and its `cu_seqlens`."""
+    """The first sequence of a batch as a batch of one, padded or packed."""
     if "cu_seqlens" not in batch:
         return {name: rows[:1] for name, rows in batch.items()}
     bounds = batch["cu_seqlens"][:2]

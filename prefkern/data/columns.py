@@ -1,7 +1,7 @@
 """The columns of a preference dataset: which are needed, which are read, which are refused.
 
-What can be said of a dataset by its columns alone is said here, before a row is read or a model is
-loaded.
+These checks need only the columns. So an unusable dataset fails at once, before a row is read or a
+model is loaded.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
 MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
 ID_COLUMNS = (*TOKEN_COLUMNS, EXAMPLE_COLUMNS[1])
-# What the collators read; every other column is dropped.
+# The columns that the collators read; all others are dropped.
 COLUMNS = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
-# TRL's names. What these hold is part of the prompt, so to leave it out would be another task.
+# TRL's names. Images are part of the prompt: to ignore them would train another task.
 _IMAGE_COLUMNS = ("image", "images")
 
 
 def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool = False) -> None:
-    """Raise unless `dataset` is a map-style dataset with rows and the columns that are needed.
+    """Raise unless `dataset` is a map-style dataset with rows and the necessary columns.
 
     Args:
-        dataset: the dataset, as `load_preference_dataset` gives it.
-        name: what errors call it.
-        paired: False admits single responses (`prompt`, `completion`, `label`) as well.
-        margins: whether a reward model's margin is needed of each pair.
+        dataset: a dataset, as `load_preference_dataset` returns it.
+        name: the dataset's name in errors.
+        paired: False also accepts single responses (`prompt`, `completion`, `label`).
+        margins: True if each pair needs a reward model's margin.
 
     Raises TypeError for another kind of dataset, ValueError for missing columns, images or no rows.
     """
@@ -48,7 +48,7 @@ def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool
     for column in _IMAGE_COLUMNS:
         if column in found:
             raise ValueError(
-                f"dataset {name!r} has a column {column!r}, and images are not supported yet; "
+                f"dataset {name!r} has a column {column!r}, but images are not supported yet; "
                 "remove the column to train on the text alone"
             )
     if not paired and has_examples(found):
@@ -85,9 +85,9 @@ def check_labels(dataset: datasets.Dataset, name: str) -> None:
 
 
 def plain(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The dataset with rows of Python's own types, and not a library's tables or tensors.
+    """The dataset with rows of plain Python types, not tables or tensors of some library.
 
-    A transform of the user's own stays: it is what the rows are.
+    A transform that the user set stays, because it defines the rows.
     """
     return dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
 
@@ -95,11 +95,11 @@ def plain(dataset: datasets.Dataset) -> datasets.Dataset:
 def without_unused(
     dataset: datasets.Dataset, *, references: bool, margins: bool
 ) -> datasets.Dataset:
-    """The dataset without numbers that nothing will read, whose gaps are then nobody's concern.
+    """The dataset without the number columns that nothing reads, so that a gap there is no error.
 
     Args:
-        references: whether the reference's sums are kept.
-        margins: whether the columns that a reward margin is taken from are.
+        references: whether to keep the reference's sums.
+        margins: whether to keep the columns that give a reward margin.
     """
     unused: list[str] = []
     if not references:
@@ -115,7 +115,7 @@ def has_examples(columns: Sequence[str]) -> bool:
 
 
 def margin_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """What the margin is taken from: one column, two to subtract, or none."""
+    """The columns that give the margin: one, two to subtract, or none."""
     for sources in MARGIN_SOURCES:
         if set(sources) <= set(columns):
             return sources

@@ -1,7 +1,7 @@
-"""Where a JSON file is at fault: the line, and what is wrong with it.
+"""Finds the fault in a JSON file: the line, and what is wrong with it.
 
-The readers of Arrow and pandas say that parsing failed, at an offset into a block if at all. A file
-that they have refused is read once more here, line by line.
+The readers of Arrow and pandas say only that parsing failed, at best with an offset into a block.
+So a file that they refused is read again here, line by line, until the fault is found.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 
 def in_json(path: Path) -> str | None:
-    """What is wrong with a JSON or JSONL file, naming the line; None if nothing is found."""
+    """The first fault of a JSON or JSONL file, with its line; None if none is found."""
     content = path.read_bytes()
     if path.suffix == ".json" and content.lstrip()[:1] == b"[":
         return _in_array(content)
-    # What `.json` holds may be lines of JSON as well.
+    # A `.json` file may also hold one JSON object on each line.
     return _in_lines(content.split(b"\n"))
 
 
@@ -46,7 +46,7 @@ def _in_lines(lines: list[bytes]) -> str | None:
 
 
 def _unlike(rows: Iterable[tuple[str, Any]]) -> str | None:
-    """The first row that is no object, or has another type in a column than the rows before."""
+    """The first row that is not an object, or whose column has another type than before."""
     seen: dict[str, tuple[str, str]] = {}
     for where, row in rows:
         if not isinstance(row, dict):
@@ -58,7 +58,7 @@ def _unlike(rows: Iterable[tuple[str, Any]]) -> str | None:
             before, known = seen.setdefault(column, (where, kind))
             if kind != known:
                 return (
-                    f"{where}: {column!r} is {kind}, and {known} in {before}; a column has one type"
+                    f"{where}: {column!r} is {kind}, but {known} in {before}; a column has one type"
                 )
     return None
 

@@ -1,8 +1,8 @@
-"""A row's text to token ids, in each of TRL's formats.
+"""Turns a row's text into token ids, for each of TRL's formats.
 
-Prompt and prompt + response are tokenised whole, and the response starts where the two diverge, as
-in TRL: no token boundary is invented. An end-of-sequence token closes text responses that lack it,
-and text that begins with the token that the tokenizer puts in front gets no second one.
+The prompt alone and prompt + response are both tokenised whole. The response starts where the two
+differ, as in TRL, so no artificial token boundary appears. A text response gets an end-of-sequence
+token if it has none. Text that already begins with the tokenizer's first token gets no second one.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-# What an assistant says beside its content, as templates call it.
+# Keys of a message, in chat templates, that hold what an assistant says outside of its content.
 _SAID_OTHERWISE = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 class TokenizedPair(NamedTuple):
-    """Token ids of a row, and what is worth telling of how they came about."""
+    """Token ids of a row, and what the report should know about them."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    empty: bool = False  # a response that says nothing, whatever tokens it has
-    merged: bool = False  # the prompt's end merged with a response
+    empty: bool = False  # a response has no content, whatever tokens a template adds
+    merged: bool = False  # the last token of the prompt merged with a response
     repeated: bool = False  # both responses, as text, begin with the whole prompt
-    begun: bool = False  # the text brought the token that the tokenizer puts in front
+    begun: bool = False  # the text already has the token that the tokenizer puts in front
 
 
 def tokenize_pair(example: dict[str, Any], tokenizer: Any) -> TokenizedPair:
     """Token ids of prompt, chosen and rejected.
 
-    Raises ValueError for a row that is in none of the formats.
+    Raises ValueError for a row that has none of the formats.
     """
     prompt: Any = example.get("prompt")
     chosen: Any = example.get("chosen")
@@ -62,7 +62,7 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any) -> TokenizedPair:
         options = _template_options(example)
         prompt_ids = _render(tokenizer, prompt, options, add_generation_prompt=True)
         sequences = [_render(tokenizer, prompt + rest, options) for rest in (chosen, rejected)]
-        # What a template makes of nothing is more than an end of sequence.
+        # A template adds tokens even to an empty message, so lengths do not show an empty response.
         is_empty = not all(any(map(_says_something, rest)) for rest in (chosen, rejected))
         is_repeated = is_begun = False
     else:
@@ -88,7 +88,7 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any) -> TokenizedPair:
 def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """The common beginning of two texts, or of two conversations, and the rest of each.
 
-    Of a conversation, the last message stays a response.
+    The last message of a conversation always stays a response.
     """
     limit = min(len(chosen), len(rejected))
     if not isinstance(chosen, str):
@@ -96,24 +96,24 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     length = 0
     while length < limit and chosen[length] == rejected[length]:
         length += 1
-    # The space before a word belongs to the word, as in most vocabularies.
+    # In most vocabularies a space belongs to the token after it.
     if isinstance(chosen, str) and length and chosen[length - 1] == " ":
         length -= 1
     return chosen[:length], chosen[length:], rejected[length:]
 
 
 def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Prompt and responses of conversations that carry the question as text."""
+    """Prompt and responses of a row with a text `prompt` and conversations as responses."""
     common, chosen, rejected = extract_prompt(chosen, rejected)
     if not prompt:
         return common, chosen, rejected
     if common:
-        # Some conversational datasets keep the first question's text in `prompt`, too.
+        # Some conversational datasets repeat the text of the first question in `prompt`.
         asked = [m.get("content") for m in common if m.get("role") == "user"]
         if prompt.strip() not in (text.strip() for text in asked if isinstance(text, str)):
             raise ValueError(
-                f"'prompt' is {prompt[:60]!r}, and no message that 'chosen' and 'rejected' both "
-                "begin with is a user's of that text; correct 'prompt', or leave it out"
+                f"'prompt' is {prompt[:60]!r}, but no user message at the common beginning of "
+                "'chosen' and 'rejected' has that text; correct 'prompt', or leave it out"
             )
         return common, chosen, rejected
     if any(messages[0].get("role") == "user" for messages in (chosen, rejected)):
@@ -122,23 +122,23 @@ def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any
 
 
 def _without_prompt(prompt: list[Any], chosen: list[Any], rejected: list[Any]) -> tuple[Any, Any]:
-    """Two conversations without the prompt that they begin with, if both do."""
+    """Two conversations without the prompt, if both begin with it."""
     if not prompt:
         return chosen, rejected
-    # Arrow fills the messages of each column with other keys.
+    # Arrow fills the messages of each column with different keys, so compare without None.
     asked = _present(prompt)
     repeats = [_present(each[: len(prompt)]) == asked for each in (chosen, rejected)]
     if repeats[0] != repeats[1]:
         whole, other = ("'chosen'", "'rejected'") if repeats[0] else ("'rejected'", "'chosen'")
         raise ValueError(
-            f"{whole} begins with the messages of 'prompt', and {other} does not; expected both to "
+            f"{whole} begins with the messages of 'prompt', but {other} does not; expected both to "
             "be the response alone, or both the whole conversation"
         )
     return (chosen[len(prompt) :], rejected[len(prompt) :]) if all(repeats) else (chosen, rejected)
 
 
 def _begins_with(prompt: str, text: str) -> bool:
-    """Whether a text begins with the prompt, and not only with its letters."""
+    """Whether a text begins with the prompt, and the prompt does not end inside a word there."""
     rest = text[len(prompt) :]
     is_cut = prompt[-1:].isalnum() and rest[:1].isalnum()
     return bool(prompt.strip()) and text.startswith(prompt) and not is_cut
@@ -151,7 +151,7 @@ def _check_prompt(example: dict[str, Any]) -> None:
     if not (prompt is None or isinstance(prompt, str | list)):
         raise ValueError(f"'prompt' must be text or a list of messages, got {prompt!r}")
     if prompt is None:
-        # The beginning that the responses share would be taken for it.
+        # Otherwise the common beginning of the responses would become the prompt.
         raise ValueError(
             "'prompt' must be text or a list of messages, got None; leave the column out if the "
             "responses begin with their prompts, and note that a reader of tables may have taken "
@@ -164,17 +164,17 @@ def _are_messages(value: Any) -> bool:
 
 
 def check_message(column: str, message: Any) -> None:
-    """Raise for messages that a chat template would render wrong without saying so."""
+    """Raise ValueError for a message that a chat template would silently render wrong."""
     is_mapping = isinstance(message, dict)
     if not is_mapping:
         raise ValueError(
-            f"{column!r} must be text or a list of messages {{'role': ..., 'content': ...}}, and "
+            f"{column!r} must be text or a list of messages {{'role': ..., 'content': ...}}, but "
             f"one of its messages is {_short(message)}"
         )
     role = message.get("role")
     if role is None:
         raise ValueError(
-            f"a message has no 'role', but {', '.join(map(repr, message))}; messages are "
+            f"a message has no 'role', only {', '.join(map(repr, message))}; a message must be "
             "{'role': ..., 'content': ...}"
         )
     is_name = isinstance(role, str)
@@ -184,8 +184,8 @@ def check_message(column: str, message: Any) -> None:
     if content is None:
         if not message.get("tool_calls"):
             raise ValueError(
-                f"a message of role {role!r} in {column!r} has neither 'content' nor 'tool_calls', "
-                f"but {_short(_present(message))}; messages are {{'role': ..., 'content': ...}}"
+                f"a message of role {role!r} in {column!r} has neither 'content' nor 'tool_calls': "
+                f"{_short(_present(message))}; a message must be {{'role': ..., 'content': ...}}"
             )
         return
     is_text_or_blocks = isinstance(content, str | list)
@@ -200,17 +200,17 @@ def check_message(column: str, message: Any) -> None:
         kind = block.get("type") if isinstance(block, dict) else type(block).__name__
         if kind != "text":
             raise ValueError(
-                f"a message of role {role!r} has content of type {kind!r}, which is not "
-                "supported yet: only text is"
+                f"a message of role {role!r} has content of type {kind!r}, but only text is "
+                "supported yet"
             )
 
 
 def _says_something(message: dict[str, Any]) -> bool:
-    """Whether a message has more to be rendered than its role."""
+    """Whether a message has more than its role to render."""
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(block.get("text") or "" for block in content)
-    # Templates strip what they are given.
+    # Templates strip white space from the content.
     return bool(content and content.strip()) or any(message.get(key) for key in _SAID_OTHERWISE)
 
 
@@ -220,18 +220,20 @@ def _short(value: Any) -> str:
 
 
 def _template_options(example: dict[str, Any]) -> dict[str, Any]:
-    """What of a row is the chat template's: `tools`, and `chat_template_kwargs`."""
+    """The columns of a row that the chat template gets: `tools` and `chat_template_kwargs`."""
     tools, kwargs = example.get("tools"), example.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
-            raise ValueError(f"'tools' is text and not JSON: {error}") from error
+            raise ValueError(f"'tools' is text but not JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"'tools' must be a list of schemas, or one as JSON, got {tools!r}")
+        raise ValueError(
+            f"'tools' must be a list of schemas, or such a list as JSON, got {tools!r}"
+        )
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError(f"'chat_template_kwargs' must be a mapping, got {kwargs!r}")
-    # Llama's template announces tools where the list of them is empty.
+    # Llama's template announces tools even for an empty list, hence `or None`.
     return {"tools": _present(tools) or None, **_present(kwargs or {})}
 
 
@@ -247,13 +249,13 @@ def _render(
         )
         _check_blocks(tokenizer, messages, options)
     except (TemplateError, TypeError) as error:
-        # What a template says of roles and turns that it does not know, among others.
+        # Templates raise, for example, for roles or an order of turns that they do not support.
         raise ValueError(f"the chat template does not take these messages: {error}") from error
     return rendered["input_ids"]
 
 
 def _check_blocks(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
-    """Raise where a template that expects text has printed a list of blocks, as Python would."""
+    """Raise ValueError if a template expects text but printed the repr of a list of blocks."""
     blocks = [
         message["content"] for message in messages if isinstance(message.get("content"), list)
     ]
@@ -263,13 +265,13 @@ def _check_blocks(tokenizer: Any, messages: list[dict[str, Any]], options: dict[
     for content in blocks:
         if str(content) in text:
             raise ValueError(
-                "the chat template expects text as content, and would print a list of blocks as "
-                f"it is: {str(content)[:60]}"
+                "the chat template expects text as content and would print the list of blocks "
+                f"itself: {str(content)[:60]}"
             )
 
 
 def _present(value: Any) -> Any:
-    """Without None in mappings: Arrow gives every one the keys of all others of its column."""
+    """The value without None in mappings: Arrow adds to each mapping the keys of all its column."""
     if isinstance(value, dict):
         return {key: _present(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -278,14 +280,14 @@ def _present(value: Any) -> Any:
 
 
 def _text_ids(tokenizer: Any, texts: tuple[str, ...]) -> tuple[list[list[int]], bool]:
-    """Token ids of texts, and whether any brought the token that the tokenizer puts in front.
+    """Token ids of texts, and whether one already has the token that the tokenizer puts in front.
 
-    Rendered text often does, and a model has seen one such token, never two.
+    Text from a chat template often has it. A model was trained with one such token, never two.
     """
     ids = [tokenizer(text)["input_ids"] for text in texts]
     bos = getattr(tokenizer, "bos_token_id", None)
     doubled = [bos is not None and each[:2] == [bos, bos] for each in ids]
-    # Where the tokenizer adds none, both are the text's own.
+    # If the tokenizer adds none, both tokens are in the text itself and stay.
     if not any(doubled) or tokenizer("")["input_ids"][:1] != [bos]:
         return ids, False
     return [each[is_double:] for each, is_double in zip(ids, doubled, strict=True)], True
@@ -293,7 +295,7 @@ def _text_ids(tokenizer: Any, texts: tuple[str, ...]) -> tuple[list[list[int]], 
 
 def _common_length(first: list[int], second: list[int]) -> int:
     limit = min(len(first), len(second))
-    # The usual case, and far quicker than token by token.
+    # The usual case: one comparison is far quicker than a loop over tokens.
     if first[:limit] == second[:limit]:
         return limit
     return next(i for i in range(limit) if first[i] != second[i])

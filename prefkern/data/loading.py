@@ -1,7 +1,7 @@
-"""Loading a preference dataset: a file, a folder, or a name on the hub, and a split of it.
+"""Loads one split of a preference dataset: from a file, a folder, or a name on the hub.
 
-A split may be sliced as `datasets` slices: `train[:10000]`, `train[90%:]`. A file is a split of
-itself, whatever name it is asked for by.
+A split may be a slice in the syntax of `datasets`: `train[:10000]`, `train[90%:]`. A single file is
+one split; it may be requested under any name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefkern.data.columns import check_columns, plain
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
-# What pandas takes for a missing value.
+# The texts that pandas reads as a missing value.
 _MISSING = [
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
     *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
@@ -53,21 +53,21 @@ def load_preference_dataset(
             dataset = datasets.load_dataset(
                 str(path) if path.is_dir() else source, config, split=split
             )
-    # RuntimeError: a script that is a dataset, which is not run.
+    # `datasets` raises RuntimeError for a dataset that is a script, which it does not run.
     except (DatasetsError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
     check_columns(dataset, source, paired=False)
-    # `save_to_disk` keeps the format that a dataset was given.
+    # `save_to_disk` also saves the format that was set on the dataset.
     return plain(dataset)
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Where a file is at fault, if it can be found, else what its reader says."""
+    """The fault in the file if it can be found, else the message of the file's reader."""
     if path.is_file() and path.suffix in (".jsonl", ".json"):
         fault = faults.in_json(path)
         if fault is not None:
             return fault
-    # datasets says that something went wrong; the reader below it says what.
+    # `datasets` says only that something failed; the cause below it says what.
     cause: BaseException = error
     while isinstance(cause, DatasetsError) and cause.__cause__ is not None:
         cause = cause.__cause__
@@ -87,9 +87,9 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
 
 
 def _text_as_it_is(path: Path) -> dict[str, Any]:
-    """Options of pandas under which the prompts "NA", "null" and "" are text, and the answer 007.
+    """Options for pandas that read the prompts "NA", "null" and "", and the answer 007, as text.
 
-    In other columns they, and empty cells, stay values that are missing.
+    In columns that hold no text, such cells and empty ones are still missing values.
     """
     columns = pandas.read_csv(path, nrows=0).columns
     return {
@@ -100,7 +100,7 @@ def _text_as_it_is(path: Path) -> dict[str, Any]:
 
 
 def _load_saved(path: Path, split: str) -> datasets.Dataset:
-    """What `save_to_disk` wrote, whose reader knows no slices."""
+    """Loads what `save_to_disk` wrote, and slices it: the reader of `datasets` takes no slices."""
     saved = datasets.load_from_disk(str(path))
     is_dict = isinstance(saved, datasets.DatasetDict)
     parts = {str(n): part for n, part in saved.items()} if is_dict else {_split_name(split): saved}
@@ -116,7 +116,7 @@ def _load_saved(path: Path, split: str) -> datasets.Dataset:
 
 
 def _split_name(split: str) -> str:
-    """The split that a slice of it names."""
+    """The name of the split in a slice: `train` in `train[:10000]`."""
     name = re.match(r"\w+", split)
     if name is None:
         raise ValueError(f"split must be a name, or a slice like 'train[:1000]', got {split!r}")

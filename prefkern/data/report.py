@@ -1,4 +1,4 @@
-"""What became of a dataset on its way to tokens, to be looked at before training.
+"""A report on a tokenised dataset: what was kept, cut and dropped. Read it before training.
 
     train: 60,917 pairs
 
@@ -6,8 +6,9 @@
     prompt     17     109  170.2    512  1,024
     ...
 
-Counts of what was dropped, cut or looks wrong, the lengths that training will see, and a histogram of
-how long pairs were before they were cut. It is made of a few numbers a row, never of tokens.
+The report counts the rows that were dropped, were cut or look wrong. It shows the lengths that
+training will see, and a histogram of the lengths before truncation. It needs a few numbers for each
+row and never reads the tokens.
 """
 
 from __future__ import annotations
@@ -50,19 +51,20 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts in bins of equal width: bin i is of `i * width < length <= (i + 1) * width`.
+    """Counts in bins of equal width: bin i holds `i * width < length <= (i + 1) * width`.
 
-    Widths are powers of two, so that the usual bounds are edges. The last bin takes what is longer.
+    The width is a power of two, so that the usual bounds are edges. The last bin also counts all
+    longer lengths.
     """
 
     width: int
     counts: tuple[int, ...]
     longest: int
-    bound: int | None  # what is longer does not fit
+    bound: int | None  # longer lengths do not fit
 
     @classmethod
     def of(cls, lengths: numpy.ndarray, bound: int | None) -> Histogram:
-        # Of all but the longest, so that one of these does not press the others into one bin.
+        # The longest 1% do not count: one of them could press all others into one bin.
         usual = max(float(numpy.quantile(lengths, 0.99)), 1)
         width = 2 ** math.ceil(math.log2(max(usual / _BARS, 1)))
         bins = (numpy.maximum(lengths, 1) - 1) // width
@@ -70,7 +72,7 @@ class Histogram:
         return cls(width, tuple(int(count) for count in counts), int(lengths.max()), bound)
 
     def rows(self) -> list[tuple[str, int, bool]]:
-        """Of each bin from the first that is not empty: its edges, count, and whether it may fit."""
+        """Each bin's edges, its count, and whether it may fit, from the first count above 0 on."""
         first = next(at for at, count in enumerate(self.counts) if count)
         rows = []
         for at in range(first, len(self.counts)):
@@ -84,29 +86,30 @@ class Histogram:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What became of a dataset on its way to tokens; printing it shows all of it.
+    """What tokenisation did to a dataset; print it to see everything.
 
-    Counts are of pairs, or of single responses as `unit` says, and but for `empty` and `too_long`
-    of those that are kept. `lengths` are those that training sees, by "prompt", "chosen" and
-    "rejected" (or "response"); `histogram` is of prompt plus longer response before truncation.
+    It counts pairs, or single responses where `unit` says so. `empty` and `too_long` count dropped
+    rows; all other counts are of kept rows. `lengths` has the lengths that training sees, with keys
+    "prompt", "chosen" and "rejected" (or "response"). `histogram` shows the length of the prompt
+    plus the longer response, before truncation.
     """
 
     name: str
-    pairs: int  # that are kept
-    empty: int  # dropped for an empty response
-    too_long: int  # dropped, since nothing to score was left within the bounds
+    pairs: int  # kept
+    empty: int  # dropped: a response is empty
+    too_long: int  # dropped: no token to score was left within the bounds
     prompts_truncated: int
     responses_truncated: int
-    identical: int  # chosen is rejected
-    made_identical: int  # of these, by truncation
+    identical: int  # chosen equals rejected
+    made_identical: int  # those of `identical` that differed before truncation
     merged: int  # prompts whose last token merged with the response
     max_length: int | None
     truncation_mode: str
     lengths: dict[str, Lengths]
     histogram: Histogram
     unit: str = "pairs"
-    repeated: int = 0  # both responses begin with the whole prompt, which is then scored
-    begun: int = 0  # text that brought a beginning-of-sequence token, and was given no second one
+    repeated: int = 0  # both responses begin with the whole prompt; that copy is scored
+    begun: int = 0  # the text has a beginning-of-sequence token already; no second one was added
 
     @property
     def dropped(self) -> int:
@@ -131,7 +134,7 @@ class DatasetReport:
                 f", {self.made_identical:,} by truncation" if self.made_identical else ""
             )
             counts.insert(4, (self.identical, f"with identical responses{by_truncation}"))
-        # What looks wrong in the text itself is rare, and told where it is found.
+        # Text that looks wrong is rare: these counts are shown only if they are not 0.
         suspicious = [
             (self.repeated, "whose responses repeat the prompt"),
             (self.begun, "whose text has the tokenizer's first token already"),
@@ -146,7 +149,7 @@ class DatasetReport:
         return f"prompt and {longer}, tokens before truncation{bound}"
 
     def __str__(self) -> str:
-        """The report as plain text, of several lines."""
+        """The report as plain text, on several lines."""
         table = [["tokens", "min", "median", "mean", "p95", "max"]]
         table += [[part, *lengths.cells()] for part, lengths in self.lengths.items()]
         bins = self.histogram.rows()
@@ -159,7 +162,7 @@ class DatasetReport:
         return "\n".join([*lines, *(line.rstrip() for line in _aligned(bars, last_left=True))])
 
     def __rich__(self) -> RenderableType:
-        """The report as a terminal shows it."""
+        """The report for a terminal, with bars and colours."""
         from rich.bar import Bar
         from rich.box import SIMPLE_HEAD
         from rich.console import Group
@@ -202,7 +205,7 @@ def show(reports: Iterable[DatasetReport], console: Console | None = None) -> No
 
 
 def _aligned(rows: list[list[str]], last_left: bool = False) -> list[str]:
-    """Rows of cells in columns: the first column flush left, others right."""
+    """Rows of cells in columns: the first column is flush left, the others are flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

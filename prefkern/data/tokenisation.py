@@ -1,7 +1,8 @@
-"""All rows of a preference dataset to token ids, within the bounds, with a report.
+"""Turns the rows of a preference dataset into token ids within the bounds, with a report.
 
-Each row is tokenised (`formats`), cut (`truncation`) and marked with what became of it; rows of
-which nothing can be scored are dropped, and the marks are summed up in a `DatasetReport`.
+Each row is tokenised (`formats`) and cut (`truncation`). Columns of marks record what happened to
+it: empty, too long, cut, identical and so on. Rows with no token to score are dropped, and a
+`DatasetReport` sums up the marks.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from prefkern.data.report import DatasetReport, Histogram, Lengths
 from prefkern.data.truncation import check_mode, truncate
 from prefkern.version import VERSION
 
-# What became of a row: numbers, and never tokens, so that a report on many rows is cheap.
+# What happened to a row: a few numbers and no tokens, so that a report on many rows is cheap.
 _MARKS = (
     "_empty",
     "_too_long",
@@ -52,7 +53,7 @@ _MARKS = (
     "_found_lengths",
     "_lengths",
 )
-_ROUNDING = 1e-3  # of a sum of log-probs that is 0
+_ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
 _Marks = dict[str, numpy.ndarray]
 _Tokens = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
@@ -70,18 +71,18 @@ def tokenize_preferences(
     """Tokenise preference pairs into columns `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
     Args:
-        dataset: pairs in one of the formats of `prefkern.data`; one that is already tokenised is
-            only truncated. `ref_chosen_logps` and `ref_rejected_logps` are kept, and
-            `reward_margin` is taken from a column of that name, `margin`, or
+        dataset: pairs in one of the formats of `prefkern.data`. A dataset that is tokenised already
+            is only truncated. `ref_chosen_logps` and `ref_rejected_logps` are kept.
+            `reward_margin` comes from the column of that name, or from `margin`, or from
             `score_chosen` - `score_rejected`.
         tokenizer: a Hugging Face tokenizer.
-        max_length: bound on prompt plus response; None for none.
-        max_prompt_length: bound on the prompt; None for none.
-        truncation_mode: how the bounds are met, one of `TRUNCATION_MODES`; see
-            `prefkern.data.truncation`. A pair that carries reference sums is not cut, but refused: they
-            would be of other tokens.
-        num_proc: processes.
-        name: what the report calls the dataset.
+        max_length: bound on prompt plus response, in tokens; None for no bound.
+        max_prompt_length: bound on the prompt, in tokens; None for no bound.
+        truncation_mode: one of `TRUNCATION_MODES`; see `prefkern.data.truncation`. A pair with
+            reference sums is never cut: that is an error, because the sums belong to the whole
+            responses.
+        num_proc: number of processes.
+        name: the dataset's name in the report and in errors.
 
     Returns:
         The tokenised dataset, without pairs that have no token to score, and the report.
@@ -109,9 +110,9 @@ def tokenize_examples(
 ) -> tuple[datasets.Dataset, DatasetReport]:
     """Tokenise single responses into columns `prompt_ids`, `completion_ids`, `desirable`.
 
-    Args: as in `tokenize_preferences`; a row of `dataset` is one response (`prompt`, `completion`,
-    `label`), or a pair, of which the chosen response is desirable and the rejected one is not. The
-    report counts responses.
+    Args: as in `tokenize_preferences`. A row of `dataset` is one response (`prompt`, `completion`,
+    `label`), or a pair: its chosen response is desirable, its rejected one is not. The report
+    counts responses.
 
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
@@ -120,7 +121,7 @@ def tokenize_examples(
     check_labels(dataset, name)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
     is_paired = not has_examples(dataset.column_names)
-    # Numbers of pairs are of no concern here, nor are those that are missing.
+    # KTO reads no number of a pair, so a missing one is no error here.
     numbers = (*REFERENCE_COLUMNS, *itertools.chain(*MARGIN_SOURCES))
     dataset = dataset.remove_columns([c for c in numbers if c in dataset.column_names])
     if not is_paired:
@@ -139,8 +140,8 @@ def tokenize_examples(
 
     def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {column: [] for column in EXAMPLE_COLUMNS}
-        # Side by side, and not pair by pair: neighbours are then of different prompts, and an
-        # unshuffled batch has mismatched rows.
+        # All chosen, then all rejected, not pair by pair: neighbours then have different prompts,
+        # so that an unshuffled batch also gets mismatched rows.
         for side in sides:
             responses = batch[f"{side}_ids"]
             rows["prompt_ids"] += batch["prompt_ids"]
@@ -157,7 +158,7 @@ def tokenize_examples(
 
 @dataclass(frozen=True)
 class _Bounds:
-    """How long a pair may be. Raises ValueError for bounds that none can meet."""
+    """How long a pair may be. Raises ValueError for bounds that no pair can meet."""
 
     max_length: int | None
     max_prompt_length: int | None
@@ -177,7 +178,7 @@ class _Bounds:
 def _with_tokens(
     dataset: datasets.Dataset, tokenizer: Any, bounds: _Bounds, num_proc: int | None, name: str
 ) -> datasets.Dataset:
-    """Token columns of pairs, every row kept, and what became of each in the columns `_MARKS`."""
+    """Adds the token columns of pairs and the columns `_MARKS`; keeps every row."""
     columns = dataset.column_names
     references = [column in columns for column in REFERENCE_COLUMNS]
     if any(references) and not all(references):
@@ -194,7 +195,7 @@ def _with_tokens(
     eos = getattr(tokenizer, "eos_token_id", None)
 
     def ends_only(tokens: _Tokens) -> bool:
-        """Whether a response is nothing but the end of its sequence."""
+        """Whether a response is only the end-of-sequence token."""
         return eos is not None and any(ids == [eos] for ids in tokens[1:])
 
     def process(example: dict[str, Any], row: int) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def _with_tokens(
                     )
                 if what == "reference sum" and value > _ROUNDING:
                     raise ValueError(
-                        f"dataset {name!r}, row {row}: {column!r} is {value!r}, and a sum of "
+                        f"dataset {name!r}, row {row}: {column!r} is {value!r}, but a sum of "
                         "log-probs is never above 0; is it a negative log-likelihood?"
                     )
         if all(example.get(column) is not None for column in TOKEN_COLUMNS):
@@ -229,8 +230,8 @@ def _with_tokens(
         is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
         if all(references) and any(is_cut) and _can_be_scored(*kept):
             raise ValueError(
-                f"dataset {name!r}, row {row}: truncation would cut it, and its reference sums "
-                f"({' and '.join(REFERENCE_COLUMNS)}) are of what it was; raise max_length or "
+                f"dataset {name!r}, row {row}: truncation would cut it, but its reference sums "
+                f"({' and '.join(REFERENCE_COLUMNS)}) belong to the whole row; raise max_length or "
                 "max_prompt_length, set truncation_mode='drop', or remove the two columns"
             )
         return {
@@ -261,7 +262,7 @@ def _with_tokens(
 
 @functools.cache
 def _versions() -> tuple[str, ...]:
-    """Of this package, of the code that makes tokens, and of those that it calls."""
+    """This package's version, a hash of the code that makes tokens, and its libraries' versions."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         code.update(file.read_bytes())
@@ -271,26 +272,26 @@ def _versions() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _AsOfNow:
-    """A function of rows, and what else its result depends on.
+    """A function of rows, with the versions of all code that its result depends on.
 
-    `datasets` keeps what a function made of a dataset and knows it by the function, in which other
-    modules' functions count by name: it would give the tokens of an earlier version back.
+    `datasets` caches a function's result under a hash of the function. Functions of other modules
+    enter that hash by name only, so the cache would return the tokens of an earlier version.
     """
 
     function: Callable[..., dict[str, Any]]
-    versions: tuple[str, ...] = field(default_factory=_versions)
+    versions: tuple[str, ...] = field(default_factory=lambda: _versions())
 
     def __call__(self, *args: Any) -> dict[str, Any]:
         return self.function(*args)
 
 
 def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
-    """Ids that are no integers would be rounded to others."""
+    """Raise ValueError for token ids that are not integers: they would be rounded to other ids."""
     for column in (*TOKEN_COLUMNS, "completion_ids"):
         feature: Any = dataset.features.get(column)
         inner = getattr(feature, "feature", None)
         kind = str(getattr(inner, "dtype", ""))
-        # Of lists that are all empty no type is known.
+        # If all lists are empty, their type is unknown.
         if feature is not None and "int" not in kind and kind != "null":
             raise ValueError(
                 f"dataset {name!r}: {column!r} must be lists of integers, token ids, got {feature}"
@@ -298,7 +299,7 @@ def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
 
 
 def _can_be_scored(prompt: list[int], chosen: list[int], rejected: list[int]) -> bool:
-    # The first token of a sequence has nothing to be predicted from.
+    # The first token of a sequence has no context, so it is not scored.
     unscored = 0 if prompt else 1
     return min(len(chosen), len(rejected)) > unscored
 
@@ -318,14 +319,14 @@ def _without_dropped(
 
 
 def _responses(marks: _Marks, sides: int) -> _Marks:
-    """The marks of pairs as those of their responses, all of one side and then of the other."""
+    """The marks of pairs as marks of single responses: all of one side, then all of the other."""
     responses = {name: numpy.concatenate([values] * sides) for name, values in marks.items()}
     columns = [marks["_truncated"][:, side] for side in range(sides)]
     responses["_truncated"] = numpy.concatenate(columns)[:, None]
     for name in ("_found_lengths", "_lengths"):
         of_side = [marks[name][:, [0, 1 + side]] for side in range(sides)]
         responses[name] = numpy.concatenate(of_side)
-    # Of responses by themselves, none is like another.
+    # "Identical" compares the two responses of a pair, so it says nothing of single ones.
     responses["_identical"] = numpy.zeros_like(responses["_identical"])
     return responses
 
@@ -358,12 +359,12 @@ def _report(name: str, unit: str, marks: _Marks, bounds: _Bounds) -> DatasetRepo
 
 
 def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
-    """A single response in the form of a pair of it with itself."""
+    """A single response as a pair: it is both chosen and rejected."""
     if set(EXAMPLE_COLUMNS) <= example.keys():
         ids = example["completion_ids"]
         return {"chosen_ids": ids, "rejected_ids": ids}
     if example["prompt"] is None:
-        # Of a pair, the common beginning would be the prompt: here, all of the response.
+        # A pair's common beginning would become the prompt: here that is the whole response.
         raise ValueError(f"dataset {name!r}, row {row}: 'prompt' must not be null")
     completion = example["completion"]
     if not isinstance(completion, str | list) or completion == []:
@@ -371,7 +372,7 @@ def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
             f"dataset {name!r}, row {row}: 'completion' must be text or a list of messages, "
             f"got {completion!r}"
         )
-    # Under its own name: from here on it is both responses of a pair.
+    # Checked here, where the error can say 'completion': below it is called chosen and rejected.
     try:
         for message in completion if isinstance(completion, list) else []:
             check_message("completion", message)

@@ -1,23 +1,23 @@
-"""What becomes of a pair that is too long: three policies, under TRL's names where it has them.
+"""Truncation of pairs that are too long: three modes, with TRL's names where TRL has them.
 
-keep_end    The prompt loses its beginning, and a response its end only if it does not fit beside a
-            single token of prompt. (TRL's deprecated mode of that name keeps the end of each
-            sequence: it may cut the beginning of a response, and gives chosen and rejected
+keep_end    Cuts the beginning of the prompt. Cuts the end of a response only if it does not fit
+            beside one token of the prompt. (TRL's deprecated mode of the same name keeps the end of
+            each sequence. It may cut the beginning of a response, and it gives chosen and rejected
             different prompts.)
-keep_start  Prompt and response lose their end, as by default in TRL 1.x: responses are cut first. A
-            pair whose prompt fills `max_length` has nothing left to score.
-drop        Nothing is cut: a pair that does not fit has nothing left to score.
+keep_start  Cuts the end, responses first; TRL 1.x does this by default. If the prompt fills
+            `max_length`, no token of the pair is left to score.
+drop        Cuts nothing. A pair that does not fit has no token left to score.
 
-Chosen and rejected keep the same prompt. A pair of which nothing is left to score is dropped by the
-caller, and counted.
+Chosen and rejected keep the same prompt. If a pair has no token left to score, the caller drops it
+and counts it.
 """
 
 from __future__ import annotations
 
 TRUNCATION_MODES = ("keep_end", "keep_start", "drop")
 TRUNCATION_HELP = (
-    "What becomes of what is too long: keep_end cuts the prompt's beginning, keep_start the ends "
-    "(as TRL), drop nothing."
+    "How to shorten a pair that is too long: keep_end cuts the beginning of the prompt, keep_start "
+    "cuts the ends (as TRL does), drop cuts nothing and drops the pair."
 )
 
 
@@ -36,7 +36,7 @@ def truncate(
     max_prompt_length: int | None,
     mode: str = "keep_end",
 ) -> tuple[list[int], list[int], list[int]]:
-    """A pair's tokens within the bounds; both responses are empty where they cannot be met.
+    """A pair's tokens within the bounds; both responses are empty if the pair cannot meet them.
 
     Args:
         max_length: bound on prompt plus response; max_prompt_length: bound on the prompt. None for

@@ -1,4 +1,4 @@
-"""prefkern inside other libraries' trainers, and their kernels beside prefkern's.
+"""prefkern in the trainers of other libraries.
 
-Each module needs its library, and says so.
+Each module needs its library; if it is missing, the import error says what to install.
 """

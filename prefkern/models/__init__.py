@@ -1,9 +1,9 @@
-"""Hugging Face models: what their heads are, and their forward with a loss in the head's place.
+"""Hugging Face models: reads their output heads, and runs their forward with a loss as the head.
 
-In reading order: `heads` (a head's tensors, an adapter's included), `transform` (what a model does to
-its logits), `head_forward` (the model's forward without its head), `scoring` (`token_logprobs`,
-`preference_outputs`), `packing`; then what a model is before it trains: `loading`, `vocabulary`,
-`positions`, `adapters`, `liger`, `routers`.
+In reading order: `heads` (the tensors of a head and of its adapter), `transform` (what a model does
+to its logits), `head_forward` (a model's forward without its head), `scoring` (`token_logprobs`,
+`preference_outputs`) and `packing`. The other files prepare and check a model before training:
+`loading`, `vocabulary`, `positions`, `adapters`, `liger`, `routers`.
 """
 
 from prefkern.models.head_forward import forward_with_head, head_forward

@@ -1,4 +1,11 @@
-"""What becomes of a model before it is trained: adapted, its dropout switched off."""
+"""Prepares a model for training: its PEFT adapter, its dropout, and checks of its reference.
+
+With an adapter the same model also serves as the reference: prefkern switches the adapter off, or
+another one on. That is right only if everything else in the model stays as it was. So these checks
+refuse an adapter that is merged, one that trains or has changed the base model, and one that
+transformers holds by itself. `disable_dropout` sets every dropout rate to 0, so that policy and
+reference compute the same function; the saved configs keep their own rates.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +20,9 @@ from transformers.utils.import_utils import is_peft_available
 
 from prefkern.models.heads import unwrap
 
-# In the names of rates: attention_dropout, attn_pdrop, layerdrop.
+# The names of dropout rates contain one of these: attention_dropout, attn_pdrop, layerdrop.
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
-# What init_lora_weights begins with where the adapter's first product is taken out of the base.
+# Values of init_lora_weights that subtract the adapter's first product from the base weights.
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -33,10 +40,10 @@ def is_trained_adapter(model: nn.Module) -> bool:
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Raise ValueError for adapters that are merged into their weights, where nothing trains them.
+    """Raise ValueError for adapters that are merged into the weights: they would not be trained.
 
-    Switched off, a layer takes its adapter out again only at its next forward, so that until then
-    its weights are those of no reference either.
+    They would spoil the reference too: a layer that is switched off removes a merged adapter only
+    at its next forward, so until then its weights are not the reference's.
     """
     if not is_peft_model(model):
         return
@@ -51,20 +58,20 @@ def check_unmerged(model: nn.Module) -> None:
     if merged:
         names = ", ".join(map(repr, sorted(merged)))
         raise ValueError(
-            f"the model's adapter {names} is merged into its weights, where it is not trained: "
+            f"the model's adapter {names} is merged into its weights, so it would not be trained: "
             "call model.unmerge_adapter() first, or model.merge_and_unload() and give a peft_config"
         )
 
 
 @contextmanager
 def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
-    """A PEFT model under another of its adapters, or under none; then as it was."""
+    """Use another adapter of a PEFT model, or none, within the context; then restore the model."""
     if name is None:
         with model.disable_adapter():
             yield
         return
     active = list(model.base_model.active_adapters)
-    # set_adapter makes what it switches on trainable, and freezes what it switches off.
+    # set_adapter also makes the adapter that it switches on trainable, and freezes the others.
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.set_adapter(name)
     try:
@@ -79,9 +86,10 @@ def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
 
 
 def check_no_native_adapter(model: Any) -> None:
-    """Raise ValueError for an adapter that transformers has loaded into the model itself.
+    """Raise ValueError for an adapter that transformers itself has loaded into the model.
 
-    PEFT would put a new one in its place; it is neither trained nor found again in a checkpoint.
+    PEFT would replace it by a new one. Such an adapter is not trained, and a checkpoint does not
+    bring it back.
     """
     base = unwrap(model)
     if getattr(base, "_hf_peft_config_loaded", False):
@@ -94,10 +102,11 @@ def check_no_native_adapter(model: Any) -> None:
 
 
 def check_reference_adapter(model: Any, name: str | None, ref_model: Any) -> None:
-    """Raise ValueError unless the model gives its reference back: with the adapter `name`, or none.
+    """Raise ValueError unless the model can be its own reference, with the adapter `name` or none.
 
-    `name` must be an adapter of the model, and not the one that is trained. The base must stay as
-    it is, and, with no adapter in use, be the model that was adapted.
+    `name` must be an adapter of the model, but not the one that is trained. Training must not
+    change the base model. If `name` is None, the base model must also equal the model before it was
+    adapted.
     """
     if name is not None:
         _check_name(model, name, ref_model)
@@ -114,8 +123,8 @@ def _check_name(model: Any, name: str, ref_model: Any) -> None:
         raise ValueError(f"give either ref_adapter_name ({name!r}) or ref_model, not both")
     if not is_peft_model(model):
         raise ValueError(
-            f"ref_adapter_name is {name!r}, and the model is a {type(model).__name__}; "
-            "it names an adapter of a PEFT model"
+            f"ref_adapter_name is {name!r}, but the model is a {type(model).__name__}; the name "
+            "must be that of an adapter of a PEFT model"
         )
     if name not in model.peft_config:
         known = ", ".join(map(repr, model.peft_config))
@@ -124,8 +133,8 @@ def _check_name(model: Any, name: str, ref_model: Any) -> None:
         )
     if name in model.base_model.active_adapters:
         raise ValueError(
-            f"ref_adapter_name is {name!r}, the adapter that is trained: load the reference's "
-            "under a name of its own (model.load_adapter(path, adapter_name=...))"
+            f"ref_adapter_name is {name!r}, which is the adapter that is trained: load the "
+            "reference's adapter under another name (model.load_adapter(path, adapter_name=...))"
         )
 
 
@@ -134,8 +143,8 @@ def _check_biases(model: Any) -> None:
         bias = getattr(config, "bias", "none")
         if bias != "none":
             raise ValueError(
-                f"the adapter {name!r} trains biases of the base model (bias={bias!r}), so that "
-                "switching it off does not give the reference back; use bias='none', or pass "
+                f"the adapter {name!r} trains biases of the base model (bias={bias!r}), so the "
+                "model without the adapter is no longer the reference; use bias='none', or pass "
                 "ref_model"
             )
 
@@ -145,14 +154,14 @@ def _check_base_is_frozen(model: Any) -> None:
     if trained:
         more = f" and {len(trained) - 1} others" if len(trained) > 1 else ""
         raise ValueError(
-            f"{trained[0]}{more} would be trained, which the base model shares with its reference: "
-            "the reference would move. Freeze it (requires_grad_(False)), have the adapter train a "
-            "copy (modules_to_save, trainable_token_indices), or pass ref_model"
+            f"{trained[0]}{more} would be trained, but the reference uses the same parameters: it "
+            "would change too. Freeze them (requires_grad_(False)), let the adapter train a copy "
+            "(modules_to_save, trainable_token_indices), or pass ref_model"
         )
 
 
 def base_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters that stay in use while adapters are switched off, by name."""
+    """The names and parameters that are still in use when all adapters are switched off."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -164,7 +173,7 @@ def base_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
             yield from below(original, name)
         else:
             for key, parameter in module.named_parameters(name, recurse=False):
-                # LLaMA-Adapter's layers are no BaseTunerLayer.
+                # LLaMA-Adapter's layers are not a BaseTunerLayer.
                 if not key.split(".")[-1].startswith("adaption_"):
                     yield key, parameter
             for key, child in module.named_children():
@@ -174,7 +183,7 @@ def base_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _check_base_is_initial(model: Any) -> None:
-    """Raise for initialisers that leave in the base what the adapter does not hold."""
+    """Raise ValueError for an adapter whose initialisation changes the base model."""
     for name, config in model.peft_config.items():
         given = {
             "init_lora_weights": getattr(config, "init_lora_weights", True),
@@ -188,7 +197,7 @@ def _check_base_is_initial(model: Any) -> None:
             continue
         raise ValueError(
             f"the adapter {name!r} has {option}={given[option]!r}, which changes the base model, so "
-            "that switching the adapter off does not give the initial model back as the reference; "
+            "the model without the adapter is not the initial model, which is the reference; "
             f"{instead}, or pass ref_model"
         )
 
@@ -196,11 +205,12 @@ def _check_base_is_initial(model: Any) -> None:
 def adapt(
     model: Any, peft_config: Any, *, disable_dropout: bool, gradient_checkpointing: bool
 ) -> Any:
-    """The model with its adapter, if one is asked for.
+    """The model, with a new adapter if `peft_config` is given.
 
     Args:
-        disable_dropout: dropout will be switched off, so that an adapter's own has no effect.
-        gradient_checkpointing: the model's blocks are checkpointed.
+        disable_dropout: True if dropout will be switched off; an adapter with dropout is then an
+            error.
+        gradient_checkpointing: True if the model's blocks are checkpointed.
     """
     check_no_native_adapter(model)
     if peft_config is not None:
@@ -220,7 +230,7 @@ def adapt(
 
         model = get_peft_model(model, peft_config)
     if is_peft_model(model) and gradient_checkpointing:
-        # Without this the checkpointed blocks of a frozen model have no input to differentiate.
+        # Otherwise no input of a frozen model's checkpointed blocks requires a gradient.
         model.enable_input_require_grads()
     return model
 
@@ -235,15 +245,16 @@ def _dropout_rates(owner: Any) -> dict[str, float]:
 
 
 def disable_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """Set every dropout rate to 0, also those kept outside of dropout modules.
+    """Set every dropout rate to 0, including rates that are kept outside of dropout modules.
 
-    Returns what was changed in configurations, (config, name, rate), for `with_own_rates`.
+    Returns the changes in configs, (config, name, old rate), for `with_own_rates`.
     """
     of_configs = []
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        # Llama's attention keeps its rate as a number, and Falcon reads it off the config each time.
+        # Llama's attention keeps its rate as a number; Falcon reads it from the config at each
+        # call.
         config = getattr(module, "config", None)
         for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
             for name, rate in _dropout_rates(owner).items():
@@ -255,7 +266,7 @@ def disable_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
 
 @contextmanager
 def with_own_rates(of_configs: list[tuple[Any, str, float]]) -> Iterator[None]:
-    """Configurations as they came, while they are saved: that nothing was dropped is no part of them."""
+    """Restore the configs' own dropout rates within the context, so that these are saved."""
     for config, name, rate in of_configs:
         setattr(config, name, rate)
     try:

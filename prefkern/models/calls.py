@@ -1,4 +1,9 @@
-"""A model called from within: its head's forward replaced, its modes and random state put back."""
+"""Helpers to call a model from prefkern: replace a module's forward, and leave no trace of a probe.
+
+`replaced_forward` swaps the forward of an output head for one call. `undisturbed` runs a probe in
+evaluation mode and then restores each module's mode and the random state. The two other functions
+switch the cache off, and make the error for a model that does not call its head.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ def replaced_forward(
     module: nn.Module, replacement: Callable[[Tensor], Tensor]
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """Replace a module's forward within the context; yields the original. Its hooks still fire."""
-    # accelerate's device hooks sit in `forward` and call `_old_forward`: keep them in place.
+    # accelerate puts its device hooks into `forward`, which calls `_old_forward`: keep them there.
     attribute = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     original = getattr(module, attribute)
     is_own = attribute in vars(module)
@@ -32,7 +37,7 @@ def replaced_forward(
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random state are put back."""
+    """Evaluation mode without gradients; restores modes and random state at the end."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     devices = [device] if device.type == "cuda" else []

@@ -1,13 +1,13 @@
-"""Hugging Face causal LMs: a model's own forward, with a function of ours where its head was.
+"""Runs the forward of a Hugging Face causal LM with a function of ours in place of its head.
 
-The model's own forward runs, wrapped as it is (DDP, PEFT, FSDP, autocast hooks all fire), with the
-`forward` of its output head replaced for the length of the call. The replacement receives what the
-head would have received, scores it without logits, and hands the model a `[B, T, 1]` tensor of
-zeros in place of logits. Whatever a family does before its head is therefore untouched; what it does
-after its head is `transform`'s.
+The model's own forward runs, in its wrappers (DDP, PEFT, FSDP and autocast hooks all fire). Only
+the `forward` of its output head is replaced during the call. The replacement gets the hidden
+states, scores them without logits, and returns a `[B, T, 1]` tensor of zeros to the model instead
+of logits. So everything that a model family does before its head stays the same. What it does after
+its head is the subject of `transform`.
 
-The zeros carry the autograd graph. Added to the loss they change nothing, but the loss then depends
-on the wrapper's output, which is where DDP and FSDP hang their backward hooks.
+The zeros carry the autograd graph. Added to the loss they change no value, but they make the loss
+depend on the wrapper's output, where DDP and FSDP put their backward hooks.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
     Args:
         model: a Hugging Face causal LM, bare or wrapped.
         inputs: keyword arguments of its forward, without labels.
-        fn: `fn(head) -> (result, anchor)`, called where the head would have been. `anchor` is a
-            tensor of the result that carries its autograd graph.
+        fn: `fn(head) -> (result, anchor)`, called in place of the head. `anchor` is a tensor of the
+            result that carries its autograd graph.
 
     Returns:
         The result, and a scalar that is exactly 0 and depends on `anchor` through the wrapped
-        model's output. Add it to what is differentiated, so that the wrapper's hooks fire.
+        model's output. Add it to the loss, so that the wrapper's hooks fire.
 
-    Raises RuntimeError if the forward does not call its head once.
+    Raises RuntimeError unless the forward calls its head exactly once.
     """
     result, output = head_forward(model, inputs, fn)
     return result, output.logits.sum()
 
 
 def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tuple[Any, Any]:
-    """As `forward_with_head`, returning what the model returned, in which logits are [B, T, 1].
+    """As `forward_with_head`, but returns the model's whole output, with logits [B, T, 1] of zeros.
 
-    Their sum is the scalar that `forward_with_head` speaks of.
+    The sum of these logits is the scalar that `forward_with_head` returns.
     """
     base, head = find_head(model)
-    words = head_transform(model).words
+    vocab_size = head_transform(model).vocab_size
     results: list[Any] = []
 
     def replacement(hidden: Tensor) -> Tensor:
         if results:
             raise RuntimeError(f"{type(base).__name__} calls its output head more than once")
-        result, anchor = fn(heads.read(head, hidden).of_words(words))
+        result, anchor = fn(heads.read(head, hidden).of_vocab(vocab_size))
         results.append(result)
         zeros = torch.zeros(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         return zeros + 0.0 * anchor.float().sum()

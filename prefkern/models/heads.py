@@ -1,17 +1,17 @@
-"""An output head, plain or adapted by PEFT, as what it is made of: weight, bias, low-rank term.
+"""Reads an output head, plain or adapted by PEFT, into its tensors: weight, bias, low-rank term.
 
-A head's forward is never called where logits must not be made, so whatever it would have computed
-has to be read off it. Three kinds are understood:
+To avoid logits, prefkern never calls a head's forward. So it must know from the head's tensors what
+that forward would compute. It supports three kinds of heads:
 
 - a linear layer: `h W^T + b`;
-- a layer that PEFT trains as a whole (`modules_to_save`): the adapter's own copy of the layer, or
-  the original one while adapters are switched off;
-- a linear layer under LoRA: `h W^T + b + s (dropout(h) A^T) B^T`, of as many adapters as are active.
-  What A gives is computed here, by PEFT's own modules, [.., R]; what B makes of it is vocabulary
-  wide, and goes into the product tile by tile.
+- a layer that PEFT trains as a whole (`modules_to_save`): the adapter's copy of the layer, or the
+  original layer while adapters are switched off;
+- a linear layer with LoRA: `h W^T + b + s (dropout(h) A^T) B^T`, summed over all active adapters.
+  PEFT's own modules compute the product with A here, [.., R]. The product with B is as wide as the
+  vocabulary, so the operator adds it tile by tile.
 
-Everything else (DoRA, quantised weights, several modules) is refused by name: its log-probs would be
-those of another model.
+Every other head (DoRA, quantised weights, several modules) is an error that names it: its log-probs
+would be those of another model.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def unwrap(model: Any) -> Any:
 def find_head(model: nn.Module) -> tuple[Any, Any]:
     """The unwrapped model and its output head, a linear layer or one that PEFT adapts.
 
-    Raises ValueError where there is no head, or one that `prefkern.models.heads` cannot read.
+    Raises ValueError if there is no head, or if `prefkern.models.heads` cannot read it.
     """
     base = unwrap(model)
     get_head = getattr(base, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     if head is None:
         raise ValueError(
-            f"{type(base).__name__} has no output head (get_output_embeddings() gives none); "
+            f"{type(base).__name__} has no output head (get_output_embeddings() returns none); "
             "a Hugging Face causal LM is needed"
         )
     if getattr(base.config, "is_encoder_decoder", False):
@@ -72,7 +72,7 @@ def find_head(model: nn.Module) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """What a model's output head was called with, and what it is made of."""
+    """The hidden states that a model's output head was called with, and the head's own tensors."""
 
     hidden: Tensor  # (B, T, H)
     weight: Tensor  # (V, H)
@@ -81,10 +81,10 @@ class HeadInputs:
     lora_weight: Tensor | None = None  # (V, R), lora_B
 
     def of_tokens(self, labels: Tensor, is_packed: bool = False) -> HeadInputs:  # labels (B, T)
-        """Those of real tokens: prompt-learning adapters prepend virtual ones.
+        """The same for real tokens only: prompt-learning adapters put virtual tokens before them.
 
-        Of a packed batch, which is one row, the tokens alone: (T, H).
-        Raises ValueError for fewer positions than labels.
+        A packed batch is one row; its hidden states become (T, H).
+        Raises ValueError if there are fewer positions than labels.
         """
         positions, length = self.hidden.shape[1], labels.shape[1]
         if positions < length:
@@ -100,8 +100,8 @@ class HeadInputs:
         lora_hidden = None if self.lora_hidden is None else real(self.lora_hidden)
         return replace(self, hidden=real(self.hidden), lora_hidden=lora_hidden)
 
-    def of_words(self, count: int | None) -> HeadInputs:
-        """Those of the first `count` words: what pads a head's vocabulary may be no logit."""
+    def of_vocab(self, count: int | None) -> HeadInputs:
+        """The same for the first `count` vocabulary entries: some models drop padding rows."""
         if count is None:
             return self
         bias = None if self.bias is None else self.bias[:count]
@@ -109,16 +109,16 @@ class HeadInputs:
         return replace(self, weight=self.weight[:count], bias=bias, lora_weight=lora_weight)
 
     def adapter(self) -> dict[str, Any]:
-        """Keyword arguments of the operator and the loss; empty where there is no adapter."""
+        """Keyword arguments for the operator and the loss; empty if there is no adapter."""
         if self.lora_hidden is None or self.lora_weight is None:
             return {}
         return {"lora_hidden": self.lora_hidden, "lora_weight": self.lora_weight}
 
 
 def read(head: nn.Module, hidden: Tensor) -> HeadInputs:
-    """What a head, as it is now, would multiply these hidden states [B, T, H] with.
+    """The tensors that a head, in its present state, would multiply hidden states [B, T, H] by.
 
-    Differentiable in everything that the head's own forward is.
+    They are differentiable in all parameters that the head's own forward is differentiable in.
     """
     layer = _layer(head)
     base, names = _lora(layer)
@@ -132,32 +132,32 @@ def read(head: nn.Module, hidden: Tensor) -> HeadInputs:
         states.append(a(layer.lora_dropout[name](x)) * layer.scaling[name])
         weights.append(b.weight)
         if b.bias is not None:
-            # In the adapter's dtype, which may be the wider one, and rounded as the head's is.
+            # Added in the wider dtype of the two, then rounded to the head's.
             added = b.bias * layer.scaling[name]
             bias = (added if bias is None else bias + added).to(weight.dtype)
     return HeadInputs(hidden, weight, bias, torch.cat(states, -1), torch.cat(weights, -1))
 
 
 def reading(head: nn.Module) -> tuple[Any, ...]:
-    """What `read` depends on beside numbers: two heads, or states of one, with the same are alike."""
+    """A key for what `read` depends on apart from values; heads with equal keys are read alike."""
     layer = _layer(head)
     return type(layer).__name__, layer is not head, *_lora(layer)[1]
 
 
 def has_low_rank_term(head: nn.Module) -> bool:
-    """Whether LoRA adds to this head, or would with another adapter in use."""
+    """Whether LoRA adds a term to this head, now or with another adapter in use."""
     return hasattr(_layer(head), "base_layer")
 
 
 def problem(head: nn.Module) -> str | None:
-    """What a head is that cannot be read, and what to do about it; None if it can be read."""
+    """Why a head cannot be read, and what to do about it; None if it can be read."""
     layer = _layer(head)
     kind = type(layer).__name__
     if hasattr(layer, "token_adapter"):
         return f"trained at single tokens by PEFT ({kind}): {_LEAVE_OUT}"
     if hasattr(layer, "base_layer"):
         factors = [getattr(layer, name, None) for name in ("lora_A", "lora_B")]
-        # AdaLoRA's are parameters, with a third one between them.
+        # AdaLoRA keeps its factors as parameters, with a third one between them.
         if not all(isinstance(factor, nn.ModuleDict) for factor in factors):
             return f"wrapped in a PEFT adapter other than LoRA ({kind}): {_LEAVE_OUT}"
         variants = sorted(getattr(layer, "lora_variant", {}))
@@ -167,21 +167,22 @@ def problem(head: nn.Module) -> str | None:
         layer = layer.base_layer
         kind = type(layer).__name__
     if any(True for _ in layer.children()):
-        return f"a {kind} with modules inside, and a linear layer is needed"
+        return f"a {kind} with modules inside, but a linear layer is needed"
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
-        return f"a {kind} without a weight, and a linear layer is needed"
+        return f"a {kind} without a weight, but a linear layer is needed"
     if weight.dtype not in FLOATS:
         return (
             f"a {kind} with a weight of {weight.dtype}, probably quantised: leave the head out of "
             "quantisation"
         )
-    # FSDP flattens a weight outside the forward; inside, the operator checks its shape.
+    # No check of the shape: outside the forward FSDP flattens weights. The operator checks it
+    # later.
     return None
 
 
 def _layer(head: Any) -> Any:
-    """The layer that answers at present: PEFT's copy of a head that it trains as a whole, or it."""
+    """The layer in use: the head itself, or PEFT's copy of it (`modules_to_save`)."""
     if not hasattr(head, "modules_to_save") or not hasattr(head, "original_module"):
         return head
     active = head.active_adapters
@@ -191,7 +192,7 @@ def _layer(head: Any) -> Any:
 
 
 def _lora(layer: Any) -> tuple[Any, list[str]]:
-    """The linear layer itself, and the names of the adapters that add to it at present."""
+    """The linear layer itself, and the names of the adapters that are active on it."""
     if not hasattr(layer, "base_layer"):
         return layer, []
     # PEFT's own forward undoes a merge when adapters are switched off.

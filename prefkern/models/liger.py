@@ -1,14 +1,15 @@
-"""Liger's layer kernels under a model whose head is prefkern's.
+"""Liger's layer kernels in a model whose head and loss are prefkern's.
 
-`use_liger_kernel=True` has transformers' Trainer replace a model's layers (RMS norm, rotary
-embedding, SwiGLU, ...) by Liger's kernels when training starts, and its forward by one with Liger's
-own loss. Here the layers alone are: the head and the loss are prefkern's. They are replaced in the
-reference as well, and before anything is computed, so that policy and reference go through the same
-kernels and equal models have equal log-probs. Liger replaces some functions (the rotary embedding)
-in transformers' module of the family, so for every model of it in the process.
+With `use_liger_kernel=True`, transformers' Trainer replaces a model's layers (RMS norm, rotary
+embedding, SwiGLU, ...) by Liger's kernels when training starts. It also replaces the model's
+forward by one with Liger's own loss. prefkern replaces the layers only, because the head and the
+loss are its own. It does so in the reference too, and before anything is computed. So policy and
+reference run the same kernels, and equal models have equal log-probs. Liger replaces some functions
+(the rotary embedding) in transformers' module of the model family, and so for every model of that
+family in the process.
 
-Liger passes over what it does not know, a model's type or an option's name, without a word. That is
-an error here, and so is a CPU, on which Liger's layers do not run.
+Liger silently ignores a model type or an option that it does not know. Here that is an error. A CPU
+is an error too, because Liger's layers do not run on it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from prefkern.models.heads import unwrap
 
-# What Liger would do to the head and to the loss.
+# The options that would let Liger replace the head and the loss.
 _HEAD = ("fused_linear_cross_entropy", "cross_entropy")
 
 
 def check_liger(args: TrainingArguments, device: torch.device) -> None:
-    """Raise unless Liger's kernels can be applied as `args` ask; loads no model and no kernel.
+    """Raise unless Liger's kernels can be applied as `args` say; loads no model and no kernel.
 
-    Raises ImportError without liger-kernel, ValueError for options without effect, and on a CPU.
+    Raises ImportError if liger-kernel is missing, ValueError on a CPU and for an option that has no
+    effect or would replace the loss.
     """
     options = _options(args)
     if not args.use_liger_kernel:
@@ -54,13 +56,13 @@ def check_liger(args: TrainingArguments, device: torch.device) -> None:
 
 
 def apply_liger(args: TrainingArguments, *models: nn.Module) -> None:
-    """Replace layers of Hugging Face models, bare or wrapped, by Liger's where `args` ask for it.
+    """Replace layers of Hugging Face models, bare or wrapped, by Liger's if `args` say so.
 
-    `args.liger_kernel_config` is set so that Trainer, which does it again to the policy when
-    training starts, leaves the head alone.
+    Trainer applies Liger to the policy once more when training starts. So this sets
+    `args.liger_kernel_config` to options that leave the head alone.
 
-    Raises ValueError for a model that Liger has no kernels for, and for an option that it does not
-    know.
+    Raises ValueError for a model that Liger has no kernels for, and for an option that Liger does
+    not know.
     """
     if not args.use_liger_kernel:
         return
@@ -80,7 +82,7 @@ def apply_liger(args: TrainingArguments, *models: nn.Module) -> None:
         unknown = [name for name in options if name not in known and name not in _HEAD]
         if unknown:
             raise ValueError(
-                f"liger_kernel_config has no effect on {type(base).__name__} by "
+                f"liger_kernel_config has options without effect on {type(base).__name__}: "
                 f"{', '.join(map(repr, unknown))}; expected some of {', '.join(sorted(known))}"
             )
         liger._apply_liger_kernel_to_instance(model=base, **options)

@@ -1,13 +1,14 @@
-"""From a name or path to a model, its configuration and its tokenizer; what cannot be used is named.
+"""Loads a model, its config and its tokenizer by name or path; errors name the unusable file.
 
-transformers fills in what a folder lacks: weights that no file holds are drawn at random, with a line
-in its log, and the run trains them. Of a folder that holds an adapter alone it says that the model type
-is unknown, and of a damaged file where its parser stopped. Here each is an error that names the folder,
-what is wrong with it and what to do.
+transformers draws weights at random if no file holds them. It writes one line to its log, and the
+run trains them. For a folder that holds only an adapter it says that the model type is unknown, and
+for a damaged file it says where its parser stopped. Here each case is an error that names the
+folder, the fault and the remedy.
 
-A revision, a cache or a token that is given for a model belongs to its tokenizer as well, whose words
-and chat template may be another revision's. Code that comes with the files runs only where it is
-trusted, and that is always said: where it is not, transformers asks on stdin.
+A revision, a cache folder or an access token for a model also applies to its tokenizer, because
+another revision may have another vocabulary and chat template. Code among the files runs only if
+the user trusts it. `trust_remote_code` is always passed: without a value transformers asks on
+stdin.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-# Keywords of `from_pretrained` that say where files are taken from, and not what is made of them.
+# Keywords of `from_pretrained` that say where the files are.
 _WHENCE = (
     "revision",
     "code_revision",
@@ -46,16 +47,22 @@ _WHENCE = (
 
 
 def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: str = "model") -> Any:
-    """A causal LM by name or path, with keywords of `from_pretrained`; in float32 unless they say otherwise.
+    """Loads a causal LM, in float32 unless `init_kwargs` name another dtype.
 
-    It may be one that takes images as well, of which the text is trained. Raises OSError for one
-    that is not there, and ValueError for an adapter, and for files that are damaged, of other
-    shapes, or lack some of the weights; `what` is what the error calls the model.
+    A model that also takes images is accepted; it is trained on text.
+
+    Args:
+        name: a folder or hub name.
+        init_kwargs: keywords of `from_pretrained`.
+        what: the model's name in errors.
+
+    Raises OSError if there is no such model. Raises ValueError for an adapter, and for files that
+    are damaged, have wrong shapes or lack some of the weights.
     """
     kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
     remote = is_trusted(kwargs)
     kwargs.pop("trust_remote_code", None)
-    # Keywords that are the model's and not the config's are of no matter to its kind.
+    # return_unused_kwargs: the config ignores keywords that only the model reads.
     config, _ = read_config(
         name, what, trust_remote_code=remote, return_unused_kwargs=True, **kwargs
     )
@@ -71,14 +78,14 @@ def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: st
             raise
         raise ValueError(
             f"{what} {name!r}: weights have other shapes than its config.json says (experts are "
-            "stacked, so that one too few is such a shape); the log above names them"
+            "stacked, so a missing expert is also a wrong shape); the log above names them"
         ) from error
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
             f"{what} {name!r} has no weights for {', '.join(missing[:3])}{more} of "
-            f"{type(model).__name__}, which would be drawn at random; fetch its files anew, or save "
-            "the model whole"
+            f"{type(model).__name__}; they would be drawn at random. Download its files again, or "
+            "save the whole model"
         )
     return model
 
@@ -86,9 +93,9 @@ def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: st
 def from_files(
     loader: Any, name: str, what: str, *, trust_remote_code: bool, **kwargs: Any
 ) -> tuple[Any, list[str]]:
-    """A model by an Auto class, and the names of its weights that the files lack.
+    """Loads a model by an Auto class; also returns the names of the weights that the files lack.
 
-    Raises ValueError, naming the file, for one that is damaged.
+    Raises ValueError for a damaged file, and names it.
     """
     try:
         model, info = loader.from_pretrained(
@@ -96,10 +103,10 @@ def from_files(
         )
     except SafetensorError as error:
         raise ValueError(
-            f"{what} {name!r}: {_unreadable(name)} is damaged or was not written to its end "
-            f"({error}); fetch it anew"
+            f"{what} {name!r}: {_unreadable(name)} is damaged or incomplete ({error}); download it "
+            "again"
         ) from error
-    # A buffer is computed, and of tied weights one is in the file.
+    # Buffers are computed, so they may be missing; of tied weights the file holds one.
     own = {each for each, _ in model.named_parameters(remove_duplicate=False)}
     return model, sorted(own & set(info["missing_keys"]))
 
@@ -107,10 +114,10 @@ def from_files(
 def read_config(
     name: str, what: str = "model", *, trust_remote_code: bool = False, **kwargs: Any
 ) -> Any:
-    """A model's configuration, as AutoConfig has it.
+    """A model's config, as AutoConfig reads it.
 
-    Raises OSError for one that is not there, and ValueError for an adapter, and for a configuration
-    of which there is no model.
+    Raises OSError if there is none, and ValueError for an adapter and for a config that no model
+    can be built from.
     """
     if not name.strip():
         raise ValueError(f"{what} must be a folder or a hub name, got {name!r}")
@@ -119,7 +126,7 @@ def read_config(
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError):
-        # A hub name is asked for once more only now.
+        # Only after a failure: for a hub name this sends one more request.
         with suppress(OSError):
             _refuse_adapter(name, what)
         raise
@@ -128,48 +135,53 @@ def read_config(
 
 
 def unusable_config(name: str, what: str, error: Exception) -> ValueError:
-    """What to raise for a configuration that transformers cannot make a model of."""
+    """The error for a config from which transformers cannot build a model."""
     reason = " ".join(str(error).split())[:300]
     return ValueError(
-        f"{what} {name!r}: no model can be made of its config.json ({type(error).__name__}: {reason})"
+        f"{what} {name!r}: no model can be built from its config.json "
+        f"({type(error).__name__}: {reason})"
     )
 
 
 def load_tokenizer(name: str, kwargs: Mapping[str, Any]) -> Any:
-    """The tokenizer of a model by name or path, which is loaded with `kwargs`.
+    """The tokenizer of a model.
 
-    Raises OSError where there is none, and ValueError, naming the file where one is broken, for one
-    that cannot be read and for one that is code which is not trusted.
+    Args:
+        name: the model's folder or hub name.
+        kwargs: keywords of `from_pretrained` that the model is loaded with.
+
+    Raises OSError if there is none. Raises ValueError if it cannot be read, and names a broken
+    file; also if it is code that the user does not trust.
     """
     if not name:
         raise ValueError(
             "the model does not say where it was loaded from (its config's _name_or_path is empty), "
-            "so that its tokenizer is not known: pass processing_class"
+            "so its tokenizer is unknown: pass processing_class"
         )
     try:
         return AutoTokenizer.from_pretrained(
             name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
         )
     except Exception as error:
-        # The Rust library raises plain Exceptions; what transformers says of a folder is clear.
+        # The Rust library raises plain Exceptions. Errors of transformers itself are clear enough.
         broken = _broken_json(name)
         if broken is None and isinstance(error, (OSError, ValueError)):
             raise
         where = name if broken is None else str(broken)
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the tokenizer of {name!r} cannot be loaded: {where}: {reason}. Mend its files, or "
+            f"the tokenizer of {name!r} cannot be loaded: {where}: {reason}. Repair its files, or "
             "pass processing_class"
         ) from error
 
 
 def whence(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model's keywords of `from_pretrained`, those that say where its files are."""
+    """Those of a model's keywords for `from_pretrained` that say where its files are."""
     return {name: kwargs[name] for name in _WHENCE if name in kwargs}
 
 
 def is_trusted(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a model's keywords of `from_pretrained` let the code that comes with it run."""
+    """Whether a model's keywords for `from_pretrained` allow code among its files to run."""
     return bool(kwargs.get("trust_remote_code", False))
 
 
@@ -183,15 +195,15 @@ def _refuse_adapter(name: str, what: str) -> None:
         base = None
     base = repr(base) if base else "a base model that it does not name"
     raise ValueError(
-        f"{what} {name!r} is an adapter of {base}, and no model: name the base model, and give it a "
-        "new adapter; or merge this one first, with PeftModel.from_pretrained(base, "
-        f"{name!r}).merge_and_unload(), and save the result. In Python, a PeftModel can be passed "
-        "as the model"
+        f"{what} {name!r} is an adapter of {base}, not a model: name the base model and give it a "
+        "new adapter, or merge this one first with PeftModel.from_pretrained(base, "
+        f"{name!r}).merge_and_unload() and save the result. In Python, you can also pass a "
+        "PeftModel as the model"
     )
 
 
 def _unreadable(name: str) -> str:
-    """The first safetensors file of a folder that cannot be opened."""
+    """The first safetensors file in a folder that cannot be opened."""
     for path in sorted(Path(name).glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -202,7 +214,7 @@ def _unreadable(name: str) -> str:
 
 
 def _broken_json(name: str) -> Path | None:
-    """The first file of a folder that should be JSON and is not."""
+    """The first .json file in a folder that is not JSON."""
     for path in sorted(Path(name).glob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))

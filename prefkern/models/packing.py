@@ -1,17 +1,18 @@
 """Packed batches: sequences end to end in one row, so that no padding is computed.
 
-A row [1, M] of S sequences comes with `cu_seqlens` [S + 1], where each begins. From it the model is
-given all that some family reads: positions that restart, from which transformers builds a
-block-diagonal mask for sdpa, eager and flex attention where there is no attention mask; the bounds
-for flash attention's variable-length path; and the number of each token's sequence, for state space
-layers whose kernels know of it.
+A row [1, M] of S sequences has bounds `cu_seqlens` [S + 1]: they say where each sequence begins.
+`packed_inputs` turns them into every input that some model family reads. Positions restart with
+each sequence; without an attention mask, transformers builds a block-diagonal mask from them for
+sdpa, eager and flex attention. The bounds go to flash attention's variable-length path. The number
+of each token's sequence goes to state space layers whose kernels support it.
 
-Whether a family heeds any of that is not written down anywhere: state space and linear attention
-layers carry their state on where their kernels are missing, ALiBi is laid over the row as a whole,
-positions may be counted inside the model, and GPT-OSS builds its masks without them. Such a model
-trains all the same, on sequences that read one another. So each model is asked, once for each
-attention implementation: what the first sequence says must not change the next one's hidden states,
-and they have to be those of a padded batch, or it is an error, never a wrong number.
+No config says whether a family uses these inputs. State space and linear attention layers carry
+their state into the next sequence if their kernels are missing. ALiBi counts along the whole row.
+Some models count positions inside, and GPT-OSS builds its masks without them. Such a model would
+still train, but on sequences that read one another. So each model is probed once for each attention
+implementation. Other tokens in the first sequence must not change the hidden states of the next
+one, and all hidden states must equal those of a padded batch. Otherwise packing is an error, never
+a wrong number.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from prefkern.models.calls import undisturbed
 from prefkern.models.head_forward import forward_with_head
 from prefkern.models.heads import HeadInputs, find_head, unwrap
 
-# The probe's sequences. A short one between two that outgrow a convolution's width and a block of
-# 64 or 128 tokens, as layers on blocks of tokens have them.
+# The lengths of the probe's sequences: a short one between two that are longer than a convolution's
+# width and than a block of 64 or 128 tokens, which some layers work on.
 _PROBE_LENGTHS = (67, 3, 130)
-# Chunked attention, whose chunks have to begin with each sequence, has chunks far beyond that.
+# The chunks of chunked attention must begin with each sequence. Real chunks are far longer than the
+# probe, so it shortens them to this.
 _PROBE_CHUNK = 16
 
 
@@ -41,26 +43,28 @@ def packed_inputs(
     input_ids: Tensor,  # (1, M)
     cu_seqlens: Tensor,  # (S + 1,)
 ) -> dict[str, Any]:
-    """What a causal LM's forward is given for a packed batch.
+    """The inputs of a causal LM's forward for a packed batch.
 
     Args:
         model: a Hugging Face causal LM, bare or wrapped; it is probed at its first packed batch.
         input_ids: [1, M] int64.
-        cu_seqlens: [S + 1] int32 or int64, where each sequence begins; the last is M.
+        cu_seqlens: [S + 1] int32 or int64: where each sequence begins, and last M.
 
-    Raises ValueError for shapes and bounds that do not fit, and for a model that would let packed
-    sequences read one another.
+    Raises TypeError for a cu_seqlens that is not an integer tensor, and ValueError for shapes and
+    bounds that do not fit, and for a model in which packed sequences would read one another.
     """
     require_packing(model)
     return _inputs(unwrap(model), input_ids, cu_seqlens)
 
 
 def require_packing(model: nn.Module) -> None:
-    """Raise ValueError unless packed sequences give the model's hidden states of padded ones."""
+    """Raise ValueError unless the model computes equal hidden states for packed and padded rows."""
     base, _ = find_head(model)
-    # A reference reads the same weights without the adapter, so this does not hang on the probe.
+    # Checked at each call: the probe's result is kept for the base, with and without an adapter.
     if _adds_virtual_tokens(model):
-        raise _refusal(base, "prompt learning puts its virtual tokens before a row, not a sequence")
+        raise _refusal(
+            base, "prompt learning puts its virtual tokens before the row, not before each sequence"
+        )
     implementation = _implementation(base)
     if base.__dict__.get("_prefkern_packs") != implementation:
         problem = _problem(model, base)
@@ -70,7 +74,7 @@ def require_packing(model: nn.Module) -> None:
 
 
 def reads_whole_row(model: nn.Module) -> bool:
-    """Whether attention is computed between all tokens of a row, and masked where it must not be."""
+    """Whether the model computes attention between all tokens of a row and masks it afterwards."""
     return _implementation(unwrap(model)) in ("sdpa", "eager")
 
 
@@ -86,7 +90,7 @@ def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
     tokens, device = input_ids.shape[1], input_ids.device
     bounds = cu_seqlens.to(device, torch.int32)
     lengths = bounds.diff()
-    # One synchronisation: transformers wants the longest as a number.
+    # One synchronisation for all checks; transformers needs the longest length as a Python int.
     facts = torch.stack([lengths.max(), lengths.min(), bounds[0], bounds[-1]])
     longest, shortest, *ends = facts.tolist()
     if shortest < 1 or ends != [0, tokens]:
@@ -109,14 +113,15 @@ def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
             "max_length_q": longest,
             "max_length_k": longest,
             "seq_idx": of_tokens(numbers)[None],
-            # Some families have it among these only; with a cache no mask is built of positions.
+            # Some families read it from these only. With a cache, transformers builds no mask from
+            # positions.
             "use_cache": False,
         }
     return inputs
 
 
 def _problem(model: nn.Module, base: Any) -> str | None:
-    """Why a model cannot take packed batches, in words; None if it can."""
+    """The reason why a model cannot take packed batches; None if it can."""
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "its forward takes no position_ids"
     config = base.config.get_text_config()
@@ -125,13 +130,13 @@ def _problem(model: nn.Module, base: Any) -> str | None:
     lengths = torch.tensor([min(length, limit) for length in _PROBE_LENGTHS])
     bounds = F.pad(lengths.cumsum(0), (1, 0)).to(device)
     first = int(lengths[0])
-    # Words of those that no family sets aside for pictures, other ones in each sequence.
-    words = min(config.vocab_size, 1000)
-    ids = torch.arange(int(lengths.sum())) * 37 % words
+    # Small ids, which no family reserves for images; each sequence gets different ones.
+    vocab = min(config.vocab_size, 1000)
+    ids = torch.arange(int(lengths.sum())) * 37 % vocab
     if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0:
-        # Texts may end with the very token that pads; no mask says here that it is read.
+        # A text may end with the pad token itself; without a mask the model must still read it.
         ids[lengths.cumsum(0) - 1] = config.pad_token_id
-    changed = torch.cat([(ids[:first] + 1) % words, ids[first:]])
+    changed = torch.cat([(ids[:first] + 1) % vocab, ids[first:]])
     is_token = torch.arange(int(lengths.max())) < lengths[:, None]
     rows = torch.zeros(is_token.shape, dtype=torch.int64)
     rows[is_token] = ids
@@ -146,33 +151,33 @@ def _problem(model: nn.Module, base: Any) -> str | None:
             raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             return f"its forward raised {type(error).__name__}: {error}".rstrip(".")
-    # The same shapes in the same kernels: but for rounding where words choose experts, nothing of
-    # the first sequence is in the others, at any precision.
+    # Shapes and kernels are the same. So the first sequence must not show in the others at any
+    # precision, except by rounding where tokens choose experts.
     seen = _difference(beside_others[0, first:], packed[0, first:])
     if not seen <= max(4 * precision, 1e-4):
         return (
-            "sequences in one row see one another: other words in the first one change the hidden "
+            "sequences in one row see one another: other tokens in the first one change the hidden "
             f"states of the next by {seen:.2g} of their norm"
         )
-    # Other shapes, whose rounding adds up over layers; positions that are off differ by far more.
+    # Shapes differ, and their rounding adds up over layers; wrong positions differ by far more.
     difference = _difference(packed[0], padded[is_token])
     if not difference <= max(32 * precision, 1e-3):
         return (
-            f"packed, its hidden states differ by {difference:.2g} of their norm from what they "
-            "are padded, as where a model counts positions along the row"
+            f"its hidden states in a packed row differ from those in a padded batch by "
+            f"{difference:.2g} of their norm; a model that counts positions along the row does this"
         )
     return None
 
 
 def _difference(x: Tensor, expected: Tensor) -> float:  # (N, H) each
-    """The largest difference of a token's states, in units of their norm."""
+    """The largest difference between two states of a token, relative to their norm."""
     norms = expected.norm(dim=-1)
-    # The pad token's own state may be 0.
+    # The state of the pad token may be 0.
     return ((x - expected).norm(dim=-1) / norms.clamp(min=1e-3 * norms.max())).max().item()
 
 
 def _hidden(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, float]:
-    """What reaches the head, in float32, and the rounding of what it was computed in."""
+    """The hidden states that reach the head, in float32, and the eps of the computation's dtype."""
 
     def keep(head: HeadInputs) -> tuple[tuple[Tensor, float], Tensor]:
         hidden, kind = head.hidden, head.hidden.device.type
@@ -181,7 +186,7 @@ def _hidden(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, float]:
             dtypes.append(torch.get_autocast_dtype(kind))
         precision = max(torch.finfo(dtype).eps for dtype in dtypes)
         if torch.get_float32_matmul_precision() != "highest" and kind == "cuda":
-            # TF32 keeps ten bits.
+            # TF32 keeps ten bits of the mantissa.
             precision = max(precision, 2.0**-10)
         return (hidden.float(), precision), hidden
 
@@ -190,7 +195,7 @@ def _hidden(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, float]:
 
 @contextmanager
 def _small_chunks(config: Any) -> Iterator[None]:
-    """Chunks of attention short enough for the probe to have several."""
+    """Shorten the chunks of chunked attention, so that the probe spans several of them."""
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None:
         config.attention_chunk_size = _PROBE_CHUNK
@@ -217,6 +222,6 @@ def _implementation(base: Any) -> str:
 def _refusal(base: Any, problem: str) -> ValueError:
     return ValueError(
         f"{type(base).__name__} with attn_implementation={_implementation(base)!r} cannot take "
-        f"packed batches: {problem}. Leave out padding_free (cu_seqlens), or load it with another "
-        "attn_implementation"
+        f"packed batches: {problem}. Leave out padding_free (cu_seqlens), or load the model with "
+        "another attn_implementation"
     )

@@ -1,10 +1,11 @@
-"""The longest row of a dataset against the positions of a model.
+"""Checks that a model has a position for each token of a dataset's longest row.
 
-A model with a table of positions (GPT-2, OPT, BERT; GPT-J's and CTRL's tables of sines) has no row of
-it for what comes after: an index error on a CPU, and on a GPU an assertion after which nothing runs
-any more. Rotary and relative positions go on beyond what a model was trained with, so there it is a
-warning. The bound on rows is the user's (`max_length`), and not lowered unasked: truncation is part of
-what is trained.
+Some models have a table of positions (GPT-2, OPT, BERT; GPT-J and CTRL have tables of sines). A
+token beyond the table gives an index error on a CPU. On a GPU it gives an assertion, after which
+the process can run nothing more. So a longer row is an error here. Rotary and relative positions
+have no such limit, but the model was not trained beyond its own length: a longer row gives a
+warning. The user sets the bound on rows (`max_length`). It is not lowered automatically, because
+truncation changes what is trained.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ def check_positions(
     multiple: int | None = None,
     whose: str = "model",
 ) -> None:
-    """Raise ValueError for rows that are longer than a table of positions; warn of other models.
+    """Raise ValueError for rows longer than the table of positions; without a table, warn.
 
     Args:
         dataset: tokenised pairs or single responses.
         base: the unwrapped Hugging Face model.
-        max_length: the bound on prompt plus response that the rows were cut to.
-        multiple: what the length of batches is rounded up to.
-        whose: what the error calls the model.
+        name: the dataset's name in the error.
+        max_length: the bound on prompt plus response that the rows were cut to, in tokens.
+        multiple: batches are padded to a multiple of this length.
+        whose: the model's name in the error.
     """
     known = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(known, int) or known <= 0:
@@ -48,13 +50,13 @@ def check_positions(
     if table is not None and padded > table:
         rounded = f" (padded to {padded}, a multiple of {multiple})" if padded > longest else ""
         raise ValueError(
-            f"dataset {name!r} has a row of {longest} tokens{rounded}, and the {whose} "
+            f"dataset {name!r} has a row of {longest} tokens{rounded}, but the {whose} "
             f"({type(base).__name__}) has {table} positions: max_length must be at most {table}, "
             f"got {max_length}"
         )
     if table is None and longest > known:
         logger.warning(
-            "dataset %r has a row of %d tokens, and the %s (%s) was made for %d "
+            "dataset %r has a row of %d tokens, but the %s (%s) was made for %d "
             "(max_position_embeddings): unless its positions are scaled, set max_length to that "
             "(it is %s)",
             name,
@@ -67,7 +69,7 @@ def check_positions(
 
 
 def longest_row(dataset: Any, max_length: int | None) -> int:
-    """Tokens of the longest prompt and response that a batch may hold."""
+    """The length in tokens of the longest prompt plus response that a batch may hold."""
     lengths = {}
     columns = [each for each in dataset.column_names if each.endswith("_ids")]
     tables: Any = dataset.select_columns(columns).with_format("arrow").iter(batch_size=65536)
@@ -82,20 +84,20 @@ def longest_row(dataset: Any, max_length: int | None) -> int:
                 rows = pc.add(lengths["prompt_ids"], lengths[column])  # pyright: ignore[reportAttributeAccessIssue]
                 longest = max(longest, pc.max(rows).as_py() or 0)  # pyright: ignore[reportAttributeAccessIssue]
     if "completion_ids" in most:
-        # Prompts also meet the responses to others (KTO), cut to max_length.
+        # KTO also joins prompts with responses to other prompts, cut to max_length.
         mismatched = most["prompt_ids"] + most["completion_ids"]
         longest = max(longest, min(mismatched, max_length or mismatched))
     return longest
 
 
 def _rows_of_table(base: Any, known: int) -> int | None:
-    """How many positions a model has a row for; None for one that computes them."""
+    """The number of positions in a model's table; None for a model that computes positions."""
     for path, module in base.named_modules():
         name = path.rpartition(".")[2]
-        # A vision tower's has a row for each patch.
+        # A smaller table may be a vision tower's, with a row for each patch.
         is_table = isinstance(module, nn.Embedding) and ("position" in name or name == "wpe")
         if is_table and module.num_embeddings >= known:
-            # Positions begin after a padding row where there is one.
+            # If the table has a padding row, positions begin after it.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             return min(known, module.num_embeddings - first)
     for path, table in base.named_buffers():

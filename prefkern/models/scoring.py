@@ -1,7 +1,7 @@
 """Log-probs and losses of a Hugging Face causal LM, with no logits in memory.
 
-`token_logprobs` scores tokens; `preference_outputs` runs a preference loss on a batch of
-`prefkern.data.collate`. The latter is the step that the trainer makes, and a loop of one's own:
+`token_logprobs` scores tokens. `preference_outputs` runs a preference loss on a batch of
+`prefkern.data.collate`; the trainer calls it at each step, and so does your own loop:
 
     out = prefkern.preference_outputs(model, batch, loss_fn, ref_logps=ref_logps)
     out.loss.backward()
@@ -29,9 +29,9 @@ from prefkern.ops.logprobs import linear_logprobs
 
 IGNORE_INDEX = -100
 
-# Of `token_logprobs`: a name that is nearly one of these is no argument of a model.
+# Options of `token_logprobs`: an unknown keyword that is close to one of these is a typing error.
 _OWN_OPTIONS = ("labels", "cu_seqlens", "temperature", "workspace_mb", "backend", "attention_mask")
-# What a batch has for the loss, and not for the model.
+# Entries of a batch that the loss reads, not the model.
 _OF_THE_LOSS = ("labels", "ref_logps", "reward_margins", "desirable")
 MISMATCHED = "mismatched_"
 
@@ -54,11 +54,11 @@ def token_logprobs(
         model: a Hugging Face causal LM, bare or wrapped (DDP, PEFT, FSDP).
         input_ids: [B, T] int64.
         attention_mask: [B, T], 1 for tokens and 0 for padding.
-        labels: [B, T] as the model takes them, not shifted, -100 where not scored. None scores
-            every token of `input_ids` that is not masked out and follows one that is not.
-        cu_seqlens: [S + 1] int32 or int64, where each sequence of a packed row begins: input_ids is
-            then [1, M], without attention_mask, positions restart with each sequence, and the
-            first token of each is not scored.
+        labels: [B, T] int64 as the model takes them: not shifted, -100 where not scored. None
+            scores every token of `input_ids` that is real, if the token before it is real too.
+        cu_seqlens: [S + 1] int32 or int64: where each sequence of a packed row begins. input_ids is
+            then [1, M], and attention_mask must be None. Positions restart with each sequence, and
+            its first token is not scored.
         temperature: divides the logits, > 0.
         workspace_mb, backend: as in `prefkern.linear_logprobs`.
         model_kwargs: passed to the model's forward (position_ids, pixel_values, ...).
@@ -67,8 +67,9 @@ def token_logprobs(
         [B, T-1] float32; column t holds log p(labels[:, t + 1]), 0 where not scored.
         Differentiable in the model's parameters.
 
-    Raises TypeError and ValueError for tensors that do not fit the model or one another, for a model whose head or logits transform is not
-    understood, and for one that cannot keep packed sequences apart.
+    Raises TypeError and ValueError for tensors that do not fit the model or one another, for a
+    model whose head or logits transform cannot be read, and for a model that cannot keep packed
+    sequences apart.
     """
     base, _ = find_head(model)
     text_inputs.check(base, input_ids, attention_mask, labels)
@@ -76,7 +77,7 @@ def token_logprobs(
     if labels is None:
         labels = input_ids
         if attention_mask is not None:
-            # A token after padding has no context: its log-prob would come from a pad's state.
+            # A token after padding has no context: the state of a pad token would predict it.
             kept = attention_mask.bool()
             kept = kept & F.pad(kept[:, :-1], (1, 0), value=True)
             labels = labels.masked_fill(~kept, IGNORE_INDEX)
@@ -86,7 +87,7 @@ def token_logprobs(
     if cu_seqlens is not None:
         if len(inputs) > 1:
             given = ", ".join(name for name in inputs if name != "input_ids")
-            raise ValueError(f"a packed row is input_ids and cu_seqlens alone, got {given} as well")
+            raise ValueError(f"a packed row takes only input_ids and cu_seqlens, also got {given}")
         inputs = packed_inputs(model, input_ids, cu_seqlens)
     aligned = align_labels(labels, cu_seqlens)
     transform = head_transform(model)
@@ -123,27 +124,27 @@ def preference_outputs(
 ) -> PreferenceOutput | UnpairedOutput:
     """Run a loss inside a model's forward, with no logits in memory.
 
-    Scale, softcap, bias, tied weights and an adapter on the head are read off the model.
+    Scale, softcap, bias, tied weights and an adapter on the head are read from the model.
 
     Args:
         model: a Hugging Face causal LM, bare or wrapped (DDP, PEFT, FSDP).
-        batch: what a collator of `prefkern.data.collate` makes, on the model's device: `input_ids`,
-            `labels` ([2B, T], not shifted, -100 where not scored; B chosen rows, then their B
-            rejected), `attention_mask` and whatever else the model's forward takes; or packed,
-            `input_ids` and `labels` [1, M] and `cu_seqlens` [2B + 1].
-        loss_fn: a `prefkern.FusedPreferenceLoss` with -100 as its `ignore_index`.
-        router_loss: what a mixture of experts' load-balancing loss counts for; None: what the
-            model's config says.
-        options: further keywords of its call, first of all `ref_logps` ([2B]) or `reward_margins`
-            ([B]). Those that the batch carries are not passed on by themselves: an objective may
-            have no use for them.
+        batch: a batch from a collator of `prefkern.data.collate`, on the model's device. It holds
+            `input_ids`, `labels` ([2B, T], not shifted, -100 where not scored; B chosen rows, then
+            their B rejected rows), `attention_mask`, and anything else that the model's forward
+            takes. Packed, it holds `input_ids` and `labels` [1, M] and `cu_seqlens` [2B + 1].
+        loss_fn: a `prefkern.FusedPreferenceLoss` with `ignore_index` -100.
+        router_loss: the load-balancing loss of a mixture of experts; None: as the model's config
+            says.
+        options: further keywords of the call of `loss_fn`, mainly `ref_logps` ([2B]) and
+            `reward_margins` ([B]). Pass these yourself even if the batch holds them: some
+            objectives refuse them.
 
     Returns:
-        The output of `loss_fn`. Its `loss` depends on the wrapped model's output as well, which
-        changes no value, and is where DDP and FSDP hang their hooks: call backward on it.
+        The output of `loss_fn`. Its `loss` also depends on the wrapped model's output. That changes
+        no value, but DDP and FSDP put their hooks there: call backward on this loss.
 
     Raises TypeError and ValueError for a batch whose tensors do not fit one another or the model,
-    for a model whose head or logits transform is not understood, and for a `loss_fn` of another
+    for a model whose head or logits transform cannot be read, and for a `loss_fn` with another
     `ignore_index`.
     """
     if not isinstance(loss_fn, FusedPreferenceLoss):
@@ -154,8 +155,8 @@ def preference_outputs(
     _check_batch(base, batch)
     if loss_fn.ignore_index != IGNORE_INDEX:
         raise ValueError(
-            f"loss_fn must have ignore_index={IGNORE_INDEX}, which a model's labels and the last "
-            f"token of each sequence have; got {loss_fn.ignore_index}"
+            f"loss_fn must have ignore_index={IGNORE_INDEX}, the label of tokens that a model does "
+            f"not score; got {loss_fn.ignore_index}"
         )
     router_loss = RouterLoss.of(model) if router_loss is None else router_loss
     transform = head_transform(model)
@@ -185,8 +186,8 @@ def preference_outputs(
 
 
 def _check_batch(base: Any, batch: Mapping[str, Any]) -> None:
-    """Labels of another shape would be scored against other tokens' hidden states."""
-    # transformers' BatchEncoding is none to isinstance.
+    """Raise unless the batch has labels that fit its ids: others would score the wrong tokens."""
+    # isinstance(batch, Mapping) is false for transformers' BatchEncoding.
     if not hasattr(batch, "keys"):
         raise TypeError(f"batch must be a mapping of names to tensors, got {batch!r}"[:200])
     if "labels" not in batch:
@@ -197,7 +198,7 @@ def _check_batch(base: Any, batch: Mapping[str, Any]) -> None:
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch is the model's, and not the loss's."""
+    """The inputs of the model's forward in a batch, without the entries that the loss reads."""
     rest = {
         name: value
         for name, value in batch.items()
@@ -207,8 +208,8 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return rest
     if rest.keys() != {"input_ids", "cu_seqlens"}:
         raise ValueError(
-            "a packed batch has input_ids, labels and cu_seqlens, from which all else is made; "
-            f"got {', '.join(rest)}"
+            "a packed batch gives the model only input_ids and cu_seqlens, from which all other "
+            f"inputs follow; got {', '.join(rest)}"
         )
     return packed_inputs(model, **rest)
 
@@ -217,9 +218,9 @@ def align_labels(
     labels: Tensor,  # (B, T), or (1, M) with cu_seqlens
     cu_seqlens: Tensor | None = None,  # (S + 1,)
 ) -> Tensor:  # as labels
-    """Labels as a model takes them -> labels aligned with hidden states: the only shift there is.
+    """Labels as a model takes them -> labels aligned with hidden states. Only this function shifts.
 
-    The last token of a sequence predicts nothing, least of all the first of the next in its row.
+    The last token of a sequence predicts nothing, also not the first token of the next sequence.
     """
     aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if cu_seqlens is None:

@@ -1,9 +1,9 @@
-"""What a causal LM is given: token ids, mask and labels against one another, and against the model.
+"""Checks a causal LM's inputs: do token ids, mask and labels fit one another and the model?
 
-A model takes more than it can use. A mask of numbers between 0 and 1, or of another shape, is
-stretched or cut until it fits; a keyword that nobody reads disappears in `**kwargs`; and an id
-beyond the vocabulary stops a GPU for good. So all that is said here, before the forward, for one
-device synchronisation.
+A model accepts inputs that it cannot use. It stretches or cuts a mask of another shape, or one of
+numbers between 0 and 1, until it fits. A keyword that nothing reads disappears in `**kwargs`. A
+token id beyond the vocabulary stops a GPU until the process ends. So all of this is checked before
+the forward, at the cost of one device synchronisation.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check(
 
 
 def embedding_rows(base: Any) -> int | None:
-    """How many words a Hugging Face model's embedding has; None where it does not say."""
+    """The number of rows of a Hugging Face model's embedding; None if the model does not say."""
     try:
         return getattr(base.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:
@@ -70,7 +70,7 @@ def embedding_rows(base: Any) -> int | None:
 
 
 def check_names(base: Any, given: Mapping[str, Any], own: Iterable[str]) -> None:
-    """Raise TypeError for a keyword that the model does not name, and that is nearly one of `own`."""
+    """Raise TypeError for a keyword that is unknown to the model and close to a name in `own`."""
     known = inspect.signature(base.forward).parameters
     for name in given:
         close = difflib.get_close_matches(name, [*own], n=1, cutoff=0.75)

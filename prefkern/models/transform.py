@@ -1,11 +1,11 @@
-"""What a model does to its raw logits: read off its config, and held once against the model itself.
+"""What a model does to its raw logits: read from its config, then checked against the model itself.
 
-A scale (Cohere, Granite, Falcon-H1, ...) and a tanh softcap (Gemma 2, ...) follow the head. Names do
-not settle which: Granite divides by `logits_scaling`, HyperCLOVA X multiplies by it and MiniCPM3
-applies it before the head. So each reading is held once per model against the model: a forward of
-four tokens in which the head returns a known ramp of float32 logits up to +-100, and the model's
-output has to be that ramp transformed. If no reading explains it, that is an error, never a wrong
-number.
+After the head, some models scale the logits (Cohere, Granite, Falcon-H1, ...) or apply a tanh
+softcap (Gemma 2, ...). The names in a config do not say which. Granite divides by `logits_scaling`,
+HyperCLOVA X multiplies by it, and MiniCPM3 applies it before the head. So each candidate is checked
+once per model by a forward of four tokens. In it the head returns a known ramp of float32 logits up
+to +-100, and the model's output must be the transformed ramp. If no candidate explains the output,
+that is an error, never a wrong number.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from prefkern.models import heads
 from prefkern.models.calls import replaced_forward, uncalled, undisturbed, without_cache
 from prefkern.models.heads import find_head
 
-# config name -> the factors that some family applies to its raw logits for a value s of it
+# Name in the config -> the factors by which some family multiplies its raw logits for its value s.
 _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
     "logit_scale": lambda s: (s, 1.0),
     "lm_head_multiplier": lambda s: (s, 1.0),
     "output_multiplier": lambda s: (s, 1.0),
     "logits_scaling": lambda s: (1 / s, s, 1.0),
 }
-_WORDS = "unpadded_vocab_size"
+_VOCAB_SIZE = "unpadded_vocab_size"
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
-# Each of the probe's four tokens gets a ramp of logits from -p to p, backwards for negative p.
+# Each of the probe's four tokens gets a ramp of logits from -p to p; for negative p it falls.
 _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
 
 
@@ -42,29 +42,29 @@ _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
 class HeadTransform:
     """What a model does to its raw logits z: `z * logit_scale`, then `softcap * tanh(z / softcap)`.
 
-    `words` is how many of the head's words it does that to and keeps; None: all of them.
+    The model keeps the logits of the first `vocab_size` vocabulary entries; None: of all entries.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
-    words: int | None = None
+    vocab_size: int | None = None
 
     def __call__(self, raw: Tensor) -> Tensor:
-        scaled = raw[..., : self.words] * self.logit_scale
+        scaled = raw[..., : self.vocab_size] * self.logit_scale
         if self.softcap is None:
             return scaled
         return self.softcap * torch.tanh(scaled / self.softcap)
 
 
 def head_transform(model: nn.Module) -> HeadTransform:
-    """The model's logits transform: read off its config, held once against the model itself.
+    """The model's logits transform: read from its config, checked once against the model itself.
 
     Raises ValueError if no reading of the config explains what the model does to its logits.
     """
     base, head = find_head(model)
     candidates = candidate_transforms(base.config)
     probed = base.__dict__.setdefault("_prefkern_head_transform", {})
-    # A config edited since is probed again, and so is a head whose adapters were switched.
+    # After an edit of the config, or with other adapters on the head, the model is probed again.
     key = (candidates, heads.reading(head))
     if key not in probed:
         probed[key] = _probe(model, base, head, candidates)
@@ -72,7 +72,7 @@ def head_transform(model: nn.Module) -> HeadTransform:
 
 
 def candidate_transforms(config: Any) -> tuple[HeadTransform, ...]:
-    """Every transform that some family means by this config's names, the likeliest first."""
+    """Every transform that the names in this config mean in some family, the likeliest first."""
     text_config = config.get_text_config()
 
     def number(name: str) -> float | None:
@@ -84,23 +84,23 @@ def candidate_transforms(config: Any) -> tuple[HeadTransform, ...]:
         readings(value) for name, readings in _SCALES.items() if (value := number(name)) is not None
     ]
     softcaps = [value for name in _SOFTCAPS if (value := number(name)) is not None]
-    unpadded = number(_WORDS)
-    words = () if unpadded is None else (int(unpadded),)
+    unpadded = number(_VOCAB_SIZE)
+    sizes = () if unpadded is None else (int(unpadded),)
     transforms = []
-    for factors, softcap, count in itertools.product(
-        itertools.product(*scales), (*softcaps, None), (*words, None)
+    for factors, softcap, vocab_size in itertools.product(
+        itertools.product(*scales), (*softcaps, None), (*sizes, None)
     ):
-        transforms.append(HeadTransform(math.prod(factors), softcap, count))
+        transforms.append(HeadTransform(math.prod(factors), softcap, vocab_size))
     return tuple(dict.fromkeys(transforms))
 
 
 def _plain_tokens(config: Any, count: int) -> list[int]:
-    """Words to which a config gives no meaning of their own, such as to stand for an image."""
+    """Token ids without a special meaning in the config (an image placeholder, for example)."""
     text_config = config.get_text_config()
     values = [*vars(config).values(), *vars(text_config).values()]
     named = {value for value in values if isinstance(value, int)}
-    words = range(min(count + len(named), text_config.vocab_size))
-    plain = [word for word in words if word not in named] or [0]
+    ids = range(min(count + len(named), text_config.vocab_size))
+    plain = [token for token in ids if token not in named] or [0]
     return [plain[i % len(plain)] for i in range(count)]
 
 
@@ -109,7 +109,7 @@ def _is_finite(weight: Tensor) -> bool:
 
 
 def _virtual_tokens(model: nn.Module) -> int:
-    """How many positions a prompt-learning adapter may put before the tokens."""
+    """The number of virtual tokens that a prompt-learning adapter may put before the real ones."""
     configs = [
         config
         for module in model.modules()
@@ -124,7 +124,7 @@ def _probe(
     head: Any,
     candidates: tuple[HeadTransform, ...],
 ) -> HeadTransform:
-    """The candidate that explains the model's logits best, if it explains them."""
+    """The candidate that explains the model's logits best; ValueError if none explains them."""
     embeddings = base.get_input_embeddings()
     device = embeddings.weight.device
     ids = torch.tensor([_plain_tokens(base.config, len(_PROBE_PEAKS))], device=device)
@@ -135,7 +135,7 @@ def _probe(
 
         def probing_head(hidden: Tensor) -> Tensor:
             raw = original(hidden)
-            # Whatever the head's class, it has to compute what we take it to compute.
+            # Whatever its class, the head must compute the linear map that `heads.read` found.
             seen["raw"] = raw
             read = heads.read(head, hidden)
             seen["linear"] = F.linear(hidden, read.weight, read.bias)
@@ -146,7 +146,7 @@ def _probe(
             peaks = torch.tensor(_PROBE_PEAKS, device=raw.device)
             peaks = peaks[torch.arange(raw.shape[-2], device=raw.device) % len(peaks)]
             ramp = peaks[:, None] * torch.linspace(-1, 1, raw.shape[-1], device=raw.device)
-            # In float32 whatever the model's dtype: in bf16 a factor of 1.05 would pass as rounding.
+            # Always in float32: in bf16 a factor of 1.05 would pass as rounding.
             seen["ramp"] = ramp.expand_as(raw)
             # A copy, since some models transform their logits in place.
             return seen["ramp"].clone()
@@ -164,7 +164,7 @@ def _probe(
             f"the logits of {type(base).__name__} on a short input are not finite"
             + (", though its weights are" if found is None else f": {found} holds nan or inf")
         )
-    # Two ways to one product, each rounded in the head's dtype.
+    # Two ways to compute one product; each rounds in the head's dtype.
     rounding = max(8 * torch.finfo(seen["raw"].dtype).eps, 1e-5)
     if not (raw - linear).abs().max() <= rounding * raw.abs().max():
         raise ValueError(
@@ -176,15 +176,15 @@ def _probe(
     if positions not in (len(_PROBE_PEAKS), len(_PROBE_PEAKS) + virtual):
         raise ValueError(
             f"{type(base).__name__} calls its output head on {positions} positions for "
-            f"{len(_PROBE_PEAKS)} tokens; one a token is needed, as in a causal LM"
+            f"{len(_PROBE_PEAKS)} tokens; a causal LM calls it on one position per token"
         )
     fitting = [each for each in candidates if each(ramp).shape == logits.shape]
     if not fitting:
         raise ValueError(
-            f"{type(base).__name__} returns logits of shape {list(logits.shape)} where its head "
-            f"gives {list(ramp.shape)}"
+            f"{type(base).__name__} returns logits of shape {list(logits.shape)}, but its head "
+            f"returns {list(ramp.shape)}"
         )
-    # The model rounds at each of its few steps, in the dtype of its logits.
+    # The model rounds at each of its few steps to the dtype of its logits.
     tolerance = max(8 * torch.finfo(logits.dtype).eps, 1e-5)
     logits = logits.float()
 
@@ -192,7 +192,7 @@ def _probe(
         expected = candidate(ramp)
         return ((logits - expected).abs() / (expected.abs() + 1e-4)).max().item()
 
-    # The closest, not the first that passes: in bf16 a scale of 1.02 and its inverse both might.
+    # The closest, not the first that passes: in bf16 a scale of 1.02 and its inverse may both pass.
     closest = min(fitting, key=error)
     if error(closest) <= tolerance:
         return closest
@@ -201,7 +201,7 @@ def _probe(
     raw_logit = ramp[..., : expected.shape[-1]].flatten()[worst].item()
     raise ValueError(
         f"the logits of {type(base).__name__} are not explained by its config: "
-        f"{fitting[0]} was read (and {len(candidates) - 1} other readings tried), which turns a "
-        f"raw logit of {raw_logit:.4g} into {expected.flatten()[worst].item():.4g}, and the model "
+        f"{fitting[0]} was read (and {len(candidates) - 1} other readings tried). It turns a "
+        f"raw logit of {raw_logit:.4g} into {expected.flatten()[worst].item():.4g}, but the model "
         f"turns it into {logits.flatten()[worst].item():.4g}"
     )

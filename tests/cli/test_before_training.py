@@ -135,7 +135,7 @@ def test_an_unknown_metric_is_told_before_training(files, capsys, monkeypatch): 
     monkeypatch.setattr(ItemTrainer, "train", lambda *_, **__: pytest.fail("it trained"))
     options = {"eval_fraction": 0.25, "eval_strategy": "steps", "metric_for_best_model": "foo"}
     message = error(flags({**files, **options}), capsys)
-    assert "--metric_for_best_model is 'foo', which evaluation does not log; it logs " in message
+    assert "--metric_for_best_model is 'foo', but evaluation does not log it; it logs " in message
     assert " rewards/accuracies, " in message
 
 
@@ -162,7 +162,7 @@ def test_an_interrupted_run_says_where_it_goes_on(files, tmp_path, capsys, monke
         return
     last = tmp_path / "out" / "checkpoint-2"
     assert line.endswith(
-        f"interrupted; the last checkpoint is {last}: --resume_from_checkpoint true goes on from it"
+        f"interrupted; the last checkpoint is {last}; resume it with --resume_from_checkpoint true"
     )
     monkeypatch.undo()
     assert cli.main(["train", *argv, "--resume_from_checkpoint", "true"]) == 0

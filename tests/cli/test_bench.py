@@ -161,10 +161,10 @@ def test_truth_is_that_of_autograd(softcap: float | None, monkeypatch: pytest.Mo
     assert truth.note is None
 
     some = problem.truth_of(made, problem.dpo_grads(made), operations=1.0)
-    assert len(some.tokens) == len(some.words) == 32 and some.note is not None
+    assert len(some.tokens) == len(some.entries) == 32 and some.note is not None
     torch.testing.assert_close(some.dhidden, truth.dhidden[some.tokens], **close)
-    torch.testing.assert_close(some.dweight, truth.dweight[some.words], **close)
-    assert "32 of 48 tokens" in some.note and "32 of 100 words" in some.note
+    torch.testing.assert_close(some.dweight, truth.dweight[some.entries], **close)
+    assert "32 of 48 tokens" in some.note and "32 of 100 vocabulary entries" in some.note
 
 
 PEERS = {

@@ -172,7 +172,7 @@ def test_what_is_printed(tmp_path, capsys):
     shape = ["--seq-len", "512", "--batch", "4", "--device", "cpu"]
     status, out, _ = _run([folder, *shape, "--workspace-mb", "0.5"], capsys)
     assert status == 0
-    assert f"{folder} (Gemma2ForCausalLM): H = 32, V = 97, a head tied to the embeddings" in out
+    assert f"{folder} (Gemma2ForCausalLM): H = 32, V = 97, head tied to the embeddings" in out
     assert "softcap 30" in out and "N = 4,096 scored of 4,096" in out
     lines = [line.split() for line in out.splitlines()]
     assert [line[0] for line in lines if "logits" in line] == ["reference", "frozen", "trained"]
@@ -193,14 +193,14 @@ def test_what_is_printed(tmp_path, capsys):
     ("argv", "message"),
     [
         (["nowhere/at all", "--seq-len", "8", "--batch", "1"], "nowhere/at all"),
-        (["{t5}", "--seq-len", "8", "--batch", "1"], "is no causal LM: its model type is 't5'"),
+        (["{t5}", "--seq-len", "8", "--batch", "1"], "is not a causal LM: its model type is 't5'"),
         (["{model}", "--seq-len", "8"], "the following arguments are required: --batch"),
         (["{model}", "--seq-len", "one", "--batch", "1"], "--seq-len: invalid int value: 'one'"),
         (["{model}", "--seq-len", "1", "--batch", "1"], "--seq-len must be at least 2, got 1"),
         (["{model}", "--seq-len", "8", "--batch", "0"], "--batch must be at least 1, got 0"),
         (
             ["{model}", "--seq-len", "8", "--batch", "1", "--prompt-len", "8"],
-            "--prompt-len must be below --seq-len, which is 8: got 8",
+            "--prompt-len must be below --seq-len (8), got 8",
         ),
         (
             ["{model}", "--seq-len", "8", "--batch", "1", "--workspace-mb", "-1"],
@@ -245,4 +245,4 @@ def test_a_configuration_of_no_model_is_one_line(tmp_path, capsys, change):
     status, out, err = _run([str(tmp_path), "--seq-len", "8", "--batch", "1"], capsys)
     assert status == 2 and not out
     (line,) = [each for each in err.splitlines() if not each.startswith("[transformers]")]
-    assert f"model '{tmp_path}': no model can be made of its config.json (" in line
+    assert f"model '{tmp_path}': no model can be built from its config.json (" in line

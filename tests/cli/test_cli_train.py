@@ -217,7 +217,7 @@ def test_errors_of_yaml(files, tmp_path, capsys):
     path.write_text("a: [1\n")
     assert "run.yaml, line 2, column 1: expected ',' or ']'" in error([str(path)], capsys)
     path.write_text("beta: 0.1\nlora_r: 4\nbeta: 0.2\n")
-    assert "run.yaml, line 3, column 1: 'beta' is there already, in line 1" in error(
+    assert "run.yaml, line 3, column 1: 'beta' occurs twice, first in line 1" in error(
         [str(path)], capsys
     )
     path.write_text("beta: \x07\n")

@@ -297,7 +297,7 @@ def test_early_stopping_ends_with_the_best_checkpoint(files, tmp_path, capsys):
     losses = {log["step"]: log["eval_loss"] for log in state["log_history"] if "eval_loss" in log}
     best = min(losses, key=lambda step: losses[step])
     assert state["global_step"] == best + 6
-    assert f"is that of step {best}" in printed.out
+    assert f"the saved model is from step {best}" in printed.out
     report = json.loads((tmp_path / "reward" / "all_results.json").read_text())
     assert report["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
     checkpoint = str(tmp_path / "reward" / f"checkpoint-{best}")
@@ -545,9 +545,9 @@ def test_batches_by_length_are_refused_by_both_trainers(tmp_path, kind):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"margin": 1.0}, "has a column 'margin', which is what training reads"),
+        ({"margin": 1.0}, "has a column 'margin', from which training reads"),
         ({"reward_margin": 1.0}, "has a column 'reward_margin'"),
-        ({"chosen_ids": [1]}, "has a column 'chosen_ids'; a reward model needs text"),
+        ({"chosen_ids": [1]}, "has a column 'chosen_ids', but a reward model needs text"),
         ({"rejected": None}, "row 0: 'rejected' must be text"),
     ],
 )
@@ -580,7 +580,7 @@ def test_outputs_that_are_not_replaced(files, tmp_path, capsys):
     folder.mkdir()
     (folder / "mine").write_text("mine")
     change = {"output": str(folder), "overwrite": True}
-    assert "is no dataset, and is not replaced" in error(flags({**files, **change}), capsys)
+    assert "is not a dataset, and is not replaced" in error(flags({**files, **change}), capsys)
     assert (folder / "mine").read_text() == "mine"
     change = {"output": str(tmp_path / "same"), "output_dir": str(tmp_path / "same")}
     assert "are the same folder" in error(flags({**files, **change}), capsys)
@@ -624,7 +624,7 @@ def test_errors_of_adapters(files, tmp_path, capsys):
 def test_options_of_training_have_no_effect_on_scoring(files, capsys):
     options = scoring(files, "x", learning_rate=0.1, eval_fraction=0.5, lora_r=16)
     message = error(flags(options), capsys)
-    assert "no effect of --eval_fraction, --learning_rate, --lora_r" in message
+    assert "so --eval_fraction, --learning_rate, --lora_r has no effect" in message
 
 
 def test_rewards_that_are_not_finite_are_not_written(files, tmp_path, capsys):

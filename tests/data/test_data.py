@@ -311,7 +311,7 @@ def test_prompts_that_whole_conversations_repeat_are_left_out():
         single = {"prompt": prompt, "completion": whole["chosen"], "label": True}
         assert _examples([single])[0][0]["completion_ids"] == expected["chosen_ids"]
         for other in ("chosen", "rejected"):
-            with pytest.raises(ValueError, match=f"row 0: .*, and '{other}' does not; expected"):
+            with pytest.raises(ValueError, match=f"row 0: .*, but '{other}' does not; expected"):
                 _tokenize([{**whole, other: row[other]}])
     assert _tokenize([{**CONVERSATION}])[0][0] == plain[0]
 
@@ -426,7 +426,7 @@ def test_reference_sums_are_of_the_tokens_that_they_came_with(options):
     row = {**STANDARD, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}
     tokens, _ = _tokenize([row])
     for rows in ([row], tokens.to_list()):
-        with pytest.raises(ValueError, match="row 0: truncation would cut it, and its reference"):
+        with pytest.raises(ValueError, match="row 0: truncation would cut it, but its reference"):
             _tokenize(rows, **options)
         with pytest.raises(ValueError, match="no pair with two responses that can be scored"):
             _tokenize(rows, truncation_mode="drop", **options)
@@ -494,7 +494,7 @@ def test_text_prompts_of_conversations():
     assert alone[0] == chat[0]
     both = FORMATS["conversational, implicit prompt"]
     assert _tokenize([{**both, "prompt": ""}])[0][0] == chat[0]
-    with pytest.raises(ValueError, match="row 0: 'prompt' is 'plot \\?', and no message"):
+    with pytest.raises(ValueError, match="row 0: 'prompt' is 'plot \\?', but no user"):
         _tokenize([{**both, "prompt": "plot ?"}])
     apart = {**both, "rejected": [_user("plot ?"), _assistant("bad")]}
     with pytest.raises(ValueError, match="row 0: .* begin with different questions"):
@@ -504,31 +504,34 @@ def test_text_prompts_of_conversations():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tools": "[{"}, "'tools' is text and not JSON"),
+        ({"tools": "[{"}, "'tools' is text but not JSON"),
         ({"tools": '{"name": "plot"}'}, "'tools' must be a list of schemas"),
         ({"chat_template_kwargs": "greeting"}, "'chat_template_kwargs' must be a mapping"),
         (
             {"prompt": [{"role": "robot", "content": "a"}]},
             "does not take these messages: no robots",
         ),
-        ({"prompt": [{"from": "user", "value": "a"}]}, "a message has no 'role', but 'from', 'val"),
+        (
+            {"prompt": [{"from": "user", "value": "a"}]},
+            "a message has no 'role', only 'from', 'val",
+        ),
         (
             {"prompt": [{"role": "user", "value": "film ?"}]},
-            r"of role 'user' in 'prompt' has neither .* but {'role': 'user', 'value': 'film \?'}; ",
+            r"of role 'user' in 'prompt' has neither .*: {'role': 'user', 'value': 'film \?'}; ",
         ),
         ({"chosen": [_assistant(None)]}, "role 'assistant' in 'chosen' has neither 'content' nor"),
         ({"rejected": [_assistant(3)]}, "'content' of .* in 'rejected' must be text or .*, got 3"),
         ({"prompt": [{"role": 1, "content": "a"}]}, "'role' of a message in 'prompt' must be text"),
         ({"prompt": ["film ?"]}, "'prompt' must be text or a list of messages .* is 'film \\?'"),
-        ({"prompt": [_user("a"), None]}, "'prompt' must be .*, and one of its messages is None"),
+        ({"prompt": [_user("a"), None]}, "'prompt' must be .*, but one of its messages is None"),
         ({"chosen": [_assistant("a"), None]}, "'chosen' must be .* one of its messages is None"),
         (
             {"prompt": [_user([{"type": "image", "url": "a.png"}])]},
-            "of role 'user' has content of type 'image', which is not supported yet",
+            "of role 'user' has content of type 'image', but only text is supported yet",
         ),
         (
             {"prompt": [_user([{"type": "text", "text": "film ?"}])]},
-            "the chat template expects text as content, and would print a list of blocks",
+            "the chat template expects text as content and would print the list of blocks",
         ),
     ],
 )
@@ -561,9 +564,9 @@ def test_keys_that_arrow_fills_in_are_not_rendered():
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_images_are_refused_by_name(column):
     rows = [{**CONVERSATION, column: "a.png"}]
-    with pytest.raises(ValueError, match=f"has a column '{column}', and images are not supported"):
+    with pytest.raises(ValueError, match=f"has a column '{column}', but images are not supported"):
         _tokenize(rows)
-    with pytest.raises(ValueError, match=f"has a column '{column}', and images are not supported"):
+    with pytest.raises(ValueError, match=f"has a column '{column}', but images are not supported"):
         _examples([{**SINGLE, column: "a.png"}])
 
 

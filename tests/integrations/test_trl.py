@@ -568,7 +568,7 @@ REFUSED = [
     ),
     ({"beta": 0.3, "objective": "ipo"}, "args.beta is 0.3.*no beta"),
     ({"objective": "simpo"}, r"args.beta is 0.1, TRL's default.* is 2.0"),
-    ({"objective_options": {"clip": 2.0}}, "objective_options .* by name"),
+    ({"objective_options": {"clip": 2.0}}, "objective_options .* needs an objective by name"),
     ({"objective": "simpo", "beta": 1.0, "precompute_ref_log_probs": True}, "SimPO has no ref"),
     ({"objective": "simpo", "beta": 1.0, "sync_ref_model": True}, "args.sync_ref_model"),
     ({"objective": "simpo", "beta": 1.0, "ref_model": "tiny"}, "ref_model was given"),
@@ -613,7 +613,9 @@ def test_fuse_head_refuses_by_name(tmp_path):
         def get_batch_loss_metrics(self, *args, **kwargs):
             return super().get_batch_loss_metrics(*args, **kwargs)
 
-    with pytest.raises(ValueError, match="Own has a get_batch_loss_metrics of its own"):
+    with pytest.raises(
+        ValueError, match="Own overrides get_batch_loss_metrics, which may read logits"
+    ):
         fuse_head(build(tmp_path, Own, CPOConfig))
     trainer = build(tmp_path, CPOTrainer, CPOConfig)
     with pytest.raises(ValueError, match="backend must be"):
@@ -634,7 +636,7 @@ def test_orpos_terms_must_name_the_same_tokens(tmp_path):
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     labels = batch["chosen_labels"]
     labels[labels != -100] = 5
-    with pytest.raises(ValueError, match="chosen_labels name other tokens"):
+    with pytest.raises(ValueError, match="chosen_labels and chosen_input_ids differ, and both"):
         trainer.compute_loss(trainer.model, batch)
 
 

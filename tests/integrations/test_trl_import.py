@@ -15,8 +15,8 @@ NAME = "prefkern.integrations.trl"
     ("installed", "message"),
     [
         (None, r'needs TRL .*1\.16.* not installed: pip install "trl.*1\.16.*"'),
-        ("1.15.0", r'supports TRL .*1\.16.*, and 1\.15\.0 is installed: pip install "trl'),
-        ("1.17.0", r"and 1\.17\.0 is installed"),
+        ("1.15.0", r'supports TRL .*1\.16.*, but 1\.15\.0 is installed: pip install "trl'),
+        ("1.17.0", r"but 1\.17\.0 is installed"),
     ],
 )
 def test_other_versions_are_refused_on_import(monkeypatch, installed, message):

@@ -56,7 +56,7 @@ def test_missing_weights_are_not_drawn(tmp_path, family):
     change_weights(folder, lambda weights: [weights.pop(name) for name in lost])
     with pytest.raises(ValueError, match=r"ref_model '.*model' has no weights for ") as caught:
         load_model(folder, None, "ref_model")
-    assert "would be drawn at random; fetch its files anew" in str(caught.value)
+    assert "they would be drawn at random. Download its files again" in str(caught.value)
     if family.startswith("Llama"):
         assert ("lm_head.weight" in str(caught.value)) == (family == "Llama")
 
@@ -95,13 +95,13 @@ def test_damaged_files_and_other_shapes(tmp_path):
     with pytest.raises(ValueError, match="weights have other shapes than its config.json says"):
         load_model(folder)
     weights.write_bytes(weights.read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was not written to its"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or incomplete"):
         load_model(folder)
     tiny.tokenizer().save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was not written to its"):
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or incomplete"):
         rewards.new_reward_model(folder)
     (tmp_path / "model" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="the tokenizer of .*tokenizer.json.* Mend its files"):
+    with pytest.raises(ValueError, match="the tokenizer of .*tokenizer.json.* Repair its files"):
         rewards.new_reward_model(folder)
 
 
@@ -114,7 +114,7 @@ def test_an_adapter_is_no_model(tmp_path, beside):
     if beside != "alone":
         # transformers would load the base and train it together with the adapter.
         model.config.save_pretrained(folder)
-    message = r" is an adapter of '.*base', and no model: name the base model.*merge_and_unload"
+    message = r" is an adapter of '.*base', not a model: name the base model.*merge_and_unload"
     for what in ("model", "ref_model"):
         with pytest.raises(ValueError, match=f"^{what} '{folder}'{message}"):
             load_model(folder, None, what)
@@ -144,4 +144,4 @@ def test_a_broken_tokenizer_is_named(tmp_path, file):
     (tmp_path / file).write_text("{bad")
     with pytest.raises(ValueError, match=f"cannot be loaded: {tmp_path / file}: ") as caught:
         load_tokenizer(str(tmp_path), {})
-    assert "Mend its files, or pass processing_class" in str(caught.value)
+    assert "Repair its files, or pass processing_class" in str(caught.value)

@@ -212,7 +212,7 @@ def test_transform_that_the_config_does_not_tell_is_an_error(family, dtype):
         (lambda z: z.clamp(max=90.0), "turns it into 90"),
         (lambda z: 50 * torch.tanh(z / 50), "turns it into"),
         (lambda z: z.log_softmax(-1), "turns it into"),
-        (lambda z: z[..., :90], r"logits of shape \[1, 4, 90\] where its head gives \[1, 4, 97\]"),
+        (lambda z: z[..., :90], r"logits of shape \[1, 4, 90\], but its head returns \[1, 4, 97\]"),
         (lambda z: z[:, -1:], r"logits of shape \[1, 1, 97\]"),
     ],
     ids=[

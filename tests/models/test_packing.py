@@ -417,7 +417,7 @@ def test_positions_that_a_model_counts_itself_are_found():
     model = tiny.model("GPT2")
     embed = model.transformer.wpe.forward
     model.transformer.wpe.forward = lambda ids: embed(torch.arange(ids.shape[-1])[None])
-    with pytest.raises(ValueError, match="a model counts positions along the row"):
+    with pytest.raises(ValueError, match="a model that counts positions along the row"):
         require_packing(model)
 
 
@@ -487,7 +487,9 @@ def test_a_collator_of_ones_own_may_pack(tmp_path):
         batch = PreferenceCollator(0, padding_free=True)(rows)
         return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
-    with pytest.raises(ValueError, match="from which all else is made; got .*attention_mask"):
+    with pytest.raises(
+        ValueError, match="from which all other inputs follow; got .*attention_mask"
+    ):
         trainer(tmp_path, count=4, data_collator=with_mask).train()
 
 
@@ -513,7 +515,9 @@ def test_wrong_bounds(change, error, message):
 def test_a_packed_row_has_no_mask():
     row, bounds = packed_row(sequences())
     for name in ("attention_mask", "position_ids"):
-        with pytest.raises(ValueError, match=f"input_ids and cu_seqlens alone, got {name}"):
+        with pytest.raises(
+            ValueError, match=f"takes only input_ids and cu_seqlens, also got {name}"
+        ):
             prefkern.token_logprobs(
                 tiny.model(), row, cu_seqlens=bounds, **{name: torch.ones_like(row)}
             )

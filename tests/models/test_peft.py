@@ -310,7 +310,7 @@ def test_a_named_adapter_as_reference(tmp_path):
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (tiny.model, {"ref_adapter_name": "a"}, "names an adapter of a PEFT model"),
+        (tiny.model, {"ref_adapter_name": "a"}, "must be that of an adapter of a PEFT model"),
         (
             lambda: _adapted(_lora()),
             {"ref_adapter_name": "a"},
@@ -449,7 +449,7 @@ def test_a_base_that_is_trained_beside_its_adapter_is_refused(tmp_path, referenc
     if reference is not None:
         model.add_adapter(reference, _lora())
     model.get_input_embeddings().weight.requires_grad_(True)
-    message = "model.embed_tokens.weight would be trained, which the base model shares"
+    message = "model.embed_tokens.weight would be trained, but the reference uses the same"
     options = {} if reference is None else {"ref_adapter_name": reference}
     with pytest.raises(ValueError, match=message):
         _trainer_on(tmp_path, model, **options)

@@ -197,7 +197,7 @@ def test_what_cannot_be_had_is_an_error(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="router_aux_loss_coef must be >= 0, got -1"):
         config(tmp_path, router_aux_loss_coef=-1.0)
     with pytest.raises(
-        ValueError, match="router_aux_loss_coef is 0.1, and LlamaForCausalLM has no"
+        ValueError, match="router_aux_loss_coef is 0.1, but LlamaForCausalLM has no"
     ):
         trainer(tmp_path, router_aux_loss_coef=0.1)
     trainer(tmp_path, router_aux_loss_coef=0.0)
@@ -207,7 +207,7 @@ def test_what_cannot_be_had_is_an_error(tmp_path: Path, monkeypatch) -> None:
     assert RouterLoss.of(model).asked_of(model) == {}
     with monkeypatch.context() as patch:
         patch.setattr(routers, "_COEFFICIENTS", ("another_coef", "third_coef"))
-        with pytest.raises(ValueError, match="has no another_coef or third_coef"):
+        with pytest.raises(ValueError, match="router_logits but has no another_coef or third_coef"):
             RouterLoss.of(mixture(**ON))
     output = prefkern.ops.outputs.UnpairedOutput(*[torch.zeros(2)] * 8)
     for returned in ({}, 0, None):

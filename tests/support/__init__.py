@@ -1,1 +1,1 @@
-"""What tests share: tiny models, drawn problems, oracles, tables of cases, and who runs them."""
+"""Helpers that tests share: tiny models, random problems, oracles, tables of cases, and runners."""

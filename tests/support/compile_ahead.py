@@ -1,13 +1,14 @@
-"""Compile every launch of every kernel for a GPU that need not be there; print a report as JSON.
+"""Compiles every launch of every kernel for a GPU, without that GPU; prints a report as JSON.
 
 usage: python tests/support/compile_ahead.py sm_90 [--all]      (or sm_80, sm_100, gfx942)
 
-Of the product's configurations those in use, the first of each class, with what a call may add to
-them; `--all` takes every candidate of the table, and nothing but them.
+For the product kernel this compiles the configurations in use (the first of each class), with the
+variants of a call. With `--all` it compiles every candidate of the table, and nothing else.
 
-The real launchers are driven on meta tensors, with Triton's driver replaced by one that names the
-target and launches nothing. A process of its own, since Triton must be imported compiling, not
-interpreting. Each row: kernel, variant, warps, shared memory, and for NVIDIA registers, stack and spills.
+The real launchers run on meta tensors. Triton's driver is replaced by one that names the target and
+launches nothing. This is a separate process, because Triton must be imported in compiling mode, not
+in interpreter mode. Each row has the kernel, variant, warps and shared memory; for NVIDIA also
+registers, stack and spills.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-# The pair kernel as each name has it (R-DPO's is DPO's), and what an option adds to its constexprs.
+# One objective for each variant of the pair kernel, and options that change its constexprs. R-DPO
+# has the same variant as DPO.
 WITHOUT_A_KERNEL = ("betadpo", "tdpo1", "tdpo2", "kto")
 OBJECTIVES = [
     *(build(name) for name in names() if name not in (*WITHOUT_A_KERNEL, "rdpo", "adardpo")),
@@ -56,7 +58,7 @@ OBJECTIVES = [
 
 
 class OfflineDriver:
-    """What a launch asks of a driver, answered without a device."""
+    """Answers the questions of a launch to its driver, without a device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -88,7 +90,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def launch_all() -> None:
-    """Every combination of the constexprs that the launchers set, at the size of a real tile."""
+    """Launch every combination of the launchers' constexprs, at the size of a real tile."""
     n, v, h = 2048, 16384, 4096
     labels = meta(n, dtype=torch.int64)
     plain = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
@@ -134,12 +136,12 @@ def launch_all() -> None:
             launch_finish(dtype, *gradients, n, h)
     for objective in OBJECTIVES:
         launch_pair_loss(objective, pairs=8)
-    # A size of 1 is a constant to Triton.
+    # Triton treats a size of 1 as a constant.
     launch_pair_loss(OBJECTIVES[0], pairs=1)
 
 
 def launch_finish(dtype: torch.dtype, of_head: bool, of_hidden: bool, n: int, h: int) -> None:
-    """The end of a fold, with what its gradients need."""
+    """Launch the end of a fold, with the outputs that its gradients need."""
     kernels.finish(
         *(meta(n) for _ in range(4)),
         meta(n, dtype=torch.int64),
@@ -153,7 +155,7 @@ def launch_finish(dtype: torch.dtype, of_head: bool, of_hidden: bool, n: int, h:
 
 
 def launch_pair_loss(objective: Objective, pairs: int) -> None:
-    """The loss of pairs, with what its objective needs and nothing else."""
+    """Launch the loss of pairs, with only the inputs that its objective needs."""
     options = objective.to("meta").pair_kernel_options()
     assert options is not None
     kernels.pair_loss(
@@ -172,7 +174,7 @@ def launch_pair(
     n: int,
     v: int,
 ) -> None:
-    """The kernels of a policy's tile beside a reference's."""
+    """Launch the kernels that take a tile of the policy and a tile of the reference."""
     labels = meta(n, dtype=torch.int64)
     biases = [None if bias is None else meta(v, dtype=dtype) for dtype in (bias, torch.float32)]
     reference = {
@@ -218,8 +220,9 @@ def launch_pair(
     )
 
 
-# What a call adds to a product: none of it, or all that a class allows. The bare one has sizes that
-# every block divides; the others leave a tail of words, which goes to a kernel of its own.
+# Variants of a call: bare, or with everything that a class allows. In the bare one every block size
+# divides the sizes. The others leave a tail of vocabulary entries, which compiles as another
+# kernel.
 VARIANTS: dict[str, dict[str, Any]] = {
     "bare": {},
     "rows and tail": {"rows": True, "cut": True},
@@ -230,11 +233,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def launch_products(arch: str, every: bool) -> list[dict[str, Any]]:
-    """The products of an architecture's table; one description for each kernel compiled."""
+    """Launch the products in an architecture's table; returns a description of each kernel."""
     descriptions = []
     seen = set()
     for product, choice in tiles.PRODUCTS[arch].items():
-        # Narrow products have the wide ones' tiles in longer strips, which no compiler sees.
+        # Narrow products use the tiles of wide ones in longer strips: the compiled code is the
+        # same.
         if not product.wide:
             continue
         names = ["bare", "rows and tail"] if product.plain else ["softcap", "bias"]
@@ -289,7 +293,7 @@ def launch_product(
 
 
 def instructions(kernel: CompiledKernel) -> list[str]:
-    """Which of the products', the copies' and the warps' instructions a kernel has."""
+    """The instructions for products, copies and warp specialisation that a kernel has."""
     text = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
     names = (
         ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")

@@ -1,7 +1,8 @@
-"""Problems drawn by hypothesis: a call's tensors, laid out, masked and told what one can be told.
+"""Problems drawn by hypothesis: the tensors of a call, their memory layouts, masks and options.
 
-Sizes from 1 to some thousands, odd and even, on both sides of every tile; dtypes, memory layouts with
-NaN around what may be read, masks, transforms, workspaces, what trains.
+Sizes go from 1 to some thousands, odd and even, on both sides of every tile size. Dtypes, masks,
+transforms, workspaces and the set of trained tensors also vary. Memory layouts have NaN around the
+elements, so that a read outside of them shows in the result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 import prefkern
 from support.error_bounds import TokenBounds, token_bounds
 
-# What an interpreted program costs bounds how many there can be.
+# Interpreted programs are slow, so the triton backend gets smaller problems.
 MOST = {"torch": 2**22, "triton": 2**16}  # N H V
 LARGEST = {"torch": (3000, 300, 3000), "triton": (34, 33, 300)}  # N, H, V
 LAYOUTS = ("contiguous", "transposed", "sliced", "stepped", "expanded")
@@ -28,7 +29,7 @@ LEAVES = ("hidden", "weight", "bias", "lora_hidden", "lora_weight")
 
 @dataclass
 class Problem:
-    """A call's tensors, and what it is told beside them."""
+    """The tensors and the options of a call."""
 
     tensors: dict[str, Tensor]
     labels: Tensor
@@ -39,11 +40,11 @@ class Problem:
     grad: Tensor  # of the log-probs, as labels
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What hypothesis prints of a failure: not its numbers."""
+        """The text that hypothesis prints for a failure: shapes and options, not the numbers."""
         shapes = {k: (tuple(x.shape), x.stride(), x.dtype) for k, x in self.tensors.items()}
         scored = f"{int(self.scored.sum())} of {self.labels.numel()} tokens"
-        told = f"{self.workspace_mb} MiB, {self.backend}, trains {self.trains}"
-        printer.text(f"{scored}, {shapes}, {self.options}, {told}")
+        setup = f"{self.workspace_mb} MiB, {self.backend}, trains {self.trains}"
+        printer.text(f"{scored}, {shapes}, {self.options}, {setup}")
 
     @property
     def scored(self) -> Tensor:
@@ -53,7 +54,7 @@ class Problem:
         return {k: v for k, v in self.options.items() if k != "ignore_index"}
 
     def doubled(self) -> dict[str, Tensor]:
-        """Leaves in float64, of the numbers that the call is given."""
+        """Float64 leaves with the same numbers as the call's tensors."""
         return {
             name: x.detach().double().contiguous().requires_grad_(name in self.trains)
             for name, x in self.tensors.items()
@@ -62,7 +63,7 @@ class Problem:
     def bounds(
         self, tensors: dict[str, Tensor] | None = None, unit: float = 2.0**-24
     ) -> TokenBounds:
-        """Of the scored tokens."""
+        """The error bounds of the scored tokens."""
         x = {k: v.detach() for k, v in (tensors or self.tensors).items()}
         scored = self.scored.reshape(-1)
         lora = {}
@@ -81,7 +82,7 @@ class Problem:
 
 @st.composite
 def sizes(draw, largest: int) -> int:
-    """1 to `largest`: most often at a power of two or beside it."""
+    """A size from 1 to `largest`, most often a power of two or next to one."""
     near = st.integers(0, int(math.log2(largest))).flatmap(
         lambda e: st.integers(max(2**e - 1, 1), min(2**e + 1, largest))
     )
@@ -134,7 +135,7 @@ def problems(
 
 
 def _labels(draw, tensors: dict[str, Tensor], V: int, ignore_index: int) -> Tensor:
-    """Some of them the likeliest word; masked in one of several ways."""
+    """Labels, about half of them the likeliest entry; masked in one of several ways."""
     hidden = tensors["hidden"]
     labels = torch.randint(V, hidden.shape[:-1])
     likely = (hidden.float() @ tensors["weight"].float().T).argmax(-1)
@@ -153,10 +154,10 @@ def _labels(draw, tensors: dict[str, Tensor], V: int, ignore_index: int) -> Tens
 
 
 def laid_out(x: Tensor, layout: str, dim: int = 0) -> Tensor:
-    """The same numbers in memory otherwise, with what must not be read around them.
+    """The same numbers in another memory layout, with values around them that must not be read.
 
-    Expanded, they are those of the first one along a dimension. Of a weight that is not the words:
-    a sum of V equal numbers is off by V u, not by sqrt(V) u.
+    The layout "expanded" repeats the first slice along a dimension. For a weight that dimension is
+    not the vocabulary: a sum of V equal numbers has an error of V u, not sqrt(V) u.
     """
     if layout == "expanded":
         return x.narrow(dim, 0, 1).clone().expand(x.shape)
@@ -179,7 +180,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def run(problem: Problem, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Log-probs (or statistics) and gradients of the call, with some of its arguments changed."""
+    """Log-probs (or statistics) and gradients of the call, with `changes` to its arguments."""
     tensors = changes.pop("tensors", problem.tensors)
     labels = changes.pop("labels", problem.labels)
     grad = changes.pop("grad", problem.grad)
@@ -199,7 +200,7 @@ def run(problem: Problem, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def gradient_bounds(problem: Problem, bounds: TokenBounds, grad: Tensor) -> dict[str, Tensor]:
-    """Of the gradients that the problem asks for, at scored tokens where it is of states."""
+    """Bounds for the gradients of the trained tensors; for states, at the scored tokens."""
     grad = grad.reshape(-1)[problem.scored.reshape(-1)]
 
     def states(name: str) -> Tensor:
@@ -207,16 +208,16 @@ def gradient_bounds(problem: Problem, bounds: TokenBounds, grad: Tensor) -> dict
 
     makes = {
         "hidden": lambda: bounds.of_states(grad, problem.tensors["weight"].detach()),
-        "weight": lambda: bounds.of_words(grad, states("hidden")),
-        "bias": lambda: bounds.of_words(grad, torch.ones(len(grad), 1))[:, 0],
+        "weight": lambda: bounds.of_entries(grad, states("hidden")),
+        "bias": lambda: bounds.of_entries(grad, torch.ones(len(grad), 1))[:, 0],
         "lora_hidden": lambda: bounds.of_states(grad, problem.tensors["lora_weight"].detach()),
-        "lora_weight": lambda: bounds.of_words(grad, states("lora_hidden")),
+        "lora_weight": lambda: bounds.of_entries(grad, states("lora_hidden")),
     }
     return {name: makes[name]() for name in problem.trains}
 
 
 def assert_within(mine: Tensor, true: Tensor, bound: Tensor, name: str) -> None:
-    """Element by element, and half an ulp more for a gradient that is stored in a half dtype."""
+    """Assert the bound for each element, plus half an ulp for a gradient stored in a half dtype."""
     assert mine.isfinite().all(), name
     if mine.dtype in HALVES:
         info = torch.finfo(mine.dtype)

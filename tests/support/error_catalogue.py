@@ -1,12 +1,12 @@
-"""Every bad input of every public call, and what its error has to say: one table.
+"""Bad inputs of every public call, with the errors that they must raise: one table.
 
-A row is a call that is right but for one change, and the error that this gets: its type, and parts
-of its message: the argument's name (which the test adds by itself), what was given, what is
-expected or to be done. `test_errors` runs all rows, and counts: every parameter of every call here
-has a row, and every `raise` in the package is reached by one, or by another test.
+A row is a right call with one change, and its error: the type, and parts of the message. The
+message must have the argument's name (the test adds that itself), the given value, and what is
+expected or what to do. `test_errors` runs all rows. It also checks that every parameter of every
+call here has a row, and that a row or another test reaches every `raise` in the package.
 
-What needs a dataset on disk, a checkpoint or a model that trains is in test_corrupt.py, test_data.py,
-test_cli_train.py, test_margins.py, test_trainer*.py and test_trl.py.
+Cases that need a dataset on disk, a checkpoint or a trained model are in test_corrupt.py,
+test_data.py, test_cli_train.py, test_margins.py, test_trainer*.py and test_trl.py.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LABELS_OUT_OF_RANGE = [50, -7, 2**40]
 
 @dataclass(frozen=True)
 class Call:
-    """A public call, and arguments that are right."""
+    """A public call, with right arguments."""
 
     function: Callable[..., Any]
     good: Callable[[], dict[str, Any]]
-    # Parameters whose every value has a meaning, and why.
+    # Parameters that accept every value.
     any_value: tuple[str, ...] = ()
 
 
@@ -368,7 +368,7 @@ _LOSS = [
     ({"desirable": torch.ones(4).bool()}, ValueError, "DPO trains on pairs"),
     ({"mismatched_log_ratios": torch.zeros(3)}, ValueError, "DPO trains on pairs"),
 ]
-# What is right or wrong only where an objective and a transform are known.
+# Arguments that can be checked only with an objective and a transform.
 _OF_A_LOSS = (
     "logit_scale",
     "softcap",
@@ -598,7 +598,7 @@ _TEXT = [
         {"attention_mask": torch.ones(1, T).long(), "cu_seqlens": torch.tensor([0, 3]),
          "input_ids": TEXT[:1]},
         ValueError,
-        "input_ids and cu_seqlens alone",
+        "takes only input_ids and cu_seqlens",
     ),
     ({"temperature": -1}, ValueError, "> 0", "-1"),
     ({"temperature": True}, TypeError, "a number", "True"),
@@ -750,7 +750,7 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
     ),
 ]
 
-# What a message calls a part of a call by another name than the argument's.
+# Arguments that their error messages call by another name.
 SAID_OTHERWISE = {
     ("token_logprobs", "model"),  # the class of what was given
     ("preference_outputs", "model"),

@@ -1,7 +1,8 @@
-"""Model families, each built tiny with what its head does, and what their own logits say.
+"""Model families, each built tiny, with the logits transform that must be read from its config.
 
-A row is a family's name, options of its config, and the transform that has to be read off it. Caps
-are low and scales far from 1, so that a transform that is missed or misread cannot pass.
+A row has the name of a family, options of its config, and the expected transform. Softcaps are low
+and scales are far from 1, so that a missed or misread transform cannot pass. `oracle` computes
+log-probs from the model's own logits.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _DEEPSEEK = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-# its heads are multiples of 64
+# The sizes of its heads are multiples of 64.
 _XLSTM = {"hidden_size": 128, "num_heads": 2, "num_blocks": 2, "output_logit_soft_cap": _CAP}
 
 _INKLING = {
@@ -94,12 +95,12 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 @dataclass(frozen=True)
 class Family:
-    name: str  # of its config, without Config
+    name: str  # name of its config class, without "Config"
     options: dict[str, Any] = field(default_factory=dict)
     transform: HeadTransform | None = _PLAIN  # None: versions of transformers differ
     text: dict[str, Any] | None = None  # options of the language model inside a vision model
     image: dict[str, list[int]] = field(default_factory=dict)  # input -> shape
-    image_tokens: int = 4  # that a picture takes among input_ids
+    image_tokens: int = 4  # number of ids that stand for one image
 
     def __str__(self) -> str:
         flags = [f"{key}={value}" for key, value in self.options.items() if key.startswith("tie")]
@@ -125,9 +126,9 @@ FAMILIES = [
         {"logits_scaling": 8.0, "num_local_experts": 4, "num_experts_per_tok": 2},
         HeadTransform(0.125),
     ),
-    # multiplies by what Granite divides by
+    # HyperCLOVA X multiplies by the value that Granite divides by.
     Family("HyperCLOVAX", {"logits_scaling": 0.5}, HeadTransform(0.5)),
-    # divides before its head, so that the head's input needs no scale
+    # MiniCPM3 divides before its head, so its logits need no scale.
     Family("MiniCPM3", {**_MLA, "dim_model_base": 16}),
     Family("FalconH1", {**_MAMBA, "lm_head_multiplier": 0.25}, HeadTransform(0.25)),
     Family("Phi"),  # a head with a bias
@@ -153,11 +154,11 @@ FAMILIES = [
         HeadTransform(softcap=0.25),
     ),
     Family("xLSTM", _XLSTM, HeadTransform(softcap=_CAP)),
-    # what pads the vocabulary of its head is cut off its logits
+    # The model drops the logits of the rows that pad its head's vocabulary.
     Family(
         "Inkling2Text",
         {**_INKLING, "unpadded_vocab_size": 95, **_CAPPED},
-        HeadTransform(softcap=_CAP, words=95),
+        HeadTransform(softcap=_CAP, vocab_size=95),
     ),
     Family("NanoChat", _CAPPED, HeadTransform(softcap=_CAP)),
     Family("Mamba", {"state_size": 8}),
@@ -176,7 +177,7 @@ VISION = [
         text={"rope_parameters": _MROPE},
         image={"pixel_values": [16, 48], "image_grid_thw": [1, 4, 4]},
     ),
-    # with images Gemma 3 caps nothing, whatever the config of its text says
+    # With images Gemma 3 applies no softcap, whatever its text config says.
     Family(
         "Gemma3",
         {"vision_config": _CLIP, "mm_tokens_per_image": 4, "image_token_index": IMAGE},
@@ -200,7 +201,7 @@ VISION = [
             "image_token_id": IMAGE,
             "projection_dim": 32,
         },
-        None,  # caps nothing before transformers 5.2x
+        None,  # before transformers 5.2x it applies no softcap
         text={"model_type": "gemma2", **_CAPPED},
         image={"pixel_values": [1, 3, 8, 8]},
     ),
@@ -222,7 +223,7 @@ VISION = [
 
 
 def build(family: Family, seed: int = 0) -> nn.Module | None:
-    """The family's tiny model, its parameters all drawn at random; None without the family."""
+    """The family's tiny model with random parameters; None if transformers lacks the family."""
     if not hasattr(transformers, f"{family.name}Config"):
         return None
     if family.text is None:
@@ -236,7 +237,7 @@ def build(family: Family, seed: int = 0) -> nn.Module | None:
 
 
 def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model without parameters that are all 0 or all 1, which would hide that they are read."""
+    """The model with noise on parameters that are all equal, such as 0 or 1: these hide errors."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -246,7 +247,7 @@ def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, mask (rows of 9, 6 and 4 tokens, padded on the right) and labels with a prompt."""
+    """ids, mask and labels: 9, 6 and 4 tokens, padded on the right; the first two are prompt."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, IMAGE, (3, 9), generator=generator)
     mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 4 + [0] * 5])
@@ -258,7 +259,7 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def with_image(
     family: Family, ids: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """ids and labels with a picture in the first row, and what the model needs to see it."""
+    """ids and labels with an image in the first row, and the model's further inputs for it."""
     picture = slice(1, 1 + family.image_tokens)
     ids, labels = ids.clone(), labels.clone()
     ids[0, picture], labels[0, picture] = IMAGE, -100

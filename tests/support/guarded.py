@@ -1,16 +1,17 @@
-"""Launches in which every buffer stands alone between guards: a stray access shows.
+"""Kernel launches with guards around every buffer, so that a stray access is found.
 
     with guarded.launches() as kernels:
         prefkern.linear_logprobs(...)
     assert kernels["_fold_kernel"]
 
-Each tensor of each launch is replaced by a copy with guards before and after it and, where its rows
-do not touch, between them. Guards hold NaN (integers: a number far beyond every range), so that a
-value read there shows in the result, and must be what they were after the launch; then the copies
-are copied back. With `pads_rows` the launchers are given matrices whose rows do not touch.
+Each tensor of each launch is replaced by a copy with guards before and after it. If its rows do not
+touch, there are guards between them too. Guards hold NaN, or for integers a number outside every
+range, so that a value read there shows in the result. After the launch the guards must be
+unchanged; then the copies are copied back. With `pads_rows` the launchers get matrices whose rows
+do not touch.
 
-Under the interpreter every address is looked at besides, before it is used: a load whose value is
-thrown away is found as well. On a GPU that is compute-sanitizer's part (`make sanitize`).
+In the interpreter every address is also checked before it is used. This finds even a load whose
+value is discarded. On a GPU compute-sanitizer does this (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import prefkern_kernels
 
-# Bytes before and after a buffer; a multiple of every alignment that a launch may count on.
+# Bytes before and after a buffer: a multiple of every alignment that a launch may rely on.
 GUARD = 2**15
 LAUNCHERS = (
     "finish", "fold", "pair_loss", "product_fold", "remake_weights", "rescale_rows",
     "scatter_scaled", "settle",
 )  # fmt: skip
-# Bytes between rows: as many as keep a row aligned for a tensor descriptor.
+# Bytes between rows, which keep each row aligned for a tensor descriptor.
 _BETWEEN_ROWS = 32
 
 
 class StrayAccess(AssertionError):
-    """A launch read or wrote what is no element of its arguments."""
+    """A launch read or wrote memory outside of its arguments' elements."""
 
 
 class Fence:
-    """A copy of a tensor, with its strides, between guards."""
+    """A copy of a tensor, with the same strides, between guards."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.original = tensor
@@ -56,14 +57,14 @@ class Fence:
         sizes, strides = tensor.shape, tensor.stride()
         last = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
         self.span = last + 1 if tensor.numel() else 0
-        # A launch may be compiled for a pointer that 16 divides: let the copy's be as the tensor's.
+        # A launch may be compiled for a pointer divisible by 16: keep the tensor's remainder.
         self.begin = GUARD + tensor.data_ptr() % 16
         # All ones are NaN in each float format.
         self.poison = 0xFF if tensor.is_floating_point() else 0x7F
         length = self.begin + self.span * self.size + GUARD
         self.whole = torch.full((length,), self.poison, dtype=torch.uint8, device=tensor.device)
         inner = self.whole[self.begin : self.begin + self.span * self.size]
-        # A view of bytes needs an aligned beginning, which a storage of one's own has.
+        # A view of bytes as another dtype needs an aligned start; set_ on the storage does not.
         self.copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
             self.whole.untyped_storage(), self.begin // self.size, sizes, strides
         )
@@ -91,7 +92,7 @@ class Fence:
 
 
 class _Launch:
-    """A kernel, every tensor of whose launches is behind a fence."""
+    """A kernel whose launches get fenced copies of all tensors."""
 
     def __init__(self, name: str, kernel: Any, launched: collections.Counter[str]) -> None:
         self.name, self.kernel, self.launched = name, kernel, launched
@@ -119,12 +120,12 @@ class _Launch:
 
 
 def guard(kernel: Any, name: str = "kernel") -> _Launch:
-    """One kernel, guarded."""
+    """One kernel with guards."""
     return _Launch(name, kernel, collections.Counter())
 
 
 def kernels() -> dict[tuple[str, str], Any]:
-    """All kernels of the package, by module and name."""
+    """All kernels of the package, with (module, name) as keys."""
     found = {}
     for info in pkgutil.iter_modules(prefkern_kernels.__path__):
         module = importlib.import_module(f"prefkern_kernels.{info.name}")
@@ -136,7 +137,7 @@ def kernels() -> dict[tuple[str, str], Any]:
 
 @contextmanager
 def launches(pads_rows: bool = True) -> Iterator[collections.Counter[str]]:
-    """Guard all launches of all kernels; yields how often each was launched."""
+    """Guard all launches of all kernels; yields the number of launches of each kernel."""
     launched: collections.Counter[str] = collections.Counter()
     replaced = []
     for (module, name), kernel in kernels().items():
@@ -160,7 +161,7 @@ def _fenced(arg: Any, fences: dict[tuple, Fence]) -> Any:
         return dataclasses.replace(arg, base=_fenced(arg.base, fences))
     if not isinstance(arg, torch.Tensor):
         return arg
-    # A tile may be its own output: two arguments of the same memory stay so.
+    # A tile may be its own output: two arguments with the same memory share one copy.
     key = (arg.data_ptr(), arg.shape, arg.stride(), arg.dtype)
     if key not in fences:
         fences[key] = Fence(arg)
@@ -168,7 +169,7 @@ def _fenced(arg: Any, fences: dict[tuple, Fence]) -> Any:
 
 
 def _assert_apart(fences: list[Fence]) -> None:
-    """Buffers that overlap in part could not be told apart by their copies."""
+    """Assert that no buffers overlap partly: separate copies of these would behave differently."""
     ranges = sorted((f.original.data_ptr(), f.span * f.size) for f in fences if f.span)
     for (begin, length), (following, _) in itertools.pairwise(ranges):
         assert begin + length <= following, "two arguments of a launch overlap"
@@ -182,7 +183,7 @@ def _with_padded_rows(launcher: Callable[..., Any]) -> Callable[..., Any]:
         bound = signature.bind(*args, **keywords)
         copies: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, value in bound.arguments.items():
-            # A table of maxima is walked as a vector.
+            # The kernel walks the table of maxima as a vector, so its rows must touch.
             is_matrix = isinstance(value, torch.Tensor) and value.ndim == 2 and name != "maxima"
             if not is_matrix or value.stride(1) != 1 or 0 in value.shape:
                 continue
@@ -203,7 +204,7 @@ def _with_padded_rows(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _watched(fences: list[Fence], strays: list[str]) -> Iterator[None]:
-    """Under the interpreter, every address is that of an element of one of the fenced tensors."""
+    """In the interpreter, check that every address is an element of one of the fenced tensors."""
     if not prefkern_kernels.INTERPRET:
         yield
         return
@@ -218,7 +219,7 @@ def _watched(fences: list[Fence], strays: list[str]) -> Iterator[None]:
 
 
 class _Watch:
-    """The interpreter's memory accesses, each looked at before it is made."""
+    """The interpreter's memory accesses, each checked before it happens."""
 
     def __init__(self, real: Any, fences: list[Fence], strays: list[str]) -> None:
         self._real, self._strays = real, strays

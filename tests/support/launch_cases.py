@@ -1,7 +1,7 @@
-"""Each launcher on a few rows of any size: what the guards, the sanitizer and large offsets drive.
+"""Each launcher on a few rows of any size, for tests of guards, sanitizer and large offsets.
 
-A case is called with the functions on tiles (`prefkern_kernels` or their twins in torch), a size of
-row and a device, and returns all that the launch wrote.
+A case takes the module with the functions on tiles (`prefkern_kernels` or the twins in torch), the
+size of a row and a device. It returns everything that the launch wrote.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Outputs = dict[str, torch.Tensor]
 
 
 class Draw:
-    """Numbers that are the same for every backend."""
+    """Draws numbers that are the same for every backend."""
 
     def __init__(self, size: int, device: str) -> None:
         self._generator = torch.Generator().manual_seed(size)
@@ -31,8 +31,8 @@ class Draw:
     def uniform(self, *shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=self._generator).to(self.device)
 
-    def words(self, start: int, size: int) -> torch.Tensor:
-        """Labels of ROWS tokens: in another tile, in the last column, anywhere."""
+    def labels(self, start: int, size: int) -> torch.Tensor:
+        """Labels of ROWS tokens: in another tile, in the last column, and anywhere in the tile."""
         anywhere = int(torch.randint(size, (), generator=self._generator))
         labels = [start + size + 3, start + size - 1, start + anywhere]
         return torch.tensor(labels, device=self.device)
@@ -51,7 +51,7 @@ def fold(ops: ModuleType, size: int, device: str) -> Outputs:
     sums = [state[name] for name in ("maximum", "total", "label_logit", "label_slope", "rescale")]
     moments = [state[name] for name in ("shifted", "logit_sum", "before", "squares")]
     ops.fold(
-        draw.normal(ROWS, size) * 6, draw.words(start, size),
+        draw.normal(ROWS, size) * 6, draw.labels(start, size),
         draw.normal(size, dtype=torch.bfloat16), *sums, weights, *moments,
         start=start, first=False, **CAPPED,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def fold(ops: ModuleType, size: int, device: str) -> Outputs:
 def remake_weights(ops: ModuleType, size: int, device: str) -> Outputs:
     draw, start = Draw(size, device), 100
     weights = torch.empty(ROWS, size, dtype=torch.float16, device=device)
-    labels = draw.words(start, size)
+    labels = draw.labels(start, size)
     ops.remake_weights(
         draw.normal(ROWS, size), labels, draw.normal(size), draw.uniform(ROWS) + 13,
         draw.normal(ROWS), -draw.uniform(ROWS), weights, start=start, **CAPPED,
@@ -115,7 +115,7 @@ def fold_of_pairs(ops: ModuleType, size: int, device: str) -> Outputs:
         torch.empty(ROWS, size, dtype=torch.bfloat16, device=device) for _ in range(2)
     )
     ops.fold(
-        draw.normal(ROWS, size) * 6, draw.words(start, size),
+        draw.normal(ROWS, size) * 6, draw.labels(start, size),
         draw.normal(size, dtype=torch.bfloat16), *state.values(), weights,
         ref_tile=draw.normal(ROWS, size) * 6, ref_bias=draw.normal(size), **ref_state,
         ref_weights=ref_weights, start=start, first=False, **CAPPED,
@@ -127,7 +127,7 @@ def remake_weights_of_pairs(ops: ModuleType, size: int, device: str) -> Outputs:
     draw, start = Draw(size, device), 100
     weights = torch.empty(ROWS, size, dtype=torch.float16, device=device)
     ops.remake_weights(
-        draw.normal(ROWS, size), draw.words(start, size), draw.normal(size),
+        draw.normal(ROWS, size), draw.labels(start, size), draw.normal(size),
         draw.uniform(ROWS) + 13, draw.normal(ROWS), draw.normal(ROWS), weights,
         ref_tile=draw.normal(ROWS, size), ref_bias=draw.normal(size, dtype=torch.bfloat16),
         ref_unit=draw.uniform(ROWS) + 13, ref_factor=draw.normal(ROWS), start=start, **CAPPED,
@@ -140,7 +140,7 @@ def remake_weights_of_kept_pairs(ops: ModuleType, size: int, device: str) -> Out
     weights = torch.empty(ROWS, size, dtype=torch.float32, device=device)
     kept, ref_kept = (draw.uniform(ROWS, size).to(torch.bfloat16) for _ in range(2))
     ops.remake_weights(
-        kept, draw.words(start, size), None, draw.uniform(ROWS), draw.normal(ROWS),
+        kept, draw.labels(start, size), None, draw.uniform(ROWS), draw.normal(ROWS),
         draw.normal(ROWS), weights, ref_tile=ref_kept, ref_unit=draw.uniform(ROWS),
         ref_factor=draw.normal(ROWS), is_kept=True, start=start, **CAPPED,
     )  # fmt: skip
@@ -168,7 +168,7 @@ CASES: dict[str, Callable[[ModuleType, int, str], Outputs]] = {
 
 
 def product(n: int, v: int, h: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Arguments of `product_fold`, with labels at both ends, and a state to fold into."""
+    """Arguments of `product_fold`: labels at both ends of the vocabulary, and an empty state."""
     draw = Draw(n * v + h, device)
     labels = torch.randint(v, (n,), generator=torch.Generator().manual_seed(n)).to(device)
     labels[0], labels[-1] = 0, v - 1

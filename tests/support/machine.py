@@ -1,7 +1,7 @@
-"""What this machine has to run the tests on.
+"""The devices and backends of this machine that the tests can use.
 
-On a GPU the Triton kernels are compiled; without one they run under Triton's interpreter, which has
-to be chosen before triton is first imported.
+On a GPU the Triton kernels are compiled. Without a GPU they run in Triton's interpreter, which must
+be chosen before triton is first imported.
 """
 
 from __future__ import annotations

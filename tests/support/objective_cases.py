@@ -1,8 +1,8 @@
-"""Every objective beside its oracle, and the pairs that they are compared on.
+"""The table of all objectives with their oracles, and the pairs to compare them on.
 
-One row a case: how the library makes the objective, and what `oracles` calls the same thing. The
-tests of the torch classes, of the pair kernel and `bench/objectives.py` all read this table, so an
-objective that is added here is tested everywhere.
+Each row is a case: how the library builds the objective, and the name and options of the same
+objective in `oracles`. The tests of the torch classes, the tests of the pair kernel and
+`bench/objectives.py` all read this table. So an objective that is added here is tested everywhere.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from support.oracles import Pair
 
 
 class Sample(NamedTuple):
-    """A pair, and what WPO knows of it."""
+    """A pair, and its alignments for WPO."""
 
     pair: Pair
     alignment_w: float = 0.0
@@ -58,7 +58,7 @@ class Sample(NamedTuple):
 
 
 def _sample(*pair: float, alignments: tuple[float, float] = (0.0, 0.0)) -> Sample:
-    # Numbers of float32, so that float32, float64 and the oracle are asked about the same pair.
+    # Rounded to float32, so that float32, float64 and the oracle get exactly the same pair.
     exact = (struct.unpack("f", struct.pack("f", x))[0] for x in pair)
     return Sample(Pair(*exact), *alignments)
 
@@ -97,15 +97,15 @@ ADAPTIVES = {
     "k 2, clip 1.5": Adaptive(clip=1.5, k=2.0),
     "exponent 0, no clip": Adaptive(exponent=0.0, clip=None),
 }
-# Dyadic, so that the square root, and float32, hold it exactly.
+# Dyadic numbers, so that the square root and float32 are exact.
 MEAN, STD = 0.25, 0.75
 MISMATCHED = (0.5, -1.0, 2.75)
 
 
 @dataclass(frozen=True)
 class Case:
-    objective: str  # its name in the registry, or that of what wraps one
-    variant: str  # what distinguishes this row from the objective's others
+    objective: str  # name in the registry, or name of the wrapper
+    variant: str  # name of this row among the rows of the objective
     make: Callable[[], Objective | UnpairedObjective]
     oracle: str
     options: dict[str, Any]
@@ -116,11 +116,11 @@ class Case:
         return f"{self.objective}: {self.variant}"
 
     def expected(self, samples: list[Sample]) -> list[tuple[float, ...]]:
-        """Loss, d/dL_w, d/dL_l, beta_w, beta_l of each, of the oracle."""
+        """The oracle's loss, d/dL_w, d/dL_l, beta_w and beta_l for each sample."""
         return [_truth(self.oracle, s.pair, self.options_for(s, samples)) for s in samples]
 
     def is_bounded(self, expected: tuple[float, ...]) -> bool:
-        """Whether a bound of the library's against overflow, which no paper has, is in force."""
+        """Whether the library bounds a value against overflow here; no paper has such a bound."""
         if self.oracle == "ipo" and expected[0] > MAX_SQUARED**2:
             return True
         adaptive = self.options.get("adaptive")
@@ -129,7 +129,7 @@ class Case:
         return expected[3] > expected[4] * adaptive.k * math.exp(MAX_LOG_RATIO)
 
     def options_for(self, sample: Sample, samples: list[Sample]) -> tuple[tuple[str, Any], ...]:
-        """What the oracle is told of a pair, beside the pair: some of it depends on the batch."""
+        """The oracle's options for a pair; some of them depend on the whole batch."""
         options = dict(self.options)
         if self.wpo is not None:
             a_w, a_l = sample.alignment_w, sample.alignment_l
@@ -157,7 +157,7 @@ def _with_statistics(objective: AlphaDPO | BetaDPO) -> Objective:
 def _row(
     objective: str, variant: str, cls: type, oracle: dict[str, Any] | None = None, **options: Any
 ) -> Case:
-    """A row whose options both sides call the same; `oracle` has what only the oracle is told."""
+    """A row with equal option names on both sides; `oracle` has options only for the oracle."""
     theirs = {**options, **(oracle or {})}
     adaptive = theirs.get("adaptive")
     if adaptive is not None:
@@ -172,7 +172,7 @@ def _row(
 
 
 def _adaptable() -> Iterable[Case]:
-    """The methods of AdaDPO's Table 3 and their like, plain and adaptive."""
+    """The methods of AdaDPO's Table 3 and similar ones, plain and adaptive."""
     for name, cls, options in (
         ("dpo", DPO, {"beta": 0.1}),
         ("robust", RobustDPO, {"beta": 0.2, "label_smoothing": 0.2}),
@@ -210,7 +210,7 @@ def _others() -> Iterable[Case]:
             "plain" if variant == "ratio, by length, by beta" else variant,
             AlphaDPO,
             statistics,
-            # Without the lengths, log-probs are sums: what beta multiplies is that much larger.
+            # Without lengths, log-probs are sums, so beta multiplies a larger number.
             beta=2.5 if by_length else 0.1,
             gamma=0.6,
             alpha=0.2,
@@ -231,7 +231,7 @@ def _others() -> Iterable[Case]:
             mode=mode,
         )
     yield _row("madpo", "steep", MADPO, beta=0.1, tau=2.0, c_max=1.5, c_min=0.9, lam=30.0)
-    # Of the batch's gap; the second's beta is at its floor.
+    # beta-DPO depends on the batch's mean gap. In the second row beta is at its floor.
     yield _row("betadpo", "plain", BetaDPO, {"h0": MEAN}, beta=0.1, m=0.03)
     yield _row("betadpo", "floor", BetaDPO, {"h0": MEAN}, beta=0.1, m=1e-9, beta_min=0.2)
     yield _row("tdpo1", "plain", TDPO1, beta=0.1)
@@ -249,7 +249,7 @@ def _others() -> Iterable[Case]:
 
 
 def _composed(rows: list[Case]) -> Iterable[Case]:
-    """WPO and the NLL term around what they are likely to be put around."""
+    """WPO and the NLL term around the objectives that they usually wrap."""
 
     def wrapped(inner: Case, name: str, wrap: Callable, wpo: str | None = None, **options) -> Case:
         def make() -> Objective:
@@ -301,7 +301,7 @@ CASES = {case.id: case for case in _all()}
 
 
 class Answer(NamedTuple):
-    """The library's, (B,) each, as float64 on the CPU."""
+    """The library's results, (B,) each, as float64 on the CPU."""
 
     losses: Tensor
     dchosen: Tensor
@@ -313,7 +313,7 @@ class Answer(NamedTuple):
 def columns(
     samples: list[Sample], dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """The samples' numbers by the names of `Pairs`; log-probs and divergences are leaves."""
+    """The samples' numbers under the names of `Pairs`; log-probs and KLs are leaves."""
 
     def column(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
@@ -358,7 +358,7 @@ def evaluate(
             torch.cat([values["ref_chosen_logps"], values["ref_rejected_logps"]]),
             torch.tensor(MISMATCHED, dtype=dtype, device=device),
         )
-        # The oracle's is the sum of a pair's two.
+        # The oracle's loss is the sum over the two responses of a pair.
         losses = sum(objective(examples).losses.chunk(2))
         betas = (torch.full_like(losses, objective.beta),) * 2
     assert losses.dtype == dtype
@@ -369,10 +369,10 @@ def evaluate(
 def scores(
     samples: list[Sample], device: str, objective: Objective | None = None
 ) -> pairwise.Scores:
-    """The samples as the loss sees them before an objective is asked: a float32 a token, a leaf.
+    """The samples as the inputs of the pair loss: one float32 log-prob per token, as a leaf.
 
-    A response's whole log-prob is its first token's, so that the sum is exact. What the objective
-    does not need is left out.
+    The first token of a response has the whole log-prob, so that the sum is exact. Inputs that the
+    objective does not need are None.
     """
     values = columns(samples, torch.float32, device)
 
@@ -397,13 +397,13 @@ def scores(
 
 
 def evaluate_kernel(case: Case, samples: list[Sample], device: str) -> Answer:
-    """The pair kernel, through the call that the loss makes, back to the tokens."""
+    """The pair kernel, through the call that the loss makes, with gradients of the tokens."""
     objective = case.make().to(device)
     assert isinstance(objective, Objective)
-    asked = scores(samples, device, objective)
-    out = pairwise.pair_loss(objective, asked, "triton")
-    (dlogps,) = torch.autograd.grad(out.result.losses.sum(), asked.logps)
-    gradients = dlogps[asked.offsets[:-1]].chunk(2)
+    inputs = scores(samples, device, objective)
+    out = pairwise.pair_loss(objective, inputs, "triton")
+    (dlogps,) = torch.autograd.grad(out.result.losses.sum(), inputs.logps)
+    gradients = dlogps[inputs.offsets[:-1]].chunk(2)
     result = out.result
     values = (result.losses, *gradients, result.beta_chosen, result.beta_rejected)
     return Answer(*(x.detach().cpu().double() for x in values))
@@ -415,17 +415,17 @@ class Errors(NamedTuple):
     coefficient: float
 
 
-# Below these a number is as good as 0 to its dtype.
+# Below these a number counts as 0 in its dtype.
 TINY = {torch.float64: 1e-280, torch.float32: 1e-30}
-# What errors are held to: some twenty roundings, where a digit that cancels would cost thousands.
+# Bounds on the errors: some twenty roundings. Cancelling digits would cost thousands.
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5}
 
 
 def errors(case: Case, samples: list[Sample], answer: Answer, dtype: torch.dtype) -> Errors:
     """The worst relative errors |x - truth| / max(|truth|, TINY), pair by pair.
 
-    Pairs that the library's bounds against
-    overflow touch are left out: the oracle, like the papers, has none.
+    Pairs for which the library bounds a value against overflow are left out, because the oracle,
+    like the papers, has no such bounds.
     """
     worst = [0.0, 0.0, 0.0]
     for row, truth in enumerate(case.expected(samples)):

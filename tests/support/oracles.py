@@ -1,13 +1,14 @@
-"""Preference objectives in textbook form, one pair at a time, for the vectorised ones to be held to.
+"""Preference objectives in textbook form, one pair at a time: the oracles of the vectorised ones.
 
-Each is written from its paper: AdaDPO (Eq. 7, Table 3), alpha-DPO (Eq. 8-12), MADPO (Eq. 4, 5),
+Each objective follows its paper: AdaDPO (Eq. 7, Table 3), alpha-DPO (Eq. 8-12), MADPO (Eq. 4, 5),
 beta-DPO, IPO, R-DPO, CPO, ORPO, SimPO, robust DPO (arXiv 2403.00409), TDPO (2404.11999), KTO
-(2402.01306) and WPO (2406.11827). Nothing here knows of tensors, batches or autograd.
+(2402.01306) and WPO (2406.11827). Nothing here uses tensors, batches or autograd.
 
-Numbers are decimals of 150 digits and more, so that formulas can stand as printed: 1 - P keeps its digits at
-P = 1 - 1e-12, exp(1e4) is a number, and a central difference with a step of 1e-40 is the derivative
-to every digit of a double, the smallest included. What a paper puts under a stop-gradient is the result of `coefficients`;
-`loss` takes it as given, and `value_and_gradient` holds it while it moves L_w and L_l.
+Numbers are decimals with at least 150 digits, so that formulas can be used as printed. 1 - P keeps
+its digits at P = 1 - 1e-12, and exp(1e4) does not overflow. A central difference with a step of
+1e-40 gives every digit of a double's derivative, also for the smallest doubles. `coefficients`
+returns the terms that a paper puts under a stop-gradient. `loss` takes them as constants, and
+`value_and_gradient` keeps them constant while it changes L_w and L_l.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Adaptive(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """All that gets no gradient: the loss is `weight` f(beta_w x_w - beta_l x_l - offset)."""
+    """The terms without gradient; the loss is `weight` f(beta_w x_w - beta_l x_l - offset)."""
 
     beta_w: Decimal
     beta_l: Decimal
@@ -59,7 +60,7 @@ Objective = tuple[Coefficients, Loss]
 
 
 def log1p(x: Decimal) -> Decimal:
-    # 1 + x forgets a tiny x; the series' next term is below 1e-120 of its sum.
+    # 1 + x loses a tiny x. The next term of the series is below 1e-120 of its sum.
     return x - x * x / 2 + x**3 / 3 if abs(x) < Decimal("1e-40") else (1 + x).ln()
 
 
@@ -98,7 +99,7 @@ def cpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
 
 
 def simpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
-    """log of n_w P_w^a_w / (n_l P_l^a_l). Exponents of 0 are SimPO itself, without the lengths."""
+    """log of n_w P_w^a_w / (n_l P_l^a_l). With exponents of 0 this is SimPO, without lengths."""
     a_w, a_l = exponents(adaptive, (1 / p.n_w, 1 / p.n_l))
     if a_w == a_l == 0:
         return Decimal(0)
@@ -106,7 +107,7 @@ def simpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
 
 
 def orpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
-    """log of (P_w (1-P_w))^a_w / (P_l (1-P_l))^a_l; P is per token, so "length" asks for no more."""
+    """log of (P_w (1-P_w))^a_w / (P_l (1-P_l))^a_l; P is per token, so "length" is exponent 1."""
     a_w, a_l = exponents(adaptive, (Decimal(1), Decimal(1)))
     x_w, x_l = p.L_w / p.n_w, p.L_l / p.n_l
     return a_w * (x_w + log1p(-x_w.exp())) - a_l * (x_l + log1p(-x_l.exp()))
@@ -121,7 +122,7 @@ def betas(p: Pair, beta: Decimal, adaptive: Adaptive | None, log_ratio=eq_7) -> 
     return Coefficients(beta * adaptive.k * ratio, beta)
 
 
-# Objectives: what is held, and the loss given what is held
+# Objectives: the coefficients, which are constant, and the loss as a function of the pair
 
 
 def rho_margin(p: Pair, c: Coefficients) -> Decimal:
@@ -149,7 +150,7 @@ def robust(p: Pair, *, beta, label_smoothing=Decimal(0), adaptive=None) -> Objec
 
 
 def hinge(p: Pair, *, beta, adaptive=None) -> Objective:
-    # At d = 1 exactly a central difference gives half the slope: no place for a test.
+    # At exactly d = 1 a central difference gives half the slope, so do not test there.
     return betas(p, beta, adaptive), lambda p, c: max(Decimal(0), 1 - rho_margin(p, c))
 
 
@@ -164,7 +165,8 @@ def ipo(p: Pair, *, tau, length_normalized=False, adaptive=None) -> Objective:
 
 
 def rdpo(p: Pair, *, beta, alpha, adaptive=None) -> Objective:
-    # The sign is AdaDPO Table 3's; R-DPO's own paper (arXiv 2403.19159) adds the difference.
+    # The sign is that of AdaDPO's Table 3. R-DPO's own paper (arXiv 2403.19159) adds the
+    # difference.
     c = betas(p, beta, adaptive)._replace(offset=alpha * (p.n_w - p.n_l))
     return c, lambda p, c: nll(rho_margin(p, c))
 
@@ -229,7 +231,7 @@ def alphadpo(
 
 
 def madpo_c(h, tau, c_max, c_min=None, lam=1):
-    """MADPO's coefficient c(h), which `madpo_weight` takes at |h|."""
+    """MADPO's coefficient c(h); `madpo_weight` uses c(|h|)."""
     h, tau, c_max, lam = map(exact, (h, tau, c_max, lam))
     c_min = 1 / c_max if c_min is None else exact(c_min)
     return c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * (lam * (h - tau)).exp())
@@ -250,7 +252,7 @@ def madpo(p: Pair, *, beta, tau, c_max, c_min=None, lam=Decimal(1), mode="full")
 
 
 def betadpo_beta(beta, m, mean_gap, h0, beta_min=1e-3):
-    """MADPO section 2.5; the gap is rho_w - rho_l, without beta. The floor keeps it positive."""
+    """MADPO, Section 2.5; the gap is rho_w - rho_l, without beta. The floor keeps beta positive."""
     beta, m, mean_gap, h0, beta_min = map(exact, (beta, m, mean_gap, h0, beta_min))
     return max(beta * (1 + m * (mean_gap - h0)), beta_min)
 
@@ -270,13 +272,13 @@ def tdpo2(p: Pair, *, beta, alpha) -> Objective:
 
 
 def kto_z0(mismatched: Iterable[float]) -> float:
-    """max(0, mean log ratio of prompts with other prompts' responses), estimating the KL."""
+    """An estimate of the KL: max(0, mean log ratio of prompts with responses to other prompts)."""
     ratios = list(mismatched)
     return max(0.0, math.fsum(ratios) / len(ratios))
 
 
 def kto_desirable(p: Pair, *, beta, z0, lambda_d=Decimal(1)) -> Objective:
-    """The chosen response as an example of its own."""
+    """The chosen response as a single example."""
 
     def loss(p: Pair, c: Coefficients) -> Decimal:
         # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits.
@@ -286,7 +288,7 @@ def kto_desirable(p: Pair, *, beta, z0, lambda_d=Decimal(1)) -> Objective:
 
 
 def kto_undesirable(p: Pair, *, beta, z0, lambda_u=Decimal(1)) -> Objective:
-    """The rejected response as an example of its own."""
+    """The rejected response as a single example."""
 
     def loss(p: Pair, c: Coefficients) -> Decimal:
         return lambda_u * sigmoid(-c.beta_l * (z0 - (p.L_l - p.R_l)))
@@ -295,7 +297,7 @@ def kto_undesirable(p: Pair, *, beta, z0, lambda_u=Decimal(1)) -> Objective:
 
 
 def kto(p: Pair, *, beta, z0, lambda_d=Decimal(1), lambda_u=Decimal(1)) -> Objective:
-    """Both responses of a pair, summed: twice the mean over its two examples."""
+    """The sum over both responses of a pair: twice the mean over its two examples."""
     c, desirable = kto_desirable(p, beta=beta, z0=z0, lambda_d=lambda_d)
     _, undesirable = kto_undesirable(p, beta=beta, z0=z0, lambda_u=lambda_u)
     return c, lambda p, c: desirable(p, c) + undesirable(p, c)
@@ -320,7 +322,7 @@ def wpo_weight(
         math.fsum(logp - log_sum_sq for logp, log_sum_sq in tokens) / len(tokens)
         for tokens in (list(chosen), list(rejected))
     )
-    # The paper has no bound; the authors' code clamps the product of the two at 1.
+    # The paper has no bound. The authors' code clamps the product of the two weights at 1.
     return math.exp(min(log_weight, 0.0) if clamp else log_weight)
 
 
@@ -328,7 +330,7 @@ def wpo_weight(
 
 
 def exact(value):
-    """A double's own value as a decimal; a bool, a name or None as it is."""
+    """The exact value of a double as a decimal; a bool, a string or None is returned unchanged."""
     if value is None or isinstance(value, bool | str | Decimal):
         return value
     if isinstance(value, Adaptive):
@@ -344,7 +346,7 @@ def precisely(digits: int = DIGITS):
 
 
 def _build(name: str, pair: Pair, options: dict) -> Objective:
-    """The named objective, with the options that all of them share."""
+    """The named objective, with the options that all objectives share."""
     options = {key: exact(value) for key, value in options.items()}
     weight = options.pop("weight", Decimal(1))
     rpo_alpha = options.pop("rpo_alpha", Decimal(0))
@@ -366,23 +368,24 @@ def loss(name: str, pair: Pair, held: Coefficients, **options) -> Decimal:
 
 
 def gradient(name: str, pair: Pair, wrt: tuple[str, ...], **options) -> tuple[float, ...]:
-    """Derivatives of the loss in the named fields of the pair, its coefficients held."""
+    """Derivatives of the loss in the named fields of the pair, with constant coefficients."""
     held = coefficients(name, pair, **options)
-    # A coefficient of 1e300 bends the loss over 1e-300: a step must be shorter than that, and the
-    # digits must hold it. Past a double's range only the saturated slopes, 0 and inf, are promised.
+    # With a coefficient of 1e300 the loss bends within 1e-300: a step must be shorter than that,
+    # and needs enough digits. Beyond a double's range only the saturated slopes, 0 and inf, are
+    # right.
     size = min(320, max(0, held.beta_w.adjusted(), held.beta_l.adjusted()))
     return tuple(_slope(name, pair, field, size, options) for field in wrt)
 
 
 def _slope(name: str, pair: Pair, field: str, size: int, options: dict) -> float:
     slope = Decimal(0)
-    # A slope of 1e-300 beside a loss of 1 takes more digits than most do.
+    # A slope of 1e-300 next to a loss of 1 needs more digits than most slopes.
     for digits in (DIGITS + 2 * size, DIGITS + 350 + 2 * size):
         with precisely(digits):
             p = Pair(*map(exact, pair))
             held, function = _build(name, p, options)
             at = getattr(p, field)
-            # Relative to where it stands: ORPO's log odds are as steep as 1/L near L = 0.
+            # Relative to the value: ORPO's log odds are as steep as 1/L near L = 0.
             step = (abs(at) or 1) * STEP.scaleb(-size)
             above = function(p._replace(**{field: at + step}), held)
             below = function(p._replace(**{field: at - step}), held)
@@ -395,10 +398,11 @@ def _slope(name: str, pair: Pair, field: str, size: int, options: dict) -> float
 def value_and_gradient(
     name: str, pair: Pair, **options
 ) -> tuple[float, float, float, float, float]:
-    """(loss, dloss/dL_w, dloss/dL_l, beta_w, beta_l); inf where a double cannot hold it.
+    """(loss, dloss/dL_w, dloss/dL_l, beta_w, beta_l); inf where a double overflows.
 
-    Besides the objective's own, every objective takes `weight` (WPO's, no gradient), `rpo_alpha`
-    (adds -rpo_alpha L_w / n_w) and `weight_nll` (whether `weight` multiplies that term as well).
+    In addition to its own options, every objective takes `weight` (of WPO, without gradient),
+    `rpo_alpha` (adds -rpo_alpha L_w / n_w) and `weight_nll` (whether `weight` also multiplies that
+    term).
     """
     held = coefficients(name, pair, **options)
     value = float(loss(name, pair, held, **options))

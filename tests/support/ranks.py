@@ -1,4 +1,8 @@
-"""Two processes on this machine that find each other, for tests of what ranks share."""
+"""Runs two connected processes on this machine, for tests of what ranks share.
+
+Each process gets the environment variables of torch.distributed (rank, world size, address, port),
+with one OpenMP thread. The helper waits for both and returns their output.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import sys
 def run_on_two_ranks(*arguments: str) -> list[str]:
     """Run Python with these arguments (a script, or -m and a module) as two ranks.
 
-    Returns what each printed. Fails with that if either rank does.
+    Returns the output of each rank. If a rank fails, raises AssertionError with both outputs.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +41,7 @@ def run_on_two_ranks(*arguments: str) -> list[str]:
     try:
         outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
     finally:
-        # A rank that waits for the other one in vain would never end.
+        # If one rank fails, the other one would wait for it forever.
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)

@@ -1,4 +1,8 @@
-"""Tiny models and a tiny tokenizer, built in the process: nothing is downloaded."""
+"""Tiny models, a tiny tokenizer and random pairs, built in the process: nothing is downloaded.
+
+Models have random weights, hidden size 32 and 97 vocabulary entries. The tokenizer splits at spaces
+and knows the texts of `pairs`; its chat template has the quirks that the tests of data need.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ WORDS = ["good", "bad", "fine", "poor", "film", "plot", "actor", "is", "was", "t
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>"]
 VOCAB_SIZE = 97
 CHAT_TEMPLATE = (
-    # As Llama's does, this announces tools where the list of them is empty.
+    # Like Llama's template, this one announces tools even for an empty list.
     "{% if tools is not none %}<unk> {% endif %}"
     "{% for tool in tools or [] %}<unk> {{ tool.keys() | join(' ') }} {{ tool['name'] }} {% endfor %}"
     "{% if greeting %}{{ greeting }} {% endif %}"
@@ -39,7 +43,7 @@ SIZES = {
 
 
 def model(family: str = "Llama", seed: int = 0, **options):
-    """A random causal LM of a family, hidden size 32, with logits spread enough to matter."""
+    """A random causal LM of a family, hidden size 32, whose logits have a useful spread."""
     sizes = dict(SIZES)
     if family == "GPT2":
         sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -53,8 +57,8 @@ def model(family: str = "Llama", seed: int = 0, **options):
 
 
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token a word, split at spaces."""
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    """A tokenizer that splits at spaces, with one token for each word."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     built = PreTrainedTokenizerFast(

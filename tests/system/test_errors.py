@@ -160,9 +160,9 @@ ELSEWHERE = {
     ),
     ("prefkern/cli/before_training.py", "--report_to"): ("test_before_training", "--report_to wan"),
     ("prefkern/cli/plan.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),
-    ("prefkern/cli/plan.py", "unusable_config("): ("test_cli_plan", "no model can be made"),
-    ("prefkern/models/loading.py", "unusable_config("): ("test_cli_plan", "no model can be made"),
-    ("prefkern/cli/options_file.py", "this is no YAML"): ("test_cli_train", "expected ','"),
+    ("prefkern/cli/plan.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
+    ("prefkern/models/loading.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
+    ("prefkern/cli/options_file.py", "this is not YAML"): ("test_cli_train", "expected ','"),
     ("prefkern/training/config.py", "ValueError(str(error))"): (
         "test_trainer_objectives",
         "has no option",

@@ -333,11 +333,14 @@ def test_the_line_of_a_dataset_is_named(tmp_path, name, content, message):
     ("change", "message"),
     [
         ({"prompt_ids": [1.5]}, "'prompt_ids' must be lists of integers, token ids, got .*float"),
-        ({"chosen_ids": [97]}, "token id 97 in 'chosen_ids', and the model's embedding 97 rows"),
+        (
+            {"chosen_ids": [97]},
+            "token id 97 in 'chosen_ids', but the model's embedding has 97 rows",
+        ),
         ({"rejected_ids": [-2]}, "'train' has token id -2 in 'rejected_ids'"),
         (
             {"ref_chosen_logps": 4.0, "ref_rejected_logps": -1.0},
-            "row 0: 'ref_chosen_logps' is 4.0, and a sum of log-probs is never above 0",
+            "row 0: 'ref_chosen_logps' is 4.0, but a sum of log-probs is never above 0",
         ),
         ({"ref_chosen_logps": True, "ref_rejected_logps": True}, "row 0: no reference sum .*True"),
     ],
@@ -350,7 +353,7 @@ def test_numbers_that_would_be_taken_for_others(tmp_path, change, message):
 
 def test_other_vocabularies(tmp_path, caplog):
     model = tiny.model(vocab_size=10, pad_token_id=None)
-    with pytest.raises(ValueError, match="'prompt_ids', and the model's embedding 10 rows"):
+    with pytest.raises(ValueError, match="'prompt_ids', but the model's embedding has 10 rows"):
         trainer(tmp_path, model=model)
     ids = datasets.Dataset.from_list(
         [{"prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5]}] * 4
@@ -358,9 +361,11 @@ def test_other_vocabularies(tmp_path, caplog):
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens([f"w{i}" for i in range(90)])
     tokenizer.add_special_tokens({"pad_token": "<padding>"})
-    with pytest.raises(ValueError, match="pad token '<padding>' has id 107, .* embedding 97 rows"):
+    with pytest.raises(
+        ValueError, match="pad token '<padding>' has id 107, .* embedding has 97 rows"
+    ):
         PreferenceTrainer(tiny.model(), config(tmp_path), ids, processing_class=tokenizer)
-    with pytest.raises(ValueError, match="the reference's embedding 10 rows"):
+    with pytest.raises(ValueError, match="the reference's embedding has 10 rows"):
         trainer(tmp_path, objective="dpo", ref_model=model)
     trainer(tmp_path, objective="dpo", ref_model=tiny.model(vocab_size=120))
     assert "embedding has 97 rows and the reference's 120" in caplog.text
@@ -370,7 +375,9 @@ def test_other_vocabularies(tmp_path, caplog):
     vocabulary = {word: at for at, word in enumerate(reversed(tiny.SPECIAL + tiny.WORDS))}
     words.backend_tokenizer.model = type(words.backend_tokenizer.model)(vocabulary, "<unk>")
     words.save_pretrained(other)
-    with pytest.raises(ValueError, match="has another vocabulary than the model: .* 1 of 17 words"):
+    with pytest.raises(
+        ValueError, match="has another vocabulary than the model: .* 1 of 17 entries"
+    ):
         trainer(tmp_path, objective="dpo", ref_model=str(other))
 
 

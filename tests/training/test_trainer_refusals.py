@@ -90,7 +90,7 @@ def test_rows_beyond_the_table_of_positions(tmp_path, family):
     model = tiny.model(family, **TABLES[family])
     options = {"model": model, "objective": "dpo", "max_steps": 1}
     message = (
-        rf"dataset 'train' has a row of 17 tokens, and the model .{type(model).__name__}. has 16"
+        rf"dataset 'train' has a row of 17 tokens, but the model .{type(model).__name__}. has 16"
     )
     for packed in ({}, {"padding_free": True}):
         with pytest.raises(ValueError, match=f"{message} positions: max_length must be at most 16"):
@@ -139,7 +139,7 @@ def test_rotary_positions_go_on_with_a_warning(tmp_path, caplog):
     trainer(tmp_path, model=model, train_dataset=made(of_length(16)))
     assert "max_position_embeddings" not in caplog.text
     run = trainer(tmp_path, model=model, train_dataset=made(of_length(17)), max_steps=1)
-    assert "a row of 17 tokens, and the model (LlamaForCausalLM) was made for 16" in caplog.text
+    assert "a row of 17 tokens, but the model (LlamaForCausalLM) was made for 16" in caplog.text
     run.train()
 
 

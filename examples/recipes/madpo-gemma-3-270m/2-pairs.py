@@ -2,16 +2,19 @@
 
     python 2-pairs.py --model madpo/sft --output madpo --quality high
 
-The model continues the beginnings of 12,000 negative reviews, twice each. Of a pair, both responses
-are such generations (`high`), or for the first half of the reviews (`medium`) or all of them (`low`)
-one is the better generation and the other the review's own, negative, end. The oracle, a sentiment
-classifier, gives each response a reward of 6 (p - 0.5), p its probability of being positive; Gumbel
-noise is added to both, and the higher one is chosen, which makes the choice Bradley-Terry's. Rows are
-shuffled in one order for all qualities; the first 10,000 are to train on, the others held out.
+The model continues the beginnings of 12,000 negative reviews, twice each. With quality `high`, both
+responses of a pair are such generations. With `low`, one is the better generation and the other is
+the review's own, negative, end. With `medium`, the first half of the reviews is as in `low` and the
+rest as in `high`.
 
-The paper does not tell how long a review's beginning is, how long and at what temperature the model
-goes on, or which negative review stands beside a generation: 32 words, up to 64 tokens at
-temperature 1, and the prompt's own are choices made here.
+The oracle is a sentiment classifier. It gives each response a reward of 6 (p - 0.5), where p is its
+probability of being positive. Gumbel noise is added to both rewards, and the higher one is chosen:
+this is the Bradley-Terry model. Rows are shuffled, in the same order for all qualities. The first
+10,000 are for training, the others are held out.
+
+The paper does not say how long the beginning of a review is, how many tokens the model generates,
+at what temperature, or which negative review is paired with a generation. The choices here are 32
+words, up to 64 tokens, temperature 1, and the review that the prompt comes from.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# Of the reviews, those whose pair has a generation against the review's own end.
+# The share of reviews whose pair has a generation against the review's own end.
 REAL_SHARE = {"high": 0.0, "medium": 0.5, "low": 1.0}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True, help="folder of train.jsonl and eval.jsonl")
+    parser.add_argument("--output", required=True, help="folder for train.jsonl and eval.jsonl")
     args = parser.parse_args(argv)
 
     torch.manual_seed(args.seed)
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts, ends = [], []
     for review in reviews["text"]:
         words = review.split()
-        # Short reviews keep an end, too.
+        # Short reviews also keep an end.
         at = min(args.prompt_words, len(words) // 2)
         prompts.append(" ".join(words[:at]))
         ends.append(" " + " ".join(words[at:]))
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             }
         )
     random.Random(args.seed).shuffle(rows)
-    # Where nothing but white space was sampled there is nothing to train on.
+    # A response of white space only has nothing to train on.
     rows = [row for row in rows if row["chosen"].strip() and row["rejected"].strip()]
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,12 +95,12 @@ def main(argv: list[str] | None = None) -> None:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     agreed = sum(row["true_margin"] > 0 for row in rows) / len(rows)
-    print(f"{len(rows)} pairs in {folder}; the higher reward is chosen in {agreed:.1%}")
+    print(f"{len(rows)} pairs in {folder}; in {agreed:.1%} the chosen response has a higher reward")
 
 
 @torch.no_grad()
 def continuations(prompts: list[str], args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Two samples of the model's own for each prompt."""
+    """Two samples from the model for each prompt."""
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -117,13 +120,13 @@ def continuations(prompts: list[str], args: argparse.Namespace) -> tuple[list[st
             top_k=0,
             max_new_tokens=args.new_tokens,
             num_return_sequences=2,
-            # A response that ends where it begins says nothing.
+            # A response must not be empty.
             begin_suppress_tokens=tokenizer.all_special_ids,
             pad_token_id=tokenizer.pad_token_id,
         )
         new = output[:, batch["input_ids"].shape[1] :]
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-    # A response begins with the space that parts it from its prompt.
+    # A response begins with the space that separates it from its prompt.
     texts = [" " + text.strip() for text in texts]
     return texts[::2], texts[1::2]
 

@@ -1,6 +1,7 @@
-"""A model and the LoRA adapter that was trained on it, as one model: `merge.py ADAPTER FOLDER`.
+"""Merges a LoRA adapter into its base model and saves the result: `merge.py ADAPTER FOLDER`.
 
-The policy of stage 4 has an adapter of its own, and its reference is the SFT model as a whole.
+The policy of stage 4 gets a new adapter, and its reference is the whole SFT model. So the adapter
+of stage 1 is merged first.
 """
 
 from __future__ import annotations

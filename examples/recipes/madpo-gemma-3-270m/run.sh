@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MADPO's four stages on Gemma-3-270M, in order (MADPO, Section 5.1), into ./madpo. Stage 1 is TRL's:
-# pip install trl. Arguments go to stage 2, which is where the quality of the data is chosen:
+# Runs MADPO's four stages on Gemma-3-270M (MADPO, Section 5.1); results go to ./madpo. Stage 1 needs
+# TRL: pip install trl. Arguments go to stage 2, which chooses the quality of the data:
 #   bash examples/recipes/madpo-gemma-3-270m/run.sh --quality low
 set -euo pipefail
 here=$(dirname "$0")

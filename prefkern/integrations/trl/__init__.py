@@ -1,11 +1,11 @@
-"""prefkern in TRL: its trainers keep everything but their logits and, for DPO, their loss.
+"""prefkern in TRL: TRL's trainers without logits and, for DPO, with prefkern's objectives.
 
-- `DPOTrainer` is TRL's, with an objective of prefkern's: `DPOTrainer(..., objective="adadpo")`.
-- `fuse_head(trainer)` takes the logits out of TRL's own CPO, SimPO and ORPO; `restore_head` puts
+- `DPOTrainer` is TRL's trainer with prefkern's objectives: `DPOTrainer(..., objective="adadpo")`.
+- `fuse_head(trainer)` removes the logits from TRL's own CPO, SimPO and ORPO; `restore_head` puts
   them back.
 
-Both lean on what TRL's trainers do inside, which moves with its minor versions: those that were
-tested are let in, and others are refused here rather than found out in training.
+Both depend on the inside of TRL's trainers, which changes with its minor versions. So only tested
+versions are accepted. The import of any other version fails, before a training run can.
 """
 
 from importlib import metadata
@@ -23,7 +23,7 @@ except metadata.PackageNotFoundError as error:
     ) from error
 if not SUPPORTED.contains(_installed, prereleases=True):
     raise ImportError(
-        f"prefkern.integrations.trl supports TRL {SUPPORTED}, and {_installed} is installed: "
+        f"prefkern.integrations.trl supports TRL {SUPPORTED}, but {_installed} is installed: "
         f"{_INSTALL}"
     )
 

@@ -1,19 +1,19 @@
-"""TRL's DPOTrainer with an objective of prefkern's, and no logits.
+"""TRL's DPOTrainer with an objective of prefkern, and without logits.
 
-What a batch is, which model is the reference and what is done around a step stay TRL's: datasets
-and chat templates, collators (those of vision-language models too), PEFT with a fresh or a trained
-adapter, reference log-probs computed beforehand and cached, a reference that follows the policy,
-the router's loss, callbacks, model cards. What becomes of a batch is `prefkern.training.objective_trainer`'s:
+TRL still makes the batch, chooses the reference and does everything around a step: datasets and
+chat templates, collators (also for vision-language models), PEFT with a fresh or a trained adapter,
+cached reference log-probs, a reference that follows the policy, the router's loss, callbacks and
+model cards. `prefkern.training.objective_trainer` does the step itself. The differences from TRL:
 
-- the loss is the mean over the pairs of an optimiser step, counted over accumulated batches and
-  ranks. TRL takes the mean of the batches' means, which is the same where batches are equally
-  large, and gives a pair of a small last batch more weight where they are not;
-- metrics have TRL's names and are means over pairs or tokens since the last log; TRL's are means of
-  the batches' means. Beside them are those of prefkern. Those of one of several evaluation datasets
-  carry its name, and TRL's do not;
-- rewards are the objective's own (`prefkern.PreferenceOutput`), DPO's those of TRL.
+- The loss is the mean over the pairs of an optimiser step, counted over accumulated batches and
+  ranks. TRL takes the mean of the batches' means. The two are equal if all batches are equally
+  large; otherwise TRL gives a pair in a small last batch more weight.
+- Metrics have TRL's names, and prefkern adds its own. They are means over pairs or tokens since the
+  last log; TRL's are means of the batches' means. With several evaluation datasets, the metrics
+  carry the name of the dataset; TRL's do not.
+- Rewards are the objective's own (`prefkern.PreferenceOutput`). For DPO they equal TRL's.
 
-With `objective=DPO(beta)` losses and gradients are TRL's to float32 accuracy, which the tests hold.
+With `objective=DPO(beta)`, losses and gradients equal TRL's to float32 accuracy. Tests check this.
 """
 
 from __future__ import annotations
@@ -46,32 +46,33 @@ from prefkern.training.objective_trainer import ObjectiveTrainer, reference_stat
 from prefkern.version import VERSION
 
 _MARGINS = "reward_margins"
-# Of a batch, what is not the model's.
+# Entries of a batch that the model's forward does not take.
 _NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", _MARGINS)
 
 
 class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
-    """Trains as `trl.DPOTrainer` does, on an objective of prefkern's.
+    """`trl.DPOTrainer` that trains an objective of prefkern.
 
     Args:
         model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class,
-            callbacks, optimizers, quantization_config, peft_config: as TRL takes them. Reward
-            margins (MADPO) are columns of the datasets, as in `prefkern.data`.
-        compute_metrics: refused, since there are no logits to compute metrics of.
-        objective: an objective of `prefkern.objectives`, or its name; None: the one that
-            `args.loss_type` names ("sigmoid", "hinge", "ipo" or "robust"). By name it takes
-            `args.beta` and `args.use_weighting`.
+            callbacks, optimizers, quantization_config, peft_config: as in TRL. Reward margins
+            (MADPO) are columns of the datasets, as in `prefkern.data`.
+        compute_metrics: must be None, because there are no logits to compute metrics from.
+        objective: an objective of `prefkern.objectives`, or its name. None: the objective that
+            `args.loss_type` names ("sigmoid", "hinge", "ipo" or "robust"). An objective by name
+            also takes `args.beta` and `args.use_weighting`.
         objective_options: further options of an objective by name.
         workspace_mb, backend: as in `prefkern.linear_logprobs`.
 
     No reference is loaded for an objective without one (SimPO, CPO, ORPO).
 
-    Raises ValueError for an argument of TRL's that would have no effect, naming it, and for a model
-    whose head is not understood; TypeError for what is no pairwise objective or no DPOConfig.
+    Raises ValueError for an argument of TRL that would have no effect, and names it; also for a
+    model whose head cannot be read. Raises TypeError if `objective` is not on pairs, or if `args`
+    is not a DPOConfig.
     """
 
     args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    # compute_loss counts the pairs of a step: Trainer must not divide by its batches.
+    # compute_loss counts the pairs of a step itself: Trainer must not divide by its batches too.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -101,8 +102,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             raise TypeError(f"args must be a trl.DPOConfig, got {type(args).__name__}")
         if compute_metrics is not None:
             raise ValueError(
-                "compute_metrics was given, and there are no logits to compute metrics of; what is "
-                "logged can be read in a callback, or named by args.metric_for_best_model"
+                "compute_metrics was given, but there are no logits to compute metrics from; read "
+                "the logged metrics in a callback, or name one in args.metric_for_best_model"
             )
         is_given = isinstance(objective, Objective)
         objective = objective_of(args, objective, objective_options)
@@ -110,14 +111,15 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if objective.needs_reward_margins:
             for where, dataset in _named(train=train_dataset, eval=eval_dataset):
                 _check_margins(dataset, where)
-        # What TRL writes on models and their cards.
+        # The tags and names that TRL writes into models and their cards.
         name = type(objective).__name__
         self._tag_names = ["trl", "prefkern", name.lower()]
         if not isinstance(objective, DPO):
             self._name, self._paper = name, {}
         # TRL's constructor may compute the reference's log-probs already.
         self.loss_fn = FusedPreferenceLoss(objective, IGNORE_INDEX, workspace_mb, backend)
-        # As policy and reference go through the same code. On single responses: any number of them.
+        # For the reference's sums, so that policy and reference run the same code. KTO, because it
+        # takes any number of single responses.
         self._sum_fn = FusedPreferenceLoss(KTO(), IGNORE_INDEX, workspace_mb, backend).eval()
         super().__init__(
             model=model,
@@ -142,13 +144,13 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             self.data_collator = _WithMargins(self.data_collator)
         self.loss_fn.to(self.args.device)
         for module in self.loss_fn.modules():
-            # An objective that was given may have drawn before.
+            # An objective that was passed in keeps its random state: it may have drawn already.
             if not is_given and hasattr(module, "manual_seed"):
                 module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
 
     @property
     def ref_model(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The reference, or None: the adapter switched off, log-probs in the dataset, or none."""
+        """The reference model. None: the policy without its adapter, cached log-probs, or none."""
         return self._ref_model
 
     @ref_model.setter
@@ -158,7 +160,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     def compute_ref_log_probs(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """The reference's sums of a batch's chosen and rejected responses, (B,) float32 each."""
+        """The reference's log-prob sums of the chosen and rejected responses, (B,) float32 each."""
         zeros = torch.zeros(len(inputs["input_ids"]), device=inputs["input_ids"].device)
         unpaired = {"ref_logps": zeros, "desirable": zeros.bool(), "mismatched_log_ratios": zeros}
         with self._as_reference():
@@ -204,7 +206,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """Without gradients, and where TRL's reference is the policy itself, with its adapter."""
+        """Without gradients; a policy that is its own reference uses its adapter "ref", or none."""
         adapter = nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy: Any = self.accelerator.unwrap_model(self.model)
@@ -219,8 +221,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             yield
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # TRL finds sums again by data and weights alone. Others come of its own code, of another
-        # precision, and of responses cut elsewhere, which its collator does after the data is read.
+        # TRL's cache key has only the data and the weights. But sums also depend on the code that
+        # computes them (TRL's or ours), on the precision, and on the truncation, which TRL's
+        # collator does after the data is read. So the key must name these too.
         self._check_reference()
         weights = self._precompute_model_hash
         cut = self.args.max_length, self.args.truncation_mode
@@ -233,7 +236,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             self._precompute_model_hash = weights
 
     def _check_reference(self) -> None:
-        # TRL's copy of a trained adapter is added as the adapter was, and changes the base once more.
+        # TRL adds its copy of a trained adapter as the adapter itself was added: an initialisation
+        # that changes the base would change it a second time.
         check_reference_adapter(self.model, None, self.ref_model)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -249,22 +253,22 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             raise ValueError("tensor, context and sequence parallelism are not supported yet")
         needs_kls: Any = getattr(self.loss_fn.objective, "needs_kls", False)
         if needs_kls and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            # The reference's head is gone when its forward has ended.
+            # There the reference's head is no longer gathered when its forward has ended.
             raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
 
 
 class _NoReference:
-    """Takes the reference model's place in TRL's constructor, which would load one otherwise."""
+    """A placeholder for the reference model: TRL's constructor loads one if it gets None."""
 
 
 class _WithMargins:
-    """A collator of TRL's, and the pairs' reward margins beside what it collates."""
+    """A collator of TRL that also collates the reward margins of the pairs."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        # Of a stream, and of what is evaluated on later, this is the first that is seen.
+        # The first look at a stream, or at a dataset that is passed to evaluate() later.
         sources = _margin_sources(examples[0], "a dataset")
         for column in sources:
             for example in examples:
@@ -276,13 +280,13 @@ class _WithMargins:
 
 
 def _named(**given: Any) -> Iterator[tuple[str, Any]]:
-    """Datasets by name, each of a dict of them by its own."""
+    """Datasets with their names; a dict of datasets gives each under its own key."""
     for name, dataset in given.items():
         yield from dataset.items() if isinstance(dataset, dict) else [(name, dataset)]
 
 
 def _check_margins(dataset: Any, name: str) -> None:
-    """Raise ValueError unless each pair has a reward margin, as far as that is known already."""
+    """Raise ValueError for a pair without a reward margin; a stream is checked in the collator."""
     columns = getattr(dataset, "column_names", None)
     if not columns:
         return
@@ -297,7 +301,7 @@ def _margin_sources(columns: Iterable[str], what: str) -> tuple[str, ...]:
     sources = margin_columns(list(columns))
     if not sources:
         raise ValueError(
-            f"the objective needs reward margins, and {what} has no column reward_margin or "
+            f"the objective needs reward margins, but {what} has no column reward_margin or "
             f"margin, nor score_chosen and score_rejected; found {', '.join(columns)}; "
             "`prefkern margins` writes one"
         )
@@ -316,7 +320,10 @@ def _scored(
     with_router: bool,
     **options: Any,
 ) -> tuple[Any, Tensor, Tensor | None]:
-    """`loss_fn` on a batch of TRL's, inside the model's forward: outputs, 0 and the router's loss."""
+    """Runs `loss_fn` on TRL's batch inside the model's forward.
+
+    Returns its outputs, the scalar 0 that fires the wrappers' hooks, and the router's loss or None.
+    """
     transform = head_transform(model)
     labels = align_labels(_labels(inputs))
 
@@ -336,7 +343,7 @@ def _scored(
 
     model_inputs = _of_the_model(inputs)
     if with_router:
-        # Vision-language models honour it as an argument alone, and not in their config.
+        # Vision-language models read it only as an argument, not from their config.
         model_inputs["output_router_logits"] = True
     outputs, returned = head_forward(model, model_inputs, score)
     return outputs, returned.logits.sum(), getattr(returned, "aux_loss", None)

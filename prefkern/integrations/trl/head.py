@@ -1,13 +1,14 @@
 """TRL's own CPO, SimPO and ORPO trainers without logits.
 
-TRL's trainers hold `[2B, T, V]` logits, and read of them the log-probs of the labels, an NLL and, for
-a metric, their mean. `fuse_head` gives one trainer's `concatenated_forward` a stand-in that computes
-those numbers from hidden states and head in tiles; losses, metrics and all else stay TRL's code. In
-place of logits it hands on `[B, T, 1]` means over the vocabulary, whose mean is the logits'.
+TRL's trainers hold `[2B, T, V]` logits. They read three things from them: the log-probs of the
+labels, an NLL and, for a metric, the mean of the logits. `fuse_head` replaces one trainer's
+`concatenated_forward`. The replacement computes these numbers from hidden states and head in tiles;
+losses, metrics and everything else stay TRL's code. Instead of logits it returns `[B, T, 1]` means
+over the vocabulary, so that TRL's mean of them is the mean of the logits.
 
-The mean is over padding and prompts as well, which nothing else is computed for. Without a softcap a
-position's mean logit is `hidden . mean(weight) + mean(bias)`, which costs nothing beside the rest;
-with one it takes a pass of its own over all positions.
+TRL's metric also covers padding and prompts, for which nothing else is computed. Without a softcap
+the mean logit of a position is `hidden . mean(weight) + mean(bias)`, at almost no cost. With a
+softcap it needs an extra pass over all positions.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from prefkern.ops.logprobs import linear_logprobs
 from prefkern.ops.outputs import TokenStats
 
 _FORWARD = "concatenated_forward"
-# What a subclass may not have changed: who reads logits, and who makes them.
+# The methods that make or read logits: a subclass must not override them.
 _READERS = (_FORWARD, "get_batch_loss_metrics", "get_batch_logps")
 
 
 def fuse_head(
     trainer: Any, *, workspace_mb: float | None = None, backend: str | None = None
 ) -> Any:
-    """Take the logits out of a TRL `CPOTrainer` (SimPO included) or `ORPOTrainer`.
+    """Remove the logits from a TRL `CPOTrainer` (SimPO included) or `ORPOTrainer`.
 
-    Same losses, metrics and gradients, to float32 accuracy. Only this trainer is changed; called
-    again it changes nothing but the options, and `restore_head` undoes it.
+    Losses, metrics and gradients stay the same to float32 accuracy. Only this trainer changes. A
+    second call only changes the options. `restore_head` undoes it.
 
     Args:
         trainer: a `trl.experimental.cpo.CPOTrainer` or `trl.experimental.orpo.ORPOTrainer`.
@@ -47,9 +48,9 @@ def fuse_head(
     Returns:
         The trainer.
 
-    Raises TypeError for another trainer and ValueError for what cannot be computed without logits:
-    an encoder-decoder, a head that is not understood, torch_compile, nn.DataParallel, a subclass
-    that changes what reads the logits.
+    Raises TypeError for another trainer, and ValueError for a setup that cannot run without logits:
+    an encoder-decoder, a head that cannot be read, torch_compile, nn.DataParallel, or a subclass
+    that overrides a method which reads logits.
     """
     forward = _forward_for(trainer)
     _check_trainer(trainer)
@@ -62,7 +63,7 @@ def fuse_head(
 
 
 def restore_head(trainer: Any) -> Any:
-    """Undo `fuse_head`; a trainer that it was not called on stays as it is. Returns the trainer."""
+    """Undo `fuse_head`; any other trainer stays unchanged. Returns the trainer."""
     if isinstance(vars(trainer).get(_FORWARD), _FusedForward):
         delattr(trainer, _FORWARD)
     return trainer
@@ -70,7 +71,7 @@ def restore_head(trainer: Any) -> Any:
 
 @dataclass(frozen=True)
 class _FusedForward:
-    """Stands in for a trainer's `concatenated_forward`: TRL's call and its results."""
+    """Replaces a trainer's `concatenated_forward`, with TRL's arguments and results."""
 
     trainer: Any
     workspace_mb: float | None
@@ -80,7 +81,7 @@ class _FusedForward:
         raise NotImplementedError
 
     def rows(self, batch: dict[str, Any], padding_value: int) -> dict[str, Tensor]:
-        """Chosen rows, then rejected ones."""
+        """TRL's rows of a batch: chosen, then rejected."""
         return self.trainer.concatenated_inputs(
             batch, padding_value=padding_value, device=self.trainer.accelerator.device
         )
@@ -123,7 +124,7 @@ class _FusedForward:
 
     @torch.no_grad()
     def mean_logits(self, head: HeadInputs, transform: HeadTransform) -> Tensor:  # (2B, T)
-        """Each position's mean over the vocabulary."""
+        """The mean logit of each position over the vocabulary."""
         if transform.softcap is None:
             # mean_v (h . W_v + b_v) = h . mean_v W_v + mean_v b_v
             means = head.hidden.float() @ head.weight.mean(0, dtype=torch.float32)
@@ -151,7 +152,7 @@ class _FusedForward:
     def results(
         self, logps: Tensor, means: Tensor, nll: Tensor, tokens: _Tokens
     ) -> tuple[Any, ...]:
-        """What TRL's `concatenated_forward` returns: (2B,) log-probs and (2B, T) means in halves."""
+        """TRL's result tuple: (2B,) log-probs and (2B, T) means, each split into halves."""
         returned = (*logps.chunk(2), *means.unsqueeze(-1).chunk(2), nll)
         return (*returned, tokens.router_loss) if self.trainer.aux_loss_enabled else returned
 
@@ -164,7 +165,7 @@ class _Tokens:
 
 
 class _CPOForward(_FusedForward):
-    """CPO and SimPO: the NLL is over the chosen responses, which are scored anyway."""
+    """CPO and SimPO: the NLL is over the chosen responses, which are scored in any case."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
         rows = self.rows(batch, self.trainer.pad_token_id)
@@ -181,7 +182,7 @@ class _CPOForward(_FusedForward):
 
 
 class _ORPOForward(_FusedForward):
-    """ORPO: the NLL is over the chosen rows as a whole, prompts included."""
+    """ORPO: the NLL is over the whole chosen rows, prompts included."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
         rows = self.rows(batch, self.trainer.padding_value)
@@ -194,14 +195,14 @@ class _ORPOForward(_FusedForward):
         both = torch.where(in_full, chosen_full, chosen)
         if bool((in_response & (both != chosen)).any()):
             raise ValueError(
-                "chosen_labels name other tokens than chosen_input_ids, and both are scored: "
-                "ORPO's two terms cannot share a pass; restore_head(trainer) undoes fuse_head"
+                "chosen_labels and chosen_input_ids differ, and both are scored: ORPO's two terms "
+                "cannot share a pass then; restore_head(trainer) undoes fuse_head"
             )
         tokens = self.tokens(model, rows, torch.cat([both, rejected]))
         scored = responses != IGNORE_INDEX
         logps = (tokens.logps * scored).sum(1) / scored.sum(1)
         nll = -(tokens.logps.chunk(2)[0] * in_full).sum() / in_full.sum()
-        # TRL leaves the last position out of the mean, which predicts nothing.
+        # TRL leaves the last position out of the mean, because it predicts nothing.
         return self.results(logps, tokens.mean_logits[:, :-1], nll, tokens)
 
 
@@ -217,8 +218,8 @@ def _forward_for(trainer: Any) -> type[_FusedForward]:
         for name in _READERS:
             if getattr(kind, name) is not getattr(known, name):
                 raise ValueError(
-                    f"{kind.__name__} has a {name} of its own, which may read logits; "
-                    f"fuse_head knows that of {known.__name__}"
+                    f"{kind.__name__} overrides {name}, which may read logits; fuse_head supports "
+                    f"only the {name} of {known.__name__}"
                 )
         return forward
     raise TypeError(

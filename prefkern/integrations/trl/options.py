@@ -1,9 +1,9 @@
-"""What TRL's arguments mean to an objective: each has TRL's effect, or is refused by name.
+"""TRL's arguments for an objective: each one has TRL's effect, or is an error that names it.
 
-Without an objective it is built from TRL's `loss_type`, `beta`, `label_smoothing` and
-`use_weighting`, where prefkern has the loss. An objective by name takes `beta` and `use_weighting`
-from the arguments, and its other options from `objective_options`. One that is passed itself takes
-nothing from them.
+If no objective is given, it is built from TRL's `loss_type`, `beta`, `label_smoothing` and
+`use_weighting`, if prefkern has that loss. An objective given by name takes `beta` and
+`use_weighting` from the arguments and its other options from `objective_options`. An objective
+given as an object takes nothing from the arguments.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from prefkern import objectives
 from prefkern.objectives import Objective
 from prefkern.training.config import refuse_batches_by_length
 
-# TRL's losses that are objectives here, and the options that say so.
+# TRL's losses that prefkern has: the name and the options of the objective.
 _LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid": ("dpo", {}),
     "hinge": ("hinge", {}),
     "ipo": ("ipo", {"length_normalized": True}),
     "robust": ("robust", {}),
 }
-# Arguments that an objective leaves without effect, and why.
+# Arguments that have no effect on an objective, and why.
 _WITHOUT_EFFECT = {
-    "loss_weights": "weighs TRL's losses among each other, and an objective is one",
-    "ld_alpha": "weighs tokens, and an objective sees sums over responses",
-    "f_divergence_type": "changes TRL's own losses alone",
-    "f_alpha_divergence_coef": "changes TRL's own losses alone",
-    "discopop_tau": "changes TRL's own losses alone",
+    "loss_weights": "weights several losses of TRL, but an objective is one loss",
+    "ld_alpha": "weights tokens, but an objective sees only sums over responses",
+    "f_divergence_type": "changes only TRL's own losses",
+    "f_alpha_divergence_coef": "changes only TRL's own losses",
+    "discopop_tau": "changes only TRL's own losses",
     "padding_free": "TRL itself has switched off for now: batches are padded",
     "torch_compile": "is not supported yet",
     "label_smoothing_factor": "has no effect on preference pairs",
@@ -42,10 +42,10 @@ def objective_of(
     objective: Objective | str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Objective:
-    """The objective that is asked for, in the arguments or beside them.
+    """The objective to train: the given one, or the one that TRL's arguments describe.
 
-    Raises ValueError for arguments without effect on it and for ones that contradict each other,
-    and TypeError for what is no pairwise objective.
+    Raises ValueError for arguments that have no effect on it or contradict each other, and
+    TypeError for an objective that is not on pairs.
     """
     for name, why in _WITHOUT_EFFECT.items():
         if getattr(args, name) != _default(name):
@@ -53,11 +53,12 @@ def objective_of(
     refuse_batches_by_length(args)
     if objective is not None and list(args.loss_type) != _default("loss_type"):
         raise ValueError(
-            f"args.loss_type is {args.loss_type!r}, and objective was given: leave one of them out"
+            f"args.loss_type is {args.loss_type!r}, but objective was given too: leave one of them "
+            "out"
         )
     if options and not isinstance(objective, str):
         raise ValueError(
-            f"objective_options is {options!r}, which belongs to an objective by name, "
+            f"objective_options is {options!r}, but it needs an objective by name, "
             f"and objective is {objective!r}"
         )
     if isinstance(objective, str):
@@ -68,18 +69,18 @@ def objective_of(
         built = _given(args, objective)
     if not isinstance(built, Objective):
         raise TypeError(
-            f"objective must be on pairs, and {type(built).__name__} is on single responses: "
+            f"objective must be on pairs, but {type(built).__name__} is on single responses: "
             "train it with prefkern.PreferenceTrainer"
         )
     return built
 
 
 def check_reference(args: DPOConfig, objective: Objective, ref_model: Any) -> None:
-    """Raise ValueError for what concerns the reference and would have no effect."""
+    """Raise ValueError for arguments about the reference that would have no effect."""
     name = type(objective).__name__
     if objective.needs_kls and args.precompute_ref_log_probs:
         raise ValueError(
-            f"args.precompute_ref_log_probs keeps sums, and {name} needs the reference's "
+            f"args.precompute_ref_log_probs keeps only sums, but {name} needs the reference's "
             "distributions; leave it out"
         )
     if objective.needs_reference:
@@ -91,7 +92,7 @@ def check_reference(args: DPOConfig, objective: Objective, ref_model: Any) -> No
     }
     for argument, is_given in given.items():
         if is_given:
-            raise ValueError(f"{argument} was given, and {name} has no reference; leave it out")
+            raise ValueError(f"{argument} was given, but {name} has no reference; leave it out")
 
 
 def _trls_own(args: DPOConfig) -> Any:
@@ -100,8 +101,8 @@ def _trls_own(args: DPOConfig) -> Any:
     loss_type = args.loss_type[0]
     if len(args.loss_type) != 1 or loss_type not in _LOSSES:
         raise ValueError(
-            f"args.loss_type is {args.loss_type!r}, and of TRL's losses {known} are objectives "
-            "here; pass another one as objective, or train with trl.DPOTrainer"
+            f"args.loss_type is {args.loss_type!r}, but of TRL's losses prefkern has {known}; pass "
+            "another one as objective, or train with trl.DPOTrainer"
         )
     name, options = _LOSSES[loss_type]
     options = {**options, "tau" if name == "ipo" else "beta": args.beta}
@@ -113,7 +114,7 @@ def _trls_own(args: DPOConfig) -> Any:
 
 
 def _named_options(args: DPOConfig, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """An objective's options by name, those of TRL's arguments included."""
+    """The options of an objective by name, including those from TRL's arguments."""
     _refuse_smoothing(args)
     known = objectives.options(name)
     if args.use_weighting and "use_weighting" in known:
@@ -121,39 +122,39 @@ def _named_options(args: DPOConfig, name: str, options: dict[str, Any]) -> dict[
     is_default = args.beta == _default("beta")
     if options.get("beta", args.beta) != args.beta and not is_default:
         raise ValueError(
-            f"args.beta is {args.beta!r}, and beta in objective_options is {options['beta']!r}: "
-            "give one"
+            f"args.beta is {args.beta!r}, but beta in objective_options is {options['beta']!r}: "
+            "give only one"
         )
     if "beta" in options:
         return options
     if "beta" not in known:
         if not is_default:
             raise ValueError(
-                f"args.beta is {args.beta!r}, and objective {name!r} has no beta; "
+                f"args.beta is {args.beta!r}, but objective {name!r} has no beta; "
                 f"objective_options takes {', '.join(known)}"
             )
         return options
     own = objectives.build(name, **options).beta  # pyright: ignore[reportAttributeAccessIssue]
     if is_default and own != args.beta:
         raise ValueError(
-            f"args.beta is {args.beta!r}, TRL's default, and the default of objective {name!r} is "
-            f'{own!r}: say which by objective_options={{"beta": ...}}'
+            f"args.beta is {args.beta!r}, TRL's default, but the default of objective {name!r} is "
+            f'{own!r}: choose one with objective_options={{"beta": ...}}'
         )
     return {**options, "beta": args.beta}
 
 
 def _given(args: DPOConfig, objective: Any) -> Any:
-    """An objective that was passed as such: args must not describe another."""
+    """An objective passed as an object: args must not describe another one."""
     _refuse_smoothing(args)
     if args.use_weighting:
         raise ValueError(
-            "args.use_weighting has no effect on an objective that is passed itself; wrap it: "
+            "args.use_weighting has no effect on an objective passed as an object; wrap it: "
             "prefkern.objectives.WPO(objective)"
         )
     beta = getattr(objective, "beta", args.beta)
     if args.beta not in (_default("beta"), beta):
         raise ValueError(
-            f"args.beta is {args.beta!r}, and that of the objective is {beta!r}; leave args.beta out"
+            f"args.beta is {args.beta!r}, but the objective's beta is {beta!r}; leave args.beta out"
         )
     if not isinstance(objective, Objective | objectives.UnpairedObjective):
         raise TypeError(
@@ -165,8 +166,8 @@ def _given(args: DPOConfig, objective: Any) -> Any:
 def _refuse_smoothing(args: DPOConfig) -> None:
     if args.label_smoothing:
         raise ValueError(
-            f"args.label_smoothing is {args.label_smoothing!r}, which TRL uses in its robust loss "
-            'alone (loss_type="robust"); for an objective that has the option, '
+            f"args.label_smoothing is {args.label_smoothing!r}, which TRL uses only in its robust "
+            'loss (loss_type="robust"); if the objective has the option, use '
             'objective_options={"label_smoothing": ...}'
         )
 
