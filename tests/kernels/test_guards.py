@@ -13,7 +13,7 @@ import torch
 
 import prefkern
 from prefkern.objectives import build
-from prefkern.ops import fold_state
+from prefkern.ops import fold_state, torch_tiles
 from support.machine import HAS_GPU
 
 pytest.importorskip("triton")
@@ -53,8 +53,8 @@ def test_rows(name, size, blocks_of_a_gpu, device):
     """In every block size, between guards, and with the numbers of its twin in torch."""
     with guarded.launches() as launched:
         ours = launch_cases.CASES[name](kernels, size, device)
-    assert launched == {f"_{name}_kernel": 1}
-    twins = launch_cases.CASES[name](launch_cases.twin_of(name), size, device)
+    assert launched == {f"_{launch_cases.launcher_of(name)}_kernel": 1}
+    twins = launch_cases.CASES[name](torch_tiles, size, device)
     assert ours.keys() == twins.keys()
     for key, mine in ours.items():
         tolerance = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}[mine.dtype]
@@ -253,7 +253,8 @@ def test_divergence(trains, device):
         )  # fmt: skip
         return gradients(out.logps - 2 * out.kl, [hidden, weight])
 
-    assert_guarded_is_plain(call, {"fold", "remake_weights" if trains else "rescale_rows"})
+    of_gradients = "remake_weights" if trains else "rescale_rows"
+    assert_guarded_is_plain(call, {"fold", "finish", "scatter_scaled", of_gradients})
 
 
 def test_loss_with_an_adapter(device):
@@ -276,7 +277,7 @@ def test_loss_with_an_adapter(device):
 
 def test_calls_reach_every_kernel():
     """What the tests above name is all there is: a new kernel has to be guarded as well."""
-    named = {f"_{name}_kernel" for name in launch_cases.CASES}
+    named = {f"_{launch_cases.launcher_of(name)}_kernel" for name in launch_cases.CASES}
     named |= {"_product_fold_kernel", "_merge_splits_kernel", "_pair_loss_kernel"}
     assert {name for _, name in guarded.kernels()} == named
 

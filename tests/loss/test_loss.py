@@ -26,6 +26,7 @@ from prefkern.objectives import (
     WithNLL,
 )
 from prefkern.ops import call
+from prefkern_bench.measure import Meter
 from support.listing import listing_1
 from support.machine import BACKENDS
 
@@ -643,3 +644,33 @@ class Spy:
     def __call__(self, *args, **keywords):
         self.calls.append(args)
         return self.function(*args, **keywords)
+
+
+@pytest.mark.parametrize("name", ["shared head", "own head", "tdpo", "tdpo and statistics"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_plan_of_an_output_is_what_was_done(trained, name):
+    """Products counted, the reference's among them, in whichever call they were made."""
+    hidden, ref_hidden = torch.randn(4, 9, 16), torch.randn(4, 9, 12)
+    weight, ref_weight = torch.randn(300, 16), torch.randn(300, 12)
+    if name == "shared head":
+        ref_hidden, ref_weight = torch.randn(4, 9, 16), weight
+    labels = torch.randint(300, (4, 9))
+    labels[1, 3:] = -100
+    objective = {"tdpo": TDPO2(0.1), "tdpo and statistics": WPO(TDPO2(0.1))}.get(name, DPO(0.1))
+    loss_fn = prefkern.FusedPreferenceLoss(objective, workspace_mb=0.02, backend="torch")
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+    with Meter() as meter:
+        out = loss_fn(hidden, weight, labels, ref_hidden=ref_hidden, ref_weight=ref_weight)
+        out.loss.backward()
+    assert out.plan.operations == meter.operations
+    assert prefkern.last_plan() == out.plan
+    assert out.plan.ref_hidden_size == ref_hidden.shape[-1]
+    # A pass over both heads folds the statistics, too: nothing is done twice. In units of one
+    # product with a head's width; what is kept of a token is not computed again.
+    own, ref, kept = 2 * 300 * 16, 2 * 300 * ref_hidden.shape[-1], out.plan.kept_tokens
+    pairs = "tdpo" in name
+    done = 30 * ((4 if trained else 3 if pairs else 2) * own + ref) - kept * own
+    if pairs and trained:
+        done += (30 - kept) * ref
+    assert out.plan.operations == done

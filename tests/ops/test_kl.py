@@ -11,7 +11,7 @@ from test_linear_logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
 
 import prefkern
 from prefkern import reference
-from prefkern.ops import call, fold_state, operands, sequences, torch_tiles
+from prefkern.ops import call, fold_state, operands, passes, plan, sequences, torch_tiles
 from prefkern.ops.kl import linear_kl
 from prefkern_bench.measure import Meter
 
@@ -605,6 +605,103 @@ def test_temporary_memory_stays_within_the_workspace(workspace_mb, dtype, traine
     assert meter.peak_bytes <= 1.05 * (workspace_mb * 2**20) + allowed
     # The logits in float32 alone would be this, so that the bound means something.
     assert 1.05 * (workspace_mb * 2**20) + allowed < 2 * N * V * 4
+
+
+def products_as_on_a_gpu(monkeypatch, device: str) -> None:
+    """Half-precision operands reach the products as they are, where a CPU would raise them."""
+    if device != "cpu":
+        return
+
+    def product(a, b, out):
+        assert a.dtype == b.dtype
+        out.copy_(a.float() @ b.float())
+
+    def add_product(a, b, out):
+        assert a.dtype == b.dtype
+        out.add_(a.float() @ b.float())
+
+    plain = operands.Operands
+    monkeypatch.setattr(operands, "operands_for", lambda dtype, _: plain(dtype, upcasts=False))
+    monkeypatch.setattr(passes, "product", product)
+    monkeypatch.setattr(passes, "add_product", add_product)
+
+
+KEPT_BOUNDS = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", KEPT_BOUNDS)
+@pytest.mark.parametrize("transform", [{}, TRANSFORM])
+@pytest.mark.parametrize("kept", [0, 8, 18])
+@pytest.mark.long(backend="triton", dtype=[torch.bfloat16, torch.float16])
+@pytest.mark.long(backend="triton", kept=0)
+@pytest.mark.long(backend="triton", transform={})
+def test_kept_probabilities_of_both_models(kept, transform, dtype, backend, device, monkeypatch):
+    """All tokens', some tokens' and none: the gradients of a trained head and of hidden."""
+    products_as_on_a_gpu(monkeypatch, device)
+    tiles = plan.Tiles(8, 128, 0, 0.0), plan.Tiles(11, 114, 0, 0.0)
+    monkeypatch.setattr(plan, "_cheapest", lambda *_: (kept, *tiles))
+    # What the dtype holds: compared is the pass, not the rounding of its inputs.
+    case = {
+        name: value.to(dtype).float() if value.is_floating_point() else value
+        for name, value in make(300, 3.0).items()
+    }
+    keywords = {"trains": HEADS["trained"], "loss": LOSSES["both"], **transform}
+    ours = run(linear_kl, case, dtype, device, backend=backend, **keywords)
+    made = prefkern.last_plan()
+    assert (made.kept_tokens, made.tokens, made.has_divergence) == (kept, 18, True)
+    assert made.structure == ("one_pass" if kept == 18 else "two_pass")
+    truth = run(reference.linear_kl, case, torch.float64, device, **keywords)
+    for mine, true in zip(ours[3:], truth[3:], strict=True):
+        assert mine.dtype == dtype and relative(mine, true) < KEPT_BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("trained", ["adapter", "all"])
+@pytest.mark.parametrize("workspace_mb", [0.02, 0.8, 64])
+@pytest.mark.long(backend="triton", workspace_mb=[0.02, 64])
+def test_an_adapter_on_the_head(workspace_mb, trained, backend, device):
+    """LoRA on the policy's head beside a reference without it, against [h l] [W B]^T in float64."""
+    case = make(700, 3.0, N=60)
+    case |= {"lora_hidden": torch.randn(3, 20, 5), "lora_weight": torch.randn(700, 5)}
+    names = (
+        "hidden",
+        "lora_hidden",
+        "lora_weight",
+        *(("weight", "bias") if trained == "all" else ()),
+    )
+    grads = torch.randn(2, 3, 20)
+
+    def run_with(function, dtype):
+        leaves = {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in case.items()
+        }
+        leaves = {n: v.detach().clone().requires_grad_(n in names) for n, v in leaves.items()}
+        out = function(**leaves)
+        g, k = grads.to(device, dtype)
+        (g * out.logps + k * out.kl).sum().backward()
+        return [x.detach() for x in out], {name: leaves[name].grad for name in names}
+
+    def joined(hidden, weight, lora_hidden, lora_weight, **others):
+        hidden, weight = torch.cat([hidden, lora_hidden], -1), torch.cat([weight, lora_weight], -1)
+        return reference.linear_kl(hidden, weight, **others)
+
+    def ours(**leaves):
+        return linear_kl(**leaves, backend=backend, workspace_mb=workspace_mb)
+
+    values, gradients = run_with(ours, torch.float32)
+    made = prefkern.last_plan()
+    assert (made.rank, made.has_divergence, made.backend) == (5, True, backend)
+    # Trained B alone keeps and recomputes as a trained head does.
+    assert made.trains_head
+    if workspace_mb == 0.8 and trained == "all":
+        assert 0 < made.kept_tokens < made.tokens
+    else:
+        assert made.kept_tokens == (0 if workspace_mb < 0.8 else made.tokens)
+    truths, wanted = run_with(joined, torch.float64)
+    for mine, true in zip(values, truths, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-6, atol=3e-6)
+    for name in names:
+        assert relative(gradients[name], wanted[name]) < 5e-6, name
 
 
 WRONG = {

@@ -167,6 +167,11 @@ CASES: dict[str, Callable[[ModuleType, int, str], Outputs]] = {
 }  # fmt: skip
 
 
+def launcher_of(name: str) -> str:
+    """The launcher that a case drives."""
+    return name.partition("_of_")[0]
+
+
 def product(n: int, v: int, h: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Arguments of `product_fold`: labels at both ends of the vocabulary, and an empty state."""
     draw = Draw(n * v + h, device)
