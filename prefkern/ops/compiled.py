@@ -291,7 +291,9 @@ def _setup_context(ctx, inputs, output) -> None:
     # The eight tensors and labels; then bounds and with_stats, which backward has no use for.
     ctx.options = inputs[11:]
     ctx.save_for_backward(*inputs[:9], *output[_VALUES:])
-    ctx.mark_non_differentiable(output[1], *output[3:])
+    # Log-probs have a gradient, and a divergence where there is a reference.
+    has_divergence = inputs[5] is not None
+    ctx.mark_non_differentiable(*output[1 : 2 if has_divergence else 3], *output[3:])
 
 
 def _backward(ctx, dlogps, _, dkl, *__):
