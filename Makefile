@@ -1,6 +1,6 @@
 # make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make lint,
-# make docs: each does the set-up that it needs, once, into .venv; make test-oldest and make test-newest into a
-# folder of their own.
+# make docs: each does the set-up that it needs, once, into .venv; make test-oldest and make test-newest
+# into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)

@@ -113,7 +113,7 @@ def provider_table(
 # Part of an error's text, and what it says of a provider.
 WHY = {
     "0 active drivers": "its kernels need a GPU, and this machine has none",
-    "No module named": "it was not installed",
+    "not installed": "it was not installed",
     "out of memory": "memory ran out",
 }
 
@@ -149,8 +149,9 @@ def bench_section(name: str) -> str:
     shape = report["shapes"][0]
     rows = [row for row in rows_of(report, "operator", shape["name"]) if row["task"] != "forward"]
     parts = [
+        "## Log-probs and their gradients",
         (
-            f"Log-probs and their gradients, forward and backward, {report['dtype']}, the head of "
+            f"Forward and backward, {report['dtype']}, the head of "
             f"{shape['name']}: {size(shape)}. {COLUMNS}"
         ),
         bench_table(rows),
@@ -191,12 +192,11 @@ def fidelity(report: dict[str, Any]) -> list[str]:
         if cells:
             lines.append(f"| {provider} | {' | '.join(cells)} |")
     intro = (
-        f"What logits in {report['dtype']} cost: errors of the log-prob of a sequence of {length} tokens, "
-        f"half of them confident, in nats, and of the gradients of a DPO step on such sequences "
-        f"(beta 0.1), against float64, at H = {some['hidden_size']:,}, V = {some['vocab_size']:,}, by "
+        f"Errors of the log-prob of a sequence of {length} tokens, half of them confident, in nats, "
+        f"and of the gradients of a DPO step on such sequences (beta 0.1), against float64, at H = {some['hidden_size']:,}, V = {some['vocab_size']:,}, by "
         "the spread of the logits:"
     )
-    return [intro, "\n".join(lines)]
+    return [f"## What logits in {report['dtype']} cost", intro, "\n".join(lines)]
 
 
 def all_results() -> str:
@@ -253,8 +253,10 @@ def demo_tables(name: str) -> str:
     """What the demo's training changed, and what its loss step costs."""
     report = json.loads((RESULTS / name).read_text())
     lines = [
+        "## The demo",
+        "",
         (
-            f"The demo: {report['steps']} steps of 8 pairs, {report['held_out_pairs']} held-out pairs, "
+            f"{report['steps']} steps of 8 pairs, {report['held_out_pairs']} held-out pairs, "
             f"{report['seconds']} s in all with the check."
         ),
         "",
@@ -343,9 +345,7 @@ def summary(name: str = "bench-cpu.json") -> str:
         lines.append(f"| {label} | {cell(eager[task])} | {'; '.join(ways)} |")
     report = json.loads((RESULTS / name).read_text())
     shape = report["shapes"][0]
-    rows = {
-        (row["provider"], row["task"]): row for row in rows_of(report, "loss", shape["name"])
-    }
+    rows = {(row["provider"], row["task"]): row for row in rows_of(report, "loss", shape["name"])}
     roomy = rows["prefkern-roomy", "trainable"]["operations_nhv"]
     lines += [
         "",
