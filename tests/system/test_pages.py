@@ -102,3 +102,26 @@ def test_the_diagram_is_the_contract():
         rows.setdefault(int(height), []).append(layer)
     named = [[part.strip().removeprefix("prefkern.") for part in x.split("|")] for x in layers]
     assert [rows[height] for height in sorted(rows)] == named
+
+
+def test_the_counts_of_model_classes_are_the_families_page_s():
+    page = (ROOT / "bench/FAMILIES.md").read_text()
+    found = re.search(
+        r"^(\d+) classes: (\d+) agrees, (\d+) refused, \d+ not run, 0 differs", page, re.MULTILINE
+    )
+    assert found
+    total, agree, refused = found.groups()
+    models, readme = ((ROOT / file).read_text() for file in ("docs/models.md", "README.md"))
+    assert (
+        f"Of its {total} such classes, built tiny, {agree} agree with their own logits, gradients "
+        f"included, and {refused} are refused"
+    ) in " ".join(models.split())
+    assert f"{agree} of {total} classes [agree with their own logits]" in readme
+    assert f", {refused} are refused |" in readme
+
+
+def test_the_count_of_mutations_is_their_page_s():
+    found = re.search(r"(\d+) of \1 killed", (ROOT / "bench/MUTATIONS.md").read_text())
+    assert found
+    trust = " ".join((ROOT / "docs/trust.md").read_text().split())
+    assert f"breaks the source in {found[1]} places" in trust
