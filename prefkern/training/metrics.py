@@ -71,8 +71,11 @@ def _of_pairs(
             # beta cancels up to the rounding of a product and a quotient.
             at_clip = ratio >= adaptive.k * adaptive.clip * (1 - 1e-6)
             values["adaptive/clip_fraction"] = per_item(at_clip)
-    moves_beta = adaptive is not None or "beta_dpo/beta" in out.metrics
-    if moves_beta and out.ref_chosen_logps is not None and out.ref_rejected_logps is not None:
+    if (
+        objective.moves_beta
+        and out.ref_chosen_logps is not None
+        and out.ref_rejected_logps is not None
+    ):
         # Rewards above use the coefficients in force; these compare with plain DPO's.
         base = (out.chosen_logps - out.ref_chosen_logps) - (
             out.rejected_logps - out.ref_rejected_logps
