@@ -28,7 +28,7 @@ from transformers import (
     EarlyStoppingCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.data import check_columns, tokenize_preferences
@@ -234,22 +234,8 @@ class RewardTrainer(ItemTrainer):
             loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
         return loss, rewards.contiguous(), None
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Trainer's loop, with means over pairs in place of its mean over batches."""
-        output = super().evaluation_loop(
-            dataloader, description, False, ignore_keys, metric_key_prefix
-        )
-        assert output.metrics is not None
-        metrics = pair_metrics(torch.as_tensor(output.predictions))
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
-        return output
+    def _evaluated(self, predictions: Any) -> dict[str, float]:
+        return pair_metrics(torch.as_tensor(predictions))
 
     def rewards(self, tokens: Any) -> Tensor:  # (pairs, 2)
         """Rewards r_w and r_l of every pair, in order; the same on every rank."""

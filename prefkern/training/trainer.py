@@ -44,7 +44,6 @@ from prefkern.data.collate import (
     sequence_count,
 )
 from prefkern.data.columns import ID_COLUMNS
-from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
     adapt,
@@ -63,7 +62,6 @@ from prefkern.models.packing import reads_whole_row, require_packing
 from prefkern.models.positions import check_positions
 from prefkern.models.routers import RouterLoss
 from prefkern.models.scoring import (
-    IGNORE_INDEX,
     MISMATCHED,
     align_labels,
     model_inputs,
@@ -72,7 +70,7 @@ from prefkern.models.scoring import (
 from prefkern.models.text_inputs import embedding_rows
 from prefkern.models.transform import head_transform
 from prefkern.models.vocabulary import check_pad_token, check_reference_words, check_tokens
-from prefkern.objectives import KTO, Objective, UnpairedObjective
+from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops.call import resolve_backend
 from prefkern.training.checks import (
     Needs,
@@ -86,7 +84,7 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
-from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states
+from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
 from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.training.unsaved import fingerprint
 
@@ -158,10 +156,11 @@ class PreferenceTrainer(ObjectiveTrainer):
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         check_reference_arguments(model, ref_model, args)
-        is_built = objective is None
+        seed = args.seed if objective is None else None
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)
         )
+        self._make_losses(objective, args.workspace_mb, args.backend, seed)
         is_paired = isinstance(objective, Objective)
         self._objective_needs = Needs(
             paired=is_paired,
@@ -272,7 +271,6 @@ class PreferenceTrainer(ObjectiveTrainer):
             optimizers=optimizers,
         )
         self._sequences_an_item = 2 if is_paired else 1
-        self._refuse_unsupported_setups()
         # Sharded models have their weights only once they are wrapped: there, the first batch.
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not is_sharded:
@@ -285,16 +283,6 @@ class PreferenceTrainer(ObjectiveTrainer):
                 "other sequences, the more the larger the batch: flash attention or "
                 "attn_implementation='flex_attention' leaves that out"
             )
-        options = {"ignore_index": IGNORE_INDEX, "workspace_mb": args.workspace_mb}
-        self.loss_fn = FusedPreferenceLoss(objective, backend=args.backend, **options)
-        self.loss_fn.to(args.device)
-        for module in self.loss_fn.modules():
-            # An objective that was given may have drawn before.
-            if is_built and hasattr(module, "manual_seed"):
-                module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
-        # Sums are formed by the policy's own code. An objective on single responses takes any
-        # number of them, and in evaluation asks nothing of other ranks.
-        self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
         self._told_of_no_mismatch = False
 
         if self.ref_model is not None:
@@ -375,17 +363,10 @@ class PreferenceTrainer(ObjectiveTrainer):
 
     def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
         """Log-prob sums of a batch's rows under a model, without gradient."""
-        count = sequence_count(inputs)
-        zeros = torch.zeros(count, device=inputs["input_ids"].device)
+        options = sums_alone(sequence_count(inputs), inputs["input_ids"].device)
         with torch.no_grad():
             outputs = preference_outputs(
-                model,
-                inputs,
-                self._sum_fn,
-                router_loss=RouterLoss(),
-                ref_logps=zeros,
-                desirable=zeros.bool(),
-                mismatched_log_ratios=zeros,
+                model, inputs, self._sum_fn, router_loss=RouterLoss(), **options
             )
         assert isinstance(outputs, UnpairedOutput)
         return outputs.logps
@@ -552,13 +533,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             check_labels(dataset, name)
 
     def _refuse_unsupported_setups(self) -> None:
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and parallelism.non_data_parallel_size > 1:
-            raise ValueError("tensor, context and sequence parallelism are not supported yet")
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self._objective_needs.distributions and is_sharded:
-            # The reference's head is gone when its forward has ended.
-            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
+        super()._refuse_unsupported_setups()
         if self._objective_needs.distributions:
             for model in (self.model, self.ref_model):
                 if model is not None and has_low_rank_term(find_head(model)[1]):
@@ -566,7 +541,7 @@ class PreferenceTrainer(ObjectiveTrainer):
                         "TDPO does not support LoRA on the output head; leave the head out of "
                         "target_modules, or train it as a whole (modules_to_save)"
                     )
-        if self.ref_model is not None and is_sharded:
+        if self.ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
                 "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"
