@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -101,59 +102,45 @@ def explain_nonfinite(
     is_packed = cu_seqlens is not None
     sequences.select(labels.reshape(-1), ignore_index, weight.shape[0], bounds, is_packed)
     scored = labels.reshape(-1) != ignore_index
-    lines = []
 
-    def look(name: str, value: Tensor | None, bad: Tensor | None, place: _Place) -> None:
-        if value is None or bad is None or not bad.any():
-            return
-        first = int(bad.reshape(-1).to(torch.uint8).argmax())
-        count, of = int(bad.sum()), bad.numel()
-        lines.append(f"{name}: {place(first, count, of)}; {_REMEDIES[name]}")
-
-    def rows(value: Tensor | None) -> Tensor | None:
+    def of_rows(value: Tensor | None) -> Tensor | None:
         return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1]))
 
     def of_tokens(value: Tensor | None) -> Tensor | None:
-        bad = rows(value)
-        return None if bad is None else bad & scored
+        return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1])) & scored
 
-    def token(first: int, count: int, of: int) -> str:
-        where = _token(first, labels, cu_seqlens, paired)
-        return f"{count} of {int(scored.sum())} scored tokens, the first {where}"
+    def of_bias(value: Tensor | None) -> Tensor | None:
+        return None if value is None else _bad_entries(value, labels, scored)
 
-    def entry(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} vocabulary entries, the first is {first}"
-
-    def sequence(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} sequences, the first {_sequence(first, of, paired)}"
-
-    def pair(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} pairs, the first is pair {first}"
-
-    def number(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} numbers, the first is number {first}"
-
-    def numbers(value: Tensor | None) -> Tensor | None:
+    def of_numbers(value: Tensor | None) -> Tensor | None:
         return None if value is None else ~value.isfinite()
 
-    for prefix in ("", "ref_"):
-        w, b = (weight, bias) if not prefix else (ref_weight, ref_bias)
-        look(f"{prefix}weight", w, rows(w), entry)
-        look(f"{prefix}bias", b, None if b is None else _bad_entries(b, labels, scored), entry)
-        if not prefix:
-            look("lora_weight", lora_weight, rows(lora_weight), entry)
-        states = hidden if not prefix else ref_hidden
-        look(f"{prefix}hidden", states, of_tokens(states), token)
-        if not prefix:
-            look("lora_hidden", lora_hidden, of_tokens(lora_hidden), token)
-    look("ref_logps", ref_logps, numbers(ref_logps), sequence)
-    look("reward_margins", reward_margins, numbers(reward_margins), pair)
-    look("mismatched_log_ratios", mismatched_log_ratios, numbers(mismatched_log_ratios), number)
+    # (how many there are, 0 for all that were looked at; what they are; the name of the first)
+    entries = (0, "vocabulary entries", str)
+    tokens = (int(scored.sum()), "scored tokens", partial(_token, labels, cu_seqlens, paired))
+    rows = (0, "sequences", partial(_sequence, count, paired))
+    pairs = (0, "pairs", "pair {}".format)
+    numbers = (0, "numbers", "number {}".format)
+    inputs = (
+        ("weight", of_rows(weight), entries),
+        ("bias", of_bias(bias), entries),
+        ("lora_weight", of_rows(lora_weight), entries),
+        ("hidden", of_tokens(hidden), tokens),
+        ("lora_hidden", of_tokens(lora_hidden), tokens),
+        ("ref_weight", of_rows(ref_weight), entries),
+        ("ref_bias", of_bias(ref_bias), entries),
+        ("ref_hidden", of_tokens(ref_hidden), tokens),
+        ("ref_logps", of_numbers(ref_logps), rows),
+        ("reward_margins", of_numbers(reward_margins), pairs),
+        ("mismatched_log_ratios", of_numbers(mismatched_log_ratios), numbers),
+    )
+    lines = []
+    for name, bad, (total, things, place) in inputs:
+        if bad is not None and bad.any():
+            first = place(int(bad.to(torch.uint8).argmax()))
+            found = f"{int(bad.sum())} of {total or len(bad)} {things}, the first is {first}"
+            lines.append(f"{name}: {found}; {_REMEDIES[name]}")
     return "\n".join(lines) or None
-
-
-# (first place, how many, of how many) -> their part of the message.
-_Place = Callable[[int, int, int], str]
 
 
 def report(
@@ -215,7 +202,7 @@ def _bad_entries(bias: Tensor, labels: Tensor, scored: Tensor) -> Tensor:  # (V,
     return bad
 
 
-def _token(first: int, labels: Tensor, cu_seqlens: Tensor | None, paired: bool) -> str:
+def _token(labels: Tensor, cu_seqlens: Tensor | None, paired: bool, first: int) -> str:
     """The sequence of a flat token, and its position there."""
     if cu_seqlens is None:
         count, (row, column) = labels.shape[0], divmod(first, labels.shape[1])
@@ -223,15 +210,12 @@ def _token(first: int, labels: Tensor, cu_seqlens: Tensor | None, paired: bool) 
         count = len(cu_seqlens) - 1
         row = int((cu_seqlens[1:] <= first).sum())
         column = first - int(cu_seqlens[row])
-    return f"is token {column} of sequence {row} ({_side(row, count, paired)})"
+    return f"token {column} of {_sequence(count, paired, row)}"
 
 
-def _sequence(row: int, sequences: int, paired: bool) -> str:
-    return f"is sequence {row} ({_side(row, sequences, paired)})"
-
-
-def _side(row: int, sequences: int, paired: bool) -> str:
-    if not paired:
-        return f"response {row}"
-    side = "chosen" if row < sequences // 2 else "rejected"
-    return f"the {side} response of pair {row % (sequences // 2)}"
+def _sequence(count: int, paired: bool, row: int) -> str:
+    side = f"response {row}"
+    if paired:
+        which = "chosen" if row < count // 2 else "rejected"
+        side = f"the {which} response of pair {row % (count // 2)}"
+    return f"sequence {row} ({side})"
