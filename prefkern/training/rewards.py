@@ -273,10 +273,11 @@ def tokenize_for_rewards(
         numbered = text.add_column("reward_margin", [*range(len(text))])
         kept = set(tokenize_preferences(numbered, tokenizer, **options)[0]["reward_margin"])
         rows = [row for row in range(len(text)) if row not in kept]
-        faults = ["an empty response"] * bool(report.empty)
-        faults += ["a pair that is too long"] * bool(report.too_long or not report.empty)
+        what = "an empty response" if report.empty else "a pair that is too long"
+        if report.empty and report.too_long:
+            what += ", or a pair that is too long"
         raise ValueError(
-            f"dataset {name!r}, row {rows[0]}: {', or '.join(faults)}, which cannot be scored "
+            f"dataset {name!r}, row {rows[0]}: {what}, which cannot be scored "
             f"({len(rows)} such {'row' if len(rows) == 1 else 'rows'}); leave it out"
         )
     return tokens, report
