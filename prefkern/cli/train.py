@@ -126,9 +126,9 @@ def parse(
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
     if config.eval_strategy != "no" and not (data.eval_fraction or data.eval_dataset):
         raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
-    check_lora(lora, given, without="without --lora_r")
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
+    check_lora(lora, given, without="without --lora_r")
     if data.dataset_config is not None and Path(str(data.dataset)).expanduser().is_file():
         raise ValueError("--dataset_config has no effect on a file")
     if "eval_split" in given and data.eval_dataset is None:
