@@ -70,7 +70,7 @@ class DatasetArguments:
 
 
 def check_lora(lora: Any, given: set[str], without: str) -> None:
-    """Raise ValueError for `--lora_*` that no adapter can have, or that have no effect `without`."""
+    """Raise ValueError for `--lora_*` that are out of range, or have no effect `without` a rank."""
     if lora.lora_r < 0:
         raise ValueError(f"--lora_r must be >= 0, got {lora.lora_r}")
     if lora.lora_alpha <= 0:

@@ -54,7 +54,7 @@ def reference(
     ref_logps: Tensor | None,
     n_sequences: int,
 ) -> None:
-    """Check that a reference is there if needed, is given once and in full, and has these tokens."""
+    """Check that a reference is given if needed, once and in full, and has the policy's tokens."""
     name = inner_name(objective)
     if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
         raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
@@ -96,8 +96,8 @@ def reference_head(
     checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     if ref_weight.shape[0] < weight.shape[0]:
         raise ValueError(
-            f"ref_weight has {ref_weight.shape[0]} rows and weight {weight.shape[0]}: the reference "
-            "must have a row for every vocabulary entry that labels may name"
+            f"ref_weight has {ref_weight.shape[0]} rows and weight {weight.shape[0]}: the "
+            "reference must have a row for every vocabulary entry that labels may name"
         )
     checks.same_tokens(hidden, ref_hidden)
 

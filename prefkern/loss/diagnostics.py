@@ -7,8 +7,8 @@ with respect to a log-prob L = log P,
 
 For DPO this is P_l / P_w, for AdaDPO (beta_w / beta_l) P_l / P_w. It is returned as a logarithm,
 since P is a sequence's probability, and e^-1000 is an ordinary value. The share of the push on
-log-probs, `|g_w| / (|g_w| + |g_l|)`, is what the optimiser sees; for DPO it is 1/2. The trainer logs
-both. By hand:
+log-probs, `|g_w| / (|g_w| + |g_l|)`, is what the optimiser sees; for DPO it is 1/2. The trainer
+logs both. By hand:
 
     out = loss_fn(...)
     prefkern.diagnostics.gradient_balance(out).log_balance.median()

@@ -1,7 +1,8 @@
 """FusedPreferenceLoss: a preference loss from hidden states, head and labels, without logits.
 
-The operator computes per-token log-probs (for TDPO, divergences too) in tiles. `prefkern.loss.pairwise`
-sums them over sequences and applies the objective. KTO takes single responses through the same call.
+The operator computes per-token log-probs (for TDPO, divergences too) in tiles.
+`prefkern.loss.pairwise` sums them over sequences and applies the objective. KTO takes single
+responses through the same call.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class FusedPreferenceLoss(nn.Module):
         backend: None, "triton" or "torch"; see `prefkern.linear_logprobs`.
         on_nonfinite: "raise" (FloatingPointError) or "warn" if the loss, a log-prob, the
             reference's sums or the margins are NaN or infinite. The message names the cause and its
-            place (`prefkern.diagnostics.explain_nonfinite`). Takes one device synchronisation a call,
-            so it is refused under torch.compile and in a CUDA graph. None: no check.
+            place (`prefkern.diagnostics.explain_nonfinite`). Takes one device synchronisation a
+            call, so it is refused under torch.compile and in a CUDA graph. None: no check.
 
     Running statistics (alpha-DPO, beta-DPO) move at each forward in training mode. Checkpoint the
     model, not the loss: a recomputation would move them again, and raises RuntimeError. Statistics
@@ -110,8 +111,8 @@ class FusedPreferenceLoss(nn.Module):
             lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
                 `prefkern.linear_logprobs`. Not for TDPO.
 
-        Raises TypeError and ValueError as `prefkern.linear_logprobs` does. Also for an odd number of
-        sequences, and for a reference or margins that are missing, incomplete or given twice.
+        Raises TypeError and ValueError as `prefkern.linear_logprobs` does. Also for an odd number
+        of sequences, and for a reference or margins that are missing, incomplete or given twice.
         """
         is_paired = isinstance(self.objective, Objective)
         checks.head(hidden, weight, bias)
@@ -242,7 +243,7 @@ class FusedPreferenceLoss(nn.Module):
         desirable: Tensor | None,
         mismatched_log_ratios: Tensor | None,
     ) -> PreferenceOutput | UnpairedOutput:
-        """The loss under torch.compile, which sees the passes as opaque calls and traces the rest."""
+        """The loss under torch.compile: the passes are opaque calls, and the rest is traced."""
         from prefkern.ops import compiled
 
         objective = self.objective

@@ -3,8 +3,8 @@
 A NaN in one hidden state makes a log-prob NaN, then the loss, and a step later the whole model. The
 loss does not show which input caused it. `explain_nonfinite` looks at all inputs in the order in
 which they depend on one another: the head, the hidden states of scored tokens, the reference's
-numbers, the reward margins. It names each input that is not finite, how much of it, the first place,
-and what to do.
+numbers, the reward margins. It names each input that is not finite, how much of it, the first
+place, and what to do.
 
 In a healthy call, `FusedPreferenceLoss(on_nonfinite="raise")` reads one bit from the device, and
 looks no further.
@@ -28,8 +28,8 @@ OnNonfinite = Literal["raise", "warn"]
 MODES = ("raise", "warn")
 
 _OF_THE_MODEL = (
-    "the model's forward made it. If every token has it, an earlier step has spoilt the parameters: "
-    "lower learning_rate, or set max_grad_norm. If a few have it, look at those sequences. Under "
+    "the model's forward made it. If every token has it, an earlier step has spoilt the parameters:"
+    " lower learning_rate, or set max_grad_norm. If a few have it, look at those sequences. Under "
     "float16, look for activations beyond 65504 (bfloat16 has the range of float32)"
 )
 _OF_A_WEIGHT = (
@@ -80,8 +80,8 @@ def explain_nonfinite(
             rules out a vocabulary entry, unless that entry is a label.
         paired: B chosen sequences, then their B rejected ones; False: single responses (KTO).
 
-    Raises TypeError and ValueError as the loss does. Synchronises with the device. Checks 16 million
-    values at a time, with a bool of memory for each.
+    Raises TypeError and ValueError as the loss does. Synchronises with the device. Checks 16
+    million values at a time, with a bool of memory for each.
     """
     checks.boolean("paired", paired)
     checks.head(hidden, weight, bias)

@@ -18,9 +18,10 @@ class PreferenceOutput:
     """A preference loss, and what is worth logging with it.
 
     `loss`, `losses`, `chosen_logps` and `rejected_logps` are differentiable, so that you can add
-    terms of your own. The rest is detached. Log-probs are sums over the scored tokens of a sequence,
-    in nats. A reward is the coefficient in force times the objective's score of a response (DPO: the
-    log-ratio). Gradients are those of `losses` with respect to the log-probs: the push on a sequence.
+    terms of your own. The rest is detached. Log-probs are sums over the scored tokens of a
+    sequence, in nats. A reward is the coefficient in force times the objective's score of a
+    response (DPO: the log-ratio). Gradients are those of `losses` with respect to the log-probs:
+    the push on a sequence.
     """
 
     loss: Tensor  # scalar, mean over pairs

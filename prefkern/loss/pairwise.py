@@ -1,9 +1,9 @@
 """From per-token log-probs to a pairwise loss: sums of sequences, objective, gradient coefficients.
 
-All of it works on `[2B]` numbers, in one of two ways. On the triton backend, an objective of the pair
-kernel's form takes one launch, which returns the losses and `d loss / d logps` of each sequence.
-Otherwise the objective's own torch code runs, and autograd differentiates it. Both ways return those
-gradients: they are the push on each response, and `prefkern.diagnostics` reads them.
+All of it works on `[2B]` numbers, in one of two ways. On the triton backend, an objective of the
+pair kernel's form takes one launch, which returns the losses and `d loss / d logps` of each
+sequence. Otherwise the objective's own torch code runs, and autograd differentiates it. Both ways
+return those gradients: they are the push on each response, and `prefkern.diagnostics` reads them.
 """
 
 from __future__ import annotations

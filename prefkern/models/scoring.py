@@ -179,8 +179,8 @@ def forward_scored(
         options: further keywords of `score`.
 
     Returns:
-        The answer of `score`, and the output of the model. Add the sum of its logits, which is 0, to
-        what is differentiated; see `prefkern.models.head_forward`.
+        The answer of `score`, and the output of the model. Add the sum of its logits, which is 0,
+        to what is differentiated; see `prefkern.models.head_forward`.
     """
     transform = head_transform(model)
 

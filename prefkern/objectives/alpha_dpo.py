@@ -1,4 +1,4 @@
-"""alpha-DPO: SimPO in which each pair has its own margin, a z-score of how far the policy has moved.
+"""alpha-DPO: SimPO with a margin for each pair, a z-score of how far the policy has moved.
 
 The stop-gradient in Eq. 12 makes the margin a constant; `AlphaDPO(alpha=0)` is SimPO. Of the
 ablations in Table 2, gamma = 0 is an argument. "w/o sg" and "w/o normalization" are not offered:

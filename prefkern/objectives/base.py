@@ -173,7 +173,7 @@ class Objective(nn.Module):
         return {}
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
-        """Keyword arguments of `prefkern_kernels.pair_loss`; None if it cannot compute this loss."""
+        """Keywords of `prefkern_kernels.pair_loss`; None if it cannot compute this loss."""
         return None
 
 

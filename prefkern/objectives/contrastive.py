@@ -4,8 +4,8 @@
     loss  = weight link(delta) - nll_weight L_w / n_w
 
 A class declares what distinguishes it: the score s that a coefficient multiplies, the link, the
-margin and the weight. The Triton pair kernel reads the same declarations (`pair_kernel_options`), so
-that an objective of this form is one class here and one row of tests.
+margin and the weight. The Triton pair kernel reads the same declarations (`pair_kernel_options`),
+so that an objective of this form is one class here and one row of tests.
 
 Letters: L a response's summed log-prob, R the reference's, rho = L - R, n its length in tokens,
 P = exp(L/n) its probability per token, o = log P/(1 - P) its log-odds.
@@ -185,7 +185,7 @@ class DPO(Contrastive):
 
     Args:
         beta: strength of the pull to the reference, > 0.
-        label_smoothing: probability that a preference is flipped, in [0, 0.5) (cDPO, Mitchell 2023).
+        label_smoothing: probability that a preference is flipped (cDPO, Mitchell 2023), in [0, 0.5).
         adaptive: per-pair coefficients; None is plain DPO.
     """
 
@@ -328,8 +328,9 @@ class CPO(Contrastive):
 class ORPO(Contrastive):
     """ORPO (Hong et al. 2024; AdaDPO's Table 3 puts beta inside the sigmoid).
 
-    `-nll_weight log P_w - logsigmoid(b_w o_w - b_l o_l)`. Adaptive: `P_w (1 - P_w) / (P_l (1 - P_l))`
-    to the exponent; P is a probability per token already, so exponents "length" and 1 are the same.
+    `-nll_weight log P_w - logsigmoid(b_w o_w - b_l o_l)`. The adaptive ratio is
+    `P_w (1 - P_w) / (P_l (1 - P_l))` to the exponent; P is a probability per token already, so
+    exponents "length" and 1 are the same.
 
     Args:
         beta: scale of the log-odds, > 0.

@@ -1,6 +1,7 @@
 """KTO: single responses, each desirable or not, in place of pairs.
 
-A batch is S responses. In place of a pair's other half there is one reference point for all of them.
+A batch is S responses. In place of a pair's other half there is one reference point for all of
+them.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class KTO(UnpairedObjective):
         require_kind("examples", examples, Examples)
         ratio = examples.logps - examples.ref_logps
         reference_point = self.reference_point(examples.mismatched_log_ratios)
-        # 1 - sigmoid(x) = sigmoid(-x) avoids the difference. It is taken through its logarithm, since
-        # torch's derivative of sigmoid, s (1 - s), is 0 in float32 from x = 17 on.
+        # 1 - sigmoid(x) = sigmoid(-x) avoids the difference. It is taken through its logarithm,
+        # since torch's derivative of sigmoid, s (1 - s), is 0 in float32 from x = 17 on.
         desirable = F.logsigmoid(self.beta * (reference_point - ratio)).exp()
         undesirable = F.logsigmoid(self.beta * (ratio - reference_point)).exp()
         losses = torch.where(

@@ -27,7 +27,8 @@ class MADPO(Contrastive):
     """Margin-adaptive DPO: `-w(h) logsigmoid(beta (rho_w - rho_l))`, h the reward margin.
 
     `w(h) = sigmoid(c(|h|) h) / sigmoid(h)` for h > -tau, and 1 below. c is above 1 at h = 0, 1 at
-    |h| = tau, and falls to c_min: hard pairs count more, easy ones less. w is computed in log space.
+    |h| = tau, and falls to c_min: hard pairs count more, easy ones less. w is computed in log
+    space.
 
     Args:
         beta: as in DPO, > 0.

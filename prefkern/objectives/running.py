@@ -1,4 +1,4 @@
-"""Running mean and variance of a batch's numbers: over all ranks, bias-corrected, fixed in evaluation.
+"""Running mean and variance of batches: over all ranks, bias-corrected, fixed in evaluation.
 
 A batch, over all ranks, enters with weight `w = (1 - momentum) / (1 - momentum^t)`, where t counts
 the batches so far. For the first one w is 1, so that no arbitrary start pulls on the statistics.
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Relative to the mean. Numbers whose differences are below float32's precision have no spread: their
-# z-scores would be rounding errors of size 1.
+# Relative to the mean. Numbers whose differences are below float32's precision have no spread:
+# their z-scores would be rounding errors of size 1.
 LEAST_SPREAD = 1e-6
 
 
@@ -55,7 +55,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:  # (B,) of this rank
-        """Merge a batch into the statistics. Every rank must call it; it does not wait for the device.
+        """Merge a batch into the statistics, without a synchronisation. Every rank must call it.
 
         Raises RuntimeError in the recomputation of a checkpointed region.
         """

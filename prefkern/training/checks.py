@@ -1,7 +1,7 @@
 """Checks that PreferenceTrainer makes of its arguments and datasets before it trains.
 
-It refuses an argument without effect on the objective, a reference that is given twice, and datasets
-whose last batches would leave a rank with nothing to do.
+It refuses an argument without effect on the objective, a reference that is given twice, and
+datasets whose last batches would leave a rank with nothing to do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Files that are either complete or absent.
 
 A reader, or a run after a kill, must never find half a file under a file's name. So a file is
-written under a temporary name in the same folder, synced to the disk, and renamed in one step of the
-file system. A killed process leaves at worst a hidden temporary file.
+written under a temporary name in the same folder, synced to the disk, and renamed in one step of
+the file system. A killed process leaves at worst a hidden temporary file.
 """
 
 from __future__ import annotations

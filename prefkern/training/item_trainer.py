@@ -2,9 +2,9 @@
 
 An item is a pair (two sequences of a batch) or, for KTO, a response (one). Trainer would divide a
 sum over tokens, or take the mean of the batches' means. Here items are counted over accumulated
-batches and over ranks, so that 1 x 8 pairs trains like 4 x 2, with a partial last batch too. To fill
-the ranks' last batches, accelerate repeats items from the start of the epoch; these count as well.
-`accelerator_config={"even_batches": False}` or `dataloader_drop_last` avoids that.
+batches and over ranks, so that 1 x 8 pairs trains like 4 x 2, with a partial last batch too. To
+fill the ranks' last batches, accelerate repeats items from the start of the epoch; these count as
+well. `accelerator_config={"even_batches": False}` or `dataloader_drop_last` avoids that.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class ItemTrainer(CheckpointTrainer):
         check_no_native_adapter(self.model)
         if is_peft_model(self.model):
             self._unsaved = {"base model": fingerprint(base_parameters(self.model))}
-        # Other classes of arguments have it on. It would log the mean of earlier losses in place of a
-        # NaN, at two synchronisations a step. Here a loss that is not finite raises instead.
+        # Other classes of arguments have it on. It would log the mean of earlier losses in place of
+        # a NaN, at two synchronisations a step. Here a loss that is not finite raises instead.
         self.args.logging_nan_inf_filter = False
         # compute_loss scales by the number of items; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True

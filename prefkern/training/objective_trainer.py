@@ -50,7 +50,8 @@ class ObjectiveTrainer(ItemTrainer):
     ) -> None:
         """Make `loss_fn`, and `_sum_fn` for log-prob sums alone; call it before Trainer's __init__.
 
-        `seed` starts the draws of an objective. None for one that was given: it may have drawn before.
+        `seed` starts the draws of an objective. None for one that was given: it may have drawn
+        before.
         """
         self.loss_fn = FusedPreferenceLoss(objective, IGNORE_INDEX, workspace_mb, backend)
         # The reference's sums go through the policy's own code. KTO takes any number of responses,
@@ -178,7 +179,7 @@ class _BeginLogs(TrainerCallback):
 
 
 def sums_alone(count: int, device: torch.device) -> dict[str, Tensor]:
-    """What `_sum_fn` takes besides the model's tokens, of S responses, when only sums are wanted."""
+    """The keywords of `_sum_fn` for the log-prob sums of S responses alone."""
     zeros = torch.zeros(count, device=device)
     return {"ref_logps": zeros, "desirable": zeros.bool(), "mismatched_log_ratios": zeros}
 
@@ -192,7 +193,8 @@ def reference_states(
 ) -> dict[str, Any]:
     """The reference's hidden states and head, for objectives that compare distributions (TDPO).
 
-    Call it without gradients. Raises ValueError if the two models transform their logits differently.
+    Call it without gradients. Raises ValueError if the two models transform their logits
+    differently.
     """
     if head_transform(reference) != head_transform(policy):
         raise ValueError(

@@ -1,10 +1,10 @@
 """The reference's log-prob sums of a dataset: computed once, kept on disk, found again by content.
 
-A sum depends on the reference and the tokens, and so does the cache's key: a hash of the reference's
-weights, its configuration, adapter and logits transform; a hash of the token ids of all pairs (after
-chat template and truncation); and the arithmetic: autocast's dtype, attention, backend, device, and
-the versions of prefkern, torch and transformers. A run that differs in anything else (objective,
-learning rate, output folder) finds the sums of an earlier run.
+A sum depends on the reference and the tokens, and so does the cache's key: a hash of the
+reference's weights, its configuration, adapter and logits transform; a hash of the token ids of all
+pairs (after chat template and truncation); and the arithmetic: autocast's dtype, attention,
+backend, device, and the versions of prefkern, torch and transformers. A run that differs in
+anything else (objective, learning rate, output folder) finds the sums of an earlier run.
 
     <ref_cache_dir>/<key>/key.json                         what the key is made of, for people
     <ref_cache_dir>/<key>/000000000-000000512.safetensors  sums of these pairs, [pairs, 2] float32
@@ -14,8 +14,8 @@ computation resumes at its last shard. It carries its key and a checksum. A shar
 altered or of another key is computed again, with a warning.
 
 Only rank 0 hashes, reads and writes; it sends the others the list of what is missing, so that ranks
-agree even if their nodes share no file system. Nothing here moves the random state: a run that finds
-its sums trains bit for bit like the run that computed them.
+agree even if their nodes share no file system. Nothing here moves the random state: a run that
+finds its sums trains bit for bit like the run that computed them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def default_folder() -> str:
 def open_cache(
     folder: str | Path, model: nn.Module, dataset: Any, **arithmetic: Any
 ) -> SumsOnDisk | None:
-    """The cache of a tokenised dataset's sums under a reference. Warns and returns None without one.
+    """The cache of a tokenised dataset's sums under a reference. Without one, warns; returns None.
 
     Args:
         folder: the folder of all caches; it is made if it does not exist.

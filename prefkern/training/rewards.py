@@ -3,15 +3,16 @@
 A reward model r(x, y) is a transformer with one output, fitted to the Bradley-Terry likelihood of
 the pairs, P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)) (MADPO, Eq. 1 and 2):
 
-    loss = -log sigmoid(m),  m = r(x, y_w) - r(x, y_l),  d loss / d r_w = -d loss / d r_l = -sigmoid(-m)
+    loss = -log sigmoid(m),  m = r(x, y_w) - r(x, y_l)
+    d loss / d r_w = -d loss / d r_l = -sigmoid(-m)
 
-`prefkern.data` tokenises, truncates and batches the pairs, so that a margin m belongs to exactly the
-tokens that the policy trains on. The head's weights and its product are float32 whatever the dtype of
-the body (except under autocast), since a margin is a difference of two scores.
+`prefkern.data` tokenises, truncates and batches the pairs, so that a margin m belongs to exactly
+the tokens that the policy trains on. The head's weights and its product are float32 whatever the
+dtype of the body (except under autocast), since a margin is a difference of two scores.
 
 transformers' decoders score the last token that is not the pad token. In many base models the pad
-token also ends every text, and then that is not the last token. So a model that is trained here pads
-with a token that ends none of its sequences.
+token also ends every text, and then that is not the last token. So a model that is trained here
+pads with a token that ends none of its sequences.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ _UNUSED = (
 class RewardConfig(TrainingArguments):
     """Training arguments of `RewardTrainer`; the rest are transformers' TrainingArguments.
 
-    Evaluates ten times a run, saves at each evaluation, stops when the held-out loss no longer falls,
-    and ends with the best checkpoint. Raises ValueError for arguments without effect.
+    Evaluates ten times a run, saves at each evaluation, stops when the held-out loss no longer
+    falls, and ends with the best checkpoint. Raises ValueError for arguments without effect.
     """
 
     output_dir: str | None = field(

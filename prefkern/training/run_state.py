@@ -97,7 +97,7 @@ class SinceLastLog:
     def save(
         self, folder: str, accelerator: Accelerator, objective: nn.Module, writes: bool
     ) -> None:
-        """Save every rank's part in a checkpoint. All ranks must call it; `writes` is of this one."""
+        """Save every rank's part in a checkpoint. All ranks call it; those with `writes` write."""
         gathered: Any = accelerator.gather(
             {"loss": self.loss[None], "sums": {name: x[None] for name, x in self.sums.items()}}
         )

@@ -10,8 +10,8 @@ them. Numbers that an objective takes from a whole batch (running statistics, be
 draws, KTO's reference point) are of one forward batch, over all ranks, accumulated or not. Metrics
 have TRL's names and are means over pairs (or tokens) since the last log, over all ranks.
 
-The reference is one of: `ref_model`; for PEFT, the adapter switched off, or another adapter; sums from
-the dataset, or computed once before training (`precompute_ref_log_probs`, kept by
+The reference is one of: `ref_model`; for PEFT, the adapter switched off, or another adapter; sums
+from the dataset, or computed once before training (`precompute_ref_log_probs`, kept by
 `prefkern.training.reference_cache`); else a copy of the initial model.
 """
 
@@ -109,8 +109,8 @@ class PreferenceTrainer(ObjectiveTrainer):
     Attributes:
         dataset_reports: `DatasetReport` of each dataset by name ("train", "eval", ...).
 
-    Raises ValueError for datasets, heads and arguments that it cannot train with, and TypeError for a
-    model, arguments or a dataset of another type.
+    Raises ValueError for datasets, heads and arguments that it cannot train with, and TypeError for
+    a model, arguments or a dataset of another type.
     """
 
     args: PreferenceConfig
@@ -293,7 +293,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             if not is_sharded:
                 head_transform(self.ref_model)
         if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
-            # With precomputed sums it is the model before training, or before a checkpoint is loaded.
+            # With precomputed sums it is the model before training, or before a checkpoint is
+            # loaded.
             initial: Any = self.model if self.ref_model is None else self.ref_model
             reference = fingerprint(initial.named_parameters())
             self._unsaved = {**(self._unsaved or {}), "reference": reference}
@@ -386,7 +387,8 @@ class PreferenceTrainer(ObjectiveTrainer):
                     "point is 0. Larger batches, or shuffled ones, make it meaningful",
                     sequence_count(inputs),
                 )
-            # A wrapped forward is collective (DDP's buffers, FSDP's weights): every rank must run one.
+            # A wrapped forward is collective (DDP's buffers, FSDP's weights): every rank must run
+            # one.
             rows = first_sequence({name: inputs[name] for name in rows})
         return (self._sums(model, rows) - self._reference_logps(rows))[:count]
 
@@ -479,7 +481,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         return dataset
 
     def _with_reference(self, dataset: Any) -> Any:
-        """The dataset with the reference's sums as columns, which are computed unless it has them."""
+        """The dataset with the reference's sums as columns, computed unless it has them."""
         if isinstance(dataset, dict):
             return {key: self._with_reference(value) for key, value in dataset.items()}
         if not carry_sums(dataset):

@@ -2,7 +2,8 @@
 
 An adapter's checkpoint does not hold the base model, and no checkpoint holds the reference. A run
 that resumes with other weights of the same shapes would go on silently: an adapter over a base that
-it was not trained on, or, with the checkpoint as the model, the trained policy as its own reference.
+it was not trained on, or, with the checkpoint as the model, the trained policy as its own
+reference.
 
     unsaved_weights.json    {"base model": {name: hash}, "reference": {name: hash}}
 
