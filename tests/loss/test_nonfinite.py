@@ -91,7 +91,9 @@ def test_bias(value, backend, device):
             assert explain_nonfinite(**{**case, "bias": bias}) is None
             assert loss_fn(backend=backend)(**{**case, "bias": bias}).loss.isfinite()
             continue
-        with pytest.raises(FloatingPointError, match=rf"bias: 1 of {V} vocabulary entries.*is {word};"):
+        with pytest.raises(
+            FloatingPointError, match=rf"bias: 1 of {V} vocabulary entries.*is {word};"
+        ):
             loss_fn(backend=backend)(**{**case, "bias": bias})
 
 
@@ -359,7 +361,9 @@ def test_a_model_that_is_spoilt_already(tmp_path):
     trained = trainer(tmp_path)
     with torch.no_grad():
         trained.model.get_output_embeddings().weight[3, 3] = math.nan
-    with pytest.raises(FloatingPointError, match="weight: 1 of 97 vocabulary entries, the first is 3"):
+    with pytest.raises(
+        FloatingPointError, match="weight: 1 of 97 vocabulary entries, the first is 3"
+    ):
         trained.train()
     # What is spoilt from the start has no trainer.
     model = tiny.model()
