@@ -1,8 +1,8 @@
-"""FusedPreferenceLoss: a preference loss from hidden states, head and labels, without logits.
+"""FusedPreferenceLoss: hidden states, head and labels in; a preference loss out; no logits between.
 
-The operator computes per-token log-probs (for TDPO, divergences too) in tiles.
-`prefkern.loss.pairwise` sums them over sequences and applies the objective. KTO takes single
-responses through the same call.
+The operator's passes over tiles give per-token log-probs (and, for TDPO, divergences from the
+reference); `pairwise` forms their sequence sums and asks the objective. KTO has no pairs: it takes
+single responses through the same call.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class FusedPreferenceLoss(nn.Module):
         if lora_hidden is not None and is_paired and self.objective.needs_kls:
             name = loss_checks.inner_name(self.objective)
             raise ValueError(
-                f"lora_hidden was given, but {name} does not support an adapter on the head"
+                f"lora_hidden was given, and {name} does not support an adapter on the head"
             )
         checks.labels(labels, hidden.shape[:-1], hidden.device)
         checks.transform(logit_scale, softcap, temperature)
@@ -243,7 +243,7 @@ class FusedPreferenceLoss(nn.Module):
         desirable: Tensor | None,
         mismatched_log_ratios: Tensor | None,
     ) -> PreferenceOutput | UnpairedOutput:
-        """The loss under torch.compile: the passes are opaque calls, and the rest is traced."""
+        """The same under torch.compile: the passes are opaque to it, all else is traced."""
         from prefkern.ops import compiled
 
         objective = self.objective
@@ -252,7 +252,7 @@ class FusedPreferenceLoss(nn.Module):
             name = loss_checks.inner_name(objective)
             raise NotImplementedError(f"{name} under torch.compile is not supported yet")
 
-        # Each call checks the bounds; sums over its result must come after that check.
+        # Each call checks them: the sums of what it returns must not be formed before.
         unchecked = bounds if is_packed else None
 
         def token_logprobs(head: _Head, with_stats: bool = False):
@@ -324,7 +324,7 @@ def _unpaired_output(
 
 @dataclass(frozen=True)
 class _Head:
-    """Hidden states and their head."""
+    """Hidden states and the head that they go through."""
 
     hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H)

@@ -149,7 +149,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     def compute_ref_log_probs(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """The reference's sums of a batch's chosen and rejected responses, (B,) float32 each."""
+        """The reference's log-prob sums of the chosen and rejected responses, (B,) float32 each."""
         ids = inputs["input_ids"]
         options = sums_alone(len(ids), ids.device)
         with self._as_reference():
@@ -300,7 +300,10 @@ def _scored(
     with_router: bool,
     **options: Any,
 ) -> tuple[Any, Tensor, Tensor | None]:
-    """`loss_fn` on a batch of TRL's, inside the model's forward: outputs, 0 and the router's loss."""
+    """Runs `loss_fn` on TRL's batch inside the model's forward.
+
+    Returns its outputs, the scalar 0 that fires the wrappers' hooks, and the router's loss or None.
+    """
     model_inputs = _of_the_model(inputs)
     if with_router:
         # Vision-language models read it only as an argument, not from their config.

@@ -134,7 +134,7 @@ def _mean_logits(
     lora_weight: Tensor | None = None,
     **options: Any,
 ) -> Tensor:  # (2B, T)
-    """The mean logit over the vocabulary, of every position."""
+    """The mean logit of each position over the vocabulary."""
     if softcap is not None:
         stats = linear_logprobs(
             hidden.detach(),
