@@ -1,6 +1,6 @@
-# make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make lint:
-# each does the set-up that it needs, once, into .venv; make test-oldest and make test-newest into a
-# folder of their own.
+# make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make lint,
+# make docs: each does the set-up that it needs, once, into .venv; make test-oldest and make test-newest
+# into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
@@ -34,7 +34,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all test-oldest test-newest record mutate check sanitize lint clean
+.PHONY: help demo study test test-all test-oldest test-newest record mutate check sanitize lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo "make check     every backend of this machine against float64"
 	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
 	@echo "make lint      ruff, the layers that may import one another, pyright"
+	@echo "make docs      the pages and the API as a site, in site/; a broken link is an error"
 	@echo "make clean     remove .venv, .demo and caches"
 
 demo: $(DEMO_SETUP)
@@ -86,8 +87,12 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Fetches nothing. The variable silences an advertisement.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .venv-* .demo .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-* .demo site .pytest_cache .ruff_cache build *.egg-info
 
 # torch goes first, so that no later step can bring a build of its own choice. Where there is no
 # GPU, the CPU build: from pip, if its configuration knows one, else by way of uv, which knows
@@ -119,6 +124,11 @@ $(VENV)/.core: $(VENV)/.torch
 $(VENV)/.test: $(VENV)/.torch
 	@echo "set-up: prefkern and what its tests need"
 	@$(PIP) -e ".[train,dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch
+	@echo "set-up: what builds the site"
+	@$(PIP) -e ".[docs]"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch

@@ -1,4 +1,4 @@
-"""Write the sections of measured figures in the README, its page here and the page of objectives.
+"""Write the sections of figures in the README, docs/results.md, docs/objectives.md and the page here.
 
 usage: python bench/readme.py            (--check: exit 1 if a page is not what this would write;
                                           --pictures: draw those of `prefkern bench` anew, too)
@@ -16,12 +16,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prefkern.cli.plan import Batch, Cost, Head, eager_costs, fused_costs
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 MARKERS = "<!-- measured -->\n", "<!-- /measured -->\n"
 
 
-def source(report: dict[str, Any], name: str, folder: str = "bench/results") -> str:
+def source(report: dict[str, Any], name: str, folder: str = "../bench/results") -> str:
     """One line: where the figures of a table come from."""
     versions = ", ".join(
         f"{package} {report['versions'][package]}"
@@ -106,15 +110,30 @@ def provider_table(
     return "\n".join([*lines, *failures(rows)])
 
 
+# Part of an error's text, and what it says of a provider.
+WHY = {
+    "0 active drivers": "its kernels need a GPU, and this machine has none",
+    "not installed": "it was not installed",
+    "out of memory": "memory ran out",
+}
+
+
+def why_not(failure: str) -> str:
+    """Why a provider was not measured, in plain words; an error's own text stays in the result."""
+    name, _, reason = failure.partition(": ")
+    if name == "NotImplementedError":
+        return f"it {reason}"
+    return next((why for part, why in WHY.items() if part in failure), f"it raised {name}")
+
+
 def failures(rows: list[dict[str, Any]]) -> list[str]:
-    """Who is missing from a table, and why, each reason once."""
+    """Who was not measured in a table, and why, each reason once."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["failure"]:
-            reason = row["failure"].removeprefix("NotImplementedError: ")
-            reasons.setdefault((row["provider"], reason), []).append(row["task"])
+            reasons.setdefault((row["provider"], why_not(row["failure"])), []).append(row["task"])
     texts = [f"{name} ({', '.join(tasks)}): {why}" for (name, why), tasks in reasons.items()]
-    return ["", "Not there: " + "; ".join(texts)] if texts else []
+    return ["", f"Not measured: {'; '.join(texts)}."] if texts else []
 
 
 COLUMNS = (
@@ -125,13 +144,14 @@ COLUMNS = (
 
 
 def bench_section(name: str) -> str:
-    """The README's part: log-probs and gradients at the first shape, and fidelity."""
+    """The results' part: log-probs and gradients at the first shape, and fidelity."""
     report = json.loads((RESULTS / name).read_text())
     shape = report["shapes"][0]
     rows = [row for row in rows_of(report, "operator", shape["name"]) if row["task"] != "forward"]
     parts = [
+        "## Log-probs and their gradients",
         (
-            f"Log-probs and their gradients, forward and backward, {report['dtype']}, the head of "
+            f"Forward and backward, {report['dtype']}, the head of "
             f"{shape['name']}: {size(shape)}. {COLUMNS}"
         ),
         bench_table(rows),
@@ -140,7 +160,7 @@ def bench_section(name: str) -> str:
         parts += fidelity(report)
     picture = RESULTS / name.replace(".json", "-errors.png")
     if picture.exists():
-        parts.append(f"![errors against float64, by provider](bench/results/{picture.name})")
+        parts.append(f"![errors against float64, by provider](../bench/results/{picture.name})")
     return "\n\n".join([*parts, source(report, name)])
 
 
@@ -172,12 +192,11 @@ def fidelity(report: dict[str, Any]) -> list[str]:
         if cells:
             lines.append(f"| {provider} | {' | '.join(cells)} |")
     intro = (
-        f"What logits in {report['dtype']} cost: errors of the log-prob of a sequence of {length} tokens, "
-        f"half of them confident, in nats, and of the gradients of a DPO step on such sequences "
-        f"(beta 0.1), against float64, at H = {some['hidden_size']:,}, V = {some['vocab_size']:,}, by "
+        f"Errors of the log-prob of a sequence of {length} tokens, half of them confident, in nats, "
+        f"and of the gradients of a DPO step on such sequences (beta 0.1), against float64, at H = {some['hidden_size']:,}, V = {some['vocab_size']:,}, by "
         "the spread of the logits:"
     )
-    return [intro, "\n".join(lines)]
+    return [f"## What logits in {report['dtype']} cost", intro, "\n".join(lines)]
 
 
 def all_results() -> str:
@@ -194,8 +213,8 @@ def every_table(name: str) -> str:
                 parts += [f"**{suite}, {shape['name']}**: {size(shape)}", bench_table(rows)]
     for model in report["models"]:
         if rows := rows_of(report, "step", model["name"]):
-            words = f"{2 * model['pairs']} rows of {model['length']} tokens, half of them scored"
-            parts += [f"**step, {model['name']}**: {words}", model_table(rows)]
+            size_of = f"{2 * model['pairs']} rows of {model['length']} tokens, half of them scored"
+            parts += [f"**step, {model['name']}**: {size_of}", model_table(rows)]
     pictures = sorted(RESULTS.glob(name.replace(".json", "-*.png")))
     parts += [f"![{path.stem}](results/{path.name})" for path in pictures]
     return "\n\n".join(parts)
@@ -234,8 +253,10 @@ def demo_tables(name: str) -> str:
     """What the demo's training changed, and what its loss step costs."""
     report = json.loads((RESULTS / name).read_text())
     lines = [
+        "## The demo",
+        "",
         (
-            f"The demo: {report['steps']} steps of 8 pairs, {report['held_out_pairs']} held-out pairs, "
+            f"{report['steps']} steps of 8 pairs, {report['held_out_pairs']} held-out pairs, "
             f"{report['seconds']} s in all with the check."
         ),
         "",
@@ -265,15 +286,93 @@ def demo_tables(name: str) -> str:
 
 
 def measured() -> str:
-    """The README's section."""
+    """The page of results."""
     closing = (
         "On a CPU prefkern multiplies in float32, eager and Liger in the inputs' dtype, so these "
         "times say little about a GPU. Operations carry over to other machines, and memory follows "
         "`workspace_mb`. DPO steps, training steps of whole models, other shapes and the bounds of "
-        "memory: [bench/README.md](bench/README.md)."
+        "memory: [benchmarks](../bench/README.md)."
     )
     sections = [bench_section(name) for name in kept("bench-*.json")]
     return "\n\n".join([demo_tables("demo-cpu.json"), *sections, closing])
+
+
+# The README's first table: a head, and pairs of two sequences of so many tokens.
+PLANNED_HEAD = Head("Llama-3-8B", 4096, 128256, False, 1.0, None)
+PLANNED_BATCH = Batch(4, 2048, 0)
+PLANNED_MB = (1024.0, 6144.0)
+# The providers of its second table, as a reader knows them.
+PEERS = {
+    "prefkern": "prefkern",
+    "eager": "logits in memory",
+    "trl": "TRL 1.16's tiles",
+    "liger": "Liger, all tokens",
+    "torch-lce": "torch's `linear_cross_entropy`",
+}
+
+
+def summary(name: str = "bench-cpu.json") -> str:
+    """The README's section: what a plan says of a large head, and what was measured of a small one."""
+    fused = fused_costs(PLANNED_HEAD, PLANNED_BATCH, torch.bfloat16, "cuda", PLANNED_MB, "triton")
+    eager = {cost.task: cost for cost in eager_costs(PLANNED_HEAD, PLANNED_BATCH, torch.bfloat16)}
+    unit = PLANNED_BATCH.scored * PLANNED_HEAD.hidden_size * PLANNED_HEAD.vocab_size
+
+    def cell(cost: Cost) -> str:
+        return f"{cost.bytes / 2**30:.1f} GiB, {cost.operations / unit:g} NHV"
+
+    lines = [
+        (
+            f"Planned for the head of {PLANNED_HEAD.model} (H = {PLANNED_HEAD.hidden_size:,}, "
+            f"V = {PLANNED_HEAD.vocab_size:,}, bfloat16) and {PLANNED_BATCH.pairs} pairs of 2 x "
+            f"{PLANNED_BATCH.length:,} tokens: memory beyond weights, hidden states and their gradients, and "
+            "operations in NHV (tokens x H x V). "
+            f"`prefkern plan meta-llama/Meta-Llama-3-8B --seq-len {PLANNED_BATCH.length} --batch "
+            f"{PLANNED_BATCH.pairs} --workspace-mb {' '.join(f'{mb:g}' for mb in PLANNED_MB)}` prints it on any machine."
+        ),
+        "",
+        "| | logits and their gradient in memory | prefkern, by `workspace_mb` |",
+        "|---|---|---|",
+    ]
+    tasks = {
+        "frozen head": "frozen head (LoRA)",
+        "trained head": "trained head",
+        "reference": "reference",
+    }
+    for task, label in tasks.items():
+        ways = [f"{cell(c)} at {c.workspace_mb:,.0f}" for c in fused if c.task == task]
+        # The last is the least power of two for one pass, which one of those given is enough for.
+        ways = ways[: len(PLANNED_MB)]
+        lines.append(f"| {label} | {cell(eager[task])} | {'; '.join(ways)} |")
+    report = json.loads((RESULTS / name).read_text())
+    shape = report["shapes"][0]
+    rows = {(row["provider"], row["task"]): row for row in rows_of(report, "loss", shape["name"])}
+    roomy = rows["prefkern-roomy", "trainable"]["operations_nhv"]
+    lines += [
+        "",
+        (
+            f"Measured on a CPU: a DPO step with its reference, at the head of {shape['name']} ({size(shape)}, "
+            "bfloat16). Errors are against float64: of a response's log-prob in nats, of the hidden states' "
+            "gradient relative."
+        ),
+        "",
+        "| | NHV, frozen head | NHV, trained | peak MiB, frozen | log-prob error | gradient error | ms, frozen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for provider, label in PEERS.items():
+        frozen, trained = rows[provider, "frozen"], rows[provider, "trainable"]
+        nhv = number(trained["operations_nhv"], "g")
+        if provider == "prefkern":
+            nhv = f"{roomy:g} to {nhv}"
+        cells = (
+            number(frozen["operations_nhv"], "g"),
+            nhv,
+            number(frozen["peak_mib"]),
+            number(frozen["sum_logp_error"], ".1e"),
+            number(frozen["dhidden_error"], ".1e"),
+            number(frozen["median_ms"]),
+        )
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", source(report, name, "bench/results")])
 
 
 def objectives_table(name: str) -> str:
@@ -316,9 +415,10 @@ def objectives_table(name: str) -> str:
 
 
 PAGES = {
-    ROOT / "README.md": measured,
+    ROOT / "README.md": summary,
+    ROOT / "docs/results.md": measured,
     ROOT / "bench/README.md": all_results,
-    ROOT / "prefkern/objectives/README.md": lambda: objectives_table("objectives-cpu.json"),
+    ROOT / "docs/objectives.md": lambda: objectives_table("objectives-cpu.json"),
 }
 
 

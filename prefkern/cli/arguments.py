@@ -69,6 +69,33 @@ class DatasetArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split to use."})
 
 
+def check_lora(lora: Any, given: set[str], without: str) -> None:
+    """Raise ValueError for `--lora_*` that are out of range, or have no effect `without` a rank."""
+    if lora.lora_r < 0:
+        raise ValueError(f"--lora_r must be >= 0, got {lora.lora_r}")
+    if lora.lora_alpha <= 0:
+        raise ValueError(f"--lora_alpha must be > 0, got {lora.lora_alpha}")
+    unused = sorted(given & vars(lora).keys() - {"lora_r"})
+    if unused and not lora.lora_r:
+        raise ValueError(f"--{unused[0]} has no effect {without}")
+
+
+def lora_config(lora: Any, task_type: str, **options: Any) -> Any:
+    """The adapter that `--lora_*` describe, or None."""
+    if not lora.lora_r:
+        return None
+    from peft import LoraConfig
+
+    targets = lora.lora_target_modules
+    return LoraConfig(
+        task_type=task_type,
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        target_modules="all-linear" if targets in (None, ["all-linear"]) else targets,
+        **options,
+    )
+
+
 class Parser(HfArgumentParser):
     """HfArgumentParser with errors of one line, which also turns a YAML file into flags."""
 

@@ -112,7 +112,7 @@ def _metrics(trainer: PreferenceTrainer) -> list[str]:
     from prefkern.loss.fused import FusedPreferenceLoss
     from prefkern.training.metrics import item_values, means, per_item
 
-    objective = copy.deepcopy(trainer.loss_fn.objective).cpu()
+    objective = copy.deepcopy(trainer.loss_fn.objective)
     needs = trainer._objective_needs
     hidden, weight = torch.ones(4, 2, 3), torch.ones(5, 3)
     options: dict[str, Any] = {"return_stats": trainer.args.token_metrics}

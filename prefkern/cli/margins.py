@@ -28,7 +28,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
+from prefkern.cli.arguments import (
+    DatasetArguments,
+    ModelArguments,
+    Parser,
+    check_lora,
+    fail,
+    lora_config,
+    resume_from,
+)
 from prefkern.training.files import replacing
 
 if TYPE_CHECKING:
@@ -198,17 +206,11 @@ def parse(
         return model, data, lora, config
     if not 0 < data.eval_fraction < 1:
         raise ValueError(f"--eval_fraction must be in (0, 1), got {data.eval_fraction}")
-    if lora.lora_r < 0:
-        raise ValueError(f"--lora_r must be >= 0, got {lora.lora_r}")
-    if lora.lora_alpha <= 0:
-        raise ValueError(f"--lora_alpha must be > 0, got {lora.lora_alpha}")
+    check_lora(lora, given, without="with --lora_r 0")
     if data.eval_dataset is None and "eval_split" in given:
         raise ValueError("--eval_split has no effect without --eval_dataset")
     if data.eval_dataset is not None and "eval_fraction" in given:
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
-    for name in sorted(given & {"lora_alpha", "lora_target_modules"}):
-        if not lora.lora_r:
-            raise ValueError(f"--{name} has no effect with --lora_r 0")
     for name in sorted(given & {"save_strategy", "save_steps"}):
         raise ValueError(f"--{name} has no effect: models are saved whenever they are evaluated")
     if not lora.lora_r and "learning_rate" not in given:
@@ -256,7 +258,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     # Seed here: the head and the adapter are drawn before Trainer sets its seed.
     set_seed(config.seed)
     if is_new:
-        adapter = _adapter(lora) if lora.lora_r else None
+        adapter = lora_config(lora, "SEQ_CLS")
         classifier, tokenizer = rewards.new_reward_model(name, adapter, **model.init_kwargs())
         # transformers 5.2x renamed gradient_checkpointing to activation_checkpointing.
         recomputes = config.gradient_checkpointing or getattr(config, "activation_checkpointing", 0)
@@ -353,17 +355,6 @@ def _check_batch(pairs: int, config: RewardConfig) -> None:
             f"{pairs} pairs to train on are fewer than a batch of {step} over all "
             "processes, and --dataloader_drop_last drops partial batches"
         )
-
-
-def _adapter(lora: RewardLoraArguments) -> Any:
-    from peft import LoraConfig
-
-    targets: Any = lora.lora_target_modules
-    if targets in (None, ["all-linear"]):
-        targets = "all-linear"
-    return LoraConfig(
-        task_type="SEQ_CLS", r=lora.lora_r, lora_alpha=lora.lora_alpha, target_modules=targets
-    )
 
 
 def _train(trainer: RewardTrainer) -> None:

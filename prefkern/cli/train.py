@@ -12,9 +12,17 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from prefkern.cli.arguments import DatasetArguments, ModelArguments, Parser, fail, resume_from
+from prefkern.cli.arguments import (
+    DatasetArguments,
+    ModelArguments,
+    Parser,
+    check_lora,
+    fail,
+    lora_config,
+    resume_from,
+)
 from prefkern.training.config import PreferenceConfig
 
 if TYPE_CHECKING:
@@ -118,15 +126,9 @@ def parse(
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
     if config.eval_strategy != "no" and not (data.eval_fraction or data.eval_dataset):
         raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
-    if lora.lora_r < 0:
-        raise ValueError(f"--lora_r must be >= 0, got {lora.lora_r}")
-    if lora.lora_alpha <= 0:
-        raise ValueError(f"--lora_alpha must be > 0, got {lora.lora_alpha}")
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
-    for name in sorted(given & {"lora_alpha", "lora_dropout", "lora_target_modules"}):
-        if not lora.lora_r:
-            raise ValueError(f"--{name} has no effect without --lora_r")
+    check_lora(lora, given, without="without --lora_r")
     if data.dataset_config is not None and Path(str(data.dataset)).expanduser().is_file():
         raise ValueError("--dataset_config has no effect on a file")
     if "eval_split" in given and data.eval_dataset is None:
@@ -158,30 +160,16 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
         parts = train.train_test_split(test_size=data.eval_fraction, seed=config.seed)
         train, evaluation = parts["train"], parts["test"]
 
-    from peft import LoraConfig
-
     from prefkern.training.trainer import PreferenceTrainer
 
     # model_init_kwargs are more specific, so they override the flags.
     config.model_init_kwargs = {**model.init_kwargs(), **(config.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
-    adapter = None
-    if lora.lora_r:
-        targets: Any = lora.lora_target_modules
-        if targets in (None, ["all-linear"]):
-            targets = "all-linear"
-        adapter = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.lora_r,
-            lora_alpha=lora.lora_alpha,
-            lora_dropout=lora.lora_dropout,
-            target_modules=targets,
-        )
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         config,
         train_dataset=train,
         eval_dataset=evaluation,
-        peft_config=adapter,
+        peft_config=lora_config(lora, "CAUSAL_LM", lora_dropout=lora.lora_dropout),
     )
     check_optimizer(config, trainer.model)
     check_best_metric(trainer)

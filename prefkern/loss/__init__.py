@@ -1,4 +1,4 @@
-"""The loss on log-probs that are computed in tiles: `FusedPreferenceLoss`, and what explains it.
+"""The loss on log-probs computed in tiles: `FusedPreferenceLoss`, and diagnostics of it.
 
 In reading order: `fused` (the module), `pairwise` (sums of sequences and an objective), `outputs`,
 `checks`, `nonfinite` and `diagnostics`.

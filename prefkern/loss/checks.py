@@ -1,6 +1,6 @@
-"""What a preference loss asks of its arguments beyond those of the operator.
+"""Checks of a preference loss's arguments, beyond those of the operator.
 
-The fused loss and the oracle share it: what one refuses, so does the other. As in `prefkern.ops.checks`,
+The fused loss and the oracle share them, so that both refuse the same. As in `prefkern.ops.checks`,
 nothing here takes memory or synchronises with a device.
 """
 
@@ -14,7 +14,7 @@ from prefkern.ops import checks
 
 
 def bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor:  # (S + 1,)
-    """Where each sequence begins among the flat tokens; checks what shapes can tell."""
+    """Where each sequence begins among the flat tokens, after checks of shapes and dtypes."""
     if cu_seqlens is None:
         if labels.ndim != 2 or labels.shape[0] == 0 or (is_paired and labels.shape[0] % 2):
             expected = (
@@ -54,7 +54,7 @@ def reference(
     ref_logps: Tensor | None,
     n_sequences: int,
 ) -> None:
-    """A reference that is there if it is needed, once, whole, and of the policy's tokens."""
+    """Check that a reference is given if needed, once and in full, and has the policy's tokens."""
     name = inner_name(objective)
     if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
         raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
@@ -83,7 +83,7 @@ def reference_head(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> None:
-    """A reference's head, whole or not at all, and of the policy's tokens and words."""
+    """Check that a reference's head is given in full or not at all, and fits the policy's."""
     if (ref_hidden is None) != (ref_weight is None):
         given, missing = ("ref_hidden", "ref_weight")
         if ref_hidden is None:
@@ -96,8 +96,8 @@ def reference_head(
     checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     if ref_weight.shape[0] < weight.shape[0]:
         raise ValueError(
-            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-            "the reference must know every word that labels may name"
+            f"ref_weight has {ref_weight.shape[0]} rows and weight {weight.shape[0]}: the "
+            "reference must have a row for every vocabulary entry that labels may name"
         )
     checks.same_tokens(hidden, ref_hidden)
 
@@ -109,13 +109,13 @@ def unpaired(
     n_sequences: int,
     hidden: Tensor,
 ) -> None:
-    """What single responses need (KTO), and pairs have no use for."""
+    """Check what single responses need (KTO), and refuse it for pairs."""
     name = type(objective).__name__
     given = {"desirable": desirable, "mismatched_log_ratios": mismatched_log_ratios}
     for argument, value in given.items():
         if isinstance(objective, Objective):
             if value is not None:
-                raise ValueError(f"{argument} was given, and {name} trains on pairs")
+                raise ValueError(f"{argument} was given, but {name} trains on pairs")
         elif value is None:
             raise ValueError(f"{name} needs {argument}, got None")
     if desirable is None or mismatched_log_ratios is None:
@@ -125,7 +125,7 @@ def unpaired(
 
 
 def mismatched(log_ratios: Tensor, device: torch.device) -> None:
-    """KTO's log-ratios, whose number is its own."""
+    """Check KTO's log-ratios, of which there may be any number."""
     if not isinstance(log_ratios, Tensor):
         raise TypeError(f"mismatched_log_ratios must be a tensor of shape [M], got {log_ratios!r}")
     checks.dense("mismatched_log_ratios", log_ratios)
@@ -141,7 +141,7 @@ def margins(
     n_sequences: int,
     device: torch.device,
 ) -> None:
-    """A reward model's margins, if they are needed or given."""
+    """Check a reward model's margins, if they are needed or given."""
     if reward_margins is not None:
         checks.vector("reward_margins", reward_margins, n_sequences // 2, device)
     elif isinstance(objective, Objective) and objective.needs_reward_margins:
@@ -151,7 +151,7 @@ def margins(
 
 
 def inner_name(objective: Objective | UnpairedObjective) -> str:
-    """The name of the objective that asks, inside what is wrapped around it."""
+    """The name of the innermost objective, without its wrappers."""
     while isinstance(getattr(objective, "objective", None), Objective):
         objective = objective.objective  # pyright: ignore[reportAssignmentType]
     return type(objective).__name__

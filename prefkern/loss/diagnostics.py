@@ -1,19 +1,19 @@
-"""Who is pushed how hard: the gradient balance of a preference loss, pair by pair.
+"""The gradient balance of a preference loss: how hard it pushes each response of a pair.
 
-AdaDPO's A.6 asks for the ratio of a pair's gradients on its two probabilities. With g the gradient
-of the loss with respect to a log-prob L = log P,
+AdaDPO's A.6 compares a pair's gradients on its two probabilities. With g the gradient of the loss
+with respect to a log-prob L = log P,
 
     |dL/dP_w| / |dL/dP_l| = (|g_w| / |g_l|) (P_l / P_w)
 
-so that for DPO it is P_l / P_w and for AdaDPO (beta_w / beta_l) P_l / P_w. Its logarithm is given,
-for P is a sequence's probability: e^-1000 is an ordinary value. Also given is the share
-`|g_w| / (|g_w| + |g_l|)` of the push on log-probs, 1/2 for DPO, which is what the optimiser sees.
-The trainer logs both; by hand:
+For DPO this is P_l / P_w, for AdaDPO (beta_w / beta_l) P_l / P_w. It is returned as a logarithm,
+since P is a sequence's probability, and e^-1000 is an ordinary value. The share of the push on
+log-probs, `|g_w| / (|g_w| + |g_l|)`, is what the optimiser sees; for DPO it is 1/2. The trainer
+logs both. By hand:
 
     out = loss_fn(...)
     prefkern.diagnostics.gradient_balance(out).log_balance.median()
 
-And where a NaN came from: `explain_nonfinite`, which `prefkern.loss.nonfinite` tells of.
+`explain_nonfinite`, from `prefkern.loss.nonfinite`, finds where a NaN came from.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["GradientBalance", "explain_nonfinite", "gradient_balance", "objectiv
 
 
 class GradientBalance(NamedTuple):
-    """Of each pair, (B,) each."""
+    """Numbers of each pair, (B,) each."""
 
     chosen_gradients: Tensor  # d loss / d chosen_logps
     rejected_gradients: Tensor  # d loss / d rejected_logps
@@ -42,11 +42,11 @@ class GradientBalance(NamedTuple):
 
 @torch.no_grad()
 def gradient_balance(out: PreferenceOutput) -> GradientBalance:
-    """The gradient balance of a loss that was computed (AdaDPO, A.6).
+    """The gradient balance of a computed loss (AdaDPO, A.6).
 
     Args:
-        out: what `FusedPreferenceLoss` (or `prefkern.reference.preference_loss`) returned. For
-            TDPO the gradients are those through the log-probs, without the divergences'.
+        out: the output of `FusedPreferenceLoss` (or `prefkern.reference.preference_loss`). For TDPO
+            the gradients are those through the log-probs alone, not through the divergences.
 
     Raises TypeError for an output without pairs (KTO).
     """
@@ -54,7 +54,7 @@ def gradient_balance(out: PreferenceOutput) -> GradientBalance:
         raise TypeError(f"out must be a PreferenceOutput, got {type(out).__name__}")
     if out.chosen_gradients is None or out.rejected_gradients is None:
         raise ValueError(
-            "out has no gradients, as it comes from a compiled call; call the loss outside of "
+            "out has no gradients, since it comes from a compiled call; call the loss outside of "
             "torch.compile, or use objective_balance on its log-probs"
         )
     return _balance(
@@ -63,26 +63,26 @@ def gradient_balance(out: PreferenceOutput) -> GradientBalance:
 
 
 def objective_balance(objective: Objective, pairs: Pairs) -> GradientBalance:
-    """The same of an objective on log-probs alone, as plots of a formula need it.
+    """The gradient balance of an objective on given log-probs, for plots of its formula.
 
     Args:
-        objective: any pairwise objective, evaluated; nothing of it is changed.
+        objective: any pairwise objective. It is evaluated, and not changed.
         pairs: its input, (B,) tensors; no gradient reaches them.
 
-    Raises TypeError for what is neither.
+    Raises TypeError for arguments of other types.
     """
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a pairwise objective, got {objective!r}")
     if not isinstance(pairs, Pairs):
         raise TypeError(f"pairs must be Pairs, got {pairs!r}")
-    # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
+    # Autograd cannot differentiate tensors made in inference mode: copy them outside of it.
     with torch.inference_mode(False), torch.enable_grad():
         values: dict[str, Any] = {
             name: None if value is None else value.detach().clone()
             for name, value in vars(pairs).items()
         }
         leaves = [values[name].requires_grad_() for name in ("chosen_logps", "rejected_logps")]
-        # A copy, since an objective keeps what it saw last, and each module its own mode.
+        # A copy: an objective remembers its last batch, and each module has a mode to keep.
         losses = copy.deepcopy(objective).eval()(Pairs(**values)).losses
         chosen, rejected = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
     return _balance(chosen, rejected, pairs.chosen_logps.detach(), pairs.rejected_logps.detach())

@@ -31,14 +31,14 @@ class FusedPreferenceLoss(nn.Module):
         ignore_index: label of tokens that are not scored.
         workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
         backend: None, "triton" or "torch"; see `prefkern.linear_logprobs`.
-        on_nonfinite: "raise" (FloatingPointError) or "warn" where the loss, a log-prob, the
-            reference's sums or the margins are NaN or infinite, naming what made them so and where
-            (`prefkern.diagnostics.explain_nonfinite`), at one device synchronisation a call. None:
-            a NaN goes its way, as in any torch operator. Not under torch.compile or in a CUDA
-            graph, which have nothing to read a number with.
+        on_nonfinite: "raise" (FloatingPointError) or "warn" if the loss, a log-prob, the
+            reference's sums or the margins are NaN or infinite. The message names the cause and its
+            place (`prefkern.diagnostics.explain_nonfinite`). Takes one device synchronisation a
+            call, so it is refused under torch.compile and in a CUDA graph. None: no check.
 
-    Running statistics (alpha-DPO, beta-DPO) move at each forward in training mode: checkpoint the
-    model, not the loss. A recomputation would score by other statistics, and raises RuntimeError.
+    Running statistics (alpha-DPO, beta-DPO) move at each forward in training mode. Checkpoint the
+    model, not the loss: a recomputation would move them again, and raises RuntimeError. Statistics
+    follow the batch to its device, so the loss need not be moved there.
     """
 
     def __init__(
@@ -97,23 +97,23 @@ class FusedPreferenceLoss(nn.Module):
         Args:
             hidden, weight, labels, bias, logit_scale, softcap, temperature: as in
                 `prefkern.linear_logprobs`; labels[t] is the token that hidden[t] predicts.
-            ref_hidden, ref_weight, ref_bias: the reference's, through its own head; no gradient
-                reaches them. The labels and the transform are the policy's.
+            ref_hidden, ref_weight, ref_bias: the reference's hidden states and head; no gradient
+                reaches them. Labels and transform are the policy's.
             ref_logps: instead, sums computed earlier, [2B], chosen first. Not for TDPO, which needs
                 the reference's distributions.
-            reward_margins: [B], for objectives that need them; others leave them alone.
+            reward_margins: [B], for objectives that need them; others ignore them.
             cu_seqlens: [2B + 1] int32 or int64, where each sequence of a packed batch begins.
-            return_stats: also return per-token statistics, of the labels' shape.
+            return_stats: also return per-token statistics, in the labels' shape.
             desirable: for an unpaired objective (KTO), [S] bool: the batch is then S single
                 responses, hidden [S, T, H] (or packed, cu_seqlens [S + 1]), and the result an
                 `UnpairedOutput`.
-            mismatched_log_ratios: KTO, [M]: log policy / reference of mismatched pairs, summed;
-                see `prefkern.objectives.Examples`.
+            mismatched_log_ratios: KTO, [M]: summed log policy / reference of mismatched pairs; see
+                `prefkern.objectives.Examples`.
             lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
                 `prefkern.linear_logprobs`.
 
-        Raises TypeError and ValueError as `prefkern.linear_logprobs` does, for an odd number of
-        sequences, and for a reference or margins that are missing, given twice, or given in part.
+        Raises TypeError and ValueError as `prefkern.linear_logprobs` does. Also for an odd number
+        of sequences, and for a reference or margins that are missing, incomplete or given twice.
         """
         is_paired = isinstance(self.objective, Objective)
         checks.head(hidden, weight, bias)
@@ -133,8 +133,8 @@ class FusedPreferenceLoss(nn.Module):
             torch.compiler.is_compiling() or sequences.is_capturing(labels)
         ):
             raise NotImplementedError(
-                f"on_nonfinite={self.on_nonfinite!r} reads a number of the device, which "
-                "torch.compile and CUDA graphs cannot; leave it None, and look at the loss outside"
+                f"on_nonfinite={self.on_nonfinite!r} reads a number from the device, which "
+                "torch.compile and CUDA graphs cannot; leave it None, and check the loss outside"
             )
         head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
         reference = None

@@ -1,19 +1,20 @@
-"""Where a loss that is NaN or infinite came from.
+"""Find the cause of a loss that is NaN or infinite.
 
-A NaN in one hidden state makes a log-prob of NaN, a loss of NaN and, a step later, a model of NaN;
-the loss alone does not say which of its inputs was spoilt. `explain_nonfinite` looks at all of
-them, in the order in which one makes another: the head, the hidden states of scored tokens,
-what a reference and a reward model gave. It names each that is not finite, how much of it, the first
+A NaN in one hidden state makes a log-prob NaN, then the loss, and a step later the whole model. The
+loss does not show which input caused it. `explain_nonfinite` looks at all inputs in the order in
+which they depend on one another: the head, the hidden states of scored tokens, the reference's
+numbers, the reward margins. It names each input that is not finite, how much of it, the first
 place, and what to do.
 
-A healthy call costs nothing of this: `FusedPreferenceLoss(on_nonfinite="raise")` reads one bit a
-call from the device, and looks further only where that says so.
+In a healthy call, `FusedPreferenceLoss(on_nonfinite="raise")` reads one bit from the device, and
+looks no further.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,13 +28,13 @@ OnNonfinite = Literal["raise", "warn"]
 MODES = ("raise", "warn")
 
 _OF_THE_MODEL = (
-    "the model's forward made it: if every token has it, look for parameters that an earlier step "
-    "has spoilt (a lower learning_rate, max_grad_norm); if a few have, at those sequences; under "
-    "float16, at activations beyond 65504 (bfloat16 has the range of float32)"
+    "the model's forward made it. If every token has it, an earlier step has spoilt the parameters:"
+    " lower learning_rate, or set max_grad_norm. If a few have it, look at those sequences. Under "
+    "float16, look for activations beyond 65504 (bfloat16 has the range of float32)"
 )
 _OF_A_WEIGHT = (
-    "an earlier optimiser step has spoilt it, or it was loaded so: go back to a checkpoint, with a "
-    "lower learning_rate"
+    "an earlier optimiser step has spoilt it, or it was loaded like this: go back to a checkpoint, "
+    "with a lower learning_rate"
 )
 _OF_A_REFERENCE = "the reference made it, or the dataset carried it: check its model or column"
 _REMEDIES = {
@@ -47,9 +48,9 @@ _REMEDIES = {
     "ref_bias": _OF_A_REFERENCE,
     "ref_logps": _OF_A_REFERENCE,
     "reward_margins": "the dataset carried it: check the reward model's margins of that pair",
-    "mismatched_log_ratios": "policy or reference made it, of a mismatched prompt and response",
+    "mismatched_log_ratios": "policy or reference made it, from a mismatched prompt and response",
 }
-# As many values are looked at at a time.
+# Values to check at a time.
 _PIECE = 2**24
 
 
@@ -71,16 +72,16 @@ def explain_nonfinite(
     ignore_index: int = -100,
     paired: bool = True,
 ) -> str | None:
-    """Which arguments of a preference loss are not finite, a line each; None if all are.
+    """The arguments of a preference loss that are not finite, one a line; None if all are finite.
 
     Args:
         hidden, weight, labels, bias and the rest: as `prefkern.FusedPreferenceLoss` was called.
-            Hidden states of tokens that are not scored do not count, nor does a bias of -inf, which
-            rules a word out, but where that word is a label.
+            Hidden states of tokens that are not scored do not count. Nor does a bias of -inf, which
+            rules out a vocabulary entry, unless that entry is a label.
         paired: B chosen sequences, then their B rejected ones; False: single responses (KTO).
 
-    Raises TypeError and ValueError as the loss does. Synchronises with the device, and takes memory
-    for a bit of each of 16 million values at a time.
+    Raises TypeError and ValueError as the loss does. Synchronises with the device. Checks 16
+    million values at a time, with a bool of memory for each.
     """
     checks.boolean("paired", paired)
     checks.head(hidden, weight, bias)
@@ -98,62 +99,48 @@ def explain_nonfinite(
             checks.vector(name, value, size, hidden.device)
     if mismatched_log_ratios is not None:
         loss_checks.mismatched(mismatched_log_ratios, hidden.device)
-    words = weight.shape[0]
-    sequences.select(labels.reshape(-1), ignore_index, words, bounds, cu_seqlens is not None)
+    is_packed = cu_seqlens is not None
+    sequences.select(labels.reshape(-1), ignore_index, weight.shape[0], bounds, is_packed)
     scored = labels.reshape(-1) != ignore_index
-    lines = []
 
-    def look(name: str, value: Tensor | None, bad: Tensor | None, place: _Place) -> None:
-        if value is None or bad is None or not bad.any():
-            return
-        first = int(bad.reshape(-1).to(torch.uint8).argmax())
-        count, of = int(bad.sum()), bad.numel()
-        lines.append(f"{name}: {place(first, count, of)}; {_REMEDIES[name]}")
-
-    def rows(value: Tensor | None) -> Tensor | None:
+    def of_rows(value: Tensor | None) -> Tensor | None:
         return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1]))
 
     def of_tokens(value: Tensor | None) -> Tensor | None:
-        bad = rows(value)
-        return None if bad is None else bad & scored
+        return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1])) & scored
 
-    def token(first: int, count: int, of: int) -> str:
-        where = _token(first, labels, cu_seqlens, paired)
-        return f"{count} of {int(scored.sum())} scored tokens, the first {where}"
+    def of_bias(value: Tensor | None) -> Tensor | None:
+        return None if value is None else _bad_entries(value, labels, scored)
 
-    def word(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} words, the first is word {first}"
-
-    def sequence(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} sequences, the first {_sequence(first, of, paired)}"
-
-    def pair(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} pairs, the first is pair {first}"
-
-    def number(first: int, count: int, of: int) -> str:
-        return f"{count} of {of} numbers, the first is number {first}"
-
-    def numbers(value: Tensor | None) -> Tensor | None:
+    def of_numbers(value: Tensor | None) -> Tensor | None:
         return None if value is None else ~value.isfinite()
 
-    for prefix in ("", "ref_"):
-        w, b = (weight, bias) if not prefix else (ref_weight, ref_bias)
-        look(f"{prefix}weight", w, rows(w), word)
-        look(f"{prefix}bias", b, None if b is None else _bad_words(b, labels, scored), word)
-        if not prefix:
-            look("lora_weight", lora_weight, rows(lora_weight), word)
-        states = hidden if not prefix else ref_hidden
-        look(f"{prefix}hidden", states, of_tokens(states), token)
-        if not prefix:
-            look("lora_hidden", lora_hidden, of_tokens(lora_hidden), token)
-    look("ref_logps", ref_logps, numbers(ref_logps), sequence)
-    look("reward_margins", reward_margins, numbers(reward_margins), pair)
-    look("mismatched_log_ratios", mismatched_log_ratios, numbers(mismatched_log_ratios), number)
+    # (how many there are, 0 for all that were looked at; what they are; the name of the first)
+    entries = (0, "vocabulary entries", str)
+    tokens = (int(scored.sum()), "scored tokens", partial(_token, labels, cu_seqlens, paired))
+    rows = (0, "sequences", partial(_sequence, count, paired))
+    pairs = (0, "pairs", "pair {}".format)
+    numbers = (0, "numbers", "number {}".format)
+    inputs = (
+        ("weight", of_rows(weight), entries),
+        ("bias", of_bias(bias), entries),
+        ("lora_weight", of_rows(lora_weight), entries),
+        ("hidden", of_tokens(hidden), tokens),
+        ("lora_hidden", of_tokens(lora_hidden), tokens),
+        ("ref_weight", of_rows(ref_weight), entries),
+        ("ref_bias", of_bias(ref_bias), entries),
+        ("ref_hidden", of_tokens(ref_hidden), tokens),
+        ("ref_logps", of_numbers(ref_logps), rows),
+        ("reward_margins", of_numbers(reward_margins), pairs),
+        ("mismatched_log_ratios", of_numbers(mismatched_log_ratios), numbers),
+    )
+    lines = []
+    for name, bad, (total, things, place) in inputs:
+        if bad is not None and bad.any():
+            first = place(int(bad.to(torch.uint8).argmax()))
+            found = f"{int(bad.sum())} of {total or len(bad)} {things}, the first is {first}"
+            lines.append(f"{name}: {found}; {_REMEDIES[name]}")
     return "\n".join(lines) or None
-
-
-# (first place, how many, of how many) in words.
-_Place = Callable[[int, int, int], str]
 
 
 def report(
@@ -162,9 +149,9 @@ def report(
     explain: Callable[[], str | None],
     given: tuple[Tensor | None, ...] = (),
 ) -> None:
-    """Raise, or warn, where a loss, a log-prob or a given vector is not finite; one synchronisation.
+    """Raise FloatingPointError, or warn, if a loss, a log-prob or a given vector is not finite.
 
-    Raises FloatingPointError.
+    Takes one synchronisation.
     """
     if isinstance(out, PreferenceOutput):
         sums = {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
@@ -173,19 +160,19 @@ def report(
         given = (*given, out.reference_point.reshape(1))
     with torch.no_grad():
         vectors = (out.loss.reshape(1), *sums.values(), *given)
-        # As wide as the widest of them: a float64 beyond float32's range is finite.
+        # cat promotes to the widest dtype: a float64 beyond float32's range is finite.
         values = torch.cat([v.detach() for v in vectors if v is not None])
         if values.isfinite().all():
             return
         losses = _vector("losses", out.losses)
         parts = [losses, *(_vector(f"{name} log-probs", value) for name, value in sums.items())]
         found = explain()
-        cause = f"Not finite are\n{found}"
+        cause = f"These are not finite:\n{found}"
         if found is None:
             dtype = str(out.loss.dtype).removeprefix("torch.")
             cause = (
-                f"Every input is finite, so a logit or a sum overflowed {dtype}, or a label has no "
-                "probability: look at the sizes of hidden and weight"
+                f"Every input is finite, so a logit or a sum overflowed {dtype}, or a label has a "
+                "probability of 0: look at the magnitudes of hidden and weight"
             )
     message = (
         f"the loss is {out.loss.item():g}{''.join(f'; {part}' for part in parts if part)}. {cause}"
@@ -203,35 +190,32 @@ def _vector(name: str, values: Tensor) -> str:
 
 
 def _bad_rows(matrix: Tensor) -> Tensor:  # (n, k) -> (n,)
-    """Which rows have a value that is not finite."""
+    """Whether each row has a value that is not finite."""
     pieces = matrix.detach().split(max(_PIECE // max(matrix.shape[1], 1), 1))
     return torch.cat([~piece.isfinite().all(1) for piece in pieces])
 
 
-def _bad_words(bias: Tensor, labels: Tensor, scored: Tensor) -> Tensor:  # (V,) -> (V,)
+def _bad_entries(bias: Tensor, labels: Tensor, scored: Tensor) -> Tensor:  # (V,) -> (V,)
     bad = bias.isnan() | (bias == float("inf"))
-    words = labels.reshape(-1)[scored]
-    bad[words] |= ~bias[words].isfinite()
+    entries = labels.reshape(-1)[scored]
+    bad[entries] |= ~bias[entries].isfinite()
     return bad
 
 
-def _token(first: int, labels: Tensor, cu_seqlens: Tensor | None, paired: bool) -> str:
-    """A flat token's place, as a sequence and a position in it."""
+def _token(labels: Tensor, cu_seqlens: Tensor | None, paired: bool, first: int) -> str:
+    """The sequence of a flat token, and its position there."""
     if cu_seqlens is None:
         count, (row, column) = labels.shape[0], divmod(first, labels.shape[1])
     else:
         count = len(cu_seqlens) - 1
         row = int((cu_seqlens[1:] <= first).sum())
         column = first - int(cu_seqlens[row])
-    return f"is token {column} of sequence {row} ({_side(row, count, paired)})"
+    return f"token {column} of {_sequence(count, paired, row)}"
 
 
-def _sequence(row: int, sequences: int, paired: bool) -> str:
-    return f"is sequence {row} ({_side(row, sequences, paired)})"
-
-
-def _side(row: int, sequences: int, paired: bool) -> str:
-    if not paired:
-        return f"response {row}"
-    side = "chosen" if row < sequences // 2 else "rejected"
-    return f"the {side} response of pair {row % (sequences // 2)}"
+def _sequence(count: int, paired: bool, row: int) -> str:
+    side = f"response {row}"
+    if paired:
+        which = "chosen" if row < count // 2 else "rejected"
+        side = f"the {which} response of pair {row % (count // 2)}"
+    return f"sequence {row} ({side})"

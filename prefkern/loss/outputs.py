@@ -1,6 +1,6 @@
 """What a preference loss returns: plain named values, shared by the fused path and the oracle.
 
-What is called float32 is float64 of float64 inputs.
+All are float32, or float64 if the inputs are.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from prefkern.ops.plan import Plan
 
 @dataclass
 class PreferenceOutput:
-    """A preference loss and what one wants to log beside it.
+    """A preference loss, and what is worth logging with it.
 
-    `loss` and `losses` are differentiable, and so are `chosen_logps` and `rejected_logps`, so that
-    a term of one's own may be added. The rest is detached. Log-probs are sums over the scored
-    tokens of a sequence, in nats; rewards are the coefficient in force times what the objective
-    scores a response by (DPO: the log-ratio); gradients are those of `losses` with respect to the
-    log-probs, so what a sequence is pushed by.
+    `loss`, `losses`, `chosen_logps` and `rejected_logps` are differentiable, so that you can add
+    terms of your own. The rest is detached. Log-probs are sums over the scored tokens of a
+    sequence, in nats. A reward is the coefficient in force times the objective's score of a
+    response (DPO: the log-ratio). Gradients are those of `losses` with respect to the log-probs:
+    the push on a sequence.
     """
 
     loss: Tensor  # scalar, mean over pairs
@@ -45,7 +45,7 @@ class PreferenceOutput:
 
 @dataclass
 class UnpairedOutput:
-    """A loss of single responses (KTO); what is said of `PreferenceOutput` holds here as well."""
+    """A loss of single responses (KTO); its values are those of `PreferenceOutput`."""
 
     loss: Tensor  # scalar, mean over responses
     losses: Tensor  # (S,)

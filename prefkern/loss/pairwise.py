@@ -1,10 +1,9 @@
 """From per-token log-probs to a pairwise loss: sums of sequences, objective, gradient coefficients.
 
-All of it is a matter of `[2B]` numbers, and there are two ways through. Where the objective has the
-form of the pair kernel and the backend is triton, one launch returns the losses and, with them,
-`d loss / d logps` of each sequence. Elsewhere the objective's own torch code runs, differentiated
-by autograd. Either way those gradients are part of the result: they are what each response is
-pushed by, and what `prefkern.diagnostics` reads.
+All of it works on `[2B]` numbers, in one of two ways. On the triton backend, an objective of the
+pair kernel's form takes one launch, which returns the losses and `d loss / d logps` of each
+sequence. Otherwise the objective's own torch code runs, and autograd differentiates it. Both ways
+return those gradients: they are the push on each response, and `prefkern.diagnostics` reads them.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known of 2B sequences before the objective is asked, B chosen ones first."""
+    """The numbers of 2B sequences that an objective may need, B chosen ones first."""
 
     logps: Tensor  # (N,) per scored token, differentiable
     offsets: Tensor  # (2B + 1,)
@@ -38,7 +37,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Paired:
-    """The objective's answer, and what it was asked about."""
+    """What the objective returned, and for which pairs."""
 
     result: PairLoss
     pairs: Pairs
@@ -46,7 +45,8 @@ class Paired:
 
 
 def pair_loss(objective: Objective, scores: Scores, backend: str) -> Paired:
-    """The losses of B pairs and what they come from."""
+    """The losses of B pairs, the pairs themselves, and the gradients of the log-probs."""
+    objective.follow(scores.logps.device)
     options = objective.pair_kernel_options() if backend == "triton" else None
     if options is not None:
         return _by_kernel(objective, scores, options)
@@ -57,7 +57,7 @@ def _by_objective(objective: Objective, scores: Scores) -> Paired:
     sums = sequences.sequence_sums(scores.logps, scores.offsets)
     trains = sums.requires_grad
     if torch.is_inference_mode_enabled():
-        # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
+        # Autograd cannot differentiate tensors made in inference mode: copy them outside of it.
         with torch.inference_mode(False):
             values: dict[str, Any] = {
                 name: None if value is None else value.detach().clone()
@@ -65,7 +65,7 @@ def _by_objective(objective: Objective, scores: Scores) -> Paired:
             }
             return _by_objective(objective, Scores(**values))
     with torch.enable_grad():
-        # Without a graph to hang on (evaluation), the gradients are still wanted.
+        # Evaluation has no graph, but wants these gradients as well.
         sums = sums if trains else sums.detach().requires_grad_()
         pairs = _pairs(sums, scores)
         result = objective(pairs)
@@ -86,7 +86,7 @@ def _by_objective(objective: Objective, scores: Scores) -> Paired:
 
 
 def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) -> Paired:
-    # The kernel would take a missing reference for one of probability 1.
+    # The kernel would read a missing reference as one of probability 1.
     name = type(objective).__name__
     if objective.needs_reference and scores.ref_logps is None:
         raise ValueError(f"{name} needs ref_logps, got None")
@@ -113,7 +113,7 @@ def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) ->
 
 
 class _Sums(torch.autograd.Function):
-    """The sums that the pair kernel formed, in the graph between log-probs and losses."""
+    """Puts the pair kernel's sums into the graph, between log-probs and losses."""
 
     @staticmethod
     def forward(
@@ -134,7 +134,7 @@ class _Sums(torch.autograd.Function):
 
 
 class _Losses(torch.autograd.Function):
-    """The losses that the pair kernel formed of those sums, and each sum's gradient coefficient."""
+    """Puts the pair kernel's losses into the graph, with its gradient of each sum."""
 
     @staticmethod
     def forward(

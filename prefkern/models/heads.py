@@ -24,6 +24,10 @@ from torch import Tensor, nn
 
 from prefkern.ops.checks import FLOATS
 
+ONE_PROCESS_PER_GPU = (
+    "start one process per GPU with `accelerate launch` or `torchrun`, or make a single GPU visible "
+    "with CUDA_VISIBLE_DEVICES"
+)
 _LEAVE_OUT = "its log-probs would ignore that; leave the head out of the adapter, or use LoRA there"
 
 
@@ -35,9 +39,8 @@ def unwrap(model: Any) -> Any:
     while True:
         if isinstance(model, nn.DataParallel):
             raise TypeError(
-                "nn.DataParallel is not supported: its replicas share one Python head. Start one "
-                "process per GPU with `accelerate launch` or `torchrun`, or make a single GPU "
-                "visible with CUDA_VISIBLE_DEVICES"
+                "nn.DataParallel is not supported, since its replicas share one Python head: "
+                f"{ONE_PROCESS_PER_GPU}"
             )
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod

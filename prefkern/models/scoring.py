@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models import text_inputs
-from prefkern.models.head_forward import forward_with_head, head_forward
+from prefkern.models.head_forward import head_forward
 from prefkern.models.heads import HeadInputs, find_head
 from prefkern.models.packing import packed_inputs
 from prefkern.models.routers import RouterLoss
@@ -89,29 +89,17 @@ def token_logprobs(
             given = ", ".join(name for name in inputs if name != "input_ids")
             raise ValueError(f"a packed row takes only input_ids and cu_seqlens, also got {given}")
         inputs = packed_inputs(model, input_ids, cu_seqlens)
-    aligned = align_labels(labels, cu_seqlens)
-    transform = head_transform(model)
-
-    def score(head: HeadInputs) -> tuple[Tensor, Tensor]:
-        head = head.of_tokens(aligned)
-        logps = linear_logprobs(
-            head.hidden,
-            head.weight,
-            aligned,
-            head.bias,
-            ignore_index=IGNORE_INDEX,
-            logit_scale=transform.logit_scale,
-            softcap=transform.softcap,
-            temperature=temperature,
-            workspace_mb=workspace_mb,
-            backend=backend,
-            **head.adapter(),
-        )
-        assert isinstance(logps, Tensor)
-        return logps, logps
-
-    logps, zero = forward_with_head(model, inputs, score)
-    return logps[:, :-1] + zero
+    logps, output = forward_scored(
+        model,
+        inputs,
+        align_labels(labels, cu_seqlens),
+        linear_logprobs,
+        ignore_index=IGNORE_INDEX,
+        temperature=temperature,
+        workspace_mb=workspace_mb,
+        backend=backend,
+    )
+    return logps[:, :-1] + output.logits.sum()
 
 
 def preference_outputs(
@@ -159,30 +147,59 @@ def preference_outputs(
             f"not score; got {loss_fn.ignore_index}"
         )
     router_loss = RouterLoss.of(model) if router_loss is None else router_loss
-    transform = head_transform(model)
     inputs = {**model_inputs(model, batch), **router_loss.asked_of(model)}
     cu_seqlens = batch.get("cu_seqlens")
     labels = align_labels(batch["labels"], cu_seqlens)
+    is_packed = cu_seqlens is not None
+    outputs, returned = forward_scored(
+        model, inputs, labels, loss_fn, is_packed, cu_seqlens=cu_seqlens, **options
+    )
+    outputs = router_loss.added_to(outputs, returned)
+    return replace(outputs, loss=outputs.loss + returned.logits.sum())
 
-    def score(head: HeadInputs) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
-        is_packed = cu_seqlens is not None
+
+def forward_scored(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,  # (B, T), aligned
+    score: Callable[..., Any],
+    is_packed: bool = False,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Run a model's forward, with `score` in place of its output head.
+
+    Args:
+        model: a Hugging Face causal LM, bare or wrapped.
+        inputs: keyword arguments of its forward, without labels.
+        labels: aligned with hidden states.
+        score: the operator, a loss, or what takes the same arguments: hidden, weight, labels, bias,
+            and keywords for the transform and the adapter. It returns a tensor, something with a
+            `loss`, or a tuple whose first is one of these.
+        is_packed: whether the batch is one packed row, which losses take as [M, H] and [M].
+        options: further keywords of `score`.
+
+    Returns:
+        The answer of `score`, and the output of the model. Add the sum of its logits, which is 0,
+        to what is differentiated; see `prefkern.models.head_forward`.
+    """
+    transform = head_transform(model)
+
+    def scored(head: HeadInputs) -> tuple[Any, Tensor]:
         head = head.of_tokens(labels, is_packed)
-        outputs = loss_fn(
+        result = score(
             head.hidden,
             head.weight,
             labels[0] if is_packed else labels,
             head.bias,
-            cu_seqlens=cu_seqlens,
             logit_scale=transform.logit_scale,
             softcap=transform.softcap,
             **head.adapter(),
             **options,
         )
-        return outputs, outputs.loss
+        anchor = result[0] if isinstance(result, tuple) else result
+        return result, getattr(anchor, "loss", anchor)
 
-    outputs, returned = head_forward(model, inputs, score)
-    outputs = router_loss.added_to(outputs, returned)
-    return replace(outputs, loss=outputs.loss + returned.logits.sum())
+    return head_forward(model, inputs, scored)
 
 
 def _check_batch(base: Any, batch: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ With x the log of a response's probability under the policy, or of its ratio to 
 
 both constants to autograd. Exponents of 1 in policy space balance the gradients on the two
 probabilities exactly (Proposition 1); 1/|y| on each side is Stable AdaDPO; 0 is the plain
-objective. What x is for an objective is the objective's to say: see `contrastive`.
+objective. Each objective says what its x is: see `contrastive`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from prefkern.objectives.base import LARGEST, is_number, require_positive, shown
+from prefkern.objectives.checks import LARGEST, is_number, require_positive, shown
 
-# exp() of a log-ratio is held below e^60 = 1e26: times the largest beta and k it stays finite in
-# float32, while no coefficient that could train anything is ever touched.
+# A ratio is at most e^60 = 1e26: times the largest beta and k it is finite in float32, and no
+# coefficient of that size could train anything.
 MAX_LOG_RATIO = 60.0
 
 
@@ -30,7 +30,7 @@ class Adaptive:
 
     Args:
         space: "ratio", x = log P/R (Listing 1), or "policy", x = log P (Eq. 5). Objectives
-            without a reference know only the latter, and take it whatever is said here.
+            without a reference always use "policy".
         exponent: "length", 1/|y| for each side (Stable AdaDPO); a number for both sides; or a
             pair (alpha_w, alpha_l).
         clip: upper bound C of the ratio (2.0 in the paper); None for none.
@@ -69,7 +69,7 @@ class Adaptive:
         return float(self.exponent), float(self.exponent)
 
     def coefficient(self, log_ratio: Tensor) -> Tensor:  # (B,) -> (B,)
-        """`beta_chosen / beta` of the ratio's log."""
+        """`beta_chosen / beta`, from the logarithm of the ratio."""
         ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
         if self.clip is not None:
             ratio = ratio.clamp(max=self.clip)

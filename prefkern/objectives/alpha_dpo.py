@@ -1,9 +1,9 @@
-"""alpha-DPO: SimPO with a margin of each pair's own, a z-score of how far the policy has moved.
+"""alpha-DPO: SimPO with a margin for each pair, a z-score of how far the policy has moved.
 
-The stop-gradient in Eq. 12 makes the margin a constant, and `AlphaDPO(alpha=0)` is SimPO. Of the
-ablations in Table 2, gamma = 0 is an argument. "w/o sg" and "w/o normalization" change what the
-method is: without both, Eq. 9 is `-logsigmoid((1 - alpha) u + alpha u_ref - gamma)`, SimPO with a
-reference mixed in, and neither is offered here.
+The stop-gradient in Eq. 12 makes the margin a constant; `AlphaDPO(alpha=0)` is SimPO. Of the
+ablations in Table 2, gamma = 0 is an argument. "w/o sg" and "w/o normalization" are not offered:
+they change the method. Without both, Eq. 9 is `-logsigmoid((1 - alpha) u + alpha u_ref - gamma)`,
+SimPO with a reference mixed in.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prefkern.objectives.base import (
-    PairLoss,
-    Pairs,
-    check_kind,
+from prefkern.objectives.base import PairLoss, Pairs
+from prefkern.objectives.checks import (
     require_below,
     require_bool,
+    require_kind,
     require_not_negative,
     require_number,
     require_one_of,
@@ -41,8 +40,8 @@ class AlphaDPO(Contrastive):
 
     `u = beta (L_w / n_w - L_l / n_l)`, and Z is the z-score of the gap
     `(L_w / n_w - L_l / n_l) - (R_w / n_w - R_l / n_l)` under running statistics over the batches of
-    all ranks, which training moves (the current batch included) and evaluation does not. A spread
-    of 0 gives Z = 0.
+    all ranks. Training updates them before it scores a batch; evaluation does not. A spread of 0
+    gives Z = 0.
 
     Args:
         beta: scale of the log-probs, > 0.
@@ -51,9 +50,9 @@ class AlphaDPO(Contrastive):
         length_normalized: False leaves out every division by n (Appendix C.2).
         implicit_reference: of Table 2, "ratio" (Eq. 8: U (policy/reference)^alpha), "policy"
             (U policy^alpha), "reference" (U reference^alpha) or "inverse_reference".
-        momentum: share that the statistics' past keeps, in [0, 1).
-        scale_by_beta: s = beta, as in the authors' code, to which the paper's hyper-parameters
-            belong; False: s = 1, as Eq. 12 is printed.
+        momentum: weight of earlier batches in the statistics, in [0, 1).
+        scale_by_beta: s = beta, as in the authors' code, for which the paper gives its
+            hyper-parameters; False: s = 1, as Eq. 12 is printed.
     """
 
     gamma: float
@@ -104,7 +103,8 @@ class AlphaDPO(Contrastive):
         return self.training
 
     def forward(self, pairs: Pairs) -> PairLoss:
-        check_kind("pairs", pairs, Pairs)
+        require_kind("pairs", pairs, Pairs)
+        self.follow(pairs.chosen_logps.device)
         if self.observes:
             self.observe(pairs)
         return super().forward(pairs)
@@ -114,7 +114,7 @@ class AlphaDPO(Contrastive):
 
     @torch.no_grad()
     def gap(self, pairs: Pairs) -> Tensor:  # (B,)
-        """What Z is the z-score of."""
+        """The number whose z-score is Z."""
         policy, reference = _GAPS[self.implicit_reference]
         chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
         if not policy:

@@ -1,26 +1,25 @@
-"""What every objective is: `Pairs` in, `PairLoss` out, and what it needs said before it is called.
+"""What every objective is: `Pairs` in, `PairLoss` out, and what it declares that it needs.
 
-An objective sees a pair only through numbers a sequence (log-probs, lengths, the reference's
-log-probs, ...), never through logits. It returns each pair's loss and the coefficients that it
-used, so that what is logged is what was trained.
+An objective never sees logits. It sees a few numbers for each sequence: its log-prob, its length,
+the reference's log-prob. It returns each pair's loss and the coefficients that it used, so that the
+log shows what was trained.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from prefkern.objectives.adaptive import Adaptive
+from prefkern.objectives.adaptive import Adaptive
+from prefkern.objectives.checks import require_vectors
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What an objective sees of B pairs.
+    """B pairs, as an objective sees them.
 
     Args:
         chosen_logps, rejected_logps: (B,) summed log-probs under the policy, nats.
@@ -32,9 +31,8 @@ class Pairs:
         chosen_kls, rejected_kls: (B,) sums over a response's tokens of KL(reference || policy),
             nats (TDPO); differentiable.
 
-    Half-precision inputs are raised to float32, and margins and lengths may be integers. Raises
-    TypeError for what is not a tensor of numbers of that kind and ValueError for shapes other than
-    (B,).
+    Half-precision inputs are raised to float32; margins and lengths may be integers. Raises
+    TypeError for anything but a tensor of such numbers, and ValueError for shapes other than (B,).
     """
 
     chosen_logps: Tensor
@@ -51,7 +49,7 @@ class Pairs:
 
     def __post_init__(self) -> None:
         names = [field.name for field in fields(self)]
-        check_vectors(self, names, required=("chosen_logps", "rejected_logps"), size="B")
+        require_vectors(self, names, required=("chosen_logps", "rejected_logps"), size="B")
 
     @classmethod
     def of_sequences(
@@ -63,7 +61,7 @@ class Pairs:
         alignments: Tensor | None = None,  # (2B,)
         kls: Tensor | None = None,
     ) -> Pairs:
-        """The pairs of a batch in the order in which the loss takes it."""
+        """The pairs of a batch, whose chosen sequences come first."""
 
         def halves(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             if value is None:
@@ -91,7 +89,7 @@ class Pairs:
         return self._both("ref_chosen_logps", "ref_rejected_logps", who)
 
     def lengths(self, who: str) -> tuple[Tensor, Tensor]:
-        """What sums are divided by: an empty response has a sum of 0, whatever divides it."""
+        """The lengths to divide sums by, at least 1: the sum of an empty response is 0."""
         chosen, rejected = self._both("chosen_lengths", "rejected_lengths", who)
         return chosen.clamp(min=1), rejected.clamp(min=1)
 
@@ -116,8 +114,7 @@ class Pairs:
 class PairLoss(NamedTuple):
     """Loss and coefficients of each pair, all (B,); only `losses` carries a gradient.
 
-    Where nothing is adaptive, `beta_chosen` and `beta_rejected` may be one tensor: clone what is
-    to be changed in place.
+    `beta_chosen` and `beta_rejected` may be one tensor: clone before changing one in place.
     """
 
     losses: Tensor
@@ -130,16 +127,16 @@ class PairLoss(NamedTuple):
 class Objective(nn.Module):
     """A pairwise objective: `forward(Pairs) -> PairLoss`.
 
-    A module, so that statistics that an objective carries live in the state_dict of the model's
-    loss. What an objective needs is asked of it before anything is computed:
+    A module, so that running statistics are part of the loss's state_dict. A class declares what
+    it needs, and the loss checks it before anything is computed:
 
     - `needs_reference`: log-probs of a reference;
     - `needs_reward_margins`: a reward model's margins;
     - `needs_alignments`: `chosen_alignments` and `rejected_alignments`;
     - `needs_kls`: `chosen_kls` and `rejected_kls`, so hidden states and head of the reference.
 
-    `observes` says that `observe` must see a batch before the pair kernel does: there are
-    statistics, and the module that has them is training. `forward` sees to it by itself.
+    `observes` means that the module trains and keeps statistics. The pair kernel then needs a call
+    of `observe` before it; `forward` makes that call itself.
     """
 
     needs_reference: bool = True
@@ -153,121 +150,36 @@ class Objective(nn.Module):
     def forward(self, pairs: Pairs) -> PairLoss:
         raise NotImplementedError(f"{type(self).__name__} does not define forward(pairs)")
 
+    @property
+    def moves_beta(self) -> bool:
+        """Whether pairs train with other coefficients than the `beta` that was given."""
+        return self.adaptive is not None
+
     def observe(self, pairs: Pairs) -> None:
-        """Move running statistics by a batch."""
+        """Update running statistics with a batch."""
+
+    def follow(self, device: torch.device) -> None:
+        """Move running statistics to the device of a batch.
+
+        A loss has no weights, so nobody thinks of moving it, and its few numbers cost one copy.
+        """
+        if any(buffer.device != device for buffer in self.buffers()):
+            # A buffer made in inference mode could not be updated outside of it.
+            with torch.inference_mode(False):
+                self.to(device)
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
-        """Numbers of this objective's own to log, (B,) each."""
+        """The objective's own metrics, (B,) each."""
         return {}
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
-        """Keyword arguments of `prefkern_kernels.pair_loss`, or None where it has no such form."""
+        """Keywords of `prefkern_kernels.pair_loss`; None if it cannot compute this loss."""
         return None
 
 
-def check_vectors(values: Any, names: list[str], required: tuple[str, ...], size: str) -> None:
-    """Hold fields of a frozen dataclass to one shape, and raise half precision to float32.
-
-    Lengths and margins may be integers; a field called `desirable` is bool.
-    """
-    first = getattr(values, names[0])
-    for name in names:
-        value = getattr(values, name)
-        if value is None and name not in required:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape [{size}], got {value!r}")
-        if value.is_nested or value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor of shape [{size}]")
-        if value.ndim != 1 or value.shape != first.shape:
-            raise ValueError(
-                f"{name} must have the shape [{size}] of {names[0]}, "
-                f"{list(first.shape)}, got {list(value.shape)}"
-            )
-        if value.device != first.device:
-            raise ValueError(f"{name} is on {value.device} and {names[0]} on {first.device}")
-        if name == "desirable":
-            if value.dtype != torch.bool:
-                raise TypeError(f"desirable must be a bool tensor, got {value.dtype}")
-            continue
-        may_be_integers = name.endswith("_lengths") or name == "reward_margins"
-        is_integer = not (value.is_floating_point() or value.is_complex())
-        is_integer = is_integer and value.dtype != torch.bool
-        if not value.is_floating_point() and not (may_be_integers and is_integer):
-            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-        if value.dtype in (torch.float16, torch.bfloat16):
-            object.__setattr__(values, name, value.float())
-        elif is_integer:
-            # Of small unsigned types a difference would wrap.
-            object.__setattr__(values, name, value.long())
-
-
 def weighed(factor: Tensor, value: Tensor) -> Tensor:
-    """`factor value`, and 0 where a factor of 0 meets an infinite value, which would be NaN.
+    """`factor value`, but 0 where a factor of 0 meets an infinite value, and not NaN.
 
-    Factors that are exponentials of a log-prob vanish where it is -inf, faster than it grows.
+    The factor is the exponential of a log-prob: it vanishes faster than the log-prob grows.
     """
     return torch.where((factor == 0) & value.isinf(), 0.0, factor * value)
-
-
-def check_kind(name: str, value: Any, kind: type) -> None:
-    """Raise TypeError for what is not the dataclass that an objective reads."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {kind.__name__}, got {value!r}"[:200])
-
-
-# Hyper-parameters beyond these have no use, and their products and reciprocals would leave float32.
-LARGEST = 1e6
-LEAST = 1e-12
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-def shown(value: object) -> str:
-    """A value as a message has it, in a line."""
-    return f"{value!r}"[:80]
-
-
-def require_number(name: str, value: Any) -> float:
-    if not is_number(value) or abs(value) > LARGEST:
-        raise ValueError(
-            f"{name} must be a finite number, within +-{LARGEST:g}, got {shown(value)}"
-        )
-    return float(value)
-
-
-def require_positive(name: str, value: Any) -> float:
-    if not is_number(value) or not LEAST <= value <= LARGEST:
-        raise ValueError(
-            f"{name} must be a finite number > 0, from {LEAST:g} to {LARGEST:g}, got {shown(value)}"
-        )
-    return float(value)
-
-
-def require_not_negative(name: str, value: Any) -> float:
-    if not is_number(value) or not 0 <= value <= LARGEST:
-        raise ValueError(
-            f"{name} must be a finite number >= 0, at most {LARGEST:g}, got {shown(value)}"
-        )
-    return float(value)
-
-
-def require_below(name: str, value: Any, end: float) -> float:
-    """A number in [0, end)."""
-    if not (is_number(value) and 0 <= value < end):
-        raise ValueError(f"{name} must be in [0, {end:g}), got {shown(value)}")
-    return float(value)
-
-
-def require_bool(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return str(value)

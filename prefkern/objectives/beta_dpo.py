@@ -1,4 +1,4 @@
-"""beta-DPO: one beta for a batch, from how easy the batch is, and fewer of its outliers."""
+"""beta-DPO: one beta for a batch, from how easy the batch is, and a draw that drops outliers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.objectives.base import (
-    Objective,
-    PairLoss,
-    Pairs,
-    check_kind,
+from prefkern.objectives.base import Objective, PairLoss, Pairs
+from prefkern.objectives.checks import (
     is_number,
     require_below,
+    require_int,
+    require_kind,
     require_not_negative,
     require_positive,
     shown,
@@ -27,20 +26,20 @@ class BetaDPO(Objective):
     """beta-DPO (Wu et al. 2024b; MADPO, section 2.5): DPO at the batch's own beta.
 
     `beta_batch = max(beta (1 + m (mean h - h0)), beta_min)`, h = rho_w - rho_l of a pair, the mean
-    over the kept pairs of all ranks. Training keeps a share of the batch: pairs are drawn without
-    replacement, in proportion to the normal density N(h; h0, sigma^2), and the loss is the mean
-    over those drawn; a pair that is left out has a loss of 0. h0 and sigma are running statistics
-    (of mean 0 and spread 1 before the first batch). Evaluation keeps every pair and moves nothing;
-    its beta is that of the batch at hand, on its own rank, so its loss depends on the batch's size.
+    over the kept pairs of all ranks. Training keeps a share of the batch: it draws pairs without
+    replacement, in proportion to the normal density N(h; h0, sigma^2). The loss is the mean over
+    the pairs drawn; the others have a loss of 0. h0 and sigma are running statistics (mean 0 and
+    spread 1 before the first batch). Evaluation keeps every pair and updates nothing. Its beta is
+    that of the rank's own batch, so its loss depends on the batch's size.
 
-    The draw depends on a seed and on the number of draws before, both in the state_dict: a resumed
-    run draws what an uninterrupted one would.
+    The draw depends on a seed and on the number of earlier draws, both in the state_dict: a resumed
+    run draws the same pairs as an uninterrupted one.
 
     Args:
         beta: as in DPO, > 0.
         m: how strongly the batch's margin moves beta, >= 0.
-        keep: share of a batch that is trained on, in (0, 1].
-        momentum: share that the statistics' past keeps, in [0, 1).
+        keep: share of a batch to train on, in (0, 1].
+        momentum: weight of earlier batches in the statistics, in [0, 1).
         beta_min: lower bound of beta_batch, > 0.
     """
 
@@ -63,12 +62,17 @@ class BetaDPO(Objective):
         self.statistics = RunningStatistics(self.momentum, variance=1.0, bias_corrected=False)
         self.seed = 0
         self.draws = 0
-        # Of the last batch, 1 or 0. Losses cannot tell: a kept pair's may underflow to 0, and what
-        # wraps this objective may add to one that was left out.
+        # 1 for each kept pair of the last batch, else 0. Losses do not show it: a kept pair's may
+        # underflow to 0, and a wrapper may add a term to a pair that was not kept.
         self._kept = torch.ones(0)
 
+    @property
+    def moves_beta(self) -> bool:
+        return True
+
     def forward(self, pairs: Pairs) -> PairLoss:
-        check_kind("pairs", pairs, Pairs)
+        require_kind("pairs", pairs, Pairs)
+        self.follow(pairs.chosen_logps.device)
         ref_chosen, ref_rejected = pairs.reference("BetaDPO")
         rho_chosen = pairs.chosen_logps - ref_chosen
         rho_rejected = pairs.rejected_logps - ref_rejected
@@ -92,8 +96,8 @@ class BetaDPO(Objective):
         return {"beta_dpo/beta": result.beta_chosen, "beta_dpo/kept": self._kept}
 
     def manual_seed(self, seed: int) -> None:
-        """Start the draws over from a seed of one's own, an int; the same on every rank."""
-        self.seed, self.draws = _whole("seed", seed), 0
+        """Start the draws over from a seed, an int, which must be the same on every rank."""
+        self.seed, self.draws = require_int("seed", seed), 0
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seed": self.seed, "draws": self.draws}
@@ -101,7 +105,7 @@ class BetaDPO(Objective):
     def set_extra_state(self, state: Any) -> None:
         if not isinstance(state, dict) or {*state} != {"seed", "draws"}:
             raise TypeError(f"BetaDPO's state must have seed and draws, got {shown(state)}")
-        self.seed, self.draws = _whole("seed", state["seed"]), _whole("draws", state["draws"])
+        self.seed, self.draws = (require_int(name, state[name]) for name in ("seed", "draws"))
 
     def extra_repr(self) -> str:
         names = ("beta", "m", "keep", "momentum", "beta_min")
@@ -109,19 +113,19 @@ class BetaDPO(Objective):
 
     @torch.no_grad()
     def _batch(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The batch's beta, and what multiplies each pair's loss: pairs over kept pairs, or 0."""
+        """The batch's beta, and the factor of each pair's loss: pairs / kept pairs, or 0."""
         everyone, mine = h, slice(0, len(h))
-        share = None
         if self.training:
             self.statistics.update(h)
             everyone, mine = gather(h)
-            if self.keep < 1:
-                kept = self._draw(everyone)
-                share = kept * (len(kept) / kept.sum())
-                everyone = everyone[kept > 0]
-        # What overflowed spoils its own pair, and not the others' beta.
-        finite = everyone.isfinite()
-        mean = torch.where(finite, everyone, 0.0).sum() / finite.sum().clamp(min=1)
+        share = None
+        # A pair whose h overflowed must not spoil the others' beta.
+        counted = everyone.isfinite()
+        if self.training and self.keep < 1:
+            kept = self._draw(everyone)
+            share = kept * (len(kept) / kept.sum())
+            counted = counted & (kept > 0)
+        mean = torch.where(counted, everyone, 0.0).sum() / counted.sum().clamp(min=1)
         beta = self.beta * (1 + self.m * (mean - self.statistics.mean.to(h.dtype)))
         return beta.clamp(min=self.beta_min), None if share is None else share[mine]
 
@@ -134,12 +138,6 @@ class BetaDPO(Objective):
         spread = self.statistics.spread()
         z = (h - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
         keys = (-0.5 * z.double().square()).nan_to_num(nan=-math.inf) + gumbel.to(h.device)
-        # A hair above, so that 0.29 of 100 is 29 and not 28.
+        # The 1e-6 makes 0.29 of 100 pairs 29, and not 28.
         count = max(int(self.keep * len(h) + 1e-6), 1)
         return torch.zeros_like(h).index_fill(0, keys.topk(count).indices, 1.0)
-
-
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {shown(value)}")
-    return value

@@ -10,20 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.objectives.adaptive import MAX_LOG_RATIO, Adaptive
-from prefkern.objectives.base import (
-    Objective,
-    PairLoss,
-    Pairs,
-    check_kind,
-    require_bool,
-    require_positive,
-    weighed,
-)
+from prefkern.objectives.adaptive import MAX_LOG_RATIO
+from prefkern.objectives.base import Objective, PairLoss, Pairs, weighed
+from prefkern.objectives.checks import require_bool, require_kind, require_positive
+
+
+def _inner(name: str) -> Any:
+    """An attribute that is the wrapped objective's."""
+    return property(lambda wrapper: getattr(wrapper.objective, name))
 
 
 class Wrapper(Objective):
-    """An objective around another one: needs what it needs, and has its beta."""
+    """An objective around another one: it needs what that one needs, and has its beta."""
+
+    needs_reference = _inner("needs_reference")
+    needs_reward_margins = _inner("needs_reward_margins")
+    needs_alignments = _inner("needs_alignments")
+    needs_kls = _inner("needs_kls")
+    observes = _inner("observes")
+    adaptive = _inner("adaptive")
+    beta = _inner("beta")
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
@@ -32,32 +38,8 @@ class Wrapper(Objective):
         self.objective = objective
 
     @property
-    def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.needs_reference
-
-    @property
-    def needs_reward_margins(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.needs_reward_margins
-
-    @property
-    def needs_alignments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.needs_alignments
-
-    @property
-    def needs_kls(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.needs_kls
-
-    @property
-    def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.observes
-
-    @property
-    def adaptive(self) -> Adaptive | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.adaptive
-
-    @property
-    def beta(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.objective.beta
+    def moves_beta(self) -> bool:
+        return self.objective.moves_beta
 
     def observe(self, pairs: Pairs) -> None:
         self.objective.observe(pairs)
@@ -67,10 +49,10 @@ class Wrapper(Objective):
 
 
 class WithNLL(Wrapper):
-    """`loss - rpo_alpha L_w / n_w`: the chosen response's NLL per token beside a preference loss.
+    """`loss - rpo_alpha L_w / n_w`: a preference loss plus the chosen response's NLL per token.
 
-    As in RPO (Pang et al. 2024) and TRL's `rpo_alpha`; the mean is over a response's tokens. A
-    pair that the objective's own draw leaves out (BetaDPO) has the term still.
+    As in RPO (Pang et al. 2024) and TRL's `rpo_alpha`; the mean is over a response's tokens. A pair
+    that BetaDPO does not draw still has this term.
 
     Args:
         objective: any pairwise objective.
@@ -82,8 +64,8 @@ class WithNLL(Wrapper):
         self.rpo_alpha = require_positive("rpo_alpha", rpo_alpha)
 
     def forward(self, pairs: Pairs) -> PairLoss:
-        check_kind("pairs", pairs, Pairs)
-        # Asked for first: an objective that raises must not have moved its statistics.
+        require_kind("pairs", pairs, Pairs)
+        # Before the objective runs: if lengths are missing, its statistics must not have moved.
         lengths, _ = pairs.lengths("rpo_alpha")
         result = self.objective(pairs)
         nll = -pairs.chosen_logps / lengths
@@ -109,8 +91,8 @@ class WPO(Wrapper):
 
     Args:
         objective: any pairwise objective.
-        alignment: whether a token's probability is set against what sampling would expect of it,
-            so that responses of the policy itself have weights around 1.
+        alignment: compare a token's log-prob with its mean under sampling, so that responses of
+            the policy itself have weights around 1.
     """
 
     def __init__(self, objective: Objective, alignment: bool = True) -> None:
@@ -118,11 +100,11 @@ class WPO(Wrapper):
         self.alignment = require_bool("alignment", alignment)
 
     @property
-    def needs_alignments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def needs_alignments(self) -> bool:
         return self.alignment or self.objective.needs_alignments
 
     def forward(self, pairs: Pairs) -> PairLoss:
-        check_kind("pairs", pairs, Pairs)
+        require_kind("pairs", pairs, Pairs)
         weight = self.weight(pairs)
         result = self.objective(pairs)
         return result._replace(losses=weighed(weight, result.losses))

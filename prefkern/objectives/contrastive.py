@@ -3,9 +3,9 @@
     delta = beta_chosen s_w - beta_rejected s_l - margin
     loss  = weight link(delta) - nll_weight L_w / n_w
 
-What distinguishes them is declared, not coded: the score s that a coefficient multiplies, the link,
-the margin and the weight. The Triton pair kernel reads the same declarations
-(`pair_kernel_options`), so that an objective of this form is one class here and one row of tests.
+A class declares what distinguishes it: the score s that a coefficient multiplies, the link, the
+margin and the weight. The Triton pair kernel reads the same declarations (`pair_kernel_options`),
+so that an objective of this form is one class here and one row of tests.
 
 Letters: L a response's summed log-prob, R the reference's, rho = L - R, n its length in tokens,
 P = exp(L/n) its probability per token, o = log P/(1 - P) its log-odds.
@@ -22,17 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefkern.objectives.adaptive import MAX_LOG_RATIO, Adaptive
-from prefkern.objectives.base import (
-    Objective,
-    PairLoss,
-    Pairs,
-    check_kind,
+from prefkern.objectives.base import Objective, PairLoss, Pairs, weighed
+from prefkern.objectives.checks import (
     require_below,
     require_bool,
+    require_kind,
     require_not_negative,
     require_number,
     require_positive,
-    weighed,
 )
 
 Score = Literal["log_ratio", "mean_log_ratio", "log_prob", "mean_log_prob", "log_odds"]
@@ -40,7 +37,7 @@ Link = Literal["logistic", "robust", "hinge", "square"]
 
 # Log-odds are taken at P <= 1 - 1e-20, so that they and their slope 1 / (1 - P) stay finite.
 LEAST_MISS = 1e-20
-# IPO's delta is held below this, so that its square stays finite in float32.
+# IPO's delta is clamped to this, so that its square stays finite in float32.
 MAX_SQUARED = 1e18
 
 
@@ -59,10 +56,10 @@ class Contrastive(Objective):
     @property
     def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         uses_ratio = self.adaptive is not None and self.adaptive.space == "ratio"
-        return self.score in ("log_ratio", "mean_log_ratio") or uses_ratio
+        return self._scores_ratios or uses_ratio
 
     def forward(self, pairs: Pairs) -> PairLoss:
-        check_kind("pairs", pairs, Pairs)
+        require_kind("pairs", pairs, Pairs)
         chosen, rejected = self.scores(pairs)
         beta_chosen, beta_rejected = self.coefficients(pairs)
         weighed_chosen = beta_chosen * chosen
@@ -87,7 +84,7 @@ class Contrastive(Objective):
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """What the coefficients multiply, (B,) for each side."""
         chosen, rejected = pairs.chosen_logps, pairs.rejected_logps
-        if self.score in ("log_ratio", "mean_log_ratio"):
+        if self._scores_ratios:
             ref_chosen, ref_rejected = pairs.reference(self._name)
             chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
         if self.score not in ("log_ratio", "log_prob"):
@@ -116,13 +113,13 @@ class Contrastive(Objective):
         if adaptive.exponents is None:
             n_chosen, n_rejected = pairs.lengths('exponent="length"')
             return chosen / n_chosen - rejected / n_rejected
-        # A log-prob may be -inf, and an exponent of 0 leaves it out.
+        # An exponent of 0 leaves a log-prob out even where it is -inf.
         terms = zip(adaptive.exponents, (chosen, rejected), strict=True)
         powers = [alpha * x if alpha else torch.zeros_like(x) for alpha, x in terms]
         return powers[0] - powers[1]
 
     def margin(self, pairs: Pairs) -> Tensor | float:
-        """What delta must exceed: a number, or (B,), a constant to autograd."""
+        """What is subtracted from delta: a number, or (B,), a constant to autograd."""
         if not self.length_penalty:
             return self.fixed_margin
         if pairs.chosen_lengths is None or pairs.rejected_lengths is None:
@@ -131,7 +128,7 @@ class Contrastive(Objective):
         return self.fixed_margin + self.length_penalty * difference
 
     def weight(self, pairs: Pairs) -> Tensor | None:
-        """What multiplies a pair's loss, (B,), a constant to autograd; None for 1."""
+        """The factor of each pair's loss, (B,), a constant to autograd; None for 1."""
         return None
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
@@ -164,6 +161,11 @@ class Contrastive(Objective):
     def _name(self) -> str:
         return type(self).__name__
 
+    @property
+    def _scores_ratios(self) -> bool:
+        """Whether the score is of log-ratios to the reference, and not of the policy alone."""
+        return self.score in ("log_ratio", "mean_log_ratio")
+
     def _set(self, **options: Any) -> None:
         """Keep checked hyper-parameters under their own names."""
         adaptive = options.get("adaptive")
@@ -172,6 +174,8 @@ class Contrastive(Objective):
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
+        if adaptive is not None and not self._scores_ratios:
+            self.adaptive = replace(adaptive, space="policy")
 
 
 class DPO(Contrastive):
@@ -181,7 +185,7 @@ class DPO(Contrastive):
 
     Args:
         beta: strength of the pull to the reference, > 0.
-        label_smoothing: probability that a preference is flipped, in [0, 0.5) (cDPO, Mitchell 2023).
+        label_smoothing: probability that a preference is flipped (cDPO, Mitchell 2023), in [0, 0.5).
         adaptive: per-pair coefficients; None is plain DPO.
     """
 
@@ -273,12 +277,12 @@ class IPO(Contrastive):
 class RDPO(Contrastive):
     """R-DPO (Park et al. 2024): DPO with a term of the lengths, `delta - alpha (n_w - n_l)`.
 
-    The sign is that of AdaDPO's Table 3. Park et al. derive `delta + a (n_w - n_l)` of a reward with
-    a penalty of a for each token: that is `alpha = -a` here.
+    The sign is that of AdaDPO's Table 3. Park et al. write `delta + a (n_w - n_l)`, from a reward
+    that loses a with each token: `alpha = -a` here.
 
     Args:
         beta: as in DPO, > 0.
-        alpha: what delta must exceed for each token that the chosen response is longer, any number.
+        alpha: margin for each token by which the chosen response is longer, any number.
         adaptive: per-pair coefficients.
     """
 
@@ -317,15 +321,16 @@ class CPO(Contrastive):
         self._set(
             beta=require_positive("beta", beta),
             nll_weight=require_not_negative("nll_weight", nll_weight),
-            adaptive=_in_policy_space(adaptive),
+            adaptive=adaptive,
         )
 
 
 class ORPO(Contrastive):
     """ORPO (Hong et al. 2024; AdaDPO's Table 3 puts beta inside the sigmoid).
 
-    `-nll_weight log P_w - logsigmoid(b_w o_w - b_l o_l)`. Adaptive: `P_w (1 - P_w) / (P_l (1 - P_l))`
-    to the exponent; P is a probability per token already, so exponents "length" and 1 are the same.
+    `-nll_weight log P_w - logsigmoid(b_w o_w - b_l o_l)`. The adaptive ratio is
+    `P_w (1 - P_w) / (P_l (1 - P_l))` to the exponent; P is a probability per token already, so
+    exponents "length" and 1 are the same.
 
     Args:
         beta: scale of the log-odds, > 0.
@@ -342,11 +347,11 @@ class ORPO(Contrastive):
         self._set(
             beta=require_positive("beta", beta),
             nll_weight=require_not_negative("nll_weight", nll_weight),
-            adaptive=_in_policy_space(adaptive),
+            adaptive=adaptive,
         )
 
     def log_ratio(self, pairs: Pairs, adaptive: Adaptive) -> Tensor:
-        # d o / d P = 1 / (P (1 - P)) is what a balance on P has to cancel.
+        # A balance on P has to cancel d o / d P = 1 / (P (1 - P)).
         n_chosen, n_rejected = pairs.lengths(self._name)
         chosen = _below_one(pairs.chosen_logps / n_chosen)
         rejected = _below_one(pairs.rejected_logps / n_rejected)
@@ -359,8 +364,8 @@ class ORPO(Contrastive):
 class SimPO(Contrastive):
     """SimPO (Meng et al. 2024; alpha-DPO, Eq. 5): `-logsigmoid(b_w L_w / n_w - b_l L_l / n_l - gamma)`.
 
-    Adaptive: `n_w exp(alpha_w L_w) / (n_l exp(alpha_l L_l))` (Table 3). Exponents of 0 on both
-    sides switch the adaptation off, the lengths with it: plain SimPO.
+    Adaptive: `n_w exp(alpha_w L_w) / (n_l exp(alpha_l L_l))` (Table 3). With exponents of 0 on both
+    sides the lengths drop out too: plain SimPO.
 
     Args:
         beta: scale of the log-probs per token, > 0.
@@ -378,7 +383,7 @@ class SimPO(Contrastive):
         self._set(
             beta=require_positive("beta", beta),
             gamma=require_number("gamma", gamma),
-            adaptive=_in_policy_space(adaptive),
+            adaptive=adaptive,
         )
 
     @property
@@ -403,7 +408,7 @@ class SimPO(Contrastive):
 def log1mexp(x: Tensor) -> Tensor:
     """`log(1 - exp(x))` for x < 0, without cancellation at either end (Maechler 2012)."""
     is_small = x > -math.log(2)
-    # Each branch sees only arguments that it is meant for: a NaN in the other would reach autograd.
+    # Each branch gets only arguments that suit it: a NaN in the other one would reach autograd.
     near = torch.where(is_small, x, -1.0)
     far = torch.where(is_small, -1.0, x)
     return torch.where(is_small, (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
@@ -425,10 +430,5 @@ def _linked(link: Link, delta: Tensor, label_smoothing: float) -> Tensor:
     if link == "robust":
         kept = 1 - label_smoothing
         return (kept * losses - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-    # Not as a step from one to the other: where delta overflows that is inf - inf.
+    # Not `losses + label_smoothing (flipped - losses)`: where delta overflows, that is inf - inf.
     return (1 - label_smoothing) * losses + label_smoothing * flipped
-
-
-def _in_policy_space(adaptive: Any) -> Any:
-    """What an objective without a reference makes of an Adaptive; anything else is for `_set`."""
-    return replace(adaptive, space="policy") if isinstance(adaptive, Adaptive) else adaptive

@@ -1,7 +1,7 @@
-"""KTO: responses that are desirable or not, without pairs.
+"""KTO: single responses, each desirable or not, in place of pairs.
 
-Here a batch is S single responses, and what stands for a pair's other half is a reference point
-shared by all of them.
+A batch is S responses. In place of a pair's other half there is one reference point for all of
+them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefkern.objectives.base import (
-    check_kind,
-    check_vectors,
+from prefkern.objectives.checks import (
+    require_kind,
     require_not_negative,
     require_positive,
+    require_vectors,
 )
 from prefkern.objectives.running import all_sum
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What an unpaired objective sees of S responses.
+    """S responses, as an unpaired objective sees them.
 
     Args:
         logps: (S,) summed log-probs under the policy, nats.
         desirable: (S,) bool.
         ref_logps: (S,) the same log-probs under the reference.
-        mismatched_log_ratios: (M,) log policy / reference of prompts with responses that belong to
+        mismatched_log_ratios: (M,) log policy / reference of prompts paired with responses to
             other prompts of the batch; constants, and M may be 0.
 
     Half-precision inputs are raised to float32. Raises TypeError and ValueError as `Pairs` does.
@@ -43,8 +43,8 @@ class Examples:
 
     def __post_init__(self) -> None:
         names = ["logps", "desirable", "ref_logps"]
-        check_vectors(self, names, required=tuple(names), size="S")
-        # M is a size of its own.
+        require_vectors(self, names, required=tuple(names), size="S")
+        # M need not be S.
         mismatched = self.mismatched_log_ratios
         is_tensor = isinstance(mismatched, Tensor) and not (
             mismatched.dtype == torch.bool or mismatched.is_complex() or mismatched.is_nested
@@ -80,8 +80,8 @@ class KTO(UnpairedObjective):
         lambda_D (1 - sigmoid(beta (r - z0)))   desirable
         lambda_U (1 - sigmoid(beta (z0 - r)))   undesirable
 
-    z0 = max(0, mean of the mismatched log-ratios), in training over the batches of all ranks, a
-    constant; 0 where there are none.
+    z0 = max(0, mean of the mismatched log-ratios) is a constant, and 0 without any. In training the
+    mean is over all ranks.
 
     Args:
         beta: strength of the pull to the reference, > 0.
@@ -103,11 +103,11 @@ class KTO(UnpairedObjective):
             raise ValueError("desirable_weight and undesirable_weight are both 0")
 
     def forward(self, examples: Examples) -> ExampleLoss:
-        check_kind("examples", examples, Examples)
+        require_kind("examples", examples, Examples)
         ratio = examples.logps - examples.ref_logps
         reference_point = self.reference_point(examples.mismatched_log_ratios)
-        # 1 - sigmoid(x) = sigmoid(-x), without the difference; through its logarithm, because the
-        # derivative of torch.sigmoid is s (1 - s), which is 0 in float32 from x = 17 on.
+        # 1 - sigmoid(x) = sigmoid(-x) avoids the difference. It is taken through its logarithm,
+        # since torch's derivative of sigmoid, s (1 - s), is 0 in float32 from x = 17 on.
         desirable = F.logsigmoid(self.beta * (reference_point - ratio)).exp()
         undesirable = F.logsigmoid(self.beta * (ratio - reference_point)).exp()
         losses = torch.where(

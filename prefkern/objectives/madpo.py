@@ -1,4 +1,4 @@
-"""MADPO: DPO weighted pair by pair, by the margin of a reward model trained before (Eq. 4 and 5)."""
+"""MADPO: DPO with a weight for each pair, from the margin of a reward model (Eq. 4 and 5)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.objectives.base import (
+from prefkern.objectives.base import PairLoss, Pairs
+from prefkern.objectives.checks import (
     LARGEST,
-    PairLoss,
-    Pairs,
     is_number,
     require_one_of,
     require_positive,
@@ -20,22 +19,22 @@ from prefkern.objectives.base import (
 )
 from prefkern.objectives.contrastive import Contrastive
 
-# Margins beyond this weigh as this does: sigmoid has long been 0 or 1, and c h stays finite.
+# Margins are clamped to this: sigmoid is 0 or 1 long before, and c h stays finite.
 MAX_MARGIN = 1e4
 
 
 class MADPO(Contrastive):
     """Margin-adaptive DPO: `-w(h) logsigmoid(beta (rho_w - rho_l))`, h the reward margin.
 
-    `w(h) = sigmoid(c(|h|) h) / sigmoid(h)` for h > -tau and 1 below, where c falls from above 1 at
-    h = 0 through 1 at |h| = tau to c_min: hard pairs are amplified, easy ones damped. Formed in log
+    `w(h) = sigmoid(c(|h|) h) / sigmoid(h)` for h > -tau, and 1 below. c is above 1 at h = 0, 1 at
+    |h| = tau, and falls to c_min: hard pairs count more, easy ones less. w is computed in log
     space.
 
     Args:
         beta: as in DPO, > 0.
         tau: margin from which a pair counts as easy, > 0.
-        c_max: what c tends to for small margins, > 1.
-        c_min: what it tends to for large ones, in [0, 1); None: 1 / c_max, as in the paper's runs.
+        c_max: limit of c for small margins, > 1.
+        c_min: limit of c for large ones, in [0, 1); None: 1 / c_max, as in the paper's runs.
         lam: steepness of the passage between them, > 0.
         mode: "full"; "amplify", w = 1 for |h| >= tau; "regularize", w = 1 for |h| < tau (Figure 3).
     """

@@ -10,8 +10,9 @@ from typing import Any
 
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.alpha_dpo import AlphaDPO
-from prefkern.objectives.base import Objective, require_bool
+from prefkern.objectives.base import Objective
 from prefkern.objectives.beta_dpo import BetaDPO
+from prefkern.objectives.checks import require_bool
 from prefkern.objectives.composed import WPO, WithNLL
 from prefkern.objectives.contrastive import CPO, DPO, IPO, ORPO, RDPO, Hinge, RobustDPO, SimPO
 from prefkern.objectives.kto import KTO, UnpairedObjective
@@ -34,7 +35,7 @@ REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
     "tdpo2": TDPO2,
     "kto": KTO,
 }
-# Options that every pairwise objective takes beside its own.
+# Options that every pairwise objective takes besides its own.
 _COMPOSED = ("use_weighting", "rpo_alpha")
 
 
@@ -49,7 +50,8 @@ def options(name: str) -> list[str]:
     cls, is_adaptive = _lookup(name)
     own = [p for p in _parameters(cls) if not (is_adaptive and p == "adaptive")]
     adaptive = [field.name for field in fields(Adaptive)] if is_adaptive else []
-    if is_adaptive and not _has_ratio_space(cls):
+    if is_adaptive and not cls().needs_reference:
+        # Without a reference there are no ratios to it: see Contrastive._set.
         adaptive.remove("space")
     return [*own, *adaptive, *(_COMPOSED if issubclass(cls, Objective) else ())]
 
@@ -57,12 +59,13 @@ def options(name: str) -> list[str]:
 def build(name: str, **given: Any) -> Objective | UnpairedObjective:
     """An objective by name: "dpo", or "adadpo" for the adaptive one with the paper's defaults.
 
-    An adaptive objective takes the options of `Adaptive` (space, exponent, clip, k) beside its own:
+    An adaptive objective also takes the options of `Adaptive` (space, exponent, clip, k):
     `build("adadpo", beta=0.1, clip=3.0)` is `DPO(beta=0.1, adaptive=Adaptive(clip=3.0))`. Every
-    pairwise one takes `use_weighting=True` (`WPO`) and `rpo_alpha` (`WithNLL`, outermost). Case,
-    "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo".
+    pairwise objective takes `use_weighting=True` (`WPO`) and `rpo_alpha` (`WithNLL`, outermost).
+    Case, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo".
 
-    Raises ValueError for an unknown name and TypeError for an unknown option, naming the known.
+    Raises ValueError for an unknown name and TypeError for an unknown option; the message lists the
+    known ones.
     """
     cls, is_adaptive = _lookup(name)
     known = options(name)
@@ -116,7 +119,3 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _parameters(cls: type) -> list[str]:
     return list(inspect.signature(cls).parameters)
-
-
-def _has_ratio_space(cls: type) -> bool:
-    return cls not in (CPO, ORPO, SimPO)

@@ -1,15 +1,15 @@
-"""Running statistics of a batch's numbers: reduced over ranks, bias-corrected, frozen unless moved.
+"""Running mean and variance of batches: over all ranks, bias-corrected, fixed in evaluation.
 
-A batch of the whole world enters with weight `w = (1 - momentum) / (1 - momentum^t)`, t batches seen
-with it: 1 for the first batch, so that nothing is pulled to an arbitrary start. Mean and variance
-are merged as two samples would be,
+A batch, over all ranks, enters with weight `w = (1 - momentum) / (1 - momentum^t)`, where t counts
+the batches so far. For the first one w is 1, so that no arbitrary start pulls on the statistics.
+Mean and variance are merged as those of two samples,
 
     mean'     = mean + w (m - mean)
     variance' = (1 - w) (variance + w (m - mean)^2) + w v
 
-which is the running mean of the first two moments without their cancellation: batches of one pair
-have a variance of 0 each and still add up to the spread of the data. Numbers that are not finite
-are left out: a step that overflows is skipped by a gradient scaler, and must not stay in here.
+This equals the running mean of the first two moments, without their cancellation: batches of one
+pair have a variance of 0 each and still add up to the spread of the data. Numbers that are not
+finite are left out: a gradient scaler skips a step that overflows, and so must the statistics.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Relative to the mean. Numbers that differ by less than float32 can tell have no spread: a z-score
-# of them would be rounding errors blown up to 1.
+# Relative to the mean. Numbers whose differences are below float32's precision have no spread:
+# their z-scores would be rounding errors of size 1.
 LEAST_SPREAD = 1e-6
 
 
@@ -29,10 +29,10 @@ class RunningStatistics(nn.Module):
     """Mean and variance over the batches of all ranks, in float64.
 
     Args:
-        momentum: share that the past keeps, in [0, 1).
-        mean, variance: what holds before the first batch.
-        bias_corrected: whether the first batch replaces those (w as above), or, if not, joins them
-            (w = 1 - momentum).
+        momentum: weight of earlier batches, in [0, 1).
+        mean, variance: the values before the first batch.
+        bias_corrected: the first batch replaces those values (w as above); False: it is merged into
+            them (w = 1 - momentum).
     """
 
     mean: Tensor
@@ -55,14 +55,14 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:  # (B,) of this rank
-        """Move by one batch; every rank must call it. Takes no synchronisation of its own.
+        """Merge a batch into the statistics, without a synchronisation. Every rank must call it.
 
         Raises RuntimeError in the recomputation of a checkpointed region.
         """
         if not torch.compiler.is_compiling() and _in_backward():
             raise RuntimeError(
-                "a loss with running statistics was recomputed by activation checkpointing: they "
-                "would be moved twice, and its gradient be of another loss. Checkpoint the model, "
+                "activation checkpointing recomputed a loss with running statistics: they would "
+                "move twice, and the gradient would be of another loss. Checkpoint the model, "
                 "not the loss"
             )
         finite = values.isfinite()
@@ -77,19 +77,19 @@ class RunningStatistics(nn.Module):
             weight = weight / (1 - torch.pow(self.momentum, self.batches.clamp(min=1).double()))
         weight = torch.where(count > 0, weight, 0.0)
         step = mean - self.mean
-        # Not by mul_, add_ or copy_, whose results are not used: of float64 scalars, the graphs of
-        # torch.compile (2.11 to 2.13) are without such calls.
+        # Not mul_, add_ or copy_: on float64 scalars, torch.compile (2.11 to 2.13) drops such calls
+        # from its graph, since nothing uses their result.
         self.variance *= 1 - weight
         self.variance += weight * ((1 - weight) * step.square() + variance)
         self.mean += weight * step
 
     def spread(self) -> Tensor:
-        """The standard deviation; 0 where it is no more than the rounding of the numbers."""
+        """The standard deviation; 0 where it is within the rounding of the numbers."""
         spread = self.variance.sqrt()
         return torch.where(spread > LEAST_SPREAD * self.mean.abs(), spread, 0.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
-        # Devices may change and dtypes not: in half precision a running mean stands still.
+        # The device may change, the dtype may not: in half precision a running mean stops moving.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -100,12 +100,12 @@ class RunningStatistics(nn.Module):
 
 
 def _in_backward() -> bool:
-    """Whether a backward is running in this thread, which is where regions are recomputed."""
+    """Whether this thread runs a backward, which is where checkpointing recomputes a region."""
     return torch._C._current_graph_task_id() != -1
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """The sum over ranks, where there are any."""
+    """The sum over ranks; the values themselves in a single process."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -115,7 +115,7 @@ def gather(values: Tensor) -> tuple[Tensor, slice]:
     """The (B,) values of all ranks in their order, and where this rank's lie among them."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return values, slice(0, len(values))
-    # Ranks may hold different numbers of pairs: tell the sizes first.
+    # Ranks may hold different numbers of pairs: exchange the sizes first.
     size = torch.tensor([len(values)], device=values.device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)

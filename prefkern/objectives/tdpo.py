@@ -1,12 +1,12 @@
 """TDPO (Zeng et al. 2024): DPO with the sequential KL to the reference, token by token.
 
-`K = sum_t KL(reference || policy)` over a response's tokens needs both heads' distributions, which
-`prefkern.kl` folds tile by tile. With rho = log P/R,
+`K = sum_t KL(reference || policy)` over a response's tokens needs the distributions of both heads,
+which the operator folds tile by tile. With rho = log P/R,
 
     TDPO1   -logsigmoid(beta ((rho_w - rho_l) - (K_l - K_w)))             alpha-DPO's Eq. 17 and 18
     TDPO2   -logsigmoid(beta ((rho_w - rho_l) - alpha (K_l - sg[K_w])))
 
-so that besides the log-probs the two divergences train.
+so that gradients reach the two divergences as well as the log-probs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefkern.objectives.base import (
-    Objective,
-    PairLoss,
-    Pairs,
-    check_kind,
-    require_not_negative,
-    require_positive,
-)
+from prefkern.objectives.base import Objective, PairLoss, Pairs
+from prefkern.objectives.checks import require_kind, require_not_negative, require_positive
 
 
 class TDPO1(Objective):
@@ -39,14 +33,14 @@ class TDPO1(Objective):
         self.beta = require_positive("beta", beta)
 
     def forward(self, pairs: Pairs) -> PairLoss:
-        check_kind("pairs", pairs, Pairs)
+        require_kind("pairs", pairs, Pairs)
         ref_chosen, ref_rejected = pairs.reference(type(self).__name__)
         chosen_kls, rejected_kls = pairs.kls(type(self).__name__)
         rho_chosen = pairs.chosen_logps - ref_chosen
         rho_rejected = pairs.rejected_logps - ref_rejected
         delta = (rho_chosen - rho_rejected) - self.divergence(chosen_kls, rejected_kls)
         betas = rho_chosen.new_full(rho_chosen.shape, self.beta)
-        # As in the authors' code, a reward is ratio and divergence together.
+        # A reward is ratio plus divergence, as in the authors' code.
         return PairLoss(
             -F.logsigmoid(self.beta * delta),
             betas,

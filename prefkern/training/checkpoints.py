@@ -1,21 +1,22 @@
-"""Checkpoints that are there whole or not at all, and are looked at before a run resumes from one.
+"""Checkpoints that are either complete or absent, and are checked before a run resumes from one.
 
-transformers writes a checkpoint file by file into the folder that bears its name, and resumes from
-the folder with the largest number, whole or not: a run that was killed while it saved cannot be
-resumed, or resumes with an optimiser of its own. Here a checkpoint is written to
+transformers writes a checkpoint file by file into the folder with its name, and resumes from the
+folder with the largest number, complete or not. A run that is killed while it saves then cannot
+resume, or resumes with a new optimiser. Here a checkpoint is written to
 
     <output_dir>/.unfinished/checkpoint-N      and renamed to
-    <output_dir>/checkpoint-N                  once every rank has written its part,
+    <output_dir>/checkpoint-N                  once every rank has written its part.
 
-and only then are older ones deleted. Where a folder of that name exists already, of an earlier run,
-the finished one waits under `.finished` until the other is gone; whoever looks next ends that.
+Only then are older ones deleted. If an earlier run left a folder of that name, the finished one
+waits under `.finished` until the old one is deleted; after a kill in between, the next run
+completes that.
 
-Before a run resumes, every file of the checkpoint that will be read is opened (without executing
-anything, and without reading the numbers): `resume_from_checkpoint=True` passes over folders with a
-damaged file, with a warning that names it, and a folder that is asked for by name is refused. Names
-and shapes of its weights are held against the model; transformers would load those that happen to
-fit, and say so in the log. For mixtures of experts that was all but the experts: their weights are
-saved under other names than they are trained under.
+Before a run resumes, it opens every file of the checkpoint that it will read (without executing
+anything, and without reading the numbers). `resume_from_checkpoint=True` skips folders with a
+damaged file, with a warning that names it; a folder given by name is refused. The names and shapes
+of its weights are compared with the model's: transformers would load those that fit, and only log
+the rest. For mixtures of experts that left out the experts, whose weights are saved under other
+names.
 """
 
 from __future__ import annotations
@@ -53,18 +54,18 @@ _JSON = (
     UNSAVED_FILE,
     *(f"{name}.index.json" for name in _WEIGHTS),
 )
-# Written for people alone: a pickle of more than tensors, which nobody opens.
+# A pickle of more than tensors, for people. No run opens it.
 _UNREAD = ("training_args.bin",)
-# What a LoRA adapter's weights are multiplied with is not among its weights.
+# Settings that scale a LoRA adapter and are not among its weights.
 _ADAPTER_SETTINGS = ("r", "lora_alpha", "use_rslora", "alpha_pattern")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that a run cannot resume from: which file it is, and what to do."""
+    """A checkpoint that a run cannot resume from; the message names the file and what to do."""
 
 
 class CheckpointTrainer(Trainer):
-    """transformers' Trainer whose checkpoints and models are written whole."""
+    """transformers' Trainer, with checkpoints and models that are complete or absent."""
 
     _staging: Path | None = None
     _to_push: Path | None = None
@@ -131,7 +132,7 @@ class CheckpointTrainer(Trainer):
             _delete_oldest(folder, self.args.save_total_limit, kept)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # It is uploaded in the background: from where it stays.
+        # The upload runs in the background: start it at the checkpoint's final place.
         self._to_push = Path(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -143,7 +144,7 @@ class CheckpointTrainer(Trainer):
         temporary = folder / f"{_UNFINISHED}-model"
         remove(temporary)
         temporary.mkdir()
-        # PEFT writes on in a card that is there.
+        # PEFT extends a card that is there already.
         card = folder / "README.md"
         if card.exists():
             (temporary / card.name).write_bytes(card.read_bytes())
@@ -158,7 +159,7 @@ class CheckpointTrainer(Trainer):
         remove(temporary)
 
     def _save_into(self, folder: str, state_dict: Any) -> None:
-        """All that a saved model is made of, into a folder that nobody reads yet."""
+        """Write all files of a model into a folder that no one reads yet."""
         super()._save(folder, state_dict)
 
     def save_state(self) -> None:
@@ -188,8 +189,8 @@ class CheckpointTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_callback_state(self) -> None:
-        # Trainer has just read its state, and forgotten a best checkpoint that is not where it was,
-        # as seen from here: the folder may be spelt otherwise, or have been moved.
+        # Trainer has just read its state, and dropped a best checkpoint whose path does not exist
+        # here: the folder may be spelt differently, or have been moved.
         super()._load_callback_state()
         if self._resumed_from is not None:
             state = json.loads((self._resumed_from / _STATE).read_text(encoding="utf-8"))
@@ -212,7 +213,7 @@ class CheckpointTrainer(Trainer):
             super()._load_best_model()
 
     def _load_adapters(self, folder: Path) -> bool:
-        """Load the adapters in use if one has a folder of its own, where Trainer does not look."""
+        """Load the active adapters if one has its own folder, where Trainer does not look."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         model = self.accelerator.unwrap_model(self.model)
@@ -231,7 +232,7 @@ class CheckpointTrainer(Trainer):
         super()._load_rng_state(checkpoint)
 
     def _load_converted(self, folder: Path, model: Any = None) -> bool:
-        """Hold a checkpoint's weights against the model, and load them if Trainer cannot.
+        """Compare a checkpoint's weights with the model's, and load them if Trainer cannot.
 
         Raises CheckpointError for weights of another model.
         """
@@ -252,8 +253,8 @@ class CheckpointTrainer(Trainer):
             )
         if _is_same(model, expected, found):
             return False
-        # Saved under other names, as experts are: from_pretrained knows how to read them. Float32
-        # holds every value of a narrower dtype.
+        # Saved under other names, as experts are: from_pretrained can read them. Float32 holds
+        # every value of a narrower dtype.
         load = type(model).from_pretrained
         try:
             loaded, info = load(folder, dtype=torch.float32, output_loading_info=True)
@@ -268,9 +269,9 @@ class CheckpointTrainer(Trainer):
 
 
 def last_complete(folder: Path) -> Path:
-    """The complete checkpoint with the largest number, past incomplete ones, which are named.
+    """The complete checkpoint with the largest number; warns of incomplete ones that it skips.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     passed = []
     for checkpoint in reversed(_checkpoints(folder)):
@@ -338,13 +339,13 @@ def _adapter_folders(checkpoint: Path) -> list[Path]:
 
 
 def _is_sharded(checkpoint: Path) -> bool:
-    """Whether states lie in folders, as DeepSpeed and FSDP write them."""
+    """Whether the state is in folders, as DeepSpeed and FSDP write it."""
     adapters = _adapter_folders(checkpoint)
     return any(path.is_dir() and path not in adapters for path in checkpoint.iterdir())
 
 
 def _damage(path: Path) -> str | None:
-    """Why a file cannot be read; None for one that can, and for one that is not."""
+    """Why a file cannot be read; None if it can, or if no run reads it."""
     try:
         if path.name in _JSON:
             json.loads(path.read_text(encoding="utf-8"))
@@ -359,10 +360,10 @@ def _damage(path: Path) -> str | None:
 
 
 def read_tensors(path: Path) -> Any:
-    """What torch.save wrote, if it is tensors and plain values; nothing in it is executed.
+    """Read tensors and plain values that torch.save wrote; nothing in the file is executed.
 
-    Numbers stay on disk until they are asked for. Raises ValueError, with a reason, for what is no
-    such file, is truncated, or holds objects of other kinds.
+    Numbers stay on disk until they are needed. Raises ValueError, with a reason, for other files,
+    truncated ones, and objects of other types.
     """
     try:
         with safe_globals():
@@ -370,13 +371,13 @@ def read_tensors(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:
-        # Of the reader's and of the unpickler's errors there is no common kind.
+        # The errors of the reader and of the unpickler have no common type.
         raise ValueError(_first_line(error)) from error
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    # torch explains weights_only at length, and how to switch it off, before it comes to the point.
+    # torch first explains weights_only and how to switch it off: take the cause alone.
     unsafe = re.search(r"unsupported GLOBAL (\S+)", text, re.IGNORECASE)
     if unsafe is not None:
         return f"it would call {unsafe[1]}, which is not done"
@@ -392,11 +393,11 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _put_in_place(checkpoint: Path, folder: Path) -> None:
-    """Give a finished checkpoint the place where it will be looked for."""
+    """Move a finished checkpoint to its final place."""
     sync(checkpoint)
     final = folder / checkpoint.name
     if final.exists():
-        # A rename does not replace a folder that holds something.
+        # A rename cannot replace a folder with contents.
         waiting = folder / _FINISHED / checkpoint.name
         waiting.parent.mkdir(exist_ok=True)
         checkpoint.rename(waiting)
@@ -407,7 +408,7 @@ def _put_in_place(checkpoint: Path, folder: Path) -> None:
 
 
 def _take_places(folder: Path) -> None:
-    """Have finished checkpoints replace those of the same name, also after a kill in between."""
+    """Replace checkpoints by finished ones of the same name, also after a kill in between."""
     waiting = folder / _FINISHED
     for checkpoint in _checkpoints(waiting):
         _delete(folder / checkpoint.name)
@@ -417,15 +418,14 @@ def _take_places(folder: Path) -> None:
 
 
 def _delete_oldest(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Delete checkpoints beyond a limit, never those to keep: the one just saved, and the best.
+    """Delete checkpoints beyond a limit, but never the one just saved, nor the best.
 
-    Trainer would keep the one of the largest number where it cannot tell ages apart, which may be
-    an earlier run's.
+    Trainer would keep the largest number, which may be an earlier run's, if it cannot compare ages.
     """
     if limit is None or limit <= 0:
         return
     found = sorted(_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
-    # One may be spelt as the run began, and the other as it was resumed.
+    # The paths may be spelt differently, since the run may have been resumed with another spelling.
     kept = {path.resolve() for path in keep}
     surplus = max(len(found) - max(limit, len(kept)), 0)
     for checkpoint in [path for path in found if path.resolve() not in kept][:surplus]:
@@ -433,7 +433,7 @@ def _delete_oldest(folder: Path, limit: int | None, keep: Iterable[Path]) -> Non
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, if it is there; its name goes first, so that none is seen half deleted."""
+    """Delete a checkpoint if it exists. It is renamed first, so that none is seen half deleted."""
     if checkpoint.exists():
         waste = checkpoint.parent / _UNFINISHED
         remove(waste)
@@ -443,7 +443,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _remove_other_weights(folder: Path, written: Iterable[Path]) -> None:
-    """Delete what an earlier save left and would be read first: other parts, another adapter."""
+    """Delete files of an earlier save that would be read first: other parts, another adapter."""
     new = {path.name for path in written if path.parent == Path()}
     for stems in ("model|pytorch_model", "adapter_model"):
         weights = re.compile(rf"({stems})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -460,7 +460,7 @@ def _remove_other_weights(folder: Path, written: Iterable[Path]) -> None:
 
 
 def _is_behind_an_adapter(folder: Path, written: Iterable[Path]) -> bool:
-    """Whether an adapter of an earlier save would be loaded in place of what is written now."""
+    """Whether an adapter of an earlier save would be loaded in place of the new files."""
     weights = {*_WEIGHTS, *_ADAPTERS, *_JSON[-2:]}
     is_model = any(path.name in weights for path in written)
     has_adapter = (folder / _ADAPTER_CONFIG).exists()
@@ -468,10 +468,10 @@ def _is_behind_an_adapter(folder: Path, written: Iterable[Path]) -> bool:
 
 
 def _set_other_base_aside(folder: Path, temporary: Path, written: Iterable[Path]) -> None:
-    """Rename the config of an earlier save's model where an adapter of another base is written.
+    """Rename an earlier model's config when an adapter of another base is saved in its folder.
 
-    transformers takes the model that lies beside an adapter for its base, whatever base that names.
-    Its weights stay, which may have cost a training.
+    transformers takes a model next to an adapter for its base, whatever base the adapter names. The
+    model's weights stay: they may be the result of a training.
     """
     config = folder / _CONFIG
     adapters = [path for path in written if path.name == _ADAPTER_CONFIG]
@@ -491,7 +491,7 @@ def _set_other_base_aside(folder: Path, temporary: Path, written: Iterable[Path]
 
 
 def _shapes(folder: Path, files: Iterable[str]) -> dict[str, list[int]]:
-    """Shapes by name of the weights in a checkpoint, from the first of these files that it has."""
+    """The shapes of a checkpoint's weights, by name, from the first of these files that it has."""
     for name in files:
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
@@ -519,7 +519,7 @@ def _is_same(model: nn.Module, expected: dict[str, list[int]], found: dict[str, 
         return False
     state = model.state_dict()
     held = {state[name].data_ptr() for name in found}
-    # Of tied weights one is saved.
+    # Only one of two tied weights is saved.
     return all(name in found or state[name].data_ptr() in held for name in expected)
 
 
@@ -536,12 +536,12 @@ def _of_another_model(
 
 
 def _of_adapter(name: str, folder: Path) -> Path:
-    """Where in a checkpoint an adapter lies: one that is not called "default", in its own folder."""
+    """The folder of an adapter in a checkpoint: its own, unless the adapter is called "default"."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def _check_adapter(folder: Path, model: Any, active: str) -> None:
-    """Raise CheckpointError for an adapter that does not fit the model's, or is none."""
+    """Raise CheckpointError if there is no adapter, or one that does not fit the model's."""
     from peft import get_peft_model_state_dict
 
     own = _of_adapter(active, folder)
@@ -575,7 +575,7 @@ def _check_adapter(folder: Path, model: Any, active: str) -> None:
 
 
 def _warn_of_other_ranks(checkpoint: Path, world_size: int) -> None:
-    """Random states are a rank's own: with other ranks the run goes on, and not bit for bit."""
+    """Warn if the number of ranks has changed: each rank has its own random state."""
     saved = len(list(checkpoint.glob("rng_state*.pth")))
     if saved and saved != world_size:
         logger.warning(
@@ -588,7 +588,7 @@ def _warn_of_other_ranks(checkpoint: Path, world_size: int) -> None:
 
 
 def _warn_of_weights_alone(checkpoint: Path) -> None:
-    """What save_only_model leaves out, a run that is resumed begins anew."""
+    """Warn that a resumed run starts over what save_only_model left out."""
     has_optimizer = any(path.name.startswith("optimizer") for path in checkpoint.iterdir())
     if not (has_optimizer or _is_sharded(checkpoint)):
         logger.warning(

@@ -1,7 +1,7 @@
-"""What PreferenceTrainer refuses of its arguments and datasets before it trains.
+"""Checks that PreferenceTrainer makes of its arguments and datasets before it trains.
 
-An argument without effect on the objective, a reference that is given twice, and datasets whose last
-batches would leave a rank without anything to do.
+It refuses an argument without effect on the objective, a reference that is given twice, and
+datasets whose last batches would leave a rank with nothing to do.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from prefkern.training.config import PreferenceConfig
 
 @dataclass(frozen=True)
 class Needs:
-    """What the objective asks of the trainer."""
+    """What the objective needs from the trainer."""
 
     paired: bool
     reference: bool
     margins: bool
-    distributions: bool  # the reference's, and not only its sums
+    distributions: bool  # of the reference, and not only its sums
 
     @property
     def sums_suffice(self) -> bool:
-        """Whether the reference's sums over a dataset's own responses are all that it gives."""
+        """Whether the reference's log-prob sums of the dataset's responses are all it needs."""
         return self.paired and not self.distributions
 
 
 def given_objective(objective: Any, args: PreferenceConfig) -> Objective | UnpairedObjective:
-    """An objective that was passed as such: args must not describe another."""
+    """An objective that was passed itself; raise if args describe one as well."""
     if not isinstance(objective, Objective | UnpairedObjective):
         raise TypeError(
             f"objective must be an objective of prefkern.objectives, got {objective!r}; "
@@ -48,7 +48,7 @@ def given_objective(objective: Any, args: PreferenceConfig) -> Objective | Unpai
 
 
 def check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig) -> None:
-    """Raise for a reference that is given twice or is none, and for keywords that nobody reads."""
+    """Raise for a reference that is given twice or of another type, and for unused keywords."""
     if not (ref_model is None or isinstance(ref_model, str | nn.Module)):
         raise TypeError(
             "ref_model must be a causal LM, a name or path to load, or None, got "
@@ -68,7 +68,7 @@ def check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig
 
 
 def reference_arguments(args: PreferenceConfig, ref_model: Any) -> dict[str, Any]:
-    """What was said about where the reference's log-probs come from, by the argument's name."""
+    """The arguments that choose the source of the reference's log-probs, by name."""
     given = {
         "ref_model": None if ref_model is None else type(ref_model).__name__,
         "ref_model_name_or_path": args.ref_model_name_or_path,
@@ -79,9 +79,9 @@ def reference_arguments(args: PreferenceConfig, ref_model: Any) -> dict[str, Any
 
 
 def check_carried_sums(dataset: Any, name: str, needs: Needs, given: dict[str, Any]) -> None:
-    """Raise ValueError for reference sums in a dataset beside arguments that say otherwise.
+    """Raise ValueError if a dataset carries reference sums and arguments name a reference.
 
-    The sums would be used, whatever reference they are of, and the arguments would not.
+    The sums would be used, whatever reference they are of, and the arguments would have no effect.
     """
     carried = [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
     if not (carried and given and needs.reference and needs.sums_suffice):
@@ -130,7 +130,7 @@ def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
 def check_batches(
     dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
 ) -> None:
-    """Raise where the last batches leave nothing to do, or ranks with different things to do."""
+    """Raise if a dataset is below one batch, or its last batches differ between ranks."""
     across_ranks = batch_size * args.world_size
     accelerator: Any = args.accelerator_config
     is_uneven = args.world_size > 1 and not (args.dataloader_drop_last or accelerator.even_batches)
@@ -140,12 +140,12 @@ def check_batches(
                 f"dataset {each!r} has {len(part)} pairs, fewer than a batch of {across_ranks} "
                 "over all processes, and dataloader_drop_last drops partial batches"
             )
-        # A rank would wait for what the others never send. In training their last batches may
-        # differ in size, in evaluation not even that.
+        # A rank without a batch would leave the others waiting. In training the ranks' last batches
+        # may differ in size, in evaluation not even that.
         last = len(part) % across_ranks
         if is_uneven and last and not (trains and last > across_ranks - batch_size):
             raise ValueError(
                 f"dataset {each!r} has {len(part)} pairs, which leave {last} for the last batches "
-                f"of {batch_size} on {args.world_size} processes; even_batches=False cannot do "
-                "with that: leave it out, or set dataloader_drop_last"
+                f"of {batch_size} on {args.world_size} processes; even_batches=False does not "
+                "support that: leave it out, or set dataloader_drop_last"
             )

@@ -1,8 +1,7 @@
 """PreferenceConfig: the arguments of `PreferenceTrainer`, on transformers' TrainingArguments.
 
-A dataclass that HfArgumentParser can read from flags or a file. Names are TRL's where TRL has the
-option. Arguments of transformers that could have no effect on a preference loss are refused rather
-than ignored.
+A dataclass that HfArgumentParser reads from flags or a file. Names are TRL's where TRL has the
+option. Arguments of transformers that would have no effect on a preference loss are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from prefkern.ops import checks
 from prefkern.ops.call import BACKENDS
 
 _JSON_OPTIONS = ("objective_options", "model_init_kwargs")
-# Whole numbers that may be None, and the least that each may be.
+# Whole numbers that may be None, and their minimum.
 _LEAST = {
     "max_length": 2,
     "max_prompt_length": 1,
@@ -31,15 +30,15 @@ _LEAST = {
     "dataset_num_proc": 1,
     "precompute_ref_batch_size": 1,
 }
-# The same of transformers' own, which takes any number.
+# transformers' own, which it does not check, and their minimum.
 _LEAST_OF_TRAINING = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "seed": 0,
 }
-# Of transformers' own, those for predictions and labels that an evaluation keeps (here it keeps sums),
-# for batches by length, and for tokens that are counted (here pairs are, over all ranks).
+# transformers' own, for predictions and labels that an evaluation keeps (here it keeps sums), for
+# batches by length, and for counted tokens (here pairs are counted, over all ranks).
 _WITHOUT_EFFECT = (
     "average_tokens_across_devices",
     "batch_eval_metrics",
@@ -65,9 +64,9 @@ _BOOLS = (
 class PreferenceConfig(TrainingArguments):
     """Training arguments of `PreferenceTrainer`; the rest are transformers' TrainingArguments.
 
-    Defaults that differ from theirs, as in TRL: `learning_rate` 1e-6 (for all weights; LoRA wants
-    some ten times more), `logging_steps` 10, `gradient_checkpointing` on, and `bf16` on wherever
-    a GPU supports it. `logging_nan_inf_filter` is off: what is no number is logged as such.
+    Defaults that differ from theirs, as in TRL: `learning_rate` 1e-6 (for all weights; LoRA needs
+    about ten times as much), `logging_steps` 10, `gradient_checkpointing` on, and `bf16` on if the
+    GPU supports it. `logging_nan_inf_filter` is off: the log shows nan and inf.
 
     Raises ValueError for an objective, option or argument that is unknown or has no effect here.
     """
@@ -198,7 +197,7 @@ class PreferenceConfig(TrainingArguments):
             supported = on_gpu and torch.cuda.is_bf16_supported()
             self.bf16 = supported and not self.fp16  # pyright: ignore[reportIncompatibleVariableOverride]
         if getattr(self, "activation_checkpointing", False) is None:
-            # The newer name, from transformers 5.2x on, of what is gradient_checkpointing here.
+            # The newer name of gradient_checkpointing, from transformers 5.2x on.
             self.activation_checkpointing = self.gradient_checkpointing
         if self.label_smoothing_factor:
             raise ValueError(
@@ -225,7 +224,7 @@ class PreferenceConfig(TrainingArguments):
                 "leave dispatch_batches out of accelerator_config"
             )
         if self.fp16 and self.device.type == "cpu":
-            # accelerate would train on in float32 and say nothing.
+            # accelerate would silently train in float32.
             raise ValueError("fp16 has no effect on a CPU; use bf16")
 
     def build_objective(self) -> Objective | UnpairedObjective:
@@ -252,10 +251,10 @@ class PreferenceConfig(TrainingArguments):
 
 
 def check_training(args: TrainingArguments) -> None:
-    """Raise for numbers that transformers takes and nothing can be trained with, and for no JSON."""
+    """Raise for numbers that transformers takes and no run can use, and for invalid JSON."""
     for name in args._VALID_DICT_FIELDS:
         value = getattr(args, name, None)
-        # Else it is the name of a file.
+        # Otherwise it is the name of a file.
         if isinstance(value, str) and value.lstrip().startswith("{"):
             _json_object(name, value)
     for name, least in _LEAST_OF_TRAINING.items():
@@ -268,7 +267,7 @@ def check_training(args: TrainingArguments) -> None:
 
 
 def refuse_batches_by_length(args: TrainingArguments) -> None:
-    """Raise ValueError for a sampler that reads the length of one sequence: rows have several."""
+    """Raise ValueError for sampling by length, since a row has several sequences."""
     if getattr(args, "train_sampling_strategy", "random") not in ("random", "sequential"):
         raise ValueError(
             "batches by length are not supported on preference pairs; "
@@ -277,12 +276,12 @@ def refuse_batches_by_length(args: TrainingArguments) -> None:
 
 
 def refuse_without_effect(args: TrainingArguments, names: Collection[str], what: str) -> None:
-    """Raise ValueError for an argument of transformers' that is set and would change nothing."""
+    """Raise ValueError for an argument of transformers that is set and would have no effect."""
     for each in dataclasses.fields(TrainingArguments):
         if each.name not in names:
             continue
         value, make = getattr(args, each.name), each.default_factory
-        # Whatever the default is in the version that is installed.
+        # The default of the installed version.
         if value != (each.default if make is dataclasses.MISSING else make()):
             raise ValueError(f"{each.name} has no effect on {what}, and is {value!r}; leave it out")
 

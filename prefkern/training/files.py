@@ -1,8 +1,8 @@
-"""Files that are there whole or not at all.
+"""Files that are either complete or absent.
 
-A reader, or a run that is started after a kill, must never find half a file under a file's name. So
-what is written goes into a temporary file of the same folder, to the disk, and then takes the name
-in one step of the file system. A process that is killed leaves at worst a hidden temporary file.
+A reader, or a run after a kill, must never find half a file under a file's name. So a file is
+written under a temporary name in the same folder, synced to the disk, and renamed in one step of
+the file system. A killed process leaves at worst a hidden temporary file.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or folder to, which takes its place if nothing raises.
+    """A temporary path for a new file or folder, which replaces `path` if nothing raises.
 
-    It has the same suffix, by which some writers choose the format. After an exception it is gone,
-    and `path` as it was.
+    It has the same suffix, since some writers choose the format by it. After an exception it is
+    deleted, and `path` is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
@@ -38,31 +38,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_atomically(path: str | Path, content: bytes | str) -> None:
-    """Write a file whole: after an interruption there is the old one, or the new one."""
+    """Write a file so that an interruption leaves the old file or the new one, complete."""
     content = content.encode() if isinstance(content, str) else content
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_json(path: str | Path, value: Any, **options: Any) -> None:
-    """`write_atomically` of a value as JSON; options are those of `json.dumps`."""
+    """Write a value as JSON with `write_atomically`; options are those of `json.dumps`."""
     write_atomically(path, json.dumps(value, **options) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Have a file, or all of a folder, on the disk before it is renamed: power may fail, too."""
+    """Sync a file, or all of a folder, to the disk before it is renamed: the power may fail."""
     if path.is_dir():
         for child in path.iterdir():
             sync(child)
     try:
         opened = os.open(path, os.O_RDONLY)
     except OSError:
-        # Folders cannot be opened everywhere.
+        # Not every system can open a folder.
         return
     try:
         os.fsync(opened)
     except OSError:
-        # Some network file systems cannot be asked.
+        # Some network file systems cannot sync.
         pass
     finally:
         os.close(opened)

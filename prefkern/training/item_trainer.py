@@ -1,11 +1,10 @@
 """What the trainers share: a loss that is the mean over the items of an optimiser step.
 
-An item is a pair, two sequences of a batch, or for KTO a response, one of them. Trainer would
-divide a sum over tokens, or take the mean of batches' means; here items are counted over
-accumulated batches and over ranks, so that 1 x 8 pairs trains like 4 x 2, the last partial batch
-included. What accelerate repeats from the beginning of an epoch so that every rank's last batch is
-full counts as items, too; `accelerator_config={"even_batches": False}` and `dataloader_drop_last`
-are the ways around that.
+An item is a pair (two sequences of a batch) or, for KTO, a response (one). Trainer would divide a
+sum over tokens, or take the mean of the batches' means. Here items are counted over accumulated
+batches and over ranks, so that 1 x 8 pairs trains like 4 x 2, with a partial last batch too. To
+fill the ranks' last batches, accelerate repeats items from the start of the epoch; these count as
+well. `accelerator_config={"even_batches": False}` or `dataloader_drop_last` avoids that.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
 
 from prefkern.data.collate import sequence_count
 from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
+from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
 from prefkern.training.unsaved import fingerprint
 
@@ -33,17 +34,14 @@ class ItemTrainer(CheckpointTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
-            raise ValueError(
-                "nn.DataParallel is not supported: start one process per GPU with `accelerate "
-                "launch` or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
-            )
+            raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
         check_no_native_adapter(self.model)
         if is_peft_model(self.model):
             self._unsaved = {"base model": fingerprint(base_parameters(self.model))}
-        # Other classes of arguments have it on. It would put the mean of earlier losses where one is
-        # NaN, at two synchronisations a step: what is not finite raises where it arises.
+        # Other classes of arguments have it on. It would log the mean of earlier losses in place of
+        # a NaN, at two synchronisations a step. Here a loss that is not finite raises instead.
         self.args.logging_nan_inf_filter = False
-        # compute_loss scales by the number of items itself; Trainer must not divide once more.
+        # compute_loss scales by the number of items; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
 
     def _share(self, mean: Tensor, items: int, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -53,6 +51,20 @@ class ItemTrainer(CheckpointTrainer):
         # Ranks' gradients are averaged, and the mean is over the items of all ranks.
         return mean * (items * self.accelerator.num_processes / num_items_in_batch)
 
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with means over items in place of its mean over batches."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert output.metrics is not None
+        means = self._evaluated(output.predictions)
+        output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
+        return output
+
+    def _evaluated(self, predictions: Any) -> dict[str, float]:
+        """The metrics of an evaluation, from what `prediction_step` returned for all items."""
+        raise NotImplementedError(f"{type(self).__name__} does not define _evaluated")
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Items of an optimiser step, over its accumulated batches and over ranks."""
         sequences = sum(sequence_count(batch) for batch in batch_samples)
@@ -60,7 +72,7 @@ class ItemTrainer(CheckpointTrainer):
         return self.accelerator.reduce(items, "sum")
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        # Without a mask Trainer leaves out whatever equals the pad token, which may end each text.
+        # Without a mask Trainer leaves out every pad token, and a text may end with that token.
         if "cu_seqlens" in inputs:
             inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
         super()._track_num_input_tokens(inputs)

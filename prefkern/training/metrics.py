@@ -1,7 +1,7 @@
 """What the trainer logs: each metric as a numerator and a weight for every pair (or response).
 
-Sums of both are carried over batches, steps and ranks, so that a mean is over pairs (tokens,
-desirable responses, ...), whatever the batches were. Names are TRL's where TRL has the metric.
+Both are summed over batches, steps and ranks, so that a mean is over pairs (tokens, desirable
+responses, ...), however they were batched. Names are TRL's where TRL has the metric.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def item_values(
 ) -> dict[str, Tensor]:
     """Each metric as [B, 2] (KTO: [S, 2]): an item's numerator and its weight.
 
-    Per-token statistics are those of S rows or, with `cu_seqlens`, of a packed batch.
+    Per-token statistics have S rows; with `cu_seqlens` they are those of a packed batch.
     """
     if isinstance(out, UnpairedOutput):
         return _of_responses(out, cu_seqlens)
@@ -39,10 +39,10 @@ def per_item(numerators: Tensor, weights: Tensor | None = None) -> Tensor:  # (B
 
 
 def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """The metrics of summed (2,) values; one whose weight is 0 has nothing to say and is left out."""
+    """The metrics, from summed (2,) values; those of weight 0 are left out."""
     values = {name: total.tolist() for name, total in sums.items()}
     result = {name: total / weight for name, (total, weight) in values.items() if weight > 0}
-    # Of responses without pairs, the margin is between means (as in TRL).
+    # Without pairs the margin is the difference of two means (as in TRL).
     if "rewards/margins" not in sums and {"rewards/chosen", "rewards/rejected"} <= result.keys():
         result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
     return result
@@ -68,12 +68,15 @@ def _of_pairs(
         ratio = out.beta_chosen / out.beta_rejected
         values["adaptive/beta_ratio"] = per_item(ratio)
         if adaptive.clip is not None:
-            # beta cancels up to the rounding of a product and a quotient.
+            # The ratio is beta_chosen / beta, up to the rounding of a product and a quotient.
             at_clip = ratio >= adaptive.k * adaptive.clip * (1 - 1e-6)
             values["adaptive/clip_fraction"] = per_item(at_clip)
-    moves_beta = adaptive is not None or "beta_dpo/beta" in out.metrics
-    if moves_beta and out.ref_chosen_logps is not None and out.ref_rejected_logps is not None:
-        # Rewards above use the coefficients in force; these compare with plain DPO's.
+    if (
+        objective.moves_beta
+        and out.ref_chosen_logps is not None
+        and out.ref_rejected_logps is not None
+    ):
+        # The rewards above use the coefficients in force; these compare with plain DPO's.
         base = (out.chosen_logps - out.ref_chosen_logps) - (
             out.rejected_logps - out.ref_rejected_logps
         )
@@ -84,7 +87,7 @@ def _of_pairs(
         lengths = torch.cat([out.chosen_lengths, out.rejected_lengths])
         is_chosen = torch.arange(len(lengths), device=lengths.device) < len(out.losses)
         rows = _of_tokens(out.token_stats, lengths, is_chosen, cu_seqlens)
-        # The two responses of a pair count as one item.
+        # The two responses of a pair are one item.
         values |= {name: value.view(2, -1, 2).sum(0) for name, value in rows.items()}
     return values
 
@@ -126,6 +129,6 @@ def _of_tokens(
 
 
 def _where_finite(values: Tensor) -> Tensor:  # (B,) -> (B, 2)
-    """Pairs whose value does not exist do not count."""
+    """A pair without a finite value has weight 0."""
     finite = values.isfinite()
     return per_item(torch.where(finite, values, 0.0), finite)

@@ -1,10 +1,10 @@
 """What trainers on an objective share: its metrics, and its statistics in checkpoints.
 
-A batch's metrics are kept as sums for each item (`prefkern.training.metrics`), so that what is logged is a
-mean over pairs (or tokens) since the last log, over all ranks. Evaluation gathers values per pair, so
-that neither a partial batch nor a repeated pair shifts a mean. A training step whose loss is NaN or
-infinite raises before its backward, saying what made it so (`prefkern.loss.nonfinite`). A subclass says
-how a batch becomes a loss; whose model, data and reference those are is its own affair.
+Metrics are sums over items (`prefkern.training.metrics`), so that a log holds means over pairs (or
+tokens) since the last log, over all ranks. Evaluation gathers values per pair, so that neither a
+partial batch nor a repeated pair shifts a mean. If a training step's loss is NaN or infinite, it
+raises before the backward and names the cause (`prefkern.loss.nonfinite`). A subclass turns a batch
+into a loss; it has its own model, data and reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.head_forward import forward_with_head
 from prefkern.models.heads import HeadInputs
+from prefkern.models.scoring import IGNORE_INDEX
 from prefkern.models.transform import head_transform
+from prefkern.objectives import KTO, Objective, UnpairedObjective
 from prefkern.training.item_trainer import ItemTrainer
 from prefkern.training.metrics import item_values, means, per_item
 from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
@@ -33,10 +35,40 @@ class ObjectiveTrainer(ItemTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._refuse_unsupported_setups()
         self._train_sums: dict[str, Tensor] = {}
         self._eval_sums: dict[str, Tensor] = {}
         self._resumed: SinceLastLog | None = None
         self.add_callback(_BeginLogs(self))
+
+    def _make_losses(
+        self,
+        objective: Objective | UnpairedObjective,
+        workspace_mb: float | None,
+        backend: str | None,
+        seed: int | None,
+    ) -> None:
+        """Make `loss_fn`, and `_sum_fn` for log-prob sums alone; call it before Trainer's __init__.
+
+        `seed` starts the draws of an objective. None for one that was given: it may have drawn
+        before.
+        """
+        self.loss_fn = FusedPreferenceLoss(objective, IGNORE_INDEX, workspace_mb, backend)
+        # The reference's sums go through the policy's own code. KTO takes any number of responses,
+        # and in evaluation it does not wait for other ranks.
+        self._sum_fn = FusedPreferenceLoss(KTO(), IGNORE_INDEX, workspace_mb, backend).eval()
+        for module in self.loss_fn.modules():
+            if seed is not None and hasattr(module, "manual_seed"):
+                module.manual_seed(seed)  # pyright: ignore[reportCallIssue]
+
+    def _refuse_unsupported_setups(self) -> None:
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        if parallelism is not None and parallelism.non_data_parallel_size > 1:
+            raise ValueError("tensor, context and sequence parallelism are not supported yet")
+        needs_kls = getattr(self.loss_fn.objective, "needs_kls", False)
+        if needs_kls and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # The reference's head is freed when its forward ends.
+            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -52,7 +84,7 @@ class ObjectiveTrainer(ItemTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The batch's share of the mean over `num_items_in_batch` pairs; None: its own mean."""
-        # Under a gradient scaler such a step is left out, and the scale lowered.
+        # A gradient scaler skips such a step and lowers its scale.
         self.loss_fn.on_nonfinite = "warn" if self.args.fp16 else "raise"
         outputs, loss = self._preference_outputs(model, inputs)
         cu_seqlens = inputs.get("cu_seqlens")
@@ -79,7 +111,7 @@ class ObjectiveTrainer(ItemTrainer):
             "loss": per_item(outputs.losses),
             **item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens")),
         }
-        # Pair by pair, so that what pads the last batch of the ranks is left out.
+        # Pair by pair, so that pairs that pad the ranks' last batch are left out.
         stacked = torch.stack([*values.values()], dim=1)  # (B, metrics, 2)
         gathered: Any = self.accelerator.gather_for_metrics(stacked)
         for name, total in zip(values, gathered.sum(0), strict=True):
@@ -87,19 +119,16 @@ class ObjectiveTrainer(ItemTrainer):
             self._eval_sums[name] = total if previous is None else previous + total
         return loss, None, None
 
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with means over pairs in place of its mean over batches."""
         self._eval_sums = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = means(self._eval_sums)
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
-        return output
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _evaluated(self, predictions: Any) -> dict[str, float]:
+        return means(self._eval_sums)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, adding to a training log the metrics since the last; called on every rank."""
+        """Log; a training log gets the metrics since the last one. Called on every rank."""
         if self._train_sums and ("loss" in logs or "train_loss" in logs):
             names = list(self._train_sums)
             sums = self.accelerator.reduce(torch.stack([*self._train_sums.values()]), "sum")
@@ -113,8 +142,8 @@ class ObjectiveTrainer(ItemTrainer):
         if writes:
             save_objective(self.loss_fn.objective, output_dir)
         steps = self.state.global_step - self._globalstep_last_logged
-        told = SinceLastLog(steps, self._tr_loss, self._train_sums)
-        told.save(output_dir, self.accelerator, self.loss_fn.objective, writes)
+        unlogged = SinceLastLog(steps, self._tr_loss, self._train_sums)
+        unlogged.save(output_dir, self.accelerator, self.loss_fn.objective, writes)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -129,25 +158,30 @@ class ObjectiveTrainer(ItemTrainer):
             load_objective(self.loss_fn.objective, best, otherwise="stay those of the last step")
 
     def _begin_logs(self) -> None:
-        """Nothing is left to tell of an earlier run, but what a checkpoint has left."""
+        """Start with what the checkpoint had not logged yet, or with nothing."""
         resumed, self._resumed = self._resumed, None
-        self._train_sums = {}
+        self._train_sums = {} if resumed is None else resumed.sums
         if resumed is not None:
-            self._train_sums = resumed.sums
             self._globalstep_last_logged -= resumed.steps
             self._tr_loss += resumed.loss
-            # The run's mean loss is over its own steps.
+            # The run's mean loss is over this run's steps only.
             self._total_loss_scalar -= resumed.loss.item()
 
 
 class _BeginLogs(TrainerCallback):
-    """Tells a trainer that Trainer has reset the loss that is to be logged."""
+    """Calls `_begin_logs` once Trainer has reset its logged loss."""
 
     def __init__(self, trainer: ObjectiveTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._begin_logs()
+
+
+def sums_alone(count: int, device: torch.device) -> dict[str, Tensor]:
+    """The keywords of `_sum_fn` for the log-prob sums of S responses alone."""
+    zeros = torch.zeros(count, device=device)
+    return {"ref_logps": zeros, "desirable": zeros.bool(), "mismatched_log_ratios": zeros}
 
 
 def reference_states(
@@ -159,7 +193,7 @@ def reference_states(
 ) -> dict[str, Any]:
     """The reference's hidden states and head, for objectives that compare distributions (TDPO).
 
-    To be called without gradients. Raises ValueError where the two models transform their logits
+    Call it without gradients. Raises ValueError if the two models transform their logits
     differently.
     """
     if head_transform(reference) != head_transform(policy):

@@ -1,21 +1,21 @@
 """The reference's log-prob sums of a dataset: computed once, kept on disk, found again by content.
 
-A sum is a matter of the reference and the tokens, and the cache is keyed by just those: a hash of
-the reference's weights, its configuration, adapter and logits transform, a hash of the token ids of
-all pairs (which the chat template and truncation went into), and what the arithmetic ran in:
-autocast's dtype, attention, backend, device, and the versions of prefkern, torch and transformers.
-Whatever else changes (objective, learning rate, output folder) finds the sums of an earlier run.
+A sum depends on the reference and the tokens, and so does the cache's key: a hash of the
+reference's weights, its configuration, adapter and logits transform; a hash of the token ids of all
+pairs (after chat template and truncation); and the arithmetic: autocast's dtype, attention,
+backend, device, and the versions of prefkern, torch and transformers. A run that differs in
+anything else (objective, learning rate, output folder) finds the sums of an earlier run.
 
-    <ref_cache_dir>/<key>/key.json                         what the key is of, to be read by people
+    <ref_cache_dir>/<key>/key.json                         what the key is made of, for people
     <ref_cache_dir>/<key>/000000000-000000512.safetensors  sums of these pairs, [pairs, 2] float32
 
-Shards are written as soon as they are computed, each in one atomic step, so that an interrupted
-computation resumes at its last shard. Each carries its key and a checksum; one that is truncated,
+Each shard is written as soon as it is computed, in one atomic step, so that an interrupted
+computation resumes at its last shard. It carries its key and a checksum. A shard that is truncated,
 altered or of another key is computed again, with a warning.
 
-Rank 0 alone hashes, reads and writes, and tells the others what is missing: ranks agree, also where
-nodes share no file system. Nothing here moves the random state: a run that finds its sums trains
-bit for bit as the one that computed them.
+Only rank 0 hashes, reads and writes; it sends the others the list of what is missing, so that ranks
+agree even if their nodes share no file system. Nothing here moves the random state: a run that
+finds its sums trains bit for bit like the run that computed them.
 """
 
 from __future__ import annotations
@@ -53,26 +53,26 @@ logger = logging.getLogger(__name__)
 
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SHARD_PAIRS = 512
-# Weights are hashed in pieces, so that those on a GPU need little memory beside it.
+# Weights are hashed in pieces, so that copies from a GPU need little memory.
 _PIECE_BYTES = 2**26
-# Of a model's configuration: what says nothing about its log-probs, or is said elsewhere in the key.
+# Entries of a model's configuration without effect on log-probs, or in the key already.
 _SILENT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 _SILENT_PARTS = ("dropout", "pdrop", "layerdrop", "_token_id")
 
 
 def default_folder() -> str:
-    """Where caches lie unless `ref_cache_dir` says otherwise."""
+    """The folder of all caches where `ref_cache_dir` is not given."""
     return os.path.join(constants.HF_HOME, "prefkern", "reference-log-probs")
 
 
 def open_cache(
     folder: str | Path, model: nn.Module, dataset: Any, **arithmetic: Any
 ) -> SumsOnDisk | None:
-    """The cache of a tokenised dataset's sums under a reference; None, with a warning, without one.
+    """The cache of a tokenised dataset's sums under a reference. Without one, warns; returns None.
 
     Args:
-        folder: where all caches lie; made where it does not exist.
-        model: the reference, as it will be run: with its adapter switched off, the base model.
+        folder: the folder of all caches; it is made if it does not exist.
+        model: the reference as it will run: with its adapter switched off, the base model.
         dataset: with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
         arithmetic: what else the numbers depend on: autocast, backend, device, ...
     """
@@ -91,14 +91,14 @@ def open_cache(
 
 
 class SumsOnDisk:
-    """The sums of one dataset under one reference, as far as they are on disk.
+    """The sums of one dataset under one reference that are on disk.
 
     Args:
-        folder: where all caches lie.
-        ingredients: what the sums depend on, as JSON can say it.
+        folder: the folder of all caches.
+        ingredients: what the sums depend on, as values for JSON.
         pairs: how many pairs the dataset has.
 
-    Raises OSError where the folder cannot be made.
+    Raises OSError if the folder cannot be made.
     """
 
     def __init__(self, folder: Path, ingredients: Mapping[str, Any], pairs: int) -> None:
@@ -110,7 +110,7 @@ class SumsOnDisk:
         write_atomically(self.folder / "key.json", description.encode())
 
     def read(self) -> tuple[Tensor, list[range]]:  # (pairs, 2)
-        """The sums, float32, and the rows that are missing, shard by shard."""
+        """The sums, float32, and the missing rows, shard by shard."""
         sums = torch.zeros(self.pairs, 2)
         missing = []
         for rows in _shards(self.pairs):
@@ -131,7 +131,7 @@ class SumsOnDisk:
         return sums, missing
 
     def write(self, rows: range, sums: Tensor) -> None:  # (len(rows), 2)
-        """Put a shard on disk. A disk that is full costs the cache, and not the run."""
+        """Write a shard. If the disk is full, the run loses its cache and goes on."""
         sums = sums.contiguous()
         metadata = {"key": self.key, "checksum": _checksum(sums)}
         try:
@@ -181,9 +181,9 @@ def ingredients(model: nn.Module, dataset: Any, **arithmetic: Any) -> dict[str, 
 def hash_weights(model: nn.Module) -> str | None:
     """A hash of a model's state_dict and buffers: names, dtypes, shapes and contents.
 
-    Buffers that no checkpoint has count, too: `model.to(bfloat16)` rounds the rotary frequencies,
-    which loading the same weights in bfloat16 does not. The same for the same content on every device. Weights of an adapter that is switched off are
-    left out. None where the contents are not all here: sharded, offloaded or opaque.
+    It includes buffers that no checkpoint has: `model.to(bfloat16)` rounds the rotary frequencies,
+    which loading the same weights in bfloat16 does not. It does not depend on the device, nor on an
+    adapter that is switched off. None if some contents are not here: sharded, offloaded or opaque.
     """
     skipped = _switched_off(model)
     digest = xxhash.xxh3_128()
@@ -224,15 +224,15 @@ def with_sums(
     on_disk: SumsOnDisk | None,
     shows_progress: bool,
 ) -> Any:
-    """The dataset with the reference's sums as columns; every rank calls it, and gets all of them.
+    """The dataset with the reference's sums as columns. Every rank calls it, and gets all sums.
 
     Args:
         dataset: tokenised pairs.
         score: the sums of a batch, [2B] float32, chosen first.
         collate: rows of the dataset -> batch.
         accelerator: spreads batches over ranks.
-        batch_size: pairs a batch and rank.
-        on_disk: what rank 0 reads and writes; None keeps nothing.
+        batch_size: pairs in a batch, on each rank.
+        on_disk: the cache that rank 0 reads and writes; None keeps nothing.
         shows_progress: whether there is a progress bar.
     """
     from tqdm.auto import tqdm
@@ -251,14 +251,14 @@ def with_sums(
         unit="pairs",
         disable=not shows_progress,
     )
-    # A loader draws a seed for its workers, which would shift all that training draws.
+    # A loader draws a seed for its workers, which would shift the draws of training.
     with bar, torch.random.fork_rng(devices=[]):
         for batch in _batches(dataset, rows, batch_size, collate, accelerator):
             by_pair: Any = accelerator.gather_for_metrics(score(batch).view(2, -1).T.contiguous())
             sums[rows[done : done + len(by_pair)]] = by_pair.cpu()
             done += len(by_pair)
             bar.update(len(by_pair))
-            # Rows are missing in order, so that a shard is complete once its last row is there.
+            # Missing rows are in order, so a shard is complete once its last row is there.
             while missing and (done == len(rows) or missing[0].stop <= rows[done]):
                 shard = missing.pop(0)
                 if on_disk:
@@ -283,7 +283,7 @@ def _batches(
         DataLoader(chosen, batch_size=batch_size, collate_fn=collate),
         accelerator.device,
         put_on_device=True,
-        # Whatever training does with a last batch: here every rank has one to gather from.
+        # Here every rank needs a last batch to gather, whatever training does with it.
         even_batches=True,
     )
 
@@ -299,7 +299,7 @@ def _checksum(sums: Tensor) -> str:
 
 
 def _adapter(model: Any) -> Any:
-    """The adapter that a reference runs with: none, switched off, or its configuration."""
+    """The adapter of a reference: None, "switched off", or its configuration."""
     if not is_peft_model(model):
         return None
     if _switched_off(model):
@@ -309,7 +309,7 @@ def _adapter(model: Any) -> Any:
 
 
 def _switched_off(model: Any) -> tuple[str, ...]:
-    """What names of weights begin with that have no part in the forward."""
+    """The prefixes of weights that have no part in the forward."""
     if not is_peft_model(model):
         return ()
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -321,7 +321,7 @@ def _switched_off(model: Any) -> tuple[str, ...]:
 
 
 def _numeric(config: Any) -> Any:
-    """What of a configuration log-probs may depend on."""
+    """The part of a configuration that log-probs may depend on."""
     if not isinstance(config, dict):
         return config
     return {

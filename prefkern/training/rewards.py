@@ -3,15 +3,16 @@
 A reward model r(x, y) is a transformer with one output, fitted to the Bradley-Terry likelihood of
 the pairs, P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)) (MADPO, Eq. 1 and 2):
 
-    loss = -log sigmoid(m),  m = r(x, y_w) - r(x, y_l),  d loss / d r_w = -d loss / d r_l = -sigmoid(-m)
+    loss = -log sigmoid(m),  m = r(x, y_w) - r(x, y_l)
+    d loss / d r_w = -d loss / d r_l = -sigmoid(-m)
 
-Pairs are tokenised and cut by `prefkern.data` and batched by `prefkern.data.collate`, so that a margin m
-belongs to exactly the tokens that the policy is trained on. The head's weights and its product are float32 whatever the
-dtype of the body (autocast aside): a margin is a difference of two scores.
+`prefkern.data` tokenises, truncates and batches the pairs, so that a margin m belongs to exactly
+the tokens that the policy trains on. The head's weights and its product are float32 whatever the
+dtype of the body (except under autocast), since a margin is a difference of two scores.
 
-transformers' decoders score the last token that is not the pad token. Where the pad token is also
-the one that ends every text, as in many base models, that is not the last token; so a model that is
-trained here pads with a token that ends none of its sequences.
+transformers' decoders score the last token that is not the pad token. In many base models the pad
+token also ends every text, and then that is not the last token. So a model that is trained here
+pads with a token that ends none of its sequences.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import (
     EarlyStoppingCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.data import check_columns, tokenize_preferences
@@ -42,10 +43,10 @@ from prefkern.models.positions import check_positions
 from prefkern.training.config import check_training, refuse_batches_by_length, refuse_without_effect
 from prefkern.training.item_trainer import ItemTrainer
 
-# What transformers calls the head of a sequence classifier, as far as PEFT knows.
+# Names of a sequence classifier's head that PEFT knows.
 _HEADS = ("score", "classifier")
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
-# Arguments that the loss or the metrics of a reward model leave without effect.
+# Arguments without effect on the loss and the metrics of a reward model.
 _UNUSED = (
     "average_tokens_across_devices",
     "batch_eval_metrics",
@@ -62,8 +63,8 @@ _UNUSED = (
 class RewardConfig(TrainingArguments):
     """Training arguments of `RewardTrainer`; the rest are transformers' TrainingArguments.
 
-    Evaluates ten times a run, saves whenever it evaluates, stops when the held-out loss no longer
-    falls, and ends with the best checkpoint. Raises ValueError for what would have no effect.
+    Evaluates ten times a run, saves at each evaluation, stops when the held-out loss no longer
+    falls, and ends with the best checkpoint. Raises ValueError for arguments without effect.
     """
 
     output_dir: str | None = field(
@@ -121,7 +122,7 @@ class RewardConfig(TrainingArguments):
             )
         if not self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end must be true: margins are the best model's")
-        # The best model is one that was saved.
+        # The best model must be a saved one.
         self.save_strategy = self.eval_strategy
         self.save_steps = self.eval_steps or self.logging_steps
         super().__post_init__()
@@ -156,8 +157,8 @@ class RewardTrainer(ItemTrainer):
     Args:
         model: a sequence classifier with one output, or a PEFT model of one.
         args: a `RewardConfig`.
-        tokenizer: saved with the model; its pad token, if any, is what the saved model pads with.
-        pad_token_id: what batches are padded with here, from `set_pad_token`.
+        tokenizer: saved with the model; the saved model pads with its pad token, if it has one.
+        pad_token_id: the padding of batches here, from `set_pad_token`.
         train_dataset, eval_dataset: from `tokenize_for_rewards`; None to score only.
 
     Raises ValueError under nn.DataParallel, and for pairs beyond the model's table of positions.
@@ -184,7 +185,7 @@ class RewardTrainer(ItemTrainer):
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         check_liger(args, args.device)
         apply_liger(args, model)
-        # The tokenizer is not given to Trainer, which would let it override the model's pad token.
+        # Not given to Trainer, which would replace the model's pad token by the tokenizer's.
         super().__init__(
             model=model,
             args=args,
@@ -212,7 +213,7 @@ class RewardTrainer(ItemTrainer):
 
     def _refuse_nonfinite(self, rewards: Tensor) -> None:  # (B, 2)
         bad = ~rewards.detach().isfinite()
-        # Under a gradient scaler such a step is left out, and the scale lowered.
+        # A gradient scaler skips such a step and lowers its scale.
         if not self.args.fp16 and bad.any():
             pairs = bad.any(1).nonzero().flatten().tolist()
             raise FloatingPointError(
@@ -234,30 +235,16 @@ class RewardTrainer(ItemTrainer):
             loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
         return loss, rewards.contiguous(), None
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Trainer's loop, with means over pairs in place of its mean over batches."""
-        output = super().evaluation_loop(
-            dataloader, description, False, ignore_keys, metric_key_prefix
-        )
-        assert output.metrics is not None
-        metrics = pair_metrics(torch.as_tensor(output.predictions))
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
-        return output
+    def _evaluated(self, predictions: Any) -> dict[str, float]:
+        return pair_metrics(torch.as_tensor(predictions))
 
     def rewards(self, tokens: Any) -> Tensor:  # (pairs, 2)
         """Rewards r_w and r_l of every pair, in order; the same on every rank."""
         return torch.as_tensor(self.predict(tokens).predictions)
 
     def _save_into(self, folder: str, state_dict: Any) -> None:
-        # Without a pad token transformers scores the last token, of one sequence at a time, which
-        # is what a model does here that found no token to set aside for padding.
+        # A model that found no token for padding is saved without one: transformers then scores the
+        # last token, of one sequence at a time.
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()  # pyright: ignore[reportCallIssue]
         used, config.pad_token_id = config.pad_token_id, self._tokenizer.pad_token_id
         super()._save_into(folder, state_dict)
@@ -270,7 +257,7 @@ def tokenize_for_rewards(
 ) -> tuple[Any, Any]:
     """Tokens of every pair, in order, as the policy's trainer makes them, and their report.
 
-    Raises ValueError where a row cannot be used, also for one that the trainer would drop.
+    Raises ValueError for a row that cannot be used, and for one that the trainer would drop.
     """
     check_columns(dataset, name)
     text = dataset.select_columns([c for c in dataset.column_names if c in _TEXT_COLUMNS])
@@ -283,7 +270,7 @@ def tokenize_for_rewards(
     }
     tokens, report = tokenize_preferences(text, tokenizer, **options)
     if report.dropped:
-        # Tokenised once more, with each row's number in a column that is kept.
+        # Tokenise again, with each row's number in a column that is kept.
         numbered = text.add_column("reward_margin", [*range(len(text))])
         kept = set(tokenize_preferences(numbered, tokenizer, **options)[0]["reward_margin"])
         rows = [row for row in range(len(text)) if row not in kept]
@@ -331,7 +318,7 @@ def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
             one.
         kwargs: keywords of `from_pretrained`.
 
-    Raises ValueError or OSError for what is not a reward model.
+    Raises ValueError or OSError for anything else.
     """
     if find_adapter_config_file(name) is None:
         config = AutoConfig.from_pretrained(
@@ -368,22 +355,22 @@ def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
             f"the adapter {name!r} does not fit {base!r} with one output: {error}"
         ) from error
     try:
-        # The revision is that of the base, whose weights are loaded with it.
+        # The revision is that of the base's weights, and not the adapter's.
         unversioned = {key: value for key, value in kwargs.items() if key != "revision"}
         tokenizer = load_tokenizer(name, unversioned)
     except (OSError, ValueError):
         return model, load_tokenizer(base, kwargs)
-    # An adapter is saved without its model's configuration; the pad token is the tokenizer's.
+    # An adapter is saved without its model's configuration: take the tokenizer's pad token.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
 def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
-    """Settle which token pads, tell the model, and return its id.
+    """Choose the pad token, set it in the model's config, and return its id.
 
-    A trained model keeps its own, since that tells it which token to score. A new one is given a
-    special token that ends none of the sequences, and the tokenizer the same. Where there is no
-    such token, batches are padded with any that ends no sequence, and the tokenizer has none.
+    A trained model keeps its own, which tells it the token to score. A new model and its tokenizer
+    get a special token that ends none of the sequences. If there is no such token, batches are
+    padded with any token that ends no sequence, and the tokenizer has no pad token.
 
     Args:
         model: the reward model.
@@ -391,7 +378,7 @@ def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
         tokens: every pair that will be scored, from `tokenize_for_rewards`.
         is_new: whether the model is to be trained.
 
-    Raises ValueError where every token ends a sequence.
+    Raises ValueError if every token ends a sequence.
     """
     config = model.config.get_text_config()
     rows: int = model.get_input_embeddings().num_embeddings
@@ -413,7 +400,7 @@ def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
 
 
 def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
-    """The model, and the names of its weights that the files lack."""
+    """The model, and the names of weights that are missing in its files."""
     remote = is_trusted(kwargs)
     kwargs.pop("trust_remote_code", None)
     try:
@@ -439,7 +426,7 @@ def _check_outputs(name: str, config: Any) -> None:
 
 
 def _with_float_head(model: Any) -> nn.Module | None:
-    """The head, made float32, its inputs too; None where it has another name."""
+    """The head, cast to float32 with its inputs; None if it has another name."""
     head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
     if head is not None:
         head.float().register_forward_pre_hook(_to_own_dtype)

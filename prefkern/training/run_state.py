@@ -1,12 +1,12 @@
-"""What a checkpoint keeps beside transformers' own, so that a resumed run continues bit for bit.
+"""What a checkpoint keeps besides transformers' files, so that a resumed run continues bit for bit.
 
     objective.pt       the objective's state: running statistics, number of draws
-    since_last_log.pt  each rank's sums of metrics and losses that no log has told yet, and which
-                       objective they are of
+    since_last_log.pt  each rank's sums of metrics and losses that are not logged yet, and their
+                       objective
 
-transformers keeps weights, optimiser, schedule, data order and random states, but starts the loss
-and the metrics between two logs anew, so that the first log after a resumption would be of fewer
-steps than it is in an uninterrupted run.
+transformers keeps weights, optimiser, schedule, data order and random states. It does not keep the
+loss and the metrics between two logs, so that the first log after a resumption would cover fewer
+steps than in an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ _LOG_FILE = "since_last_log.pt"
 
 
 def save_objective(objective: nn.Module, folder: str) -> None:
-    """Put the objective's state, if it has any, into a checkpoint."""
+    """Save the objective's state, if it has any, in a checkpoint."""
     state = objective.state_dict()
     if state:
         torch.save(state, Path(folder) / _OBJECTIVE_FILE)
 
 
 def load_objective(objective: nn.Module, folder: str, otherwise: str = "start over") -> None:
-    """The statistics that belong to a checkpoint's weights; a warning says what they are otherwise.
+    """Load the statistics that belong to a checkpoint's weights.
 
-    Raises ValueError for those of another objective, and for a file that cannot be read.
+    If they are missing, warns that they `otherwise` ("start over"). Raises ValueError for those of
+    another objective, and for a file that cannot be read.
     """
     _check_objective(objective, Path(folder) / _LOG_FILE)
     if not objective.state_dict():
@@ -47,7 +48,7 @@ def load_objective(objective: nn.Module, folder: str, otherwise: str = "start ov
     if not file.exists():
         logger.warning("%s is missing: the objective's statistics %s", file, otherwise)
         return
-    # Statistics are copied to where they live; torch cannot restore to a CPU with an index.
+    # Read to the CPU, and copied from there to the statistics' device.
     state = _read(file)
     try:
         objective.load_state_dict(state)
@@ -57,7 +58,7 @@ def load_objective(objective: nn.Module, folder: str, otherwise: str = "start ov
 
 
 def _check_objective(objective: nn.Module, file: Path) -> None:
-    """Raise ValueError where a checkpoint is of another objective; warn of other settings."""
+    """Raise ValueError if a checkpoint is of another objective; warn of other settings."""
     described = _read(file).get("objective") if file.exists() else None
     if described is None or described == _description(objective):
         return
@@ -87,7 +88,7 @@ def _read(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class SinceLastLog:
-    """What the next log of a run will tell, as far as it has come; on this rank."""
+    """This rank's part of the next log: sums over the steps since the last one."""
 
     steps: int
     loss: Tensor  # () summed over steps
@@ -96,25 +97,25 @@ class SinceLastLog:
     def save(
         self, folder: str, accelerator: Accelerator, objective: nn.Module, writes: bool
     ) -> None:
-        """Put every rank's into a checkpoint. Collective; the ranks that write say so."""
+        """Save every rank's part in a checkpoint. All ranks call it; those with `writes` write."""
         gathered: Any = accelerator.gather(
             {"loss": self.loss[None], "sums": {name: x[None] for name, x in self.sums.items()}}
         )
         if writes:
-            told = {"steps": self.steps, "objective": _description(objective), **gathered}
-            torch.save(told, Path(folder) / _LOG_FILE)
+            saved = {"steps": self.steps, "objective": _description(objective), **gathered}
+            torch.save(saved, Path(folder) / _LOG_FILE)
 
     @staticmethod
     def load(folder: str, accelerator: Accelerator) -> SinceLastLog | None:
-        """This rank's, from a checkpoint; None from one without."""
+        """This rank's part, from a checkpoint; None if the checkpoint has none."""
         file = Path(folder) / _LOG_FILE
         if not file.exists():
             return None
-        everyones = _read(file)
-        loss, sums = everyones["loss"], everyones["sums"]  # (ranks,) and (ranks, 2)
+        saved = _read(file)
+        loss, sums = saved["loss"], saved["sums"]  # (ranks,) and (ranks, 2)
         rank = accelerator.process_index
-        # Logs take the mean of the ranks' losses and the sums of their metrics: a run that goes on
-        # with another number of ranks keeps both.
+        # A log takes the mean of the ranks' losses and the sum of their metrics. Keep both if the
+        # number of ranks has changed.
         if len(loss) == accelerator.num_processes:
             loss, sums = loss[rank], {name: total[rank] for name, total in sums.items()}
         else:
@@ -122,4 +123,4 @@ class SinceLastLog:
             sums = {name: total.sum(0) * (rank == 0) for name, total in sums.items()}
         device = accelerator.device
         sums = {name: total.to(device) for name, total in sums.items()}
-        return SinceLastLog(everyones["steps"], loss.to(device), sums)
+        return SinceLastLog(saved["steps"], loss.to(device), sums)

@@ -1,19 +1,18 @@
 """PreferenceTrainer: transformers' Trainer on preference pairs, with no logits in memory.
 
-A step: the reference's log-prob sums of the batch, unless the dataset carries them; the policy's
-wrapped forward, in which `FusedPreferenceLoss` stands where the output head was; one backward.
-Policy and reference go through the same code, dtype and summation, so that equal models give a DPO
-loss of ln 2.
+A step computes the reference's log-prob sums of the batch, unless the dataset carries them. Then it
+runs the policy's wrapped forward, with `FusedPreferenceLoss` in place of the output head, and one
+backward. Policy and reference go through the same code, dtype and summation, so that equal models
+give a DPO loss of ln 2.
 
-The loss is the mean over the pairs of an optimiser step, as `prefkern.training.item_trainer` counts them.
-What an objective takes from a batch as a whole (running statistics, beta-DPO's beta and draws, KTO's
-reference point) it takes from each forward batch, over all ranks, accumulated or not. Metrics have
-TRL's names and are means over pairs (or tokens) since the last log, over all ranks. Evaluation
-gathers values per pair, so that neither a partial batch nor a repeated pair shifts a mean.
+The loss is the mean over the pairs of an optimiser step, as `prefkern.training.item_trainer` counts
+them. Numbers that an objective takes from a whole batch (running statistics, beta-DPO's beta and
+draws, KTO's reference point) are of one forward batch, over all ranks, accumulated or not. Metrics
+have TRL's names and are means over pairs (or tokens) since the last log, over all ranks.
 
-The reference is one of: `ref_model`; the adapter switched off, or another adapter, for PEFT; sums
-computed once before training (`precompute_ref_log_probs`, kept by `prefkern.training.reference_cache`) or
-found in the dataset; else a copy of the initial model.
+The reference is one of: `ref_model`; for PEFT, the adapter switched off, or another adapter; sums
+from the dataset, or computed once before training (`precompute_ref_log_probs`, kept by
+`prefkern.training.reference_cache`); else a copy of the initial model.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ from prefkern.data.collate import (
     sequence_count,
 )
 from prefkern.data.columns import ID_COLUMNS
-from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
     adapt,
@@ -63,7 +61,6 @@ from prefkern.models.packing import reads_whole_row, require_packing
 from prefkern.models.positions import check_positions
 from prefkern.models.routers import RouterLoss
 from prefkern.models.scoring import (
-    IGNORE_INDEX,
     MISMATCHED,
     align_labels,
     model_inputs,
@@ -72,7 +69,7 @@ from prefkern.models.scoring import (
 from prefkern.models.text_inputs import embedding_rows
 from prefkern.models.transform import head_transform
 from prefkern.models.vocabulary import check_pad_token, check_reference_words, check_tokens
-from prefkern.objectives import KTO, Objective, UnpairedObjective
+from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops.call import resolve_backend
 from prefkern.training.checks import (
     Needs,
@@ -86,7 +83,7 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
-from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states
+from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
 from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.training.unsaved import fingerprint
 
@@ -112,8 +109,8 @@ class PreferenceTrainer(ObjectiveTrainer):
     Attributes:
         dataset_reports: `DatasetReport` of each dataset by name ("train", "eval", ...).
 
-    Raises ValueError for what cannot be trained as asked: unusable datasets, heads and arguments.
-    Raises TypeError for a model, arguments or a dataset of another kind.
+    Raises ValueError for datasets, heads and arguments that it cannot train with, and TypeError for
+    a model, arguments or a dataset of another type.
     """
 
     args: PreferenceConfig
@@ -158,10 +155,11 @@ class PreferenceTrainer(ObjectiveTrainer):
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         check_reference_arguments(model, ref_model, args)
-        is_built = objective is None
+        seed = args.seed if objective is None else None
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)
         )
+        self._make_losses(objective, args.workspace_mb, args.backend, seed)
         is_paired = isinstance(objective, Objective)
         self._objective_needs = Needs(
             paired=is_paired,
@@ -176,10 +174,10 @@ class PreferenceTrainer(ObjectiveTrainer):
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, name)
         check_liger(args, args.device)
-        # Trainer seeds, too, but an adapter's initial weights are drawn before it can.
+        # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
         init_kwargs: Any = args.model_init_kwargs or {}
-        # What a model that is given was loaded with is not known.
+        # It is not known how a model that is given was loaded.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
         model = load_model(model, init_kwargs) if isinstance(model, str) else model
         processing_class = processing_class or load_tokenizer(
@@ -214,14 +212,14 @@ class PreferenceTrainer(ObjectiveTrainer):
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
             eval_dataset = self._tokenized(eval_dataset, args, "eval")
-        # What a collator of one's own makes of a dataset is not known from the dataset.
+        # The dataset does not tell what the user's own collator makes of it.
         self._collates_otherwise = data_collator is not None
         self._check_positions(train_dataset, args, "train", base)
         self._check_positions(eval_dataset, args, "eval", base)
         check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
         check_batches(eval_dataset, args.eval_batch_size, args, "eval")
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
-        # Sums alone: neither distributions nor mismatched pairs can be had from them.
+        # Sums are not enough for distributions or for mismatched pairs.
         carried = self._objective_needs.sums_suffice and carry_sums(train_dataset, eval_dataset)
         ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
         ref_name = ref_model if isinstance(ref_model, str) else None
@@ -272,8 +270,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             optimizers=optimizers,
         )
         self._sequences_an_item = 2 if is_paired else 1
-        self._refuse_unsupported_setups()
-        # Sharded models have their weights only once they are wrapped: there, the first batch.
+        # A sharded model has its weights only once it is wrapped: the first batch checks it.
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not is_sharded:
             head_transform(self.model)  # pyright: ignore[reportArgumentType]
@@ -285,17 +282,7 @@ class PreferenceTrainer(ObjectiveTrainer):
                 "other sequences, the more the larger the batch: flash attention or "
                 "attn_implementation='flex_attention' leaves that out"
             )
-        options = {"ignore_index": IGNORE_INDEX, "workspace_mb": args.workspace_mb}
-        self.loss_fn = FusedPreferenceLoss(objective, backend=args.backend, **options)
-        self.loss_fn.to(args.device)
-        for module in self.loss_fn.modules():
-            # An objective that was given may have drawn before.
-            if is_built and hasattr(module, "manual_seed"):
-                module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
-        # Sums are formed by the policy's own code. An objective on single responses takes any
-        # number of them, and in evaluation asks nothing of other ranks.
-        self._sum_fn = FusedPreferenceLoss(KTO(), backend=args.backend, **options).eval()
-        self._told_of_no_mismatch = False
+        self._warned_of_no_mismatch = False
 
         if self.ref_model is not None:
             if args.disable_dropout:
@@ -306,7 +293,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             if not is_sharded:
                 head_transform(self.ref_model)
         if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
-            # With precomputed sums it is the model before it is trained, or a checkpoint is loaded.
+            # With precomputed sums it is the model before training, or before a checkpoint is
+            # loaded.
             initial: Any = self.model if self.ref_model is None else self.ref_model
             reference = fingerprint(initial.named_parameters())
             self._unsaved = {**(self._unsaved or {}), "reference": reference}
@@ -351,7 +339,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         """The loss, computed inside the policy's forward, and the scalar to differentiate."""
         needs = self._objective_needs
         options: dict[str, Any] = {"return_stats": self.args.token_metrics}
-        # A dataset may carry sums and margins that this objective has no use for.
+        # A dataset may carry sums and margins that this objective does not use.
         if needs.distributions:
             options |= self._reference_states(model, inputs)
         elif needs.reference:
@@ -369,23 +357,16 @@ class PreferenceTrainer(ObjectiveTrainer):
         return outputs, outputs.loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
-        # Models are wrapped in autocast only once training starts; sums computed before count too.
+        # Autocast wraps a model only once training starts, and sums may be computed before.
         with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
             return self._sums(model, inputs)
 
     def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
         """Log-prob sums of a batch's rows under a model, without gradient."""
-        count = sequence_count(inputs)
-        zeros = torch.zeros(count, device=inputs["input_ids"].device)
+        options = sums_alone(sequence_count(inputs), inputs["input_ids"].device)
         with torch.no_grad():
             outputs = preference_outputs(
-                model,
-                inputs,
-                self._sum_fn,
-                router_loss=RouterLoss(),
-                ref_logps=zeros,
-                desirable=zeros.bool(),
-                mismatched_log_ratios=zeros,
+                model, inputs, self._sum_fn, router_loss=RouterLoss(), **options
             )
         assert isinstance(outputs, UnpairedOutput)
         return outputs.logps
@@ -399,14 +380,15 @@ class PreferenceTrainer(ObjectiveTrainer):
         }
         count = sequence_count(rows)
         if count == 0:
-            if not self._told_of_no_mismatch:
-                self._told_of_no_mismatch = True
+            if not self._warned_of_no_mismatch:
+                self._warned_of_no_mismatch = True
                 logger.warning(
                     "a batch of %d has one prompt only, so no mismatched pairs: its reference "
                     "point is 0. Larger batches, or shuffled ones, make it meaningful",
                     sequence_count(inputs),
                 )
-            # Wrapped forwards are collective (DDP's buffers, FSDP's weights): every rank makes one.
+            # A wrapped forward is collective (DDP's buffers, FSDP's weights): every rank must run
+            # one.
             rows = first_sequence({name: inputs[name] for name in rows})
         return (self._sums(model, rows) - self._reference_logps(rows))[:count]
 
@@ -465,7 +447,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             name=name,
         )
         check_tokens(dataset, ID_COLUMNS, self._rows, name)
-        # What was tokenised before has nothing new to say of a name that is known.
+        # A dataset that was tokenised before adds nothing to a report that is there already.
         if not is_prepared or report.dropped or name not in self.dataset_reports:
             self.dataset_reports[name] = report
             logger.info("%s", report.summary)
@@ -481,13 +463,13 @@ class PreferenceTrainer(ObjectiveTrainer):
             check_positions(part, base, each, **bounds, whose=whose)
 
     def _prepared(self, dataset: Any, name: str) -> Any:
-        """Raw pairs as a dataset to evaluate on."""
+        """A dataset to evaluate on, from raw pairs."""
         for each, part in named(dataset, name):
             self._check_columns(part, each)
         dataset = self._tokenized(dataset, self.args, name)
         check_batches(dataset, self.args.eval_batch_size, self.args, name)
         if self._objective_needs.reference and not carry_sums(dataset):
-            # The constructor's datasets may have carried sums, and asked nothing of the model.
+            # The constructor did not check this if its datasets carried sums.
             model = self.accelerator.unwrap_model(self.model)
             check_reference_adapter(model, self.args.ref_adapter_name, self.ref_model)
         for model in (self.accelerator.unwrap_model(self.model), self.ref_model):
@@ -499,7 +481,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         return dataset
 
     def _with_reference(self, dataset: Any) -> Any:
-        """The dataset with the reference's sums as columns, computed unless it carries them."""
+        """The dataset with the reference's sums as columns, computed unless it has them."""
         if isinstance(dataset, dict):
             return {key: self._with_reference(value) for key, value in dataset.items()}
         if not carry_sums(dataset):
@@ -552,13 +534,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             check_labels(dataset, name)
 
     def _refuse_unsupported_setups(self) -> None:
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and parallelism.non_data_parallel_size > 1:
-            raise ValueError("tensor, context and sequence parallelism are not supported yet")
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self._objective_needs.distributions and is_sharded:
-            # The reference's head is gone when its forward has ended.
-            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
+        super()._refuse_unsupported_setups()
         if self._objective_needs.distributions:
             for model in (self.model, self.ref_model):
                 if model is not None and has_low_rank_term(find_head(model)[1]):
@@ -566,7 +542,7 @@ class PreferenceTrainer(ObjectiveTrainer):
                         "TDPO does not support LoRA on the output head; leave the head out of "
                         "target_modules, or train it as a whole (modules_to_save)"
                     )
-        if self.ref_model is not None and is_sharded:
+        if self.ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
                 "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"

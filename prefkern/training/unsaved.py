@@ -1,14 +1,15 @@
-"""Which weights a run's numbers lean on that its checkpoints do not hold: told apart on resuming.
+"""Fingerprints of the weights that a run depends on and its checkpoints do not hold.
 
-An adapter's checkpoint has no base model, and none has the reference. A run that is resumed with
-others of the same shapes would go on without a word: an adapter over weights that it was not trained
-on, or, with the checkpoint itself as the model, against a reference that is the trained policy.
+An adapter's checkpoint does not hold the base model, and no checkpoint holds the reference. A run
+that resumes with other weights of the same shapes would go on silently: an adapter over a base that
+it was not trained on, or, with the checkpoint as the model, the trained policy as its own
+reference.
 
     unsaved_weights.json    {"base model": {name: hash}, "reference": {name: hash}}
 
-A hash is of a few hundred values of a tensor, spread over it, and its end: that costs milliseconds
-where a model's bytes would cost seconds, and training moves all of them. Tensors whose values are not
-all here (sharded, offloaded) are left out.
+A hash covers a few hundred values spread over a tensor, and its end. That takes milliseconds, where
+all bytes of a model would take seconds, and training moves every value. Tensors that are sharded or
+offloaded are left out.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ Fingerprints = Mapping[str, Mapping[str, str]]
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """A hash by name of some values of each tensor."""
+    """A hash of some values of each tensor, by name."""
     return {name: _hash(value.detach()) for name, value in tensors if _is_here(value)}
 
 
 def save_fingerprints(fingerprints: Fingerprints, folder: str) -> None:
-    """Put into a checkpoint what it was trained with and does not hold."""
+    """Save in a checkpoint the hashes of what it was trained with and does not hold."""
     write_json(Path(folder) / UNSAVED_FILE, fingerprints)
 
 
 def warn_of_others(fingerprints: Fingerprints, checkpoint: Path) -> None:
-    """Warn where a run that resumes has other weights than a checkpoint was trained with."""
+    """Warn if a resuming run has other weights than the checkpoint was trained with."""
     file = checkpoint / UNSAVED_FILE
     if not file.exists():
         return
@@ -71,7 +72,7 @@ def _is_here(value: Tensor) -> bool:
 def _hash(value: Tensor) -> str:
     flat = value.reshape(-1)
     digest = xxhash.xxh3_64(f"{value.dtype} {list(value.shape)}".encode())
-    # Rows that were added to an embedding are its last.
+    # The last rows too: rows added to an embedding are there.
     for sample in (flat[:: max(len(flat) // _SAMPLES, 1)], flat[-_SAMPLES:]):
         digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

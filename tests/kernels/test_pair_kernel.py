@@ -327,3 +327,25 @@ def test_a_delta_that_overflows_is_no_nan(backend, device):
     asked = Scores(logps, torch.arange(5, device=device), torch.zeros(4, device=device))
     losses = pairwise.pair_loss(objective, asked, backend).result.losses
     assert not losses.isnan().any() and losses[0] == 0
+
+
+class _Launched(Exception):
+    """Raised in place of a launch, with the keywords that it was given."""
+
+
+@pytest.mark.parametrize("wrap", [lambda objective: objective, WithNLL], ids=["plain", "nll"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_the_kernel_reads_statistics_where_the_batch_is(training, wrap, monkeypatch):
+    """Of a loss that was not moved: on meta, for a kernel reads no other device's memory."""
+
+    def launch(*tensors, **options):
+        raise _Launched(options)
+
+    monkeypatch.setattr(kernels, "pair_loss", launch)
+    objective = wrap(AlphaDPO()).train(training)
+    offsets = torch.arange(0, 25, 6, device="meta")
+    batch = Scores(torch.empty(24, device="meta"), offsets, torch.empty(4, device="meta"))
+    with pytest.raises(_Launched) as launched:
+        pairwise.pair_loss(objective, batch, "triton")
+    (options,) = launched.value.args
+    assert all(value.is_meta for value in options["gap_statistics"])

@@ -483,12 +483,12 @@ SUMS_ONLY = {
             "KTO needs a reference",
         ),
         (KTO(), {**RESPONSES, "labels": torch.zeros(54).long()}, ValueError, "labels"),
-        (DPO(), RESPONSES, ValueError, "desirable was given, and DPO trains on pairs"),
+        (DPO(), RESPONSES, ValueError, "desirable was given, but DPO trains on pairs"),
         (
             DPO(),
             {"mismatched_log_ratios": torch.zeros(2)},
             ValueError,
-            "mismatched_log_ratios was given, and DPO trains on pairs",
+            "mismatched_log_ratios was given, but DPO trains on pairs",
         ),
     ],
 )
@@ -522,7 +522,7 @@ def test_what_an_objective_has_no_use_for_is_left_alone(device):
         ),
         ({"ref_hidden": torch.zeros(6, 8, 16)}, "ref_hidden"),
         ({"ref_weight": torch.zeros(129, 17)}, "ref_hidden"),
-        ({"ref_weight": torch.zeros(128, 16), "ref_bias": None}, "128 words and weight 129"),
+        ({"ref_weight": torch.zeros(128, 16), "ref_bias": None}, "128 rows and weight 129"),
         (
             {
                 "ref_hidden": None,

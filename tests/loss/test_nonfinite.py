@@ -54,8 +54,8 @@ SOURCES = {
         (1, 2, 0),
         "1 of 18 scored tokens, the first is token 2 of sequence 1 (CHOSEN 1)",
     ),
-    "weight": ((129, 7), "1 of 130 words, the first is word 129"),
-    "lora_weight": ((7, 0), "1 of 130 words, the first is word 7"),
+    "weight": ((129, 7), "1 of 130 vocabulary entries, the first is 129"),
+    "lora_weight": ((7, 0), "1 of 130 vocabulary entries, the first is 7"),
     "ref_logps": ((3,), "1 of 4 sequences, the first is sequence 3 (REJECTED 1)"),
     "reward_margins": ((1,), "1 of 2 pairs, the first is pair 1"),
 }
@@ -91,7 +91,9 @@ def test_bias(value, backend, device):
             assert explain_nonfinite(**{**case, "bias": bias}) is None
             assert loss_fn(backend=backend)(**{**case, "bias": bias}).loss.isfinite()
             continue
-        with pytest.raises(FloatingPointError, match=rf"bias: 1 of {V} words.*word {word};"):
+        with pytest.raises(
+            FloatingPointError, match=rf"bias: 1 of {V} vocabulary entries.*is {word};"
+        ):
             loss_fn(backend=backend)(**{**case, "bias": bias})
 
 
@@ -359,7 +361,9 @@ def test_a_model_that_is_spoilt_already(tmp_path):
     trained = trainer(tmp_path)
     with torch.no_grad():
         trained.model.get_output_embeddings().weight[3, 3] = math.nan
-    with pytest.raises(FloatingPointError, match="weight: 1 of 97 words, the first is word 3"):
+    with pytest.raises(
+        FloatingPointError, match="weight: 1 of 97 vocabulary entries, the first is 3"
+    ):
         trained.train()
     # What is spoilt from the start has no trainer.
     model = tiny.model()

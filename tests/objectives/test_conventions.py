@@ -1,6 +1,6 @@
 """Where prefkern, TRL and Liger mean different things by the same words: each row of the table.
 
-The table is in prefkern/objectives/README.md. A test carries the name of its row, runs what the row
+The table is in docs/objectives.md. A test carries the name of its row, runs what the row
 says of the three, and the last one holds that no row is without a test.
 """
 
@@ -40,7 +40,7 @@ from prefkern.data import truncate
 from prefkern.data.collate import PreferenceCollator
 from prefkern.integrations.trl import DPOTrainer
 
-README = Path(__file__).parent.parent.parent / "prefkern/objectives/README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs/objectives.md"
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 ROWS: dict[str, Callable] = {}
 
@@ -432,7 +432,7 @@ def test_a_loss_that_is_nan(tmp_path):
 
 
 def test_every_row_of_the_table_is_run():
-    section = README.read_text().split("## Conventions, and where the peers differ")[1]
+    section = PAGE.read_text().split("## Conventions, and where the peers differ")[1]
     table = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("| ")]
     names = [re.split(r" *\| *", line)[1] for line in table[1:]]
     assert names == [*ROWS]

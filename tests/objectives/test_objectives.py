@@ -30,6 +30,7 @@ from prefkern.objectives import (
     Adaptive,
     AlphaDPO,
     BetaDPO,
+    Contrastive,
     Examples,
     Hinge,
     Objective,
@@ -652,6 +653,42 @@ def test_objectives_without_a_reference_take_any_space():
             made = cls(adaptive=adaptive)
             assert made.adaptive == replace(adaptive, space="policy")
             assert not made.needs_reference
+
+
+class _Minimal(Contrastive):
+    """A new objective without a reference: this class, and a line in the registry."""
+
+    score = "log_prob"
+
+    def __init__(self, beta: float = 0.3, adaptive: Adaptive | None = None) -> None:
+        super().__init__()
+        self._set(beta=beta, adaptive=adaptive)
+
+
+class _MinimalRatio(_Minimal):
+    score = "log_ratio"
+
+
+def test_a_new_objective_is_a_class_and_a_line(monkeypatch):
+    """`space` is an option of the adaptive form where it changes the loss, and of no other."""
+    monkeypatch.setitem(REGISTRY, "minimal", _Minimal)
+    monkeypatch.setitem(REGISTRY, "minimalratio", _MinimalRatio)
+    shared = ["beta", "exponent", "clip", "k", "use_weighting", "rpo_alpha"]
+    assert objectives.options("adaminimal") == shared
+    assert objectives.options("adaminimalratio") == [shared[0], "space", *shared[1:]]
+    with pytest.raises(TypeError, match="no option 'space'"):
+        objectives.build("adaminimal", space="ratio")
+    pairs = random_pairs()
+    without = replace(pairs, ref_chosen_logps=None, ref_rejected_logps=None)
+    for given in (Adaptive("ratio"), Adaptive("policy")):
+        made = _Minimal(adaptive=given)
+        assert made.adaptive == Adaptive("policy") and not made.needs_reference
+        assert torch.equal(made(without).losses, objectives.build("adaminimal")(pairs).losses)
+    ratio, policy = (
+        objectives.build("adaminimalratio", space=space)(pairs).losses
+        for space in ("ratio", "policy")
+    )
+    assert not torch.allclose(ratio, policy)
 
 
 def test_the_committed_errors_are_of_this_table():

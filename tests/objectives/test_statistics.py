@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -366,6 +367,31 @@ def test_statistics_keep_their_dtype(dtype):
     objective.to(dtype)
     assert all(map(torch.equal, before, objective.buffers()))
     assert objective.to("meta").statistics.mean.is_meta
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_statistics_follow_the_batch(name):
+    """A loss that was not moved: in training, and first in evaluation or in inference mode."""
+    for first in ("training", "evaluation", "inference"):
+        objective = STATEFUL[name]()
+        objective.train(first == "training")
+        with torch.inference_mode(first == "inference"):
+            pairs = pairs_with_gaps(torch.empty(4, device="meta"))
+            assert objective(pairs).losses.is_meta
+        moved = [*objective.buffers()]
+        assert len(moved) == 3 and all(buffer.is_meta for buffer in moved)
+        # They stay there, and training may go on.
+        objective.train()
+        objective(pairs_with_gaps(torch.empty(4, device="meta")))
+        assert all(map(operator.is_, objective.buffers(), moved))
+
+
+def test_statistics_follow_the_batch_under_torch_compile():
+    objective = WithNLL(AlphaDPO())
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        assert compiled(pairs_with_gaps(torch.empty(4, device="meta"))).losses.is_meta
+    assert all(buffer.is_meta for buffer in objective.buffers())
 
 
 def test_float64_is_scored_in_float64():

@@ -347,8 +347,8 @@ _LOSS = [
     (
         {"ref_weight": randn(V - 1, H), "ref_hidden": randn(2 * B, T, H), "ref_logps": None},
         ValueError,
-        "49 words",
-        "every word",
+        "49 rows",
+        "every vocabulary entry",
     ),
     ({"ref_bias": randn(V)}, ValueError, "without ref_weight"),
     ({"reward_margins": torch.zeros(2 * B)}, ValueError, "[2]", "[4]"),

@@ -47,9 +47,9 @@ def test_a_broken_bound_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert plans.main(["--json", str(file)]) == 1
 
 
-def test_the_readme_s_numbers_are_the_result_s() -> None:
+def test_the_results_page_s_numbers_are_the_result_s() -> None:
     """Read back from the page's tables, and found in the file, row by row."""
-    section = (ROOT / "README.md").read_text().split(readme.MARKERS[0])[1]
+    section = (ROOT / "docs/results.md").read_text().split(readme.MARKERS[0])[1]
     report = json.loads((ROOT / "bench/results/bench-cpu.json").read_text())
     assert report["finished"]
     rows = {
@@ -61,7 +61,7 @@ def test_the_readme_s_numbers_are_the_result_s() -> None:
     backward = {key: row for key, row in rows.items() if key[0] != "forward"}
     assert len(found) == len([row for row in backward.values() if not row["failure"]])
     for (_, provider), row in backward.items():
-        reason = (row["failure"] or "").removeprefix("NotImplementedError: ")
+        reason = row["failure"] and readme.why_not(row["failure"])
         assert not reason or f"{provider} (frozen, trainable): {reason}" in section
     for task, provider, cells in found:
         row = rows[task, provider]
@@ -75,6 +75,47 @@ def test_the_readme_s_numbers_are_the_result_s() -> None:
             )
         assert text_of(row["dhidden_error"]) == dhidden
     assert report["command"] in section and report["date"][:10] in section
+
+
+def test_the_readme_s_numbers_are_the_result_s() -> None:
+    section = (ROOT / "README.md").read_text().split(readme.MARKERS[0])[1]
+    report = json.loads((ROOT / "bench/results/bench-cpu.json").read_text())
+    shape = report["shapes"][0]["name"]
+    rows = {
+        (row["provider"], row["task"]): row
+        for row in report["rows"]
+        if (row["suite"], row["shape"]) == ("loss", shape)
+    }
+    for provider, label in readme.PEERS.items():
+        (line,) = (line for line in section.splitlines() if line.startswith(f"| {label} |"))
+        frozen, trained, mib, logp, dhidden, ms = line.strip("| ").split(" | ")[1:]
+        row = rows[provider, "frozen"]
+        assert float(frozen) == pytest.approx(row["operations_nhv"], abs=0.005)
+        most = rows[provider, "trainable"]["operations_nhv"]
+        assert float(trained.split(" to ")[-1]) == pytest.approx(most, abs=0.005)
+        if provider == "prefkern":
+            least = rows["prefkern-roomy", "trainable"]["operations_nhv"]
+            assert float(trained.split(" to ")[0]) == least < most
+        assert float(mib) == pytest.approx(row["peak_mib"], rel=0.006)
+        assert float(ms.replace(",", "")) == pytest.approx(row["median_ms"], rel=0.006)
+        assert (logp, dhidden) == (text_of(row["sum_logp_error"]), text_of(row["dhidden_error"]))
+    assert report["command"] in section and report["date"][:10] in section
+
+
+def test_an_errors_own_text_is_in_no_page() -> None:
+    """Why a provider was not measured is said in plain words."""
+    for path in (*readme.RESULTS.glob("bench-*.json"),):
+        for row in json.loads(path.read_text())["rows"]:
+            if row["failure"] and not row["failure"].startswith("NotImplementedError"):
+                assert all(row["failure"] not in page.read_text() for page in readme.PAGES)
+    why = {
+        "RuntimeError: 0 active drivers ([]). There should only be one.": "its kernels need a GPU",
+        "not installed (liger_kernel)": "it was not installed",
+        "out of memory": "memory ran out",
+        "NotImplementedError: has no softcap": "it has no softcap",
+        "ValueError: a shape": "it raised ValueError",
+    }
+    assert all(said in readme.why_not(failure) for failure, said in why.items())
 
 
 def text_of(error: float | None) -> str:
@@ -93,7 +134,7 @@ def test_a_changed_result_changes_the_page(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.kept("bench-*.json") == ["bench-gpu.json", "bench-cpu.json"]
     assert "4,321" in readme.bench_section("bench-gpu.json")
-    assert "Not there: trl (forward): out of memory" in readme.every_table("bench-gpu.json")
+    assert "Not measured: trl (forward): memory ran out" in readme.every_table("bench-gpu.json")
 
 
 def test_the_page_of_training_is_of_its_results() -> None:

@@ -1,56 +1,111 @@
-"""The README's Python runs as it is printed, on tiny stand-ins for what it downloads."""
+"""The README's and the pages' blocks run as they are printed, on tiny stand-ins for what they download.
+
+A test claims each block by its page, heading and language; the last one holds that none is left.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
+import subprocess
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import prefkern
 from prefkern.cli import __main__ as cli
+from prefkern.data import load_preference_dataset, tokenize_preferences
+from prefkern.data.collate import PreferenceCollator
 from support import tiny
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CHECKPOINT = "Qwen/Qwen3-0.6B"
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+}
 
 
-def block(heading: str, language: str = "python") -> str:
-    """The first block of a section."""
-    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
-    assert found, heading
-    return found[1]
+def blocks_of(page: Path) -> dict[tuple[str, str, str], str]:
+    """(page, heading, language) -> code."""
+    found: dict[tuple[str, str, str], str] = {}
+    name, heading = page.relative_to(ROOT).as_posix(), ""
+    pattern = re.compile(r"^#+ ([^\n]*)$|^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    for title, language, code in pattern.findall(page.read_text()):
+        if title:
+            heading = title
+            continue
+        key = (name, heading, language)
+        assert key not in found, f"two blocks of one language under one heading: {key}"
+        found[key] = code
+    return found
 
 
-def test_operator():
-    names: dict = {}
-    exec(block("The operator"), names)
+BLOCKS = {key: code for page in PAGES for key, code in blocks_of(page).items()}
+CLAIMED: set[tuple[str, str, str]] = set()
+
+
+def block(page: str, heading: str, language: str = "python") -> str:
+    return BLOCKS[page, heading, language]
+
+
+def runs(*keys: tuple[str, str, str]) -> Callable:
+    """Claim blocks, and run the test on each."""
+    CLAIMED.update(keys)
+    return pytest.mark.parametrize("key", keys, ids=[f"{page}: {what}" for page, what, _ in keys])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The working directory, with pairs and a tiny model under the name of the pages'."""
+    model = tmp_path / CHECKPOINT
+    tiny.model().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    tiny.dataset(6).to_json(tmp_path / "pairs.jsonl")
+    load = datasets.load_dataset
+
+    def load_dataset(name, *args, **keywords):
+        is_on_the_hub = name == "trl-lib/ultrafeedback_binarized"
+        return tiny.dataset(6) if is_on_the_hub else load(name, *args, **keywords)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    # So that TRL sends nothing over the network.
+    monkeypatch.setenv("CI", "1")
+    return tmp_path
+
+
+OPERATOR = ("docs/operator.md", "The operator", "python")
+LOSS = ("docs/operator.md", "The loss on it", "python")
+COMPILE = ("docs/operator.md", "torch.compile and CUDA graphs", "python")
+
+
+@runs(OPERATOR)
+def test_operator(key):
+    names: dict[str, Any] = {}
+    exec(BLOCKS[key], names)
     plan = prefkern.last_plan()
     assert plan is not None and plan.structure == "one_pass" and plan.tokens == 4 * 100
     assert plan.workspace_bytes <= 64 * 2**20
     assert names["logps"].shape == (4, 128) and names["hidden"].grad.abs().max() > 0
 
 
-def test_memory_and_operations(capsys):
-    section = README.split("## Memory and operations\n")[1].split("\n## ")[0]
-    plan_block, compile_block = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names: dict = {}
-    exec(plan_block, names)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["two_pass", "two_pass", "one_pass"]
-    assert [float(line.split()[1]) for line in lines] == [8, 7.25, 6]
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile's own compiler needs g++ on a CPU")
-    torch._dynamo.reset()
-    exec(compile_block, names)
-    assert names["hidden"].grad.abs().max() > 0
-
-
-def test_loop():
+@runs(LOSS)
+def test_the_loss_on_hidden_states(key):
     ids = torch.randint(3, 17, (4, 8))
     prompt = torch.zeros(4, 8, dtype=torch.bool)
     prompt[:, :2] = True
@@ -63,59 +118,210 @@ def test_loop():
         "input_ids": ids,
         "prompt_mask": prompt,
     }
-    exec(block("The loss, in a loop of your own"), names)
+    exec(BLOCKS[key], names)
     assert names["out"].loss.item() == pytest.approx(0.6931472, abs=1e-6)
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("heading", "arguments"), [("The trainer", "learning_rate"), ("In TRL", '"out"')]
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@runs(COMPILE)
+def test_compiled(key):
+    torch._dynamo.reset()
+    names = {"torch": torch, "prefkern": prefkern}
+    exec(BLOCKS[key], names)
+    assert names["hidden"].grad.abs().max() > 0
+
+
+@runs(("docs/memory.md", "Memory and operations", "python"))
+def test_plans(key, capsys):
+    exec(BLOCKS[key], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["two_pass", "two_pass", "one_pass"]
+    assert [float(line.split()[1]) for line in lines] == [8, 7.25, 6]
+    page = (ROOT / "docs/memory.md").read_text()
+    assert "It prints 8, 7.25 and 6 NHV." in page
+    # One kept token saves 2 x H x V: from none to all of N they are the 2 NHV between 8 and 6.
+    none, some, _ = (int(line.split()[2]) for line in lines)
+    assert none == 0 and pytest.approx(2 * some) == (8 - 7.25) * 16384
+
+
+@runs(("docs/memory.md", "Memory and operations", "sh"))
+def test_plan_of_a_model(key, folder, capsys):
+    write_llama(folder / "meta-llama/Meta-Llama-3-8B-Instruct")
+    (line,) = BLOCKS[key].splitlines()
+    assert run(line) == 0
+    assert "H = 4,096, V = 128,256" in capsys.readouterr().out
+
+
+def test_the_readmes_plan_is_the_commands(folder, capsys):
+    """Each cell of the README's first table is in what the command under it prints."""
+    readme = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"`(prefkern plan [^`]*)`", readme)
+    write_llama(folder / "meta-llama/Meta-Llama-3-8B")
+    assert run(line) == 0
+    printed = capsys.readouterr().out
+    table = readme.split("prefkern, by `workspace_mb` |")[1].split("\n\n")[0]
+    for label, task in (
+        ("frozen head (LoRA)", "frozen head"),
+        ("trained head", "trained head"),
+        ("reference", "reference"),
+    ):
+        (row,) = (line for line in table.splitlines() if line.startswith(f"| {label} |"))
+        cells = re.findall(r"([\d.]+) GiB, (\d) NHV(?: at ([\d,]+))?", row)
+        rows = [line.split() for line in printed.splitlines() if line.strip().startswith(task)]
+        shown = {(row[-3], row[-1]) for row in rows}
+        assert len(cells) >= 2
+        for gib, nhv, _ in cells:
+            assert (f"{float(gib):g}", f"{float(nhv):.2f}") in shown, (row, rows)
+
+
+def write_llama(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+
+
+@runs(
+    ("README.md", "In TRL", "python"),
+    ("README.md", "With the trainer", "python"),
+    ("docs/quickstart.md", "In TRL", "python"),
+    ("docs/quickstart.md", "With the trainer", "python"),
+    ("docs/trl.md", "TRL", "python"),
+    ("docs/trainer.md", "The trainer", "python"),
 )
-def test_trainer(tmp_path, monkeypatch, heading, arguments):
-    if heading == "In TRL":
+def test_trainer(key, folder):
+    code = BLOCKS[key]
+    in_trl = "trl import" in code
+    if in_trl:
         pytest.importorskip("trl")
-        # So that TRL sends nothing over the network.
-        monkeypatch.setenv("CI", "1")
-    folder = tmp_path / "model"
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keywords: tiny.dataset(6))
-    monkeypatch.chdir(tmp_path)
-    code = block(heading).replace("Qwen/Qwen3-0.6B", str(folder))
-    # Where it runs and for how long is not the README's matter.
+    # Where it runs and for how long is not the pages' matter.
     options = 'use_cpu=True, bf16=False, report_to="none", max_steps=1'
+    arguments = 'args=DPOConfig("out"' if in_trl else "learning_rate=1e-5"
     assert code.count(arguments) == 1
-    code = code.replace(
-        arguments,
-        f"{arguments}, {options}" if heading == "In TRL" else f"{options}, {arguments}",
-    )
-    names: dict = {}
-    exec(code, names)
+    names: dict[str, Any] = {}
+    exec(code.replace(arguments, f"{arguments}, {options}"), names)
     assert names["trainer"].state.global_step == 1
     expected = prefkern.objectives.build("adadpo", beta=0.1)
     assert repr(names["trainer"].loss_fn.objective) == repr(expected)
 
 
-def test_classes_of_the_families_page():
-    page = (Path(__file__).parent.parent.parent / "bench/FAMILIES.md").read_text()
-    total, agree, refused = re.search(
-        r"^(\d+) classes: (\d+) agrees, (\d+) refused, \d+ not run, 0 differs", page, re.MULTILINE
-    ).groups()
-    assert (
-        f"Of its {total} such classes, built tiny, {agree} agree with their own logits, gradients "
-        f"included, and {refused} are refused"
-    ) in " ".join(README.split())
+@runs(("docs/trl.md", "CPO, SimPO and ORPO", "python"))
+def test_fuse_head(key, folder):
+    pytest.importorskip("trl")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
+    trainer = CPOTrainer(
+        tiny.model(),
+        CPOConfig("out", **options),
+        train_dataset=tiny.dataset(6),
+        processing_class=tiny.tokenizer(),
+    )
+    exec(BLOCKS[key], {"trainer": trainer})
+    trainer.train()
+    plan = prefkern.last_plan()
+    assert plan is not None and plan.trains_head
 
 
-def test_shell_line(tmp_path, monkeypatch):
-    line = shlex.split(block("The trainer", "sh"))
-    assert line[:2] == ["prefkern", "train"]
-    folder = tmp_path / "model"
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    tiny.dataset(6).to_json(tmp_path / "pairs.jsonl")
-    monkeypatch.chdir(tmp_path)
-    argv = [str(folder) if word == "Qwen/Qwen3-0.6B" else word for word in line[1:]]
-    extra = ["--use_cpu", "true", "--report_to", "none", "--max_steps", "1"]
-    assert cli.main([*argv, *extra]) == 0
-    assert (tmp_path / "out/adapter_config.json").exists()
+@pytest.mark.parametrize("objective", ["alphadpo", "betadpo", "adadpo"])
+@runs(
+    ("README.md", "In a loop of your own", "python"),
+    ("docs/quickstart.md", "In a loop of your own", "python"),
+)
+def test_loop(key, objective, folder, capsys):
+    """With and without statistics, whose state the checkpoint has."""
+    code = BLOCKS[key]
+    assert code.count('build("alphadpo")') == 1
+    code = code.replace("alphadpo", objective)
+    names: dict[str, Any] = {}
+    if key[0] == "README.md":
+        model = tiny.model()
+        pairs = load_preference_dataset("pairs.jsonl")
+        rows, _ = tokenize_preferences(pairs, tiny.tokenizer(), max_length=64)
+        names = {
+            "device": "cpu",
+            "model": model,
+            "ref_model": tiny.model(),
+            "loader": DataLoader(rows, 2, collate_fn=PreferenceCollator(0)),
+            "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+        }
+    exec(code, names)
+    model, loss_fn = names["model"], names["loss_fn"]
+    initial = tiny.model().state_dict()
+    assert any(not value.equal(initial[name]) for name, value in model.state_dict().items())
+    saved = torch.load("checkpoint.pt")
+    assert saved["loss"].keys() == loss_fn.state_dict().keys()
+    assert bool(saved["loss"]) == (objective != "adadpo")
+    if objective != "adadpo":
+        batches = [value for name, value in saved["loss"].items() if name.endswith("batches")]
+        assert batches and all(value == len(names["loader"]) for value in batches)
+    fresh = prefkern.FusedPreferenceLoss(prefkern.objectives.build(objective))
+    fresh.load_state_dict(saved["loss"])
+
+
+@runs(
+    ("README.md", "With the trainer", "sh"),
+    ("docs/quickstart.md", "With the trainer", "sh"),
+    ("docs/trainer.md", "From a shell", "sh"),
+    ("docs/trainer.md", "MADPO's two steps", "sh"),
+    ("docs/objectives.md", "Objectives", "sh"),
+)
+def test_shell_lines(key, folder):
+    code = BLOCKS[key]
+    if key[0] == "docs/objectives.md":
+        code = code.replace(" ...", f" --model {CHECKPOINT} --dataset pairs.jsonl --output_dir out")
+    for line in code.splitlines():
+        few = "--max_steps 1 --use_cpu true --report_to none"
+        assert run(f"{line} {few}") == 0
+    last = line.split("--output_dir ")[1].split()[0]
+    saved = "adapter_config.json" if "--lora_r" in line else "model.safetensors"
+    assert (folder / last / saved).exists()
+
+
+def run(line: str) -> int:
+    """A line of shell that calls prefkern, in this process."""
+    command, *argv = shlex.split(line, comments=True)
+    assert command == "prefkern"
+    return cli.main(argv)
+
+
+@runs(("docs/objectives.md", "Objectives", "python"))
+def test_objectives(key, folder):
+    assert "PreferenceConfig(" in BLOCKS[key]
+    code = BLOCKS[key].replace("PreferenceConfig(", "config = PreferenceConfig(use_cpu=True, ")
+    names = {"prefkern": prefkern, "PreferenceConfig": prefkern.PreferenceConfig}
+    exec(code, names)
+    built = names["config"].build_objective()
+    assert repr(built) == repr(names["objective"]) == repr(prefkern.objectives.SimPO(2.0, 1.0))
+
+
+@runs(("docs/data.md", "Data", "json"))
+def test_a_line_of_data(key, folder):
+    (folder / "one.jsonl").write_text(BLOCKS[key])
+    pairs = load_preference_dataset("one.jsonl")
+    assert len(pairs) == 1 and set(pairs.column_names) == {"prompt", "chosen", "rejected"}
+
+
+@runs(
+    ("README.md", "Install", "sh"),
+    ("docs/quickstart.md", "Install", "sh"),
+    ("docs/quickstart.md", "The two commands", "sh"),
+)
+def test_installation(key, monkeypatch):
+    """Extras and targets are there, and the check is the one that tests/cli runs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    checked = []
+    monkeypatch.setattr("prefkern.cli.check.main", lambda argv: checked.append(argv) or 0)
+    for line in BLOCKS[key].splitlines():
+        command, *argv = shlex.split(line, comments=True)
+        if command == "pip":
+            (extras,) = re.fullmatch(r"install \.\[([\w,]+)\]", " ".join(argv)).groups()
+            assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+        elif command == "make":
+            dry = subprocess.run(["make", "-n", *argv], cwd=ROOT, capture_output=True, check=True)
+            assert dry.stdout
+        else:
+            assert run(line) == 0 and checked.pop() == []
+
+
+def test_every_block_is_run():
+    assert BLOCKS.keys() == CLAIMED

@@ -37,12 +37,10 @@ from prefkern.integrations.trl.options import check_reference, objective_of
 from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput
 from prefkern.models.adapters import check_reference_adapter, check_unmerged
-from prefkern.models.head_forward import head_forward
-from prefkern.models.heads import HeadInputs, find_head
-from prefkern.models.scoring import IGNORE_INDEX, align_labels
-from prefkern.models.transform import head_transform
-from prefkern.objectives import DPO, KTO, Objective
-from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states
+from prefkern.models.heads import find_head
+from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
+from prefkern.objectives import DPO, Objective
+from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
 from prefkern.version import VERSION
 
 _MARGINS = "reward_margins"
@@ -117,10 +115,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if not isinstance(objective, DPO):
             self._name, self._paper = name, {}
         # TRL's constructor may compute the reference's log-probs already.
-        self.loss_fn = FusedPreferenceLoss(objective, IGNORE_INDEX, workspace_mb, backend)
-        # For the reference's sums, so that policy and reference run the same code. KTO, because it
-        # takes any number of single responses.
-        self._sum_fn = FusedPreferenceLoss(KTO(), IGNORE_INDEX, workspace_mb, backend).eval()
+        self._make_losses(objective, workspace_mb, backend, None if is_given else args.seed)
         super().__init__(
             model=model,
             ref_model=ref_model if objective.needs_reference else _NoReference(),
@@ -138,15 +133,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         check_unmerged(self.model)  # pyright: ignore[reportArgumentType]
         if objective.needs_reference and not args.precompute_ref_log_probs:
             self._check_reference()
-        self._refuse_unsupported_setups()
         self.beta = objective.beta
         if objective.needs_reward_margins:
             self.data_collator = _WithMargins(self.data_collator)
-        self.loss_fn.to(self.args.device)
-        for module in self.loss_fn.modules():
-            # An objective that was passed in keeps its random state: it may have drawn already.
-            if not is_given and hasattr(module, "manual_seed"):
-                module.manual_seed(args.seed)  # pyright: ignore[reportCallIssue]
 
     @property
     def ref_model(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -161,10 +150,10 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The reference's log-prob sums of the chosen and rejected responses, (B,) float32 each."""
-        zeros = torch.zeros(len(inputs["input_ids"]), device=inputs["input_ids"].device)
-        unpaired = {"ref_logps": zeros, "desirable": zeros.bool(), "mismatched_log_ratios": zeros}
+        ids = inputs["input_ids"]
+        options = sums_alone(len(ids), ids.device)
         with self._as_reference():
-            outputs, _, _ = _scored(model, inputs, self._sum_fn, with_router=False, **unpaired)
+            outputs, _, _ = _scored(model, inputs, self._sum_fn, with_router=False, **options)
         chosen, rejected = outputs.logps.chunk(2)
         return chosen, rejected
 
@@ -247,15 +236,6 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             named = {name for sources in MARGIN_SOURCES for name in sources}
             self._signature_columns = [*{*(self._signature_columns or ()), *named}]
 
-    def _refuse_unsupported_setups(self) -> None:
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and parallelism.non_data_parallel_size > 1:
-            raise ValueError("tensor, context and sequence parallelism are not supported yet")
-        needs_kls: Any = getattr(self.loss_fn.objective, "needs_kls", False)
-        if needs_kls and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            # There the reference's head is no longer gathered when its forward has ended.
-            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
-
 
 class _NoReference:
     """A placeholder for the reference model: TRL's constructor loads one if it gets None."""
@@ -324,28 +304,13 @@ def _scored(
 
     Returns its outputs, the scalar 0 that fires the wrappers' hooks, and the router's loss or None.
     """
-    transform = head_transform(model)
-    labels = align_labels(_labels(inputs))
-
-    def score(head: HeadInputs) -> tuple[Any, Tensor]:
-        head = head.of_tokens(labels)
-        outputs: Any = loss_fn(
-            head.hidden,
-            head.weight,
-            labels,
-            head.bias,
-            logit_scale=transform.logit_scale,
-            softcap=transform.softcap,
-            **head.adapter(),
-            **options,
-        )
-        return outputs, outputs.loss
-
     model_inputs = _of_the_model(inputs)
     if with_router:
         # Vision-language models read it only as an argument, not from their config.
         model_inputs["output_router_logits"] = True
-    outputs, returned = head_forward(model, model_inputs, score)
+    outputs, returned = forward_scored(
+        model, model_inputs, align_labels(_labels(inputs)), loss_fn, **options
+    )
     return outputs, returned.logits.sum(), getattr(returned, "aux_loss", None)
 
 

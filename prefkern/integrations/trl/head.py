@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkern.models.head_forward import head_forward
-from prefkern.models.heads import HeadInputs, find_head
-from prefkern.models.scoring import IGNORE_INDEX, align_labels
-from prefkern.models.transform import HeadTransform, head_transform
+from prefkern.models.heads import ONE_PROCESS_PER_GPU, find_head
+from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.ops import checks
 from prefkern.ops.call import BACKENDS
 from prefkern.ops.logprobs import linear_logprobs
@@ -92,25 +90,11 @@ class _FusedForward:
         rows: dict[str, Tensor],
         labels: Tensor,  # (2B, T), aligned
     ) -> _Tokens:
-        transform = head_transform(model)
-
-        def score(head: HeadInputs) -> tuple[tuple[Tensor, Tensor], Tensor]:
-            head = head.of_tokens(labels)
-            means = self.mean_logits(head, transform)
-            logps = linear_logprobs(
-                head.hidden,
-                head.weight,
-                labels,
-                head.bias,
-                ignore_index=IGNORE_INDEX,
-                logit_scale=transform.logit_scale,
-                softcap=transform.softcap,
-                workspace_mb=self.workspace_mb,
-                backend=self.backend,
-                **head.adapter(),
-            )
+        def score(*head: Any, **how: Any) -> tuple[Tensor, Tensor]:
+            how |= {"workspace_mb": self.workspace_mb, "backend": self.backend}
+            logps = linear_logprobs(*head, ignore_index=IGNORE_INDEX, **how)
             assert isinstance(logps, Tensor)
-            return (logps, means), logps
+            return logps, _mean_logits(*head, **how)
 
         inputs: dict[str, Any] = {
             "input_ids": rows["concatenated_input_ids"],
@@ -118,36 +102,9 @@ class _FusedForward:
         }
         if self.trainer.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        (logps, means), returned = head_forward(model, inputs, score)
+        (logps, means), returned = forward_scored(model, inputs, labels, score)
         router_loss = getattr(returned, "aux_loss", None)
         return _Tokens(logps + returned.logits.sum(), means, router_loss)
-
-    @torch.no_grad()
-    def mean_logits(self, head: HeadInputs, transform: HeadTransform) -> Tensor:  # (2B, T)
-        """The mean logit of each position over the vocabulary."""
-        if transform.softcap is None:
-            # mean_v (h . W_v + b_v) = h . mean_v W_v + mean_v b_v
-            means = head.hidden.float() @ head.weight.mean(0, dtype=torch.float32)
-            if head.lora_hidden is not None and head.lora_weight is not None:
-                mean_b = head.lora_weight.mean(0, dtype=torch.float32)
-                means = means + head.lora_hidden.float() @ mean_b
-            if head.bias is not None:
-                means = means + head.bias.mean(dtype=torch.float32)
-            return transform.logit_scale * means
-        stats = linear_logprobs(
-            head.hidden.detach(),
-            head.weight.detach(),
-            torch.zeros(head.hidden.shape[:-1], dtype=torch.int64, device=head.hidden.device),
-            head.bias,
-            logit_scale=transform.logit_scale,
-            softcap=transform.softcap,
-            workspace_mb=self.workspace_mb,
-            backend=self.backend,
-            return_stats=True,
-            **head.adapter(),
-        )
-        assert isinstance(stats, TokenStats)
-        return stats.mean_logit
 
     def results(
         self, logps: Tensor, means: Tensor, nll: Tensor, tokens: _Tokens
@@ -162,6 +119,44 @@ class _Tokens:
     logps: Tensor  # (2B, T), 0 where not scored
     mean_logits: Tensor  # (2B, T)
     router_loss: Tensor | None
+
+
+@torch.no_grad()
+def _mean_logits(
+    hidden: Tensor,  # (2B, T, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (2B, T)
+    bias: Tensor | None,  # (V,)
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
+    **options: Any,
+) -> Tensor:  # (2B, T)
+    """The mean logit of each position over the vocabulary."""
+    if softcap is not None:
+        stats = linear_logprobs(
+            hidden.detach(),
+            weight.detach(),
+            torch.zeros_like(labels),
+            bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            lora_hidden=lora_hidden,
+            lora_weight=lora_weight,
+            return_stats=True,
+            **options,
+        )
+        assert isinstance(stats, TokenStats)
+        return stats.mean_logit
+    # mean_v (h . W_v + b_v) = h . mean_v W_v + mean_v b_v
+    means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    if lora_hidden is not None and lora_weight is not None:
+        means = means + lora_hidden.float() @ lora_weight.mean(0, dtype=torch.float32)
+    if bias is not None:
+        means = means + bias.mean(dtype=torch.float32)
+    return logit_scale * means
 
 
 class _CPOForward(_FusedForward):
@@ -232,10 +227,7 @@ def _check_trainer(trainer: Any) -> None:
     if trainer.is_encoder_decoder:
         raise ValueError("encoder-decoder models are not supported; a causal LM is needed")
     if trainer.args.n_gpu > 1:
-        raise ValueError(
-            "nn.DataParallel is not supported: start one process per GPU with `accelerate launch` "
-            "or `torchrun`, or make a single GPU visible with CUDA_VISIBLE_DEVICES"
-        )
+        raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
     if trainer.args.torch_compile:
         raise ValueError("args.torch_compile is not supported yet")
     replaced = vars(trainer).get(_FORWARD)
