@@ -45,12 +45,13 @@ def row_config(row_size: int) -> RowConfig:
 
 
 def pair_config(row_size: int) -> RowConfig:
-    """As `row_config`, for kernels that hold blocks of two rows at once: a quarter of the elements.
+    """As `row_config`, for kernels that hold blocks of two rows at once: an eighth of the elements.
 
-    With half of them ptxas spills 8 bytes of a fold of pairs under a softcap (Triton 3.7.1, sm_90).
+    With more of them ptxas spills 8 bytes of a fold of pairs, on one of sm_80, sm_90 and sm_100 or on
+    another (Triton 3.7.1).
     """
     block, num_warps = row_config(row_size)
-    return RowConfig(block if INTERPRET else min(block, 512), num_warps)
+    return RowConfig(block if INTERPRET else min(block, 256), num_warps)
 
 
 class ProductConfig(NamedTuple):
