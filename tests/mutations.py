@@ -39,6 +39,8 @@ PAGE = ROOT / "bench/MUTATIONS.md"
 SECONDS = 300
 # What tests read beside the packages.
 COPIED = ("prefkern", "kernels", "tests", "bench", "examples")
+# As pytest has it (pyproject.toml).
+PATH = (".", "kernels", "bench", "tests")
 HEAD = """\
 # Mutations
 
@@ -632,7 +634,7 @@ def _pytest(root: Path, tests: str) -> tuple[int | None, str]:
         **os.environ,
         # The copy, wherever prefkern is installed from; and no bytecode, whose time of writing
         # cannot tell two texts of one second and size apart.
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join(str(root / folder) for folder in PATH),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

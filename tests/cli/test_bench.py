@@ -22,6 +22,7 @@ from prefkern_bench.group import Settings
 from prefkern_bench.measure import Meter
 from prefkern_bench.report import PLAIN_PRODUCT, Row
 from prefkern_bench.timing import describe_failure, time_in_turns
+from support.processes import environment
 
 CPU = torch.device("cpu")
 MODULES = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
@@ -479,5 +480,7 @@ def test_help_needs_no_gpu_and_no_peer() -> None:
         "    sys.modules[name] = None\n"
         "from prefkern_bench import main\nmain(['--help'])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
     assert "--pictures" in found.stdout

@@ -19,11 +19,10 @@ from prefkern.ops import fold_state
 
 kernels = pytest.importorskip("prefkern_kernels")
 
-from test_product_fold import ACCURACY, PLAIN, assert_right, truth
-
 from prefkern_kernels import tiles
 from support import launch_cases
 from support.launch_cases import CASES, twin_of
+from support.product import ACCURACY, PLAIN, assert_right, truth
 
 WRAP = 2**31
 SIZE = 70

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +10,13 @@ from types import MethodType
 
 import pytest
 import torch
-from test_trainer import config, step_logs, trainer, weights
 
 import prefkern
 from prefkern.training import rewards
 from support import tiny
 from support.family_table import batch
+from support.processes import environment
+from support.training import config, step_logs, trainer, weights
 
 liger = pytest.importorskip("liger_kernel.transformers")
 
@@ -131,10 +131,9 @@ def test_ligers_own_forward_still_calls_the_head(family: str) -> None:
 
 def test_training_on_ligers_layers_is_training(tmp_path) -> None:
     """RMS norm, rotary embedding and SwiGLU by Liger, under Triton's interpreter, against torch's."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
-        env=environment,
+        env=environment(interprets=True),
         capture_output=True,
         text=True,
         timeout=240,

@@ -14,12 +14,11 @@ from support import tiny
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
-from test_trainer import config
-
 from prefkern import PreferenceTrainer
 from prefkern.cli import __main__ as cli
 from prefkern.cli import plan
 from prefkern.training import rewards
+from support.training import config
 
 ROOT = Path(__file__).parent.parent.parent
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from test_linear_logprobs import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefkern
@@ -19,6 +18,7 @@ from prefkern import Pairs, objectives, reference
 from prefkern.loss import diagnostics
 from prefkern.objectives import DPO, KTO, TDPO1, WPO
 from prefkern.ops import compiled, sequences
+from support.logprobs import relative
 
 B, T, H, V = 3, 10, 16, 300
 TRANSFORM = {"logit_scale": 0.9, "softcap": 12.0, "temperature": 1.1}

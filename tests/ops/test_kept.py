@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_linear_logprobs import TRANSFORM, relative, run
 
 import prefkern
 from prefkern import reference
 from prefkern.ops import call, passes, plan
 from prefkern.ops.operands import Operands
+from support.logprobs import TRANSFORM, relative, run
 
 N, H, V = 22, 16, 300
 

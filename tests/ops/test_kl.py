@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from test_kernels import assert_guard_kept, guarded
-from test_linear_logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
 
 import prefkern
 from prefkern import reference
 from prefkern.ops import call, fold_state, kl, operands, sequences, torch_kl_tiles
 from prefkern.ops.kl import linear_kl
 from prefkern_bench.measure import Meter
+from support.logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
+from support.windows import assert_guard_kept, guarded
 
 POLICY = ("hidden", "weight", "bias")
 REFERENCE = ("ref_hidden", "ref_weight", "ref_bias")

@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_linear_logprobs import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +24,7 @@ import prefkern
 from prefkern import objectives, reference
 from prefkern.ops import memory, sequences
 from support import tiny
+from support.logprobs import relative
 from support.machine import BACKENDS, DEVICE
 from support.ranks import run_on_two_ranks
 
@@ -481,7 +481,7 @@ def refuse_attempts(monkeypatch, numbers: set[int]) -> list[prefkern.Plan]:
 def test_a_training_run_goes_on(tmp_path, monkeypatch):
     """With a refusal in the reference's pass, in the policy's and in backward."""
     pytest.importorskip("accelerate")
-    from test_trainer import assert_same_weights, trainer, weights
+    from support.training import assert_same_weights, trainer, weights
 
     def run(attempts: set[int]) -> tuple[dict[str, torch.Tensor], list[prefkern.Plan]]:
         with monkeypatch.context() as patch:

@@ -26,6 +26,7 @@ from prefkern_bench.measure import Meter
 from support import error_catalogue as catalogue
 from support import tiny
 from support.error_catalogue import CALLS, LABELS_OUT_OF_RANGE, ROWS, Row, operator
+from support.processes import environment
 
 ROOT = Path(__file__).parent.parent.parent
 # Calls that run nothing before they have looked at everything.
@@ -279,10 +280,9 @@ def test_the_kernel_takes_no_missing_reference_for_one():
 
 def test_trainers_that_cannot_be_told_what_to_do(tmp_path):
     pytest.importorskip("peft")
-    from test_trainer import config
-
     from prefkern.models.adapters import check_reference_adapter
     from prefkern.training.objective_trainer import ObjectiveTrainer
+    from support.training import config
 
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
@@ -359,19 +359,11 @@ def test_triton_without_a_gpu_says_what_it_needs():
         capture_output=True,
         text=True,
         check=True,
-        env=environment_without_interpreter(),
+        env=environment(interprets=False),
     )
     assert "triton" in done.stdout and (
         "needs a GPU" in done.stdout or "not installed" in done.stdout
     )
-
-
-def environment_without_interpreter() -> dict[str, str]:
-    import os
-
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    environment.pop("TRITON_INTERPRET", None)
-    return environment
 
 
 def test_float64_is_the_torch_backends(device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from test_errors import environment_without_interpreter
+from support.processes import environment
 
 
 def run(code: str) -> str:
@@ -14,7 +14,7 @@ def run(code: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        env=environment_without_interpreter(),
+        env=environment(interprets=False),
     ).stdout
 
 

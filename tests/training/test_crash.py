@@ -23,9 +23,9 @@ import transformers
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-from test_resume import OPTIONS, assert_same_runs, run_of
-
 from prefkern.training import checkpoints
+from support.processes import PYTHONPATH
+from support.resumed import OPTIONS, assert_same_runs, run_of
 
 LAST = 4  # the step whose checkpoint is being saved
 BEFORE = 2  # that of the last complete one
@@ -178,7 +178,7 @@ MOMENTS = {
 def killed(tmp_path_factory) -> Path:
     """Folders by number of the moment, left by runs that were killed."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
         [sys.executable, __file__, str(folder)],
         env=environment,

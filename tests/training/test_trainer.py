@@ -24,81 +24,15 @@ peft = pytest.importorskip("peft")
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer, objectives
 from prefkern.data.collate import PreferenceCollator
-
-BATCH = 4
-
-
-def config(path: Path, **options) -> PreferenceConfig:
-    defaults = {
-        "output_dir": str(path),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "per_device_train_batch_size": BATCH,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-    }
-    if options.get("precompute_ref_log_probs"):
-        defaults["ref_cache_dir"] = str(path / "reference-sums")
-    return PreferenceConfig(**{**defaults, **options})
-
-
-def trainer(path: Path, count: int = 12, model=None, **options) -> PreferenceTrainer:
-    names = (
-        "objective",
-        "ref_model",
-        "peft_config",
-        "eval_dataset",
-        "train_dataset",
-        "callbacks",
-        "data_collator",
-    )
-    given = {name: options.pop(name) for name in names if name in options}
-    if isinstance(given.get("objective"), str):
-        options["objective"] = given.pop("objective")
-    # Tables of objectives have one reference for all of them; where none is needed it is refused.
-    objective = given.get("objective", options.get("objective", "dpo"))
-    if isinstance(objective, str):
-        needs_reference = objective.removeprefix("ada") not in ("simpo", "cpo", "orpo")
-    else:
-        needs_reference = objective.needs_reference
-    if not needs_reference:
-        given.pop("ref_model", None)
-    given.setdefault("train_dataset", tiny.dataset(count))
-    return PreferenceTrainer(
-        tiny.model() if model is None else model,
-        config(path, **options),
-        processing_class=tiny.tokenizer(),
-        **given,
-    )
-
-
-def reference_for(objective, model, **options):
-    """A reference model, for an objective that has a reference; others refuse one."""
-    built = objectives.build(objective, **options) if isinstance(objective, str) else objective
-    return model if built.needs_reference else None
-
-
-def lora() -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, task_type="CAUSAL_LM")
-
-
-def step_logs(trained: transformers.Trainer) -> list[dict]:
-    return [log for log in trained.state.log_history if "loss" in log]
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same_weights(first: dict, second: dict, **tolerances) -> None:
-    assert first.keys() == second.keys()
-    for name, weight in first.items():
-        torch.testing.assert_close(weight, second[name], **tolerances)
+from support.training import (
+    Record,
+    assert_same_weights,
+    config,
+    lora,
+    step_logs,
+    trainer,
+    weights,
+)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
@@ -619,22 +553,6 @@ def test_predict_takes_raw_pairs_as_evaluate_does(tmp_path, precompute):
     assert len(names) > 4
     for name in names:
         assert predicted.metrics[f"test_{name}"] == evaluated[f"eval_{name}"]
-
-
-class Record(transformers.TrainerCallback):
-    """Keeps the gradients of every optimiser step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        self.gradients.append(
-            {
-                name.removeprefix("module."): p.grad.clone()
-                for name, p in model.named_parameters()
-                if p.grad is not None
-            }
-        )
 
 
 @pytest.mark.parametrize("adapted", ["full", "lora"])

@@ -20,47 +20,29 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_trainer import (
-    Record,
-    assert_same_weights,
-    config,
-    lora,
-    reference_for,
-    step_logs,
-    trainer,
-    weights,
-)
-
 import prefkern
 from prefkern import PreferenceTrainer, objectives, reference
 from prefkern.data.collate import ExampleCollator
 from prefkern.models.scoring import align_labels
 from prefkern.models.transform import head_transform
 from prefkern.training import metrics
+from support.training import (
+    MARGINS,
+    Record,
+    assert_same_weights,
+    config,
+    lora,
+    made,
+    margin_rows,
+    reference_for,
+    rows_of,
+    single_rows,
+    step_logs,
+    trainer,
+    weights,
+)
 
 LN2 = math.log(2)
-MARGINS = [0.5, -2.0, 6.0, 9.0, 3.0, -8.0, 1.0, 7.5]
-
-
-def margin_rows(count: int, seed: int = 0) -> list[dict]:
-    rows = tiny.pairs(count, seed)
-    return [{**row, "margin": MARGINS[i % 8]} for i, row in enumerate(rows)]
-
-
-def single_rows(count: int, seed: int = 0) -> list[dict]:
-    """Single responses, two of three desirable, each with a prompt of its own."""
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 != 1}
-        for i, row in enumerate(tiny.pairs(count, seed))
-    ]
-
-
-def made(rows: list[dict]) -> datasets.Dataset:
-    return datasets.Dataset.from_list(rows)
-
-
-def rows_of(name: str, count: int = 8) -> list[dict]:
-    return margin_rows(count) if name == "madpo" else tiny.pairs(count)
 
 
 @torch.no_grad()
