@@ -338,14 +338,14 @@ MUTATIONS = (
     ),
     Mutation(
         "labels are not shifted",
-        "prefkern/models/head_forward.py",
+        "prefkern/models/scoring.py",
         "aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)",
         "aligned = labels.clone()",
         "tests/models/test_models.py -k temperature",
     ),
     Mutation(
         "the last token of a packed sequence predicts the first of the next",
-        "prefkern/models/head_forward.py",
+        "prefkern/models/scoring.py",
         "to(labels.device, torch.int64) - 1, IGNORE_INDEX)",
         "to(labels.device, torch.int64)[-1:] - 1, IGNORE_INDEX)",
         "tests/models/test_packing.py -k 'no_label or token_logprobs'",
@@ -381,7 +381,7 @@ MUTATIONS = (
     ),
     Mutation(
         "temperature is ignored",
-        "prefkern/ops/call.py",
+        "prefkern/ops/logprobs.py",
         "transform = Transform(float(logit_scale), softcap, float(temperature))",
         "transform = Transform(float(logit_scale), softcap)",
         "tests/ops/test_linear_logprobs.py -k float32_against_float64",

@@ -80,9 +80,7 @@ def test_what_would_have_no_effect_is_an_error(tmp_path, applied, monkeypatch) -
     with pytest.raises(ValueError, match="no kernels for GPT2LMHeadModel .model type 'gpt2'"):
         trainer(tmp_path, use_liger_kernel=True, model=tiny.model("GPT2"))
     assert not applied
-    monkeypatch.setattr(
-        "prefkern.models.head_forward.liger.is_liger_kernel_available", lambda: False
-    )
+    monkeypatch.setattr("prefkern.models.liger.is_liger_kernel_available", lambda: False)
     with pytest.raises(ImportError, match="pip install liger-kernel"):
         trainer(tmp_path, use_liger_kernel=True)
 

@@ -198,7 +198,7 @@ def test_what_cannot_be_had_is_an_error(tmp_path: Path, monkeypatch) -> None:
         patch.setattr(routers, "_COEFFICIENTS", ("another_coef", "third_coef"))
         with pytest.raises(ValueError, match="router_logits but has no another_coef or third_coef"):
             RouterLoss.of(mixture(**ON))
-    output = prefkern.ops.outputs.UnpairedOutput(*[torch.zeros(2)] * 8)
+    output = prefkern.loss.outputs.UnpairedOutput(*[torch.zeros(2)] * 8)
     for returned in ({}, 0, None):
         with pytest.raises(ValueError, match="returned none"):
             RouterLoss(0.1).added_to(output, type("Output", (), {"aux_loss": returned})())

@@ -97,9 +97,10 @@ def test_every_parameter_has_a_row(call):
 
 
 def raise_sites() -> dict[tuple[str, int], ast.Raise]:
-    """Every `raise` of the package by file and line, but those that pass on what they caught."""
+    """Every `raise` of the packages by file and line, but those that pass on what they caught."""
     sites = {}
-    for path in sorted((ROOT / "prefkern").rglob("*.py")):
+    packages = (ROOT / "prefkern", ROOT / "bench/prefkern_bench")
+    for path in sorted(path for package in packages for path in package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 sites[str(path.relative_to(ROOT)), node.lineno] = node
@@ -140,7 +141,7 @@ def phrases(node: ast.Raise) -> set[str]:
 # test that reaches it, by what that has of the message.
 ELSEWHERE = {
     ("prefkern/__init__.py", "module 'prefkern' has no attribute"): ("test_errors", "no attribute"),
-    ("prefkern/ops/call.py", "compiled.NO_ADAPTER"): ("test_errors", "under torch.compile"),
+    ("prefkern/ops/logprobs.py", "compiled.NO_ADAPTER"): ("test_errors", "under torch.compile"),
     ("prefkern/loss/fused.py", "compiled.NO_ADAPTER"): ("test_errors", "under torch.compile"),
     ("prefkern/training/checkpoints.py", "{found}; {remedy}"): (
         "test_corrupt",
@@ -178,7 +179,11 @@ ELSEWHERE = {
         "test_nonfinite",
         "scored tokens, the first is",
     ),
-    ("prefkern/models/head_forward.py", "_uncalled(base, head)"): (
+    ("prefkern/models/head_forward.py", "uncalled(base, head)"): (
+        "test_errors",
+        "did not call its output",
+    ),
+    ("prefkern/models/transform.py", "uncalled(base, head)"): (
         "test_errors",
         "did not call its output",
     ),

@@ -128,7 +128,7 @@ def test_what_sums_depend_on_is_part_of_the_key(tmp_path, what):
 
 def test_another_version_computes_its_own(tmp_path, monkeypatch):
     precomputing(tmp_path)
-    monkeypatch.setattr("prefkern.__version__", "0.0.0")
+    monkeypatch.setattr(reference_cache, "VERSION", "0.0.0")
     assert precomputing(tmp_path)[1] == 2 * PAIRS
 
 
