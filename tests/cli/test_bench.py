@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 import prefkern
+from prefkern.cli import __main__ as cli
 from prefkern_bench import command, group, pictures, problem, providers, shapes, step, suites
 from prefkern_bench.group import Settings
 from prefkern_bench.measure import Meter
@@ -484,3 +485,14 @@ def test_help_needs_no_gpu_and_no_peer() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
     )
     assert "--pictures" in found.stdout
+
+
+def test_a_benchmark_that_is_not_installed(monkeypatch, capsys) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "prefkern_bench" else find(name)
+    )
+    assert cli.main(["bench", "--quick"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("prefkern bench: error: the benchmark (prefkern_bench) is not installed")
+    assert "pip install '.[bench]'" in said
