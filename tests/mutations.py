@@ -498,7 +498,7 @@ MUTATIONS = (
         "prefkern/training/item_trainer.py",
         "(items * self.accelerator.num_processes / num_items_in_batch)",
         "(items / num_items_in_batch)",
-        "tests/training/test_trainer.py -k two_ranks",
+        "tests/training/test_ddp.py -k evaluated",
     ),
     Mutation(
         "accumulated batches count alike, whatever their size",

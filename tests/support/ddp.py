@@ -10,23 +10,64 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 
+from prefkern.data.collate import ExampleCollator
 from prefkern.training import reference_cache
 from support import tiny
 from support.processes import environment
 from support.reference_sums import precomputing, shards, sums
 from support.resumed import logs_of, run_of
-from support.training import Record, lora, step_logs, trainer, weights
+from support.training import Record, lora, made, single_rows, step_logs, trainer, weights
 
 # Older ones hand torch.load the device "cpu:0", which it does not know.
 RESUMES = Version(transformers.__version__) >= Version("5.23")
 UNEVEN = {"accelerator_config": {"even_batches": False}}
+
+
+def single_rows_by_rank() -> datasets.Dataset:
+    """The second rank's first batch has one prompt twice, so no mismatched pair at all."""
+    rows = single_rows(8)
+    rows[3]["prompt"] = rows[2]["prompt"]
+    return made(rows)
+
+
+class MismatchedByRank:
+    """KTO's batch of one process, its mismatched pairs those that two ranks would form."""
+
+    def __init__(self, pad_token_id: int):
+        self.inner = ExampleCollator(pad_token_id)
+
+    def __call__(self, examples):
+        half = len(examples) // 2
+        batch = self.inner(examples)
+        parts = [self.inner(examples[:half]), self.inner(examples[half:])]
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+            rows = [part[f"mismatched_{name}"] for part in parts]
+            longest = max(row.shape[1] for row in rows)
+            padded = [F.pad(row, (0, longest - row.shape[1]), value=fill) for row in rows]
+            batch[f"mismatched_{name}"] = torch.cat(padded)
+        return batch
+
+
+def softcapped(seed: int = 0) -> transformers.PreTrainedModel:
+    return tiny.model("Gemma2", seed, final_logit_softcapping=5.0)
+
+
+# 5 pairs leave the ranks an uneven last batch.
+EVALUATED = {
+    "eval_dataset": tiny.dataset(5, seed=2),
+    "per_device_eval_batch_size": 2,
+    "objective_options": {"clip": 1.1},
+}
 # Pairs, a rank's batch, accumulated batches, and other options. The joint batch is of 4 or 8 pairs.
+# What one process is given beside them is `joint`.
 CASES = {
     "full": (8, 2, 1, dict),
     "tied head": (8, 2, 1, lambda: {"model": tiny.model("Gemma2", tie_word_embeddings=True)}),
@@ -38,9 +79,40 @@ CASES = {
         lambda: {"peft_config": lora(), "gradient_checkpointing": True},
     ),
     "accumulated": (8, 1, 2, lambda: {"objective_options": {"clip": 1.1}}),
+    "evaluated": (
+        8,
+        1,
+        2,
+        lambda: {**EVALUATED, "model": softcapped(), "ref_model": softcapped(1)},
+    ),
+    "lora, evaluated": (
+        8,
+        1,
+        2,
+        lambda: {
+            **EVALUATED,
+            "model": softcapped(),
+            "peft_config": lora(),
+            "precompute_ref_log_probs": True,
+        },
+    ),
     "ipo, bf16": (8, 2, 1, lambda: {"objective": "ipo", "bf16": True, "peft_config": lora()}),
     "statistics": (8, 2, 1, lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}}),
     "draws": (8, 2, 1, lambda: {"objective": "betadpo", "objective_options": {"keep": 0.5}}),
+    # Between this policy and this reference KTO's reference point is above 0.
+    "kto": (
+        8,
+        2,
+        1,
+        lambda: {
+            "objective": "kto",
+            "model": tiny.model(seed=1),
+            "ref_model": tiny.model(),
+            "train_dataset": single_rows_by_rank(),
+            "train_sampling_strategy": "sequential",
+            "joint": {"data_collator": MismatchedByRank(0)},
+        },
+    ),
     # 7 pairs: the second rank's last batch is of one.
     "uneven": (7, 2, 1, lambda: {**UNEVEN, "max_length": 9}),
     "uneven, tied, accumulated": (
@@ -62,14 +134,20 @@ CASES = {
         },
     ),
 }
+# What these go through others go through as well.
+LONG = (
+    "full", "tied head", "lora", "accumulated", "lora, evaluated", "ipo, bf16", "uneven",
+    "uneven, statistics",
+)  # fmt: skip
 
 
 def gradients_of(path: Path, case: str, ranks: int) -> dict:
     pairs, batch, accumulated, options = CASES[case]
     record, given = Record(), options()
+    joint = given.pop("joint", {})
     given.setdefault("model", tiny.model())
     if "peft_config" not in given:
-        given["ref_model"] = tiny.model(seed=1)
+        given.setdefault("ref_model", tiny.model(seed=1))
     run = trainer(
         path,
         count=pairs,
@@ -81,10 +159,14 @@ def gradients_of(path: Path, case: str, ranks: int) -> dict:
         max_grad_norm=0.0,
         callbacks=[record],
         **given,
+        **(joint if ranks == 1 else {}),
     )
     run.train()
     assert run.args.world_size == ranks
-    return {"gradients": record.gradients, "logs": step_logs(run)}
+    evaluated = [run.evaluate()] if "eval_dataset" in given else []
+    state = {k: v for k, v in run.loss_fn.objective.state_dict().items() if torch.is_tensor(v)}
+    logs = [*step_logs(run), *evaluated]
+    return {"gradients": record.gradients, "logs": logs, "state": state}
 
 
 def _resumed(path: Path) -> list[dict]:
