@@ -21,6 +21,7 @@ def test_passes(transforms, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", ["dH", "dW, kept", "dW, recomputed", "value", "nan"])
+@pytest.mark.long(wrong=["dW, recomputed", "nan"])
 def test_fails_on_a_wrong_result(wrong, capsys, monkeypatch):
     """A per cent in a gradient or a sum, a NaN."""
     name = {"dH": "finish", "dW, kept": "settle", "dW, recomputed": "remake_weights"}

@@ -38,10 +38,8 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.long) for t in SHARED],
-)
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.long
 def test_compiles(target):
     done = subprocess.run(
         [sys.executable, "-m", "support.compile_ahead", target],

@@ -93,6 +93,8 @@ def test_rows_far_apart(name, ops, tmp_path, device):
 
 @pytest.mark.parametrize("by_descriptor", [False, True])
 @pytest.mark.parametrize("with_rows", [False, True])
+@pytest.mark.long(with_rows=False)
+@pytest.mark.long(by_descriptor=True)
 def test_product_of_rows_far_apart(with_rows, by_descriptor, tmp_path, device):
     config = tiles.ProductConfig(16, 32, 32, 4, 2, by_descriptor=by_descriptor, tiles=2, group=2)
     # Whole tiles: words of a cut one are counted from its own beginning.
@@ -168,6 +170,7 @@ def test_tokens_beyond_2_31(tmp_path, device):
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.long(backend="triton", trains=False)
 def test_operator(trains, tmp_path, backend, device):
     """Hidden states and a head whose rows are far apart, forward and backward."""
     hidden, weight = torch.randn(6, 16, device=device), torch.randn(40, 16, device=device)

@@ -63,6 +63,7 @@ def run(hidden, weight, bias, labels, state=None, **options) -> fold_state.FoldS
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("n", "v", "h"), [(37, 201, 72), (1, 17, 8), (64, 256, 64)])
 @pytest.mark.long(n=64)
+@pytest.mark.long(config=["one split", "flat descriptors"])
 def test_against_float64(n, v, h, config, transform, device):
     """Sizes that divide no block and sizes that divide them, by every way of reading operands."""
     hidden, weight, labels = case(n, v, h, torch.bfloat16, device)
@@ -197,6 +198,7 @@ def test_state_is_that_of_fold(device):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.long(config=["one split", "flat pointers", "flat descriptors"])
 def test_bitwise_the_same(config, device):
     """In two runs, and for a token whichever tokens are beside it."""
     hidden, weight, labels = case(50, 333, 64, torch.bfloat16, device)
@@ -273,6 +275,7 @@ def test_bytes():
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.long(ignored=False, softcap=None)
 @pytest.mark.long(ignored=True, softcap=10.0)
+@pytest.mark.long(ignored=False)
 def test_the_operator_uses_it_where_it_is_the_faster_way(ignored, softcap, device, monkeypatch):
     """Log-probs alone go through it; a gradient, statistics or a shared reference do not."""
     import prefkern

@@ -127,6 +127,7 @@ def test_ligers_own_forward_still_calls_the_head(family: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[each], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_training_on_ligers_layers_is_training(tmp_path) -> None:
     """RMS norm, rotary embedding and SwiGLU by Liger, under Triton's interpreter, against torch's."""
     done = subprocess.run(

@@ -65,6 +65,8 @@ def counted(function: Callable, backend: str = "aot_eager"):
 
 @pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("workspace_mb", [0.005, 64])
+@pytest.mark.long(workspace_mb=64, trains_head=False)
+@pytest.mark.long(workspace_mb=0.005, trains_head=True)
 def test_operator(workspace_mb, trains_head, device):
     """One graph, compiled once for all N; values and gradients against float64."""
     weight = torch.randn(V, H, device=device, requires_grad=trains_head)
@@ -220,6 +222,7 @@ def test_layouts_under_inductor(device):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+@pytest.mark.long
 def test_the_compiler_that_users_have(device):
     """inductor itself, once: the whole step in one graph."""
     model = Model(DPO(0.1), trains_head=True).to(device)
@@ -240,6 +243,8 @@ def test_the_compiler_that_users_have(device):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("spoiled", ["ruled out", "NaN", "reference"])
 @pytest.mark.long(packed=True, spoiled=["NaN", "reference"])
+@pytest.mark.long(packed=False, spoiled=["NaN", "reference"])
+@pytest.mark.long(packed=True)
 def test_what_is_not_finite_stays_in_its_pair(spoiled, packed, device):
     """As without the compiler: the other pairs' losses and gradients are what they were."""
     model = Model(DPO(0.1), trains_head=False).to(device)

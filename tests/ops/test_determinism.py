@@ -140,7 +140,7 @@ EVERYTHING = [
     for kind, names, marks in (
         (("all", list(RUNS), ()),)
         if backend == "torch"
-        else (("quick", QUICK, ()), ("all", list(RUNS), pytest.mark.long))
+        else (("quick", QUICK, pytest.mark.long), ("all", list(RUNS), pytest.mark.long))
     )
 ]
 

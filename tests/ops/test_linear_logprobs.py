@@ -18,6 +18,10 @@ from support.logprobs import CASES, HEADS, SMALL, TRANSFORM, make, relative, run
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.long(backend="triton", head="bias only")
 @pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
+@pytest.mark.long(backend="triton", name=["one word", "two words", "127 words"], head="frozen")
+@pytest.mark.long(
+    backend="triton", workspace_mb=4, name=["one word", "two words", "127 words", "saturated"]
+)
 def test_float32_against_float64(name, head, workspace_mb, backend, device):
     """In many tiles, of which none is kept for the head's gradient, and in one, kept."""
     V, spread, options, has_bias = CASES[name]
@@ -88,6 +92,7 @@ def test_all_logits_far_below_zero(backend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.long(backend="triton", dtype=torch.float16)
 @pytest.mark.long(backend="triton", head="frozen")
+@pytest.mark.long(backend="triton")
 def test_half_precision_is_no_worse_than_eager(dtype, head, backend, device):
     """Three ways: float64 on the rounded inputs, eager in the same dtype, and ours."""
     case = {
@@ -186,6 +191,7 @@ def run_statistics(arguments, backend, device, **transform):
 @pytest.mark.parametrize("V", [1, 127, 300])
 @pytest.mark.parametrize("transform", [{}, TRANSFORM])
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.long(backend="triton", V=[1, 127])
 def test_log_collision(with_bias, transform, V, backend, device):
     """log sum_v p_v^2, over several tiles: labels that are the largest logit and that are not."""
     case = make(V, 5.0)
@@ -222,6 +228,7 @@ def test_top1_ties_go_to_the_first_word(backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.long(backend="triton")
 def test_the_structures_agree_bit_for_bit(head, backend, device):
     """A reference pass (forward only) gives the policy's numbers, so that their ratio is exact."""
     case = make(300, 5.0)
@@ -239,6 +246,7 @@ def test_the_structures_agree_bit_for_bit(head, backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.long(backend="triton")
 def test_two_runs_are_bitwise_equal(head, backend, device):
     case = make(300, 5.0)
     grad = torch.randn(case["labels"].shape)
