@@ -3,7 +3,7 @@
 usage: python tests/mutations.py [--workers N] [--only TEXT | --new]     (make mutate)
 
 Each of `MUTATIONS` is applied to a copy of the tree in a temporary folder, where the tests named with
-it run until one fails, which must pass without it. Writes `bench/results/mutations.json` and the page
+it run, those of `make test` and no long ones, until one fails, which must pass without it. Writes `bench/results/mutations.json` and the page
 `bench/MUTATIONS.md`, unless `--only` chose some; with `--new` those run that the record does not have
 as killed. Exit status 1 unless every mutation is killed: one that survives shows what no test looks
 at, and is mended there.
@@ -45,8 +45,8 @@ HEAD = """\
 # Mutations
 
 Written by `make mutate`, last on {date}: {killed} of {tried} killed. Each line changes one thing in a copy
-of the source and runs the tests that should notice. *Killed by* is the first that failed, which
-passes without the change.
+of the source and runs the tests of `make test` that should notice, and no long ones. *Killed by* is the
+first that failed, which passes without the change.
 
 | what breaks | file | killed by | s |
 |---|---|---|---|
@@ -72,7 +72,7 @@ class Mutation(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of a mutation: killed, survived, timeout, not found, or not run."""
+    """How a mutation ended: killed, survived, timeout, not found, or not run."""
 
     breaks: str
     file: str
