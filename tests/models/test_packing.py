@@ -97,7 +97,6 @@ def assert_same_runs(padded, packed) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", PACKS)
-@pytest.mark.long(implementation="eager", family=[name for name in PACKS if name != "Gemma2"])
 def test_packed_trains_as_padded(tmp_path, family, implementation):
     padded, packed = both_ways(
         tmp_path,
@@ -125,7 +124,6 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.long(name=["kto", "alphadpo", "simpo"])
 def test_every_kind_of_objective(tmp_path, name):
     """Steps of 4, 4 and 3 items, then an evaluation in batches of 3 and 2."""
     options, rows = OBJECTIVES[name]
@@ -155,7 +153,6 @@ def test_every_kind_of_objective(tmp_path, name):
         ("adadpo", ["q_proj", "lm_head"], False),
     ],
 )
-@pytest.mark.long(objective="tdpo2", checkpointing=False)
 def test_adapters_whose_reference_is_their_base(tmp_path, objective, targets, checkpointing):
     def adapted(_):
         config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=targets)

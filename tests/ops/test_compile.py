@@ -160,8 +160,8 @@ def test_loss_of_every_objective(name, device):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("trains_head", [False, True])
-@pytest.mark.long(trains_head=False, packed=True)
-@pytest.mark.long(trains_head=True, packed=False)
+@pytest.mark.long(packed=False)
+@pytest.mark.long(trains_head=False)
 def test_reference_and_packing(trains_head, packed, device):
     """The reference through its own head, alignments of WPO, and a packed batch."""
     model = Model(WPO(DPO(0.1)), trains_head).to(device)
@@ -242,8 +242,7 @@ def test_the_compiler_that_users_have(device):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("spoiled", ["ruled out", "NaN", "reference"])
-@pytest.mark.long(packed=True, spoiled=["NaN", "reference"])
-@pytest.mark.long(packed=False, spoiled=["NaN", "reference"])
+@pytest.mark.long(spoiled=["NaN", "reference"])
 @pytest.mark.long(packed=True)
 def test_what_is_not_finite_stays_in_its_pair(spoiled, packed, device):
     """As without the compiler: the other pairs' losses and gradients are what they were."""

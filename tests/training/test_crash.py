@@ -177,20 +177,22 @@ MOMENTS = {
     "after the rename": (after_the_rename, "lora", LAST),
     "while an older one is deleted": (while_deleting, "betadpo, composed", LAST),
 }
-# One of each kind: within a file, between files, on either side of a rename, while deleting.
-QUICK = (
-    "in an adapter's weights",
-    "in the objective's state",
-    "before the rename",
-    "between two renames",
-    "while an older one is deleted",
-)
-LONG = [moment for moment in MOMENTS if moment not in QUICK]
+# Another file, another run's file or another side of what the others are of.
+LONG = [
+    "before all files",
+    "in the weights",
+    "in the optimizer's state",
+    "in the schedule's state",
+    "in the random states",
+    "in the trainer's state",
+    "after the rename",
+]
 
 
 @pytest.fixture(scope="module")
 def moments(request) -> tuple[str, ...]:
-    return tuple(MOMENTS) if request.config.getoption("--long") else QUICK
+    every = request.config.getoption("--long")
+    return tuple(moment for moment in MOMENTS if every or moment not in LONG)
 
 
 @pytest.fixture(scope="module")

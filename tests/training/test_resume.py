@@ -19,12 +19,8 @@ from support.processes import PYTHONPATH
 from support.resumed import CASES, STEPS, assert_same_runs, llama, logs_of, run_of
 from support.training import assert_same_weights, weights
 
-# What is not among these is resumed in another process below, or adds a setting to one of them.
-QUICK = ("full", "lora", "precomputed")
-
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.long(case=[case for case in CASES if case not in QUICK])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, case):
     """Stopped within an epoch, after a log and between two, at an epoch's end, and within the last."""
     whole = run_of(tmp_path, case)
