@@ -273,7 +273,6 @@ def test_bytes():
 
 @pytest.mark.parametrize("softcap", [None, 10.0])
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.long(ignored=False, softcap=None)
 @pytest.mark.long(ignored=True, softcap=10.0)
 @pytest.mark.long(ignored=False)
 def test_the_operator_uses_it_where_it_is_the_faster_way(ignored, softcap, device, monkeypatch):

@@ -189,7 +189,6 @@ def test_loss_and_gradients_are_float64s(backend, data):
 @pytest.mark.long(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
-@pytest.mark.long(backend="triton")
 def test_packed_is_padded_to_the_bit(backend, data):
     """The same tokens are scored, in the same order: nothing else may show."""
     problem, extra = data.draw(batches(backend))

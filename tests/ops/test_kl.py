@@ -97,7 +97,6 @@ def test_the_oracle_is_torch_kl_div():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.long(backend="triton", loss="both", head="trained")
 @pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
 @pytest.mark.long(backend="triton", head="bias only")
 @pytest.mark.long(backend="triton", loss="both")
@@ -312,9 +311,6 @@ def test_divergence_of_confident_models_keeps_its_relative_precision(backend, de
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("distance", [0.1, 1.0])
-@pytest.mark.long(backend="triton", dtype=torch.float16)
-@pytest.mark.long(backend="triton", distance=0.1)
-@pytest.mark.long(backend="triton", head="frozen")
 @pytest.mark.long(backend="triton")
 def test_half_precision_is_no_worse_than_eager(distance, dtype, head, backend, device):
     """Three ways: float64 on the rounded inputs, eager in the same dtype, and ours."""
@@ -360,7 +356,6 @@ def test_gradients_by_finite_differences(backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
-@pytest.mark.long(backend="triton", head="frozen")
 @pytest.mark.long(backend="triton")
 def test_two_runs_and_all_structures_agree_bit_for_bit(head, backend, device):
     case = make(300, 5.0)
@@ -423,7 +418,6 @@ def test_nothing_of_the_reference_has_a_gradient(trained, backend, device):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.long(backend="triton", trained=False)
 @pytest.mark.long(backend="triton")
 def test_autocast(trained, backend, device):
     """float32 parameters under bf16 autocast: products of bf16 operands, float32 gradients.
