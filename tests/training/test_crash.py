@@ -181,6 +181,7 @@ MOMENTS = {
 LONG = [
     "before all files",
     "in the weights",
+    "between weights and optimizer",
     "in the optimizer's state",
     "in the schedule's state",
     "in the random states",

@@ -21,6 +21,7 @@ from support.training import assert_same_weights, weights
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long(case=["bf16 autocast", "bf16 weights", "checkpointed blocks", "alphadpo"])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, case):
     """Stopped within an epoch, after a log and between two, at an epoch's end, and within the last."""
     whole = run_of(tmp_path, case)
