@@ -2,8 +2,8 @@
 
 usage: python bench/compile_reports.py [PYTHON ...]
 
-No GPU is needed. The script runs `support.compile_ahead --all` (tests/support) for each architecture, with
-this interpreter or with each PYTHON given, which may have another version of Triton. It writes
+No GPU is needed. The script runs `support.compile_ahead --all` (in tests/) for each architecture,
+with this interpreter or with each PYTHON given, which may have another version of Triton. It writes
 `bench/results/compile-reports.json` and the table `bench/COMPILE.md`. Registers and spills show
 whether a configuration is worth measuring, but not how fast it is.
 """
