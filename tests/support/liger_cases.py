@@ -61,17 +61,17 @@ class Batch:
 
 def batch(shape, dtype=torch.float32, bias=False, ref_bias=False, ignore_index=-100, **options):
     """Random numbers as Liger's tests draw them, logits far apart included."""
-    pairs, length, hidden_size, words = shape
+    pairs, length, hidden_size, vocab_size = shape
     draw = torch.Generator().manual_seed(7)
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=draw).to(dtype)
 
     rows = (2 * pairs, length, hidden_size)
-    labels = torch.randint(words, rows[:2], generator=draw)
-    if 0 <= ignore_index < words:
+    labels = torch.randint(vocab_size, rows[:2], generator=draw)
+    if 0 <= ignore_index < vocab_size:
         # No row loses tokens by chance.
-        labels[labels == ignore_index] = (ignore_index + 1) % words
+        labels[labels == ignore_index] = (ignore_index + 1) % vocab_size
     if length > 2:
         # As many of each chosen row, and other numbers of the rejected ones.
         for row in range(2 * pairs):
@@ -79,12 +79,12 @@ def batch(shape, dtype=torch.float32, bias=False, ref_bias=False, ignore_index=-
             labels[row, torch.randperm(length, generator=draw)[:count]] = ignore_index
     return Batch(
         hidden=normal(*rows),
-        weight=normal(words, hidden_size),
+        weight=normal(vocab_size, hidden_size),
         labels=labels,
-        bias=normal(words) if bias else None,
+        bias=normal(vocab_size) if bias else None,
         ref_hidden=normal(*rows),
-        ref_weight=normal(words, hidden_size),
-        ref_bias=normal(words) if ref_bias else None,
+        ref_weight=normal(vocab_size, hidden_size),
+        ref_bias=normal(vocab_size) if ref_bias else None,
         ignore_index=ignore_index,
         **options,
     )

@@ -17,7 +17,7 @@ CASES = {
     "temperature": (129, 5.0, {"temperature": 3.0}, True),
     "saturated": (129, 200.0, {}, False),
 }
-SMALL = 0.005  # MiB: several tiles of tokens and of words
+SMALL = 0.005  # MiB: several tiles of tokens and of vocabulary entries
 HEADS = {"frozen": (False, False), "trained": (True, True), "bias only": (False, True)}
 
 
