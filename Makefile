@@ -7,6 +7,7 @@
 #   MODEL    demo, study: a model folder or hub name instead of SmolLM2-135M
 #   DATA     demo, study: a JSONL file of prompt, chosen, rejected instead of the movie reviews
 #   WORKERS  test, test-all: processes                                    (default: 2)
+#   TESTS    test, test-all: folders or files, e.g. TESTS=tests/kernels   (default: all)
 #   STUDY    study: further options, e.g. STUDY="--seeds 5 --steps 100"
 
 PYTHON ?= python3
@@ -15,6 +16,7 @@ MODEL ?=
 DATA ?=
 STUDY ?=
 WORKERS ?= 2
+TESTS ?=
 
 # What is installed where; test-oldest and test-newest say otherwise.
 VENV := .venv
@@ -41,7 +43,7 @@ help:
 	@echo "make demo      train SmolLM2-135M with AdaDPO and show what changed (MODEL=, DATA= for your own)"
 	@echo "make study     train five objectives side by side and draw their curves (MODEL=, DATA=, STUDY=)"
 	@echo "make test      the tests"
-	@echo "make test-all  the tests and their long versions"
+	@echo "make test-all  the tests and their long versions (TESTS=tests/kernels for those of a folder)"
 	@echo "make test-oldest, make test-newest"
 	@echo "               the tests on the oldest and newest versions (constraints-*.txt), and a record"
 	@echo "make mutate    break the source line by line and see that the tests notice"
@@ -61,7 +63,7 @@ study: $(DEMO_SETUP)
 # holds double the time.
 test test-all: $(VENV)/.test
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
-	  $(if $(filter test-all,$@),--long)
+	  $(if $(filter test-all,$@),--long) $(TESTS)
 
 test-oldest test-newest: test-%:
 	@$(MAKE) record VENV=.venv-$* CONSTRAINTS=constraints-$*.txt RECORD=$*

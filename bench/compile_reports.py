@@ -2,8 +2,8 @@
 
 usage: python bench/compile_reports.py [PYTHON ...]
 
-No GPU is needed. The script runs `tests/support/compile_ahead.py --all` for each architecture, with
-this interpreter or with each PYTHON given, which may have another version of Triton. It writes
+No GPU is needed. The script runs `support.compile_ahead --all` (in tests/) for each architecture,
+with this interpreter or with each PYTHON given, which may have another version of Triton. It writes
 `bench/results/compile-reports.json` and the table `bench/COMPILE.md`. Registers and spills show
 whether a configuration is worth measuring, but not how fast it is.
 """
@@ -37,10 +37,11 @@ unless `tiles.py` says so.
 
 
 def compile_all(python: str, target: str) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    folders = (ROOT, ROOT / "kernels", ROOT / "tests")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [python, ROOT / "tests/support/compile_ahead.py", target, "--all"],
+        [python, "-m", "support.compile_ahead", target, "--all"],
         capture_output=True,
         text=True,
         env=environment,

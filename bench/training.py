@@ -14,29 +14,25 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TESTS = [str(ROOT / "tests" / name) for name in ("", "models", "training")]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), *TESTS]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "tests")]
 
 import datasets
-import test_ddp
-import test_packing
-import test_resume
 import torch
-from test_trainer import step_logs, weights
 from torch import Tensor
 
 import prefkern
 from prefkern_bench import environment
-from support import tiny
+from support import ddp, tiny
+from support.packed import PACKS, both_ways, gradients_of
+from support.resumed import CASES, logs_of, run_of
+from support.training import step_logs, weights
 
 PAGE = ROOT / "bench/TRAINING.md"
 RESULT = ROOT / "bench/results/training-cpu.json"
@@ -54,17 +50,15 @@ def relative(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
 def packing() -> list[dict[str, Any]]:
     """Padded against packed runs: the largest difference of a loss and of a gradient."""
     rows = []
-    for family in test_packing.PACKS:
+    for family in PACKS:
 
         def model(seed: int, family: str = family) -> Any:
-            return tiny.model(family, seed, **test_packing.PACKS[family])
+            return tiny.model(family, seed, **PACKS[family])
 
         with tempfile.TemporaryDirectory() as folder:
-            runs = test_packing.both_ways(
-                Path(folder), model, ref_model=lambda model=model: model(1), count=8
-            )
+            runs = both_ways(Path(folder), model, ref_model=lambda model=model: model(1), count=8)
         losses = [[log["loss"] for log in step_logs(run)] for run in runs]
-        gradients = [test_packing.gradients_of(run) for run in runs]
+        gradients = [gradients_of(run) for run in runs]
         worst = 0.0
         for padded, packed in zip(*gradients, strict=True):
             total = torch.cat([gradient.flatten() for gradient in padded.values()]).norm().item()
@@ -87,14 +81,14 @@ def packing() -> list[dict[str, Any]]:
 def resumption() -> list[dict[str, Any]]:
     """Runs stopped after 3 of 8 steps and resumed: the weights that are not bitwise equal."""
     rows = []
-    for case in test_resume.CASES:
+    for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
-            whole = test_resume.run_of(Path(folder), case)
+            whole = run_of(Path(folder), case)
             whole.train()
-            resumed = test_resume.run_of(Path(folder), case, save_strategy="no")
+            resumed = run_of(Path(folder), case, save_strategy="no")
             resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
         mine, theirs = weights(resumed.model), weights(whole.model)
-        logged = test_resume.told(whole)
+        logged = logs_of(whole)
         rows.append(
             {
                 "case": case,
@@ -102,7 +96,7 @@ def resumption() -> list[dict[str, Any]]:
                 "weights": len(theirs),
                 "weights_that_differ": sum(not torch.equal(mine[n], theirs[n]) for n in theirs),
                 "numbers_logged": sum(map(len, logged)),
-                "logs_equal": test_resume.told(resumed) == logged,
+                "logs_equal": logs_of(resumed) == logged,
             }
         )
     return rows
@@ -112,15 +106,10 @@ def ranks() -> list[dict[str, Any]]:
     """Two ranks under torchrun against one process on the joint batch: gradients of each step."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run(
-            [*launch, "--nproc-per-node=2", test_ddp.__file__, folder, *test_ddp.CASES],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-            check=True,
-        )
+        ddp.launch(Path(folder), *ddp.CASES)
         both = [torch.load(f"{folder}/rank{rank}.pt") for rank in range(2)]
-        for case in test_ddp.CASES:
-            expected = test_ddp.gradients_of(Path(folder), case, ranks=1)["gradients"]
+        for case in ddp.CASES:
+            expected = ddp.gradients_of(Path(folder), case, ranks=1)["gradients"]
             first, second = (outcome[case]["gradients"] for outcome in both)
             worst = max(
                 relative(mine[name], joint[name], 1e-4)
@@ -132,7 +121,7 @@ def ranks() -> list[dict[str, Any]]:
                 for mine, other in zip(first, second, strict=True)
                 for name in mine
             )
-            pairs, batch, accumulated, _ = test_ddp.CASES[case]
+            pairs, batch, accumulated, _ = ddp.CASES[case]
             rows.append(
                 {
                     "case": case,

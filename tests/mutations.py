@@ -3,7 +3,7 @@
 usage: python tests/mutations.py [--workers N] [--only TEXT | --new]     (make mutate)
 
 Each of `MUTATIONS` is applied to a copy of the tree in a temporary folder, where the tests named with
-it run until one fails, which must pass without it. Writes `bench/results/mutations.json` and the page
+it run, those of `make test` and no long ones, until one fails, which must pass without it. Writes `bench/results/mutations.json` and the page
 `bench/MUTATIONS.md`, unless `--only` chose some; with `--new` those run that the record does not have
 as killed. Exit status 1 unless every mutation is killed: one that survives shows what no test looks
 at, and is mended there.
@@ -39,12 +39,14 @@ PAGE = ROOT / "bench/MUTATIONS.md"
 SECONDS = 300
 # What tests read beside the packages.
 COPIED = ("prefkern", "kernels", "tests", "bench", "examples")
+# As pytest has it (pyproject.toml).
+PATH = (".", "kernels", "bench", "tests")
 HEAD = """\
 # Mutations
 
 Written by `make mutate`, last on {date}: {killed} of {tried} killed. Each line changes one thing in a copy
-of the source and runs the tests that should notice. *Killed by* is the first that failed, which
-passes without the change.
+of the source and runs the tests of `make test` that should notice, and no long ones. *Killed by* is the
+first that failed, which passes without the change.
 
 | what breaks | file | killed by | s |
 |---|---|---|---|
@@ -70,7 +72,7 @@ class Mutation(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What became of a mutation: killed, survived, timeout, not found, or not run."""
+    """How a mutation ended: killed, survived, timeout, not found, or not run."""
 
     breaks: str
     file: str
@@ -336,14 +338,14 @@ MUTATIONS = (
     ),
     Mutation(
         "labels are not shifted",
-        "prefkern/models/head_forward.py",
+        "prefkern/models/scoring.py",
         "aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)",
         "aligned = labels.clone()",
         "tests/models/test_models.py -k temperature",
     ),
     Mutation(
         "the last token of a packed sequence predicts the first of the next",
-        "prefkern/models/head_forward.py",
+        "prefkern/models/scoring.py",
         "to(labels.device, torch.int64) - 1, IGNORE_INDEX)",
         "to(labels.device, torch.int64)[-1:] - 1, IGNORE_INDEX)",
         "tests/models/test_packing.py -k 'no_label or token_logprobs'",
@@ -379,7 +381,7 @@ MUTATIONS = (
     ),
     Mutation(
         "temperature is ignored",
-        "prefkern/ops/call.py",
+        "prefkern/ops/logprobs.py",
         "transform = Transform(float(logit_scale), softcap, float(temperature))",
         "transform = Transform(float(logit_scale), softcap)",
         "tests/ops/test_linear_logprobs.py -k float32_against_float64",
@@ -496,7 +498,7 @@ MUTATIONS = (
         "prefkern/training/item_trainer.py",
         "(items * self.accelerator.num_processes / num_items_in_batch)",
         "(items / num_items_in_batch)",
-        "tests/training/test_trainer.py -k two_ranks",
+        "tests/training/test_ddp.py -k evaluated",
     ),
     Mutation(
         "accumulated batches count alike, whatever their size",
@@ -632,7 +634,7 @@ def _pytest(root: Path, tests: str) -> tuple[int | None, str]:
         **os.environ,
         # The copy, wherever prefkern is installed from; and no bytecode, whose time of writing
         # cannot tell two texts of one second and size apart.
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join(str(root / folder) for folder in PATH),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -51,7 +51,7 @@ def main() -> int:
     environment = {
         **os.environ,
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in (".", "kernels", "tests")),
     }
     environment.pop("TRITON_INTERPRET", None)
     drive = [sys.executable, str(Path(__file__).resolve()), "--drive"]

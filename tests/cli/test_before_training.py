@@ -16,14 +16,12 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_cli_train import error, files, flags  # noqa: F401
-from test_trainer import trainer
-from test_trainer_objectives import made, margin_rows, single_rows
-
 from prefkern.cli import __main__ as cli
 from prefkern.cli import before_training
 from prefkern.cli import train as command
 from prefkern.training.item_trainer import ItemTrainer
+from support.command_line import error, flags
+from support.training import made, margin_rows, single_rows, trainer
 
 
 @pytest.mark.parametrize(
@@ -48,7 +46,7 @@ from prefkern.training.item_trainer import ItemTrainer
     ids=lambda value: str(value)[:40],
 )
 def test_options_are_looked_at_before_the_model_is_loaded(
-    files,  # noqa: F811
+    files,
     tmp_path,
     capsys,
     monkeypatch,
@@ -79,7 +77,7 @@ def test_options_that_are_right_pass(tmp_path):
         run.train()
 
 
-def test_a_bool_of_yaml_that_was_a_word(files, tmp_path, capsys):  # noqa: F811
+def test_a_bool_of_yaml_that_was_a_word(files, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(files) + "save_strategy: no\n")
     message = error([str(path)], capsys)
@@ -131,7 +129,7 @@ def test_known_metrics_are_those_of_an_evaluation(tmp_path, objective):
             before_training.check_best_metric(run)
 
 
-def test_an_unknown_metric_is_told_before_training(files, capsys, monkeypatch):  # noqa: F811
+def test_an_unknown_metric_is_told_before_training(files, capsys, monkeypatch):
     monkeypatch.setattr(ItemTrainer, "train", lambda *_, **__: pytest.fail("it trained"))
     options = {"eval_fraction": 0.25, "eval_strategy": "steps", "metric_for_best_model": "foo"}
     message = error(flags({**files, **options}), capsys)
@@ -139,13 +137,13 @@ def test_an_unknown_metric_is_told_before_training(files, capsys, monkeypatch): 
     assert " rewards/accuracies, " in message
 
 
-def test_a_spoilt_run_is_one_line(files, capsys):  # noqa: F811
+def test_a_spoilt_run_is_one_line(files, capsys):
     message = error(flags({**files, "learning_rate": 1e30, "objective": "simpo"}), capsys)
     assert "not finite" in message and "learning_rate" in message
 
 
 @pytest.mark.parametrize("at", [0, 2])
-def test_an_interrupted_run_says_where_it_goes_on(files, tmp_path, capsys, monkeypatch, at):  # noqa: F811
+def test_an_interrupted_run_says_where_it_goes_on(files, tmp_path, capsys, monkeypatch, at):
     compute = ItemTrainer._get_num_items_in_batch
 
     def interrupt(self, *args):
@@ -170,7 +168,7 @@ def test_an_interrupted_run_says_where_it_goes_on(files, tmp_path, capsys, monke
     assert state["global_step"] == 3
 
 
-def test_an_interrupted_preparation(files, capsys, monkeypatch):  # noqa: F811
+def test_an_interrupted_preparation(files, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -179,7 +177,7 @@ def test_an_interrupted_preparation(files, capsys, monkeypatch):  # noqa: F811
     assert capsys.readouterr().err == "prefkern train: interrupted; nothing was saved\n"
 
 
-def test_what_is_no_ones_doing_keeps_its_traceback(files, monkeypatch):  # noqa: F811
+def test_what_is_no_ones_doing_keeps_its_traceback(files, monkeypatch):
     def fault(*_, **__):
         raise KeyError("a bug")
 
@@ -188,7 +186,7 @@ def test_what_is_no_ones_doing_keeps_its_traceback(files, monkeypatch):  # noqa:
         cli.main(["train", *flags(files)])
 
 
-def test_files_of_models_are_one_line_too(files, tmp_path, capsys):  # noqa: F811
+def test_files_of_models_are_one_line_too(files, tmp_path, capsys):
     weights = tmp_path / "model" / "model.safetensors"
     assert load_file(weights)
     weights.write_bytes(weights.read_bytes()[:3000])

@@ -17,11 +17,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 import prefkern
+from prefkern.cli import __main__ as cli
 from prefkern_bench import command, group, pictures, problem, providers, shapes, step, suites
 from prefkern_bench.group import Settings
 from prefkern_bench.measure import Meter
 from prefkern_bench.report import PLAIN_PRODUCT, Row
 from prefkern_bench.timing import describe_failure, time_in_turns
+from support.processes import environment
 
 CPU = torch.device("cpu")
 MODULES = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
@@ -479,5 +481,18 @@ def test_help_needs_no_gpu_and_no_peer() -> None:
         "    sys.modules[name] = None\n"
         "from prefkern_bench import main\nmain(['--help'])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
     assert "--pictures" in found.stdout
+
+
+def test_a_benchmark_that_is_not_installed(monkeypatch, capsys) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "prefkern_bench" else find(name)
+    )
+    assert cli.main(["bench", "--quick"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("prefkern bench: error: the benchmark (prefkern_bench) is not installed")
+    assert "pip install '.[bench]'" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import torch
 import transformers
 
 from support import tiny
+from support.processes import environment
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -20,42 +20,7 @@ yaml = pytest.importorskip("yaml")
 
 from prefkern.cli import __main__ as cli
 from prefkern.cli import train
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A model folder, a file of pairs, and flags that make a short run of them."""
-    tiny.model().save_pretrained(tmp_path / "model")
-    tiny.tokenizer().save_pretrained(tmp_path / "model")
-    rows = tiny.pairs(12)
-    rows[0]["rejected"] = rows[0]["chosen"]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model_name_or_path": str(tmp_path / "model"),
-        "dataset": str(tmp_path / "pairs.jsonl"),
-        "output_dir": str(tmp_path / "out"),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-    }
-
-
-def flags(options: dict) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def error(argv: list[str], capsys) -> str:
-    """The one line that a failing run prints on stderr."""
-    assert cli.main(["train", *argv]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    bars = ("it/s", "examples/s")
-    lines = [line for line in lines if line.strip() and not any(bar in line for bar in bars)]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("prefkern train: error: ")
-    return lines[0]
+from support.command_line import error, flags
 
 
 def test_lora_run_from_flags(files, tmp_path, capsys):
@@ -313,5 +278,4 @@ def test_help_does_not_import_transformers():
         "import sys; from prefkern.cli.__main__ import main; main(['--help']);"
         "sys.exit('transformers' in sys.modules)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())

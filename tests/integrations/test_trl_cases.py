@@ -17,8 +17,8 @@ from support import tiny
 
 pytest.importorskip("trl")
 
-import test_trainer
-from test_trl import build, datasets, peft
+import datasets
+import peft
 from trl import DPOConfig
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -27,6 +27,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from prefkern import PreferenceTrainer
 from prefkern.data.collate import PreferenceCollator
 from prefkern.integrations.trl import DPOTrainer, fuse_head
+from support import training
+from support.trl_runs import build
 
 BOTH = ["trl", "prefkern"]
 
@@ -46,7 +48,7 @@ def made(path: Path, kind: str, **options):
         if "ref_model" not in options and "peft_config" not in options:
             options["ref_model"] = None if _is_adapted(options) else tiny.model(seed=1)
         return build(path, DPOTrainer, DPOConfig, **options)
-    return test_trainer.trainer(path, objective="dpo", max_grad_norm=0.0, **options)
+    return training.trainer(path, objective="dpo", max_grad_norm=0.0, **options)
 
 
 def _is_adapted(options) -> bool:

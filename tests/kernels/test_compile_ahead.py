@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.processes import environment
 
 pytest.importorskip("triton")
 tiles = pytest.importorskip("prefkern_kernels.tiles")
@@ -35,18 +36,14 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.long) for t in SHARED],
-)
+@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.long
 def test_compiles(target):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/support/compile_ahead.py", target],
+        [sys.executable, "-m", "support.compile_ahead", target],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment(interprets=False),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

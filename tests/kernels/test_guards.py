@@ -20,11 +20,11 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from test_product_fold import ACCURACY, PLAIN, TRANSFORMS, assert_right, truth
 
 import prefkern_kernels as kernels
 from prefkern_kernels import tiles
 from support import guarded, launch_cases
+from support.product import ACCURACY, PLAIN, TRANSFORMS, assert_right, truth
 
 # One size of row for each block, the largest one of two blocks; and, with --long, all around them.
 SIZES = [127, 129, 511, 1023, 2049]

@@ -15,6 +15,7 @@ import torch
 from prefkern import Pairs
 from prefkern.objectives import DPO, Adaptive
 from prefkern.ops import fold_state, torch_tiles
+from support.windows import GUARD, assert_guard_kept, guarded
 
 kernels = pytest.importorskip("prefkern_kernels")
 
@@ -22,19 +23,6 @@ TRANSFORMS = [
     {"logit_scale": 1.0, "softcap": None, "temperature": 1.0},
     {"logit_scale": 1.7, "softcap": 8.0, "temperature": 0.6},
 ]
-GUARD = 12345.0
-
-
-def guarded(n: int, v: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A whole buffer and an (n, v) window of it, in the middle of rows and columns."""
-    whole = torch.full((n + 2, v + 5), GUARD, dtype=dtype, device=device)
-    return whole, whole[1 : n + 1, 2 : v + 2]
-
-
-def assert_guard_kept(whole: torch.Tensor, n: int, v: int) -> None:
-    outside = torch.ones_like(whole, dtype=torch.bool)
-    outside[1 : n + 1, 2 : v + 2] = False
-    assert (whole[outside] == torch.tensor(GUARD, dtype=whole.dtype)).all()
 
 
 def ran(name: str, before: int) -> bool:

@@ -19,11 +19,10 @@ from prefkern.ops import fold_state, torch_tiles
 
 kernels = pytest.importorskip("prefkern_kernels")
 
-from test_product_fold import ACCURACY, PLAIN, assert_right, truth
-
 from prefkern_kernels import tiles
 from support import launch_cases
 from support.launch_cases import CASES
+from support.product import ACCURACY, PLAIN, assert_right, truth
 
 WRAP = 2**31
 SIZE = 70
@@ -101,6 +100,8 @@ def test_rows_far_apart(name, ops, tmp_path, device):
 
 @pytest.mark.parametrize("by_descriptor", [False, True])
 @pytest.mark.parametrize("with_rows", [False, True])
+@pytest.mark.long(with_rows=False)
+@pytest.mark.long(by_descriptor=True)
 def test_product_of_rows_far_apart(with_rows, by_descriptor, tmp_path, device):
     config = tiles.ProductConfig(16, 32, 32, 4, 2, by_descriptor=by_descriptor, tiles=2, group=2)
     # Whole tiles: words of a cut one are counted from its own beginning.
@@ -176,6 +177,7 @@ def test_tokens_beyond_2_31(tmp_path, device):
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.long(backend="triton", trains=False)
 def test_operator(trains, tmp_path, backend, device):
     """Hidden states and a head whose rows are far apart, forward and backward."""
     hidden, weight = torch.randn(6, 16, device=device), torch.randn(40, 16, device=device)

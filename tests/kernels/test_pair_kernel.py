@@ -115,6 +115,7 @@ def assert_twins(case: Case, asked: Scores, *, rtol: float, atol: float = 1e-30)
 
 
 @pytest.mark.parametrize("name", KERNEL_CASES)
+@pytest.mark.long(name=[*KERNEL_CASES][1::2])
 def test_against_the_oracle(name, device):
     """Value, gradient at the tokens and coefficients, to float32's accuracy, hard pairs included."""
     case = KERNEL_CASES[name]
@@ -142,6 +143,7 @@ def random_scores(objective: Objective, device: str) -> Scores:
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.long(name=[*FORMS][::2])
 def test_is_the_torch_class_on_random_pairs(name, device):
     case = KERNEL_CASES[name]
     asked = random_scores(case.make(), device)
@@ -155,6 +157,7 @@ SIZES = [0.0, -1e-4, -30.0, -1e4]
 # The interpreter says so of MADPO's weight where it is not taken.
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.long(name=[*FORMS][1::2])
 def test_extremes(name, device):
     """From nothing to saturation: log-ratios of 1e4, equal responses, margins without bound."""
     case = KERNEL_CASES[name]

@@ -15,16 +15,8 @@ from prefkern.ops import fold_state
 kernels = pytest.importorskip("prefkern_kernels")
 
 from prefkern_kernels import tiles
+from support.product import ACCURACY, PLAIN, TRANSFORMS, assert_right, truth
 
-PLAIN = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
-TRANSFORMS = {
-    "plain": PLAIN,
-    "scaled": {"logit_scale": 0.25, "softcap": None, "temperature": 0.7},
-    "negative": {"logit_scale": -0.5, "softcap": None, "temperature": 1.0},
-    # What is left out of a sum must not come back as the cap's own lower end.
-    "low softcap": {"logit_scale": 1.0, "softcap": 0.5, "temperature": 1.0},
-    "softcap": {"logit_scale": 1.7, "softcap": 8.0, "temperature": 0.6},
-}
 CONFIGS = {
     "pointers": tiles.ProductConfig(16, 32, 32, 4, 2, tiles=2, group=2),
     "flat pointers": tiles.ProductConfig(16, 32, 32, 4, 2, flatten=True, tiles=3, group=2),
@@ -32,8 +24,6 @@ CONFIGS = {
     "descriptors": tiles.ProductConfig(16, 32, 32, 4, 2, True, tiles=2, group=3),
     "flat descriptors": tiles.ProductConfig(16, 32, 64, 4, 2, True, True, tiles=2, group=2),
 }
-# Half-precision products are exact in float32, and so is every logit but for its sum's rounding.
-ACCURACY = {torch.bfloat16: 2e-6, torch.float16: 2e-6, torch.float32: 4e-6}
 
 
 def case(n, v, h, dtype, device, seed=0, spread=4.0):
@@ -69,44 +59,11 @@ def run(hidden, weight, bias, labels, state=None, **options) -> fold_state.FoldS
     return state
 
 
-def truth(hidden, weight, bias, labels, logit_scale, softcap, temperature):
-    """In float64: log-probs, 1 - p_label, label's logit and slope, logits."""
-    z = hidden.double() @ weight.double().t()
-    if bias is not None:
-        z = z + bias.double()
-    z = z * logit_scale
-    slope = torch.ones_like(z)
-    if softcap is not None:
-        t = torch.tanh(z / softcap)
-        z, slope = softcap * t, 1 - t * t
-    z = z / temperature
-    column = labels.unsqueeze(1)
-    others = z.scatter(1, column, -math.inf).logsumexp(1)
-    label = z.gather(1, column)[:, 0]
-    # log sigmoid of the difference: no cancellation on either side.
-    logps = -torch.nn.functional.softplus(others - label)
-    miss = torch.sigmoid(others - label)
-    return logps, miss, label, slope.gather(1, column)[:, 0], z
-
-
-def assert_right(state, expected, tolerance, softcap) -> None:
-    logps, miss, label, slope, z = expected
-    # The error of a float32 logit of this size.
-    scale = max(z.abs().max().item(), 1.0)
-    folded = fold_state.finish(state)
-    torch.testing.assert_close(folded.logps.double(), logps, rtol=4e-6, atol=tolerance * scale)
-    torch.testing.assert_close(folded.miss.double(), miss, rtol=3 * tolerance * scale, atol=1e-37)
-    torch.testing.assert_close(state.label_logit.double(), label, rtol=0, atol=tolerance * scale)
-    if softcap is None:
-        assert (state.label_slope == 1).all()
-    else:
-        torch.testing.assert_close(state.label_slope.double(), slope, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("n", "v", "h"), [(37, 201, 72), (1, 17, 8), (64, 256, 64)])
 @pytest.mark.long(n=64)
+@pytest.mark.long(config=["one split", "flat descriptors"])
 def test_against_float64(n, v, h, config, transform, device):
     """Sizes that divide no block and sizes that divide them, by every way of reading operands."""
     hidden, weight, labels = case(n, v, h, torch.bfloat16, device)
@@ -241,6 +198,7 @@ def test_state_is_that_of_fold(device):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.long(config=["one split", "flat pointers", "flat descriptors"])
 def test_bitwise_the_same(config, device):
     """In two runs, and for a token whichever tokens are beside it."""
     hidden, weight, labels = case(50, 333, 64, torch.bfloat16, device)
@@ -315,8 +273,8 @@ def test_bytes():
 
 @pytest.mark.parametrize("softcap", [None, 10.0])
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.long(ignored=False, softcap=None)
 @pytest.mark.long(ignored=True, softcap=10.0)
+@pytest.mark.long(ignored=False)
 def test_the_operator_uses_it_where_it_is_the_faster_way(ignored, softcap, device, monkeypatch):
     """Log-probs alone go through it; a gradient, statistics or a shared reference do not."""
     import prefkern

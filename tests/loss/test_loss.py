@@ -143,6 +143,7 @@ def test_against_float64(name, trained, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.long(backend="triton", dtype=torch.float32)
 def test_adadpo_is_listing_1_down_to_the_head(dtype, backend, device):
     """The paper's code on the log-probs of float64 logits: value, dH and dW of the whole loss."""
     data = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch(B=4).items()}
@@ -267,7 +268,7 @@ EMPTY_LOSS = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.long(backend="triton", name=[n for n in OBJECTIVES if n not in WAYS])
+@pytest.mark.long(backend="triton", name=[n for n in OBJECTIVES if n != "adadpo"])
 def test_all_masked_responses_are_a_differentiable_zero(name, backend, device):
     data = batch()
     data["labels"][1] = -100
@@ -319,6 +320,7 @@ def test_statistics_on_request(backend, device):
     assert not out.token_stats.logps.requires_grad
 
 
+@pytest.mark.long(backend="triton")
 def test_against_liger(backend, device):
     """A peer's code: Liger's fused DPO loss in float32, value, dH and dW."""
     dpo_loss = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss")
@@ -346,7 +348,7 @@ def test_against_liger(backend, device):
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
 )
-@pytest.mark.long(backend="triton", name=[n for n in WAYS if n not in ("adadpo", "tdpo2")])
+@pytest.mark.long(backend="triton", name=[n for n in WAYS if n != "adadpo"])
 @pytest.mark.long(backend="triton", mode=torch.inference_mode)
 def test_without_gradients_the_numbers_are_the_same(name, mode, backend, device):
     """Evaluation's losses, gradients on log-probs and metrics are those of a differentiated call."""
@@ -370,6 +372,8 @@ def test_without_gradients_the_numbers_are_the_same(name, mode, backend, device)
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.long(backend="triton", packed=False)
+@pytest.mark.long(backend="triton", trained=False)
 def test_kto_against_float64(packed, trained, backend, device):
     """Five responses, one of them empty, and three mismatched log-ratios."""
     data = {name: x[:5] if x.ndim > 1 and len(x) == 6 else x for name, x in batch().items()}
@@ -624,6 +628,7 @@ def test_a_shared_head_is_read_once(packed, trained, backend, device, monkeypatc
                 torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long(backend="triton")
 def test_equal_models_through_a_shared_head(backend, device):
     """At step 0 the loss is ln 2, to the last bit of what float32 makes of it."""
     hidden = torch.randn(4, 9, 16, device=device, requires_grad=True)

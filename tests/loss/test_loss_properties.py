@@ -92,6 +92,7 @@ def packed(problem: Problem, extra: dict[str, Any]) -> tuple[dict, Tensor, dict]
     return tensors, problem.labels.reshape(-1)[kept], extra
 
 
+@pytest.mark.long(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_loss_and_gradients_are_float64s(backend, data):
@@ -185,9 +186,9 @@ def test_loss_and_gradients_are_float64s(backend, data):
         assert_within(ours, theirs, limit, name)
 
 
+@pytest.mark.long(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
-@pytest.mark.long(backend="triton")
 def test_packed_is_padded_to_the_bit(backend, data):
     """The same tokens are scored, in the same order: nothing else may show."""
     problem, extra = data.draw(batches(backend))
@@ -225,6 +226,7 @@ def test_packed_is_padded_to_the_bit(backend, data):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.long(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_divergence_is_float64s(backend, data):

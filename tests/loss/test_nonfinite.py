@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prefkern
 from prefkern.loss.diagnostics import explain_nonfinite
 from prefkern.objectives import build
+from support import tiny
 from support.machine import BACKENDS
 
 B, T, H, V, R = 2, 5, 8, 130, 3
@@ -303,11 +304,9 @@ def test_an_infinite_logit_of_the_label_is_no_certainty(backend, device):
 
 # The trainer.
 
-tiny = pytest.importorskip("tiny")
-
 
 def trainer(tmp_path, **options):
-    from test_trainer import trainer
+    from support.training import trainer
 
     return trainer(tmp_path, objective="dpo", **options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +10,13 @@ from types import MethodType
 
 import pytest
 import torch
-from test_trainer import config, step_logs, trainer, weights
 
 import prefkern
 from prefkern.training import rewards
 from support import tiny
 from support.family_table import batch
+from support.processes import environment
+from support.training import config, step_logs, trainer, weights
 
 liger = pytest.importorskip("liger_kernel.transformers")
 
@@ -80,9 +80,7 @@ def test_what_would_have_no_effect_is_an_error(tmp_path, applied, monkeypatch) -
     with pytest.raises(ValueError, match="no kernels for GPT2LMHeadModel .model type 'gpt2'"):
         trainer(tmp_path, use_liger_kernel=True, model=tiny.model("GPT2"))
     assert not applied
-    monkeypatch.setattr(
-        "prefkern.models.head_forward.liger.is_liger_kernel_available", lambda: False
-    )
+    monkeypatch.setattr("prefkern.models.liger.is_liger_kernel_available", lambda: False)
     with pytest.raises(ImportError, match="pip install liger-kernel"):
         trainer(tmp_path, use_liger_kernel=True)
 
@@ -129,12 +127,12 @@ def test_ligers_own_forward_still_calls_the_head(family: str) -> None:
         torch.testing.assert_close(parameter.grad, gradients[each], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_training_on_ligers_layers_is_training(tmp_path) -> None:
     """RMS norm, rotary embedding and SwiGLU by Liger, under Triton's interpreter, against torch's."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)],
-        env=environment,
+        env=environment(interprets=True),
         capture_output=True,
         text=True,
         timeout=240,

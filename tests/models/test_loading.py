@@ -15,12 +15,11 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_trainer import config, lora
-
 from prefkern import PreferenceTrainer
 from prefkern.cli import plan
 from prefkern.models.loading import load_model, load_tokenizer
 from prefkern.training import rewards
+from support.training import config, lora
 
 FAMILIES = {
     "Llama": {},

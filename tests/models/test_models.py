@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import prefkern
-from prefkern.models import head_forward as models
+from prefkern.models import transform
 from prefkern.models.transform import head_transform
 from support import tiny
 from support.family_table import batch as _batch
@@ -168,8 +168,8 @@ def test_probe_leaves_no_trace():
 
 def test_probe_runs_once_and_again_for_an_edited_config(monkeypatch):
     calls = []
-    probe = models._probe
-    monkeypatch.setattr(models, "_probe", lambda *a: calls.append(1) or probe(*a))
+    probe = transform._probe
+    monkeypatch.setattr(transform, "_probe", lambda *a: calls.append(1) or probe(*a))
     model = tiny.model("Gemma2", final_logit_softcapping=30.0)
     assert head_transform(model).softcap == 30
     assert head_transform(model).softcap == 30
@@ -231,11 +231,11 @@ def test_probe_asks_for_no_image():
     """Words that a config names are not probed with, be they the first or nearly all."""
     config = tiny.model().config
     config.image_token_index = 3
-    assert models._plain_tokens(config, 4)[0] > 4
+    assert transform._plain_tokens(config, 4)[0] > 4
     named = {"vocab_size", "pad_token_id", "eos_token_id", "bos_token_id"}
-    assert not {getattr(config, name) for name in named} & set(models._plain_tokens(config, 90))
+    assert not {getattr(config, name) for name in named} & set(transform._plain_tokens(config, 90))
     config.vocab_size = 2
-    assert models._plain_tokens(config, 4) == [0] * 4
+    assert transform._plain_tokens(config, 4) == [0] * 4
 
 
 def _change_logits(model, change):

@@ -8,13 +8,19 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
-from test_trainer import assert_same_weights, config, step_logs, trainer, weights
 
 import prefkern
 from prefkern.models import routers
 from prefkern.models.routers import RouterLoss
 from support import tiny
+from support.training import (
+    assert_same_weights,
+    config,
+    first_dpo_loss,
+    step_logs,
+    trainer,
+    weights,
+)
 
 ON = {"output_router_logits": True}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -29,23 +35,6 @@ FAMILIES = {
 
 def mixture(family: str = "Mixtral", **options):
     return tiny.model(family, **FAMILIES[family], **options)
-
-
-def first_dpo_loss(model, batch: dict, coefficient: float = 0.0):
-    """DPO's first loss at beta 0.1 from the model's logits, and what the model returned.
-
-    Its own load-balancing loss is added, times a coefficient that is not 0.
-    """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if coefficient:
-        inputs["output_router_logits"] = True
-    output = model(**inputs)
-    labels = batch["labels"][:, 1:]
-    picked = output.logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])
-    sums = (picked[..., 0] * (labels != -100)).sum(1)
-    chosen, rejected = (sums - sums.detach()).chunk(2)  # the reference is the initial model
-    loss = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
-    return (loss + coefficient * output.aux_loss if coefficient else loss), output
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,7 +198,7 @@ def test_what_cannot_be_had_is_an_error(tmp_path: Path, monkeypatch) -> None:
         patch.setattr(routers, "_COEFFICIENTS", ("another_coef", "third_coef"))
         with pytest.raises(ValueError, match="router_logits but has no another_coef or third_coef"):
             RouterLoss.of(mixture(**ON))
-    output = prefkern.ops.outputs.UnpairedOutput(*[torch.zeros(2)] * 8)
+    output = prefkern.loss.outputs.UnpairedOutput(*[torch.zeros(2)] * 8)
     for returned in ({}, 0, None):
         with pytest.raises(ValueError, match="returned none"):
             RouterLoss(0.1).added_to(output, type("Output", (), {"aux_loss": returned})())

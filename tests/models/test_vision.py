@@ -8,13 +8,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from test_routers import first_dpo_loss
-from test_trainer import step_logs, trainer, weights
 
 import prefkern
 from prefkern import PreferenceTrainer
 from support import family_table, tiny
 from support.family_table import VISION, Family
+from support.training import first_dpo_loss, step_logs, trainer, weights
 
 
 @pytest.mark.parametrize("family", VISION, ids=str)

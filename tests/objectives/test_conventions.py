@@ -20,6 +20,7 @@ from support import tiny
 pytest.importorskip("trl")
 pytest.importorskip("liger_kernel")
 
+import datasets
 import trl.kernels
 from liger_kernel.chunked_loss import (
     LigerFusedLinearCPOLoss,
@@ -28,8 +29,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearORPOLoss,
     LigerFusedLinearSimPOLoss,
 )
-from test_peers_cases import CASES, SHAPES, batch, liger, run, sums
-from test_trl import PlainDPOTrainer, build, datasets
+from trl import DPOTrainer as PlainDPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -39,6 +39,8 @@ from prefkern import objectives
 from prefkern.data import truncate
 from prefkern.data.collate import PreferenceCollator
 from prefkern.integrations.trl import DPOTrainer
+from support.liger_cases import CASES, SHAPES, batch, liger, run, sums
+from support.trl_runs import build
 
 PAGE = Path(__file__).parent.parent.parent / "docs/objectives.md"
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}

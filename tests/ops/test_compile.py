@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from test_linear_logprobs import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefkern
@@ -19,6 +18,7 @@ from prefkern import Pairs, objectives, reference
 from prefkern.loss import diagnostics
 from prefkern.objectives import DPO, KTO, TDPO2, WPO
 from prefkern.ops import compiled, sequences
+from support.logprobs import relative
 
 B, T, H, V = 3, 10, 16, 300
 TRANSFORM = {"logit_scale": 0.9, "softcap": 12.0, "temperature": 1.1}
@@ -65,6 +65,8 @@ def counted(function: Callable, backend: str = "aot_eager"):
 
 @pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("workspace_mb", [0.005, 64])
+@pytest.mark.long(workspace_mb=64, trains_head=False)
+@pytest.mark.long(workspace_mb=0.005, trains_head=True)
 def test_operator(workspace_mb, trains_head, device):
     """One graph, compiled once for all N; values and gradients against float64."""
     weight = torch.randn(V, H, device=device, requires_grad=trains_head)
@@ -211,8 +213,8 @@ def test_linear_kl(device):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("trains_head", [False, True])
-@pytest.mark.long(trains_head=False, packed=True)
-@pytest.mark.long(trains_head=True, packed=False)
+@pytest.mark.long(packed=False)
+@pytest.mark.long(trains_head=False)
 def test_reference_and_packing(trains_head, packed, device):
     """The reference through its own head, alignments of WPO, and a packed batch."""
     model = Model(WPO(DPO(0.1)), trains_head).to(device)
@@ -273,6 +275,7 @@ def test_layouts_under_inductor(device):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+@pytest.mark.long
 def test_the_compiler_that_users_have(device):
     """inductor itself, once: the whole step in one graph."""
     model = Model(DPO(0.1), trains_head=True).to(device)
@@ -292,7 +295,8 @@ def test_the_compiler_that_users_have(device):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("spoiled", ["ruled out", "NaN", "reference"])
-@pytest.mark.long(packed=True, spoiled=["NaN", "reference"])
+@pytest.mark.long(spoiled=["NaN", "reference"])
+@pytest.mark.long(packed=True)
 def test_what_is_not_finite_stays_in_its_pair(spoiled, packed, device):
     """As without the compiler: the other pairs' losses and gradients are what they were."""
     model = Model(DPO(0.1), trains_head=False).to(device)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import prefkern
 from prefkern.objectives import Objective
-from support.machine import BACKENDS
 from support.objective_cases import CASES
 
 N, H, V = 24, 24, 200  # of the tokens 20 are scored
@@ -125,31 +124,17 @@ for _name in (
     "dpo: adaptive", "orpo: adaptive", "alphadpo: plain", "madpo: plain", "wpo: dpo", "tdpo2: plain",
 ):  # fmt: skip
     RUNS[f"loss, {_name}"] = functools.partial(loss, _name)
-# What is left to `--long` of an interpreted backend: the same passes again.
-SLOW = ("forward", "frozen, one tile", "divergence, forward", "divergence, hidden", "loss, ")
-QUICK = [name for name in RUNS if name == "loss, dpo: adaptive" or not name.startswith(SLOW)]
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-EVERYTHING = [
-    pytest.param(backend, names, id=f"{backend}-{kind}", marks=marks)
-    for backend in BACKENDS
-    for kind, names, marks in (
-        (("all", list(RUNS), ()),)
-        if backend == "torch"
-        else (("quick", QUICK, ()), ("all", list(RUNS), pytest.mark.long))
-    )
-]
-
-
-@pytest.mark.parametrize(("backend", "names"), EVERYTHING)
-def test_two_runs_are_equal_whatever_ran_between(backend, names, device):
+@pytest.mark.long(backend="triton")
+def test_two_runs_are_equal_whatever_ran_between(backend, device):
     """All of them once, in this order; then again, each after others and in reverse."""
-    first = {name: RUNS[name](backend, device) for name in names}
-    for name in reversed(names):
+    first = {name: run(backend, device) for name, run in RUNS.items()}
+    for name in reversed(RUNS):
         again = RUNS[name](backend, device)
         assert same(first[name], again), name
         assert all(x.isfinite().all() for x in again), name

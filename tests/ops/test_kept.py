@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_linear_logprobs import TRANSFORM, relative, run
 
 import prefkern
 from prefkern import reference
 from prefkern.ops import operands, passes, plan
 from prefkern.ops.operands import Operands
+from support.logprobs import TRANSFORM, relative, run
 
 N, H, V = 22, 16, 300
 
@@ -65,9 +65,10 @@ def make(spread: float = 5.0, rising: float = 0.0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("rising", [0.0, 0.3])
 @pytest.mark.parametrize("transform", [{}, TRANSFORM])
 @pytest.mark.parametrize("kept", [0, 10, 21])
-@pytest.mark.long(backend="triton", kept=0, transform={})
 @pytest.mark.long(backend="triton", heads=(True, False))
 @pytest.mark.long(backend="triton", kept=10)
+@pytest.mark.long(backend="triton", kept=0)
+@pytest.mark.long(backend="triton", rising=0.0)
 def test_float32_against_float64(kept, transform, rising, heads, backend, device, keep):
     keep(kept)
     case = make(rising=rising)
@@ -104,8 +105,7 @@ def test_hidden_may_be_frozen(head_only, backend, device, keep):
 @pytest.mark.parametrize("kept", [0, 10, 21])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transform", [{}, TRANSFORM])
-@pytest.mark.long(backend="triton", dtype=torch.float16)
-@pytest.mark.long(backend="triton", kept=10)
+@pytest.mark.long(backend="triton")
 def test_half_precision_is_no_worse_than_eager(transform, dtype, kept, backend, device, keep, wide):
     """Every gradient against float64 on the rounded inputs, beside eager in the same dtype."""
     keep(kept)

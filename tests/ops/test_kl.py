@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from test_kernels import assert_guard_kept, guarded
-from test_linear_logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
 
 import prefkern
 from prefkern import reference
 from prefkern.ops import call, fold_state, operands, passes, plan, sequences, torch_tiles
 from prefkern.ops.kl import linear_kl
 from prefkern_bench.measure import Meter
+from support.logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
+from support.windows import assert_guard_kept, guarded
 
 POLICY = ("hidden", "weight", "bias")
 REFERENCE = ("ref_hidden", "ref_weight", "ref_bias")
@@ -97,9 +97,10 @@ def test_the_oracle_is_torch_kl_div():
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.long(backend="triton", loss="both", head="trained")
 @pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
 @pytest.mark.long(backend="triton", head="bias only")
+@pytest.mark.long(backend="triton", loss="both")
+@pytest.mark.long(backend="triton", name=["one word", "two words", "127 words"])
 def test_float32_against_float64(name, head, loss, backend, device):
     V, spread, options, has_bias = CASES[name]
     case = make(V, spread)
@@ -127,6 +128,8 @@ def test_float32_against_float64(name, head, loss, backend, device):
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("V", [129, 300])
+@pytest.mark.long(backend="triton", head="frozen")
+@pytest.mark.long(backend="triton", V=129)
 def test_tiles_both_ways(V, head, backend, device):
     """As many tiles as a workspace of nothing makes, beside one tile of everything."""
     case = make(V, 5.0)
@@ -148,6 +151,7 @@ def test_tiles_both_ways(V, head, backend, device):
 
 
 @pytest.mark.parametrize("distance", [1e-3, 1e-2, 0.1])
+@pytest.mark.long(backend="triton", distance=[1e-2, 0.1])
 def test_near_the_reference(distance, backend, device):
     """The divergence is of second order in what sets the models apart; its error must be small."""
     case = make(1000, 5.0, distance=distance)
@@ -165,6 +169,7 @@ def test_near_the_reference(distance, backend, device):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("V", "options"), [(127, {}), (129, TRANSFORM), (1000, {"softcap": 9.0})])
 @pytest.mark.long(backend="triton", dtype=torch.bfloat16)
+@pytest.mark.long(backend="triton", V=[127, 1000])
 def test_equal_models_have_no_divergence(V, options, head, dtype, backend, device):
     """Exactly 0, and its gradient too: policy and reference run through the same operations."""
     case = make(V, 8.0, distance=0.0)
@@ -217,6 +222,7 @@ def test_words_that_neither_model_can_say(head, backend, device):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("who", ["policy", "reference", "both"])
 @pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.long(backend="triton", who=["policy", "reference"])
 def test_a_label_that_is_ruled_out(head, who, backend, device):
     """The divergence does not depend on the label: what one model rules out may be it."""
     case = make(129, 3.0)
@@ -305,9 +311,7 @@ def test_divergence_of_confident_models_keeps_its_relative_precision(backend, de
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("distance", [0.1, 1.0])
-@pytest.mark.long(backend="triton", dtype=torch.float16)
-@pytest.mark.long(backend="triton", distance=0.1)
-@pytest.mark.long(backend="triton", head="frozen")
+@pytest.mark.long(backend="triton")
 def test_half_precision_is_no_worse_than_eager(distance, dtype, head, backend, device):
     """Three ways: float64 on the rounded inputs, eager in the same dtype, and ours."""
     case = {
@@ -352,7 +356,7 @@ def test_gradients_by_finite_differences(backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
-@pytest.mark.long(backend="triton", head="frozen")
+@pytest.mark.long(backend="triton")
 def test_two_runs_and_all_structures_agree_bit_for_bit(head, backend, device):
     case = make(300, 5.0)
     keywords = {"backend": backend, "workspace_mb": 0.02}
@@ -414,7 +418,7 @@ def test_nothing_of_the_reference_has_a_gradient(trained, backend, device):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.long(backend="triton", trained=False)
+@pytest.mark.long(backend="triton")
 def test_autocast(trained, backend, device):
     """float32 parameters under bf16 autocast: products of bf16 operands, float32 gradients.
 
@@ -464,6 +468,7 @@ def test_models_of_two_dtypes(backend, device):
 
 
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.long(backend="triton")
 def test_views_and_shapes(trained, backend, device):
     """Strided hidden states, labels, heads and biases: right, with right gradients."""
     case = make(129, 5.0)
@@ -592,6 +597,8 @@ def test_operations(case, products, ref_products, workspace_mb, device):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace_mb", [1, 4])
+@pytest.mark.long(softcap=20.0, dtype=torch.bfloat16)
+@pytest.mark.long(softcap=None, dtype=torch.float32)
 def test_temporary_memory_stays_within_the_workspace(workspace_mb, dtype, trained, softcap, device):
     arguments = problem(trained, dtype, device)
     arguments["labels"][::3] = -100

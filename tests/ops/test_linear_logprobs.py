@@ -10,50 +10,7 @@ import torch
 import prefkern
 from prefkern import reference
 from prefkern.ops import call, operands, sequences
-
-TRANSFORM = {"logit_scale": 1.3, "softcap": 6.0, "temperature": 0.7}
-# name: (V, spread of the logits, options, has bias)
-CASES = {
-    "plain": (129, 5.0, {}, False),
-    "one word": (1, 1.0, {}, False),
-    "two words": (2, 5.0, {}, True),
-    "127 words": (127, 5.0, {}, True),
-    "transform": (300, 8.0, TRANSFORM, True),
-    "softcap": (129, 40.0, {"softcap": 30.0}, False),
-    "scale": (129, 5.0, {"logit_scale": -0.25}, False),
-    "temperature": (129, 5.0, {"temperature": 3.0}, True),
-    "saturated": (129, 200.0, {}, False),
-}
-SMALL = 0.005  # MiB: several tiles of tokens and of words
-HEADS = {"frozen": (False, False), "trained": (True, True), "bias only": (False, True)}
-
-
-def make(V: int, spread: float, N: int = 21, H: int = 16) -> dict[str, torch.Tensor]:
-    hidden = torch.randn(3, N // 3, H) * spread / H**0.5
-    weight = torch.randn(V, H)
-    labels = torch.randint(V, (3, N // 3))
-    labels[0, :3] = -100
-    # Half of the tokens confident: the label is the argmax.
-    labels[1] = (hidden[1] @ weight.T).argmax(-1)
-    return {"hidden": hidden, "weight": weight, "bias": torch.randn(V), "labels": labels}
-
-
-def run(function, case, dtype, device, *, trains=(True, True), has_bias=True, grad, **options):
-    """Log-probs and the gradients of hidden, weight and bias (None where there is none)."""
-    leaves = {
-        name: case[name].to(device=device, dtype=dtype, copy=True)
-        for name in ("hidden", "weight", "bias")
-    }
-    for name, needs in zip(leaves, (True, *trains), strict=True):
-        leaves[name].requires_grad_(needs)
-    bias = leaves["bias"] if has_bias else None
-    logps = function(leaves["hidden"], leaves["weight"], case["labels"].to(device), bias, **options)
-    logps.backward(grad.to(device=device, dtype=logps.dtype))
-    return logps.detach(), *(leaf.grad for leaf in leaves.values())
-
-
-def relative(error: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((error.double() - truth).norm() / truth.norm().clamp(min=1e-30)).item()
+from support.logprobs import CASES, HEADS, SMALL, TRANSFORM, make, relative, run
 
 
 @pytest.mark.parametrize("workspace_mb", [SMALL, 4])
@@ -61,6 +18,10 @@ def relative(error: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.long(backend="triton", head="bias only")
 @pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
+@pytest.mark.long(backend="triton", name=["one word", "two words", "127 words"], head="frozen")
+@pytest.mark.long(
+    backend="triton", workspace_mb=4, name=["one word", "two words", "127 words", "saturated"]
+)
 def test_float32_against_float64(name, head, workspace_mb, backend, device):
     """In many tiles, of which none is kept for the head's gradient, and in one, kept."""
     V, spread, options, has_bias = CASES[name]
@@ -129,8 +90,7 @@ def test_all_logits_far_below_zero(backend, device):
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.long(backend="triton", dtype=torch.float16)
-@pytest.mark.long(backend="triton", head="frozen")
+@pytest.mark.long(backend="triton")
 def test_half_precision_is_no_worse_than_eager(dtype, head, backend, device):
     """Three ways: float64 on the rounded inputs, eager in the same dtype, and ours."""
     case = {
@@ -229,6 +189,7 @@ def run_statistics(arguments, backend, device, **transform):
 @pytest.mark.parametrize("V", [1, 127, 300])
 @pytest.mark.parametrize("transform", [{}, TRANSFORM])
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.long(backend="triton", V=[1, 127])
 def test_log_collision(with_bias, transform, V, backend, device):
     """log sum_v p_v^2, over several tiles: labels that are the largest logit and that are not."""
     case = make(V, 5.0)
@@ -265,6 +226,7 @@ def test_top1_ties_go_to_the_first_word(backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.long(backend="triton")
 def test_the_structures_agree_bit_for_bit(head, backend, device):
     """A reference pass (forward only) gives the policy's numbers, so that their ratio is exact."""
     case = make(300, 5.0)
@@ -282,6 +244,7 @@ def test_the_structures_agree_bit_for_bit(head, backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.long(backend="triton")
 def test_two_runs_are_bitwise_equal(head, backend, device):
     case = make(300, 5.0)
     grad = torch.randn(case["labels"].shape)

@@ -82,6 +82,9 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize(("case", "trained", "backend"), COMBINATIONS)
 @pytest.mark.long(backend="triton", trained="adapter")
+@pytest.mark.long(
+    backend="triton", case=[case for case in CASES if case != "tiles and kept tokens"]
+)
 def test_values_and_gradients_against_float64(case, trained, backend, device):
     shape, vocab_size, workspace_mb, scale, keywords = CASES[case]
     trained = TRAINED[trained]
@@ -110,6 +113,8 @@ def test_values_and_gradients_against_float64(case, trained, backend, device):
 
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.long(backend="triton", dtype=torch.float16)
+@pytest.mark.long(backend="triton", adapter_dtype=torch.bfloat16)
 def test_half_precision_is_as_exact_as_its_inputs(dtype, adapter_dtype, backend, device):
     """PEFT keeps adapters in float32 beside a head of half precision; gradients keep their dtypes."""
     tensors, labels = _problem((4, 30), 700, 0.7, dtype, device)

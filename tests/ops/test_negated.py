@@ -73,6 +73,7 @@ CASES = [
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize(("call", "names", "changed"), CASES)
+@pytest.mark.long(backend="triton", trains=False)
 def test_is_what_it_says(call, names, changed, trains, backend, device):
     """Bit for bit."""
     loss_fn = prefkern.FusedPreferenceLoss(build("madpo"), backend=backend)

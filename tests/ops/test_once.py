@@ -48,6 +48,7 @@ def given(request, device):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("asked", ["before", "weight", "factor"])
+@pytest.mark.long(backend="triton")
 def test_a_gradient_cannot_be_differentiated(way, asked, given, backend):
     if not given[asked].requires_grad:
         given[asked].requires_grad_()

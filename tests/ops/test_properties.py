@@ -118,6 +118,7 @@ def detached(result: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str
     return result[0].detach(), result[1]
 
 
+@pytest.mark.long(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_order_tile_and_shift_do_not_show(backend, data):
@@ -184,6 +185,7 @@ def test_order_tile_and_shift_do_not_show(backend, data):
         assert_same(problem, bounds, before, (torch.cat([one[0], rest[0]]), gradients))
 
 
+@pytest.mark.long(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_tokens_that_are_not_scored_change_no_bit(backend, data):
@@ -219,6 +221,7 @@ def test_tokens_that_are_not_scored_change_no_bit(backend, data):
         assert torch.equal(gradient, gradients[name]), name
 
 
+@pytest.mark.long(backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_probabilities_sum_to_1(backend, data):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_linear_logprobs import relative
 
 import prefkern
 from prefkern import reference
 from prefkern.ops import plan
+from support.logprobs import relative
 
 H, V, TILE = 4, 70, 24
 # The ends of the vocabulary, and the words around each edge.

@@ -1,6 +1,6 @@
 """Compiles every launch of every kernel for a GPU, without that GPU; prints a report as JSON.
 
-usage: python tests/support/compile_ahead.py sm_90 [--all]      (or sm_80, sm_100, gfx942)
+usage, in tests/: python -m support.compile_ahead sm_90 [--all]      (or sm_80, sm_100, gfx942)
 
 For the product kernel this compiles the configurations in use (the first of each class), with the
 variants of a call. With `--all` it compiles every candidate of the table, and nothing else.

@@ -11,9 +11,13 @@ import os
 
 import torch
 
+from support import interpreter
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = "cuda" if HAS_GPU else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ["torch", "triton"] if HAS_TRITON else ["torch"]
+if HAS_TRITON and not HAS_GPU:
+    interpreter.look_once()

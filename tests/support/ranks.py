@@ -6,10 +6,11 @@ with one OpenMP thread. The helper waits for both and returns their output.
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
+
+from support.processes import environment
 
 
 def run_on_two_ranks(*arguments: str) -> list[str]:
@@ -21,12 +22,10 @@ def run_on_two_ranks(*arguments: str) -> list[str]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {
-        **os.environ,
+        **environment(),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     ranks = [
         subprocess.Popen(

@@ -58,6 +58,7 @@ def test_the_page_is_of_its_record() -> None:
             assert Version(run["versions"][package].split("+")[0]) == pinned[package]
 
 
+@pytest.mark.long
 def test_what_ran_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a run of the tests, of which one fails and two are skipped for one reason."""
     (tmp_path / "test_it.py").write_text(

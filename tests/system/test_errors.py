@@ -26,6 +26,7 @@ from prefkern_bench.measure import Meter
 from support import error_catalogue as catalogue
 from support import tiny
 from support.error_catalogue import CALLS, LABELS_OUT_OF_RANGE, ROWS, Row, operator
+from support.processes import environment
 
 ROOT = Path(__file__).parent.parent.parent
 # Calls that run nothing before they have looked at everything.
@@ -96,9 +97,10 @@ def test_every_parameter_has_a_row(call):
 
 
 def raise_sites() -> dict[tuple[str, int], ast.Raise]:
-    """Every `raise` of the package by file and line, but those that pass on what they caught."""
+    """Every `raise` of the packages by file and line, but those that pass on what they caught."""
     sites = {}
-    for path in sorted((ROOT / "prefkern").rglob("*.py")):
+    packages = (ROOT / "prefkern", ROOT / "bench/prefkern_bench")
+    for path in sorted(path for package in packages for path in package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 sites[str(path.relative_to(ROOT)), node.lineno] = node
@@ -139,7 +141,7 @@ def phrases(node: ast.Raise) -> set[str]:
 # test that reaches it, by what that has of the message.
 ELSEWHERE = {
     ("prefkern/__init__.py", "module 'prefkern' has no attribute"): ("test_errors", "no attribute"),
-    ("prefkern/ops/call.py", "compiled.NO_ADAPTER"): ("test_errors", "under torch.compile"),
+    ("prefkern/ops/logprobs.py", "compiled.NO_ADAPTER"): ("test_errors", "under torch.compile"),
     ("prefkern/loss/fused.py", "compiled.NO_ADAPTER"): ("test_errors", "under torch.compile"),
     ("prefkern/training/checkpoints.py", "{found}; {remedy}"): (
         "test_corrupt",
@@ -177,7 +179,11 @@ ELSEWHERE = {
         "test_nonfinite",
         "scored tokens, the first is",
     ),
-    ("prefkern/models/head_forward.py", "_uncalled(base, head)"): (
+    ("prefkern/models/head_forward.py", "uncalled(base, head)"): (
+        "test_errors",
+        "did not call its output",
+    ),
+    ("prefkern/models/transform.py", "uncalled(base, head)"): (
         "test_errors",
         "did not call its output",
     ),
@@ -269,10 +275,9 @@ def test_the_kernel_takes_no_missing_reference_for_one():
 
 def test_trainers_that_cannot_be_told_what_to_do(tmp_path):
     pytest.importorskip("peft")
-    from test_trainer import config
-
     from prefkern.models.adapters import check_reference_adapter
     from prefkern.training.objective_trainer import ObjectiveTrainer
+    from support.training import config
 
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token = None
@@ -349,19 +354,11 @@ def test_triton_without_a_gpu_says_what_it_needs():
         capture_output=True,
         text=True,
         check=True,
-        env=environment_without_interpreter(),
+        env=environment(interprets=False),
     )
     assert "triton" in done.stdout and (
         "needs a GPU" in done.stdout or "not installed" in done.stdout
     )
-
-
-def environment_without_interpreter() -> dict[str, str]:
-    import os
-
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    environment.pop("TRITON_INTERPRET", None)
-    return environment
 
 
 def test_float64_is_the_torch_backends(device):

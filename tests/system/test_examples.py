@@ -108,27 +108,41 @@ def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_accelerate_loop_weighs_pairs_alike(files, tmp_path, plain_descent):
-    """Batches of 5, 5 and 2, two ranks of two batches of 3, and one batch of 12: the same steps."""
-    loop = importlib.import_module("accelerate_loop")
-    whole = _arguments(files, tmp_path / "whole", batch=12, accumulate=1)
-    uneven = _arguments(files, tmp_path / "uneven", batch=5, accumulate=3)
-    ranks = _arguments(files, tmp_path / "ranks", batch=3, accumulate=2)
-    _, losses = loop.main(whole)
+@pytest.fixture
+def whole(files, tmp_path, plain_descent) -> list[float]:
+    """The losses of steps of one batch of 12 pairs, whose adapter is saved."""
+    arguments = _arguments(files, tmp_path / "whole", batch=12, accumulate=1)
+    _, losses = importlib.import_module("accelerate_loop").main(arguments)
     assert prefkern.last_plan().structure == "one_pass"
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[1] < losses[0] - 0.1
-    _, uneven_losses = loop.main(uneven)
+    return losses
+
+
+def _assert_same_adapter(folder: Path, other: Path) -> None:
+    expected = _adapter(folder)
+    for key, value in _adapter(other).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_accelerate_loop_weighs_pairs_alike(files, tmp_path, whole):
+    """Batches of 5, 5 and 2, and one batch of 12: the same steps."""
+    uneven = _arguments(files, tmp_path / "uneven", batch=5, accumulate=3)
+    _, losses = importlib.import_module("accelerate_loop").main(uneven)
+    assert losses == pytest.approx(whole, abs=1e-5)
+    _assert_same_adapter(tmp_path / "whole", tmp_path / "uneven")
+
+
+@pytest.mark.long
+def test_accelerate_loop_on_two_ranks(files, tmp_path, whole):
+    """Two ranks of two batches of 3, and one batch of 12: the same steps."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
+    ranks = _arguments(files, tmp_path / "ranks", batch=3, accumulate=2)
     outputs = run_on_two_ranks(str(script), str(EXAMPLES), *ranks)
     assert all("ranks 2" in output for output in outputs)
     printed = [float(line.split("loss ")[1]) for line in outputs[0].splitlines() if "loss " in line]
-    assert uneven_losses == pytest.approx(losses, abs=1e-5)
-    assert printed == pytest.approx(losses, abs=1e-4)
-    expected = _adapter(tmp_path / "whole")
-    for name in ("uneven", "ranks"):
-        for key, value in _adapter(tmp_path / name).items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
+    assert printed == pytest.approx(whole, abs=1e-4)
+    _assert_same_adapter(tmp_path / "whole", tmp_path / "ranks")
 
 
 def test_accelerate_loop_has_no_dropout_in_its_reference(files, tmp_path, plain_descent):

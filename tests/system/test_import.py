@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
-from test_errors import environment_without_interpreter
+import pytest
+
+from support.processes import environment
 
 
 def run(code: str) -> str:
@@ -14,7 +17,7 @@ def run(code: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        env=environment_without_interpreter(),
+        env=environment(interprets=False),
     ).stdout
 
 
@@ -72,3 +75,53 @@ def test_public_names():
     for name in prefkern.__all__:
         assert getattr(prefkern, name) is not None, name
     assert set(prefkern.__all__) <= set(dir(prefkern))
+
+
+# Where names were, what users import from there, and where they are.
+OLD = [
+    ("collate", "PreferenceCollator ExampleCollator first_sequence sequence_count", "data.collate"),
+    (
+        "preparation",
+        (
+            "adapt adapter_in_use base_parameters check_no_native_adapter check_reference_adapter "
+            "check_unmerged disable_dropout is_peft_model is_trained_adapter with_own_rates"
+        ),
+        "models.adapters",
+    ),
+    ("models", "IGNORE_INDEX align_labels preference_outputs token_logprobs", "models.scoring"),
+    ("models", "HeadTransform candidate_transforms head_transform", "models.transform"),
+    ("models", "forward_with_head head_forward", "models.head_forward"),
+    ("models", "HeadInputs find_head unwrap", "models.heads"),
+    (
+        "diagnostics",
+        "GradientBalance explain_nonfinite gradient_balance objective_balance",
+        "loss.diagnostics",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "names", "new"), OLD, ids=[new for _, _, new in OLD])
+def test_old_places_still_have_their_names(old: str, names: str, new: str) -> None:
+    for name in names.split():
+        was = getattr(importlib.import_module(f"prefkern.{old}"), name)
+        assert was is getattr(importlib.import_module(f"prefkern.{new}"), name), name
+
+
+def test_data_without_datasets() -> None:
+    """What needs no dataset works; the names that do say what to install."""
+    out = run("""if 1:
+        import sys
+        sys.modules["datasets"] = None
+        import prefkern.data
+        print(prefkern.data.truncate([1, 2], [3], [4], 2, None)[0])
+        for name in prefkern.data._LAZY:
+            assert name in prefkern.data.__all__ and name in dir(prefkern.data), name
+            try:
+                getattr(prefkern.data, name)
+            except ImportError as error:
+                print(name, error)
+    """)
+    kept, *said = out.splitlines()
+    assert kept == "[2]"
+    assert {line.split()[0] for line in said} >= {"load_preference_dataset", "tokenize_preferences"}
+    assert all(line.endswith("(datasets): pip install 'prefkern[train]'") for line in said)

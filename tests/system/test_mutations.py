@@ -31,6 +31,7 @@ def test_the_page_is_the_result_s_and_nothing_survives() -> None:
     ]
 
 
+@pytest.mark.long
 def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a tree of one line: killed, survived, timeout, not found, and tests that fail anyway."""
     monkeypatch.setattr(mutations, "ROOT", tmp_path)

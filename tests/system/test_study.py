@@ -55,6 +55,7 @@ def report(folder):
     return json.loads((folder / "out/study.json").read_text())
 
 
+@pytest.mark.long
 def test_every_curve_of_every_seed_is_there_and_finite(report):
     assert list(report["runs"]) == study.DEFAULT_OBJECTIVES
     curves = {panel[0] for panel in study.PANELS} | {curve for _, curve, _ in study.ROWS}
@@ -70,6 +71,7 @@ def test_every_curve_of_every_seed_is_there_and_finite(report):
         assert report[name]
 
 
+@pytest.mark.long
 def test_before_the_first_step_policy_and_reference_agree(report):
     for name in RATIO_BASED:
         for run in report["runs"][name]:
@@ -84,6 +86,7 @@ def test_before_the_first_step_policy_and_reference_agree(report):
     assert len(first) == 1
 
 
+@pytest.mark.long
 def test_balance_is_what_the_objectives_say_it_is(report):
     for run in report["runs"]["dpo"]:
         assert run["curves"]["chosen_share"] == [0.5] * (STEPS + 1)
@@ -96,12 +99,14 @@ def test_balance_is_what_the_objectives_say_it_is(report):
         assert run["curves"]["kl_margin"] == pytest.approx(run["curves"]["reward_margin"], abs=1e-6)
 
 
+@pytest.mark.long
 def test_seeds_differ_and_training_moves(report):
     for runs in report["runs"].values():
         last = [run["curves"]["chosen_logps"][-1] for run in runs]
         assert len({*last, runs[0]["curves"]["chosen_logps"][0]}) == SEEDS + 1
 
 
+@pytest.mark.long
 def test_margins_are_those_of_the_command(folder, report):
     assert report["margins"]["source"] == "prefkern margins"
     for part, pairs in zip(("train", "held_out"), report["settings"]["pairs"], strict=True):
@@ -110,6 +115,7 @@ def test_margins_are_those_of_the_command(folder, report):
         assert all(math.isfinite(json.loads(row)["margin"]) for row in rows)
 
 
+@pytest.mark.long
 def test_a_second_call_repeats_nothing(folder, report, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished run was repeated")
@@ -126,6 +132,7 @@ def test_a_second_call_repeats_nothing(folder, report, monkeypatch, capsys):
         study.main(arguments(folder, "--options", '{"simpo": {"gamma": 0.5}}'))
 
 
+@pytest.mark.long
 def test_a_run_is_determined_by_its_seed(folder, report):
     (folder / "out/runs/alphadpo-1.json").unlink()
     study.main(arguments(folder, "--json", str(folder / "again.json")))
@@ -133,6 +140,7 @@ def test_a_run_is_determined_by_its_seed(folder, report):
     assert again["curves"] == report["runs"]["alphadpo"][1]["curves"]
 
 
+@pytest.mark.long
 def test_picture_and_page(folder, report):
     source, page = folder / "out/study.json", folder / "page.md"
     assert source.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -152,6 +160,6 @@ def test_the_page_has_the_figures_of_its_file():
 
 
 @pytest.mark.parametrize("name", ["kto", "tdpo1", "dpoo"])
-def test_an_objective_that_cannot_be_studied_is_refused(folder, name):
+def test_an_objective_that_cannot_be_studied_is_refused(tmp_path, name):
     with pytest.raises(SystemExit, match="study: "):
-        study.main(["--objectives", name, "--output", str(folder / "refused")])
+        study.main(["--objectives", name, "--output", str(tmp_path / "refused")])

@@ -16,10 +16,9 @@ from support import tiny
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-from test_trainer import lora, trainer, weights
-
 from prefkern.training import checkpoints
 from prefkern.training.checkpoints import CheckpointError
+from support.training import lora, trainer, weights
 
 BEST_IS_EARLY = {
     "save_strategy": "steps",

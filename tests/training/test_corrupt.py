@@ -23,12 +23,11 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_trainer import config, lora, trainer, weights
-
 import prefkern.cli.__main__ as cli
 from prefkern import PreferenceTrainer, data
 from prefkern.training import checkpoints, files
 from prefkern.training.checkpoints import CheckpointError
+from support.training import config, lora, trainer, weights
 
 RUN = {"count": 8, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 

@@ -23,9 +23,9 @@ import transformers
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-from test_resume import OPTIONS, assert_same_runs, run_of
-
 from prefkern.training import checkpoints
+from support.processes import PYTHONPATH
+from support.resumed import OPTIONS, assert_same_runs, run_of
 
 LAST = 4  # the step whose checkpoint is being saved
 BEFORE = 2  # that of the last complete one
@@ -145,6 +145,11 @@ def between_two_renames(trainer):
     checkpoints._delete = delete_and_die
 
 
+def folder_of(moment: str) -> str:
+    """Its number: a name is long and has an apostrophe."""
+    return str([*MOMENTS].index(moment))
+
+
 def on_call(owner, name: str, also: Callable) -> None:
     original = getattr(owner, name)
 
@@ -172,15 +177,32 @@ MOMENTS = {
     "after the rename": (after_the_rename, "lora", LAST),
     "while an older one is deleted": (while_deleting, "betadpo, composed", LAST),
 }
+# Another file, another run's file or another side of what the others are of.
+LONG = [
+    "before all files",
+    "in the weights",
+    "between weights and optimizer",
+    "in the optimizer's state",
+    "in the schedule's state",
+    "in the random states",
+    "in the trainer's state",
+    "after the rename",
+]
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> Path:
+def moments(request) -> tuple[str, ...]:
+    every = request.config.getoption("--long")
+    return tuple(moment for moment in MOMENTS if every or moment not in LONG)
+
+
+@pytest.fixture(scope="module")
+def killed(moments, tmp_path_factory) -> Path:
     """Folders by number of the moment, left by runs that were killed."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, __file__, str(folder), *moments],
         env=environment,
         timeout=400,
         check=False,
@@ -192,19 +214,20 @@ def killed(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict:
+def whole(moments, tmp_path_factory) -> dict:
     """Runs that nothing happened to, by case."""
     runs = {}
-    for case in {case for _, case, _ in MOMENTS.values()}:
+    for case in {MOMENTS[moment][1] for moment in moments}:
         runs[case] = run_of(tmp_path_factory.mktemp("whole"), case, **SAVING)
         runs[case].train()
     return runs
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.long(moment=LONG)
 def test_killed_and_resumed(killed, whole, moment):
     _, case, step = MOMENTS[moment]
-    folder = killed / str([*MOMENTS].index(moment))
+    folder = killed / folder_of(moment)
     begun = []
 
     class Begin(transformers.TrainerCallback):
@@ -222,21 +245,22 @@ def test_killed_and_resumed(killed, whole, moment):
     assert checkpoints.problem(folder / left[0]) is None
 
 
-def test_what_reading_the_killed_runs_shows(killed):
+def test_what_reading_the_killed_runs_shows(moments, killed):
     """A checkpoint is under its name only while it is whole."""
-    for number, moment in enumerate(MOMENTS):
-        for path in (killed / str(number)).glob("checkpoint-*"):
+    for moment in moments:
+        for path in (killed / folder_of(moment)).glob("checkpoint-*"):
             assert checkpoints.problem(path) is None, (moment, path)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for number, (arrange, case, _) in enumerate(MOMENTS.values()):
+    for moment in sys.argv[2:]:
+        arrange, case, _ = MOMENTS[moment]
         child = os.fork()
         if child == 0:
-            run = run_of(Path(sys.argv[1]) / str(number), case, **SAVING)
+            run = run_of(Path(sys.argv[1]) / folder_of(moment), case, **SAVING)
             arrange(run)
             run.train()
             os._exit(3)
         _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (number, status)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment, status)

@@ -16,66 +16,17 @@ datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file
-from test_trainer import assert_same_weights, lora, trainer, weights
 
 from prefkern.training import reference_cache
+from support.reference_sums import PAIRS, Forwards, precomputing, shards, sums, sums_from_logits
+from support.training import assert_same_weights, lora, trainer, weights
 
-PAIRS = 10
 SHARDS = {"000000000-000000004", "000000004-000000008", "000000008-000000010"}
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(reference_cache, "_SHARD_PAIRS", 4)
-
-
-class Forwards:
-    """Counts the rows that a model scores, its probe of one row aside; may die at one of them."""
-
-    def __init__(self, model, dies_after: int | None = None):
-        self.rows = 0
-        self.dies_after = dies_after
-        # Not the model: older PEFT calls the forward of the one inside itself, past its hooks.
-        model.get_input_embeddings().register_forward_pre_hook(self._count)
-
-    def _count(self, embeddings, args):
-        count = len(args[0])
-        if count == 1:
-            return
-        if self.dies_after is not None and self.rows + count > self.dies_after:
-            raise KeyboardInterrupt
-        self.rows += count
-
-
-def precomputing(path: Path, reference=None, dies_after: int | None = None, **options):
-    """A trainer that has computed, or found, the sums of its dataset, and the rows it scored."""
-    reference = reference or tiny.model(seed=1)
-    forwards = Forwards(reference, dies_after)
-    options = {"per_device_eval_batch_size": 2, "count": PAIRS, **options}
-    run = trainer(path, ref_model=reference, precompute_ref_log_probs=True, **options)
-    return run, forwards.rows
-
-
-def sums(dataset) -> torch.Tensor:
-    return torch.tensor([dataset[name][:] for name in ("ref_chosen_logps", "ref_rejected_logps")])
-
-
-def shards(path: Path) -> dict[str, Path]:
-    return {file.stem: file for file in (path / "reference-sums").glob("*/*.safetensors")}
-
-
-@torch.no_grad()
-def sums_from_logits(model, rows) -> torch.Tensor:  # (2, B)
-    """The sums from the model's own logits in float64, one response at a time."""
-
-    def total(row, name):
-        ids = torch.tensor([[*row["prompt_ids"], *row[name]]])
-        logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        return logps.gather(-1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :].sum()
-
-    return torch.tensor(
-        [[total(row, name) for row in rows] for name in ("chosen_ids", "rejected_ids")]
-    )
 
 
 def test_sums_are_computed_once_and_found_by_every_later_run(tmp_path):
@@ -177,7 +128,7 @@ def test_what_sums_depend_on_is_part_of_the_key(tmp_path, what):
 
 def test_another_version_computes_its_own(tmp_path, monkeypatch):
     precomputing(tmp_path)
-    monkeypatch.setattr("prefkern.__version__", "0.0.0")
+    monkeypatch.setattr(reference_cache, "VERSION", "0.0.0")
     assert precomputing(tmp_path)[1] == 2 * PAIRS
 
 

@@ -12,84 +12,16 @@ import pytest
 import torch
 import transformers
 
-from support import tiny
-
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-from test_trainer import assert_same_weights, trainer, weights
-
-# 14 pairs, 2 a batch, 2 batches a step: 4 steps an epoch, the last of one batch.
-STEPS = 8
-OPTIONS = {
-    "count": 14,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "num_train_epochs": 2,
-    "lr_scheduler_type": "linear",
-    "max_grad_norm": 0.5,
-    "logging_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-}
-
-
-def llama(**options):
-    return tiny.model(attention_dropout=0.3, **options)
-
-
-def adapter():
-    return peft.LoraConfig(r=4, lora_dropout=0.3)
-
-
-CASES = {
-    "full": dict,
-    "lora": lambda: {"peft_config": adapter()},
-    "bf16 autocast": lambda: {"bf16": True},
-    "bf16 weights": lambda: {"model": llama().bfloat16()},
-    "checkpointed blocks": lambda: {"gradient_checkpointing": True},
-    "precomputed": lambda: {"precompute_ref_log_probs": True},
-    "alphadpo": lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
-    "betadpo": lambda: {
-        "objective": "betadpo",
-        "objective_options": {"keep": 0.5},
-        "peft_config": adapter(),
-    },
-    "betadpo, composed": lambda: {
-        "objective": "betadpo",
-        "objective_options": {"keep": 0.5},
-        "use_weighting": True,
-        "rpo_alpha": 0.2,
-    },
-    "statistics between logs": lambda: {"objective": "alphadpo", "logging_steps": 5},
-}
-
-
-def run_of(path: Path, case: str, **options):
-    options = {**OPTIONS, "disable_dropout": False, **CASES[case](), **options}
-    options.setdefault("model", llama())
-    return trainer(path, eval_dataset=tiny.dataset(5, seed=3), **options)
-
-
-def told(run) -> list[dict]:
-    """What a run has logged, without the clock, and without what is of a process's own steps."""
-    own = ("runtime", "second", "train_loss", "total_flos")
-    logs = [{k: v for k, v in log.items() if not k.endswith(own)} for log in run.state.log_history]
-    expected = {"loss", "grad_norm", "rewards/margins", "entropy"}
-    assert any(expected <= log.keys() for log in logs)
-    return logs
-
-
-def assert_same_runs(resumed, whole) -> None:
-    assert resumed.state.global_step == whole.state.global_step == STEPS
-    assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
-    assert told(resumed) == told(whole)
-    assert str(resumed.loss_fn.objective.state_dict()) == str(whole.loss_fn.objective.state_dict())
+from support.processes import PYTHONPATH
+from support.resumed import CASES, STEPS, assert_same_runs, llama, logs_of, run_of
+from support.training import assert_same_weights, weights
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long(case=["bf16 autocast", "bf16 weights", "checkpointed blocks", "alphadpo"])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, case):
     """Stopped within an epoch, after a log and between two, at an epoch's end, and within the last."""
     whole = run_of(tmp_path, case)
@@ -111,18 +43,18 @@ def test_dropout_matters_here(tmp_path):
     resumed = run_of(tmp_path, "full", save_strategy="no", seed=42)
     torch.manual_seed(1)
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert told(resumed) != told(whole)
+    assert logs_of(resumed) != logs_of(whole)
 
 
 def test_resumed_in_another_process(tmp_path):
     whole = run_of(tmp_path, "betadpo")
     whole.train()
     command = [sys.executable, __file__, str(tmp_path)]
-    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PATH": ""}
     subprocess.run(command, check=True, env=environment, timeout=240)
     resumed = torch.load(tmp_path / "resumed.pt")
     assert_same_weights(resumed["weights"], weights(whole.model), atol=0, rtol=0)
-    assert resumed["logs"] == told(whole)
+    assert resumed["logs"] == logs_of(whole)
 
 
 class Stop(transformers.TrainerCallback):
@@ -159,7 +91,7 @@ def test_broken_off_and_started_anew(tmp_path):
         broken.train()
     broken.remove_callback(Stop)
     broken.train()
-    assert told(broken) == told(whole)
+    assert logs_of(broken) == logs_of(whole)
 
 
 def test_mean_loss_of_a_resumed_run_is_over_its_own_steps(tmp_path):
@@ -333,4 +265,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     run = run_of(folder, "betadpo", save_strategy="no")
     run.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    torch.save({"weights": weights(run.model), "logs": told(run)}, folder / "resumed.pt")
+    torch.save({"weights": weights(run.model), "logs": logs_of(run)}, folder / "resumed.pt")

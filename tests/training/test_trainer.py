@@ -1,13 +1,10 @@
-"""PreferenceTrainer against TRL, hand-written formulas, itself resumed, and itself on two ranks."""
+"""PreferenceTrainer against TRL, hand-written formulas and itself resumed."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ import torch.nn.functional as F
 import transformers
 
 from support import tiny
-from support.ranks import run_on_two_ranks
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -24,81 +20,14 @@ peft = pytest.importorskip("peft")
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer, objectives
 from prefkern.data.collate import PreferenceCollator
-
-BATCH = 4
-
-
-def config(path: Path, **options) -> PreferenceConfig:
-    defaults = {
-        "output_dir": str(path),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "per_device_train_batch_size": BATCH,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": False,
-    }
-    if options.get("precompute_ref_log_probs"):
-        defaults["ref_cache_dir"] = str(path / "reference-sums")
-    return PreferenceConfig(**{**defaults, **options})
-
-
-def trainer(path: Path, count: int = 12, model=None, **options) -> PreferenceTrainer:
-    names = (
-        "objective",
-        "ref_model",
-        "peft_config",
-        "eval_dataset",
-        "train_dataset",
-        "callbacks",
-        "data_collator",
-    )
-    given = {name: options.pop(name) for name in names if name in options}
-    if isinstance(given.get("objective"), str):
-        options["objective"] = given.pop("objective")
-    # Tables of objectives have one reference for all of them; where none is needed it is refused.
-    objective = given.get("objective", options.get("objective", "dpo"))
-    if isinstance(objective, str):
-        needs_reference = objective.removeprefix("ada") not in ("simpo", "cpo", "orpo")
-    else:
-        needs_reference = objective.needs_reference
-    if not needs_reference:
-        given.pop("ref_model", None)
-    given.setdefault("train_dataset", tiny.dataset(count))
-    return PreferenceTrainer(
-        tiny.model() if model is None else model,
-        config(path, **options),
-        processing_class=tiny.tokenizer(),
-        **given,
-    )
-
-
-def reference_for(objective, model, **options):
-    """A reference model, for an objective that has a reference; others refuse one."""
-    built = objectives.build(objective, **options) if isinstance(objective, str) else objective
-    return model if built.needs_reference else None
-
-
-def lora() -> peft.LoraConfig:
-    return peft.LoraConfig(r=4, task_type="CAUSAL_LM")
-
-
-def step_logs(trained: transformers.Trainer) -> list[dict]:
-    return [log for log in trained.state.log_history if "loss" in log]
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same_weights(first: dict, second: dict, **tolerances) -> None:
-    assert first.keys() == second.keys()
-    for name, weight in first.items():
-        torch.testing.assert_close(weight, second[name], **tolerances)
+from support.training import (
+    assert_same_weights,
+    config,
+    lora,
+    step_logs,
+    trainer,
+    weights,
+)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
@@ -619,71 +548,3 @@ def test_predict_takes_raw_pairs_as_evaluate_does(tmp_path, precompute):
     assert len(names) > 4
     for name in names:
         assert predicted.metrics[f"test_{name}"] == evaluated[f"eval_{name}"]
-
-
-class Record(transformers.TrainerCallback):
-    """Keeps the gradients of every optimiser step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        self.gradients.append(
-            {
-                name.removeprefix("module."): p.grad.clone()
-                for name, p in model.named_parameters()
-                if p.grad is not None
-            }
-        )
-
-
-@pytest.mark.parametrize("adapted", ["full", "lora"])
-@pytest.mark.long(adapted="lora")
-def test_two_ranks_train_and_evaluate_as_one(tmp_path, adapted):
-    """Every gradient, every metric: 2 ranks x 1 pair x 2 accumulated against one batch of 4."""
-    run_on_two_ranks(__file__, str(tmp_path), adapted)
-    expected = _train_recording_gradients(tmp_path, adapted, ranks=1)
-    for rank in range(2):
-        actual = torch.load(tmp_path / f"rank{rank}.pt")
-        assert len(actual["gradients"]) == len(expected["gradients"]) == 2
-        for mine, reference in zip(actual["gradients"], expected["gradients"], strict=True):
-            assert_same_weights(mine, reference, atol=1e-6, rtol=1e-3)
-            assert any(gradient.abs().max() > 1e-3 for gradient in reference.values())
-        for mine, reference in zip(actual["logs"], expected["logs"], strict=True):
-            names = {n for n in reference if not n.endswith(("time", "second", "norm"))}
-            assert len(names) > 15
-            for name in names:
-                assert mine[name] == pytest.approx(reference[name], rel=1e-4, abs=1e-5), name
-
-
-def _train_recording_gradients(path: Path, adapted: str, ranks: int) -> dict:
-    record = Record()
-    run = trainer(
-        path,
-        count=8,
-        model=tiny.model("Gemma2", final_logit_softcapping=5.0),
-        ref_model=tiny.model("Gemma2", seed=1, final_logit_softcapping=5.0),
-        peft_config=lora() if adapted == "lora" else None,
-        per_device_train_batch_size=4 if ranks == 1 else 1,
-        gradient_accumulation_steps=1 if ranks == 1 else 2,
-        per_device_eval_batch_size=2,
-        # 5 pairs leave the ranks an uneven last batch.
-        eval_dataset=tiny.dataset(5, seed=2),
-        precompute_ref_log_probs=adapted == "lora",
-        objective_options={"clip": 1.1},
-        optim="sgd",
-        max_grad_norm=0.0,
-        callbacks=[record],
-    )
-    run.train()
-    metrics = run.evaluate()
-    assert run.args.world_size == ranks
-    return {"gradients": record.gradients, "logs": [*step_logs(run), metrics]}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    outcome = _train_recording_gradients(folder, sys.argv[2], ranks=2)
-    torch.save(outcome, folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()

@@ -18,11 +18,11 @@ pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file
-from test_trainer import Record, lora, reference_for, step_logs, trainer
 
 import prefkern
 from prefkern import objectives
 from prefkern.models.scoring import IGNORE_INDEX
+from support.training import Record, lora, reference_for, step_logs, trainer
 
 
 def first_step(path: Path, **options):

@@ -1,12 +1,10 @@
-"""Every objective in the trainer: against float64 full logits, TRL's trainers, resumed, on ranks."""
+"""Every objective in the trainer: against float64 full logits, TRL's trainers, and resumed."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,53 +12,33 @@ import torch
 import torch.nn.functional as F
 
 from support import tiny
-from support.ranks import run_on_two_ranks
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_trainer import (
+import prefkern
+from prefkern import PreferenceTrainer, objectives, reference
+from prefkern.models.scoring import align_labels
+from prefkern.models.transform import head_transform
+from prefkern.training import metrics
+from support.training import (
+    MARGINS,
     Record,
     assert_same_weights,
     config,
     lora,
+    made,
+    margin_rows,
     reference_for,
+    rows_of,
+    single_rows,
     step_logs,
     trainer,
     weights,
 )
 
-import prefkern
-from prefkern import PreferenceTrainer, objectives, reference
-from prefkern.data.collate import ExampleCollator
-from prefkern.models.scoring import align_labels
-from prefkern.models.transform import head_transform
-from prefkern.training import metrics
-
 LN2 = math.log(2)
-MARGINS = [0.5, -2.0, 6.0, 9.0, 3.0, -8.0, 1.0, 7.5]
-
-
-def margin_rows(count: int, seed: int = 0) -> list[dict]:
-    rows = tiny.pairs(count, seed)
-    return [{**row, "margin": MARGINS[i % 8]} for i, row in enumerate(rows)]
-
-
-def single_rows(count: int, seed: int = 0) -> list[dict]:
-    """Single responses, two of three desirable, each with a prompt of its own."""
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 != 1}
-        for i, row in enumerate(tiny.pairs(count, seed))
-    ]
-
-
-def made(rows: list[dict]) -> datasets.Dataset:
-    return datasets.Dataset.from_list(rows)
-
-
-def rows_of(name: str, count: int = 8) -> list[dict]:
-    return margin_rows(count) if name == "madpo" else tiny.pairs(count)
 
 
 @torch.no_grad()
@@ -958,84 +936,6 @@ def test_sharded_setups_refuse_tdpo(tmp_path, monkeypatch):
         run._refuse_unsupported_setups()
 
 
-RANKED = {
-    "alphadpo": {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
-    "betadpo": {"objective": "betadpo", "objective_options": {"keep": 0.5}},
-    "kto": {"objective": "kto"},
-}
-
-
-class MismatchedByRank:
-    """KTO's batch of one process, its mismatched pairs those that two ranks would form."""
-
-    def __init__(self, pad_token_id: int):
-        self.inner = ExampleCollator(pad_token_id)
-
-    def __call__(self, examples):
-        half = len(examples) // 2
-        batch = self.inner(examples)
-        parts = [self.inner(examples[:half]), self.inner(examples[half:])]
-        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-            rows = [part[f"mismatched_{name}"] for part in parts]
-            longest = max(row.shape[1] for row in rows)
-            padded = [F.pad(row, (0, longest - row.shape[1]), value=fill) for row in rows]
-            batch[f"mismatched_{name}"] = torch.cat(padded)
-        return batch
-
-
-def _single_rows_for_ranks() -> list[dict]:
-    """The second rank's first batch has one prompt twice, so no mismatched pair at all."""
-    rows = single_rows(8)
-    rows[3]["prompt"] = rows[2]["prompt"]
-    return rows
-
-
-def _train_on_ranks(path: Path, name: str, ranks: int) -> dict:
-    record = Record()
-    options = dict(RANKED[name])
-    if name == "kto":
-        options["train_dataset"] = made(_single_rows_for_ranks())
-        if ranks == 1:
-            options["data_collator"] = MismatchedByRank(0)
-    # A policy and a reference between which KTO's reference point is above 0.
-    model, ref_model = map(seeded, SEEDS["Llama"])
-    run = trainer(
-        path,
-        count=8,
-        model=model,
-        ref_model=ref_model,
-        per_device_train_batch_size=4 // ranks,
-        train_sampling_strategy="sequential",
-        optim="sgd",
-        max_grad_norm=0.0,
-        callbacks=[record],
-        **options,
-    )
-    run.train()
-    assert run.args.world_size == ranks
-    state = {k: v for k, v in run.loss_fn.objective.state_dict().items() if torch.is_tensor(v)}
-    return {"gradients": record.gradients, "logs": step_logs(run), "state": state}
-
-
-def test_two_ranks_share_statistics(tmp_path):
-    """2 ranks x 2 pairs (responses) against one batch of 4, every gradient and metric."""
-    run_on_two_ranks(__file__, str(tmp_path))
-    for name in RANKED:
-        expected = _train_on_ranks(tmp_path, name, ranks=1)
-        for rank in range(2):
-            actual = torch.load(tmp_path / f"{name}{rank}.pt")
-            assert len(actual["gradients"]) == len(expected["gradients"]) == 2
-            for mine, true in zip(actual["gradients"], expected["gradients"], strict=True):
-                assert_same_weights(mine, true, atol=1e-5, rtol=1e-3)
-                assert max(gradient.abs().max() for gradient in true.values()) > 1e-3
-            assert name != "kto" or expected["logs"][0]["kl"] > 0.1
-            for mine, true in zip(actual["logs"], expected["logs"], strict=True):
-                for key in true.keys() - {"grad_norm"}:
-                    assert mine[key] == pytest.approx(true[key], rel=1e-4, abs=1e-5), (name, key)
-            for key, value in expected["state"].items():
-                torch.testing.assert_close(actual["state"][key], value, msg=f"{name} {key}")
-
-
 def test_options_of_the_config_reach_the_objective(tmp_path):
     options = {"use_weighting": True, "rpo_alpha": 0.5, "beta": 0.2}
     built = config(tmp_path, objective="hinge", **options).build_objective()
@@ -1049,11 +949,3 @@ def test_options_of_the_config_reach_the_objective(tmp_path):
         own = config(tmp_path, objective=name)
         assert own.beta is None and own.build_objective().beta == objectives.build(name).beta
     assert json.loads(config(tmp_path, rpo_alpha=1.0).to_json_string())["rpo_alpha"] == 1.0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for each in RANKED:
-        torch.save(_train_on_ranks(folder, each, 2), folder / f"{each}{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()

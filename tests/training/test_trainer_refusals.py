@@ -12,10 +12,8 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
-from test_trainer import step_logs, trainer
-from test_trainer_objectives import made, single_rows
-
 from prefkern.data.collate import PreferenceCollator
+from support.training import made, single_rows, step_logs, trainer
 
 LN2 = math.log(2)
 
