@@ -262,13 +262,16 @@ def linear_kl(
     temperature: float = 1.0,
     workspace_mb: float | None = None,
     backend: str | None = None,
+    lora_hidden: Tensor | None = None,  # (..., R)
+    lora_weight: Tensor | None = None,  # (V, R)
 ) -> TokenKL:
-    """`prefkern.kl.linear_kl` with both models' logits in memory, in any float dtype.
+    """`prefkern.linear_kl` with both models' logits in memory, in any float dtype.
 
     Raises TypeError and ValueError as that does.
     """
     _check_unused(workspace_mb, backend)
     checks.head(hidden, weight, bias)
+    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
     checks.same_words(hidden, weight, ref_hidden, ref_weight)
@@ -280,7 +283,8 @@ def linear_kl(
     if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
         raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}")
     index = labels.clamp(min=0, max=weight.shape[0] - 1).unsqueeze(-1)
-    log_p = logits(hidden, weight, bias, **transform).log_softmax(-1)
+    adapter = {"lora_hidden": lora_hidden, "lora_weight": lora_weight}
+    log_p = logits(hidden, weight, bias, **transform, **adapter).log_softmax(-1)
     with torch.no_grad():
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1)
     values = (

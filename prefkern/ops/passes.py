@@ -491,7 +491,7 @@ class _Factors:
 
     policy: Tensor  # r
     reference: Tensor | None
-    label: Tensor  # the gradient at the label
+    label: Tensor | None  # the gradient at the label; None where no tile is made anew
     scale: Tensor | None  # (), what products of them are multiplied by; None: 1
 
     @staticmethod
@@ -501,16 +501,17 @@ class _Factors:
         gathered: Gathered,
         factor: float,  # c
         dtype: torch.dtype,  # of the operands
+        makes_tiles: bool,
     ) -> _Factors:
         assert gathered.share is not None and gathered.label_value is not None
         # r = c a (k - g), and -c a_r k of the reference; u_y is -(1 - p_y) t_y / a.
-        label = gathered.share * gathered.label_value * (dlogps * -factor)
-        reference = None
-        if dkl is not None and gathered.ref_share is not None and gathered.difference is not None:
-            label = label + gathered.difference * (dkl * factor)
-            reference = gathered.ref_share * (dkl * -factor)
-            dlogps = dlogps - dkl
         policy = gathered.share * (dlogps * -factor)
+        reference, label = None, policy * gathered.label_value if makes_tiles else None
+        if dkl is not None and gathered.ref_share is not None and gathered.difference is not None:
+            assert label is not None
+            label += gathered.difference * (dkl * factor)
+            reference = gathered.ref_share * (dkl * -factor)
+            policy = gathered.share * ((dkl - dlogps) * factor)
         scale = None
         if dtype == torch.float16:
             # A power of two above the largest factor, so that float16 holds what is scaled by it.
@@ -518,8 +519,10 @@ class _Factors:
             if reference is not None:
                 largest = torch.maximum(largest, reference.abs().amax())
             scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-            policy, label = policy / scale, label / scale
-            reference = None if reference is None else reference / scale
+            policy, reference, label = (
+                None if x is None else x / scale for x in (policy, reference, label)
+            )
+        assert policy is not None
         return _Factors(policy, reference, label, scale)
 
 
@@ -564,7 +567,7 @@ def second_pass(
     has_scratch = is_pair or plan.kept_tokens < plan.tokens
     buffers = Buffers(tiles, head.operands, device, True, has_scratch)
     ref_buffers = Buffers(tiles, head.operands, device, False, is_pair) if is_pair else None
-    factors = _Factors.of(dlogps, dkl, gathered, transform.factor, dtype)
+    factors = _Factors.of(dlogps, dkl, gathered, transform.factor, dtype, has_scratch)
 
     for entries in slices(0, plan.vocab_size, tiles.vocab_tile):
         size = entries.stop - entries.start
@@ -606,6 +609,7 @@ def second_pass(
                     w = head.weight_rows(entries) if w is None else w
                     product(h, w.t(), tile)
                     h = columns.of(h)
+                assert factors.label is not None
                 numbers = (gathered.unit[tokens], factors.policy[tokens], factors.label[tokens])
                 ops.remake_weights(tile, y, bias, *numbers, weights, **pair, **options)
             # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import prefkern
+from prefkern import reference
 from prefkern.objectives import (
     DPO,
     IPO,
@@ -243,7 +244,11 @@ def test_a_vocabulary_of_262144(structure, backend, device):
     logps.sum().backward()
     true = exact(hidden, weight, labels)
     torch.testing.assert_close(logps.detach().cpu().double(), true[0], rtol=1e-6, atol=2e-6)
-    assert relative(leaf.grad.cpu().double(), true[1]) < 2e-6
+    # Some CPUs' libraries add up so long a product of few rows one term after another.
+    eager = hidden.detach().clone().requires_grad_()
+    reference.linear_logprobs(eager, weight.detach(), labels).sum().backward()
+    bound = max(2e-6, 1.1 * relative(eager.grad.double(), true[1]))
+    assert relative(leaf.grad.cpu().double(), true[1]) < bound
     if trains:
         # Down to words of 1e-10, relative to what is added up for each.
         error = (head.grad.cpu().double() - true[2]).abs()

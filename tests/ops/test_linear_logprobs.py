@@ -70,8 +70,10 @@ def test_vocabularies_that_no_tile_divides(V, backend, device):
     assert plan is not None and V % plan.forward_tiles.vocab_tile
     truth = run(reference.linear_logprobs, case, torch.float64, device, grad=grad)
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=0, atol=1e-5)
-    for mine, true in zip(ours[1:], truth[1:], strict=True):
-        assert relative(mine, true) < 1e-5
+    # Some CPUs' libraries add up so long a product of few rows one term after another.
+    eager = run(reference.linear_logprobs, case, torch.float32, device, grad=grad)
+    for mine, true, plain in zip(ours[1:], truth[1:], eager[1:], strict=True):
+        assert relative(mine, true) < max(1e-5, 1.1 * relative(plain, true))
 
 
 def test_all_logits_far_below_zero(backend, device):

@@ -638,7 +638,10 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
         ("linear_logprobs", "reference.linear_logprobs"),
         [*_OPERATOR, *_STATS, *_ADAPTER, *_SPARSE_ADAPTER],
     ),
-    (("linear_kl", "reference.linear_kl"), [*_OPERATOR, *_REFERENCE_HEAD]),
+    (
+        ("linear_kl", "reference.linear_kl"),
+        [*_OPERATOR, *_REFERENCE_HEAD, *_ADAPTER, *_SPARSE_ADAPTER],
+    ),
     (("linear_logprobs", "linear_kl"), _DOUBLE),
     (("plan_for",), _PLAN),
     (
@@ -685,11 +688,6 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
                 {"ref_weight": randn(V + 1, H), "ref_hidden": randn(4, T, H), "ref_logps": None},
                 ValueError,
                 "the same words",
-            ),
-            (
-                {"lora_hidden": randn(4, T, 2), "lora_weight": randn(V, 2)},
-                ValueError,
-                "TDPO1 does not support an adapter",
             ),
         ],
     ),
