@@ -278,13 +278,18 @@ def linear_kl(
     checks.same_tokens(hidden, ref_hidden)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
-    transform = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    transform: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
     scored = labels != ignore_index
     if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
         raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}")
     index = labels.clamp(min=0, max=weight.shape[0] - 1).unsqueeze(-1)
-    adapter = {"lora_hidden": lora_hidden, "lora_weight": lora_weight}
-    log_p = logits(hidden, weight, bias, **transform, **adapter).log_softmax(-1)
+    log_p = logits(
+        hidden, weight, bias, **transform, lora_hidden=lora_hidden, lora_weight=lora_weight
+    ).log_softmax(-1)
     with torch.no_grad():
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1)
     values = (

@@ -34,7 +34,7 @@ _WORKSPACES_MB = (256.0, 1024.0, 4096.0)
 
 
 @dataclass(frozen=True)
-class Head:
+class ModelHead:
     """A model's head and its logits transform, from the config."""
 
     model: str  # name of the class
@@ -169,7 +169,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def read_head(name: str, trust_remote_code: bool = False) -> Head:
+def read_head(name: str, trust_remote_code: bool = False) -> ModelHead:
     """The head of a model, given by name or path, without loading weights.
 
     Raises OSError if there is no such model, and ValueError if it is not a causal LM with a linear
@@ -204,7 +204,7 @@ def read_head(name: str, trust_remote_code: bool = False) -> Head:
     vocab_size, hidden_size = head.weight.shape
     # The likeliest of several readings; only training checks it against the model itself.
     transform = candidate_transforms(config)[0]
-    return Head(
+    return ModelHead(
         model=type(base).__name__,
         hidden_size=hidden_size,
         vocab_size=vocab_size,
@@ -215,7 +215,7 @@ def read_head(name: str, trust_remote_code: bool = False) -> Head:
 
 
 def fused_costs(
-    head: Head,
+    head: ModelHead,
     batch: Batch,
     dtype: torch.dtype,
     device: str,
@@ -271,7 +271,7 @@ def fused_costs(
     ]
 
 
-def eager_costs(head: Head, batch: Batch, dtype: torch.dtype) -> list[Cost]:
+def eager_costs(head: ModelHead, batch: Batch, dtype: torch.dtype) -> list[Cost]:
     """Costs of logits in memory, counted as the module's docstring says."""
     logits = batch.positions * head.vocab_size
     product = 2 * logits * head.hidden_size
@@ -285,7 +285,7 @@ def eager_costs(head: Head, batch: Batch, dtype: torch.dtype) -> list[Cost]:
 
 
 def _show(
-    name: str, head: Head, batch: Batch, dtype: torch.dtype, device: str, costs: list[Cost]
+    name: str, head: ModelHead, batch: Batch, dtype: torch.dtype, device: str, costs: list[Cost]
 ) -> None:
     from rich.box import SIMPLE
     from rich.console import Console

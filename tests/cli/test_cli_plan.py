@@ -73,12 +73,12 @@ def test_head_of_a_vision_language_model(tmp_path, family):
     assert found.softcap == (9.0 if family == "Gemma3" else None)
 
 
-HEAD = plan.Head("Tiny", 64, 4000, False, 1.0, None)
+HEAD = plan.ModelHead("Tiny", 64, 4000, False, 1.0, None)
 BATCH = plan.Batch(pairs=2, length=48, prompt_length=16)
 
 
 def test_rows_are_what_plan_for_says():
-    head = plan.Head("Tiny", 64, 4000, False, 1.0, 30.0)
+    head = plan.ModelHead("Tiny", 64, 4000, False, 1.0, 30.0)
     costs = plan.fused_costs(head, BATCH, torch.bfloat16, "cpu", [1.0, 0.5])
     assert [(cost.task, cost.way, cost.workspace_mb) for cost in costs] == [
         ("reference", "forward", 0.5),
