@@ -128,7 +128,7 @@ def same_tokens(hidden: Tensor, ref_hidden: Tensor) -> None:
         )
 
 
-def same_words(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
+def same_entries(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
     """What it must share where distributions are compared: the words, and float64 or none."""
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(

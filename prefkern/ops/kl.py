@@ -61,7 +61,7 @@ def linear_kl(
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    checks.same_words(hidden, weight, ref_hidden, ref_weight)
+    checks.same_entries(hidden, weight, ref_hidden, ref_weight)
     checks.same_tokens(hidden, ref_hidden)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)

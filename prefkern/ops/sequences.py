@@ -67,13 +67,13 @@ def select(
     # Before each token, and after the last one, how many are scored.
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
     # The range of what is scored: other labels stand for a word that exists.
-    words = labels * mask if labels.numel() else labels.new_zeros(1)
-    least, largest = torch.aminmax(words)
+    masked_labels = labels * mask if labels.numel() else labels.new_zeros(1)
+    least, largest = torch.aminmax(masked_labels)
     facts = [before[-1], least, largest]
     if bounds is not None and checks_bounds:
         facts += [bounds.diff().min(), bounds[0], bounds[-1]]
     if is_capturing(labels):
-        return _select_all(words, mask, before, vocab_size, bounds, facts)
+        return _select_all(masked_labels, mask, before, vocab_size, bounds, facts)
     count, least, largest, *rise = torch.stack(facts).tolist()
     if least < 0 or largest >= vocab_size:
         outside = labels[mask & ((labels < 0) | (labels >= vocab_size))]
@@ -100,7 +100,7 @@ def is_capturing(x: Tensor) -> bool:
 
 
 def _select_all(
-    words: Tensor,  # (M,) labels, 0 where not scored
+    masked_labels: Tensor,  # (M,) labels, 0 where not scored
     mask: Tensor,  # (M,) which are scored
     before: Tensor,  # (M + 1,) how many are scored before each token
     vocab_size: int,
@@ -112,12 +112,12 @@ def _select_all(
     in_vocabulary = (least >= 0) & (largest < vocab_size)
     _assert_on_device(in_vocabulary, "labels must be in the vocabulary or equal ignore_index")
     if rise:
-        rises = (rise[0] >= 0) & (rise[1] == 0) & (rise[2] == len(words))
+        rises = (rise[0] >= 0) & (rise[1] == 0) & (rise[2] == len(masked_labels))
         _assert_on_device(rises, "cu_seqlens must rise from 0 to the number of tokens")
     # A stable sort: the scored tokens in their order, then the others.
     rows = mask.to(torch.uint8).sort(descending=True, stable=True).indices
     offsets = None if bounds is None else before.index_select(0, bounds)
-    return Scored(rows, words.index_select(0, rows), offsets, len(words), live, mask)
+    return Scored(rows, masked_labels.index_select(0, rows), offsets, len(masked_labels), live, mask)
 
 
 def _assert_on_device(holds: Tensor, message: str) -> None:
