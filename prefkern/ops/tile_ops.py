@@ -1,7 +1,7 @@
-"""What a backend does to a tile: the functions that the passes call, whichever backend runs.
+"""The protocol of a backend: the functions on tiles that the passes call.
 
-`prefkern_kernels` has them in Triton and `torch_tiles` in torch, under these names and with these
-arguments, which are described there.
+`prefkern_kernels` has them in Triton and `torch_tiles` in torch, with these names and arguments. The
+docstrings there describe them.
 """
 
 from __future__ import annotations
