@@ -1,10 +1,10 @@
 """The oracle: the same calls as the fused path, with the logits in memory.
 
 This is the textbook loss: one `[tokens, V]` tensor of logits in the inputs' dtype, as a model would
-return it, `log_softmax` of it in float32 (float64 for float64 inputs), and autograd for every
-gradient. In float64 it is what the tests, `prefkern check` and the benchmark hold the fused path
-to; in bf16 it is what an eager training step does. It imports nothing of the fused path, nor does
-the fused path import it.
+return it; its `log_softmax` in float32 (float64 for float64 inputs); autograd for every gradient. In
+bf16 it does what an eager training step does. In float64 it is the truth for the tests, for
+`prefkern check` and for the benchmark. It imports nothing of the fused path, and the fused path does
+not import it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def linear_logprobs(
 ) -> Tensor | TokenStats:
     """`prefkern.linear_logprobs` with logits in memory, in any float dtype, float64 included.
 
-    `workspace_mb` and `backend` are taken so that the two calls can be exchanged; there is one way
-    to do it here. Float64 inputs give float64 results, all others float32.
+    `workspace_mb` and `backend` are checked and have no effect, so that one call can replace the
+    other. Float64 inputs give float64 results, all others float32.
 
     Raises TypeError and ValueError as `prefkern.linear_logprobs` does.
     """
@@ -274,7 +274,7 @@ def linear_kl(
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    checks.same_words(hidden, weight, ref_hidden, ref_weight)
+    checks.same_entries(hidden, weight, ref_hidden, ref_weight)
     checks.same_tokens(hidden, ref_hidden)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
@@ -302,13 +302,13 @@ def linear_kl(
 
 
 def _divergence(log_p: Tensor, log_r: Tensor) -> Tensor:  # (..., V) -> (...)
-    """KL from reference to policy; a word that the reference rules out has no part in it."""
+    """KL from reference to policy; an entry that the reference rules out adds nothing to it."""
     gap = torch.where(log_r.isneginf(), 0.0, log_r - log_p)
     return (log_r.exp() * gap).sum(-1)
 
 
 def _check_unused(workspace_mb: float | None, backend: str | None) -> None:
-    """Two arguments that have no effect here are refused where the fused path refuses them."""
+    """Refuse what the fused path refuses, of two arguments that have no effect here."""
     if workspace_mb is not None:
         checks.positive("workspace_mb", workspace_mb)
     if backend is not None and backend not in ("triton", "torch"):

@@ -1,4 +1,4 @@
-"""The version of what is installed; "unknown" for a source tree that is not."""
+"""The installed version; "unknown" for a source tree that is not installed."""
 
 from __future__ import annotations
 

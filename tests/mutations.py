@@ -251,8 +251,8 @@ MUTATIONS = (
     Mutation(
         "the last tile of kept rows",
         f"{KERNELS}/settle.py",
-        "n_words = tl.minimum(vocab_tile, vocab_size - start)",
-        "n_words = vocab_size - start",
+        "n_entries = tl.minimum(vocab_tile, vocab_size - start)",
+        "n_entries = vocab_size - start",
         "tests/kernels/test_kernels.py -k settle",
     ),
     Mutation(
@@ -263,9 +263,9 @@ MUTATIONS = (
         "tests/kernels/test_kernels.py -k scatter_scaled",
     ),
     Mutation(
-        "the product kernel counts words beyond the vocabulary",
+        "the product kernel counts entries beyond the vocabulary",
         f"{KERNELS}/product_fold.py",
-        "left_out = is_label if EVEN_V else is_label | (words >= n_words)[None, :]",
+        "left_out = is_label if EVEN_V else is_label | (entries >= n_entries)[None, :]",
         "left_out = is_label",
         "tests/kernels/test_product_fold.py -k every_label",
     ),

@@ -1,6 +1,6 @@
-"""prefkern's Triton kernels, and nothing else: torch, triton, the standard library, itself.
+"""prefkern's Triton kernels. They import torch, triton and the standard library, and nothing else.
 
-The way from hidden states to gradients, with products by the device's own library between them:
+The way from hidden states to gradients. The device's own library makes the products between them:
 
     product -> `fold` -> (`rescale_rows`, product) -> `finish` -> log-probs, D
     `product_fold` -> `finish` -> log-probs                      no gradient: one kernel
@@ -9,10 +9,10 @@ The way from hidden states to gradients, with products by the device's own libra
     the fold's weights, kept and `settle`d -> product -> dW      trained head, as memory allows
     product -> `remake_weights` -> product -> dW                 trained head, elsewhere
 
-A divergence from a reference takes the same way with a second tile of its raw products: `fold` and
-`remake_weights` take both, and `scatter_scaled` adds the divergence's part of dH.
+A divergence from a reference goes the same way, with a second tile for the reference's raw products:
+`fold` and `remake_weights` take both tiles, and `scatter_scaled` adds the divergence's part of dH.
 
-One kernel a file, its launcher beside it under the same name. `launches` counts them.
+Each file has one kernel, and its launcher under the same name. `launches` counts the launches.
 """
 
 from .finish import finish

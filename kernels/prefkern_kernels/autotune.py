@@ -1,15 +1,15 @@
 """Tile configurations measured on one's own device: opt-in, timed once, kept in a file.
 
-Nothing here runs by itself. With `PREFKERN_AUTOTUNE=1` in the environment, or by a call of
-`tune_product_fold`, the candidates of `tiles.PRODUCTS` are timed at a call's own sizes, and the
-fastest is stored in `prefkern/tiles.json` under `XDG_CACHE_HOME` (or `~/.cache`) with all times.
-Later runs read the file, whether tuning is on or not: it goes before the table. Delete it, or set
-`PREFKERN_AUTOTUNE=0`, to have the table's choice again.
+Nothing here runs by itself. `PREFKERN_AUTOTUNE=1` in the environment, or a call of
+`tune_product_fold`, times the candidates of `tiles.PRODUCTS` at a call's own sizes. The fastest is
+stored with all times in `prefkern/tiles.json` under `XDG_CACHE_HOME` (or `~/.cache`). Later runs read
+the file, with tuning on or off, and prefer it to the table. To use the table again, delete the file
+or set `PREFKERN_AUTOTUNE=0`.
 
-A measurement belongs to a device's name, a version of Triton, a dtype, an H, a class of V (V rounded
-up to a power of 2) and whether there is a bias or a softcap. The choice changes the order of
-additions and so a result's last bits: ranks that must agree bit for bit should share the file, and
-tune before they start.
+A measurement is valid for a device's name, a version of Triton, a dtype, an H, a class of V (V rounded
+up to a power of 2), and with or without a bias or a softcap. The choice changes the order of
+additions, and so the last bits of a result. Ranks that must agree bit for bit should share the file,
+and tune before they start.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from triton.errors import TritonError
 from .tiles import ProductConfig, device_names
 
 _FORMAT = 1
-# What was read from each file, by path: once a process.
+# The entries of each file, by path; a process reads each file once.
 _read: dict[Path, dict[str, Any]] = {}
 
 
 class Key(NamedTuple):
-    """What a measurement holds for."""
+    """The calls that a measurement is valid for."""
 
     kernel: str
     device: str
@@ -66,7 +66,7 @@ def key_of(
 
 
 def is_enabled() -> bool:
-    """Whether the environment asks for tuning at first calls."""
+    """Whether the environment asks to tune at first calls."""
     return os.environ.get("PREFKERN_AUTOTUNE") == "1"
 
 
@@ -77,7 +77,7 @@ def cache_path() -> Path:
 
 
 def recall(key: Key) -> ProductConfig | None:
-    """What was measured to be fastest, or None."""
+    """The fastest configuration by measurement; None without one."""
     if os.environ.get("PREFKERN_AUTOTUNE") == "0":
         return None
     path = cache_path()
@@ -96,8 +96,8 @@ def tune(
     """Time each candidate, store all times and the fastest, and return that.
 
     Args:
-        run: launches what is timed with a configuration.
-        timer: milliseconds of a call; None: Triton's own, with the cache cleared between calls. A
+        run: makes the launch to time, with a configuration.
+        timer: milliseconds of a call; None: Triton's own, which clears the cache between calls. A
             candidate that raises is left out.
     """
     time = timer or _median
@@ -107,7 +107,7 @@ def tune(
         try:
             times[config] = time(lambda config=config: run(config))
         except (TritonError, RuntimeError) as error:
-            # Out of shared memory, or a compiler that does not take it: not a candidate here.
+            # It needs too much shared memory, or the compiler refuses it: not a candidate here.
             errors.append(error)
     if not times:
         raise RuntimeError(f"no configuration of {key.kernel} runs on {key.device}") from errors[0]
@@ -130,9 +130,9 @@ def _median(call: Callable[[], object]) -> float:
 
 
 def _store(path: Path, key: str, entry: dict[str, Any]) -> None:
-    """Add an entry to the file, in one step that no reader sees half of."""
+    """Add an entry to the file, in one step: no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Another process may have added its own since this one read the file.
+    # Another process may have added its own entry after this one read the file.
     entries = {**_load(path), key: entry}
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
@@ -145,7 +145,7 @@ def _store(path: Path, key: str, entry: dict[str, Any]) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The file's entries; none, with a warning, where it does not hold any."""
+    """The file's entries; none, with a warning, if it does not hold any."""
     try:
         content = json.loads(path.read_text())
         if content["format"] != _FORMAT:

@@ -1,20 +1,21 @@
-"""The end of a fold: each token's log-prob, and what its gradients are made of.
+"""The end of a fold: each token's log-prob, and the numbers for its gradients.
 
-With m the maximum and `total` the sum over v != y that `fold` leaves, M = max(m, z_y) and s the sum
-over all v relative to M:
+`fold` leaves the maximum m and `total`, the sum over v != y. With M = max(m, z_y) and s the sum over
+all v relative to M:
 
     logp    = -log1p(total exp(m - z_y))           where z_y >= m, else (z_y - M) - log s
     1 - p_y = total exp(m - M) / s
     D       = c ((1 - p_y) t_y W_y - (exp(m - M) / s) A)
 
-`derivative` holds A = sum_{v != y} exp(z_v - m) t_v W_v and becomes D. For the head's gradient,
+`derivative` holds A = sum_{v != y} exp(z_v - m) t_v W_v and is overwritten with D. For the head's
+gradient,
 
     d logp / d (h . W_v) = -c share u_v,    u_v = exp(z_v - unit) t_v,    u_y = label_value
 
-where `unit` is m, or so much more that `label_value = -t_y total exp(m - unit)` is a number of the
-operands' dtype: float16 ends at 65504, which a sum over a large vocabulary may pass.
+`unit` is m, or larger if `label_value = -t_y total exp(m - unit)` would overflow the operands' dtype:
+float16 ends at 65504, and a sum over a large vocabulary may exceed that.
 
-One program a token, instead of some twenty small launches.
+One program a token, in place of some twenty small launches.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _finish_kernel(
     COMPUTE_DTYPE: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One token: its state into its numbers, and its row of A into its row of D."""
+    """One token: its state becomes its numbers, and its row of A its row of D."""
     row = tl.program_id(0).to(tl.int64)
     m = tl.load(maximum_ptr + row)
     total = tl.load(total_ptr + row)
@@ -62,11 +63,12 @@ def _finish_kernel(
     slope = tl.load(label_slope_ptr + row)
 
     top = tl.maximum(m, label_logit)
-    # exp(-inf) where there is no other word than the label; total is then 0.
+    # If the label is the only entry, this is exp(-inf) = 0, and total is 0 too.
     drop = tl.exp(m - top)
     others = total * drop
     s = others + tl.exp(label_logit - top)
-    # Where the label leads, label_logit - top is 0, or NaN for a logit of inf, which has no softmax.
+    # If the label's logit is the largest, label_logit - top is 0; or NaN for a logit of inf, which has
+    # no softmax.
     logp = (label_logit - top) - tl.where(label_logit >= m, log1p(others), tl.log(s))
     tl.store(logps_ptr + row, logp)
     rest = drop / s

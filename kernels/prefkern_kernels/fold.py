@@ -7,27 +7,27 @@ start + v`:
     m'      = max(m, max_{v != y} z_v)
     total'  = total exp(m - m') + sum_{v != y} exp(z_v - m')
 
-and `label_logit = z_y` where y lies in the tile. The label's own term is left out of the sum, so
-that a confident token's `1 - p_y` is never a difference of near-equal numbers. When asked, also
-`shifted = sum_{v != y} exp(z_v - m) (z_v - m)`, `logit_sum = sum_v z_v`, `before`, the largest logit
-ahead of the label, and `squares = sum_{v != y} exp(2 (z_v - m))`: entropy, mean logit, top-1 and
-`sum_v p_v^2` follow from them.
+and `label_logit = z_y` if y lies in the tile. The label's own term is left out of the sum: so a
+confident token's `1 - p_y` is never a difference of near-equal numbers. With statistics, the fold
+also keeps `shifted = sum_{v != y} exp(z_v - m) (z_v - m)`, `logit_sum = sum_v z_v`, `before` (the
+largest logit ahead of the label) and `squares = sum_{v != y} exp(2 (z_v - m))`. Entropy, mean logit,
+top-1 and `sum_v p_v^2` follow from them.
 
-With `weights`, the row is written back as `exp(z_v - m') t_v` (t_v the softcap's derivative, 0 in
-the label's column) for a second product with the weight, and `rescale = exp(m - m')` is what the
-accumulator of that product must be multiplied by first. `weights` may be the tile itself.
+With `weights`, the row is written back as `exp(z_v - m') t_v` for a second product with the weight;
+t_v is the softcap's derivative, and the label's column is 0. The accumulator of that product must
+first be multiplied by `rescale = exp(m - m')`. `weights` may be the tile itself.
 
-With `ref_tile`, a reference's raw products over the same entries, its logits x are folded into a
-state of their own in the same way, and beside it
+`ref_tile` holds a reference's raw products over the same entries. Its logits x are folded in the same
+way into a state of their own, with one more sum:
 
     cross'  = cross exp(m_r - m_r') + sum_{v != y} exp(x_v - m_r') (x_v - z_v)
 
-With lse the logarithms of the whole sums, `sum_v r_v (log r_v - log p_v) = sum_v r_v (x_v - z_v) -
-(lse_r - lse_p)`: the divergence needs no more than this. `ref_weights` is `exp(x_v - m_r') t_v`: t_v
+This is all that the divergence needs: with lse the logarithms of the whole sums, `sum_v r_v (log r_v
+- log p_v) = sum_v r_v (x_v - z_v) - (lse_r - lse_p)`. `ref_weights` is `exp(x_v - m_r') t_v`. The t_v
 is the policy's there too, since only the policy has a gradient.
 
-The first tile of a token begins its state, whatever the vectors held. One program a token; the rows
-are read twice, the second time from cache.
+The first tile of a token begins its state and ignores the old numbers. One program a token; it reads
+its rows twice, the second time from cache.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _first_reading(
     HAS_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Maximum without the label, largest logit ahead of it, sum of logits; stores the label's own."""
+    """The maximum without the label, the largest logit ahead of it, the sum; stores the label's logit."""
     offs_v = tl.arange(0, BLOCK_V)
     maximum = tl.full((BLOCK_V,), -float("inf"), tl.float32)
     before = tl.full((BLOCK_V,), -float("inf"), tl.float32)
@@ -96,18 +96,18 @@ def _first_reading(
 
 @triton.jit
 def _raise_maximum(maximum_ptr, tile_max, first):
-    """The running maximum with a tile's: the old one, what to subtract, exp(old - new)."""
+    """Raise the running maximum to a tile's. Returns the old one, what to subtract, exp(old - new)."""
     old = tl.load(maximum_ptr, mask=first == 0, other=-float("inf"))
     new = tl.maximum(old, tile_max)
     tl.store(maximum_ptr, new)
-    # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
+    # If only the label's logit was seen, the maximum is -inf, and exp(-inf - 0) = 0.
     offset = tl.where(new == -float("inf"), 0.0, new)
     return old, offset, tl.exp(old - offset)
 
 
 @triton.jit
 def _add(running_ptr, factor, value, first):
-    """`running = running factor + value`, from 0 where the tile is a token's first."""
+    """`running = running factor + value`, from 0 if the tile is a token's first."""
     running = tl.load(running_ptr, mask=first == 0, other=0.0)
     tl.store(running_ptr, running * factor + value)
 
@@ -153,7 +153,7 @@ def _fold_kernel(
     HAS_REF_BIAS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One token: its row of the tile, or of both, into its state, and its rows of weights."""
+    """One token: fold its row of the tile, or of both, into its state, and write its rows of weights."""
     row = tl.program_id(0).to(tl.int64)
     tile_row = tile_ptr + row * stride_tn
     local = tl.load(labels_ptr + row) - start
@@ -225,7 +225,7 @@ def _fold_kernel(
         e = tl.exp(distance)
         sums += e
         if HAS_STATS:
-            # exp is 0 from -104 down: the bound changes no product, and keeps 0 * -inf out.
+            # exp is 0 from -104 down: the bound changes no product, and avoids 0 * -inf.
             shifted += e * tl.maximum(distance, -200.0)
             squares += e * e
         if HAS_REFERENCE:
@@ -242,7 +242,7 @@ def _fold_kernel(
             )
             ref_e = tl.exp(tl.where(counts, x - ref_offset, -float("inf")))
             ref_sums += ref_e
-            # An entry that both models rule out, with a logit of -inf in both, is no difference.
+            # If both models rule an entry out (a logit of -inf in both), its difference is 0.
             cross += ref_e * tl.where(ref_e > 0, x - z, 0.0)
         if HAS_WEIGHTS:
             value = round_to(e * slope, weights_ptr.dtype.element_ty)
@@ -272,7 +272,7 @@ def _fold_kernel(
 
 
 def fold(
-    tile: torch.Tensor,  # (n, v) float32; overwritten where it is weights as well
+    tile: torch.Tensor,  # (n, v) float32; overwritten if it is weights as well
     labels: torch.Tensor,  # (n,) int64, over the whole vocabulary
     bias: torch.Tensor | None,  # (v,)
     maximum: torch.Tensor,  # (n,) float32, in and out, as are the next ones
@@ -328,8 +328,8 @@ def fold(
     if n == 0:
         return
     config = row_config(v) if ref_tile is None else pair_config(v)
-    # x - z with the transform's product contracted into it (fma) is the product's rounding error,
-    # and not 0, where the two logits are equal.
+    # For equal logits x - z must be 0. If the compiler contracts the transform's product into it (fma),
+    # it is the product's rounding error.
     options = {} if ref_tile is None else {"enable_fp_fusion": False}
     count("fold")
     with on_device_of(tile):

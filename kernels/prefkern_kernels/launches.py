@@ -1,4 +1,4 @@
-"""Launches counted by kernel: how a test, or a user, sees that a kernel ran."""
+"""Counts launches by kernel: so a test, or a user, can see that a kernel ran."""
 
 from __future__ import annotations
 

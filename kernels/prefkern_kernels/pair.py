@@ -1,7 +1,7 @@
 """The pair kernel: from per-token log-probs to a pairwise loss and its gradient, in one launch.
 
-One program a pair. It sums the log-probs of the pair's two runs of tokens (L_w, L_l) and forms, of
-these, the reference's sums R and the lengths n, an objective of AdaDPO's Eq. 8:
+One program a pair. It sums the log-probs of the pair's two runs of tokens (L_w, L_l). From these, the
+reference's sums R and the lengths n it computes an objective of AdaDPO's Eq. 8:
 
     s            = rho, rho / n, L, L / n or log-odds     rho = L - R, log-odds of P = exp(L / n)
     ratio        = exp(alpha_w x_w - alpha_l x_l)         Eq. 7; x = rho, L, or log P (1 - P)
@@ -9,14 +9,14 @@ these, the reference's sums R and the lengths n, an objective of AdaDPO's Eq. 8:
     delta        = beta_chosen s_w - beta_rejected s_l - margin
     loss         = weight link(delta) - nll_weight L_w / n_w
 
-The margin may hold a z-score (alpha-DPO's Eq. 12), the weight be MADPO's Eq. 4. Coefficients,
-margin and weight are constants to the gradient, so that
+The margin may hold a z-score (alpha-DPO's Eq. 12), and the weight may be MADPO's Eq. 4. Coefficients,
+margin and weight are constants to the gradient, so
 
     d loss / d L_w =  weight link'(delta) beta_chosen ds_w/dL_w - nll_weight / n_w
     d loss / d L_l = -weight link'(delta) beta_rejected ds_l/dL_l
 
-one number a sequence, the same for every token. It is the twin of `prefkern.objectives.Contrastive`,
-whose declarations are its options; the tests hold the two together.
+This is one number a sequence, the same for every token. The kernel is the twin of
+`prefkern.objectives.Contrastive`, whose declarations are its options. Tests compare the two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .primitives import log1p, on_device_of, one_minus_exp
 
 
 class PairLossOutput(NamedTuple):
-    """What one launch returns; S = 2B sequences, chosen ones first."""
+    """The results of one launch; S = 2B sequences, chosen ones first."""
 
     losses: torch.Tensor  # (B,) float32
     sums: torch.Tensor  # (S,) float32, log-prob of each sequence
@@ -58,7 +58,7 @@ class MarginWeight(TypedDict):
 
 @triton.jit
 def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
-    """Sum of logps[begin:end], added in float64 and rounded once, so that no order shows."""
+    """The sum of logps[begin:end], added in float64 and rounded once: no order of additions shows."""
     total = tl.zeros((BLOCK_T,), tl.float64)
     for block in range(0, (end - begin).to(tl.int32), BLOCK_T):
         offsets = begin + block + tl.arange(0, BLOCK_T)
@@ -68,7 +68,7 @@ def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _least(x, bound):
-    # A GPU's own minimum of NaN and a number is the number, and NaN must stay to be seen.
+    # A GPU's own minimum of NaN and a number is the number; but a NaN must stay visible.
     return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -79,7 +79,7 @@ def _largest(x, bound):
 
 @triton.jit
 def _times(x, factor):
-    """x factor, and 0 for a factor of 0: a log-prob may be -inf, and what ignores it is defined."""
+    """x factor, but 0 for a factor of 0, also if x is a log-prob of -inf."""
     return tl.where(factor == 0.0, 0.0, x * factor)
 
 
@@ -91,7 +91,7 @@ def _log_sigmoid(x):
 
 @triton.jit
 def _score(logp, ref_logp, length, least_miss, SCORE: tl.constexpr):
-    """A response's score s, ds/dL, and log P (1 - P) where the score is log-odds."""
+    """A response's score s, ds/dL, and log P (1 - P) if the score is log-odds."""
     value = logp
     if SCORE == "log_ratio" or SCORE == "mean_log_ratio":
         value = logp - ref_logp
@@ -131,8 +131,8 @@ def _link(delta, label_smoothing, max_squared, LINK: tl.constexpr):
             loss = ((1.0 - label_smoothing) * kept - label_smoothing * flipped) / scale
             ddelta = -((1.0 - label_smoothing) * below + label_smoothing * above) / scale
         else:
-            # Where delta overflows, 0 times the flipped loss would be NaN, and so a step from one
-            # to the other.
+            # If delta overflows, the flipped loss is inf, and 0 times it would be NaN. So would be
+            # kept + label_smoothing * (flipped - kept).
             smoothed = (1.0 - label_smoothing) * kept + label_smoothing * flipped
             loss = tl.where(label_smoothing > 0, smoothed, kept)
             ddelta = label_smoothing * above - (1.0 - label_smoothing) * below
@@ -199,7 +199,7 @@ def _pair_loss_kernel(
     end_l = tl.load(offsets_ptr + rejected + 1)
     sum_w = _sum_run(logps_ptr, begin_w, end_w, BLOCK_T)
     sum_l = _sum_run(logps_ptr, begin_l, end_l, BLOCK_T)
-    # An empty response has a log-prob of 0, whatever it is divided by.
+    # An empty response has a log-prob of 0, also after the division.
     n_w = tl.maximum((end_w - begin_w).to(tl.float32), 1.0)
     n_l = tl.maximum((end_l - begin_l).to(tl.float32), 1.0)
     ref_w, ref_l = 0.0, 0.0
@@ -243,7 +243,7 @@ def _pair_loss_kernel(
         has_spread = spread > least_spread * tl.abs(mean)
         z = (gap_w - gap_l - mean) / tl.where(has_spread, spread, 1.0)
         offset += _times(tl.where(has_spread, z, 0.0), gap_scale)
-    # A ratio of 0 is that of a log-prob of -inf, and falls faster than that grows.
+    # A ratio of 0 belongs to a log-prob of -inf, and falls faster than the log-prob grows.
     weighed_w = tl.where((beta_w == 0.0) & (tl.abs(s_w) == float("inf")), 0.0, beta_w * s_w)
     delta = weighed_w - beta * s_l - offset
     loss, ddelta = _link(delta, label_smoothing, max_squared, LINK)
@@ -280,7 +280,7 @@ def _pair_loss_kernel(
 def pair_loss(
     logps: torch.Tensor,  # (N,) float32
     offsets: torch.Tensor,  # (S + 1,) int64, where each sequence's tokens begin
-    ref_logps: torch.Tensor | None,  # (S,) float32; None where nothing needs it
+    ref_logps: torch.Tensor | None,  # (S,) float32; None if nothing needs it
     reward_margins: torch.Tensor | None = None,  # (B,), with margin_weight
     *,
     score: str,  # "log_ratio", "mean_log_ratio", "log_prob", "mean_log_prob" or "log_odds"

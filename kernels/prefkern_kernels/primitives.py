@@ -1,8 +1,8 @@
-"""Small jitted pieces that the kernels share: the logits transform, and what every mode gets right.
+"""Small jitted functions that the kernels share, right both on a GPU and in Triton's interpreter.
 
-The kernels run compiled on GPUs and, for tests, under Triton's interpreter on a CPU, where some
-things differ: `libdevice.tanh` and `log1p` are missing, and stores to bf16 truncate instead of
-rounding. Hence `tanh_and_slope`, `log1p` and `round_to`, which are right in both.
+The kernels run compiled on GPUs and, for tests, under Triton's interpreter on a CPU. Some things
+differ there: `libdevice.tanh` and `log1p` are missing, and stores to bf16 truncate instead of
+rounding. `tanh_and_slope`, `log1p` and `round_to` are right in both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def tanh_and_slope(x):
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     t = tl.where(x < 0, -t, t)
-    # Near 0 the quotient cancels: tanh's series there, whose next term is below 2e-8 of x.
+    # Near 0 the quotient cancels; take tanh's series there. Its next term is below 2e-8 of x.
     s = x * x
     series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
     t = tl.where(tl.abs(x) < 0.25, series, t)
@@ -45,7 +45,7 @@ def transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr):
 def load_logits(
     row_ptr,
     bias_ptr,
-    words,
+    entries,
     mask,
     logit_scale,
     softcap,
@@ -53,10 +53,10 @@ def load_logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """A block of a row of raw products, as `transform` gives it; anything where masked out."""
-    z = tl.load(row_ptr + words, mask=mask, other=0.0)
+    """`transform` of a block of a row of raw products; where masked out, any number."""
+    z = tl.load(row_ptr + entries, mask=mask, other=0.0)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + words, mask=mask, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + entries, mask=mask, other=0.0).to(tl.float32)
     return transform(z, logit_scale, softcap, temperature, HAS_SOFTCAP)
 
 
@@ -71,7 +71,7 @@ def log1p(y):
 @triton.jit
 def one_minus_exp(x):
     """1 - exp(x) for x < 0, to float32 accuracy down to the smallest x."""
-    # Below 1/2 the difference cancels: the series of expm1 there, whose next term is 1e-8 of x.
+    # Below 1/2 the difference cancels; take the series of expm1 there. Its next term is 1e-8 of x.
     s = 1.0 + x * (1.0 / 7) * (1.0 + x * (1.0 / 8))
     s = 1.0 + x * (1.0 / 4) * (1.0 + x * (1.0 / 5) * (1.0 + x * (1.0 / 6) * s))
     s = x * (1.0 + x * (1.0 / 2) * (1.0 + x * (1.0 / 3) * s))
@@ -80,7 +80,7 @@ def one_minus_exp(x):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 to `dtype`, to the nearest even."""
+    """Round float32 to `dtype`, to the nearest even."""
     if _INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -96,7 +96,7 @@ def check_vectors(**vectors: torch.Tensor | None) -> None:
 
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the current device, as torch's own operators do not: make it x's."""
+    """Make x's device the current one: launches go there, unlike torch's own operators."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 

@@ -1,29 +1,30 @@
-"""The product with the head and the fold over its logits in one kernel: no logit is ever written.
+"""The product with the head and the fold over its logits, in one kernel that never writes a logit.
 
-For token t with label y, over the words of a part of the vocabulary (or all of it):
+For token t with label y, over a part of the vocabulary (or all of it):
 
     z_v   = transform(h . W_v + b_v)
     m     = max_{v != y} z_v            total = sum_{v != y} exp(z_v - m)
 
-and `label_logit = z_y`, `label_slope` the softcap's derivative there: the state that `fold` keeps,
-merged into what it held before. It is what a forward without a gradient needs, at 2NHV operations.
+and `label_logit = z_y`, with `label_slope` the softcap's derivative there. This is the state that
+`fold` keeps; the kernel merges it into what the state held before. A forward without a gradient needs
+no more, at 2NHV operations.
 
-The way through it:
+The steps:
 
     strip = one block of tokens x one split of the vocabulary, a program each
     tile of a strip: product in the accumulator -> transform -> the strip's running maximum and sum
     strips -> `(splits, n)` buffers of maxima and sums -> `_merge_splits_kernel` -> the state
 
-Programs of one group of token blocks walk the same words at about the same time, so that a tile of
-the weight is read from memory once a group and the group's hidden states stay in the L2 cache.
+Programs of one group of token blocks walk the same entries at about the same time. So a tile of the
+weight is read from memory once a group, and the group's hidden states stay in the L2 cache.
 
-How a vocabulary is split depends on the configuration and not on the number of tokens or on the
-device's load, the merge goes through the splits in order, and nothing is atomic: a token's state is
-bitwise the same in every run and beside whichever other tokens.
+A token's state is bitwise the same in every run, beside any other tokens: the split of the vocabulary
+depends on the configuration, and not on the number of tokens or the device's load; the merge takes
+the splits in order; nothing is atomic.
 
-Products take operands as they are and accumulate in float32; float32 operands are multiplied as
-float32 unless torch was told that TF32 will do. The operands arrive by pointers, which every GPU
-has, or by tensor descriptors (TMA, from compute capability 9.0 on), as the configuration says.
+Products take operands as they are and accumulate in float32. float32 operands are multiplied as
+float32, or as TF32 if torch's setting allows it. The configuration says how operands arrive: by
+pointers, which every GPU has, or by tensor descriptors (TMA, from compute capability 9.0 on).
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ def _dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def _cap(x, height, HAS_SOFTCAP: tl.constexpr):
-    """height tanh(x) with a softcap, x without; -inf, which marks what is left out, stays -inf.
+    """height tanh(x) with a softcap, else x; -inf marks what is left out, and stays -inf.
 
-    To float32's accuracy of `height`, which is what a sum of exponentials needs, and by a chain of
-    one value an element: `tanh_and_slope`, as accurate at every x, holds several of them and spills
-    registers here.
+    The accuracy is float32's relative to `height`, as a sum of exponentials needs it. The computation
+    holds one value an element. `tanh_and_slope` is accurate at every x, but holds several values and
+    spills registers here.
     """
     if HAS_SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
@@ -89,7 +90,7 @@ def _load_rows(
     EVEN_H: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """A block of an operand's rows: by descriptor from `first` on, by pointer at `rows`."""
+    """A block of an operand's rows: by descriptor from `first` on, or by pointers at `rows`."""
     if BY_DESCRIPTOR:
         block = operand.load([first, column])
     else:
@@ -102,7 +103,7 @@ def _load_rows(
     return block
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_words", "n_splits", "start"])
+@triton.jit(do_not_specialize=["n_tokens", "n_entries", "n_splits", "start"])
 def _product_fold_kernel(
     hidden,
     stride_hn,
@@ -116,7 +117,7 @@ def _product_fold_kernel(
     label_logit_ptr,
     label_slope_ptr,
     n_tokens,
-    n_words,
+    n_entries,
     n_columns,
     n_splits,
     start,
@@ -138,7 +139,7 @@ def _product_fold_kernel(
     TILES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One strip: a block of tokens against one split of the words."""
+    """One strip: a block of tokens and one split of the entries."""
     # Token blocks vary fastest within a group, then splits, then groups.
     program = tl.program_id(0)
     n_blocks = tl.cdiv(n_tokens, BLOCK_N)
@@ -150,7 +151,7 @@ def _product_fold_kernel(
 
     tokens = first_token + tl.arange(0, BLOCK_N)
     is_token = tokens < n_tokens
-    # Past the last token a row is read again rather than masked: its result is not stored.
+    # Past the last token its row is read again, without a mask; the result is not stored.
     tokens = tl.minimum(tokens, n_tokens - 1).to(tl.int64)
     rows = tl.load(rows_ptr + tokens) if HAS_ROWS else tokens
     local = (tl.load(labels_ptr + tokens) - start).to(tl.int32)
@@ -161,17 +162,17 @@ def _product_fold_kernel(
     factor = logit_scale / (softcap if HAS_SOFTCAP else temperature)
     height = softcap / temperature
     first_tile = split * TILES
-    last_tile = tl.minimum(first_tile + TILES, tl.cdiv(n_words, BLOCK_V))
+    last_tile = tl.minimum(first_tile + TILES, tl.cdiv(n_entries, BLOCK_V))
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN, warp_specialize=SPECIALIZE):
-        first_word = tile * BLOCK_V
-        words = first_word + tl.arange(0, BLOCK_V)
-        word_rows = tl.minimum(words, n_words - 1).to(tl.int64)
-        # The products are added to the bias, which then holds no registers beside a finished tile.
+        first_entry = tile * BLOCK_V
+        entries = first_entry + tl.arange(0, BLOCK_V)
+        entry_rows = tl.minimum(entries, n_entries - 1).to(tl.int64)
+        # Begin with the bias and add the products to it: it then takes no registers of its own.
         accumulator = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + word_rows).to(tl.float32)
+            bias = tl.load(bias_ptr + entry_rows).to(tl.float32)
             if HAS_SOFTCAP:
-                # A word of bias -inf has a logit of minus the cap; -inf marks what is left out.
+                # An entry of bias -inf has a logit of minus the cap; -inf marks what is left out.
                 bias = tl.where(bias == -float("inf"), -1e30, bias)
             accumulator += bias[None, :]
         for column in range(0, n_columns, BLOCK_H):
@@ -189,8 +190,8 @@ def _product_fold_kernel(
             w = _load_rows(
                 weight,
                 stride_wv,
-                first_word,
-                word_rows,
+                first_entry,
+                entry_rows,
                 column,
                 n_columns,
                 BY_DESCRIPTOR,
@@ -199,13 +200,13 @@ def _product_fold_kernel(
             )
             accumulator = _dot(h, w.T, accumulator, PRECISION)
 
-        is_label = words[None, :] == local[:, None]
+        is_label = entries[None, :] == local[:, None]
         label += tl.sum(tl.where(is_label, accumulator, 0.0), axis=1)
-        left_out = is_label if EVEN_V else is_label | (words >= n_words)[None, :]
+        left_out = is_label if EVEN_V else is_label | (entries >= n_entries)[None, :]
         x = tl.where(left_out, -float("inf"), accumulator * factor)
-        # A softcap keeps the order: the largest logit is that of the largest x.
+        # A softcap keeps the order: the largest x gives the largest logit.
         new = tl.maximum(maximum, _cap(tl.max(x, axis=1), height, HAS_SOFTCAP))
-        # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
+        # If only the label's logit was seen, the maximum is -inf, and exp(-inf - 0) = 0.
         offset = tl.where(new == -float("inf"), 0.0, new)
         e = tl.exp(_cap(x, height, HAS_SOFTCAP) - offset[:, None])
         total = total * tl.exp(maximum - offset) + tl.sum(e, axis=1)
@@ -215,7 +216,7 @@ def _product_fold_kernel(
     tl.store(maxima_ptr + part, maximum, mask=is_token)
     tl.store(totals_ptr + part, total, mask=is_token)
     # A label lies in one split: one program writes it.
-    stop = tl.minimum(last_tile * BLOCK_V, n_words)
+    stop = tl.minimum(last_tile * BLOCK_V, n_entries)
     has_label = is_token & (local >= first_tile * BLOCK_V) & (local < stop)
     label_logit, label_slope = transform(label, logit_scale, softcap, temperature, HAS_SOFTCAP)
     tl.store(label_logit_ptr + tokens, label_logit, mask=has_label)
@@ -234,7 +235,7 @@ def _merge_splits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """A block of tokens: their splits' maxima and sums, in order, into their state."""
+    """A block of tokens: merge their splits' maxima and sums, in order, into their state."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token = tokens < n_tokens
     old = tl.load(maximum_ptr + tokens, mask=is_token, other=-float("inf"))
@@ -260,7 +261,7 @@ def _merge_splits_kernel(
 
 def product_fold(
     hidden: torch.Tensor,  # (M, H)
-    weight: torch.Tensor,  # (V, H), the words from `start` on, in hidden's dtype
+    weight: torch.Tensor,  # (V, H), the entries from `start` on, in hidden's dtype
     bias: torch.Tensor | None,  # (V,)
     labels: torch.Tensor,  # (n,) int64, over the whole vocabulary
     maximum: torch.Tensor,  # (n,) float32, in and out, as are the next ones
@@ -275,9 +276,9 @@ def product_fold(
     temperature: float,
     config: ProductConfig | None = None,  # None: the device's own
 ) -> None:
-    """Fold the logits of these words into each token's running state.
+    """Fold the logits of these entries into each token's running state.
 
-    Two launches, or three where the last tile is cut by the end of the words.
+    Two launches, or three if the vocabulary ends within a tile.
 
     Temporary memory: `product_fold_bytes`.
     """
@@ -323,13 +324,13 @@ def product_fold(
     count("product_fold")
     with on_device_of(hidden):
         for part in config.parts(v):
-            words = slice(part.start, part.stop)
+            entries = slice(part.start, part.stop)
             _launch_strips(
                 hidden,
-                weight[words],
+                weight[entries],
                 rows,
                 labels,
-                None if bias is None else bias[words],
+                None if bias is None else bias[entries],
                 maxima[first_split:],
                 totals[first_split:],
                 label_logit,
@@ -373,7 +374,7 @@ def _launch_strips(
     temperature: float,
     precision: str,
 ) -> None:
-    """The strips of some words; one launch."""
+    """The strips of some entries; one launch."""
     n, (v, h), config = labels.shape[0], weight.shape, part.config
     operands: list[torch.Tensor | TensorDescriptor] = [hidden, weight]
     if config.by_descriptor:
@@ -461,16 +462,16 @@ def _tuning_key(hidden: torch.Tensor, weight: torch.Tensor, product: ProductClas
 def product_fold_bytes(
     tokens: int, vocab_size: int, hidden_bytes: int, config: ProductConfig
 ) -> int:
-    """Temporary bytes of a call, where `hidden_bytes` is a row's size if rows are gathered, else 0."""
+    """Temporary bytes of a call; `hidden_bytes` is a row's size if rows are gathered, else 0."""
     gathered = tokens * hidden_bytes if config.by_descriptor else 0
     return gathered + 2 * 4 * config.splits(vocab_size) * tokens
 
 
 def product_fold_row(hidden: torch.Tensor, weight: torch.Tensor, plain: bool) -> int | None:
-    """Bytes a token of a call, if `product_fold` is the faster way on this device; None if not.
+    """Bytes a token of a call if `product_fold` is faster on this device; None if not.
 
-    The table of `tiles` says which is faster, where it was measured. The environment variable
-    PREFKERN_PRODUCT_FOLD, 1 or 0, says it for all devices.
+    The table of `tiles` says so for the devices that were measured. The environment variable
+    PREFKERN_PRODUCT_FOLD, 1 or 0, decides for all devices.
     """
     choice = product_choice_of(
         hidden.device, product_class(hidden.dtype, allows_tf32(), weight.shape[1], plain)

@@ -1,18 +1,18 @@
-"""Turn a tile into the loss's gradient with respect to its raw products, once the fold is finished.
+"""Turn a tile of raw products into the loss's gradient with respect to them, after the fold.
 
     out_v = r u_v,    u_v = exp(z_v - unit) t_v,    out_y = label_gradient
 
-with t_v the softcap's derivative and r the token's factor (see `finish`; the caller multiplies by
-the transform's constant factor, or has it in r). With `ref_tile`, the reference's raw products over
-the same entries, the loss depends on the divergence `sum_v r_v (log r_v - log p_v)` as well, whose
-gradient is `p_v - r_v`: the reference's probabilities are added with a factor of their own,
+t_v is the softcap's derivative and r the token's factor (see `finish`); r includes the transform's
+constant factor, or the caller multiplies by it. `ref_tile` holds the reference's raw products over
+the same entries. Then the loss also depends on the divergence `sum_v r_v (log r_v - log p_v)`, and
+its gradient `p_v - r_v` adds the reference's probabilities with a factor of their own:
 
     out_v = r exp(z_v - unit) t_v + ref_factor exp(x_v - ref_unit) t_v
 
-and `label_gradient` is formed by the caller, where neither difference cancels.
+The caller computes `label_gradient`, in a form in which neither difference cancels.
 
-With `is_kept` the tiles hold u_v, and the reference's, from the fold already. All of it is float32
-until the one rounding to the output's dtype. `weights` may be the tile itself.
+With `is_kept` the tiles already hold u_v, and the reference's, from the fold. All numbers are float32
+and are rounded once, to the output's dtype. `weights` may be the tile itself.
 
 One program a token; a block of entries reads only what it overwrites.
 """
@@ -43,7 +43,7 @@ def _exponentials(
     HAS_SOFTCAP: tl.constexpr,
     IS_KEPT: tl.constexpr,
 ):
-    """A block of exp(z - unit), 0 where it does not count, and of slopes; or what a fold kept."""
+    """A block of exp(z - unit), 0 for what does not count, and of slopes; or what a fold kept."""
     if IS_KEPT:
         kept = tl.load(row_ptr + entries, mask=counts, other=0.0).to(tl.float32)
         return kept, tl.full(kept.shape, 1.0, tl.float32)
@@ -58,7 +58,7 @@ def _exponentials(
         HAS_BIAS,
         HAS_SOFTCAP,
     )
-    # The label's own logit may lie far above the unit: its exponential is never formed.
+    # The label's logit may lie far above the unit; its exponential is never computed.
     return tl.exp(tl.where(counts, z - unit, -float("inf"))), slope
 
 
@@ -90,7 +90,7 @@ def _remake_weights_kernel(
     IS_KEPT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One token: its row of the tile, or of both, into its row of weights."""
+    """One token: turn its row of the tile, or of both, into its row of weights."""
     row = tl.program_id(0).to(tl.int64)
     local = tl.load(labels_ptr + row) - start
     unit = tl.load(unit_ptr + row)
@@ -140,7 +140,7 @@ def _remake_weights_kernel(
 
 
 def remake_weights(
-    tile: torch.Tensor,  # (n, v) float32; overwritten where it is weights as well
+    tile: torch.Tensor,  # (n, v) float32; overwritten if it is weights as well
     labels: torch.Tensor,  # (n,) int64
     bias: torch.Tensor | None,  # (v,)
     unit: torch.Tensor,  # (n,) float32

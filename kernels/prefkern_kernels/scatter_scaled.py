@@ -1,6 +1,6 @@
 """`out[rows[t]] = scale[t] values[t]`, rounded once: from D to the gradient of hidden.
 
-With a divergence there are two terms of a token, and their sum is rounded. One program a token.
+With a divergence a token has two terms; their sum is rounded once. One program a token.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _scatter_scaled_kernel(
     HAS_ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One token: its row of values to its place."""
+    """One token: scale its row of values and write it to its place."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + token) if HAS_ROWS else token
     scale = tl.load(scale_ptr + token)
@@ -50,7 +50,7 @@ def scatter_scaled(
     scale: torch.Tensor,  # (n,) float32
     rows: torch.Tensor | None,  # (n,) int64, no two the same; None: 0, 1, ...
     out: torch.Tensor,  # (m, H), in any dtype; other rows stay as they are
-    others: torch.Tensor | None = None,  # (n, H) float32, a second term; None: there is none
+    others: torch.Tensor | None = None,  # (n, H) float32, the second term, if there is one
     other_scale: torch.Tensor | None = None,  # (n,) float32
 ) -> None:
     """Scale rows and put them in their places; one launch."""

@@ -1,8 +1,8 @@
 """Bring the kept weights of a token to one unit, and put its label's value in its column.
 
-`fold` writes weights relative to the maximum at the time of their tile. Where it rose later, or
-where the unit is not the maximum, the tile's part of the row is multiplied by `exp(maximum - unit)`;
-elsewhere, which is nearly everywhere, nothing but the label's element is touched.
+`fold` writes a tile's weights relative to the maximum after that tile. If the maximum rose later, or
+if the unit is not the maximum, the tile's part of the row is multiplied by `exp(maximum - unit)`. For
+nearly all tiles this factor is 1, and only the label's element is written.
 
 One program a token and tile.
 """
@@ -35,20 +35,20 @@ def _settle_kernel(
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
     start = tile * vocab_tile
-    n_words = tl.minimum(vocab_tile, vocab_size - start)
+    n_entries = tl.minimum(vocab_tile, vocab_size - start)
     row_ptr = kept_ptr + row * stride_kn + start
     local = tl.load(labels_ptr + row) - start
     label_value = tl.load(label_value_ptr + row)
     factor = tl.exp(tl.load(maxima_ptr + tile * n_tokens + row) - tl.load(unit_ptr + row))
     dtype: tl.constexpr = kept_ptr.dtype.element_ty
     if factor != 1.0:
-        for block in range(0, n_words, BLOCK_V):
-            words = block + tl.arange(0, BLOCK_V)
-            mask = words < n_words
-            value = tl.load(row_ptr + words, mask=mask, other=0.0).to(tl.float32) * factor
-            value = tl.where(words == local, label_value, value)
-            tl.store(row_ptr + words, round_to(value, dtype), mask=mask)
-    elif (local >= 0) & (local < n_words):
+        for block in range(0, n_entries, BLOCK_V):
+            entries = block + tl.arange(0, BLOCK_V)
+            mask = entries < n_entries
+            value = tl.load(row_ptr + entries, mask=mask, other=0.0).to(tl.float32) * factor
+            value = tl.where(entries == local, label_value, value)
+            tl.store(row_ptr + entries, round_to(value, dtype), mask=mask)
+    elif (local >= 0) & (local < n_entries):
         tl.store(row_ptr + local, round_to(label_value, dtype))
 
 

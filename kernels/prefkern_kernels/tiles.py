@@ -2,14 +2,15 @@
 
 Kernels that walk a row of a tile, one program a token, take their blocks from `row_config` and
 `pair_config`. `product_fold` takes its tiles from `PRODUCTS`, by architecture or by a device's own
-name, and by class of product; a device that is not there has `FALLBACK`, small tiles by pointers
-that fit every GPU. A `Choice` names its candidates, the one in use first, and where their order was
-measured: an empty `measured` means nowhere yet, and then the order is a guess from registers and
-bytes. `autotune` orders them on one's own device; its file goes before this table.
+name, and by class of product. Other devices get `FALLBACK`: small tiles, read by pointers, which fit
+every GPU. A `Choice` lists its candidates, the one in use first, and says where their order was
+measured. If `measured` is empty, the order is a guess from registers and bytes. `autotune` measures it
+on your own device; its file is preferred to this table.
 
-The candidate in use compiles without spills by Triton 3.6.0, 3.7.1 and 3.9.0, each other one by one of
-them at least, which `tests/kernels/test_compile_ahead.py` asserts; `bench/COMPILE.md` has their registers and
-shared memory. That bounds a thread to 128 accumulators, and to 64 where there is a bias or a softcap.
+`tests/kernels/test_compile_ahead.py` asserts that the candidate in use compiles without spills with
+Triton 3.6.0, 3.7.1 and 3.9.0, and every other candidate with at least one of them. `bench/COMPILE.md`
+has their registers and shared memory. So a thread has at most 128 accumulators, and at most 64 with a
+bias or a softcap.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 
 from .primitives import INTERPRET
 
-# Each program costs a fixed time under the interpreter, each block little: one block a row there.
+# Under the interpreter a program costs a fixed time and a block little: there, one block a row.
 _LARGEST_BLOCK = 65536 if INTERPRET else 2048
-# Below this H a product is short beside the fold of its logits.
+# Below this H a product takes little time beside the fold of its logits.
 _WIDE = 2048
-# Words of a tile that is cut by the end of the vocabulary.
+# Entries of a tile that the end of the vocabulary cuts.
 _TAIL_BLOCK = 64
 
 
@@ -37,7 +38,7 @@ class RowConfig(NamedTuple):
 
 
 def row_config(row_size: int) -> RowConfig:
-    """Blocks no longer than a row needs, with eight elements or so a thread."""
+    """Blocks no longer than a row needs, with about eight elements a thread."""
     block = 128
     while block < row_size and block < _LARGEST_BLOCK:
         block *= 2
@@ -47,8 +48,8 @@ def row_config(row_size: int) -> RowConfig:
 def pair_config(row_size: int) -> RowConfig:
     """As `row_config`, for kernels that hold blocks of two rows at once: an eighth of the elements.
 
-    With more of them ptxas spills 8 bytes of a fold of pairs, on one of sm_80, sm_90 and sm_100 or on
-    another (Triton 3.7.1).
+    With more elements ptxas spills 8 bytes of a fold of pairs on some of sm_80, sm_90 and sm_100
+    (Triton 3.7.1).
     """
     block, num_warps = row_config(row_size)
     return RowConfig(block if INTERPRET else min(block, 256), num_warps)
@@ -69,7 +70,7 @@ class ProductConfig(NamedTuple):
     group: int = 8  # token blocks that walk the vocabulary together
 
     def parts(self, vocab_size: int) -> list[VocabPart]:
-        """Whole tiles, and what is left in smaller ones: a mask beside a large tile spills."""
+        """Whole tiles, and smaller ones for the rest: a large tile with a mask spills."""
         whole = vocab_size - vocab_size % self.block_v
         tail = self._replace(
             block_v=min(self.block_v, _TAIL_BLOCK), flatten=False, specialize=False, tiles=1
@@ -78,12 +79,12 @@ class ProductConfig(NamedTuple):
         return [part for part in parts if part.start < part.stop]
 
     def splits(self, vocab_size: int) -> int:
-        """Parts of the vocabulary that are folded apart: the same for every number of tokens."""
+        """How many parts of the vocabulary are folded apart; it does not depend on the number of tokens."""
         return sum(part.splits for part in self.parts(vocab_size))
 
 
 class VocabPart(NamedTuple):
-    """Consecutive words that one launch folds."""
+    """Consecutive entries that one launch folds."""
 
     start: int
     stop: int
@@ -107,14 +108,14 @@ class Choice(NamedTuple):
 
     candidates: tuple[ProductConfig, ...]
     measured: str = ""  # device, versions and date; empty: not measured
-    # Whether the first one beat the library's product with a fold after it, where measured.
+    # Whether the first one was measured to beat the library's product with a fold after it.
     beats_library: bool = False
 
 
 def _choices(
     table: dict[tuple[str, bool], tuple[ProductConfig, ...]],  # by operands and `plain`
 ) -> dict[ProductClass, Choice]:
-    """The same candidates at both widths; a short product takes longer strips."""
+    """The same candidates at both widths; at a small H a product is short, and strips are longer."""
     choices = {}
     for (operands, plain), candidates in table.items():
         narrow = tuple(c._replace(tiles=4 * c.tiles) for c in candidates)
@@ -124,7 +125,7 @@ def _choices(
 
 
 _Config = ProductConfig
-# Products of float32 operands proper run on the ordinary units: registers bound their tiles.
+# Products of true float32 operands run on the ordinary units: registers limit their tiles.
 _FLOAT32 = (_Config(64, 64, 32, 8, 2), _Config(64, 64, 16, 8, 2))
 
 PRODUCTS: dict[str, dict[ProductClass, Choice]] = {
@@ -142,9 +143,10 @@ PRODUCTS: dict[str, dict[ProductClass, Choice]] = {
             ("float32", False): _FLOAT32,
         }
     ),
-    # The compiler has no warp specialisation of these kernels for Hopper: Triton 3.7.1 fails on
-    # 128 x 128 tiles of four warps, 3.6.0 takes only those, and both ignore the others. Flattened
-    # tiles of 128 x 256 need no draining between them, but by Triton 3.9.0 they spill 224 bytes.
+    # The compiler cannot specialise the warps of these kernels for Hopper: Triton 3.7.1 fails on
+    # 128 x 128 tiles of four warps, 3.6.0 accepts only those, and both ignore the option on other
+    # tiles. Flattened tiles of 128 x 256 need no draining between them, but with Triton 3.9.0 they
+    # spill 224 bytes.
     "sm_90": _choices(
         {
             ("half", True): (
@@ -174,8 +176,8 @@ PRODUCTS: dict[str, dict[ProductClass, Choice]] = {
             ("float32", False): _FLOAT32,
         }
     ),
-    # Specialised loops are flattened as well, since Triton 3.6.0 fails on the others; with a bias and
-    # a softcap both they spill.
+    # Specialised loops are flattened as well, since Triton 3.6.0 fails on those that are not. With
+    # both a bias and a softcap they spill.
     "sm_100": _choices(
         {
             ("half", True): (
@@ -212,14 +214,14 @@ _FALLBACK_FLOAT32 = Choice(_FLOAT32[1:])
 
 
 def product_class(dtype: torch.dtype, tf32: bool, hidden_size: int, plain: bool) -> ProductClass:
-    """The class of a product; `tf32` as `allows_tf32` has it."""
+    """The class of a product; `tf32` is the result of `allows_tf32`."""
     single = "tf32" if tf32 else "float32"
     operands = single if dtype == torch.float32 else "half"
     return ProductClass(operands, hidden_size >= _WIDE, plain)
 
 
 def product_choice(name: str, arch: str, product: ProductClass) -> Choice:
-    """What the table has for a device: under its own name, its architecture's, or the fallback."""
+    """The table's choice for a device: by its own name, by its architecture, or the fallback."""
     for key in (name, arch):
         choice = PRODUCTS.get(key, {}).get(product)
         if choice is not None:
@@ -228,7 +230,7 @@ def product_choice(name: str, arch: str, product: ProductClass) -> Choice:
 
 
 def product_choice_of(device: torch.device, product: ProductClass) -> Choice:
-    """The table's choice for the device that is there."""
+    """The table's choice for this device."""
     if INTERPRET:
         return _INTERPRETED
     return product_choice(*device_names(device), product)
@@ -236,7 +238,7 @@ def product_choice_of(device: torch.device, product: ProductClass) -> Choice:
 
 @functools.cache
 def device_names(device: torch.device) -> tuple[str, str]:
-    """A device's name and its architecture, as "sm_90" or "gfx942"; its type, where not a GPU."""
+    """A device's name and architecture ("sm_90", "gfx942"); its type, if it is not a GPU."""
     if device.type != "cuda":
         return device.type, device.type
     properties = torch.cuda.get_device_properties(device)

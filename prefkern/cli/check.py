@@ -2,8 +2,8 @@
 
 The check runs a grid of shapes, dtypes, transforms and heads: frozen; trained with the
 probabilities kept for backward; trained with recomputation in backward. On each it compares
-log-probs, dH and dW; then log-probs and the KL to a reference with a second head; then the whole
-preference loss. The truth is `prefkern.reference` in float64, on the same inputs after rounding to
+log-probs, dH and dW; then log-probs and the KL to a reference with its own head, and the policy's
+dH and dW; then the whole preference loss. The truth is `prefkern.reference` in float64, on the same inputs after rounding to
 the dtype. A row shows the worst of its shapes. The bounds are:
 
 - log-probs and KL: 1e-3 nats per token for half-precision inputs, 1e-4 for float32;
@@ -99,8 +99,6 @@ def main(argv: list[str]) -> int:
         for dtype in args.dtype or LOGP_BOUND
         for name in [*TRANSFORMS, "kl", "loss"]
         for head in HEADS
-        # The KL keeps no probabilities.
-        if (name, head) != ("kl", "kept")
     ]
     rows = [
         _check(*case, seed=args.seed)
@@ -232,6 +230,7 @@ def _kl_errors(
     ours = run(
         linear_kl, lambda x: x.to(rounded, copy=True), backend=backend, workspace_mb=workspace_mb
     )
+    _assert_structure(trained, workspace_mb)
     eager = run(reference.linear_kl, lambda x: x.to(rounded, copy=True))
     truth = run(reference.linear_kl, lambda x: x.to(rounded).double())
     return _compare(ours, eager, truth, dtype)

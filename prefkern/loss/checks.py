@@ -61,7 +61,7 @@ def reference(
     reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
     needs_kls = isinstance(objective, Objective) and objective.needs_kls
     if needs_kls and ref_hidden is not None and ref_weight is not None:
-        checks.same_words(hidden, weight, ref_hidden, ref_weight)
+        checks.same_entries(hidden, weight, ref_hidden, ref_weight)
     if ref_logps is not None:
         checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
     if needs_kls and ref_hidden is None:

@@ -1,7 +1,7 @@
 """Preference objectives: small functions of `[B]` tensors, differentiated by autograd.
 
-`README.md` in this folder has a table of all of them, with formulas, sources and defaults. In
-reading order: `base` (what an objective is), `adaptive` (AdaDPO's coefficient), `contrastive` (the
+`docs/objectives.md` has a table of all of them, with formulas, sources and defaults. In reading
+order: `base` (what an objective is), `adaptive` (AdaDPO's coefficient), `contrastive` (the
 methods of AdaDPO's Table 3), `alpha_dpo`, `madpo`, `beta_dpo`, `tdpo`, `kto`, `composed` (options
 that wrap any of them), `registry` (all of them by name). `running` has the statistics that some of
 them keep, `checks` the checks of their arguments.

@@ -1,8 +1,13 @@
 """The operator: log-probs, and a divergence, from hidden states and a head, without logits in memory.
 
-In reading order, from hidden states to gradients: `logprobs` (the public call), `call` (a call made
-and run), `plan` (tiles and structure), `passes` (the mathematics and the loops over tiles) with
-`fold_state` and `operands`, `torch_tiles` (what is done to a tile, as `prefkern_kernels` does it in
-Triton), `autograd`, `compiled` (as `torch.compile` sees it). `memory` is for when memory runs out.
+In reading order, from hidden states to gradients:
+
+- `logprobs` and `kl`: the public calls. `checks`, `sequences`: their arguments, and the scored tokens.
+- `call`: plans a call and runs it. `plan`: tiles and structure. `memory`: when memory runs out.
+- `autograd`: the autograd function. `once`: a second derivative raises. `compiled`: the same for
+  `torch.compile`.
+- `passes`: the mathematics and the loops over tiles, with `fold_state` and `operands`.
+- `tile_ops`: the functions on a tile. `prefkern_kernels` has them in Triton, `torch_tiles` in torch.
+
 Nothing here knows of objectives or models.
 """

@@ -1,13 +1,17 @@
-"""The autograd function of the operator: scored tokens' log-probs, and a divergence, and gradients.
+"""The autograd function of the operator: log-probs of the scored tokens, a divergence, gradients.
 
-What is saved for backward is what `passes.forward` gathers: for a frozen head D, and K with a
-divergence, (N, W) float32 each, so that backward is one scaling and reads no weight; for a trained
-one three numbers a token, the probabilities that the plan keeps and the inputs themselves, of which
-the others are recomputed. Nothing saved is overwritten: a second backward with `retain_graph` is right.
-Nothing of the reference has a gradient, and differentiating a gradient raises (`once`).
+Saved for backward is what `passes.forward` gathers:
 
-A plain function, in the graph of whatever module's forward calls it, so that the hooks of DDP, FSDP
-and PEFT see the parameters as they see any other.
+- For a frozen head D, and K with a divergence, (N, W) float32 each. Backward only scales them and
+  reads no weight.
+- For a trained head three numbers a token, the probabilities that the plan keeps, and the inputs, from
+  which backward computes the other probabilities again.
+
+Nothing saved is overwritten, so a second backward with `retain_graph` is right. The reference gets no
+gradient, and a second derivative raises (`once`).
+
+It is a plain function, part of the graph of the module whose forward calls it. So the hooks of DDP, FSDP
+and PEFT see the parameters as usual.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from prefkern.ops.tile_ops import TileOps
 
 @dataclass(frozen=True)
 class Call:
-    """What a call runs on, beside its tensors."""
+    """A call's plan, backend and options: everything but its tensors."""
 
     transform: Transform
     operands: Operands
@@ -42,7 +46,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call gives: (N,) each, for scored tokens in their order."""
+    """The results of a call, (N,) each, for the scored tokens in their order."""
 
     logps: Tensor
     # entropy, mean logit, is_top1, log sum_v p_v^2
@@ -51,7 +55,7 @@ class Result:
     kl: Tensor | None = None
 
     def masked(self, mask: Callable[[Tensor], Tensor]) -> Result:
-        """The same with `mask` applied to everything."""
+        """The same results, with `mask` applied to each."""
         stats = None
         if self.stats is not None:
             entropy, mean_logit, is_top1, collision = map(mask, self.stats)
@@ -62,12 +66,12 @@ class Result:
 
 def scored_logprobs(
     head: Head,
-    reference: Head | None,  # through the same head, or of a divergence; as the plan has it
+    reference: Head | None,  # through the same head, or with a divergence: the plan says which
     rows: Tensor | None,  # (N,)
     labels: Tensor,  # (N,)
     call: Call,
 ) -> Result:
-    """Log-probs of the scored tokens; when asked, statistics, and a reference's and the divergence."""
+    """Log-probs of the scored tokens; if asked for, statistics, a reference's log-probs, the divergence."""
     trained = _tensors(head)
     refuse_tangents(hidden=head.hidden, weight=head.weight, bias=head.bias)
     if call.plan.structure == "forward":
@@ -107,7 +111,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.states = [(x.shape, x.dtype) for x in (hidden, lora_hidden) if x is not None]
         gathered = passed.gathered
         ctx.kept_at = [_place(x) for x in (gathered.kept, gathered.ref_kept) if x is not None]
-        # A frozen head's backward has no product, and reads no input.
+        # The backward of a frozen head has no product and reads no input.
         saved: tuple[Tensor | None, ...] = ()
         if call.plan.trains_head:
             saved = (labels, *inputs[:5], *(inputs[5:] if call.plan.has_divergence else ()))
@@ -124,7 +128,7 @@ class _LinearLogprobs(torch.autograd.Function):
         if dlogps is None and dkl is None:
             return (None,) * 12
         wide, budget = ctx.call.operands.wide, ctx.call.budget
-        # With a divergence, both: one that is not given is 0.
+        # A divergence needs both gradients: the one that is not given is 0.
         given = (dlogps, dkl) if ctx.call.plan.has_divergence else (dlogps,)
         shape, device = ctx.shape_of_values
         grads = [
@@ -133,10 +137,10 @@ class _LinearLogprobs(torch.autograd.Function):
         ]
 
         def again(workspace_mb: float) -> Plan:
-            """Recompute what was kept, and give its memory back, for a second backward as well."""
+            """Free the kept probabilities and plan to recompute them, for a second backward as well."""
             gathered = _saved(ctx)[0]
             for x, place in zip((gathered.kept, gathered.ref_kept), ctx.kept_at, strict=False):
-                # What a saved-tensor hook has put in its place is not ours.
+                # A saved-tensor hook may have put its own tensor there, which is not ours to free.
                 if x is not None and _place(x) == place:
                     x.untyped_storage().resize_(0)
             made = budget.plan_of(workspace_mb=workspace_mb, kept=0)
@@ -152,7 +156,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _saved(ctx) -> tuple[Gathered, Tensor | None, list[Tensor]]:
-    """What forward gathered, rows, and for a trained head labels and the inputs."""
+    """The saved tensors: what forward gathered; rows; for a trained head labels and the inputs."""
     count = len(vars(Gathered()))
     rows, *saved = ctx.saved_tensors[count:]
     return Gathered(*ctx.saved_tensors[:count]), rows, saved
@@ -207,7 +211,7 @@ def _heads(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> tuple[Head, Head | None]:
-    """The policy's and the reference's, of what autograd hands over one by one."""
+    """The heads of policy and reference, from the tensors that autograd passes one by one."""
     head = Head(hidden, weight, bias, call.operands, LowRank.of(lora_hidden, lora_weight))
     if ref_hidden is None or ref_weight is None or call.ref_operands is None:
         return head, None
@@ -220,5 +224,5 @@ def _place(kept: Tensor) -> tuple[int, int]:
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """Operands are cast tile by tile, and nothing else may be: autocast is kept out."""
+    """Switch autocast off: operands are cast tile by tile, and nothing else may be."""
     return torch.autocast(x.device.type, enabled=False)

@@ -1,8 +1,8 @@
-"""A call of the operator: checked arguments in, a plan made and run, results at their places.
+"""A call of the operator: plans checked arguments, runs the plan, and puts results in their places.
 
-What both operators' public functions, the loss and `torch.compile`'s form share: which backend and
-how much workspace a device has, how its operands multiply, and the run itself, which is tried again
-with half the workspace where memory runs out (`memory`).
+`linear_logprobs`, `linear_kl`, the loss and `compiled` share this: the backend and the workspace for a
+device, and the run itself. If memory runs out, the run is tried again with half the workspace
+(`memory`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def run(
     with_stats: bool = False,
     with_divergence: bool = False,
 ) -> tuple[Result, plan.Plan]:
-    """Plan and run checked arguments, again where memory runs out; and the plan that ran.
+    """Plan and run checked arguments, twice if memory runs out. Returns the plan that ran, too.
 
     Args:
-        reference: a reference's states; of its head only with a divergence, else they go through
-            the policy's (`same_head`).
+        reference: a reference's states and head. Its own head is used only with a divergence;
+            without one it must be the policy's (`same_head`).
     """
     reference = None if reference is None else reference.detach()
     gradients = wanted_gradients(head)
@@ -121,7 +121,7 @@ def resolve_backend(
 ) -> str:
     """The backend to run: the one asked for, if it can run on the device, or the device's own.
 
-    `name` is of the argument that has the dtype.
+    `name` is the name of the argument that has the dtype, for the message.
     """
     if backend is None:
         has_kernels = device.type == "cuda" and dtype != torch.float64 and _kernels() is not None
@@ -132,8 +132,8 @@ def resolve_backend(
     if backend == "triton":
         if dtype == torch.float64:
             raise TypeError(
-                f"{name} is float64, which backend='torch' computes in, and backend='triton' not; "
-                "give backend='torch' or None, or float32, bfloat16 or float16"
+                f"{name} is float64, and backend='triton' does not compute in float64; "
+                "pass backend='torch' or None, or float32, bfloat16 or float16"
             )
         kernels = _kernels()
         if kernels is None:
@@ -149,7 +149,7 @@ def resolve_backend(
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """The Triton kernels, or None where triton is not installed."""
+    """The Triton kernels; None if triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     return importlib.import_module("prefkern_kernels")

@@ -1,8 +1,8 @@
 """Checks of arguments: each error names the argument, what was given and what is expected.
 
-Everything here looks at types, shapes, dtypes, devices and Python numbers, so it costs no device
-synchronisation and takes no memory. The one check that needs values, the range of the labels, is
-`prefkern.ops.sequences.select`'s.
+The checks look at types, shapes, dtypes, devices and Python numbers. So they cost no device
+synchronisation and take no memory. One check needs values, the range of the labels: it is in
+`prefkern.ops.sequences.select`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATS = "float32, bfloat16, float16 or float64"
-# What logits are multiplied with or divided by lies within 1e-6 and 1e6: beyond, they leave float32.
+# Factors and divisors of logits are within 1e-6 and 1e6: beyond, logits would overflow float32.
 LARGEST = 1e6
 
 
@@ -22,7 +22,7 @@ def head(
     bias: Tensor | None,  # (V,)
     prefix: str = "",
 ) -> None:
-    """Hidden states against a head; `prefix` is "ref_" for a reference's."""
+    """Check hidden states against a head; `prefix` is "ref_" for a reference's."""
     for name, value, shape in (("hidden", hidden, "[..., H]"), ("weight", weight, "[V, H]")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {_name(value)}")
@@ -32,7 +32,7 @@ def head(
         if value.device.type == "meta":
             raise ValueError(
                 f"{prefix}{name} must hold numbers, got a tensor {list(value.shape)} on meta; "
-                "prefkern.plan_for tells what a call of that shape costs"
+                "prefkern.plan_for says what a call of that shape costs"
             )
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"{prefix}weight must have shape [V, H], got {list(weight.shape)}")
@@ -66,7 +66,7 @@ def head(
         raise ValueError(
             f"{prefix}bias must have shape [V] = [{weight.shape[0]}], got {list(bias.shape)}"
         )
-    # Of three that autocast rounds to one dtype, none is float64.
+    # Autocast rounds all three to one dtype, except float64.
     is_odd = torch.float64 in (bias.dtype, weight.dtype) or not autocast
     if bias.dtype not in FLOATS or (bias.dtype != weight.dtype and is_odd):
         raise TypeError(f"{prefix}bias must be {weight.dtype} as weight is, got {bias.dtype}")
@@ -87,7 +87,7 @@ def low_rank(
     lora_hidden: Tensor | None,  # (..., R)
     lora_weight: Tensor | None,  # (V, R)
 ) -> None:
-    """What an adapter adds to a head, against the head."""
+    """Check an adapter of the head against the head."""
     given = {"lora_hidden": (lora_hidden, "[..., R]"), "lora_weight": (lora_weight, "[V, R]")}
     if all(value is None for value, _ in given.values()):
         return
@@ -101,7 +101,9 @@ def low_rank(
             raise TypeError(f"{name} must be {_FLOATS}, got {value.dtype}")
         dense(name, value)
         if value.dtype == torch.float64 != hidden.dtype:
-            raise TypeError(f"{name} is float64 and hidden {hidden.dtype}: cast one to the other's")
+            raise TypeError(
+                f"{name} is float64 and hidden {hidden.dtype}; cast one to the dtype of the other"
+            )
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}")
     assert lora_hidden is not None and lora_weight is not None
@@ -119,31 +121,31 @@ def low_rank(
 
 
 def same_tokens(hidden: Tensor, ref_hidden: Tensor) -> None:
-    """What a reference must share with the policy: the tokens and the device."""
+    """Check that a reference has the policy's tokens and device."""
     if ref_hidden.shape[:-1] != hidden.shape[:-1] or ref_hidden.device != hidden.device:
         raise ValueError(
-            f"ref_hidden must have hidden's shape but for H and its device, "
+            f"ref_hidden must have hidden's shape (H may differ) and device, "
             f"{list(hidden.shape)} on {hidden.device}; "
             f"got {list(ref_hidden.shape)} on {ref_hidden.device}"
         )
 
 
-def same_words(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
-    """What it must share where distributions are compared: the words, and float64 or none."""
+def same_entries(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
+    """Check that two distributions can be compared: the same vocabulary, both float64 or neither."""
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"ref_weight has {ref_weight.shape[0]} words and weight {weight.shape[0]}: "
-            "a divergence needs two distributions over the same words"
+            f"ref_weight has {ref_weight.shape[0]} vocabulary entries and weight "
+            f"{weight.shape[0]}: a divergence needs two distributions over the same entries"
         )
     if (ref_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
         raise TypeError(
             f"ref_hidden is {ref_hidden.dtype} and hidden {hidden.dtype}: "
-            "a divergence is of two distributions in float64, or of none"
+            "a divergence needs both distributions in float64, or neither"
         )
 
 
 def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """The labels' type and shape: that of hidden without its last dimension."""
+    """Check the labels' type and shape, which is that of hidden without its last dimension."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an int64 tensor, got {_name(labels)}")
     if labels.dtype != torch.int64:
@@ -159,7 +161,7 @@ def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
 
 
 def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
-    """One number for each pair, or each sequence."""
+    """Check that there is one number for each pair, or each sequence."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape [{size}], got {_name(value)}")
     dense(name, value)
@@ -203,7 +205,7 @@ def ignore_index(value: int) -> None:
 def number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {_name(value)}")
-    # Finite, in terms that torch.compile can trace where the number is a symbol to it.
+    # Finite, in a form that torch.compile can trace if the number is a symbol.
     if value - value != 0 or abs(value) > 1e300:
         raise ValueError(f"{name} must be finite, got {value!r}")
 

@@ -1,13 +1,13 @@
-"""The operator and the loss as `torch.compile` sees them: opaque operators around the same passes.
+"""The operator and the loss under `torch.compile`: opaque operators around the same passes.
 
-Inside a compiled region `linear_logprobs`, `linear_kl` and `FusedPreferenceLoss` come here. What
-happens to a tile is behind two operators of torch's library, `prefkern::logprobs` and its backward,
-so that the graph is whole (`fullgraph=True`); sequence sums and the objective are traced, and the
-compiler fuses them. How many tokens are scored is known only when the operator runs: its outputs
-have room for all M tokens, of which the first N are used, so nothing in the graph depends on N.
+Inside a compiled region `linear_logprobs`, `linear_kl` and `FusedPreferenceLoss` call this file. Two
+operators of torch's library, `prefkern::logprobs` and its backward, hide the passes from the compiler,
+so the graph is whole (`fullgraph=True`). Sequence sums and the objective are traced, and the compiler
+fuses them. The number of scored tokens is known only when the operator runs. So its outputs have room
+for all M tokens, of which it uses the first N, and nothing in the graph depends on N.
 
-What differs from an eager call: a label out of range is found when the compiled function runs; an
-output has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pairs.
+Differences from an eager call: a label out of range is found when the compiled function runs; an output
+has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pairs.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from prefkern.ops.passes import Gathered
 
 T = TypeVar("T")
 
-# The tensors of a head and of a reference, as both operators take them.
+# The arguments of both operators that are tensors: of a head and of a reference.
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, "
     "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
 )
-# The arguments of both that are not tensors.
+# The arguments of both operators that are not tensors.
 _OPTIONS = (
     "int ignore_index, float logit_scale, float? softcap, float temperature, "
     "float workspace_mb, str backend, ScalarType compute_dtype, ScalarType ref_compute_dtype, "
     "bool of_hidden, bool of_weight, bool of_bias, bool of_lora_hidden, bool of_lora_weight"
 )
-# What forward gathers, each a tensor of no size where the call has no use for it.
+# What forward gathers; an empty tensor if the call does not need it.
 _GATHERED = tuple(vars(Gathered()))
-# Outputs of forward before those: log-probs, the reference's, the divergence, four statistics.
+# The outputs of forward before those: log-probs, the reference's, the divergence, four statistics.
 _VALUES = 7
-# The share of the workspace that kept probabilities may take: the rest is for the tiles, for which
-# 8 MiB are enough at any shape.
+# The share of the workspace that kept probabilities may take. The rest is for the tiles: 8 MiB are
+# enough for them at any shape.
 _KEPT_SHARE = 0.75
 _LEAST_MB_TO_KEEP = 32
 
@@ -60,7 +60,7 @@ class Options:
     backend: str
     compute_dtype: torch.dtype
     ref_compute_dtype: torch.dtype
-    # Whose gradients are asked for.
+    # Which gradients are asked for.
     of_hidden: bool
     of_weight: bool
     of_bias: bool
@@ -104,11 +104,11 @@ class _Inputs(NamedTuple):
         return head, replace(reference, operands=self.operands(options.ref_compute_dtype))
 
     def operands(self, compute_dtype: torch.dtype) -> Operands:
-        """Autocast is over by the time that an operator runs: its dtype came with the options."""
+        """Operands of a dtype that came with the options: autocast is off when an operator runs."""
         return operands_for(compute_dtype, self.hidden.device.type)
 
     def room(self, tokens: int, options: Options) -> Gathered:
-        """Room for what forward gathers of so many tokens, which may be a symbol."""
+        """Room for what forward gathers for so many tokens; the number may be a symbol."""
         rank = 0 if self.lora_weight is None else self.lora_weight.shape[1]
         operands, gradients = self.operands(options.compute_dtype), options.gradients
         vocab_size, hidden_size = self.weight.shape
@@ -142,7 +142,7 @@ class _Inputs(NamedTuple):
 
 
 class _Run:
-    """The passes' arguments for what an operator is given, and the memory that they may hold."""
+    """The arguments of the passes, made of an operator's arguments, and the memory they may hold."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class _Run:
 
     def attempt(self, run: Callable[[plan.Plan], T], phase: memory.Phase) -> T:
         with torch.no_grad(), without_autocast(self.head.hidden):
-            # What is kept is an output, or an input, which a second attempt cannot give back.
+            # Kept probabilities are an output, or an input: a second attempt cannot free them.
             held_bytes = self.plan.kept_bytes
             return self.budget.attempt(run, self.plan, phase, held_bytes=held_bytes)[0]
 
@@ -210,7 +210,7 @@ def _logprobs(*arguments) -> tuple[Tensor, ...]:
     for out, value in zip(outputs, found, strict=False):
         if value is not None:
             out.copy_(call.place(scored.masked(value), scored.rows, labels.shape))
-    # What is not used is not left to chance either: an operator's outputs are its inputs' doing.
+    # Fill what is not used, too: an operator's outputs must depend on its inputs alone.
     for name, out in zip(_GATHERED, outputs[_VALUES:], strict=True):
         used = run.plan.kept_tokens if name.endswith("kept") else scored.count
         out[used:].zero_()
@@ -288,10 +288,10 @@ def _(*arguments):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    # The eight tensors and labels; then bounds and with_stats, which backward has no use for.
+    # The eight tensors and labels; then bounds and with_stats, which backward does not need.
     ctx.options = inputs[11:]
     ctx.save_for_backward(*inputs[:9], *output[_VALUES:])
-    # Log-probs have a gradient, and a divergence where there is a reference.
+    # Log-probs have a gradient; so has a divergence, if there is a reference.
     has_divergence = inputs[5] is not None
     ctx.mark_non_differentiable(*output[1 : 2 if has_divergence else 3], *output[3:])
 
@@ -304,7 +304,7 @@ def _backward(ctx, dlogps, _, dkl, *__):
     *inputs, labels = ctx.saved_tensors[:9]
     dlogps = torch.zeros_like(given) if dlogps is None else dlogps
     if inputs[5] is not None and dkl is None:
-        # With a divergence both gradients are wanted: one that is not there is 0.
+        # A divergence needs both gradients: the one that is not given is 0.
         dkl = torch.zeros_like(given)
     needs = ctx.needs_input_grad[:5]
     gradients = _backward_op(
@@ -317,7 +317,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class TokenValues(NamedTuple):
-    """Of all tokens, 0 where not scored; of the labels' shape."""
+    """Values of all tokens, in the labels' shape; 0 where not scored."""
 
     logps: Tensor
     ref_logps: Tensor | None
@@ -390,7 +390,7 @@ def sequence_sums(
 ) -> Tensor:  # (S,)
     """The sum of each sequence's values, added in float64 (integers in int64) and rounded once."""
     if values.is_floating_point():
-        # Sequence by sequence: in one running sum, what is not finite would reach all that follow.
+        # Sequence by sequence: in one running sum, a NaN or inf would reach all later sequences.
         return sequences.sequence_sums(values.reshape(-1), bounds)
     running = torch.nn.functional.pad(values.long().reshape(-1).cumsum(0), (1, 0))
     return running.index_select(0, bounds).diff()

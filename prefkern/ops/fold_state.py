@@ -1,11 +1,12 @@
-"""What a token needs of its logits, gathered tile by tile, and what is formed of it at the end.
+"""A token's fold state: sums over its logits, gathered tile by tile, and the results of them.
 
-The state leaves the label's column out: with m the maximum over v != y met so far,
-`total = sum_{v != y} exp(z_v - m)`. At the end, with M = max(m, z_y) and s the sum over all v
-relative to M,
+The state leaves the label's column out: with m the maximum over v != y so far, `total = sum_{v != y}
+exp(z_v - m)`. At the end, with M = max(m, z_y) and s the sum over all v relative to M,
 
-    logp    = -log1p(total exp(m - z_y))           where z_y >= m: exact for confident tokens
-    1 - p_y = total exp(m - M) / s                 no cancellation
+    logp    = -log1p(total exp(m - z_y))           if z_y >= m: exact for confident tokens
+    1 - p_y = total exp(m - M) / s                 without cancellation
+
+The state is a value. `merge` makes the state of a vocabulary from the states of two parts of it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from torch import Tensor
 
 @dataclass
 class FoldState:
-    """What a token needs of its logits over a part of the vocabulary; (N,) float32 each.
+    """Sums over the logits of N tokens in a part of the vocabulary; (N,) float32 each.
 
-    It is a value of its own, whichever kernel, tiles or rank it came from: `merge` gives the state
-    of two parts of the vocabulary.
+    They do not depend on the kernel, the tiles or the rank that computed them, so the states of two
+    parts of the vocabulary can be merged.
     """
 
     maximum: Tensor  # m, over v != y
@@ -46,7 +47,7 @@ class FoldState:
         dtype: torch.dtype = torch.float32,
         with_cross: bool = False,
     ) -> FoldState:
-        """Room for a state: it holds anything until `clear` or a first `fold`."""
+        """Room for a state. Its numbers are arbitrary until `clear` or a first `fold`."""
         size = (4 + 4 * with_stats + with_cross, tokens)
         vectors = [*torch.empty(size, dtype=dtype, device=device)]
         cross = vectors.pop() if with_cross else None
@@ -56,7 +57,7 @@ class FoldState:
         return self.maximum, self.total, self.label_logit, self.label_slope
 
     def moments(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """What statistics need beside `sums`."""
+        """The sums that statistics need beside `sums`."""
         return self.shifted, self.logit_sum, self.before, self.squares
 
     def __getitem__(self, tokens: slice) -> FoldState:
@@ -65,12 +66,13 @@ class FoldState:
         return FoldState(*(None if x is None else x[tokens] for x in vectors))  # pyright: ignore[reportArgumentType]
 
     def merge(self, other: FoldState) -> FoldState:
-        """The state over both parts of the vocabulary, of the same tokens and their labels.
+        """The state over both parts of the vocabulary, for the same tokens and labels.
 
-        Both have statistics, or a reference's sum, or neither has. The order does not matter.
+        Either both states have statistics, or neither; the same holds for `cross`. The order does not
+        matter.
         """
         maximum = torch.maximum(self.maximum, other.maximum)
-        # Where no logit but the label's is in either part, exp(-inf - 0) = 0.
+        # If the parts hold no logit but the label's, this is exp(-inf - 0) = 0.
         offset = torch.where(maximum == -math.inf, 0.0, maximum)
         factor, other_factor = torch.exp(self.maximum - offset), torch.exp(other.maximum - offset)
 
@@ -82,7 +84,7 @@ class FoldState:
 
         shifted = added(self.shifted, other.shifted)
         if shifted is not None:
-            # z - m' = (z - m) + (m - m'), of a part that has a logit at all.
+            # z - m' = (z - m) + (m - m'), for a part that has a logit besides the label's.
             for part, scale in ((self, factor), (other, other_factor)):
                 moved = (part.maximum - offset) * part.total * scale
                 shifted = shifted + torch.where(part.total > 0, moved, 0.0)
@@ -106,7 +108,7 @@ def _of_both(
 
 
 def clear(*vectors: Tensor | None) -> None:
-    """Begin a state, its vectors in their order; the first `fold` does it by itself."""
+    """Begin a state, given its vectors in their order; a first `fold` does it by itself."""
     beginnings = (-math.inf, 0.0, -math.inf, 1.0, 0.0, 0.0, -math.inf, 0.0, 0.0)
     for vector, beginning in zip(vectors, beginnings, strict=False):
         if vector is not None:
@@ -114,18 +116,18 @@ def clear(*vectors: Tensor | None) -> None:
 
 
 def largest_total(dtype: torch.dtype) -> float:
-    """The largest sum that a row of operands may stand for, with room for its own elements."""
+    """The largest sum that one number of this dtype may stand for, with some room above."""
     return torch.finfo(dtype).max / 4
 
 
 @dataclass(frozen=True)
 class Folded:
-    """The end of a fold: (N,) float32 each."""
+    """The results of a finished fold, (N,) float32 each."""
 
     logps: Tensor
     maximum: Tensor  # M, over all v
     total: Tensor  # s = sum_v exp(z_v - M)
-    rest: Tensor  # exp(m - M) / s: what turns `A` into a mean under the distribution
+    rest: Tensor  # exp(m - M) / s: times `A`, the mean over v != y under the distribution
     miss: Tensor  # 1 - p_y
     hit: Tensor  # p_y
     log_total: Tensor  # log s
@@ -136,12 +138,12 @@ def finish(state: FoldState) -> Folded:
     m, label = state.maximum, state.label_logit
     confident = label >= m
     top = torch.maximum(m, label)
-    # exp(-inf) where there is no other entry than the label; total is then 0.
+    # If the label is the only entry, this is exp(-inf) = 0, and total is 0 too.
     drop = torch.exp(m - top)
     own = torch.exp(label - top)
     total = state.total * drop + own
     log_total = torch.where(confident, torch.log1p(state.total * drop), torch.log(total))
-    # Where the label leads, label - top is 0, or NaN for a logit of inf, which has no softmax.
+    # If the label's logit is the largest, label - top is 0; or NaN for inf, which has no softmax.
     logps = (label - top) - log_total
     miss = state.total * drop / total
     return Folded(logps, top, total, drop / total, miss, own / total, log_total)
@@ -150,10 +152,10 @@ def finish(state: FoldState) -> Folded:
 def statistics(
     state: FoldState, folded: Folded, vocab_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entropy, mean logit, is_top1 and log sum_v p_v^2, (N,) each, of a fold with statistics."""
+    """Entropy, mean logit, is_top1 and log sum_v p_v^2, (N,) each, from a fold with statistics."""
     assert state.shifted is not None and state.logit_sum is not None
     assert state.before is not None and state.squares is not None
-    # entropy = log s - sum_v p_v (z_v - M), in terms that are all small for a confident token.
+    # entropy = log s - sum_v p_v (z_v - M); for a confident token every term is small.
     drop = torch.exp(state.maximum - folded.maximum)
     moved = torch.where(
         state.total > 0, (state.maximum - folded.maximum) * state.total, torch.zeros_like(drop)
@@ -162,44 +164,44 @@ def statistics(
     own = torch.where(below > -math.inf, torch.exp(below) * below, torch.zeros_like(drop))
     spread = (state.shifted + moved) * drop + own
     entropy = torch.log(folded.total) - spread / folded.total
-    # A tie with an earlier entry is not a top-1 prediction, as argmax takes the first maximum.
+    # argmax takes the first maximum, so a tie with an earlier entry is not a top-1 prediction.
     is_top1 = (state.label_logit >= state.maximum) & (state.label_logit > state.before)
-    # sum_v p_v^2 = (1 + others) / s^2, where the 1 is the label's own term if it is the largest:
-    # both logarithms are then small numbers, formed of small numbers, for a confident token.
+    # sum_v p_v^2 = (1 + others) / s^2; the 1 is the label's own term if its logit is the largest. For
+    # a confident token both logarithms are then small numbers, computed from small numbers.
     others = state.squares * drop * drop
     collision = torch.where(
         state.label_logit >= state.maximum,
         torch.log1p(others) - 2 * torch.log1p(state.total * drop),
         torch.log(others + torch.exp(2 * below)) - 2 * torch.log(folded.total),
     )
-    # A probability's logarithm, which rounding may carry above 0.
+    # It is the logarithm of a probability; rounding may put it above 0.
     return entropy, state.logit_sum / vocab_size, is_top1, collision.clamp(max=0.0)
 
 
 def divergence(
     state: FoldState, ref_state: FoldState, folded: Folded, ref_folded: Folded
 ) -> Tensor:  # (N,)
-    """`sum_v r_v (log r_v - log p_v)`, of terms that are small where both trust the label."""
+    """`sum_v r_v (log r_v - log p_v)`; all terms are small if both models trust the label."""
     # kl = sum_{v != y} r_v (x_v - z_v) + r_y (x_y - z_y) - (M_r - M) - (log s_r - log s)
     assert ref_state.cross is not None
     gap = ref_state.label_logit - state.label_logit
     confident = (state.label_logit >= state.maximum) & (ref_state.label_logit >= ref_state.maximum)
-    # M_r - M is the label's gap there, and r_y gap - gap = -(1 - r_y) gap.
+    # Then M_r - M is the label's gap, and r_y gap - gap = -(1 - r_y) gap.
     own = torch.where(
         confident,
         -ref_folded.miss * gap,
-        # A label that the reference rules out has no part in it, and no gap.
+        # A label that the reference rules out adds nothing, and its gap is not finite.
         torch.where(ref_folded.hit > 0, ref_folded.hit * gap, 0.0)
         - (ref_folded.maximum - folded.maximum),
     )
     kl = ref_folded.rest * ref_state.cross + own - (ref_folded.log_total - folded.log_total)
-    # A divergence is not negative: where rounding carried it below 0, 0 is nearer to the truth.
-    # The gradient is formed of the probabilities, and does not depend on the bound.
+    # A divergence is not negative: if rounding puts it below 0, then 0 is nearer to the truth. The
+    # gradient comes from the probabilities, and does not depend on this bound.
     return kl.clamp(min=0.0)
 
 
 def label_difference(folded: Folded, ref_folded: Folded) -> Tensor:  # (N,)
-    """p_y - r_y, from whichever of p_y and 1 - p_y is the smaller number."""
+    """p_y - r_y, computed from p_y or from 1 - p_y, whichever is smaller."""
     return torch.where(
         folded.miss < 0.5, ref_folded.miss - folded.miss, folded.hit - ref_folded.hit
     )

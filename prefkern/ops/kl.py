@@ -1,9 +1,9 @@
 """Log-probs, and the divergence from a reference to the policy, per token.
 
-Objectives with a term of each token's divergence (TDPO, arXiv 2404.11999) need `sum_v r_v (log r_v -
-log p_v)` beside the log-probs, over two distributions of V entries. It is an option of the passes that
-`linear_logprobs` runs: tiles of both models' logits are folded at once, so that neither set of logits
-is ever in memory.
+Some objectives have a term with each token's divergence (TDPO, arXiv 2404.11999). They need `sum_v r_v
+(log r_v - log p_v)` beside the log-probs: a sum over the distributions of both models. It is an option
+of the passes that `linear_logprobs` runs. A tile of the policy's logits and one of the reference's are
+folded together, so that neither model's logits are ever in memory.
 """
 
 from __future__ import annotations
@@ -37,31 +37,33 @@ def linear_kl(
     """Log-probs of labels, and the forward KL divergence from a reference, in tiles.
 
     With p and r the distributions of policy and reference, `kl = sum_v r_v (log r_v - log p_v)` over
-    the whole vocabulary, whatever the label. Equal models give exactly 0.
+    the whole vocabulary. It does not depend on the label. Equal models give exactly 0.
 
     Args:
         hidden, weight, labels, bias: as in `prefkern.linear_logprobs`.
-        ref_hidden: [..., H_ref] of the reference at the same tokens; its width and dtype may differ.
+        ref_hidden: [..., H_ref], the reference's hidden states at the same tokens; width and dtype
+            may differ from hidden's.
         ref_weight: [V, H_ref], over the same vocabulary as weight.
         ref_bias: [V] or None.
         ignore_index, logit_scale, softcap, temperature, workspace_mb, backend: as in
             `prefkern.linear_logprobs`; the transform is the same for both models.
-        lora_hidden, lora_weight: a LoRA adapter on the policy's head, as there.
+        lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
+            `prefkern.linear_logprobs`.
 
     Returns:
         TokenKL(logps, ref_logps, kl), [...] float32 each, in nats; 0 where not scored. `logps` and
-        `kl` are differentiable once in hidden, weight, bias and the adapter's two; nothing of the
-        reference carries a gradient. `prefkern.last_plan()` says what ran.
+        `kl` are differentiable once in hidden, weight, bias, lora_hidden and lora_weight. The
+        reference's tensors get no gradient. `prefkern.last_plan()` says what ran.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `prefkern.linear_logprobs` does, of the reference's
-            arguments too.
+        TypeError, ValueError, RuntimeError: as `prefkern.linear_logprobs` does, also for the
+            reference's arguments.
     """
     checks.head(hidden, weight, bias)
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    checks.same_words(hidden, weight, ref_hidden, ref_weight)
+    checks.same_entries(hidden, weight, ref_hidden, ref_weight)
     checks.same_tokens(hidden, ref_hidden)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)

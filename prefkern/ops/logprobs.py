@@ -1,9 +1,8 @@
 """The operator: log-probs of labels from hidden states and a head, without logits in memory.
 
-`linear_logprobs` checks its arguments, finds the scored tokens (`sequences`), and hands them to
-`call`, which makes a plan (`plan`) and runs it (`autograd` over `passes`) on one of two backends.
-They share everything but what is done to a tile: Triton kernels (`prefkern_kernels`) or their twins
-in torch (`torch_tiles`).
+`linear_logprobs` checks its arguments and finds the scored tokens (`sequences`). Then `call` makes a
+plan (`plan`) and runs it (`autograd` over `passes`) on one of two backends. The backends differ only in
+their functions on a tile: Triton kernels (`prefkern_kernels`) or their twins in torch (`torch_tiles`).
 """
 
 from __future__ import annotations
@@ -34,35 +33,37 @@ def linear_logprobs(
 ) -> Tensor | TokenStats:
     """Log-probs of labels under `softmax(transform(hidden @ weight.T + bias))`, in tiles.
 
-    The transform is `softcap tanh(logit_scale z / softcap) / temperature`, without the tanh where
-    softcap is None. Labels are aligned already: `labels[t]` is the token that `hidden[t]` predicts.
-    Tokens whose label is ignore_index are never computed.
+    The transform is `softcap tanh(logit_scale z / softcap) / temperature`; without a softcap it is
+    `logit_scale z / temperature`. Labels must be aligned: `labels[t]` is the token that `hidden[t]`
+    predicts. Tokens with the label ignore_index are never computed.
 
     Args:
-        hidden: [..., H] float32, bfloat16 or float16; or float64, on the torch backend, which is
-            then computed in throughout: for gradcheck and the like.
-        weight: [V, H], of hidden's dtype (of any of the first three under autocast).
+        hidden: [..., H] float32, bfloat16 or float16; on the torch backend also float64, for
+            gradcheck and the like. Then everything is computed in float64.
+        weight: [V, H] in hidden's dtype; under autocast in float32, bfloat16 or float16.
         labels: [...] int64.
         bias: [V] or None.
         workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
         backend: "triton" (GPUs; CPU under TRITON_INTERPRET=1), "torch" (any device), or None:
             triton on a GPU that has it, else torch.
         return_stats: return TokenStats, with entropy, mean logit and top-1 beside the log-probs.
-        lora_hidden, lora_weight: a LoRA adapter on the head, which adds `lora_hidden @
-            lora_weight.T` to the raw logits: scaling * lora_A(hidden) [..., R] and lora_B's weight
-            [V, R], in float32, bfloat16 or float16, whatever hidden has, or both float64.
+        lora_hidden, lora_weight: a LoRA adapter on the head. It adds `lora_hidden @
+            lora_weight.T` to the raw logits. lora_hidden is scaling * lora_A(hidden) [..., R], and
+            lora_weight is lora_B's weight [V, R]. Both may be float32, bfloat16 or float16, also if
+            hidden has another of these dtypes; or both are float64, as hidden.
 
     Returns:
-        [...] float32 (float64 of float64), in nats; 0 where not scored. Differentiable once in hidden, weight, bias and
-        the adapter's two; each gradient has its argument's dtype. `prefkern.last_plan()` tells what ran.
+        [...] float32 (float64 for float64 inputs), in nats; 0 where not scored. Differentiable once
+        in hidden, weight, bias, lora_hidden and lora_weight; each gradient has its argument's dtype.
+        `prefkern.last_plan()` says what ran.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. All
-            but one are found without a device synchronisation: the labels' range, which shares the
-            one synchronisation that counting the scored tokens takes.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. Only the
+            check of the labels' range needs a device synchronisation, and it shares the one that
+            counts the scored tokens.
         RuntimeError: the backend asked for cannot run here.
-        torch.OutOfMemoryError: memory ran out twice, the second time with half the workspace; with
-            what was tried and what would fit. The first time is a RuntimeWarning (`memory`).
+        torch.OutOfMemoryError: memory ran out twice, the second time with half the workspace. The
+            message says what was tried and what would fit. The first time gives a RuntimeWarning.
     """
     checks.head(hidden, weight, bias)
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)
@@ -104,22 +105,22 @@ def plan_for(
     workspace_mb: float | None = None,
     backend: str | None = None,
 ) -> plan.Plan:
-    """What a call of that shape runs and costs, without running it; nothing is allocated.
+    """The plan and the cost of a `linear_logprobs` call of that shape. Nothing is run or allocated.
 
     Args:
         tokens: N, scored tokens; hidden_size: H; vocab_size: V.
-        dtype: of hidden and weight.
-        device: where the call would run, which need not be here; None: a GPU if there is one.
+        dtype: that of hidden and weight.
+        device: where the call would run; this machine need not have it. None: a GPU if there is one.
         trains_hidden, trains_head: what needs a gradient; neither: log-probs alone.
-        lora_rank: of an adapter that is trained on the head; 0: none.
+        lora_rank: the rank of an adapter that is trained on the head; 0: none.
         softcap: whether the model caps its logits; return_stats: as in `linear_logprobs`.
         workspace_mb, backend: as in `linear_logprobs`.
 
     Returns:
         A Plan: structure, tiles, `operations` (`operations_nhv`), `workspace_bytes`, `saved_bytes`.
 
-    Raises TypeError and ValueError for what is not a shape, dtype or device, and for a GPU's default
-    workspace where there is no GPU to ask.
+    Raises TypeError and ValueError for a wrong shape, dtype or device. workspace_mb must be given for a
+    GPU that this machine does not have, since its default depends on the GPU's memory.
     """
     for name, size in (
         ("tokens", tokens),
@@ -161,7 +162,7 @@ def plan_for(
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    """A device that may not be here; None: a GPU if there is one."""
+    """The device, which this machine need not have; None: a GPU if there is one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not isinstance(device, str | torch.device):

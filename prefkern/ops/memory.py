@@ -1,15 +1,16 @@
 """Out of memory in a call: half the workspace, once, with a warning; then an error that says what fits.
 
-What a pass holds at its peak is its plan's choice, so running out of memory is no reason to lose a
-step: the same numbers come of smaller tiles. `Budget.attempt` runs a pass, and where the allocator
-refuses, plans it again for half of what it took and runs it anew. Nothing of the failed attempt is
-alive by then: its tensors hang on the frames of the exception's traceback, which is dropped first.
-A second refusal raises `torch.OutOfMemoryError` with both attempts, the least workspace that these
-tokens can do with, and the allocator's own words, by which accelerate's search for a batch size
-knows what happened.
+The plan decides how much a pass holds at its peak, and smaller tiles give the same numbers. So a step
+need not be lost when memory runs out. `Budget.attempt` runs a pass. If the allocator refuses, it plans
+the pass again for half of what the first attempt took, and runs that. By then no tensor of the first
+attempt is alive: they hang on the frames of the exception's traceback, which is dropped first.
 
-A pass hands over its results when it ends, all gradients of a call together: an attempt that fails
-leaves nothing in any `.grad`. No pass has a collective, so that a rank retries by itself.
+A second refusal raises `torch.OutOfMemoryError`. The error has both attempts, the smallest workspace
+that is enough for these tokens, and the allocator's message. accelerate's search for a batch size
+recognises an out-of-memory error by that message.
+
+A pass returns its results when it ends, all gradients of a call together. So an attempt that fails
+leaves nothing in any `.grad`. No pass has a collective, so a rank can try again by itself.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ _LEAST_MB = 2.0**-10
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator refused: a GPU's has a class of its own, a CPU's only its words."""
+    """Whether an allocator refused. A GPU's error has its own class, a CPU's only its message."""
     return isinstance(error, torch.OutOfMemoryError) or _CPU_REFUSAL in str(error)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a call may hold, and how it is planned for less. It holds no tensor."""
+    """How much memory a call may hold, and how to plan it for less. It holds no tensor."""
 
     workspace_mb: float
-    plan_of: Callable[..., Plan]  # of the whole call, by `workspace_mb`
-    record: Callable[[Plan], None]  # where `last_plan` finds the plan of a second attempt
+    plan_of: Callable[..., Plan]  # plans the whole call for a `workspace_mb`
+    record: Callable[[Plan], None]  # makes the plan of a second attempt `last_plan`'s
     # A CUDA graph that is being captured would replay the failed attempt as well.
     retries: bool = True
 
@@ -55,14 +56,14 @@ class Budget:
         again: Callable[[float], Plan] | None = None,
         held_bytes: int = 0,
     ) -> tuple[T, Plan]:
-        """`run(first)`, or in its place `run` of a plan for half the memory; and the plan that ran.
+        """Run the plan `first`, or if memory runs out one for half of it. Returns the plan that ran.
 
         Args:
-            again: makes the second plan, of a workspace in MiB, and may free memory for it; None:
+            again: makes the second plan for a workspace in MiB, and may free memory for it; None:
                 the whole call's plan for that workspace.
-            held_bytes: of those that the plan counts, what a smaller one cannot give back.
+            held_bytes: the part of the plan's bytes that a smaller plan cannot give back.
 
-        Raises torch.OutOfMemoryError where both are refused, or where no plan is smaller.
+        Raises torch.OutOfMemoryError if both are refused, or if no plan is smaller.
         """
         result = _run(run, first)
         if not isinstance(result, _Refusal):
@@ -76,8 +77,8 @@ class Budget:
             if _took(second, phase) < took:
                 warnings.warn(
                     f"out of memory in the {phase} pass of {_shape(first)}, with "
-                    f"{_told(self.workspace_mb, first, phase)}: trying once more with "
-                    f"{_told(half_mb, second, phase)}. To begin there, pass a smaller "
+                    f"{_described(self.workspace_mb, first, phase)}: trying once more with "
+                    f"{_described(half_mb, second, phase)}. To begin there, pass a smaller "
                     f"workspace_mb. {result.said}",
                     RuntimeWarning,
                     stacklevel=2,
@@ -96,16 +97,16 @@ class Budget:
         plan = tried[0][1]
         least_mb, least = self._least()
         advice = (
-            f"The least that these tokens can do with is {_mib(least.workspace_bytes)}: pass "
+            f"The least that these tokens need is {_mib(least.workspace_bytes)}: pass "
             f"workspace_mb={least_mb:g}."
         )
         if least.workspace_bytes >= min(_took(each, phase) for _, each in tried):
             advice = "No workspace_mb makes it smaller: score fewer tokens in a call."
         return (
             f"out of memory in the {phase} pass of {_shape(plan)}. Tried: "
-            + ", then ".join(_told(mb, each, phase) for mb, each in tried)
+            + ", then ".join(_described(mb, each, phase) for mb, each in tried)
             + f". {advice} Beside its workspace a call holds its results and, for backward, "
-            f"{_mib(plan.saved_bytes)}, whatever workspace_mb is. {said}"
+            f"{_mib(plan.saved_bytes)}, which do not depend on workspace_mb. {said}"
         )
 
     def _least(self) -> tuple[float, Plan]:
@@ -122,7 +123,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class _Refusal:
-    """What is left of an allocator's exception: its words, and no frame of the attempt."""
+    """An allocator's message, without its exception, which would keep the attempt's frames alive."""
 
     said: str
 
@@ -143,13 +144,13 @@ def _took(plan: Plan, phase: Phase) -> int:
     return plan.kept_bytes + tiles.bytes
 
 
-def _told(workspace_mb: float, plan: Plan, phase: Phase) -> str:
+def _described(workspace_mb: float, plan: Plan, phase: Phase) -> str:
     tiles = plan.forward_tiles
     if phase == "backward" and plan.backward_tiles is not None:
         tiles = plan.backward_tiles
     return (
         f"workspace_mb={workspace_mb:.4g} ({plan.structure}, {_mib(_took(plan, phase))} in tiles of "
-        f"{tiles.token_tile} tokens by {tiles.vocab_tile} words)"
+        f"{tiles.token_tile} tokens by {tiles.vocab_tile} vocabulary entries)"
     )
 
 

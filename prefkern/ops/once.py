@@ -1,11 +1,11 @@
 """`differentiable_once`: a backward whose own derivative raises, always.
 
-torch's `once_differentiable` raises only where the incoming gradient itself requires one. The usual
-case, `autograd.grad(loss, hidden, create_graph=True)`, then returns a constant, and a gradient
-penalty silently lacks a term. Here every gradient that is made while a graph is being built hangs
-on a node that raises. Autograd runs only the nodes between what it differentiates and what it is
-asked for, so that node descends from all that the gradient depends on: from the inputs, by way of
-`anchors`, and from the incoming gradients.
+torch's `once_differentiable` raises only if the incoming gradient itself requires one. In the usual
+case, `autograd.grad(loss, hidden, create_graph=True)`, it returns a constant, and a gradient penalty
+silently lacks a term. Here, while a graph is being built, every gradient hangs on a node that raises.
+Autograd runs only the nodes between a result and the inputs that it is asked for. So the node descends
+from everything that the gradient depends on: from the inputs, through `anchors`, and from the incoming
+gradients.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class _Raises(torch.autograd.Function):
 
 
 def anchors(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """Empty tensors that descend from the inputs which need a gradient, and keep none of them.
+    """Empty tensors that descend from the inputs that need a gradient.
 
-    An input itself, kept for no other purpose, would hold its memory until backward.
+    They stand for the inputs: an input that was kept itself would hold its memory until backward.
     """
     if not torch.is_grad_enabled():
         return ()
@@ -43,10 +43,7 @@ def anchors(*inputs: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def refuse_tangents(**inputs: Tensor | None) -> None:
-    """Raise NotImplementedError for an input that is differentiated in forward mode.
-
-    Kernels read its numbers and would drop its tangent.
-    """
+    """Raise NotImplementedError for an input with a tangent (forward mode), which kernels would drop."""
     for name, value in inputs.items():
         if value is not None and forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
@@ -58,7 +55,7 @@ def refuse_tangents(**inputs: Tensor | None) -> None:
 def differentiable_once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """Decorate the backward of an autograd function that computes plain numbers.
 
-    Its forward sets `ctx.anchors`, those of its inputs, which are made outside of it.
+    The function's forward sets `ctx.anchors`. The anchors are made of its inputs, outside of it.
     """
 
     @functools.wraps(backward)

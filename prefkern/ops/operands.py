@@ -1,9 +1,9 @@
-"""What the passes over tiles are made of: operands, products with a float32 result, tile buffers.
+"""The parts of the passes over tiles: operands, products with a float32 result, tile buffers.
 
-Products of half-precision operands have a float32 result, whether by the GPU's own (`out_dtype`) or
-by raising the operands of a tile. What is said of float32 there and in the passes is float64's where
-a call's inputs are float64 (`Operands.wide`): the same passes, so that they can be differentiated
-numerically.
+Products of half-precision operands have a float32 result: a GPU's library has such a product
+(`out_dtype`), elsewhere the operands of a tile are raised to float32 first. For float64 inputs the same
+passes compute in float64 wherever the text says float32 (`Operands.wide`), so that a test can
+differentiate them numerically.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prefkern.ops.plan import Columns, HeadSize, Tiles, padding
 
 @dataclass(frozen=True)
 class Transform:
-    """What the model does to its raw logits: scale, tanh softcap, temperature, in this order."""
+    """The model's transform of its raw logits: scale, tanh softcap, temperature, in this order."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -41,11 +41,11 @@ class Transform:
 
 @dataclass(frozen=True)
 class Operands:
-    """How a call's operands reach the products.
+    """The dtypes of a call's products.
 
-    `compute_dtype` is what a plain linear layer would multiply in (autocast's dtype under
-    autocast); `upcasts` says that the device has no product of such operands with a float32 result,
-    so that tiles of them are raised to float32 instead.
+    `compute_dtype` is the dtype in which a plain linear layer would multiply (autocast's dtype under
+    autocast). `upcasts`: the device has no product of such operands with a float32 result, so tiles
+    of them are raised to float32 first.
     """
 
     compute_dtype: torch.dtype
@@ -57,16 +57,16 @@ class Operands:
 
     @property
     def wide(self) -> torch.dtype:
-        """What tiles, sums and results are in."""
+        """The dtype of tiles, sums and results."""
         return wide_of(self.compute_dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """Round to the compute dtype, as autocast would, then raise if need be."""
+        """Round to the compute dtype, as autocast would; raise to float32 if `upcasts`."""
         return x.to(self.compute_dtype).to(self.dtype)
 
 
 def operands_of(hidden: Tensor) -> Operands:
-    """How a call with these hidden states multiplies, autocast included."""
+    """The operands of a call with these hidden states, autocast included."""
     device = hidden.device.type
     # Autocast leaves float64 as it is.
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
@@ -87,7 +87,7 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class LowRank:
-    """What a LoRA adapter adds to a head's logits: `hidden @ weight.T`."""
+    """A LoRA adapter of a head. It adds `hidden @ weight.T` to the logits."""
 
     hidden: Tensor  # (..., R): scaling * lora_A(h), of all tokens
     weight: Tensor  # (V, R): lora_B
@@ -102,8 +102,8 @@ class LowRank:
 class Head:
     """Hidden states and the head that they go through.
 
-    An adapter's term is part of the same product: `h W^T + l B^T = [h l] [W B]^T`. Rows of either
-    side are put together tile by tile, to a width that is `plan.HeadSize.width`, zeros at the end.
+    An adapter's term is part of the same product: `h W^T + l B^T = [h l] [W B]^T`. Both sides are
+    joined tile by tile, and zeros fill the rows up to the width `plan.HeadSize.width`.
     """
 
     hidden: Tensor  # (M, H), all tokens
@@ -119,10 +119,11 @@ class Head:
         bias: Tensor | None,  # (V,)
         low_rank: LowRank | None = None,
     ) -> Head:
-        """A call's arguments, which multiply as the device and autocast have it.
+        """The head of a call's arguments, with the operands of the device and autocast.
 
-        The tokens in one dimension, and numbers in memory as they are: kernels read it. A bias is
-        walked without strides; of (V,) that is a small copy at most.
+        The tokens get one dimension. Kernels read memory, so a view that negates what is in memory
+        is resolved. They also read a bias without strides, so it is made contiguous: at most a
+        small copy.
         """
         if low_rank is not None:
             low_rank = LowRank(_flat(low_rank.hidden), low_rank.weight.resolve_neg())
@@ -131,12 +132,12 @@ class Head:
         return Head(_flat(hidden), weight.resolve_neg(), bias, operands_of(hidden), low_rank)
 
     def detach(self) -> Head:
-        """The same without gradients, as a reference's; it has no adapter."""
+        """The same without gradients and without an adapter, as for a reference."""
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.hidden.detach(), self.weight.detach(), bias, self.operands)
 
     def through(self, clear: Callable[[Tensor], Tensor]) -> Head:
-        """With what `clear` makes of all states, (M, ...) -> (M, ...)."""
+        """The same head, with `clear` applied to all states, (M, ...) -> (M, ...)."""
         low_rank = self.low_rank
         if low_rank is not None:
             low_rank = LowRank(clear(low_rank.hidden), low_rank.weight)
@@ -144,7 +145,7 @@ class Head:
 
     @property
     def size(self) -> HeadSize:
-        """What the plan must know of it."""
+        """The sizes and dtypes that a plan needs."""
         return HeadSize(
             self.weight.shape[1],
             self.operands.compute_dtype,
@@ -157,7 +158,7 @@ class Head:
     def rows(
         self, rows: Tensor | None, tokens: slice, columns: Columns | None = None
     ) -> Tensor:  # (n, W), or (n, width of columns)
-        """Some tokens' rows, all of them or those columns."""
+        """The rows of some tokens: all columns, or the given ones."""
         own = take(self.hidden, rows, tokens) if columns is None or columns.start == 0 else None
         if self.low_rank is None or (columns is not None and columns.stop == self.hidden.shape[1]):
             assert own is not None
@@ -172,7 +173,7 @@ class Head:
         return self._side_by_side(self.weight[entries], self.low_rank.weight[entries])
 
     def label_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (V or n, W)
-        """Indices, and the rows that they are into: each label's row of the head."""
+        """Each label's row of the head: indices, and the rows that they index."""
         if self.low_rank is None:
             return labels, self.weight
         rows = self._side_by_side(self.weight[labels], self.low_rank.weight[labels])
@@ -182,7 +183,7 @@ class Head:
         return None if self.bias is None else self.bias[entries]
 
     def _side_by_side(self, *parts: Tensor) -> Tensor:
-        """Operands of one product, with zeros up to the width that the whole head has."""
+        """Join the operands of one product, with zeros up to the width of the whole head."""
         assert self.low_rank is not None
         own, rank = self.hidden.shape[1], self.low_rank.weight.shape[1]
         parts = tuple(self.operands.prepare(part) for part in parts)
@@ -190,7 +191,7 @@ class Head:
 
 
 def same_head(head: Head, other: Head) -> bool:
-    """Whether both go through the same numbers, in the same dtype."""
+    """Whether both have the same weight and bias, in the same memory, and hidden states of one dtype."""
     if head.hidden.dtype != other.hidden.dtype or head.low_rank is not None:
         return False
     if (head.bias is None) != (other.bias is None):
@@ -211,10 +212,11 @@ def _flat(x: Tensor) -> Tensor:  # (..., H) -> (M, H)
 
 
 class Buffers:
-    """One float32 tile, and the tile that the second product reads: the same where it can be.
+    """One float32 tile, and the tile that the second product reads; if possible they share memory.
 
     Args:
-        second_product: there is one. scratch: not every tile has a place of its own (`views`).
+        second_product: whether there is one.
+        scratch: whether some tiles have no place of their own (see `views`).
     """
 
     def __init__(
@@ -235,7 +237,7 @@ class Buffers:
             self._second = torch.empty(size, dtype=operands.dtype, device=device)
 
     def views(self, n: int, v: int, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The float32 tile `(n, v)` and the second product's operand, at `place` if one is given."""
+        """The float32 tile `(n, v)`, and the second product's operand, which is `place` if given."""
 
         def part(buffer: Tensor | None) -> Tensor:
             assert buffer is not None
@@ -250,7 +252,7 @@ class Buffers:
 
 
 def as_stored(x: Tensor | None) -> Tensor | None:
-    """The same numbers, in memory too: that of `z.conj().imag` holds them negated, and kernels read it."""
+    """The same numbers, also in memory. `z.conj().imag` holds them negated there, and kernels read memory."""
     return None if x is None else x.resolve_neg()
 
 
@@ -259,7 +261,7 @@ def take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b` in float32, without rounding to the operands' dtype on the way."""
+    """`out = a @ b` in float32, without a rounding to the operands' dtype."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:

@@ -1,6 +1,6 @@
-"""What the operator returns: plain named values, shared by the fused path and the oracle.
+"""The results of the operator: plain named values, shared by the fused path and the oracle.
 
-What is called float32 is float64 of float64 inputs.
+Results are float32, or float64 for float64 inputs.
 
 Dimensions, here and everywhere: N scored tokens, B pairs, S = 2B sequences, H hidden, V vocabulary.
 """
@@ -22,14 +22,14 @@ class TokenStats(NamedTuple):
     logps: Tensor  # float32, log p(label), nats
     entropy: Tensor  # float32, -sum_v p_v log p_v, nats
     mean_logit: Tensor  # float32, mean of the transformed logits over the vocabulary
-    is_top1: Tensor  # bool, the label is the argmax (the first one, where logits tie)
+    is_top1: Tensor  # bool, the label is the argmax (the first one, if logits tie)
 
 
 class TokenKL(NamedTuple):
-    """Per-token log-probs and divergence of a policy from a reference, of the labels' shape.
+    """Per-token log-probs and divergence of a policy from a reference, each of the labels' shape.
 
-    `logps` and `kl` are differentiable in what belongs to the policy; `ref_logps` carries no
-    gradient. Tokens that are not scored hold 0.
+    `logps` and `kl` are differentiable in the policy's tensors; `ref_logps` carries no gradient.
+    Tokens that are not scored hold 0.
     """
 
     logps: Tensor  # float32, log p(label) of the policy, nats

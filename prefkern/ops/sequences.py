@@ -1,9 +1,8 @@
 """Which tokens are scored, and where each sequence's scored tokens begin.
 
-The passes see only the N scored tokens, in their order: prompts, padding and whatever else is
-masked are never multiplied. Sequences are then runs of those tokens, `offsets[s] : offsets[s + 1]`,
-whether the batch came padded or packed; `sequence_sums` is the one place where a sequence's sum is
-formed from per-token values.
+The passes see only the N scored tokens, in their order. Prompts, padding and other masked tokens are
+never multiplied. A sequence is a run of scored tokens, `offsets[s] : offsets[s + 1]`, in padded and in
+packed batches. `sequence_sums` alone computes a sequence's sum from per-token values.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ class Scored:
 
     rows: Tensor | None  # (N,) int64 into the M tokens; None where all are scored
     labels: Tensor  # (N,) int64
-    offsets: Tensor | None  # (S + 1,) int64 into the N tokens; None where not asked for
+    offsets: Tensor | None  # (S + 1,) int64 into the N tokens; None if no bounds were given
     count: int  # N
-    # () how many of the N tokens, the first ones, are really scored; None: all
+    # (): the first so many of the N tokens are really scored; None: all
     live: Tensor | None = None
     mask: Tensor | None = None  # (M,) which tokens are really scored; None: those of `rows`
 
     def masked(self, values: Tensor) -> Tensor:  # (N,) -> (N,)
-        """Values of the scored tokens, 0 of those that are only there to fill the shape."""
+        """Values of the scored tokens; 0 for tokens that only fill the shape."""
         if self.live is None:
             return values
         is_live = torch.arange(self.count, device=values.device) < self.live
         return torch.where(is_live, values, values.new_zeros(()))
 
     def cleared(self, hidden: Tensor) -> Tensor:  # (M, H) -> (M, H)
-        """Hidden states without what tokens hold that are only there to fill the shape.
+        """Hidden states, with 0 for tokens that only fill the shape.
 
-        They may hold NaN, which a gradient of 0 does not stop.
+        Such tokens may hold NaN, and NaN times a gradient of 0 is NaN.
         """
         if self.mask is None:
             return hidden
@@ -52,28 +51,28 @@ def select(
 ) -> Scored:
     """Find the scored tokens and check their labels, with one device synchronisation in all.
 
-    The synchronisation cannot be had for less: N decides the shapes of what follows. The check of
-    the labels' range rides on it, and that of `bounds`, unless they are known to be right.
+    One synchronisation is needed: N decides the shapes of what follows. The same one fetches the
+    check of the labels' range, and that of `bounds`, unless these are known to be right.
 
-    While a CUDA graph is captured nothing can be synchronised with: then all M tokens are computed,
-    those that are scored first, and the checks are made on the device whenever the graph runs.
+    While a CUDA graph is captured, synchronisation is not possible. Then all M tokens are computed,
+    the scored ones first, and the checks run on the device at each replay.
 
     Raises ValueError for a label outside [0, vocab_size) that is not ignore_index, and for bounds
     that do not rise from 0 to M.
     """
-    # What follows, kernels included, walks labels one by one: no strides, no expanded views.
+    # Kernels read labels without strides, so views are made contiguous.
     labels = labels.contiguous()
     mask = labels != ignore_index
-    # Before each token, and after the last one, how many are scored.
+    # How many are scored before each token, and in all.
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
-    # The range of what is scored: other labels stand for a word that exists.
-    words = labels * mask if labels.numel() else labels.new_zeros(1)
-    least, largest = torch.aminmax(words)
+    # The range of scored labels; a label that is not scored counts as entry 0.
+    masked_labels = labels * mask if labels.numel() else labels.new_zeros(1)
+    least, largest = torch.aminmax(masked_labels)
     facts = [before[-1], least, largest]
     if bounds is not None and checks_bounds:
         facts += [bounds.diff().min(), bounds[0], bounds[-1]]
     if is_capturing(labels):
-        return _select_all(words, mask, before, vocab_size, bounds, facts)
+        return _select_all(masked_labels, mask, before, vocab_size, bounds, facts)
     count, least, largest, *rise = torch.stack(facts).tolist()
     if least < 0 or largest >= vocab_size:
         outside = labels[mask & ((labels < 0) | (labels >= vocab_size))]
@@ -89,35 +88,37 @@ def select(
     offsets = None if bounds is None else before.index_select(0, bounds)
     if count == labels.shape[0]:
         return Scored(None, labels, offsets, count)
-    # The k-th scored token is the first with k scored ones up to it; nonzero would synchronise.
+    # The k-th scored token is the first one with a count of k; nonzero would synchronise.
     rows = torch.searchsorted(before[1:], torch.arange(1, count + 1, device=labels.device))
     return Scored(rows, labels.index_select(0, rows), offsets, count)
 
 
 def is_capturing(x: Tensor) -> bool:
-    """Whether what is done to x is being recorded into a CUDA graph."""
+    """Whether operations on x are being recorded into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _select_all(
-    words: Tensor,  # (M,) labels, 0 where not scored
+    masked_labels: Tensor,  # (M,) labels, 0 where not scored
     mask: Tensor,  # (M,) which are scored
     before: Tensor,  # (M + 1,) how many are scored before each token
     vocab_size: int,
     bounds: Tensor | None,  # (S + 1,)
     facts: list[Tensor],  # as `select` has them
 ) -> Scored:
-    """All tokens, those that are scored first, without a synchronisation."""
+    """All tokens, the scored ones first, without a synchronisation."""
     live, least, largest, *rise = facts
     in_vocabulary = (least >= 0) & (largest < vocab_size)
     _assert_on_device(in_vocabulary, "labels must be in the vocabulary or equal ignore_index")
     if rise:
-        rises = (rise[0] >= 0) & (rise[1] == 0) & (rise[2] == len(words))
+        rises = (rise[0] >= 0) & (rise[1] == 0) & (rise[2] == len(masked_labels))
         _assert_on_device(rises, "cu_seqlens must rise from 0 to the number of tokens")
     # A stable sort: the scored tokens in their order, then the others.
     rows = mask.to(torch.uint8).sort(descending=True, stable=True).indices
     offsets = None if bounds is None else before.index_select(0, bounds)
-    return Scored(rows, words.index_select(0, rows), offsets, len(words), live, mask)
+    return Scored(
+        rows, masked_labels.index_select(0, rows), offsets, len(masked_labels), live, mask
+    )
 
 
 def _assert_on_device(holds: Tensor, message: str) -> None:
@@ -154,6 +155,6 @@ class _SequenceSums(torch.autograd.Function):
 
 
 def spread(values: Tensor, offsets: Tensor, count: int) -> Tensor:  # (S,) -> (N,)
-    """Each sequence's value at each of its tokens; tokens after the last one have anything."""
+    """Each sequence's value at each of its tokens; tokens after the last sequence get any value."""
     tokens = torch.arange(count, device=offsets.device)
     return values.index_select(0, torch.searchsorted(offsets[1:-1], tokens, right=True))

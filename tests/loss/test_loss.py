@@ -454,7 +454,7 @@ SUMS_ONLY = {
             TDPO1(),
             {"ref_weight": torch.zeros(130, 16), "ref_bias": None},
             ValueError,
-            "ref_weight has 130 words and weight 129: a divergence needs two distributions",
+            "ref_weight has 130 vocabulary entries and weight 129: a divergence needs two",
         ),
         (MADPO(), {"reward_margins": None}, ValueError, "MADPO needs reward_margins, .*got None"),
         (WPO(MADPO()), {"reward_margins": None}, ValueError, "MADPO needs reward_margins"),

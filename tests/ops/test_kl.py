@@ -708,7 +708,7 @@ def test_an_adapter_on_the_head(workspace_mb, trained, backend, device):
 
 
 WRONG = {
-    "ref_weight": (lambda case: case["ref_weight"][:-1], ValueError, "ref_weight has 49 words"),
+    "ref_weight": (lambda case: case["ref_weight"][:-1], ValueError, "ref_weight has 49 vocab"),
     "ref_hidden": (
         lambda case: case["ref_hidden"][:2],
         ValueError,

@@ -272,7 +272,7 @@ _ADAPTER = [
         {"lora_weight": randn(V, 4).double(), "lora_hidden": randn(B, T, 4)},
         TypeError,
         "is float64",
-        "cast one to the other",
+        "cast one to the dtype of the other",
     ),
     ({"lora_hidden": randn(B, T, 4)}, TypeError, "lora_weight must be a tensor [V, R]", "None"),
     ({"lora_weight": randn(V, 4)}, TypeError, "lora_hidden must be a tensor [..., R]", "None"),
@@ -308,7 +308,7 @@ _REFERENCE_HEAD = [
     ({"ref_hidden": None}, TypeError, "tensor [..., H]", "None"),
     ({"ref_hidden": randn(1, T, H)}, ValueError, "[2, 3, 8]", "[1, 3, 8]"),
     ({"ref_weight": None}, TypeError, "tensor [V, H]", "None"),
-    ({"ref_weight": randn(51, H)}, ValueError, "51 words", "50", "the same words"),
+    ({"ref_weight": randn(51, H)}, ValueError, "51 vocabulary", "50", "the same entries"),
     ({"ref_bias": randn(1)}, ValueError, "[V] = [50]", "[1]"),
     ({"ref_bias": 3}, TypeError, "tensor [V] or None", "3"),
 ]
@@ -687,7 +687,7 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
             (
                 {"ref_weight": randn(V + 1, H), "ref_hidden": randn(4, T, H), "ref_logps": None},
                 ValueError,
-                "the same words",
+                "the same entries",
             ),
         ],
     ),
