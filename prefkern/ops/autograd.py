@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from prefkern.ops import passes
+from prefkern.ops.backward import backward
 from prefkern.ops.memory import Budget
 from prefkern.ops.once import anchors, differentiable_once, refuse_tangents
 from prefkern.ops.operands import Head, LowRank, Operands, Transform
@@ -169,7 +170,7 @@ def _gradients(ctx, grads: list[Tensor], plan: Plan) -> tuple[Tensor | None, ...
     if plan.trains_head:
         labels, *inputs = saved
         head, reference = _heads(call, *inputs)
-    return passes.backward(
+    return backward(
         grads,
         head,
         reference,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prefkern.ops import call, memory, passes, plan, sequences
 from prefkern.ops.autograd import without_autocast
+from prefkern.ops.backward import backward
 from prefkern.ops.operands import Head, LowRank, Operands, Transform, operands_for
 from prefkern.ops.passes import Gathered
 
@@ -234,7 +235,7 @@ def _logprobs_backward(*arguments) -> tuple[Tensor, ...]:
         return scored.masked(grad)
 
     def attempt(made: plan.Plan) -> tuple[Tensor | None, ...]:
-        return passes.backward(
+        return backward(
             [of_scored(grad) for grad in (dlogps, dkl) if grad is not None],
             run.head,
             run.reference,

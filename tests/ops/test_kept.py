@@ -12,9 +12,9 @@ import torch
 
 import prefkern
 from prefkern import reference
-from prefkern.ops import operands, passes, plan
-from prefkern.ops.operands import Operands
+from prefkern.ops import plan
 from support.logprobs import TRANSFORM, relative, run
+from support.wide_products import products_as_on_a_gpu
 
 N, H, V = 22, 16, 300
 
@@ -22,22 +22,7 @@ N, H, V = 22, 16, 300
 @pytest.fixture
 def wide(monkeypatch, device):
     """Half-precision operands reach the products as they are."""
-    if device != "cpu":
-        return
-
-    def product(a, b, out):
-        assert a.dtype == b.dtype
-        out.copy_(a.float() @ b.float())
-
-    def add_product(a, b, out):
-        assert a.dtype == b.dtype
-        out.add_(a.float() @ b.float())
-
-    monkeypatch.setattr(
-        operands, "operands_for", lambda dtype, device: Operands(dtype, upcasts=False)
-    )
-    monkeypatch.setattr(passes, "product", product)
-    monkeypatch.setattr(passes, "add_product", add_product)
+    products_as_on_a_gpu(monkeypatch, device)
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import torch
 
 import prefkern
 from prefkern import reference
-from prefkern.ops import call, fold_state, operands, passes, plan, sequences, torch_tiles
+from prefkern.ops import call, fold_state, operands, plan, sequences, torch_tiles
 from prefkern.ops.kl import linear_kl
 from prefkern_bench.measure import Meter
 from support.logprobs import CASES, HEADS, SMALL, TRANSFORM, relative
+from support.wide_products import products_as_on_a_gpu
 from support.windows import assert_guard_kept, guarded
 
 POLICY = ("hidden", "weight", "bias")
@@ -612,25 +613,6 @@ def test_temporary_memory_stays_within_the_workspace(workspace_mb, dtype, traine
     assert meter.peak_bytes <= 1.05 * (workspace_mb * 2**20) + allowed
     # The logits in float32 alone would be this, so that the bound means something.
     assert 1.05 * (workspace_mb * 2**20) + allowed < 2 * N * V * 4
-
-
-def products_as_on_a_gpu(monkeypatch, device: str) -> None:
-    """Half-precision operands reach the products as they are, where a CPU would raise them."""
-    if device != "cpu":
-        return
-
-    def product(a, b, out):
-        assert a.dtype == b.dtype
-        out.copy_(a.float() @ b.float())
-
-    def add_product(a, b, out):
-        assert a.dtype == b.dtype
-        out.add_(a.float() @ b.float())
-
-    plain = operands.Operands
-    monkeypatch.setattr(operands, "operands_for", lambda dtype, _: plain(dtype, upcasts=False))
-    monkeypatch.setattr(passes, "product", product)
-    monkeypatch.setattr(passes, "add_product", add_product)
 
 
 KEPT_BOUNDS = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}

@@ -1,0 +1,262 @@
+"""Backward: from the gradients of log-probs, and of a divergence, to those of states and the head.
+
+`passes` has the mathematics. With a frozen head there is no product left: D, and K, are scaled and put
+in their places. With a trained one the vocabulary is walked once more, outermost, so that each tile of
+dW is finished in float32 and rounded once: a token's row of the tile is what forward kept, or is made
+of its logits again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefkern.ops.operands import Buffers, Head, Transform, add_product, product
+from prefkern.ops.passes import Gathered, token_slices
+from prefkern.ops.plan import Gradients, Plan, slices
+from prefkern.ops.tile_ops import TileOps
+
+
+def backward(
+    grads: Sequence[Tensor],  # (N,) d loss / d logp and, with a divergence, d loss / d kl, float32
+    head: Head | None,  # None where the head is frozen: backward has no product then
+    reference: Head | None,  # with a divergence
+    rows: Tensor | None,  # (N,)
+    labels: Tensor | None,  # (N,); as head
+    gathered: Gathered,
+    states: Sequence[tuple[torch.Size, torch.dtype]],  # of hidden, and an adapter's: (M, H), (M, R)
+    transform: Transform,
+    plan: Plan,
+    ops: TileOps,
+    needs: Gradients,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight, bias and an adapter's two, each in its dtype; None if not needed."""
+    of_head = HeadGradients()
+    if plan.trains_head:
+        assert head is not None and labels is not None
+        dkl = grads[1] if plan.has_divergence else None
+        of_head = second_pass(
+            grads[0], dkl, head, reference, rows, labels, gathered, transform, plan, ops, needs
+        )
+    derivatives = [x for x in (gathered.derivative, gathered.kl_derivative) if x is not None]
+    terms = list(zip(derivatives, grads, strict=False))
+    if of_head.states is not None:
+        terms = [(of_head.states, torch.ones_like(grads[0]))]
+
+    def of_states(columns: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        parts = [(values[:, columns], scale) for values, scale in terms]
+        return scattered(parts, rows, shape, dtype, ops)
+
+    dhidden = dlora_hidden = None
+    own = plan.hidden_size - plan.state_columns.start
+    if needs.hidden:
+        dhidden = of_states(slice(0, own), *states[0])
+    if needs.lora_hidden:
+        dlora_hidden = of_states(slice(own, own + states[1][0][1]), *states[1])
+    return dhidden, of_head.weight, of_head.bias, dlora_hidden, of_head.lora_weight
+
+
+def scattered(
+    terms: list[tuple[Tensor, Tensor]],  # (N, H) and the (N,) that scales it: one, or two
+    rows: Tensor | None,  # (N,)
+    shape: torch.Size,  # (M, H)
+    dtype: torch.dtype,
+    ops: TileOps,
+) -> Tensor:  # (M, H)
+    """The sum of the scaled terms at the tokens' places, 0 where not scored."""
+    (values, scale), *others = terms
+    make = torch.empty if rows is None else torch.zeros
+    out = make(shape, dtype=dtype, device=values.device)
+    ops.scatter_scaled(values, scale, rows, out, *(others[0] if others else ()))
+    return out
+
+
+@dataclass(frozen=True)
+class HeadGradients:
+    """What `second_pass` returns; None where it was not asked for."""
+
+    weight: Tensor | None = None  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    lora_weight: Tensor | None = None  # (V, R)
+    states: Tensor | None = None  # (N, width of the plan's state_columns) float32
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What turns u, and a reference's, into the loss's gradient; (N,) each."""
+
+    policy: Tensor  # r
+    reference: Tensor | None
+    label: Tensor | None  # the gradient at the label; None where no tile is made anew
+    scale: Tensor | None  # (), what products of them are multiplied by; None: 1
+
+    @staticmethod
+    def of(
+        dlogps: Tensor,  # (N,) g
+        dkl: Tensor | None,  # (N,) k
+        gathered: Gathered,
+        factor: float,  # c
+        dtype: torch.dtype,  # of the operands
+        makes_tiles: bool,
+    ) -> _Factors:
+        assert gathered.share is not None and gathered.label_value is not None
+        # r = c a (k - g), and -c a_r k of the reference; u_y is -(1 - p_y) t_y / a.
+        policy = gathered.share * (dlogps * -factor)
+        reference, label = None, policy * gathered.label_value if makes_tiles else None
+        if dkl is not None and gathered.ref_share is not None and gathered.difference is not None:
+            assert label is not None
+            label += gathered.difference * (dkl * factor)
+            reference = gathered.ref_share * (dkl * -factor)
+            policy = gathered.share * ((dkl - dlogps) * factor)
+        scale = None
+        if dtype == torch.float16:
+            # A power of two above the largest factor, so that float16 holds what is scaled by it.
+            largest = policy.abs().amax()
+            if reference is not None:
+                largest = torch.maximum(largest, reference.abs().amax())
+            scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+            policy, reference, label = (
+                None if x is None else x / scale for x in (policy, reference, label)
+            )
+        assert policy is not None
+        return _Factors(policy, reference, label, scale)
+
+
+def second_pass(
+    dlogps: Tensor,  # (N,) d loss / d logp, float32
+    dkl: Tensor | None,  # (N,) d loss / d kl; None without a divergence
+    head: Head,
+    reference: Head | None,  # with a divergence
+    rows: Tensor | None,  # (N,)
+    labels: Tensor,  # (N,)
+    gathered: Gathered,
+    transform: Transform,
+    plan: Plan,
+    ops: TileOps,
+    gradients: Gradients,
+) -> HeadGradients:
+    """Gradients of weight, bias and an adapter's weight, in their dtypes; and of the states.
+
+    Of kept tokens and of others. The states' are asked for with a divergence alone.
+    """
+    assert plan.backward_tiles is not None
+    assert gathered.unit is not None and gathered.kept is not None
+    tiles, columns = plan.backward_tiles, plan.trained_columns
+    device, dtype, wide = head.hidden.device, head.operands.dtype, head.operands.wide
+    lora_weight = None if head.low_rank is None else head.low_rank.weight
+    make = torch.zeros_like if plan.tokens == 0 else torch.empty_like
+    dweight = make(head.weight) if gradients.weight else None
+    dbias = make(head.bias) if gradients.bias and head.bias is not None else None
+    dlora = make(lora_weight) if gradients.lora_weight and lora_weight is not None else None
+    dstates = None
+    if plan.states_in_backward and gradients.states:
+        size = (plan.tokens, plan.state_columns.width)
+        dstates = torch.empty(size, dtype=wide, device=device)
+    if plan.tokens == 0:
+        return HeadGradients(dweight, dbias, dlora, dstates)
+    buffer = None
+    if gradients.weights:
+        shape = (tiles.vocab_tile, columns.width)
+        buffer = torch.empty(shape, dtype=wide, device=device)
+    # With a divergence a tile is made of what is kept, too: of both distributions.
+    is_pair = reference is not None
+    has_scratch = is_pair or plan.kept_tokens < plan.tokens
+    buffers = Buffers(tiles, head.operands, device, True, has_scratch)
+    ref_buffers = Buffers(tiles, head.operands, device, False, is_pair) if is_pair else None
+    factors = _Factors.of(dlogps, dkl, gathered, transform.factor, dtype, has_scratch)
+
+    for entries in slices(0, plan.vocab_size, tiles.vocab_tile):
+        size = entries.stop - entries.start
+        w, ref_w = None, None
+        if dstates is not None:
+            w = head.weight_rows(entries)
+        options = {"start": entries.start, **transform.keywords()}
+        tile_of_weights = None if buffer is None else buffer[:size]
+        dbias_tile = torch.zeros(size, dtype=wide, device=device) if gradients.bias else None
+        for tokens in token_slices(plan, tiles.token_tile):
+            y, n = labels[tokens], tokens.stop - tokens.start
+            is_kept, h, scale_of_bias = tokens.stop <= plan.kept_tokens, None, None
+            if is_kept and not is_pair:
+                # Kept rows are read as they are: r goes into the rows of hidden.
+                weights, scale_of_bias = gathered.kept[tokens, entries], factors.policy[tokens]
+                if tile_of_weights is not None:
+                    h = head.rows(rows, tokens, columns)
+                    h = (h * factors.policy[tokens].unsqueeze(1)).to(dtype)
+            else:
+                # r goes into the tile before it is rounded, and hidden stays as it is.
+                tile, weights = buffers.views(n, size)
+                assert weights is not None
+                pair, bias = {}, None
+                if reference is not None and ref_buffers is not None:
+                    pair = _reference_of(gathered, factors, tokens)
+                if is_kept:
+                    assert gathered.ref_kept is not None
+                    tile = gathered.kept[tokens, entries]
+                    pair |= {"ref_tile": gathered.ref_kept[tokens, entries], "is_kept": True}
+                    if tile_of_weights is not None:
+                        h = head.rows(rows, tokens, columns)
+                else:
+                    if reference is not None and ref_buffers is not None:
+                        ref_w = reference.weight_rows(entries) if ref_w is None else ref_w
+                        ref_tile, _ = ref_buffers.views(n, size)
+                        product(reference.rows(rows, tokens), ref_w.t(), ref_tile)
+                        pair |= {"ref_tile": ref_tile, "ref_bias": reference.bias_of(entries)}
+                    h, bias = head.rows(rows, tokens), head.bias_of(entries)
+                    w = head.weight_rows(entries) if w is None else w
+                    product(h, w.t(), tile)
+                    h = columns.of(h)
+                assert factors.label is not None
+                numbers = (gathered.unit[tokens], factors.policy[tokens], factors.label[tokens])
+                ops.remake_weights(tile, y, bias, *numbers, weights, **pair, **options)
+            # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
+            if tile_of_weights is not None:
+                assert h is not None
+                add = product if tokens.start == 0 else add_product
+                add(weights.t(), h, tile_of_weights)
+            if dstates is not None and w is not None:
+                add = product if entries.start == 0 else add_product
+                add(weights, plan.state_columns.of(w), dstates[tokens])
+            if dbias_tile is not None and scale_of_bias is not None:
+                _add_column_sums(weights, scale_of_bias, dbias_tile)
+            elif dbias_tile is not None:
+                dbias_tile += weights.sum(0, dtype=wide)
+            del h
+        if factors.scale is not None:
+            for tile in (tile_of_weights, dbias_tile):
+                if tile is not None:
+                    tile.mul_(factors.scale)
+        if dbias is not None and dbias_tile is not None:
+            dbias[entries] = dbias_tile
+        if tile_of_weights is not None:
+            if dweight is not None:
+                dweight[entries] = tile_of_weights[:, : dweight.shape[1]]
+            if dlora is not None:
+                start = plan.hidden_size - columns.start
+                dlora[entries] = tile_of_weights[:, start : start + dlora.shape[1]]
+        # A tile's copies of weights must be gone before the next ones are made.
+        del w, ref_w
+    if dstates is not None and factors.scale is not None:
+        dstates.mul_(factors.scale)
+    return HeadGradients(dweight, dbias, dlora, dstates)
+
+
+def _reference_of(gathered: Gathered, factors: _Factors, tokens: slice) -> dict[str, Any]:
+    """What a reference's tile is turned by."""
+    assert gathered.ref_unit is not None and factors.reference is not None
+    return {"ref_unit": gathered.ref_unit[tokens], "ref_factor": factors.reference[tokens]}
+
+
+def _add_column_sums(weights: Tensor, factor: Tensor, out: Tensor) -> None:
+    """`out_v += sum_t factor_t weights_tv`, with the factor to 16 bits where operands have 8."""
+    if weights.dtype == out.dtype:
+        out.addmv_(weights.t(), factor)
+        return
+    high = factor.to(weights.dtype)
+    low = (factor - high).to(weights.dtype)
+    sums = torch.empty((out.shape[0], 2), dtype=torch.float32, device=out.device)
+    product(weights.t(), torch.stack([high, low], 1), sums)
+    out += sums.sum(1)
