@@ -629,6 +629,21 @@ def test_a_shared_head_is_read_once(packed, trained, backend, device, monkeypatc
                 torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-6)
 
 
+def test_another_view_of_the_same_memory_is_another_head(device):
+    """Two heads that begin at one place, with rows of different strides, share nothing."""
+    memory = torch.randn(600, 16, device=device)
+    weight, ref_weight = memory[:300], memory[::2]
+    assert weight.data_ptr() == ref_weight.data_ptr() and weight.shape == ref_weight.shape
+    hidden, labels = torch.randn(4, 9, 16, device=device), torch.randint(300, (4, 9), device=device)
+    loss_fn = prefkern.FusedPreferenceLoss(DPO(0.1), backend="torch")
+    found, expected = (
+        loss_fn(hidden, weight, labels, ref_hidden=hidden, ref_weight=x)
+        for x in (ref_weight, ref_weight.clone())
+    )
+    assert torch.equal(found.losses, expected.losses)
+    assert not torch.equal(found.chosen_logps, found.ref_chosen_logps)
+
+
 @pytest.mark.long(backend="triton")
 def test_equal_models_through_a_shared_head(backend, device):
     """At step 0 the loss is ln 2, to the last bit of what float32 makes of it."""

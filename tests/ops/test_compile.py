@@ -195,20 +195,22 @@ def test_divergence_and_adapter(trains_head, device):
 
 
 def test_linear_kl(device):
-    """The operator itself, and a gradient of the divergence alone."""
+    """The operator itself, and a gradient of either output alone."""
     weight, ref_weight = torch.randn(V, H, device=device), torch.randn(V, H, device=device)
     hidden, labels = batch(device)
 
     def kl(hidden):
         return prefkern.linear_kl(hidden, weight, labels, hidden.detach() + 0.1, ref_weight)
 
-    found = []
-    for function in (kl, counted(kl)[0]):
-        leaf = hidden.clone().requires_grad_()
-        out = function(leaf)
-        found.append((*out, *torch.autograd.grad(out.kl.sum(), leaf)))
-    for ours, eager in zip(*found, strict=True):
-        torch.testing.assert_close(ours, eager)
+    function = counted(kl)[0]
+    for name in ("kl", "logps"):
+        found = []
+        for each in (function, kl):
+            leaf = hidden.clone().requires_grad_()
+            out = each(leaf)
+            found.append((*out, *torch.autograd.grad(getattr(out, name).sum(), leaf)))
+        for ours, eager in zip(*found, strict=True):
+            torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -456,6 +458,34 @@ def test_what_a_graph_records_needs_no_synchronisation(
     bad.view(-1)[8] = V
     with pytest.raises(RuntimeError, match="labels must be in the vocabulary"):
         recorded(states, bad)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_graph_records_a_divergence(is_compiled, device, monkeypatch):
+    """All tokens are computed; those that only fill the shape have neither value nor gradient."""
+    _, labels = batch(device)
+    hidden, ref_hidden = torch.randn(2, 2 * B, T, H, device=device)
+    hidden[labels == -100] = ref_hidden[labels == -100] = math.nan
+    weight = torch.randn(V, H, device=device, requires_grad=True)
+    ref_weight = torch.randn(V, H, device=device)
+    leaves, push = [hidden.requires_grad_(), weight], torch.randn(2 * B, T, device=device)
+
+    def kl(hidden):
+        return prefkern.linear_kl(hidden, weight, labels, ref_hidden, ref_weight)
+
+    eager = kl(hidden)
+    wanted = torch.autograd.grad((push * eager.kl).sum(), leaves)
+    monkeypatch.setattr(sequences, "is_capturing", lambda _: True)
+    recorded = counted(kl)[0] if is_compiled else kl
+    recorded(hidden)
+    with contextlib.nullcontext() if is_compiled else NoSynchronisation():
+        out = recorded(hidden)
+        gradients = torch.autograd.grad((push * out.kl).sum(), leaves)
+    assert prefkern.last_plan().tokens == 60
+    for mine, true in zip((*out, *gradients), (*eager, *wanted), strict=True):
+        assert true.isfinite().all()
+        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-5)
+    assert all((value[labels == -100] == 0).all() for value in out)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")

@@ -397,6 +397,24 @@ def test_backward_twice_accumulates_and_differentiating_it_raises(trained, backe
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize("name", ["logps", "kl"])
+@pytest.mark.long(backend="triton")
+def test_the_gradient_of_one_output_alone(name, head, backend, device):
+    """The other output has no gradient at all, and adds nothing."""
+    case = make(129, 3.0)
+    arguments = {name: value.to(device, copy=True) for name, value in case.items()}
+    trains = (True, *HEADS[head])
+    leaves = [arguments[n].requires_grad_() for n, is_ in zip(POLICY, trains, strict=True) if is_]
+    out = linear_kl(**arguments, backend=backend, workspace_mb=SMALL)
+    token = torch.arange(21.0, device=device).view(3, 7).cos()
+    gradients = torch.autograd.grad((token * getattr(out, name)).sum(), leaves)
+    loss = (float(name == "logps"), float(name == "kl"))
+    truth = run(reference.linear_kl, case, torch.float64, device, trains=HEADS[head], loss=loss)
+    for mine, true in zip(gradients, truth[3:], strict=False):
+        assert relative(mine, true) < 5e-6
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_nothing_of_the_reference_has_a_gradient(trained, backend, device):
     """Whatever requires one; and one tied head may be both models'."""
@@ -644,19 +662,23 @@ def test_kept_probabilities_of_both_models(kept, transform, dtype, backend, devi
         assert mine.dtype == dtype and relative(mine, true) < KEPT_BOUNDS[dtype]
 
 
-@pytest.mark.parametrize("trained", ["adapter", "all"])
+ADAPTED = {
+    "adapter": ("hidden", "lora_hidden", "lora_weight"),
+    "adapter alone": ("lora_hidden", "lora_weight"),
+    "A alone": ("lora_hidden",),
+    "all": ("hidden", "lora_hidden", "lora_weight", "weight", "bias"),
+}
+
+
+@pytest.mark.parametrize("trained", ADAPTED)
 @pytest.mark.parametrize("workspace_mb", [0.02, 0.8, 64])
 @pytest.mark.long(backend="triton", workspace_mb=[0.02, 64])
+@pytest.mark.long(backend="triton", trained=["adapter alone", "A alone"])
 def test_an_adapter_on_the_head(workspace_mb, trained, backend, device):
     """LoRA on the policy's head beside a reference without it, against float64."""
     case = make(700, 3.0, N=60)
     case |= {"lora_hidden": torch.randn(3, 20, 5), "lora_weight": torch.randn(700, 5)}
-    names = (
-        "hidden",
-        "lora_hidden",
-        "lora_weight",
-        *(("weight", "bias") if trained == "all" else ()),
-    )
+    names = ADAPTED[trained]
     grads = torch.randn(2, 3, 20)
 
     def run_with(function, dtype):
@@ -677,8 +699,10 @@ def test_an_adapter_on_the_head(workspace_mb, trained, backend, device):
     made = prefkern.last_plan()
     assert (made.rank, made.has_divergence, made.backend) == (5, True, backend)
     # Trained B alone keeps and recomputes as a trained head does.
-    assert made.trains_head
-    if workspace_mb == 0.8 and trained == "all":
+    assert made.trains_head == ("lora_weight" in names)
+    if not made.trains_head:
+        assert made.kept_tokens == 0
+    elif workspace_mb == 0.8 and trained == "all":
         assert 0 < made.kept_tokens < made.tokens
     else:
         assert made.kept_tokens == (0 if workspace_mb < 0.8 else made.tokens)
@@ -828,15 +852,17 @@ class TestKernels:
         tolerance = max(tolerance, 8e-3 if is_kept else 0)
         torch.testing.assert_close(in_place.float(), results[1].float(), rtol=tolerance, atol=1e-6)
 
-    def test_scatter_scaled_of_two_terms(self, device):
-        terms = torch.randn(2, 5, 300, device=device)
+    @pytest.mark.parametrize("width", [300, 2**17])
+    def test_scatter_scaled_of_two_terms(self, width, device):
+        """The twin walks over as many rows at a time as a MiB holds: two of the wide ones."""
+        terms = torch.randn(2, 5, width, device=device)
         scales = torch.randn(2, 5, device=device)
         rows = torch.tensor([6, 0, 3, 2, 1], device=device)
         outs = []
         for ops in (self.kernels, torch_tiles):
-            outs.append(torch.zeros(7, 300, dtype=torch.bfloat16, device=device))
+            outs.append(torch.zeros(7, width, dtype=torch.bfloat16, device=device))
             ops.scatter_scaled(terms[0], scales[0], rows, outs[-1], terms[1], scales[1])
-        exact = torch.zeros(7, 300, dtype=torch.float64, device=device)
+        exact = torch.zeros(7, width, dtype=torch.float64, device=device)
         exact[rows] = (terms.double() * scales.double().unsqueeze(2)).sum(0)
         for out in outs:
             torch.testing.assert_close(out, exact.bfloat16(), rtol=8e-3, atol=1e-6)
