@@ -115,6 +115,30 @@ def test_half_precision_is_no_worse_than_eager(dtype, head, backend, device):
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.long(backend="triton")
+def test_half_precision_gradients_are_rounded_once(dtype, head, backend, device):
+    """In many tiles, of which each is added in float32: the error is that of the rounded truth."""
+    case = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in make(1000, 6.0, N=60, H=64).items()
+    }
+    keywords = {"trains": HEADS[head], "grad": torch.randn(case["labels"].shape)}
+    ours = run(
+        prefkern.linear_logprobs, case, dtype, device, backend=backend, workspace_mb=SMALL,
+        **keywords,
+    )  # fmt: skip
+    made = prefkern.last_plan()
+    assert made.forward_tiles.vocab_tile == 128 and made.forward_tiles.token_tile == 16
+    truth = run(reference.linear_logprobs, case, torch.float64, device, **keywords)
+    for mine, true in zip(ours[1:], truth[1:], strict=True):
+        if true is not None:
+            # A GPU's products have operands of half precision, of which a CPU raises each tile.
+            once = 1.02 * relative(true.to(dtype), true)
+            assert relative(mine, true) < (once if device == "cpu" else 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_a_confident_token_keeps_its_relative_precision(head, backend, device):
     """At p = 1 - 1e-9 float32's 1 - p is 0: the label's column must be left out, not subtracted."""
     H, V = 4, 50

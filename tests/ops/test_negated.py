@@ -91,20 +91,6 @@ def test_is_what_it_says(call, names, changed, trains, backend, device):
         assert torch.equal(mine, expected)
 
 
-@pytest.mark.parametrize("changed", ["hidden", "weight"])
-def test_the_product_kernel_reads_what_it_says(changed, device):
-    """Log-probs alone, whose product is a kernel's own and not torch's."""
-    pytest.importorskip("prefkern_kernels")
-    case = {name: arguments(device)[name] for name in ("hidden", "weight", "labels")}
-    with torch.no_grad():
-        found, expected = (
-            prefkern.linear_logprobs(**given, backend="triton")
-            for given in ({**case, changed: negated(case[changed])}, case)
-        )
-    assert prefkern.last_plan().product_in_kernel
-    assert torch.equal(found, expected)
-
-
 def test_a_reference_of_the_same_memory_negated_is_another_head(backend, device):
     """-W over the memory of W is not W, though all that tells two views apart is the same."""
     case = {name: arguments(device)[name] for name in ("hidden", "weight", "labels", "ref_hidden")}
