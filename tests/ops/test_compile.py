@@ -194,23 +194,23 @@ def test_divergence_and_adapter(trains_head, device):
     assert frames == frames[:1] * 3
 
 
-def test_linear_kl(device):
-    """The operator itself, and a gradient of either output alone."""
+@pytest.mark.parametrize("names", [("logps", "ref_logps", "kl"), ("kl",), ("logps",)])
+def test_linear_kl(names, device):
+    """The operator itself, and a gradient of its last output alone, beside others or by itself."""
     weight, ref_weight = torch.randn(V, H, device=device), torch.randn(V, H, device=device)
     hidden, labels = batch(device)
 
-    def kl(hidden):
-        return prefkern.linear_kl(hidden, weight, labels, hidden.detach() + 0.1, ref_weight)
+    def outputs(hidden):
+        out = prefkern.linear_kl(hidden, weight, labels, hidden.detach() + 0.1, ref_weight)
+        return [getattr(out, name) for name in names]
 
-    function = counted(kl)[0]
-    for name in ("kl", "logps"):
-        found = []
-        for each in (function, kl):
-            leaf = hidden.clone().requires_grad_()
-            out = each(leaf)
-            found.append((*out, *torch.autograd.grad(getattr(out, name).sum(), leaf)))
-        for ours, eager in zip(*found, strict=True):
-            torch.testing.assert_close(ours, eager)
+    found = []
+    for function in (outputs, counted(outputs)[0]):
+        leaf = hidden.clone().requires_grad_()
+        out = function(leaf)
+        found.append((*out, *torch.autograd.grad(out[-1].sum(), leaf)))
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -467,11 +467,12 @@ def test_a_graph_records_a_divergence(is_compiled, device, monkeypatch):
     hidden, ref_hidden = torch.randn(2, 2 * B, T, H, device=device)
     hidden[labels == -100] = ref_hidden[labels == -100] = math.nan
     weight = torch.randn(V, H, device=device, requires_grad=True)
-    ref_weight = torch.randn(V, H, device=device)
+    ref_weight, ref_bias = torch.randn(V, H, device=device), torch.randn(V, device=device)
     leaves, push = [hidden.requires_grad_(), weight], torch.randn(2 * B, T, device=device)
 
     def kl(hidden):
-        return prefkern.linear_kl(hidden, weight, labels, ref_hidden, ref_weight)
+        # The bias sets the models apart at a token that is cleared.
+        return prefkern.linear_kl(hidden, weight, labels, ref_hidden, ref_weight, ref_bias=ref_bias)
 
     eager = kl(hidden)
     wanted = torch.autograd.grad((push * eager.kl).sum(), leaves)
