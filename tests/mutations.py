@@ -287,8 +287,15 @@ MUTATIONS = (
     Mutation(
         "the label's column of the divergence's gradient",
         PASSES,
-        "label = label + gathered.difference * (dkl * factor)",
-        "label = label - gathered.difference * (dkl * factor)",
+        "label += gathered.difference * (dkl * factor)",
+        "label -= gathered.difference * (dkl * factor)",
+        "tests/ops/test_kl.py -k 'float32_against_float64 and torch'",
+    ),
+    Mutation(
+        "the log-probs' part of a divergence's gradient",
+        PASSES,
+        "policy = gathered.share * ((dkl - dlogps) * factor)",
+        "policy = gathered.share * ((dkl + dlogps) * factor)",
         "tests/ops/test_kl.py -k 'float32_against_float64 and torch'",
     ),
     Mutation(
