@@ -86,6 +86,7 @@ class Outcome:
 
 
 PASSES = "prefkern/ops/passes.py"
+BACKWARD = "prefkern/ops/backward.py"
 TORCH = "prefkern/ops/torch_tiles.py"
 KERNELS = "kernels/prefkern_kernels"
 
@@ -93,28 +94,28 @@ MUTATIONS = (
     # The passes and their tiles.
     Mutation(
         "sign of the head's gradient",
-        PASSES,
+        BACKWARD,
         "policy = gathered.share * (dlogps * -factor)",
         "policy = gathered.share * (dlogps * factor)",
         "tests/ops/test_kept.py -k hidden_may_be_frozen",
     ),
     Mutation(
         "kept tokens' part of dW lacks the loss's gradient",
-        PASSES,
+        BACKWARD,
         "h = (h * factors.policy[tokens].unsqueeze(1)).to(dtype)",
         "h = h.to(dtype)",
         "tests/ops/test_kept.py -k hidden_may_be_frozen",
     ),
     Mutation(
         "bias gradient is of the last tile of tokens",
-        PASSES,
+        BACKWARD,
         "dbias_tile += weights.sum(0, dtype=wide)",
         "dbias_tile = weights.sum(0, dtype=wide)",
         "tests/ops/test_kept.py -k float32_against_float64",
     ),
     Mutation(
         "dW of one tile of tokens",
-        PASSES,
+        BACKWARD,
         "add = product if tokens.start == 0 else add_product\n                add(weights.t()",
         "add = product\n                add(weights.t()",
         "tests/ops/test_kept.py -k hidden_may_be_frozen",
@@ -129,7 +130,7 @@ MUTATIONS = (
     ),
     Mutation(
         "dW is accumulated in half precision",
-        PASSES,
+        BACKWARD,
         "add(weights.t(), h, tile_of_weights)",
         "add(weights.t(), h, tile_of_weights)\n"
         "                tile_of_weights.copy_(tile_of_weights.half())",
@@ -137,7 +138,7 @@ MUTATIONS = (
     ),
     Mutation(
         "float16's gradients are not scaled",
-        PASSES,
+        BACKWARD,
         "scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)",
         "scale = torch.ones_like(largest)",
         "tests/ops/test_kept.py -k tiny",
@@ -286,14 +287,14 @@ MUTATIONS = (
     ),
     Mutation(
         "the label's column of the divergence's gradient",
-        PASSES,
+        BACKWARD,
         "label += gathered.difference * (dkl * factor)",
         "label -= gathered.difference * (dkl * factor)",
         "tests/ops/test_kl.py -k 'float32_against_float64 and torch'",
     ),
     Mutation(
         "the log-probs' part of a divergence's gradient",
-        PASSES,
+        BACKWARD,
         "policy = gathered.share * ((dkl - dlogps) * factor)",
         "policy = gathered.share * ((dkl + dlogps) * factor)",
         "tests/ops/test_kl.py -k 'float32_against_float64 and torch'",
@@ -314,7 +315,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the reference's factor in the divergence's gradient",
-        PASSES,
+        BACKWARD,
         "reference = gathered.ref_share * (dkl * -factor)",
         "reference = gathered.ref_share * -dkl",
         "tests/ops/test_kl.py -k 'float32_against_float64 and torch'",
@@ -335,7 +336,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a divergence's gradient reads the kept probabilities of a reference's first tokens",
-        PASSES,
+        BACKWARD,
         'pair |= {"ref_tile": gathered.ref_kept[tokens, entries], "is_kept": True}',
         'pair |= {"ref_tile": gathered.ref_kept[:n, entries], "is_kept": True}',
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
@@ -349,7 +350,7 @@ MUTATIONS = (
     ),
     Mutation(
         "kept probabilities of both models are taken for logits",
-        PASSES,
+        BACKWARD,
         '"is_kept": True}',
         '"is_kept": False}',
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
@@ -370,21 +371,21 @@ MUTATIONS = (
     ),
     Mutation(
         "the scale of float16 stays in the gradient of hidden",
-        PASSES,
+        BACKWARD,
         "        dstates.mul_(factors.scale)",
         "        pass",
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
     ),
     Mutation(
         "a divergence's gradient of hidden is of the last tile of the vocabulary",
-        PASSES,
+        BACKWARD,
         "add = product if entries.start == 0 else add_product\n                add(weights, plan",
         "add = product\n                add(weights, plan",
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
     ),
     Mutation(
         "a divergence's gradient of an adapter's states is made with the head's own columns",
-        PASSES,
+        BACKWARD,
         "add(weights, plan.state_columns.of(w), dstates[tokens])",
         "add(weights, w[:, : plan.state_columns.width], dstates[tokens])",
         "tests/ops/test_kl.py -k 'adapter_on_the_head and torch'",
@@ -573,7 +574,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the columns of an adapter's gradient",
-        PASSES,
+        BACKWARD,
         "of_states(slice(own, own + states[1][0][1]), *states[1])",
         "of_states(slice(0, states[1][0][1]), *states[1])",
         "tests/ops/test_lora_head.py -k values_and_gradients",
