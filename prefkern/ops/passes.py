@@ -188,64 +188,25 @@ class _Side:
             add_product(weights, w, self.accumulator)
 
 
-class _Sides:
-    """What the walks of all token tiles share: states and buffers of the policy and a reference."""
-
-    def __init__(self, plan: Plan, head: Head, gathered: Gathered, with_stats: bool) -> None:
-        self.plan, self.gathered = plan, gathered
-        tiles, device, wide = plan.forward_tiles, head.hidden.device, head.operands.wide
-        self.state = FoldState.empty(tiles.token_tile, device, with_stats, wide)
-        self.ref_state = FoldState.empty(tiles.token_tile, device, dtype=wide, with_cross=True)
-        if plan.has_divergence:
-            # A fold of pairs leaves it alone: the slope is the policy's.
-            self.ref_state.label_slope.fill_(1.0)
-        has_second = gathered.derivative is not None or plan.kept_tokens > 0
-        has_scratch = plan.kept_tokens < plan.tokens
-        # The reference's second product is with the policy's weight, hence of its operands.
-        self.buffers, self.ref_buffers = (
-            Buffers(tiles, head.operands, device, has_second, has_scratch) if wanted else None
-            for wanted in (True, plan.has_divergence)
-        )
-
-    def policy(self, hidden: Tensor, tokens: slice) -> _Side:
-        gathered = self.gathered
-        assert self.buffers is not None
-        return self._side(
-            hidden, self.state, self.buffers, gathered.kept, gathered.derivative, tokens
-        )
-
-    def reference(self, hidden: Tensor, tokens: slice) -> _Side:
-        gathered, buffers = self.gathered, self.ref_buffers or self.buffers
-        assert buffers is not None
-        return self._side(
-            hidden, self.ref_state, buffers, gathered.ref_kept, gathered.kl_derivative, tokens
-        )
-
-    def _side(
-        self,
-        hidden: Tensor,
-        state: FoldState,
-        buffers: Buffers,
-        kept: Tensor | None,
-        accumulator: Tensor | None,
-        tokens: slice,
-    ) -> _Side:
-        plan, n = self.plan, hidden.shape[0]
-        maxima = None
-        if kept is not None and tokens.stop <= plan.kept_tokens:
-            count = -(-plan.vocab_size // plan.forward_tiles.vocab_tile)
-            maxima = state.maximum.new_empty((count, n))
-            kept = kept[tokens, : plan.vocab_size]
-        part = state[:n]
-        return _Side(
-            hidden,
-            part,
-            torch.empty_like(part.maximum),
-            buffers,
-            None if maxima is None else kept,
-            maxima,
-            None if accumulator is None else accumulator[tokens],
-        )
+def _side(
+    plan: Plan,
+    hidden: Tensor,  # (n, W)
+    tokens: slice,
+    state: FoldState,  # room for a tile of tokens
+    buffers: Buffers,
+    kept: Tensor | None,  # of all kept tokens
+    accumulator: Tensor | None,  # of all N tokens
+) -> _Side:
+    """The part of a tile of tokens in what a walk over all of them shares."""
+    part, maxima = state[: hidden.shape[0]], None
+    if kept is not None:
+        kept = kept[tokens, : plan.vocab_size] if tokens.stop <= plan.kept_tokens else None
+    if kept is not None:
+        count = -(-plan.vocab_size // plan.forward_tiles.vocab_tile)
+        maxima = state.maximum.new_empty((count, hidden.shape[0]))
+    rescale = torch.empty_like(part.maximum)
+    accumulator = None if accumulator is None else accumulator[tokens]
+    return _Side(hidden, part, rescale, buffers, kept, maxima, accumulator)
 
 
 def forward(
@@ -266,7 +227,7 @@ def forward(
     """
     if plan.product_in_kernel:
         return _product_in_kernel(head, rows, labels, transform, plan)
-    N, columns, vocab_tile = labels.shape[0], plan.state_columns, plan.forward_tiles.vocab_tile
+    N, columns, tiles = labels.shape[0], plan.state_columns, plan.forward_tiles
     logps = head.hidden.new_empty(N, dtype=head.operands.wide)
     ref_logps = torch.empty_like(logps) if reference is not None else None
     kl = torch.empty_like(logps) if plan.has_divergence else None
@@ -281,15 +242,27 @@ def forward(
             head.operands,
             logps.device,
         )
-    sides = _Sides(plan, head, gathered, with_stats)
+    operands, wide = head.operands, head.operands.wide
+    state = FoldState.empty(tiles.token_tile, logps.device, with_stats, wide)
+    ref_state = FoldState.empty(tiles.token_tile, logps.device, dtype=wide, with_cross=True)
+    has_second = gathered.derivative is not None or plan.kept_tokens > 0
+    buffers = Buffers(tiles, operands, logps.device, has_second, plan.kept_tokens < N)
+    ref_buffers = buffers
+    if plan.has_divergence:
+        # A fold of pairs does not write it: the slope is the policy's.
+        ref_state.label_slope.fill_(1.0)
+        # The reference's second product is with the policy's weight, so of the policy's operands.
+        ref_buffers = Buffers(tiles, operands, logps.device, has_second, plan.kept_tokens < N)
     stats = []
 
-    for tokens in token_slices(plan, plan.forward_tiles.token_tile):
+    for tokens in token_slices(plan, tiles.token_tile):
         y = labels[tokens]
-        policy, ref = sides.policy(head.rows(rows, tokens), tokens), None
+        rooms = state, buffers, gathered.kept, gathered.derivative
+        policy, ref = _side(plan, head.rows(rows, tokens), tokens, *rooms), None
         if reference is not None:
-            ref = sides.reference(reference.rows(rows, tokens), tokens)
-        for number, entries in enumerate(slices(0, plan.vocab_size, vocab_tile)):
+            rooms = ref_state, ref_buffers, gathered.ref_kept, gathered.kl_derivative
+            ref = _side(plan, reference.rows(rows, tokens), tokens, *rooms)
+        for number, entries in enumerate(slices(0, plan.vocab_size, tiles.vocab_tile)):
             options = {"start": entries.start, "first": number == 0, **transform.keywords()}
             tile, weights = policy.views(entries)
             pair, ref_weights = {}, None
@@ -304,18 +277,8 @@ def forward(
                 product(ref.hidden, w.t(), tile)
                 ops.fold(tile, y, bias, *ref.state.sums(), None, None, **options)
             product(policy.hidden, w.t(), tile)
-            state = policy.state
-            ops.fold(
-                tile,
-                y,
-                bias,
-                *state.sums(),
-                policy.rescale,
-                weights,
-                *state.moments(),
-                **pair,
-                **options,
-            )
+            sums, moments = policy.state.sums(), policy.state.moments()
+            ops.fold(tile, y, bias, *sums, policy.rescale, weights, *moments, **pair, **options)
             policy.gather(number, weights, columns.of(w), ops)
             if ref is not None and plan.has_divergence:
                 ref.gather(number, ref_weights, columns.of(w), ops)
@@ -329,6 +292,8 @@ def forward(
             _finish(ref, head, y, ref_logps[tokens], numbers, plan, transform, ops)
         if with_stats:
             stats.append(statistics(policy.state, finish(policy.state), plan.vocab_size))
+        # The next tokens' rows are made when these are gone.
+        del policy, ref
     joined = _joined(stats, logps) if with_stats else None
     return Passed(logps, ref_logps, kl, joined, gathered)
 
