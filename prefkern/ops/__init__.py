@@ -7,14 +7,10 @@ In reading order, from hidden states to gradients:
 - `call`: plans a call and runs it. `plan`: tiles and structure. `memory`: when memory runs out.
 - `autograd`: the autograd function. `once`: a second derivative raises. `compiled`: the same for
   `torch.compile`.
-<<<<<<< HEAD
-- `passes` and `backward`: the mathematics and the loops over tiles, with `fold_state` and `operands`.
-- `tile_ops`: the functions on a tile. `prefkern_kernels` has them in Triton, `torch_tiles` in torch.
-=======
-- `passes`: the mathematics and the loops over tiles, with `fold_state` and `operands`.
+- `passes` and `backward`: the mathematics and the loops over tiles, with `fold_state` and
+  `operands`.
 - `tile_ops`: the functions on a tile. `prefkern_kernels` has them in Triton, `torch_tiles` in
   torch.
->>>>>>> 6755f46 (Docstrings within 100 columns)
 
 Nothing here knows of objectives or models.
 """

@@ -432,18 +432,6 @@ def token_slices(plan: Plan, token_tile: int) -> list[slice]:
     return [*slices(0, kept, token_tile), *slices(kept, plan.tokens, token_tile)]
 
 
-def _add_column_sums(weights: Tensor, factor: Tensor, out: Tensor) -> None:
-    """`out_v += sum_t factor_t weights_tv`; if weights have 8 bits, the factor has 16."""
-    if weights.dtype == out.dtype:
-        out.addmv_(weights.t(), factor)
-        return
-    high = factor.to(weights.dtype)
-    low = (factor - high).to(weights.dtype)
-    sums = torch.empty((out.shape[0], 2), dtype=torch.float32, device=out.device)
-    product(weights.t(), torch.stack([high, low], 1), sums)
-    out += sums.sum(1)
-
-
 def _joined(
     stats: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     logps: Tensor,  # (N,)

@@ -21,28 +21,8 @@ N, H, V = 22, 16, 300
 
 @pytest.fixture
 def wide(monkeypatch, device):
-<<<<<<< HEAD
-    """Half-precision operands reach the products as they are."""
-    products_as_on_a_gpu(monkeypatch, device)
-=======
     """Half-precision operands reach the products without being raised."""
-    if device != "cpu":
-        return
-
-    def product(a, b, out):
-        assert a.dtype == b.dtype
-        out.copy_(a.float() @ b.float())
-
-    def add_product(a, b, out):
-        assert a.dtype == b.dtype
-        out.add_(a.float() @ b.float())
-
-    monkeypatch.setattr(
-        operands, "operands_for", lambda dtype, device: Operands(dtype, upcasts=False)
-    )
-    monkeypatch.setattr(passes, "product", product)
-    monkeypatch.setattr(passes, "add_product", add_product)
->>>>>>> 3948718 (tests: entries, and docstrings of kernels and operators in plain sentences)
+    products_as_on_a_gpu(monkeypatch, device)
 
 
 @pytest.fixture

@@ -633,28 +633,6 @@ def test_temporary_memory_stays_within_the_workspace(workspace_mb, dtype, traine
     assert 1.05 * (workspace_mb * 2**20) + allowed < 2 * N * V * 4
 
 
-<<<<<<< HEAD
-=======
-def products_as_on_a_gpu(monkeypatch, device: str) -> None:
-    """Half-precision operands reach the products without being raised, as on a GPU."""
-    if device != "cpu":
-        return
-
-    def product(a, b, out):
-        assert a.dtype == b.dtype
-        out.copy_(a.float() @ b.float())
-
-    def add_product(a, b, out):
-        assert a.dtype == b.dtype
-        out.add_(a.float() @ b.float())
-
-    plain = operands.Operands
-    monkeypatch.setattr(operands, "operands_for", lambda dtype, _: plain(dtype, upcasts=False))
-    monkeypatch.setattr(passes, "product", product)
-    monkeypatch.setattr(passes, "add_product", add_product)
-
-
->>>>>>> 7e00c58 (tests: docstrings in plain sentences)
 KEPT_BOUNDS = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
 
