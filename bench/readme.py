@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prefkern.cli.plan import Batch, Cost, Head, eager_costs, fused_costs
+from prefkern.cli.plan import Batch, Cost, ModelHead, eager_costs, fused_costs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
@@ -298,7 +298,7 @@ def measured() -> str:
 
 
 # The README's first table: a head, and pairs of two sequences of so many tokens.
-PLANNED_HEAD = Head("Llama-3-8B", 4096, 128256, False, 1.0, None)
+PLANNED_HEAD = ModelHead("Llama-3-8B", 4096, 128256, False, 1.0, None)
 PLANNED_BATCH = Batch(4, 2048, 0)
 PLANNED_MB = (1024.0, 6144.0)
 # The providers of its second table, as a reader knows them.

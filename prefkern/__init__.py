@@ -2,14 +2,14 @@
 
 Where to begin:
 
-- `linear_logprobs` is the operator: log-probs of labels without logits in memory. `linear_kl` adds the
-  KL to a reference. `plan_for` says what a call costs.
+- `linear_logprobs` is the operator: log-probs of labels without logits in memory. `linear_kl` adds
+  the KL to a reference. `plan_for` says what a call costs.
 - `FusedPreferenceLoss` is the loss on them, and `objectives` has the formulas of the losses.
 - `reference` has the same calls with logits in memory.
 - `diagnostics` shows how hard the loss pushes each response.
-- For transformers: `token_logprobs`, `preference_outputs` (a model's forward with the loss in it) and
-  `PreferenceTrainer`. The trainer and its arguments import transformers, so they are loaded on first
-  use.
+- For transformers: `token_logprobs`, `preference_outputs` (a model's forward with the loss in it)
+  and `PreferenceTrainer`. The trainer and its arguments import transformers, so they are loaded on
+  first use.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The oracle: the same calls as the fused path, with the logits in memory.
 
 This is the textbook loss: one `[tokens, V]` tensor of logits in the inputs' dtype, as a model would
-return it; its `log_softmax` in float32 (float64 for float64 inputs); autograd for every gradient. In
-bf16 it does what an eager training step does. In float64 it is the truth for the tests, for
-`prefkern check` and for the benchmark. It imports nothing of the fused path, and the fused path does
-not import it.
+return it; its `log_softmax` in float32 (float64 for float64 inputs); autograd for every gradient.
+In bf16 it does what an eager training step does. In float64 it is the truth for the tests, for
+`prefkern check` and for the benchmark. It imports nothing of the fused path, and the fused path
+does not import it.
 """
 
 from __future__ import annotations

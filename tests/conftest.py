@@ -40,13 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Trainers collect garbage after every run, and need not look at all modules and tests for it."""
+    """Trainers collect garbage after every run; keep modules and tests out of it."""
     gc.collect()
     gc.freeze()
 
 
 def _is_long(item: pytest.Item) -> bool:
-    """Whether a mark is for this case: one that names no parameter's value, or only values it has."""
+    """Whether a mark is for this case: it names no values, or only values of this case."""
     given = getattr(getattr(item, "callspec", None), "params", {})
     for mark in item.iter_markers("long"):
         if unknown := set(mark.kwargs) - set(given):

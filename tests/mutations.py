@@ -2,14 +2,15 @@
 
 usage: python tests/mutations.py [--workers N] [--only TEXT | --new]     (make mutate)
 
-Each of `MUTATIONS` is applied to a copy of the tree in a temporary folder, where the tests named with
-it run, those of `make test` and no long ones, until one fails, which must pass without it. Writes `bench/results/mutations.json` and the page
-`bench/MUTATIONS.md`, unless `--only` chose some; with `--new` those run that the record does not have
-as killed. Exit status 1 unless every mutation is killed: one that survives shows what no test looks
-at, and is mended there.
+Each of `MUTATIONS` is applied to a copy of the tree in a temporary folder. There the tests named
+with it run, without long ones, until one fails; that test must pass without the mutation. The
+script writes `bench/results/mutations.json` and the page `bench/MUTATIONS.md`, except with
+`--only`. `--new` runs only mutations that the record does not have as killed. The exit status is 1
+unless every mutation is killed. A mutation that survives shows what no test looks at; write that
+test.
 
-`tests/system/test_mutations.py` holds the list to the source at every run of the tests, so that it cannot
-rot: each text is found exactly once, and what replaces it is Python.
+`tests/system/test_mutations.py` compares the list with the source at every run of the tests: each
+text is found exactly once, and its replacement is Python.
 """
 
 from __future__ import annotations
@@ -842,7 +843,7 @@ MUTATIONS = (
 
 
 def _copy(root: Path) -> None:
-    """The tree as it is, without what runs have left in it."""
+    """A copy of the present tree, without files that runs have left in it."""
     ignored = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info")
     for name in COPIED:
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
@@ -937,7 +938,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _short(test: str) -> str:
-    """A test's file and name, without its parameters, whose `|` would end a cell."""
+    """A test's file and name, without parameters: a `|` in them would end a cell of the table."""
     return test.split("[")[0].removeprefix("tests/")
 
 
@@ -969,7 +970,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _killed() -> dict[Mutation, dict[str, Any]]:
-    """The record's rows of mutations that were killed, as they are now."""
+    """The record's rows of killed mutations that have not changed since."""
     if not RESULT.exists():
         return {}
     rows = json.loads(RESULT.read_text())["mutations"]
@@ -980,7 +981,7 @@ def _killed() -> dict[Mutation, dict[str, Any]]:
 
 
 def check(mutation: Mutation) -> None:
-    """Raise unless the mutation changes its file, once, into Python."""
+    """Raise unless the mutation fits its file once and the result is Python."""
     text = mutation.applied(ROOT)
     assert text != (ROOT / mutation.file).read_text(), mutation
     ast.parse(text)

@@ -1,12 +1,13 @@
 """Every kernel on small edge shapes, for a tool that watches a GPU's memory: `make sanitize`.
 
 usage: python tests/sanitize.py            compute-sanitizer's memcheck and racecheck over all of it
-       python tests/sanitize.py --drive    the launches themselves, under whichever tool
+       python tests/sanitize.py --drive    the launches alone, to run under any tool
 
 memcheck finds an access outside of an allocation, racecheck two threads on one shared address.
-torch's caching allocator puts many tensors into one allocation, in which a stray access is none to
-memcheck: PYTORCH_NO_CUDA_MEMORY_CACHING gives each tensor its own. Without an NVIDIA GPU or
-compute-sanitizer it says so, and the exit status is 2; 1 where a tool found something.
+torch's caching allocator puts many tensors into one allocation, and memcheck does not see a stray
+access between them. So PYTORCH_NO_CUDA_MEMORY_CACHING gives each tensor its own allocation. The
+exit status is 1 if a tool found something, and 2, with a message, without an NVIDIA GPU or
+compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ SIZES = (1, 129, 2049)
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer's path: on PATH, or where CUDA's toolkit puts it."""
+    """The path of compute-sanitizer: on PATH, or where CUDA's toolkit puts it."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
     return shutil.which("compute-sanitizer", path=path)
 
 
 def missing() -> str | None:
-    """What there is not, of what this needs."""
+    """What is missing of what this script needs."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.hip is not None:

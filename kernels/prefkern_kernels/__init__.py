@@ -9,8 +9,9 @@ The way from hidden states to gradients. The device's own library makes the prod
     the fold's weights, kept and `settle`d -> product -> dW      trained head, as memory allows
     product -> `remake_weights` -> product -> dW                 trained head, elsewhere
 
-A divergence from a reference goes the same way, with a second tile for the reference's raw products:
-`fold` and `remake_weights` take both tiles, and `scatter_scaled` adds the divergence's part of dH.
+A divergence from a reference goes the same way, with a second tile for the reference's raw
+products: `fold` and `remake_weights` take both tiles, and `scatter_scaled` adds the divergence's
+part of dH.
 
 Each file has one kernel, and its launcher under the same name. `launches` counts the launches.
 """

@@ -2,14 +2,14 @@
 
 Nothing here runs by itself. `PREFKERN_AUTOTUNE=1` in the environment, or a call of
 `tune_product_fold`, times the candidates of `tiles.PRODUCTS` at a call's own sizes. The fastest is
-stored with all times in `prefkern/tiles.json` under `XDG_CACHE_HOME` (or `~/.cache`). Later runs read
-the file, with tuning on or off, and prefer it to the table. To use the table again, delete the file
-or set `PREFKERN_AUTOTUNE=0`.
+stored with all times in `prefkern/tiles.json` under `XDG_CACHE_HOME` (or `~/.cache`). Later runs
+read the file, with tuning on or off, and prefer it to the table. To use the table again, delete the
+file or set `PREFKERN_AUTOTUNE=0`.
 
-A measurement is valid for a device's name, a version of Triton, a dtype, an H, a class of V (V rounded
-up to a power of 2), and with or without a bias or a softcap. The choice changes the order of
-additions, and so the last bits of a result. Ranks that must agree bit for bit should share the file,
-and tune before they start.
+A measurement is valid for a device's name, a version of Triton, a dtype, an H, a class of V (V
+rounded up to a power of 2), and with or without a bias or a softcap. The choice changes the order
+of additions, and so the last bits of a result. Ranks that must agree bit for bit should share the
+file, and tune before they start.
 """
 
 from __future__ import annotations

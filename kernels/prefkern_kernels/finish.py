@@ -1,7 +1,7 @@
 """The end of a fold: each token's log-prob, and the numbers for its gradients.
 
-`fold` leaves the maximum m and `total`, the sum over v != y. With M = max(m, z_y) and s the sum over
-all v relative to M:
+`fold` leaves the maximum m and `total`, the sum over v != y. With M = max(m, z_y) and s the sum
+over all v relative to M:
 
     logp    = -log1p(total exp(m - z_y))           where z_y >= m, else (z_y - M) - log s
     1 - p_y = total exp(m - M) / s
@@ -12,8 +12,8 @@ gradient,
 
     d logp / d (h . W_v) = -c share u_v,    u_v = exp(z_v - unit) t_v,    u_y = label_value
 
-`unit` is m, or larger if `label_value = -t_y total exp(m - unit)` would overflow the operands' dtype:
-float16 ends at 65504, and a sum over a large vocabulary may exceed that.
+`unit` is m, or larger if `label_value = -t_y total exp(m - unit)` would overflow the operands'
+dtype: float16 ends at 65504, and a sum over a large vocabulary may exceed that.
 
 One program a token, in place of some twenty small launches.
 """
@@ -67,8 +67,8 @@ def _finish_kernel(
     drop = tl.exp(m - top)
     others = total * drop
     s = others + tl.exp(label_logit - top)
-    # If the label's logit is the largest, label_logit - top is 0; or NaN for a logit of inf, which has
-    # no softmax.
+    # If the label's logit is the largest, label_logit - top is 0; or NaN for a logit of inf, which
+    # has no softmax.
     logp = (label_logit - top) - tl.where(label_logit >= m, log1p(others), tl.log(s))
     tl.store(logps_ptr + row, logp)
     rest = drop / s

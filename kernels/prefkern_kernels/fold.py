@@ -10,24 +10,27 @@ start + v`:
 and `label_logit = z_y` if y lies in the tile. The label's own term is left out of the sum: so a
 confident token's `1 - p_y` is never a difference of near-equal numbers. With statistics, the fold
 also keeps `shifted = sum_{v != y} exp(z_v - m) (z_v - m)`, `logit_sum = sum_v z_v`, `before` (the
-largest logit ahead of the label) and `squares = sum_{v != y} exp(2 (z_v - m))`. Entropy, mean logit,
-top-1 and `sum_v p_v^2` follow from them.
+largest logit ahead of the label) and `squares = sum_{v != y} exp(2 (z_v - m))`. Entropy, mean
+logit, top-1 and `sum_v p_v^2` follow from them.
 
 With `weights`, the row is written back as `exp(z_v - m') t_v` for a second product with the weight;
 t_v is the softcap's derivative, and the label's column is 0. The accumulator of that product must
 first be multiplied by `rescale = exp(m - m')`. `weights` may be the tile itself.
 
-`ref_tile` holds a reference's raw products over the same entries. Its logits x are folded in the same
-way into a state of their own, with one more sum:
+`ref_tile` holds a reference's raw products over the same entries. Its logits x are folded in the
+same way into a state of their own, with one more sum:
 
     cross'  = cross exp(m_r - m_r') + sum_{v != y} exp(x_v - m_r') (x_v - z_v)
 
-This is all that the divergence needs: with lse the logarithms of the whole sums, `sum_v r_v (log r_v
-- log p_v) = sum_v r_v (x_v - z_v) - (lse_r - lse_p)`. `ref_weights` is `exp(x_v - m_r') t_v`. The t_v
-is the policy's there too, since only the policy has a gradient.
+The divergence needs no more. With lse the logarithms of the whole sums it is
 
-The first tile of a token begins its state and ignores the old numbers. One program a token; it reads
-its rows twice, the second time from cache.
+    sum_v r_v (log r_v - log p_v) = sum_v r_v (x_v - z_v) - (lse_r - lse_p)
+
+`ref_weights` is `exp(x_v - m_r') t_v`. The t_v is the policy's there too, since only the policy has
+a gradient.
+
+The first tile of a token begins its state and ignores the old numbers. One program a token; it
+reads its rows twice, the second time from cache.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def _first_reading(
     HAS_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """The maximum without the label, the largest logit ahead of it, the sum; stores the label's logit."""
+    """Maximum without the label, largest logit ahead of it, sum; stores the label's logit."""
     offs_v = tl.arange(0, BLOCK_V)
     maximum = tl.full((BLOCK_V,), -float("inf"), tl.float32)
     before = tl.full((BLOCK_V,), -float("inf"), tl.float32)
@@ -96,7 +99,10 @@ def _first_reading(
 
 @triton.jit
 def _raise_maximum(maximum_ptr, tile_max, first):
-    """Raise the running maximum to a tile's. Returns the old one, what to subtract, exp(old - new)."""
+    """Raise the running maximum to a tile's.
+
+    Returns the old one, what to subtract, exp(old - new).
+    """
     old = tl.load(maximum_ptr, mask=first == 0, other=-float("inf"))
     new = tl.maximum(old, tile_max)
     tl.store(maximum_ptr, new)
@@ -153,7 +159,7 @@ def _fold_kernel(
     HAS_REF_BIAS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One token: fold its row of the tile, or of both, into its state, and write its rows of weights."""
+    """One token: fold its row of the tile, or of both, and write its rows of weights."""
     row = tl.program_id(0).to(tl.int64)
     tile_row = tile_ptr + row * stride_tn
     local = tl.load(labels_ptr + row) - start
@@ -328,8 +334,8 @@ def fold(
     if n == 0:
         return
     config = row_config(v) if ref_tile is None else pair_config(v)
-    # For equal logits x - z must be 0. If the compiler contracts the transform's product into it (fma),
-    # it is the product's rounding error.
+    # For equal logits x - z must be 0. If the compiler contracts the transform's product into it
+    # (fma), it is the product's rounding error.
     options = {} if ref_tile is None else {"enable_fp_fusion": False}
     count("fold")
     with on_device_of(tile):

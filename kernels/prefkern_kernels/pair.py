@@ -1,7 +1,7 @@
 """The pair kernel: from per-token log-probs to a pairwise loss and its gradient, in one launch.
 
-One program a pair. It sums the log-probs of the pair's two runs of tokens (L_w, L_l). From these, the
-reference's sums R and the lengths n it computes an objective of AdaDPO's Eq. 8:
+One program a pair. It sums the log-probs of the pair's two runs of tokens (L_w, L_l). From these,
+the reference's sums R and the lengths n it computes an objective of AdaDPO's Eq. 8:
 
     s            = rho, rho / n, L, L / n or log-odds     rho = L - R, log-odds of P = exp(L / n)
     ratio        = exp(alpha_w x_w - alpha_l x_l)         Eq. 7; x = rho, L, or log P (1 - P)
@@ -9,8 +9,8 @@ reference's sums R and the lengths n it computes an objective of AdaDPO's Eq. 8:
     delta        = beta_chosen s_w - beta_rejected s_l - margin
     loss         = weight link(delta) - nll_weight L_w / n_w
 
-The margin may hold a z-score (alpha-DPO's Eq. 12), and the weight may be MADPO's Eq. 4. Coefficients,
-margin and weight are constants to the gradient, so
+The margin may hold a z-score (alpha-DPO's Eq. 12), and the weight may be MADPO's Eq. 4.
+Coefficients, margin and weight are constants to the gradient, so
 
     d loss / d L_w =  weight link'(delta) beta_chosen ds_w/dL_w - nll_weight / n_w
     d loss / d L_l = -weight link'(delta) beta_rejected ds_l/dL_l
@@ -58,7 +58,7 @@ class MarginWeight(TypedDict):
 
 @triton.jit
 def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
-    """The sum of logps[begin:end], added in float64 and rounded once: no order of additions shows."""
+    """The sum of logps[begin:end], added in float64 and rounded once: no order shows."""
     total = tl.zeros((BLOCK_T,), tl.float64)
     for block in range(0, (end - begin).to(tl.int32), BLOCK_T):
         offsets = begin + block + tl.arange(0, BLOCK_T)

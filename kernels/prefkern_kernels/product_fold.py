@@ -6,8 +6,8 @@ For token t with label y, over a part of the vocabulary (or all of it):
     m     = max_{v != y} z_v            total = sum_{v != y} exp(z_v - m)
 
 and `label_logit = z_y`, with `label_slope` the softcap's derivative there. This is the state that
-`fold` keeps; the kernel merges it into what the state held before. A forward without a gradient needs
-no more, at 2NHV operations.
+`fold` keeps; the kernel merges it into what the state held before. A forward without a gradient
+needs no more, at 2NHV operations.
 
 The steps:
 
@@ -18,9 +18,9 @@ The steps:
 Programs of one group of token blocks walk the same entries at about the same time. So a tile of the
 weight is read from memory once a group, and the group's hidden states stay in the L2 cache.
 
-A token's state is bitwise the same in every run, beside any other tokens: the split of the vocabulary
-depends on the configuration, and not on the number of tokens or the device's load; the merge takes
-the splits in order; nothing is atomic.
+A token's state is bitwise the same in every run, beside any other tokens: the split of the
+vocabulary depends on the configuration, and not on the number of tokens or the device's load; the
+merge takes the splits in order; nothing is atomic.
 
 Products take operands as they are and accumulate in float32. float32 operands are multiplied as
 float32, or as TF32 if torch's setting allows it. The configuration says how operands arrive: by
@@ -68,9 +68,9 @@ def _dot(a, b, accumulator, PRECISION: tl.constexpr):
 def _cap(x, height, HAS_SOFTCAP: tl.constexpr):
     """height tanh(x) with a softcap, else x; -inf marks what is left out, and stays -inf.
 
-    The accuracy is float32's relative to `height`, as a sum of exponentials needs it. The computation
-    holds one value an element. `tanh_and_slope` is accurate at every x, but holds several values and
-    spills registers here.
+    The accuracy is float32's relative to `height`, as a sum of exponentials needs it. The
+    computation holds one value an element. `tanh_and_slope` is accurate at every x, but holds
+    several values and spills registers here.
     """
     if HAS_SOFTCAP:
         t = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))

@@ -11,8 +11,8 @@ its gradient `p_v - r_v` adds the reference's probabilities with a factor of the
 
 The caller computes `label_gradient`, in a form in which neither difference cancels.
 
-With `is_kept` the tiles already hold u_v, and the reference's, from the fold. All numbers are float32
-and are rounded once, to the output's dtype. `weights` may be the tile itself.
+With `is_kept` the tiles already hold u_v, and the reference's, from the fold. All numbers are
+float32 and are rounded once, to the output's dtype. `weights` may be the tile itself.
 
 One program a token; a block of entries reads only what it overwrites.
 """

@@ -1,8 +1,8 @@
 """Multiply rows of the one-pass accumulator by `exp(m - m')`; only rows whose m rose are touched.
 
-The accumulator `(n, H)` of `sum_v exp(z_v - m) W_v` is relative to a running maximum. After a token's
-largest logit its factor stays 1, and a program that finds 1 returns at once. This saves most of the
-traffic of a plain in-place product.
+The accumulator `(n, H)` of `sum_v exp(z_v - m) W_v` is relative to a running maximum. After a
+token's largest logit its factor stays 1, and a program that finds 1 returns at once. This saves
+most of the traffic of a plain in-place product.
 """
 
 from __future__ import annotations

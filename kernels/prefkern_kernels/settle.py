@@ -1,8 +1,8 @@
 """Bring the kept weights of a token to one unit, and put its label's value in its column.
 
-`fold` writes a tile's weights relative to the maximum after that tile. If the maximum rose later, or
-if the unit is not the maximum, the tile's part of the row is multiplied by `exp(maximum - unit)`. For
-nearly all tiles this factor is 1, and only the label's element is written.
+`fold` writes a tile's weights relative to the maximum after that tile. If the maximum rose later,
+or if the unit is not the maximum, the tile's part of the row is multiplied by `exp(maximum -
+unit)`. For nearly all tiles this factor is 1, and only the label's element is written.
 
 One program a token and tile.
 """
@@ -54,8 +54,8 @@ def _settle_kernel(
 
 def settle(
     kept: torch.Tensor,  # (n, V), in place
-    maxima: torch.Tensor,  # (tiles, n) float32, what each tile's columns are relative to
-    unit: torch.Tensor,  # (n,) float32, what they shall be relative to
+    maxima: torch.Tensor,  # (tiles, n) float32; each tile's columns are relative to one
+    unit: torch.Tensor,  # (n,) float32; the columns shall be relative to it
     label_value: torch.Tensor,  # (n,) float32
     labels: torch.Tensor,  # (n,) int64
     vocab_tile: int,

@@ -2,15 +2,15 @@
 
 Kernels that walk a row of a tile, one program a token, take their blocks from `row_config` and
 `pair_config`. `product_fold` takes its tiles from `PRODUCTS`, by architecture or by a device's own
-name, and by class of product. Other devices get `FALLBACK`: small tiles, read by pointers, which fit
-every GPU. A `Choice` lists its candidates, the one in use first, and says where their order was
-measured. If `measured` is empty, the order is a guess from registers and bytes. `autotune` measures it
-on your own device; its file is preferred to this table.
+name, and by class of product. Other devices get `FALLBACK`: small tiles, read by pointers, which
+fit every GPU. A `Choice` lists its candidates, the one in use first, and says where their order was
+measured. If `measured` is empty, the order is a guess from registers and bytes. `autotune` measures
+it on your own device; its file is preferred to this table.
 
 `tests/kernels/test_compile_ahead.py` asserts that the candidate in use compiles without spills with
-Triton 3.6.0, 3.7.1 and 3.9.0, and every other candidate with at least one of them. `bench/COMPILE.md`
-has their registers and shared memory. So a thread has at most 128 accumulators, and at most 64 with a
-bias or a softcap.
+Triton 3.6.0, 3.7.1 and 3.9.0, and every other candidate with at least one of them.
+`bench/COMPILE.md` has their registers and shared memory. So a thread has at most 128 accumulators,
+and at most 64 with a bias or a softcap.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ProductConfig(NamedTuple):
         return [part for part in parts if part.start < part.stop]
 
     def splits(self, vocab_size: int) -> int:
-        """How many parts of the vocabulary are folded apart; it does not depend on the number of tokens."""
+        """How many parts of the vocabulary are folded apart, at any number of tokens."""
         return sum(part.splits for part in self.parts(vocab_size))
 
 
@@ -115,7 +115,7 @@ class Choice(NamedTuple):
 def _choices(
     table: dict[tuple[str, bool], tuple[ProductConfig, ...]],  # by operands and `plain`
 ) -> dict[ProductClass, Choice]:
-    """The same candidates at both widths; at a small H a product is short, and strips are longer."""
+    """The same candidates at both widths; at a small H strips are longer."""
     choices = {}
     for (operands, plain), candidates in table.items():
         narrow = tuple(c._replace(tiles=4 * c.tiles) for c in candidates)

@@ -3,8 +3,8 @@
 The check runs a grid of shapes, dtypes, transforms and heads: frozen; trained with the
 probabilities kept for backward; trained with recomputation in backward. On each it compares
 log-probs, dH and dW; then log-probs and the KL to a reference with its own head, and the policy's
-dH and dW; then the whole preference loss. The truth is `prefkern.reference` in float64, on the same inputs after rounding to
-the dtype. A row shows the worst of its shapes. The bounds are:
+dH and dW; then the whole preference loss. The truth is `prefkern.reference` in float64, on the same
+inputs after rounding to the dtype. A row shows the worst of its shapes. The bounds are:
 
 - log-probs and KL: 1e-3 nats per token for half-precision inputs, 1e-4 for float32;
 - dH and dW, as norm of the error / norm of the truth: 1e-5 for float32. For half precision, the

@@ -3,9 +3,10 @@
     prefkern plan meta-llama/Meta-Llama-3-8B-Instruct --seq-len 2048 --batch 4
 
 A batch of B pairs is 2B sequences of T tokens, of which N are scored. `prefkern.plan_for` says what
-prefkern runs for that shape. The table also shows the cost of logits in memory. It does not count
-TDPO's KL, which takes the reference's head through the policy's passes. Only the model's config is read (and downloaded, for a hub name). The model is built on the meta device, where
-weights have shapes but no bytes. An error is one line on stderr and exit status 2.
+prefkern runs for that shape. The table also shows the cost of logits in memory. TDPO's KL is not
+counted. Only the model's config is read (and downloaded, for a hub name). The model is built on the
+meta device, where weights have shapes but no bytes. An error is one line on stderr and exit
+status 2.
 
 The cost of logits in memory is that of the shortest differentiable code,
 `model(...).logits.float().log_softmax(-1).gather(...)`, on all 2BT positions. At the peak, the

@@ -4,14 +4,14 @@ Saved for backward is what `passes.forward` gathers:
 
 - For a frozen head D, and K with a divergence, (N, W) float32 each. Backward only scales them and
   reads no weight.
-- For a trained head three numbers a token, the probabilities that the plan keeps, and the inputs, from
-  which backward computes the other probabilities again.
+- For a trained head three numbers a token, the probabilities that the plan keeps, and the inputs,
+  from which backward computes the other probabilities again.
 
-Nothing saved is overwritten, so a second backward with `retain_graph` is right. The reference gets no
-gradient, and a second derivative raises (`once`).
+Nothing saved is overwritten, so a second backward with `retain_graph` is right. The reference gets
+no gradient, and a second derivative raises (`once`).
 
-It is a plain function, part of the graph of the module whose forward calls it. So the hooks of DDP, FSDP
-and PEFT see the parameters as usual.
+It is a plain function, part of the graph of the module whose forward calls it. So the hooks of DDP,
+FSDP and PEFT see the parameters as usual.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def scored_logprobs(
     labels: Tensor,  # (N,)
     call: Call,
 ) -> Result:
-    """Log-probs of the scored tokens; if asked for, statistics, a reference's log-probs, the divergence."""
+    """Log-probs of the scored tokens; if asked for, statistics, a reference's, the divergence."""
     trained = _tensors(head)
     refuse_tangents(hidden=head.hidden, weight=head.weight, bias=head.bias)
     if call.plan.structure == "forward":
@@ -138,7 +138,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ]
 
         def again(workspace_mb: float) -> Plan:
-            """Free the kept probabilities and plan to recompute them, for a second backward as well."""
+            """Free the kept probabilities, and plan to recompute them in any later backward."""
             gathered = _saved(ctx)[0]
             for x, place in zip((gathered.kept, gathered.ref_kept), ctx.kept_at, strict=False):
                 # A saved-tensor hook may have put its own tensor there, which is not ours to free.

@@ -1,9 +1,9 @@
 """Backward: from the gradients of log-probs, and of a divergence, to those of states and the head.
 
-`passes` has the mathematics. With a frozen head there is no product left: D, and K, are scaled and put
-in their places. With a trained one the vocabulary is walked once more, outermost, so that each tile of
-dW is finished in float32 and rounded once: a token's row of the tile is what forward kept, or is made
-of its logits again.
+`passes` has the mathematics. With a frozen head no product is left: D, and K, are scaled and
+written to their places. With a trained head `second_pass` walks the vocabulary once more, as its
+outer loop, so that each tile of dW is finished in float32 and rounded once. A token's row of a tile
+is what forward kept, or it is computed from the logits again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prefkern.ops.tile_ops import TileOps
 
 def backward(
     grads: Sequence[Tensor],  # (N,) d loss / d logp and, with a divergence, d loss / d kl, float32
-    head: Head | None,  # None where the head is frozen: backward has no product then
+    head: Head | None,  # None if the head is frozen: backward has no product then
     reference: Head | None,  # with a divergence
     rows: Tensor | None,  # (N,)
     labels: Tensor | None,  # (N,); as head
@@ -34,7 +34,7 @@ def backward(
     ops: TileOps,
     needs: Gradients,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight, bias and an adapter's two, each in its dtype; None if not needed."""
+    """Gradients of hidden, weight, bias and an adapter's tensors, in their dtypes; or None."""
     of_head = HeadGradients()
     if plan.trains_head:
         assert head is not None and labels is not None
@@ -77,7 +77,7 @@ def scattered(
 
 @dataclass(frozen=True)
 class HeadGradients:
-    """What `second_pass` returns; None where it was not asked for."""
+    """The results of `second_pass`; None if not asked for."""
 
     weight: Tensor | None = None  # (V, H)
     bias: Tensor | None = None  # (V,)
@@ -87,12 +87,12 @@ class HeadGradients:
 
 @dataclass(frozen=True)
 class _Factors:
-    """What turns u, and a reference's, into the loss's gradient; (N,) each."""
+    """The factors that turn u, and a reference's u, into the loss's gradient; (N,) each."""
 
     policy: Tensor  # r
     reference: Tensor | None
-    label: Tensor | None  # the gradient at the label; None where no tile is made anew
-    scale: Tensor | None  # (), what products of them are multiplied by; None: 1
+    label: Tensor | None  # the gradient at the label; None if no tile is made again
+    scale: Tensor | None  # (): results of products with them must be multiplied by it; None: 1
 
     @staticmethod
     def of(
@@ -114,7 +114,7 @@ class _Factors:
             policy = gathered.share * ((dkl - dlogps) * factor)
         scale = None
         if dtype == torch.float16:
-            # A power of two above the largest factor, so that float16 holds what is scaled by it.
+            # A power of two above the largest factor: divided by it, all factors fit into float16.
             largest = policy.abs().amax()
             if reference is not None:
                 largest = torch.maximum(largest, reference.abs().amax())
@@ -141,7 +141,7 @@ def second_pass(
 ) -> HeadGradients:
     """Gradients of weight, bias and an adapter's weight, in their dtypes; and of the states.
 
-    Of kept tokens and of others. The states' are asked for with a divergence alone.
+    From all tokens, kept or not. The states' gradient is computed only with a divergence.
     """
     assert plan.backward_tiles is not None
     assert gathered.unit is not None and gathered.kept is not None
@@ -162,7 +162,7 @@ def second_pass(
     if gradients.weights:
         shape = (tiles.vocab_tile, columns.width)
         buffer = torch.empty(shape, dtype=wide, device=device)
-    # With a divergence a tile is made of what is kept, too: of both distributions.
+    # With a divergence, kept tokens need a tile too: it is made from both models' u.
     is_pair = reference is not None
     has_scratch = is_pair or plan.kept_tokens < plan.tokens
     buffers = Buffers(tiles, head.operands, device, True, has_scratch)
@@ -181,13 +181,13 @@ def second_pass(
             y, n = labels[tokens], tokens.stop - tokens.start
             is_kept, h, scale_of_bias = tokens.stop <= plan.kept_tokens, None, None
             if is_kept and not is_pair:
-                # Kept rows are read as they are: r goes into the rows of hidden.
+                # Kept rows are not changed: r goes into the rows of hidden.
                 weights, scale_of_bias = gathered.kept[tokens, entries], factors.policy[tokens]
                 if tile_of_weights is not None:
                     h = head.rows(rows, tokens, columns)
                     h = (h * factors.policy[tokens].unsqueeze(1)).to(dtype)
             else:
-                # r goes into the tile before it is rounded, and hidden stays as it is.
+                # r goes into the tile before it is rounded; hidden is not scaled.
                 tile, weights = buffers.views(n, size)
                 assert weights is not None
                 pair, bias = {}, None
@@ -237,7 +237,7 @@ def second_pass(
             if dlora is not None:
                 start = plan.hidden_size - columns.start
                 dlora[entries] = tile_of_weights[:, start : start + dlora.shape[1]]
-        # A tile's copies of weights must be gone before the next ones are made.
+        # The tile's copies of weights must be freed before the next ones are made.
         del w, ref_w
     if dstates is not None and factors.scale is not None:
         dstates.mul_(factors.scale)
@@ -245,13 +245,13 @@ def second_pass(
 
 
 def _reference_of(gathered: Gathered, factors: _Factors, tokens: slice) -> dict[str, Any]:
-    """What a reference's tile is turned by."""
+    """The unit and the factors of a reference's tile."""
     assert gathered.ref_unit is not None and factors.reference is not None
     return {"ref_unit": gathered.ref_unit[tokens], "ref_factor": factors.reference[tokens]}
 
 
 def _add_column_sums(weights: Tensor, factor: Tensor, out: Tensor) -> None:
-    """`out_v += sum_t factor_t weights_tv`, with the factor to 16 bits where operands have 8."""
+    """`out_v += sum_t factor_t weights_tv`; if weights have 8 bits, the factor has 16."""
     if weights.dtype == out.dtype:
         out.addmv_(weights.t(), factor)
         return

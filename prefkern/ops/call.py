@@ -1,7 +1,7 @@
 """A call of the operator: plans checked arguments, runs the plan, and puts results in their places.
 
-`linear_logprobs`, `linear_kl`, the loss and `compiled` share this: the backend and the workspace for a
-device, and the run itself. If memory runs out, the run is tried again with half the workspace
+`linear_logprobs`, `linear_kl`, the loss and `compiled` share this: the backend and the workspace
+for a device, and the run itself. If memory runs out, the run is tried again with half the workspace
 (`memory`).
 """
 

@@ -131,7 +131,7 @@ def same_tokens(hidden: Tensor, ref_hidden: Tensor) -> None:
 
 
 def same_entries(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> None:
-    """Check that two distributions can be compared: the same vocabulary, both float64 or neither."""
+    """Check that both have the same vocabulary, and both are float64 or neither."""
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight has {ref_weight.shape[0]} vocabulary entries and weight "

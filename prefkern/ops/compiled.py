@@ -1,13 +1,14 @@
 """The operator and the loss under `torch.compile`: opaque operators around the same passes.
 
-Inside a compiled region `linear_logprobs`, `linear_kl` and `FusedPreferenceLoss` call this file. Two
-operators of torch's library, `prefkern::logprobs` and its backward, hide the passes from the compiler,
-so the graph is whole (`fullgraph=True`). Sequence sums and the objective are traced, and the compiler
-fuses them. The number of scored tokens is known only when the operator runs. So its outputs have room
-for all M tokens, of which it uses the first N, and nothing in the graph depends on N.
+Inside a compiled region `linear_logprobs`, `linear_kl` and `FusedPreferenceLoss` call this file.
+Two operators of torch's library, `prefkern::logprobs` and its backward, hide the passes from the
+compiler, so the graph is whole (`fullgraph=True`). Sequence sums and the objective are traced, and
+the compiler fuses them. The number of scored tokens is known only when the operator runs. So its
+outputs have room for all M tokens, of which it uses the first N, and nothing in the graph depends
+on N.
 
-Differences from an eager call: a label out of range is found when the compiled function runs; an output
-has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pairs.
+Differences from an eager call: a label out of range is found when the compiled function runs; an
+output has no `plan` (`prefkern.last_plan()` has it) and no gradients of its pairs.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class _Inputs(NamedTuple):
 
 
 class _Run:
-    """The arguments of the passes, made of an operator's arguments, and the memory they may hold."""
+    """The arguments of the passes, from an operator's arguments, and the memory budget."""
 
     def __init__(
         self,

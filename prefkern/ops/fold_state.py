@@ -1,7 +1,7 @@
 """A token's fold state: sums over its logits, gathered tile by tile, and the results of them.
 
-The state leaves the label's column out: with m the maximum over v != y so far, `total = sum_{v != y}
-exp(z_v - m)`. At the end, with M = max(m, z_y) and s the sum over all v relative to M,
+The state leaves the label's column out: with m the maximum over v != y so far, `total = sum_{v !=
+y} exp(z_v - m)`. At the end, with M = max(m, z_y) and s the sum over all v relative to M,
 
     logp    = -log1p(total exp(m - z_y))           if z_y >= m: exact for confident tokens
     1 - p_y = total exp(m - M) / s                 without cancellation
@@ -68,8 +68,8 @@ class FoldState:
     def merge(self, other: FoldState) -> FoldState:
         """The state over both parts of the vocabulary, for the same tokens and labels.
 
-        Either both states have statistics, or neither; the same holds for `cross`. The order does not
-        matter.
+        Either both states have statistics, or neither; the same holds for `cross`. The order does
+        not matter.
         """
         maximum = torch.maximum(self.maximum, other.maximum)
         # If the parts hold no logit but the label's, this is exp(-inf - 0) = 0.
@@ -127,7 +127,7 @@ class Folded:
     logps: Tensor
     maximum: Tensor  # M, over all v
     total: Tensor  # s = sum_v exp(z_v - M)
-    rest: Tensor  # exp(m - M) / s: times `A`, the mean over v != y under the distribution
+    rest: Tensor  # exp(m - M) / s; times `A` it is sum_{v != y} p_v t_v W_v
     miss: Tensor  # 1 - p_y
     hit: Tensor  # p_y
     log_total: Tensor  # log s
@@ -166,8 +166,8 @@ def statistics(
     entropy = torch.log(folded.total) - spread / folded.total
     # argmax takes the first maximum, so a tie with an earlier entry is not a top-1 prediction.
     is_top1 = (state.label_logit >= state.maximum) & (state.label_logit > state.before)
-    # sum_v p_v^2 = (1 + others) / s^2; the 1 is the label's own term if its logit is the largest. For
-    # a confident token both logarithms are then small numbers, computed from small numbers.
+    # sum_v p_v^2 = (1 + others) / s^2; the 1 is the label's own term if its logit is the largest.
+    # For a confident token both logarithms are then small numbers, computed from small numbers.
     others = state.squares * drop * drop
     collision = torch.where(
         state.label_logit >= state.maximum,

@@ -1,9 +1,9 @@
 """Log-probs, and the divergence from a reference to the policy, per token.
 
-Some objectives have a term with each token's divergence (TDPO, arXiv 2404.11999). They need `sum_v r_v
-(log r_v - log p_v)` beside the log-probs: a sum over the distributions of both models. It is an option
-of the passes that `linear_logprobs` runs. A tile of the policy's logits and one of the reference's are
-folded together, so that neither model's logits are ever in memory.
+Some objectives have a term with each token's divergence (TDPO, arXiv 2404.11999). They need `sum_v
+r_v (log r_v - log p_v)` beside the log-probs: a sum over the distributions of both models. It is an
+option of the passes that `linear_logprobs` runs. A tile of the policy's logits and one of the
+reference's are folded together, so that neither model's logits are ever in memory.
 """
 
 from __future__ import annotations

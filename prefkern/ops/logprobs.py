@@ -1,8 +1,9 @@
 """The operator: log-probs of labels from hidden states and a head, without logits in memory.
 
-`linear_logprobs` checks its arguments and finds the scored tokens (`sequences`). Then `call` makes a
-plan (`plan`) and runs it (`autograd` over `passes`) on one of two backends. The backends differ only in
-their functions on a tile: Triton kernels (`prefkern_kernels`) or their twins in torch (`torch_tiles`).
+`linear_logprobs` checks its arguments and finds the scored tokens (`sequences`). Then `call` makes
+a plan (`plan`) and runs it (`autograd` over `passes`) on one of two backends. The backends differ
+only in their functions on a tile: Triton kernels (`prefkern_kernels`) or their twins in torch
+(`torch_tiles`).
 """
 
 from __future__ import annotations
@@ -49,18 +50,18 @@ def linear_logprobs(
         return_stats: return TokenStats, with entropy, mean logit and top-1 beside the log-probs.
         lora_hidden, lora_weight: a LoRA adapter on the head. It adds `lora_hidden @
             lora_weight.T` to the raw logits. lora_hidden is scaling * lora_A(hidden) [..., R], and
-            lora_weight is lora_B's weight [V, R]. Both may be float32, bfloat16 or float16, also if
-            hidden has another of these dtypes; or both are float64, as hidden.
+            lora_weight is lora_B's weight [V, R]. They may have another dtype than hidden, but
+            float64 only if hidden is float64.
 
     Returns:
         [...] float32 (float64 for float64 inputs), in nats; 0 where not scored. Differentiable once
-        in hidden, weight, bias, lora_hidden and lora_weight; each gradient has its argument's dtype.
-        `prefkern.last_plan()` says what ran.
+        in hidden, weight, bias, lora_hidden and lora_weight; each gradient has the dtype of its
+        argument. `prefkern.last_plan()` says what ran.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. Only the
-            check of the labels' range needs a device synchronisation, and it shares the one that
-            counts the scored tokens.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. Only
+            the check of the labels' range needs a device synchronisation, and it shares the one
+            that counts the scored tokens.
         RuntimeError: the backend asked for cannot run here.
         torch.OutOfMemoryError: memory ran out twice, the second time with half the workspace. The
             message says what was tried and what would fit. The first time gives a RuntimeWarning.
@@ -110,7 +111,8 @@ def plan_for(
     Args:
         tokens: N, scored tokens; hidden_size: H; vocab_size: V.
         dtype: that of hidden and weight.
-        device: where the call would run; this machine need not have it. None: a GPU if there is one.
+        device: where the call would run; this machine need not have it. None: a GPU if there is
+            one.
         trains_hidden, trains_head: what needs a gradient; neither: log-probs alone.
         lora_rank: the rank of an adapter that is trained on the head; 0: none.
         softcap: whether the model caps its logits; return_stats: as in `linear_logprobs`.
@@ -119,8 +121,8 @@ def plan_for(
     Returns:
         A Plan: structure, tiles, `operations` (`operations_nhv`), `workspace_bytes`, `saved_bytes`.
 
-    Raises TypeError and ValueError for a wrong shape, dtype or device. workspace_mb must be given for a
-    GPU that this machine does not have, since its default depends on the GPU's memory.
+    Raises TypeError and ValueError for a wrong shape, dtype or device. workspace_mb must be given
+    for a GPU that this machine does not have, since its default depends on the GPU's memory.
     """
     for name, size in (
         ("tokens", tokens),

@@ -1,13 +1,14 @@
 """Out of memory in a call: half the workspace, once, with a warning; then an error that says what fits.
 
-The plan decides how much a pass holds at its peak, and smaller tiles give the same numbers. So a step
-need not be lost when memory runs out. `Budget.attempt` runs a pass. If the allocator refuses, it plans
-the pass again for half of what the first attempt took, and runs that. By then no tensor of the first
-attempt is alive: they hang on the frames of the exception's traceback, which is dropped first.
+The plan decides how much a pass holds at its peak, and smaller tiles give the same numbers. So a
+step need not be lost when memory runs out. `Budget.attempt` runs a pass. If the allocator refuses,
+it plans the pass again for half of what the first attempt took, and runs that. By then no tensor of
+the first attempt is alive: they hang on the frames of the exception's traceback, which is dropped
+first.
 
-A second refusal raises `torch.OutOfMemoryError`. The error has both attempts, the smallest workspace
-that is enough for these tokens, and the allocator's message. accelerate's search for a batch size
-recognises an out-of-memory error by that message.
+A second refusal raises `torch.OutOfMemoryError`. The error has both attempts, the smallest
+workspace that is enough for these tokens, and the allocator's message. accelerate's search for a
+batch size recognises an out-of-memory error by that message.
 
 A pass returns its results when it ends, all gradients of a call together. So an attempt that fails
 leaves nothing in any `.grad`. No pass has a collective, so a rank can try again by itself.
@@ -56,7 +57,7 @@ class Budget:
         again: Callable[[float], Plan] | None = None,
         held_bytes: int = 0,
     ) -> tuple[T, Plan]:
-        """Run the plan `first`, or if memory runs out one for half of it. Returns the plan that ran.
+        """Run the plan `first`; if memory runs out, one for half of it. Returns the plan that ran.
 
         Args:
             again: makes the second plan for a workspace in MiB, and may free memory for it; None:
@@ -123,7 +124,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class _Refusal:
-    """An allocator's message, without its exception, which would keep the attempt's frames alive."""
+    """An allocator's message, without the exception, which keeps the attempt's frames alive."""
 
     said: str
 

@@ -1,11 +1,11 @@
 """`differentiable_once`: a backward whose own derivative raises, always.
 
 torch's `once_differentiable` raises only if the incoming gradient itself requires one. In the usual
-case, `autograd.grad(loss, hidden, create_graph=True)`, it returns a constant, and a gradient penalty
-silently lacks a term. Here, while a graph is being built, every gradient hangs on a node that raises.
-Autograd runs only the nodes between a result and the inputs that it is asked for. So the node descends
-from everything that the gradient depends on: from the inputs, through `anchors`, and from the incoming
-gradients.
+case, `autograd.grad(loss, hidden, create_graph=True)`, it returns a constant, and a gradient
+penalty silently lacks a term. Here, while a graph is being built, every gradient hangs on a node
+that raises. Autograd runs only the nodes between a result and the inputs that it is asked for. So
+the node descends from everything that the gradient depends on: from the inputs, through `anchors`,
+and from the incoming gradients.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def anchors(*inputs: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def refuse_tangents(**inputs: Tensor | None) -> None:
-    """Raise NotImplementedError for an input with a tangent (forward mode), which kernels would drop."""
+    """Raise NotImplementedError for an input with a forward-mode tangent: kernels would drop it."""
     for name, value in inputs.items():
         if value is not None and forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(

@@ -1,8 +1,8 @@
 """The parts of the passes over tiles: operands, products with a float32 result, tile buffers.
 
 Products of half-precision operands have a float32 result: a GPU's library has such a product
-(`out_dtype`), elsewhere the operands of a tile are raised to float32 first. For float64 inputs the same
-passes compute in float64 wherever the text says float32 (`Operands.wide`), so that a test can
+(`out_dtype`), elsewhere the operands of a tile are raised to float32 first. For float64 inputs the
+same passes compute in float64 wherever the text says float32 (`Operands.wide`), so that a test can
 differentiate them numerically.
 """
 
@@ -43,9 +43,9 @@ class Transform:
 class Operands:
     """The dtypes of a call's products.
 
-    `compute_dtype` is the dtype in which a plain linear layer would multiply (autocast's dtype under
-    autocast). `upcasts`: the device has no product of such operands with a float32 result, so tiles
-    of them are raised to float32 first.
+    `compute_dtype` is the dtype in which a plain linear layer would multiply (autocast's dtype
+    under autocast). `upcasts`: the device has no product of such operands with a float32 result, so
+    tiles of them are raised to float32 first.
     """
 
     compute_dtype: torch.dtype
@@ -191,7 +191,7 @@ class Head:
 
 
 def same_head(head: Head, other: Head) -> bool:
-    """Whether both have the same weight and bias, in the same memory, and hidden states of one dtype."""
+    """Whether both have the same weight and bias in memory, and hidden states of one dtype."""
     if head.hidden.dtype != other.hidden.dtype or head.low_rank is not None:
         return False
     if (head.bias is None) != (other.bias is None):
@@ -237,7 +237,7 @@ class Buffers:
             self._second = torch.empty(size, dtype=operands.dtype, device=device)
 
     def views(self, n: int, v: int, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The float32 tile `(n, v)`, and the second product's operand, which is `place` if given."""
+        """The float32 tile `(n, v)`, and the second product's operand, at `place` if given."""
 
         def part(buffer: Tensor | None) -> Tensor:
             assert buffer is not None
@@ -252,7 +252,7 @@ class Buffers:
 
 
 def as_stored(x: Tensor | None) -> Tensor | None:
-    """The same numbers, also in memory. `z.conj().imag` holds them negated there, and kernels read memory."""
+    """The same numbers, also in memory, which kernels read: `z.conj().imag` is negated there."""
     return None if x is None else x.resolve_neg()
 
 

@@ -1,33 +1,35 @@
 """The passes over tiles: from hidden states and the head to log-probs, a divergence and gradients.
 
 For token t with label y: `z_v = transform(h . W_v + b_v)`, `logp = z_y - logsumexp_v z_v`. Tiles of
-raw products `(n, v)` are made in float32, folded into a state per token (`fold_state`), and
-forgotten. With m the largest z_v, v != y, and a = exp(m - M) / s the share of `exp(z_v - m)`,
+raw products `(n, v)` are computed in float32 and folded into a state per token (`fold_state`); then
+their memory is used again. With m the largest z_v, v != y, and a = exp(m - M) / s (`Folded.rest`),
 
     D = d logp / d h = c ((1 - p_y) t_y W_y - a A),    A = sum_{v != y} exp(z_v - m) t_v W_v
 
-where `c t_v` is the derivative of the transform, t_v = 1 without a softcap. `forward` accumulates A
-when hidden needs a gradient, and backward is `g D`. The head's gradient is of the same numbers,
+where `c t_v` is the derivative of the transform; t_v = 1 without a softcap. If hidden needs a
+gradient, `forward` accumulates A, and backward is `g D`. The head's gradient comes from the same
+numbers:
 
     dW_v = sum_t r_t u_tv h_t,    r = -g c a,    u_v = exp(z_v - m) t_v,    u_y = -total t_y
 
-`forward` keeps u, unnormalised and rounded once, of the tokens that the plan has room for, and of
-those the rows of hidden are scaled by r; `backward` recomputes the others' as r u, and walks
-the vocabulary outermost, so that each tile of dW is finished in float32 and rounded once.
-Nothing kept is overwritten: a second backward with `retain_graph` reads the same.
+`forward` keeps u, unnormalised and rounded once, for the tokens that the plan has room for. For
+these tokens `backward` scales the rows of hidden by r. For the others it computes r u again. The
+vocabulary is its outer loop, so each tile of dW is finished in float32 and rounded once. Nothing
+kept is overwritten: a second backward with `retain_graph` reads the same numbers.
 
-A reference is an option. Through the policy's own head its log-probs are one product more. With a
-divergence, `kl = sum_v r_v (log r_v - log p_v)` of a reference with logits x and probabilities r_v,
-every tile has a second one beside it, and `d kl / d z_v = p_v - r_v` adds a second term to each
-gradient. A frozen head's forward accumulates
+A reference is an option. Through the policy's own head its log-probs are one more product. For a
+divergence, `kl = sum_v r_v (log r_v - log p_v)` with the reference's logits x and probabilities
+r_v, each tile has a second tile beside it, and `d kl / d z_v = p_v - r_v` adds a second term to
+each gradient. A frozen head's forward accumulates
 
     K = d kl / d h = c (a A - a_r A_r + (p_y - r_y) t_y W_y),    A_r = sum_{v != y} exp(x_v - m_r) t_v W_v
 
-and backward is `g D + k K`. A trained head's backward makes, of both kept u or of both logits, the
-tile `c ((k - g) a u_v - k a_r u^r_v)`, with `c (g (1 - p_y) + k (p_y - r_y)) t_y` at the label, and
-takes both products with it. Equal models give a divergence and a K of exactly 0.
+and backward is `g D + k K`. A trained head's backward makes the tile `c ((k - g) a u_v - k a_r
+u^r_v)`, with `c (g (1 - p_y) + k (p_y - r_y)) t_y` at the label, from both models' kept u or from
+their logits. It multiplies this tile twice: for dW and for the gradient of hidden. Equal models
+give a divergence and a K of exactly 0.
 
-All sums are in float32 (float64 for float64 inputs); nothing is accumulated by atomics, so two runs
+All sums are in float32 (float64 for float64 inputs). Nothing is accumulated by atomics, so two runs
 are bitwise equal.
 """
 
@@ -56,9 +58,9 @@ _Numbers = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Gathered:
-    """What forward gathers for backward; None where the plan has no use for it.
+    """What forward gathers for backward; None if the plan does not need it.
 
-    u is relative to a unit of each token's own, m or a little more: see `prefkern_kernels.finish`.
+    u is relative to a unit, m or a little more, of each token: see `prefkern_kernels.finish`.
     """
 
     derivative: Tensor | None = None  # D, (N, width of the plan's state_columns)
@@ -86,7 +88,7 @@ class Gathered:
         operands: Operands,
         device: torch.device,
     ) -> Gathered:
-        """Room for so many tokens, of which so many are kept."""
+        """Room for `tokens` tokens, of which `kept` are kept."""
 
         def room(is_wanted: bool, *shape: int, dtype: torch.dtype = operands.wide) -> Tensor | None:
             return torch.empty(shape, dtype=dtype, device=device) if is_wanted else None
@@ -109,7 +111,7 @@ class Gathered:
         return tuple(vars(self).values())
 
     def first(self, tokens: int, kept: int) -> Gathered:
-        """That of the first tokens, views."""
+        """Views of the first tokens' part."""
         sizes = {"kept": kept, "ref_kept": kept}
         return Gathered(
             **{
@@ -141,14 +143,14 @@ class Passed:
 
 @dataclass(frozen=True)
 class _Side:
-    """One distribution in a walk over the vocabulary, of a tile of n tokens: policy or reference."""
+    """The policy or the reference in a walk over the vocabulary, for a tile of n tokens."""
 
     hidden: Tensor  # (n, W)
     state: FoldState  # (n,)
     rescale: Tensor  # (n,)
     buffers: Buffers
     kept: Tensor | None  # (n, V), u
-    maxima: Tensor | None  # (tiles, n), what each tile's columns of u are relative to
+    maxima: Tensor | None  # (tiles, n); each tile's columns of u are relative to one
     accumulator: Tensor | None  # (n, width of the plan's state_columns), A
 
     def views(self, entries: slice) -> tuple[Tensor, Tensor | None]:
@@ -162,7 +164,7 @@ class _Side:
     def as_reference(
         self, tile: Tensor, weights: Tensor | None, bias: Tensor | None
     ) -> dict[str, Any]:
-        """Arguments of a fold of pairs."""
+        """Arguments of a fold of pairs, for this side as the reference."""
         return {
             "ref_tile": tile,
             "ref_bias": bias,
@@ -175,7 +177,7 @@ class _Side:
         }
 
     def gather(self, number: int, weights: Tensor | None, w: Tensor, ops: TileOps) -> None:
-        """What a tile, the `number`-th, adds to A, and what its part of u is relative to."""
+        """Add the `number`-th tile's part to A, and store the maximum of its part of u."""
         if self.maxima is not None:
             self.maxima[number] = self.state.maximum
         if self.accumulator is None:
@@ -223,7 +225,7 @@ def forward(
     """Fold all tiles, and gather what the plan's gradients need.
 
     A reference's hidden states go through the policy's head, unless the plan has a divergence from
-    it. `gathered` is room for what backward needs, if there is some already.
+    that reference. `gathered` is existing room for what backward needs; None: it is allocated.
     """
     if plan.product_in_kernel:
         return _product_in_kernel(head, rows, labels, transform, plan)
@@ -268,7 +270,7 @@ def forward(
             pair, ref_weights = {}, None
             if ref is not None and reference is not None and plan.has_divergence:
                 ref_tile, ref_weights = ref.views(entries)
-                # A tile's copy of the reference's weight must be gone before the policy's is made.
+                # The copy of the reference's weight must be freed before the policy's is made.
                 product(ref.hidden, reference.weight_rows(entries).t(), ref_tile)
                 pair = ref.as_reference(ref_tile, ref_weights, reference.bias_of(entries))
             w, bias = head.weight_rows(entries), head.bias_of(entries)
@@ -282,7 +284,7 @@ def forward(
             policy.gather(number, weights, columns.of(w), ops)
             if ref is not None and plan.has_divergence:
                 ref.gather(number, ref_weights, columns.of(w), ops)
-            # A tile's copy of the weight must be gone before the next one is made.
+            # The tile's copy of the weight must be freed before the next one is made.
             del w
         if kl is not None and ref is not None:
             kl[tokens] = _finish_pair(policy, ref, head, y, tokens, gathered, plan, transform)
@@ -308,7 +310,7 @@ def _finish(
     transform: Transform,
     ops: TileOps,
 ) -> None:
-    """A side's log-probs, D of its A, and its u at one unit, with the label's value."""
+    """Finish a side: log-probs, D from A, and u relative to one unit, with the label's value."""
     indices, label_rows, derivative = labels, None, None
     if side.accumulator is not None and not plan.has_divergence:
         indices, label_rows = head.label_rows(labels)
@@ -341,7 +343,10 @@ def _finish_pair(
     plan: Plan,
     transform: Transform,
 ) -> Tensor:  # (n,)
-    """The divergence; D and K of A and A_r, and what a trained head needs at the label."""
+    """The divergence.
+
+    Turns A and A_r into D and K, and stores a trained head's number at the label.
+    """
     state, folded, ref_folded = policy.state, finish(policy.state), finish(ref.state)
     difference = label_difference(folded, ref_folded) * state.label_slope
     if gathered.difference is not None:
@@ -350,8 +355,8 @@ def _finish_pair(
     if d is not None and k is not None:
         d.mul_(folded.rest.unsqueeze(1))
         k.mul_(ref_folded.rest.unsqueeze(1))
-        # K = c (a A - a_r A_r + (p_y - r_y) t_y W_y): rounded products, subtracted, so that equal
-        # ones leave nothing.
+        # K = c (a A - a_r A_r + (p_y - r_y) t_y W_y). Both products are rounded before they are
+        # subtracted: equal ones give exactly 0.
         torch.sub(d, k, out=k)
         indices, rows = head.label_rows(labels)
         rows = plan.state_columns.of(rows).index_select(0, indices)
@@ -369,7 +374,7 @@ def _product_in_kernel(
     transform: Transform,
     plan: Plan,
 ) -> Passed:
-    """Log-probs alone, by the kernel in which product and fold are one: no logit is written."""
+    """Log-probs alone, by the kernel with product and fold in one, which writes no logit."""
     import prefkern_kernels as kernels
 
     device = head.hidden.device
@@ -386,7 +391,7 @@ def _product_in_kernel(
 
 
 def token_slices(plan: Plan, token_tile: int) -> list[slice]:
-    """The tokens in tiles, of which none holds both kept ones and others."""
+    """The tokens in tiles; no tile has both kept tokens and others."""
     kept = plan.kept_tokens
     return [*slices(0, kept, token_tile), *slices(kept, plan.tokens, token_tile)]
 
@@ -395,7 +400,7 @@ def _joined(
     stats: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     logps: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The statistics of all token tiles; empty ones where no token is scored."""
+    """The statistics of all token tiles; empty if no token is scored."""
     if not stats:
         empty = torch.empty_like(logps)
         return empty, empty, empty.bool(), empty

@@ -1,34 +1,33 @@
 """The tile plan: from a bound on temporary memory to tile sizes and a structure of passes.
 
 Operations are counted in NHV (N scored tokens x H hidden x V vocabulary; one product of these is
-2NHV). What a call takes:
+2NHV). The cost of a call:
 
-- Log-probs alone: 2NHV ("forward").
-- Hidden needs a gradient (always, in training): forward also accumulates `D = d logp / d hidden`,
-  as attention's forward accumulates `softmax(q K^T) V`, and backward is `g D`, without a product:
-  2NHV more.
-- The head needs one as well: `dW = sum_t g_t u_t h_t^T`, with u_t the derivative of logp with
-  respect to the logits: 2NHV more, if forward has kept u. It keeps unnormalised probabilities, in
-  the operands' dtype, for as many tokens as the workspace holds; those of the rest are recomputed
-  in backward, 2NHV of their share.
+- Log-probs alone take 2NHV ("forward").
+- If hidden needs a gradient (always, in training), forward also accumulates `D = d logp / d
+  hidden`, as attention's forward accumulates `softmax(q K^T) V`. Backward is `g D`, without a
+  product. This takes 2NHV more.
+- If the head needs a gradient as well, `dW = sum_t g_t u_t h_t^T` takes 2NHV more; u_t is the
+  derivative of logp with respect to the logits. Forward keeps u, unnormalised and in the operands'
+  dtype, for as many tokens as the workspace holds. Backward computes the u of the others again: 2HV
+  a token.
 
-So a frozen head takes 4NHV and a trained one 6NHV if all tokens are kept ("one_pass": nothing is
-recomputed), up to 8NHV if none is ("two_pass"). In backward the vocabulary is outermost: dW is
-finished a tile at a time in float32 and rounded once.
+So a frozen head takes 4NHV. A trained head takes 6NHV if all tokens are kept ("one_pass": nothing
+is recomputed), and up to 8NHV if none are ("two_pass"). In backward the vocabulary is the outer
+loop: each tile of dW is finished in float32 and rounded once.
 
-Tokens are walked in tiles of `token_tile`, the vocabulary in tiles of `vocab_tile`, and how many
-tokens are kept is weighed against the size of tiles: both spend the same memory. What is least is
-the time of the products and of the bytes that the walk moves (`_OPERATIONS_A_BYTE`). "forward" uses
-the tiles that a frozen head's "one_pass" has, so that a reference pass adds in the same order as
-the policy's pass.
+Tokens are walked in tiles of `token_tile`, the vocabulary in tiles of `vocab_tile`. Kept tokens and
+tiles share one memory. The plan chooses both for the least time, of the products and of the bytes
+that the walk moves (`_OPERATIONS_A_BYTE`). "forward" uses the tiles of a frozen head's "one_pass",
+so that a reference pass adds in the same order as the policy's pass.
 
-A reference is an option of the same passes. Through the policy's own head it is one product more.
-With the divergence from it, over a head of its own of width H_ref, the tiles come in pairs:
+A reference is an option of the same passes. Through the policy's own head it is one more product.
+With the divergence from it, through its own head of width H_ref, the tiles come in pairs:
 
-- "forward" takes one product of each head.
+- "forward" takes one product with each head.
 - A frozen head's "one_pass" accumulates `d kl / d hidden` beside D: 8NHV at equal widths.
-- A trained head takes the gradient of hidden in backward as well, from the very tile that it makes
-  for dW: 8NHV where both models' probabilities are kept, 12NHV where none are.
+- A trained head computes the gradient of hidden in backward too, from the tile that it makes for
+  dW: 8NHV if both models' probabilities are kept for all tokens, 12NHV if they are kept for none.
 """
 
 from __future__ import annotations
@@ -47,20 +46,20 @@ MIB = 2**20
 # Below this a tile no longer makes a product worth calling.
 MIN_TOKEN_TILE = 16
 MIN_VOCAB_TILE = 128
-# Where that does not fit (8 MiB and H of 8192), a tile may be as narrow as this. A workspace too small
-# for it, below 8 MiB, gets the tile above.
+# If that does not fit (8 MiB and H of 8192), a tile may be as narrow as this. A workspace that is
+# too small for it, below 8 MiB, gets the minimum above.
 _NARROWEST_VOCAB_TILE = 16
-# The narrowest tile of kept tokens, whose maximum is remembered tile by tile.
+# The narrowest tile for kept tokens, whose maximum is stored after each tile.
 _LEAST_KEPT_TILE = 1024
-# What a GPU multiplies in the time that it takes to move a byte (A100 156, H100 295, H200 184).
+# Operations of a GPU in the time that it takes to move a byte (A100 156, H100 295, H200 184).
 _OPERATIONS_A_BYTE = 200
-# Shares of the tokens that may be kept.
+# The share of kept tokens is a multiple of one eighth.
 _EIGHTHS = 8
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A tile's sizes and the temporary bytes that a pass over such tiles holds at its peak."""
+    """The sizes of a tile, and the temporary bytes at the peak of a pass over such tiles."""
 
     token_tile: int
     vocab_tile: int
@@ -70,7 +69,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Columns:
-    """Of a product's operands, [hidden, an adapter's part], the columns that a gradient has."""
+    """The columns of a product's operands, [hidden, an adapter's part], that a gradient needs."""
 
     start: int
     stop: int
@@ -85,7 +84,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call runs: structure, tiles, counted operations and bytes."""
+    """What a call runs and costs: structure, tiles, counted operations and bytes."""
 
     backend: str  # "triton" | "torch"
     structure: Structure
@@ -95,22 +94,22 @@ class Plan:
     trains_hidden: bool
     trains_head: bool
     forward_tiles: Tiles
-    backward_tiles: Tiles | None  # of the head's gradient; None where backward needs no product
-    kept_tokens: int  # of N, those whose probabilities forward keeps for backward
+    backward_tiles: Tiles | None  # for the head's gradient; None if backward needs no product
+    kept_tokens: int  # of N: forward keeps their probabilities for backward
     kept_bytes: int
     forward_operations: int  # multiplications and additions of the matrix products
     backward_operations: int
     saved_bytes: int  # kept for backward beyond the inputs and the probabilities
     product_in_kernel: bool = False  # product and fold are one kernel, which writes no logit
     ref_hidden_size: int | None = None  # of the reference's head; None: there is no reference
-    has_divergence: bool = False  # from that reference, so that tiles come in pairs
+    has_divergence: bool = False  # from that reference: tiles come in pairs
     rank: int = 0  # of a LoRA adapter on the head
     state_columns: Columns = Columns(0, 0)  # those of D
     trained_columns: Columns = Columns(0, 0)  # those of dW
 
     @property
     def states_in_backward(self) -> bool:
-        """The gradient of hidden is a product of backward, and not gathered in forward."""
+        """Whether backward computes the gradient of hidden; else forward gathers it."""
         return self.trains_hidden and self.trains_head and self.has_divergence
 
     @property
@@ -124,9 +123,9 @@ class Plan:
         return self.operations / max(self.tokens * self.hidden_size * self.vocab_size, 1)
 
     def after(self, reference: Plan) -> Plan:
-        """The plan of both calls, where a reference's log-probs were a call of their own before.
+        """The plan of two calls: this one, and an earlier one for the reference's log-probs.
 
-        It is what `last_plan` has from then on.
+        `last_plan` returns it from then on.
         """
         both = replace(
             self,
@@ -156,12 +155,12 @@ def record(plan: Plan) -> None:
 
 
 def recorder() -> Callable[[Plan], None]:
-    """`record` for the thread that asks, from any thread: autograd's backward may have its own."""
+    """`record` for this thread, to be called from any: autograd's backward may have its own."""
     return functools.partial(vars(_local).__setitem__, "plan")
 
 
 def default_workspace_mb(device: torch.device) -> float:
-    """The bound where none is given: 64 MiB on a CPU, 1/128 of a GPU's memory (at least 256)."""
+    """The default bound: 64 MiB on a CPU, 1/128 of a GPU's memory (at least 256 MiB)."""
     if device.type != "cuda":
         return 64.0
     total = torch.cuda.get_device_properties(device).total_memory
@@ -174,18 +173,18 @@ def kept_row(vocab_size: int) -> int:
 
 
 def padding(width: int) -> int:
-    """Columns to add, so that rows of operands begin where libraries want them: at 16 bytes."""
+    """Columns to add, so that rows of operands begin at multiples of 16 bytes."""
     return -width % 8
 
 
 def operand_width(hidden_size: int, rank: int) -> int:
-    """Columns of a product's operands: H, and what an adapter of that rank adds, padded."""
+    """Columns of a product's operands: H, plus the rank of an adapter, padded."""
     width = hidden_size + rank
     return width + padding(width) if rank else width
 
 
 def columns_of(hidden_size: int, rank: int, own: bool, low_rank: bool) -> Columns:
-    """Of those columns, the head's own, an adapter's, both or none."""
+    """The head's own columns of the operands, an adapter's, both or none."""
     start = 0 if own else hidden_size
     return Columns(start, operand_width(hidden_size, rank) if low_rank else hidden_size)
 
@@ -197,21 +196,21 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class HeadSize:
-    """A head as the plan sees it: what its rows cost on their way to a product."""
+    """A head's sizes and dtypes, and the bytes of its rows on their way to a product."""
 
     hidden_size: int
     compute_dtype: torch.dtype  # of the products' operands, before any upcast
     # Operands are raised to float32 tile by tile, since the device has no product of
     # half-precision operands with a float32 result.
     upcasts: bool
-    # As they are given, which autocast may round to the compute dtype.
+    # As given; autocast may round them to the compute dtype.
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
     rank: int = 0  # of a LoRA adapter on the head
 
     @property
     def width(self) -> int:
-        """Columns of the products' operands: H, and what an adapter adds, made even."""
+        """Columns of the products' operands: H, plus an adapter's rank, padded."""
         return operand_width(self.hidden_size, self.rank)
 
     @property
@@ -220,7 +219,7 @@ class HeadSize:
 
     @property
     def wide_size(self) -> int:
-        """Bytes of a float32 element, which is float64 where that is computed in."""
+        """Bytes of a float32 element, or of a float64 element if the call computes in float64."""
         return max(self.compute_dtype.itemsize, 4)
 
     @property
@@ -235,11 +234,11 @@ class HeadSize:
         return self._copies(self.weight_dtype) + self._joined()
 
     def columns(self, own: bool, low_rank: bool) -> Columns:
-        """Those that a gradient is asked of: the head's own, an adapter's, both or none."""
+        """The columns that need a gradient: the head's own, an adapter's, both or none."""
         return columns_of(self.hidden_size, self.rank, own, low_rank)
 
     def _joined(self) -> int:
-        """Bytes of an adapter's part of a row, gathered, raised and beside the head's own."""
+        """Bytes of an adapter's part of a row: gathered, raised, and joined with the head's own."""
         return (self.width * self.operand_size + 3 * self.wide_size * self.rank) if self.rank else 0
 
     def _copies(self, dtype: torch.dtype) -> int:
@@ -249,7 +248,7 @@ class HeadSize:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Whose gradients a call is asked for; the last two are an adapter's."""
+    """Which gradients a call is asked for; the last two are an adapter's."""
 
     hidden: bool
     weight: bool
@@ -289,11 +288,11 @@ def make_plan(
 
     Args:
         gradients: those of `head`; a reference has none.
-        reference: the head of a reference, which is `head` itself unless `with_divergence`.
-        with_divergence: from that reference to the policy.
-        product_row: bytes a token of the kernel in which product and fold are one, where that is
-            to be used and nothing needs a gradient; None: it is not.
-        kept: how many tokens' probabilities a trained head keeps; None: as many as is best.
+        reference: the head of a reference. It is `head` itself unless `with_divergence`.
+        with_divergence: whether the call computes the divergence from that reference.
+        product_row: bytes a token of the kernel that makes product and fold in one, if a call
+            without gradients shall use it; None: it shall not.
+        kept: how many tokens' probabilities a trained head keeps; None: the best number.
     """
     pairs = reference if with_divergence else None
     in_backward = pairs is not None and gradients.head
@@ -303,7 +302,8 @@ def make_plan(
     if not gradients.head:
         kept, forward_tiles, backward_tiles = 0, size.forward(budget, kept=0), None
         if product_row is not None:
-            # Nothing of the size of a tile: as many tokens as their rows and partial states allow.
+            # It writes no tile: the workspace holds rows and partial states of as many tokens as
+            # fit.
             row = head.hidden_row + product_row + 64
             n = max(min(tokens, budget // row), 1)
             forward_tiles = Tiles(n, vocab_size, n * row, 2 / n)
@@ -312,7 +312,8 @@ def make_plan(
     else:
         forward_tiles = size.forward(budget, kept)
         backward_tiles = size.backward(budget, kept, gradients)
-    # Of a column of the operands: a product with all of them takes `width` of these.
+    # Operations for one column of the operands; a product with all of them takes `width` times
+    # this.
     column = 2 * tokens * vocab_size
     state_columns = head.columns(gradients.hidden, gradients.lora_hidden)
     trained_columns = head.columns(gradients.weight, gradients.lora_weight)
@@ -351,13 +352,13 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What tiles of a call cost in bytes, and which of them fit."""
+    """The bytes of a call's tiles, and the largest tiles that fit."""
 
     tokens: int
     vocab_size: int
     head: HeadSize
     reference: HeadSize | None
-    pairs: HeadSize | None  # the reference's, where a divergence needs tiles of both at once
+    pairs: HeadSize | None  # the reference's, if a divergence needs tiles of both at once
     backend: str
     has_softcap: bool
     with_stats: bool
@@ -379,8 +380,8 @@ class _Sizes:
         """The largest tiles of forward, with `kept` tokens' probabilities beside them."""
         head = self.head
         all_kept = 0 < kept == self.tokens
-        # A logit: the float32 tile and, for the second product, a rounded copy. The latter of a
-        # kept token has its place among the kept ones; in float32 the two are one.
+        # A logit: the float32 tile and, for the second product, a rounded copy. For a kept token
+        # that copy is among the kept probabilities. In float32 the tile and the copy are one.
         wide = head.wide_size
         logit = 0 if all_kept and head.operand_size == wide else wide
         if head.operand_size != wide and not all_kept:
@@ -389,16 +390,16 @@ class _Sizes:
         if self.backend == "torch":
             logit += wide * self.has_softcap + (2 * wide + 1) * self.with_stats
             logit += wide * (self.pairs is not None)
-        # A token: its rows of hidden, its label's row of the weight as stored, rounded and in
-        # float32, its state.
+        # A token: its rows of hidden; its label's row of the weight as stored, rounded and in
+        # float32; its state.
         token = head.hidden_row + head.width * (2 * wide + head.compute_dtype.itemsize) + 32 * wide
         if self.reference is not None:
             token += self.reference.hidden_row + 16 * wide
         if self.pairs is not None:
-            # Both derivatives are finished at once.
+            # Both derivatives are finished at the same time.
             token += wide * head.width
         if kept:
-            # Its maximum after each tile, and no tile is so narrow that these would add up.
+            # Its maximum after each tile; no tile is so narrow that these would need much memory.
             maxima = self.vocab_size // _LEAST_KEPT_TILE + 1
             token += wide * maxima * self.tiles_at_once
         return choose_tiles(
@@ -425,7 +426,7 @@ class _Sizes:
             logit += wide * self.has_softcap if self.backend == "torch" else 0
             if head.operand_size != wide:
                 logit += head.operand_size
-        # Its rows of hidden, and the same scaled, in float32 and rounded.
+        # A token: its rows of hidden, and these scaled, in float32 and rounded.
         scaled = width * (wide + (head.operand_size if head.operand_size != wide else 0))
         token, entry = head.hidden_row + scaled + 16 * wide, head.weight_row
         if self.pairs is not None:
@@ -445,7 +446,7 @@ class _Sizes:
 
 
 def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Tiles, Tiles]:
-    """How many tokens to keep, and the tiles that then fit, for the least time."""
+    """The number of tokens to keep, and tiles that then fit, for the least time."""
     best: tuple[float, int, Tiles, Tiles] | None = None
     for eighths in range(_EIGHTHS, -1, -1):
         kept = size.tokens * eighths // _EIGHTHS
@@ -454,7 +455,7 @@ def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Til
         backward = size.backward(budget, kept, gradients)
         if kept and max(forward.bytes, backward.bytes) > rest:
             continue
-        # Per token, hidden unit and entry of the vocabulary, of what depends on the choice.
+        # The part that depends on the choice, per token, hidden unit and entry of the vocabulary.
         recomputed = (size.tokens - kept) / max(size.tokens, 1)
         operations = 2 * recomputed * size.width / size.head.width
         moved = forward.traffic + backward.traffic
@@ -476,12 +477,12 @@ def choose_tiles(
     traffic: tuple[int, int] = (2, 8),
     min_vocab_tile: int = MIN_VOCAB_TILE,
 ) -> Tiles:
-    """Tile sizes within `budget` bytes that move least memory.
+    """Tile sizes within `budget` bytes, for the least memory traffic.
 
-    A tile of n tokens and v entries of the vocabulary costs `n v logit + n token + v entry` bytes. A walk over all tiles
-    moves `traffic[0]` bytes an element of the weight for each of its N/n token tiles and
-    `traffic[1]` bytes an element of `[N, H]` for each of its V/v vocabulary tiles: per NHV,
-    `traffic[0] / n + traffic[1] / v`, of which the least is taken over n in powers of two.
+    A tile of n tokens and v entries of the vocabulary costs `n v logit + n token + v entry` bytes.
+    A walk over all tiles moves `traffic[0]` bytes an element of the weight for each of its N/n
+    token tiles, and `traffic[1]` bytes an element of `[N, H]` for each of its V/v vocabulary tiles.
+    Per NHV this is `traffic[0] / n + traffic[1] / v`; n is tried in powers of two.
     """
     smallest = min(MIN_TOKEN_TILE, max(tokens, 1))
     for least in (min_vocab_tile, _NARROWEST_VOCAB_TILE):

@@ -1,8 +1,8 @@
 """Which tokens are scored, and where each sequence's scored tokens begin.
 
-The passes see only the N scored tokens, in their order. Prompts, padding and other masked tokens are
-never multiplied. A sequence is a run of scored tokens, `offsets[s] : offsets[s + 1]`, in padded and in
-packed batches. `sequence_sums` alone computes a sequence's sum from per-token values.
+The passes see only the N scored tokens, in their order. Prompts, padding and other masked tokens
+are never multiplied. A sequence is a run of scored tokens, `offsets[s] : offsets[s + 1]`, in padded
+and in packed batches. `sequence_sums` alone computes a sequence's sum from per-token values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a backend does to a tile: the functions that the passes call, whichever backend runs.
 
-`prefkern_kernels` has them in Triton and `torch_tiles` in torch, with the same arguments in the same
-order, which are described there. A tile is n tokens by v entries of the vocabulary.
+`prefkern_kernels` has them in Triton and `torch_tiles` in torch, with the same arguments in the
+same order, which are described there. A tile is n tokens by v entries of the vocabulary.
 """
 
 from __future__ import annotations

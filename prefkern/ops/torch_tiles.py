@@ -1,9 +1,9 @@
-"""The kernels' twins in torch: what is done to one tile of logits, on any device.
+"""The functions on a tile of logits in torch, on any device: twins of the Triton kernels.
 
-Same calls, same order of operations and same results as `prefkern_kernels` (see there and
-`prefkern.ops.passes` for the mathematics); the tests hold the two together. A tile is float32
-`(n, v)`: n tokens by v consecutive entries of the vocabulary, holding raw products `h . W_v`. What
-takes a tile overwrites it.
+They have the same calls, order of operations and results as `prefkern_kernels` (see there and
+`prefkern.ops.passes` for the mathematics); tests compare the two. A tile is float32 `(n, v)`: n
+tokens by v consecutive entries of the vocabulary. It holds raw products `h . W_v`, and a function
+that takes a tile overwrites it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fold(
         fold_state.clear(ref_maximum, ref_total, ref_label_logit, None, cross)
     x = None
     if ref_tile is not None:
-        # The reference's slope is not needed, and gone before the policy's is made.
+        # The reference's slope is not needed, and is freed before the policy's is made.
         x = transform_in_place(ref_tile, ref_bias, logit_scale, softcap, temperature)[0]
     z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
     local = labels - start
@@ -70,8 +70,8 @@ def fold(
     old, offset, factor = _shift(z, inside, column, maximum, label_logit)
     if shifted is not None:
         moved = torch.where(total > 0, (old - offset) * total, 0.0)
-        # exp is 0 from -104 down (in float64 from -746), so that the bound changes no product and
-        # -inf times 0 is 0.
+        # exp is 0 from -104 down (in float64 from -746). So the bound changes no product, and
+        # avoids -inf times 0.
         distance = z.clamp(min=-800.0)
         shifted.add_(moved).mul_(factor)
         z.exp_()
@@ -89,8 +89,9 @@ def fold(
     _, _, ref_factor = _shift(x, inside, column, ref_maximum, ref_label_logit)
     x.exp_()
     ref_total.mul_(ref_factor).add_(x.sum(1))
-    # exp(x_v - m_r) is 0 in the label's column, where the difference is finite, and at an entry
-    # that both models rule out, where it is not: a logit of -inf in both is no difference.
+    # exp(x_v - m_r) is 0 in the label's column, where the difference is finite. It is also 0 at an
+    # entry that both models rule out, where the difference is NaN (-inf minus -inf) and counts as
+    # 0.
     terms = difference.mul_(x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     cross.mul_(ref_factor).add_(terms.sum(1))
     _write(x, ref_factor, slope, ref_tile, ref_rescale, ref_weights)
@@ -103,14 +104,17 @@ def _shift(
     maximum: Tensor,  # (n,), in and out
     label_logit: Tensor,  # (n,), in and out
 ) -> tuple[Tensor, Tensor, Tensor]:  # (n,) each
-    """Take a tile's label and maximum: the old maximum, what is subtracted, exp(old - new)."""
+    """Take a tile's label logit and maximum.
+
+    Returns the old maximum, what to subtract, exp(old - new).
+    """
     picked = z.gather(1, column)
     torch.where(inside, picked[:, 0], label_logit, out=label_logit)
-    # The label's column is left out: its own term is added at the end, where it cannot cancel.
+    # The label's column is left out; its term is added at the end, where it cannot cancel.
     z.scatter_(1, column, torch.where(inside.unsqueeze(1), -math.inf, picked))
     old = maximum.clone()
     torch.maximum(maximum, z.amax(1), out=maximum)
-    # Where no logit but the label's has been seen the maximum is -inf, and exp(-inf - 0) = 0.
+    # If only the label's logit was seen, the maximum is -inf, and exp(-inf - 0) = 0.
     offset = torch.where(maximum == -math.inf, 0.0, maximum)
     z.sub_(offset.unsqueeze(1))
     return old, offset, torch.exp(old - offset)
@@ -124,7 +128,7 @@ def _write(
     rescale: Tensor | None,  # (n,), out
     weights: Tensor | None,  # (n, v), out; may be the tile itself
 ) -> None:
-    """What the second product reads, and what its accumulator is multiplied by first."""
+    """Write what the second product reads, and the factor of its accumulator."""
     if rescale is not None:
         rescale.copy_(factor)
     if weights is not None:
@@ -156,7 +160,7 @@ def remake_weights(
     """Turn a tile, or a pair of tiles, into the loss's gradient; see the kernel of this name."""
     slope = None
     if is_kept:
-        # A product with the float32 factor is float32, and leaves what is kept as it is.
+        # A product with the float32 factor is float32, and does not overwrite what is kept.
         z = tile * factor.unsqueeze(1)
         if ref_tile is not None and ref_factor is not None:
             z += ref_tile * ref_factor.unsqueeze(1)
@@ -179,15 +183,15 @@ def remake_weights(
 
 
 def _label_columns(tile: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:  # (n,) bool, (n, 1)
-    """Whether each token's label is an entry of the tile, and a column to read in either case."""
+    """Whether each token's label is an entry of the tile, and a valid column in either case."""
     inside = (local >= 0) & (local < tile.shape[1])
     return inside, local.clamp(0, tile.shape[1] - 1).unsqueeze(1)
 
 
 def settle(
     kept: Tensor,  # (n, V), in place
-    maxima: Tensor,  # (tiles, n) float32, what each tile's columns are relative to
-    unit: Tensor,  # (n,) float32, what they shall be relative to
+    maxima: Tensor,  # (tiles, n) float32; each tile's columns are relative to one
+    unit: Tensor,  # (n,) float32; the columns shall be relative to it
     label_value: Tensor,  # (n,) float32
     labels: Tensor,  # (n,) int64
     vocab_tile: int,
@@ -236,7 +240,7 @@ def rescale_rows(
     accumulator: Tensor,  # (n, H) float32, in place
     factor: Tensor,  # (n,)
 ) -> None:
-    """Multiply each row by its factor, 1 for most rows once the maximum has been met."""
+    """Multiply each row by its factor, which is 1 for most rows after their maximum."""
     accumulator.mul_(factor.unsqueeze(1))
 
 
@@ -249,7 +253,7 @@ def scatter_scaled(
     other_scale: Tensor | None = None,  # (n,)
 ) -> None:
     """`out[rows[t]] = scale[t] values[t] (+ other_scale[t] others[t])`, rounded once."""
-    # As many rows at a time as a MiB holds.
+    # In parts of about a MiB.
     for part in slices(0, values.shape[0], max(2**18 // values.shape[1], 1)):
         scaled = values[part] * scale[part].unsqueeze(1)
         if others is not None and other_scale is not None:

@@ -1,4 +1,4 @@
-"""What the user can do about it is one line of `prefkern train`, before training where that is possible."""
+"""Errors that a user can mend are one line of `prefkern train`, before training if possible."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_files_of_models_are_one_line_too(files, tmp_path, capsys):
 
 
 def last_line(argv: list[str], capsys) -> str:
-    """As `error`, past the bars of what was loaded."""
+    """As `error`, but the last line, after progress bars."""
     assert cli.main(["train", *argv]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("prefkern train: error: ")

@@ -130,7 +130,7 @@ def check(row: dict[str, Any], operations: int | None) -> None:
 
 
 def test_float32_agrees_with_float64(tmp_path: Path) -> None:
-    """In float32 all compute the same thing, so that none is given another problem than its row's."""
+    """In float32 all providers agree, so each got the problem of its row."""
     names = ["--providers", *HERE, "--suite", "operator", "loss", "--repeats", "1"]
     _, report = run(tmp_path, *names, "--warm-up", "0", "--dtype", "float32")
     errors = [name for name in Row.__annotations__ if name.endswith("_error")]
@@ -181,7 +181,7 @@ PEERS = {
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name not in MISSING])
 def test_a_peer_s_row_is_the_peer_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each package's own entry is called, and what it returns is what is scored."""
+    """Each package's own function is called, and its result is the one that is scored."""
     module, attribute = importlib.import_module(PEERS[name][0]), PEERS[name][1]
     calls = []
 
@@ -332,7 +332,7 @@ def test_what_cannot_be_counted_has_no_number(hides: str, monkeypatch: pytest.Mo
 
 
 def test_the_file_is_kept_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is stopped leaves the rows of all groups before."""
+    """A run that is stopped leaves the rows of all earlier groups."""
     # One for each task: the second is stopped.
     monkeypatch.setitem(providers.PROVIDERS, "eager", lambda *_: next(made))
     made = iter([providers.Eager(), Failing(KeyboardInterrupt())])
@@ -350,7 +350,7 @@ def test_the_file_is_kept_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("task", step.TASKS)
 def test_a_training_step(task: str) -> None:
-    """Every provider takes the same model through the same step, and the model stays as it was."""
+    """Every provider runs the same step of the same model, and the model does not change."""
     if task == "lora":
         pytest.importorskip("peft")
     given = settings(tasks=[task])

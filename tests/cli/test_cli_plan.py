@@ -46,7 +46,7 @@ def test_head_of_a_family(tmp_path, family):
 
 @pytest.mark.parametrize("family", ["Gemma3", "Llava"])
 def test_head_of_a_vision_language_model(tmp_path, family):
-    """One that counts as a causal LM, and one that does not; sizes are those of the text model."""
+    """One that is a causal LM to transformers, and one that is not; sizes are the text model's."""
     text = {
         "vocab_size": 101,
         "hidden_size": 32,

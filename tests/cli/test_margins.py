@@ -77,7 +77,7 @@ def run(options: dict) -> list[float]:
 
 
 def scoring(files: dict, reward_model: str, **changes) -> dict:
-    """The flags of a run that scores with a model that is there."""
+    """The flags of a run that scores with an existing model."""
     unused = ("model_name_or_path", "output_dir", "learning_rate", "num_train_epochs")
     kept = {name: value for name, value in files.items() if name not in unused}
     output = str(Path(files["output"]).with_name("again.jsonl"))
@@ -195,7 +195,7 @@ def test_padding_changes_no_reward(family, case):
 
 @pytest.mark.parametrize("pad", [None, "<pad>", "<eos>"])
 def test_a_given_model_keeps_its_own_padding(files, tmp_path, pad):
-    """What it pads with tells it which token to score: with <eos>, the one before."""
+    """Its padding token decides which token it scores: with <eos>, the one before."""
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = pad
     model = classifier(pad_token_id=tokenizer.pad_token_id)
@@ -343,7 +343,7 @@ def test_pairs_of_another_split_stop_it_and_get_no_margins(files, tmp_path, caps
     )
     every = [[*t["prompt_ids"], *t["chosen_ids"], *t["rejected_ids"]] for t in tokens]
     assert (seen["train"], seen["eval"]) == (every[:30], every[30:])
-    # The best checkpoint is told by the held-out loss, which is what scoring them says.
+    # The held-out loss decides which checkpoint is best; scoring them gives the same.
     saved = str(tmp_path / "reward")
     held_out = run(
         scoring(files, saved, dataset=str(write(tmp_path / "held_out.jsonl", rows[30:])))
@@ -358,7 +358,7 @@ def test_pairs_of_another_split_stop_it_and_get_no_margins(files, tmp_path, caps
 
 
 def test_truncation_is_the_trainers(files, tmp_path):
-    """Margins belong to the tokens that training will see, whatever the mode."""
+    """Margins belong to the tokens that training will see, in every mode."""
     options = {"max_length": 8, "truncation_mode": "keep_start"}
     found = run({**files, **options})
     saved = tmp_path / "reward"
@@ -451,7 +451,7 @@ def test_files_and_folders(files, tmp_path, suffix):
 
 
 def test_what_other_columns_become(files, tmp_path):
-    """What `datasets` reads is what is written: of JSON, dates alone change."""
+    """Columns are written as `datasets` reads them; in JSON only dates change."""
     extras = [{"on": "2024-01-01T00:00:00Z", "of": {"a": 1}}, {"on": None, "of": {"b": "é"}}]
     extras = [{**each, "text": "2024", "n": 2**53 + 1, "x": 0.1, "none": None} for each in extras]
     rows = [{**row, **extra} for row, extra in zip(tiny.pairs(2), extras, strict=True)]

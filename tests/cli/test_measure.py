@@ -1,4 +1,4 @@
-"""The meter is held to numbers that are known: torch's profiler, and bytes added up by hand."""
+"""The meter against known numbers: torch's profiler, and bytes added up by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOATS = 256  # of 4 bytes: one kilobyte
 
 
 def profiled_operations(step: Callable[[], object]) -> int:
-    """Products by the profiler's records of operator shapes, in place ones included."""
+    """Operations of the products, in-place ones included, from the profiler's operator shapes."""
     factors = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2)}
     factors |= {"baddbmm": (1, 2), "baddbmm_": (1, 2), "mv": (0, 1), "addmv": (1, 2)}
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:

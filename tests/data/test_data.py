@@ -244,7 +244,7 @@ CALLS = {"role": "assistant", "tool_calls": [{"function": {"name": "plot"}}]}
 
 
 def _taking_blocks():
-    """A tokenizer whose template takes lists of blocks, and tool calls, as content."""
+    """A tokenizer with a template that takes lists of blocks and tool calls as content."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = tiny.CHAT_TEMPLATE.replace("{{ m['content'] }}", BLOCKS)
     return tokenizer
@@ -841,7 +841,7 @@ def test_text_of_csv_stays_text(tmp_path):
 
 
 def test_missing_prompts_are_named(tmp_path):
-    """Of JSONL, and of a folder of CSV, which pandas has read as it does."""
+    """In JSONL, and in a folder of CSV as pandas reads it."""
     rows = [STANDARD, {**STANDARD, "prompt": None}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "csv").mkdir()

@@ -153,7 +153,7 @@ def test_numbers_are_short():
 
 
 def test_many_rows_cost_little(monkeypatch):
-    """No token is read for the report: only the marks of rows, a few numbers each."""
+    """The report reads no tokens, only a few numbers of each row."""
     from prefkern.data import tokenisation
 
     rows = datasets.Dataset.from_list(tiny.pairs(30))

@@ -1,9 +1,9 @@
 """Liger's cases against prefkern: its losses' shapes, dtypes, biases, ignored labels and options.
 
-Each case is held to logits in memory in float64, written out here, and where Liger is installed to
-Liger's own loss of the case: value, gradients of hidden states, head and bias, log-probs, rewards.
-Rows of chosen responses have equally many tokens, since Liger's NLL is a mean over the tokens of a
-batch; `test_conventions` is about where the two differ.
+Each case is compared with logits in memory in float64, and, if Liger is installed, with Liger's own
+loss: value, gradients of hidden states, head and bias, log-probs, rewards. All chosen rows have the
+same number of tokens, since Liger's NLL is a mean over the tokens of a batch. `test_conventions`
+tests where the two differ.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def test_strided_inputs(name):
 
 @pytest.mark.parametrize("workspace_mb", [8, 64, 512])
 def test_results_do_not_depend_on_the_workspace(workspace_mb):
-    """As Liger's do not on its chunk_size."""
+    """As Liger's results do not depend on its chunk_size."""
     case = CASES["dpo with nll"]
     data = batch(SHAPES[2], bias=True)
     ours, exact = data.leaves(), data.double().leaves()
@@ -167,7 +167,7 @@ def test_a_response_without_a_token_is_no_nan(name, row):
 
 
 def test_losses_of_pairs_can_be_reduced_otherwise():
-    """reduction="none": a weight of one's own on each pair, gradients included."""
+    """reduction="none": a user's own weight on each pair, gradients included."""
     case = CASES["dpo"]
     data = batch(SHAPES[2], bias=True)
     ours, exact = data.leaves(), data.double().leaves()
@@ -187,7 +187,7 @@ def test_losses_of_pairs_can_be_reduced_otherwise():
 @pytest.mark.parametrize("dtype", EXACT, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", GRID[:3], ids=str)
 def test_ligers_kto(shape, dtype, bias, ignore_index, beta):
-    """Single responses; Liger's `kl` is what mismatched pairs are for here."""
+    """Single responses; Liger takes `kl`, prefkern takes mismatched pairs for it."""
     data = batch(shape, dtype, bias, not bias, ignore_index, beta=beta)
     ours, exact = data.leaves(), data.double().leaves()
     draw = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""prefkern in TRL, held to the installed TRL, to logits in memory, and to itself resumed and on two ranks."""
+"""prefkern in TRL against TRL, logits in memory, and itself resumed and on two ranks."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _with_pictures():
 
 @pytest.mark.parametrize("objective", ["dpo", "simpo"])
 def test_a_model_that_sees(objective):
-    """TRL's own collator of pictures; an objective without a reference loads none here either."""
+    """With TRL's own collator of pictures; an objective without a reference loads no reference."""
     model, processor, rows = _with_pictures()
     reference = copy.deepcopy(model)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_equal_models_give_log_2_under_autocast(tmp_path):
 
 
 class _Shapes(TorchDispatchMode):
-    """Notes every [.., T, V] tensor that is made."""
+    """Records every [.., T, V] tensor that is made."""
 
     def __init__(self):
         super().__init__()
@@ -402,7 +402,7 @@ def test_statistics_are_checkpointed_and_still_in_evaluation(tmp_path):
         )
 
     class Still(transformers.TrainerCallback):
-        """Evaluates after each step: that must move nothing."""
+        """Evaluates after each step, which must not change the run."""
 
         def on_step_end(self, args, state, control, **_):
             control.should_evaluate = True
@@ -471,7 +471,7 @@ def _with_margins(*values) -> datasets.Dataset:
     ids=["none", "null", "nan"],
 )
 def test_margins_are_numbers(tmp_path, rows, message):
-    """Of a stream they are known once a batch is made: nothing is trained on them there either."""
+    """In a stream a bad one is refused when its batch is made, before it is trained on."""
     options = {"objective": "madpo", "ref_model": tiny.model(seed=1), "max_steps": 1}
     with pytest.raises(ValueError, match=message):
         build(tmp_path, train_dataset=rows, **options)

@@ -1,8 +1,8 @@
 """The cases of TRL's own tests of its DPO, CPO and ORPO trainers, run through prefkern.
 
-Data in each format and of each kind of dataset, adapters, references, losses, evaluation, tags: what
-has to train trains, and nothing else does; what TRL refuses is refused. Where a case is one of
-`PreferenceTrainer` as well, it runs there, too. Numbers are compared with TRL's in test_trl.py.
+Data in each format and of each kind of dataset, adapters, references, losses, evaluation, tags: the
+right parameters train and no others, and what TRL refuses is refused. If `PreferenceTrainer` has
+the case as well, it runs there, too. test_trl.py compares numbers with TRL's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEEP = {"learning_rate": 0.5, "max_steps": 2}
 
 
 def made(path: Path, kind: str, **options):
-    """A DPO trainer of either kind; options are those that both take."""
+    """A DPO trainer of either kind, with options that both take."""
     options = {**STEEP, **options}
     if kind == "trl":
         if "ref_model" not in options and "peft_config" not in options:
@@ -263,7 +263,7 @@ def test_kinds_of_datasets_to_evaluate_on(tmp_path, name, precompute, when):
 @pytest.mark.parametrize("name", ["dataset", long("DatasetDict")])
 @pytest.mark.parametrize("kind", BOTH)
 def test_evaluation_after_training_without_a_reference(tmp_path, name, kind):
-    """Sums computed beforehand are there; those of other pairs would be the trained policy's."""
+    """Sums computed beforehand can be used; other pairs' sums would be the trained policy's."""
     rows = KINDS[name](tiny.dataset(3, seed=5))
     options = {"precompute_ref_log_probs": True, "ref_model": None}
     trainer = made(tmp_path, kind, eval_dataset=rows, **options)

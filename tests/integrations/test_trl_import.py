@@ -1,4 +1,4 @@
-"""What `import prefkern.integrations.trl` says where TRL is missing, or is not one that it knows."""
+"""The errors of `import prefkern.integrations.trl` if TRL is missing or has an unknown version."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def a_key(**changes) -> autotune.Key:
 
 
 def clock(*times: float):
-    """A timer that runs what it times once and answers the next of these."""
+    """A timer that runs the call once and returns the next of these times."""
     remaining = list(times)
 
     def timer(call) -> float:

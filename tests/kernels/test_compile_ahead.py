@@ -68,7 +68,7 @@ def assert_fits(row: dict[str, Any], target: str) -> None:
     else:
         # What ptxas spills is stack; LOCAL is what the source itself asks for.
         assert row["STACK"] == row["LOCAL"] == 0 and 0 < row["REG"] <= 255, row
-        # Beyond it a launch fails, or the compiler was not told how many warps there are.
+        # Above it a launch fails, or the compiler does not know how many warps there are.
         warps = row["num_warps"] if "num_warps" in row else row["config"]["num_warps"]
         assert -(-row["REG"] // 8) * 8 * 32 * warps <= REGISTERS, row
         if walks_rows:
@@ -78,7 +78,7 @@ def assert_fits(row: dict[str, Any], target: str) -> None:
 
 
 def assert_is_made_of(row: dict[str, Any], target: str) -> None:
-    """The device's own matrix unit, copies that run ahead, and warps of their own where asked."""
+    """It uses the device's matrix unit, copies that run ahead and, if asked, specialised warps."""
     config, has = row["config"], row["instructions"]
     units = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
     if row["operands"] != "float32":
@@ -92,9 +92,9 @@ def assert_is_made_of(row: dict[str, Any], target: str) -> None:
 
 
 def test_report_has_every_configuration():
-    """`bench/compile_reports.py` compiles them all; what it wrote is of this table.
+    """`bench/compile_reports.py` compiles them all, and its committed report is for this table.
 
-    The candidate in use fits by every compiler, each other one by one of them.
+    The candidate in use fits with every compiler, each other candidate with at least one.
     """
     reports = json.loads((ROOT / "bench/results/compile-reports.json").read_text())["reports"]
     assert {report["target"] for report in reports} == set(SHARED)

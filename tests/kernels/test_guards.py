@@ -1,7 +1,7 @@
 """Every kernel, every tile configuration and whole operator calls between guards (`guarded`).
 
-Under the interpreter rows are cut into blocks of 65,536; here, as on a GPU, into 2,048 at most, so
-that all configurations run, at sizes beside those of their blocks.
+The interpreter cuts rows into blocks of 65,536. Here, as on a GPU, blocks have at most 2,048, so
+that all configurations run, at sizes next to those of their blocks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_sizes_make_every_configuration(blocks_of_a_gpu):
 @pytest.mark.parametrize("size", SIZES + long(MORE_SIZES))
 @pytest.mark.parametrize("name", launch_cases.CASES)
 def test_rows(name, size, blocks_of_a_gpu, device):
-    """In every block size, between guards, and with the numbers of its twin in torch."""
+    """In every block size, between guards: the numbers are those of the twin in torch."""
     with guarded.launches() as launched:
         ours = launch_cases.CASES[name](kernels, size, device)
     assert launched == {f"_{launch_cases.launcher_of(name)}_kernel": 1}
@@ -64,7 +64,7 @@ def test_rows(name, size, blocks_of_a_gpu, device):
 
 
 def product_configs() -> list[Any]:
-    """What any device may use, each once: operands and configuration."""
+    """Operands and configuration of every product that some device may use, each once."""
     found: dict[tuple[str, tiles.ProductConfig], None] = {}
     for table in tiles.PRODUCTS.values():
         for product, choice in table.items():
@@ -106,7 +106,7 @@ def run_product(operands, config, n, v, h, transform, bias, device) -> None:
 
 @pytest.mark.parametrize(("operands", "config"), product_configs(), ids=config_name)
 def test_products(operands, config, device):
-    """One token past a block, words for a cut tile after a whole one, columns past a block."""
+    """One token past a block; entries for a whole tile and a cut one; columns past a block."""
     if HAS_GPU and config not in {
         c
         for product, choice in tiles.PRODUCTS.get(
@@ -159,7 +159,8 @@ def test_pairs(name, device):
         assert torch.equal(mine, theirs) and mine.isfinite().all()
 
 
-# A tile of tokens that is not full, and two of words, the second cut, where the workspace is least.
+# With the least workspace: a tile of tokens that is not full, and two tiles of entries, the second
+# cut.
 N, H, V = 9, 24, 200
 LEAST = 1e-6
 # Whole calls: name -> (what the head is, dtype, options).
@@ -191,7 +192,7 @@ def gradients(values: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Te
 
 
 def assert_guarded_is_plain(call: Any, expected: set[str], exactly: bool = False) -> None:
-    """The same numbers between guards, by the kernels that are expected."""
+    """Between guards the numbers are the same, and the expected kernels run."""
     plain = call()
     for pads_rows in (True, False) if exactly or HAS_GPU else (True,):
         with guarded.launches(pads_rows) as launched:
@@ -276,7 +277,7 @@ def test_loss_with_an_adapter(device):
 
 
 def test_calls_reach_every_kernel():
-    """What the tests above name is all there is: a new kernel has to be guarded as well."""
+    """The tests above name every kernel, so a new kernel must be guarded too."""
     named = {f"_{launch_cases.launcher_of(name)}_kernel" for name in launch_cases.CASES}
     named |= {"_product_fold_kernel", "_merge_splits_kernel", "_pair_loss_kernel"}
     assert {name for _, name in guarded.kernels()} == named
@@ -308,7 +309,7 @@ def _stray_kernel(
 )
 @pytest.mark.parametrize("between", [0, 4], ids=["rows touch", "rows apart"])
 def test_a_stray_access_is_found(read, write, size, between, device):
-    """Before, after and between rows; what stays inside is let through."""
+    """A stray access before, after or between rows is found; one inside is not reported."""
     source, target = (
         torch.randn(3, 8 + between, device=device)[:, :8] for _ in range(2)
     )  # fmt: skip
@@ -334,7 +335,7 @@ def test_overlapping_arguments_are_refused(device):
 
 
 def test_what_is_sanitized_is_everything(device, capsys):
-    """The driver of `make sanitize` launches every kernel, and without its tools it says so."""
+    """The driver of `make sanitize` launches every kernel. Without its tools it says so."""
     import sanitize
 
     assert sanitize.drive(device) == set(guarded.LAUNCHERS)

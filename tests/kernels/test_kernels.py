@@ -1,7 +1,7 @@
 """Each Triton kernel against its twin in torch, and that it ran.
 
-Under the interpreter out-of-bounds accesses go unnoticed, so every buffer that a kernel writes is
-cut out of a larger one, whose rest must stay as it was.
+The interpreter does not notice out-of-bounds accesses. So every buffer that a kernel writes is cut
+out of a larger one, and the rest of that one must not change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ran(name: str, before: int) -> bool:
 
 
 def fresh_state(n: int, device: str, started: bool) -> fold_state.FoldState:
-    """A state of anything, or of something that a fold may go on from."""
+    """A state with arbitrary numbers, or one that a fold may continue from."""
     state = fold_state.FoldState.empty(n, torch.device(device), with_stats=True)
     vectors = {name: value for name, value in vars(state).items() if value is not None}
     for value in vectors.values():
@@ -103,7 +103,7 @@ def test_fold(n, v, start, started, transform, out_dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_to_the_nearest_even(dtype, device):
-    """Not truncation: every value of a row that is written rounded is torch's own rounding."""
+    """Every value of a row that is written rounded is rounded as torch does, not truncated."""
     tile = torch.randn(4, 513, device=device)
     out = torch.empty(4, 513, dtype=dtype, device=device)
     exact = torch.empty(4, 513, device=device)
@@ -176,8 +176,8 @@ def test_settle(V, vocab_tile, dtype, device):
         assert ops is torch_tiles or ran("settle", before)
         assert_guard_kept(whole, n, V)
         results.append(kept)
-    words = torch.arange(V, device=device)
-    expected = values.double() * (maxima.double() - unit)[words // vocab_tile].t().exp()
+    entries = torch.arange(V, device=device)
+    expected = values.double() * (maxima.double() - unit)[entries // vocab_tile].t().exp()
     expected[range(n), labels] = label_value.double()
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     for kept in results:
@@ -188,7 +188,7 @@ def test_settle(V, vocab_tile, dtype, device):
 @pytest.mark.parametrize("softcap", [None, 8.0])
 @pytest.mark.parametrize(("H", "transposed"), [(1, False), (130, False), (130, True)])
 def test_finish(H, transposed, softcap, operand_dtype, device):
-    """Against the formulas in float64, from confident tokens to a label without a chance."""
+    """Against the formulas in float64, from confident tokens to a label of no probability."""
     torch.manual_seed(3)
     maximum = torch.tensor([1.0, -20.0, 5.0, 90.0, -math.inf, 3.0, 0.0], device=device)
     total = torch.tensor([1.0, 1.5, 3.0, 7e4, 0.0, 2e5, 1.0], device=device)
@@ -269,7 +269,7 @@ def test_scatter_scaled(gathered, dtype, device):
 
 @pytest.mark.parametrize("x", [0.0, 1e-6, 0.01, 0.2499, 0.2501, 1.0, 5.0, 9.0, 30.0, 1e4])
 def test_softcap_near_0_and_saturated(x, device):
-    """tanh from exp alone: relative accuracy at every size, through the label's logit and slope."""
+    """tanh from exp alone: the label's logit and slope have relative accuracy at every size."""
     state = fresh_state(2, device, started=False)
     tile = torch.tensor([[x, 0.0], [-x, 0.0]], device=device)
     kernels.fold(
@@ -366,7 +366,7 @@ def test_pair_loss_at_extremes(name, device):
 
 
 def test_pair_loss_gradient_by_finite_differences(device):
-    """With the coefficient held, d losses / d sums is what one launch returned."""
+    """With constant coefficients, d losses / d sums is what one launch returned."""
     objective = OBJECTIVES["adadpo"]
     logps = torch.tensor([-3.0, -5.0, -2.5, -9.0], device=device)
     ref = torch.tensor([-4.0, -4.0, -4.0, -4.0], device=device)

@@ -57,7 +57,7 @@ def far(value: torch.Tensor, folder: Path, row_stride: int | None = None) -> tor
 
 
 class Far:
-    """The functions on tiles, with every matrix that they are given far apart."""
+    """The functions on tiles; the rows of every matrix argument are far apart."""
 
     def __init__(self, ops: Any, folder: Path) -> None:
         self._ops, self._folder = ops, folder
@@ -90,7 +90,7 @@ class Far:
 @pytest.mark.parametrize("ops", ["triton", "torch"])
 @pytest.mark.parametrize("name", CASES)
 def test_rows_far_apart(name, ops, tmp_path, device):
-    """The kernels and their twins in torch, every matrix of theirs."""
+    """For the kernels and their twins in torch, and every matrix of them."""
     module = kernels if ops == "triton" else torch_tiles
     near = CASES[name](module, SIZE, device)
     distant = CASES[name](Far(module, tmp_path), SIZE, device)
@@ -104,7 +104,7 @@ def test_rows_far_apart(name, ops, tmp_path, device):
 @pytest.mark.long(by_descriptor=True)
 def test_product_of_rows_far_apart(with_rows, by_descriptor, tmp_path, device):
     config = tiles.ProductConfig(16, 32, 32, 4, 2, by_descriptor=by_descriptor, tiles=2, group=2)
-    # Whole tiles: words of a cut one are counted from its own beginning.
+    # Whole tiles: a cut tile counts entries from its own beginning.
     case = launch_cases.product(5, 96, 40, torch.bfloat16, device)
     expected = truth(case["hidden"], case["weight"], None, case["labels"], **PLAIN)
     case["hidden"], case["weight"] = far(case["hidden"], tmp_path), far(case["weight"], tmp_path)
@@ -179,7 +179,7 @@ def test_tokens_beyond_2_31(tmp_path, device):
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.long(backend="triton", trains=False)
 def test_operator(trains, tmp_path, backend, device):
-    """Hidden states and a head whose rows are far apart, forward and backward."""
+    """Forward and backward; the rows of hidden states and head are far apart."""
     hidden, weight = torch.randn(6, 16, device=device), torch.randn(40, 16, device=device)
     labels = torch.tensor([0, 39, 20, -100, 39, 1], device=device)
     results = []

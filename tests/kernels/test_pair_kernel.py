@@ -36,7 +36,7 @@ KERNEL_CASES = {name: case for name, case in CASES.items() if has_kernel(case)}
 
 
 def _form(case: Case) -> tuple:
-    """What the kernel is compiled for, and which of its terms are there at all."""
+    """The options that the kernel is compiled for, and which of its terms exist."""
     objective = case.make()
     options = objective.pair_kernel_options()
     present = ("margin", "length_penalty", "nll_weight", "label_smoothing", "gap_scale")
@@ -62,7 +62,7 @@ FORMS = list({_form(case): name for name, case in reversed(KERNEL_CASES.items())
 
 
 def test_what_has_a_kernel():
-    """By name, so that none drops out of the tests without a word."""
+    """Named one by one, so that no objective drops out of the tests unnoticed."""
     assert {case.objective for case in KERNEL_CASES.values()} == {
         "dpo", "robust", "hinge", "ipo", "rdpo", "cpo", "orpo", "simpo", "alphadpo", "madpo", "nll",
     }  # fmt: skip
@@ -80,7 +80,7 @@ def _names(cases: dict[str, Case]) -> set[str]:
 
 
 def ask(case: Case, asked: Scores, backend: str) -> tuple[Paired, torch.Tensor]:
-    """The answer of a backend, and its gradient at the tokens under weights of one's own."""
+    """A backend's result, and its gradient at the tokens for given weights of the losses."""
     objective = case.make().to(asked.logps.device)
     assert isinstance(objective, Objective)
     before = kernels.launches["pair_loss"]
@@ -125,7 +125,7 @@ def test_against_the_oracle(name, device):
 
 
 def random_scores(objective: Objective, device: str) -> Scores:
-    """More than a block of tokens, no tokens on either side and on both, and what lies between."""
+    """More than a block of tokens; no tokens on one side or both; and lengths between."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([17, 1500, 0, 1, 0, 3, 5, 12, 0, 0])
     logps = -2 * torch.rand(int(lengths.sum()), generator=generator)
@@ -213,7 +213,7 @@ NOT_ARITHMETIC = {"empty", "new_empty", "set_", "copy_", "split", "slice", "deta
 
 @pytest.mark.parametrize("name", sorted({case.objective for case in KERNEL_CASES.values()}))
 def test_one_launch_and_no_arithmetic_of_torch(name, device):
-    """Between the tokens' log-probs and the losses nothing is computed but by the kernel."""
+    """Between the tokens' log-probs and the losses only the kernel computes."""
     case = next(case for case in KERNEL_CASES.values() if case.objective == name)
     objective = case.make().to(device)
     asked = scores(ORDINARY[:2], device, objective)
@@ -232,7 +232,7 @@ def test_one_launch_and_no_arithmetic_of_torch(name, device):
 
 
 def test_the_record_sees_arithmetic():
-    """What the test above relies on: the torch path does record arithmetic."""
+    """The test above relies on this: in the torch path arithmetic is recorded."""
     case = KERNEL_CASES["dpo: plain"]
     with Recorded() as recorded:
         pairwise.pair_loss(case.make(), scores(ORDINARY[:2], "cpu", case.make()), "torch")
@@ -269,7 +269,7 @@ def test_alpha_dpo_moves_its_statistics_as_in_torch(reference, wrapped, device):
 
 @pytest.mark.parametrize("outer", [True, False])
 def test_statistics_follow_the_mode_of_the_module_that_has_them(outer, backend, device):
-    """Whatever the mode of what is wrapped around it: frozen inside stays frozen, and the reverse."""
+    """The mode of a wrapper has no effect: frozen inside stays frozen, and the reverse."""
     inner = AlphaDPO().to(device)
     objective = WithNLL(inner)
     for step, training in enumerate((True, False)):
@@ -282,7 +282,7 @@ def test_statistics_follow_the_mode_of_the_module_that_has_them(outer, backend, 
 @pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("name", ["dpo: adaptive", "orpo: plain", "madpo: plain"])
 def test_gradients_are_there_without_a_graph(name, grad, device):
-    """What is logged does not depend on whether something trains, nor on the backend."""
+    """Logged numbers depend neither on whether something trains nor on the backend."""
     case = KERNEL_CASES[name]
     objective = case.make()
     asked = scores(ORDINARY, device, objective)
@@ -311,7 +311,7 @@ def test_what_is_missing_is_not_taken_for_0(objective, missing, message, backend
 
 
 def test_a_margin_that_is_nan_is_seen(backend, device):
-    """Not a weight of 1: whatever made it NaN has to show."""
+    """The weight must not be 1: a NaN margin must stay visible."""
     objective = objectives.MADPO()
     logps = torch.full((8,), -1.0, device=device)
     offsets = torch.arange(0, 9, 2, device=device)
@@ -333,13 +333,13 @@ def test_a_delta_that_overflows_is_no_nan(backend, device):
 
 
 class _Launched(Exception):
-    """Raised in place of a launch, with the keywords that it was given."""
+    """Raised in place of a launch; holds its keywords."""
 
 
 @pytest.mark.parametrize("wrap", [lambda objective: objective, WithNLL], ids=["plain", "nll"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_the_kernel_reads_statistics_where_the_batch_is(training, wrap, monkeypatch):
-    """Of a loss that was not moved: on meta, for a kernel reads no other device's memory."""
+    """For a loss that was not moved; on meta, since a kernel reads no other device's memory."""
 
     def launch(*tensors, **options):
         raise _Launched(options)

@@ -1,6 +1,6 @@
 """The product with the fold in its epilogue, against float64 and against the kernels it replaces.
 
-Configurations are small here, so that few tokens and words make several tiles, splits and groups.
+Configurations are small here, so that few tokens and entries make several tiles, splits and groups.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(hidden, weight, bias, labels, state=None, **options) -> fold_state.FoldS
 @pytest.mark.long(n=64)
 @pytest.mark.long(config=["one split", "flat descriptors"])
 def test_against_float64(n, v, h, config, transform, device):
-    """Sizes that divide no block and sizes that divide them, by every way of reading operands."""
+    """Sizes that are multiples of the blocks or not, with every way to read operands."""
     hidden, weight, labels = case(n, v, h, torch.bfloat16, device)
     bias = torch.randn(v, device=device).to(torch.bfloat16) if n != 64 else None
     options = TRANSFORMS[transform]
@@ -79,7 +79,7 @@ def test_against_float64(n, v, h, config, transform, device):
     "v", [1, 2, 31, 32, 33, 65, 129, pytest.param(513, marks=pytest.mark.long)]
 )
 def test_every_label(v, dtype, device):
-    """A token for each word, so that labels lie in first, last and cut tiles and splits."""
+    """A token for each entry, so that labels lie in first, last and cut tiles and splits."""
     hidden, weight, _ = case(v, v, 48, dtype, device)
     labels = torch.arange(v, device=device)
     state = run(hidden, weight, None, labels, config=CONFIGS["pointers"])
@@ -129,8 +129,8 @@ def test_confident_tokens(device):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_masked_words(config, device):
-    """Words that a bias of -inf rules out, whole splits of them too."""
+def test_masked_entries(config, device):
+    """A bias of -inf rules entries out, also whole splits of them."""
     hidden, weight, labels = case(9, 200, 32, torch.float32, device)
     bias = torch.zeros(200, device=device)
     bias[:130] = -math.inf
@@ -142,7 +142,7 @@ def test_masked_words(config, device):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_rows_of_hidden(config, device):
-    """Scored tokens picked out of a larger, strided hidden; a weight cut out of a larger one."""
+    """Scored tokens are rows of a larger, strided hidden; the weight is part of a larger one."""
     hidden, weight, _ = case(60, 140, 96, torch.bfloat16, device)
     wide = torch.full((60, 128), math.nan, dtype=torch.bfloat16, device=device)
     wide[:, 16:112] = hidden
@@ -200,7 +200,7 @@ def test_state_is_that_of_fold(device):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.long(config=["one split", "flat pointers", "flat descriptors"])
 def test_bitwise_the_same(config, device):
-    """In two runs, and for a token whichever tokens are beside it."""
+    """In two runs, and for a token beside any other tokens."""
     hidden, weight, labels = case(50, 333, 64, torch.bfloat16, device)
     first, second = (run(hidden, weight, None, labels, config=CONFIGS[config]) for _ in range(2))
     few = run(hidden[20:27].contiguous(), weight, None, labels[20:27].contiguous(),
@@ -216,7 +216,7 @@ def test_bitwise_the_same(config, device):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_writes_nowhere_else(config, device):
-    """The state is cut out of larger buffers, whose rest stays as it was."""
+    """The state is cut out of larger buffers; their rest does not change."""
     n, guard = 21, 12345.0
     hidden, weight, labels = case(n, 100, 32, torch.bfloat16, device)
     whole = torch.full((4, n + 10), guard, device=device)
@@ -234,7 +234,7 @@ def test_writes_nowhere_else(config, device):
 
 
 def test_table_s_choice(device):
-    """Without a configuration: whatever the device's table says."""
+    """Without a configuration, the device's table decides."""
     hidden, weight, labels = case(70, 700, 64, torch.float32, device)
     state = run(hidden, weight, None, labels)
     assert_right(state, truth(hidden, weight, None, labels, **PLAIN), 4e-6, None)
@@ -263,7 +263,7 @@ def test_refusals(device):
 
 
 def test_bytes():
-    """What is allocated: two floats a token and split, and the rows where a descriptor needs them."""
+    """Allocated are two floats a token and split, and the rows if a descriptor needs them."""
     config = CONFIGS["pointers"]
     assert config.splits(129) == 3
     assert kernels.product_fold_bytes(10, 129, 128, config) == 2 * 4 * 3 * 10
@@ -276,7 +276,7 @@ def test_bytes():
 @pytest.mark.long(ignored=True, softcap=10.0)
 @pytest.mark.long(ignored=False)
 def test_the_operator_uses_it_where_it_is_the_faster_way(ignored, softcap, device, monkeypatch):
-    """Log-probs alone go through it; a gradient, statistics or a shared reference do not."""
+    """Log-probs alone use it; a call with a gradient, statistics or a shared reference does not."""
     import prefkern
 
     monkeypatch.setenv("PREFKERN_PRODUCT_FOLD", "1")
@@ -308,8 +308,8 @@ def test_the_operator_uses_it_where_it_is_the_faster_way(ignored, softcap, devic
         assert not prefkern.last_plan().product_in_kernel
 
 
-def test_a_word_without_a_chance(device, monkeypatch):
-    """A bias of -inf: no probability, or under a softcap that of a logit of minus the cap."""
+def test_an_entry_without_a_chance(device, monkeypatch):
+    """A bias of -inf: the probability is 0, or under a softcap that of a logit of minus the cap."""
     import prefkern
 
     monkeypatch.setenv("PREFKERN_PRODUCT_FOLD", "1")

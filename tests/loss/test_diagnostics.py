@@ -21,7 +21,7 @@ PAIRED = [name for name, case in CASES.items() if isinstance(case.make(), Object
 
 
 class _Held(DPO):
-    """An objective whose coefficients stay where they are while log-probs move under them."""
+    """An objective with constant coefficients, while log-probs change."""
 
     def __init__(self, objective: DPO, pairs: Pairs) -> None:
         super().__init__(objective.beta)
@@ -33,7 +33,7 @@ class _Held(DPO):
 
 @pytest.mark.parametrize("adaptive", [None, Adaptive(), STABLE, Adaptive("ratio", 0.3, None)])
 def test_against_finite_differences_in_the_probabilities(adaptive):
-    """|dL/dP_w| / |dL/dP_l| as the loss itself tells it, moved a little in each P."""
+    """|dL/dP_w| / |dL/dP_l| from the loss at slightly different P."""
     P = torch.tensor([[0.4, 0.02, 0.3, 0.11], [0.1, 0.05, 0.3, 0.9]], dtype=torch.float64)
     refs = torch.tensor([[0.2, 0.04, 0.5, 0.1], [0.2, 0.02, 0.1, 0.8]], dtype=torch.float64).log()
     lengths = torch.tensor([[3, 7, 1, 2], [2, 9, 4, 1]])
@@ -72,7 +72,7 @@ def test_appendix_a6(odds, dpo, stable):
 
 
 def test_the_balance_is_that_of_the_coefficients():
-    """log(beta_w / beta_l) + log P_l - log P_w, as the paper has it, whatever the space."""
+    """log(beta_w / beta_l) + log P_l - log P_w, as in the paper, in each space."""
     values = columns(ORDINARY)
     for name in ("dpo: plain", "dpo: adaptive", "robust: k 2, clip 1.5", "ipo: adaptive"):
         objective, pairs = CASES[name].make(), Pairs(**values)
@@ -107,7 +107,7 @@ def test_nan_only_where_nothing_is_pushed():
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_of_every_objective(name):
-    """Gradients are those of the loss, and asking for them leaves the objective as it was."""
+    """The gradients are the loss's, and computing them does not change the objective."""
     objective = CASES[name].make().train()
     before = {key: str(value) for key, value in objective.state_dict().items()}
     values = columns(ORDINARY)
@@ -190,7 +190,7 @@ def test_running_statistics_are_not_moved():
 
 
 def test_nothing_is_left_behind():
-    """Neither modes, each module's own, nor what a batch before left to be logged."""
+    """Neither the modules' modes nor the metrics of an earlier batch change."""
     inner = BetaDPO(keep=0.5)
     objective = objectives.WithNLL(objectives.WPO(inner, alignment=False))
     objective.objective.eval()
@@ -208,7 +208,7 @@ def test_nothing_is_left_behind():
 
 @pytest.mark.parametrize("name", ["adadpo", "alphadpo", "betadpo", "madpo", "tdpo2"])
 def test_in_inference_mode(name, device):
-    """A formula's balance, and the oracle's output, are what they are outside of it."""
+    """A formula's balance and the oracle's output are the same as outside of it."""
     pairs = Pairs(**columns(ORDINARY))
     objective = objectives.build(name, use_weighting=True)
     expected = objective_balance(objective, pairs)

@@ -71,7 +71,7 @@ def batch(B=3, T=9, H=16, V=129, ref_H=None) -> dict[str, torch.Tensor]:
 
 
 def fresh(name: str, device: str) -> objectives.Objective:
-    """A copy, whose statistics nothing has moved."""
+    """A copy with unmoved statistics."""
     return copy.deepcopy(OBJECTIVES[name]).to(device)
 
 
@@ -322,7 +322,7 @@ def test_statistics_on_request(backend, device):
 
 @pytest.mark.long(backend="triton")
 def test_against_liger(backend, device):
-    """A peer's code: Liger's fused DPO loss in float32, value, dH and dW."""
+    """Value, dH and dW of Liger's fused DPO loss in float32."""
     dpo_loss = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss")
     data = batch()
     ours, theirs = move(data, device), move(data, device)
@@ -351,7 +351,7 @@ def test_against_liger(backend, device):
 @pytest.mark.long(backend="triton", name=[n for n in WAYS if n != "adadpo"])
 @pytest.mark.long(backend="triton", mode=torch.inference_mode)
 def test_without_gradients_the_numbers_are_the_same(name, mode, backend, device):
-    """Evaluation's losses, gradients on log-probs and metrics are those of a differentiated call."""
+    """Losses, gradients on log-probs and metrics are those of a differentiated call."""
     data = batch()
     loss_fn = prefkern.FusedPreferenceLoss(fresh(name, device), backend=backend).eval()
     before = str(loss_fn.state_dict())
@@ -646,7 +646,7 @@ def test_another_view_of_the_same_memory_is_another_head(device):
 
 @pytest.mark.long(backend="triton")
 def test_equal_models_through_a_shared_head(backend, device):
-    """At step 0 the loss is ln 2, to the last bit of what float32 makes of it."""
+    """At step 0 the loss is ln 2 in float32, to the last bit."""
     hidden = torch.randn(4, 9, 16, device=device, requires_grad=True)
     weight = torch.randn(300, 16, device=device)
     labels = torch.randint(300, (4, 9), device=device)
@@ -670,7 +670,7 @@ class Spy:
 @pytest.mark.parametrize("name", ["shared head", "own head", "tdpo", "tdpo and statistics"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_plan_of_an_output_is_what_was_done(trained, name):
-    """Products counted, the reference's among them, in whichever call they were made."""
+    """The plan's operations are the counted ones, including the reference's, in one call or two."""
     hidden, ref_hidden = torch.randn(4, 9, 16), torch.randn(4, 9, 12)
     weight, ref_weight = torch.randn(300, 16), torch.randn(300, 12)
     if name == "shared head":

@@ -1,8 +1,8 @@
-"""The loss and the divergence on problems that are drawn, held to float64 by derived bounds.
+"""The loss and the divergence on drawn problems, within derived bounds of float64.
 
-What the loss makes of a batch is taken apart where its parts meet, so that each is held to its own
-bound: sequence sums to those of their tokens, the objective to itself in float64 on the very sums
-that the loss found, and gradients to those of the sums, pushed by what the loss says it pushes.
+Each part of the loss has its own bound. Sequence sums are compared with the sums of their tokens.
+The objective is compared with itself in float64, on the sums that the loss computed. Gradients are
+compared with those of the sums, times the gradients that the loss reports for them.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def test_loss_and_gradients_are_float64s(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_packed_is_padded_to_the_bit(backend, data):
-    """The same tokens are scored, in the same order: nothing else may show."""
+    """The same tokens are scored in the same order, so results are bitwise equal."""
     problem, extra = data.draw(batches(backend))
     assume(not problem.scored.all())
     case = CASES[data.draw(st.sampled_from(PAIRED))]
@@ -230,7 +230,7 @@ def test_packed_is_padded_to_the_bit(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_divergence_is_float64s(backend, data):
-    """`linear_kl`: both log-probs, the divergence, and the gradients of a sum of both."""
+    """`linear_kl`: both log-probs, the divergence, and the gradients of a sum of these."""
     largest = {"torch": (300, 64, 1500), "triton": (12, 16, 150)}[backend]
     problem = data.draw(problems(backend, largest=largest))
     for name in ("lora_hidden", "lora_weight"):

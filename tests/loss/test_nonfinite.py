@@ -21,7 +21,7 @@ SPOILT = [("torch", bad) for bad in BAD] + [(BACKENDS[-1], math.nan)]
 
 
 def call(device: str = "cpu", packed: bool = False) -> dict[str, torch.Tensor]:
-    """Arguments of a healthy loss, MADPO's and an adapter's included."""
+    """Arguments of a loss without a NaN, including MADPO's and an adapter's."""
     torch.manual_seed(1)
     case = {
         "hidden": torch.randn(2 * B, T, H),
@@ -34,7 +34,7 @@ def call(device: str = "cpu", packed: bool = False) -> dict[str, torch.Tensor]:
         "reward_margins": torch.randn(B),
     }
     case["labels"][1, 3:] = -100
-    # A word that is ruled out, and is no label: nothing to report.
+    # An entry is ruled out, and is no label: nothing to report.
     case["labels"][case["labels"] == 4] = 5
     case["bias"][4] = -math.inf
     if packed:
@@ -82,18 +82,18 @@ def test_the_source_is_named(name, bad, backend, device):
 
 @pytest.mark.parametrize(("backend", "value"), SPOILT)
 def test_bias(value, backend, device):
-    """NaN and inf anywhere; -inf, which rules a word out, only where that word is a label."""
+    """NaN and inf are reported at any entry; -inf, which rules it out, only at a label."""
     case = call(device)
     label = int(case["labels"][0, 0])
-    for word in (label, 4):
+    for entry in (label, 4):
         bias = case["bias"].clone()
-        bias[word] = value
-        if word == 4 and value == -math.inf:
+        bias[entry] = value
+        if entry == 4 and value == -math.inf:
             assert explain_nonfinite(**{**case, "bias": bias}) is None
             assert loss_fn(backend=backend)(**{**case, "bias": bias}).loss.isfinite()
             continue
         with pytest.raises(
-            FloatingPointError, match=rf"bias: 1 of {V} vocabulary entries.*is {word};"
+            FloatingPointError, match=rf"bias: 1 of {V} vocabulary entries.*is {entry};"
         ):
             loss_fn(backend=backend)(**{**case, "bias": bias})
 
@@ -150,7 +150,7 @@ def test_finite_inputs_whose_logits_overflow():
 
 
 def test_a_float64_beyond_float32_is_finite():
-    """Neither a loss of 1e44, nor margins that are held to a bound before they are rounded."""
+    """A loss of 1e44 is finite; so are margins that are bounded before they are rounded."""
     case = {name: x.double() if x.is_floating_point() else x for name, x in call().items()}
     case["bias"][4] = 0.0
     case["hidden"] *= 1e30
@@ -167,7 +167,7 @@ def test_a_float64_beyond_float32_is_finite():
 
 
 def test_a_reference_point_that_overflows_shows():
-    """KTO's losses are finite all the same."""
+    """KTO's losses are finite in spite of it."""
     case = call()
     del case["reward_margins"]
     case["desirable"] = torch.tensor([True, False, True, False])
@@ -191,7 +191,7 @@ def test_refusals(monkeypatch):
 
 
 class Reads(TorchDispatchMode):
-    """Counts what waits for a device: a number of a tensor, read by Python."""
+    """Counts how often Python reads a number from a tensor, and so waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ BAD_TOKENS = {(2, 1): math.nan, (0, 2): math.inf, (3, 3): -math.inf}
 
 
 def spoilt(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states with bad tokens, scored ones and others, and which tokens are not bad."""
+    """Hidden states with bad tokens, some of them scored; and a mask of the good tokens."""
     hidden, others = hidden.clone(), torch.ones(2 * B, T, dtype=torch.bool, device=hidden.device)
     for token, bad in BAD_TOKENS.items():
         hidden[token][0] = bad
@@ -232,7 +232,7 @@ def spoilt(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("workspace_mb", [0.003, 4], ids=["tiles", "one tile"])
 def test_a_bad_token_reaches_no_other(workspace_mb, trains, backend, device):
-    """Log-probs and gradients of all others are bitwise those of a healthy batch."""
+    """Log-probs and gradients of all other tokens are bitwise those of a good batch."""
 
     def run(hidden, with_stats=False):
         case = call(device)
@@ -285,7 +285,7 @@ def test_a_bad_token_reaches_no_other_divergence(trains, backend, device):
 
 
 def test_an_infinite_logit_of_the_label_is_no_certainty(backend, device):
-    """inf has no softmax: its log-prob is NaN, as in log_softmax, and not that of p = 1."""
+    """inf has no softmax: the log-prob is NaN, as in log_softmax, and not 0."""
     case = call(device)
     label = int(case["labels"][0, 0])
     bias = case["bias"].clone()
@@ -381,7 +381,7 @@ def test_evaluation_warns_and_hides_nothing(tmp_path):
 
 
 def test_a_training_step_waits_no_more_than_without(tmp_path):
-    """transformers' filter of NaN from its log, which is off, waits twice a step; this once."""
+    """transformers' filter of NaN from its log (off here) waits twice a step; this waits once."""
     counts = []
     for checked in (True, False):
         trained = trainer(tmp_path, count=8, logging_steps=100, max_grad_norm=0.0)

@@ -1,4 +1,4 @@
-"""Liger's layers under prefkern's head: what is applied to what, and a training of it, interpreted."""
+"""Liger's layers under prefkern's head: which are replaced, and a run in the interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD_IS_LEFT = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 
 @pytest.fixture
 def applied(monkeypatch) -> list[tuple]:
-    """What Liger is asked to do, which is then not done."""
+    """The arguments that Liger is called with; it is not run."""
     calls: list[tuple] = []
     monkeypatch.setattr(
         liger, "_apply_liger_kernel_to_instance", lambda model, **kw: calls.append((model, kw))
@@ -93,7 +93,7 @@ def test_a_cpu_is_refused_before_anything_is_loaded(tmp_path, monkeypatch) -> No
 
 
 def test_a_reward_model_keeps_its_forward(tmp_path, applied) -> None:
-    """Liger's default would give a classifier the forward of a language model."""
+    """Liger's default would replace a classifier's forward by a language model's."""
     import transformers
 
     settings = tiny.model().config
@@ -109,7 +109,7 @@ def test_a_reward_model_keeps_its_forward(tmp_path, applied) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_ligers_own_forward_still_calls_the_head(family: str) -> None:
-    """Whoever has applied all of Liger by hand: without labels its forward makes logits, too."""
+    """If a user has applied all of Liger: without labels its forward calls the head, too."""
     name = {"llama": "Llama", "qwen3": "Qwen3", "gemma2": "Gemma2"}[family]
     model = tiny.model(name, **({"final_logit_softcapping": 0.5} if family == "gemma2" else {}))
     ids, mask, labels = batch()
@@ -162,7 +162,7 @@ def _train(path: Path, **options) -> dict:
 
 
 def _interpretable() -> None:
-    """Two things of Liger's kernels that Triton's interpreter does not know.
+    """Make Liger's kernels run in Triton's interpreter, which lacks two things.
 
     Numbers passed as arguments have no `.to`, and libdevice's rsqrt is not there.
     """

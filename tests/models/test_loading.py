@@ -1,4 +1,4 @@
-"""Folders that hold no model that can be trained: each gets an error that names it, and what to do."""
+"""Folders without a model that can be trained: each gives an error with its name and what to do."""
 
 from __future__ import annotations
 

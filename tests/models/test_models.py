@@ -216,8 +216,15 @@ def test_transform_that_the_config_does_not_tell_is_an_error(family, dtype):
         (lambda z: z[:, -1:], r"logits of shape \[1, 1, 97\]"),
     ],
     ids=[
-        *("scale", "scale, rounded", "offset", "flipped words", "rolled words", "rolled tokens"),
-        *("masked word", "nan", "one word", "clamped", "capped", "normalised", "cropped", "last"),
+        *(
+            "scale",
+            "scale, rounded",
+            "offset",
+            "flipped entries",
+            "rolled entries",
+            "rolled tokens",
+        ),
+        *("masked entry", "nan", "one entry", "clamped", "capped", "normalised", "cropped", "last"),
     ],
 )
 def test_whatever_is_done_to_logits_that_no_config_names_is_an_error(change, message, dtype):
@@ -228,7 +235,7 @@ def test_whatever_is_done_to_logits_that_no_config_names_is_an_error(change, mes
 
 
 def test_probe_asks_for_no_image():
-    """Words that a config names are not probed with, be they the first or nearly all."""
+    """The probe avoids tokens that a config names, also if these come first or are nearly all."""
     config = tiny.model().config
     config.image_token_index = 3
     assert transform._plain_tokens(config, 4)[0] > 4

@@ -1,7 +1,7 @@
 """Packed batches against padded ones and each sequence alone: values, gradients, metrics, ranks.
 
-What cannot be packed has to be refused: that no model is packed whose sequences see one another is
-held for families of every kind.
+What cannot be packed must be refused. Families of every kind are tested: no model is packed if its
+sequences see one another.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ REFUSED = {
 
 
 def built(family: str, implementation: str = "sdpa", seed: int = 0, **options):
-    """A tiny model with an attention implementation; skips where transformers has none such."""
+    """A tiny model with an attention implementation; skips if transformers lacks it."""
     if not hasattr(transformers, f"{family}Config"):
         pytest.skip(f"this transformers has no {family}")
     model = tiny.model(family, seed, **options)
@@ -284,7 +284,7 @@ def test_collators_pack_what_they_pad():
 
 
 def test_a_model_computes_as_many_tokens_as_there_are(tmp_path):
-    """Pairs of 5 to 40 tokens: what the policy's embedding is asked for in a step."""
+    """Pairs of 5 to 40 tokens: the positions that the policy's embedding computes in a step."""
     words = ["good", "film", "plot", "bad"]
     rows = [
         {
@@ -321,7 +321,7 @@ def test_a_model_computes_as_many_tokens_as_there_are(tmp_path):
 
 
 class BoundsOnly:
-    """Attention that knows no mask and reads sequences off the bounds alone, as flash attention."""
+    """Attention without a mask: it finds sequences by the bounds alone, as flash attention does."""
 
     def __init__(self):
         self.calls = 0
@@ -496,7 +496,7 @@ RANKED = {
 
 
 def _one_prompt(count: int, seed: int = 0) -> list[dict]:
-    """Without mismatched pairs, which would depend on what shares a batch."""
+    """Without mismatched pairs, which depend on the batch."""
     return [{**row, "prompt": "the film"} for row in single_rows(count, seed)]
 
 

@@ -28,7 +28,7 @@ def _lora(**options) -> peft.LoraConfig:
 
 
 class _Quantised(nn.Linear):
-    """A frozen layer of 8-bit weights, as a QLoRA base has them: raised for each product."""
+    """A frozen layer of 8-bit weights, as in a QLoRA base; they are raised for each product."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False)
@@ -185,7 +185,7 @@ def test_merged_adapters_are_part_of_the_weight(merged):
 
 
 def test_float32_adapters_over_a_bfloat16_base():
-    """PEFT keeps them so; A and B get float32 gradients close to float64's."""
+    """PEFT keeps adapters in float32; A and B get float32 gradients close to float64's."""
     model = tiny.model().bfloat16()
     model = peft.get_peft_model(model, _lora(target_modules=["lm_head"])).eval()
     assert model.base_model.model.lm_head.lora_A["default"].weight.dtype == torch.float32
@@ -200,7 +200,7 @@ def test_float32_adapters_over_a_bfloat16_base():
 
 
 def test_dropout_of_an_adapter_on_the_head_is_pefts_own():
-    """The same draws fall on the same values as in the model's own forward."""
+    """The same values are dropped as in the model's own forward."""
     model = _adapted(_lora(target_modules=["lm_head"], lora_dropout=0.5))
     model.train()
     prefkern.token_logprobs(model, *_batch())  # probes once, which draws nothing
@@ -444,7 +444,7 @@ def test_sums_that_are_carried_stand_for_any_reference_until_others_are_needed(t
 
 @pytest.mark.parametrize("reference", [None, "reference"])
 def test_a_base_that_is_trained_beside_its_adapter_is_refused(tmp_path, reference):
-    """As resize_token_embeddings leaves it: the reference would move with it."""
+    """resize_token_embeddings leaves such a base; the reference would change with it."""
     model = _adapted(_lora(init_lora_weights=True))
     if reference is not None:
         model.add_adapter(reference, _lora())

@@ -1,4 +1,4 @@
-"""A model's tokenizer is of its own revision, and code beside it runs only where that was asked for."""
+"""A model's tokenizer comes from the model's revision, and its own code runs only if allowed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def saved(tmp_path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path, saved, monkeypatch) -> Path:
-    """A cache of the hub with two revisions, in whose tokenizers two words have changed places."""
+    """A cache of the hub with two revisions; their tokenizers have two words exchanged."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = tmp_path / "hub/models--acme--tiny"
     (model / "refs").mkdir(parents=True)
@@ -54,7 +54,7 @@ def cache(tmp_path, saved, monkeypatch) -> Path:
 
 @pytest.fixture
 def with_code(saved, tmp_path, monkeypatch) -> Path:
-    """A folder whose tokenizer is code of its own; whoever is asked says yes."""
+    """A folder whose tokenizer has its own code; a prompt for permission is answered with yes."""
     marker = tmp_path / "executed"
     (saved / "own.py").write_text(
         "from transformers import PreTrainedTokenizerFast\n"
@@ -90,7 +90,7 @@ def test_the_tokenizer_is_of_the_model_s_revision(cache, tmp_path):
 
 
 def test_the_reference_s_words_are_of_its_revision(cache, saved, tmp_path):
-    """The policy is a folder, which knows no revisions: only the reference's is another one."""
+    """The policy is a folder without revisions; the reference has another revision."""
     shared = {"cache_dir": str(cache), "local_files_only": True}
     for name in REVISIONS:
         options = {
@@ -151,7 +151,7 @@ def test_code_of_a_model_is_not_run_by_plan(saved, tmp_path, monkeypatch):
 
 
 def _loads() -> list[tuple[str, ast.Call]]:
-    """Calls of `from_pretrained` and `from_config`, of Auto classes and of what holds one."""
+    """Calls of `from_pretrained` and `from_config` of Auto classes and of classes that hold one."""
     found = []
     for path in sorted((ROOT / "prefkern").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

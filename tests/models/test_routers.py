@@ -166,7 +166,7 @@ def test_what_is_logged_is_the_mean_over_pairs(tmp_path: Path, objective: str) -
 
 
 def test_adapters_are_pushed_through_a_frozen_router(tmp_path: Path) -> None:
-    """What LoRA changes below a router moves its choices."""
+    """LoRA below a router changes the router's choices."""
     moved = {}
     for coefficient in (0.0, 5.0):
         run = trainer(

@@ -1,7 +1,7 @@
-"""Where prefkern, TRL and Liger mean different things by the same words: each row of the table.
+"""Where prefkern, TRL and Liger mean different things by the same name: each row of the table.
 
-The table is in docs/objectives.md. A test carries the name of its row, runs what the row
-says of the three, and the last one holds that no row is without a test.
+The table is in docs/objectives.md. A test has the name of its row and runs what the row says about
+the three. The last test asserts that every row has a test.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def token_rows(*rows: tuple[list[int], list[int], list[int]]) -> datasets.Datase
 
 
 def first_log(tmp_path, kind, make_config=trl.DPOConfig, **options) -> dict[str, float]:
-    """What a trainer logs of its first step, which is over all pairs in one batch."""
+    """The log of a trainer's first step, with all pairs in one batch."""
     trainer = build(tmp_path, kind, make_config, max_steps=1, **options)
     trainer.train()
     return trainer.state.log_history[0]
@@ -159,7 +159,7 @@ def test_ipo(tmp_path):
 
 @row("tokens of a response without a prompt")
 def test_the_first_token_without_a_prompt_is_no_token_of_a_mean(tmp_path):
-    """Nothing predicts it, so that it has no log-prob; TRL's IPO divides by it all the same."""
+    """Nothing predicts it, so it has no log-prob; TRL's IPO counts it in the mean."""
     row = {"prompt": "", "chosen": "good film", "rejected": "bad plot actor"}
     given = {
         "train_dataset": datasets.Dataset.from_list([row]),

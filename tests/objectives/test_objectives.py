@@ -99,7 +99,7 @@ def test_the_table_has_every_objective():
 
 @pytest.mark.parametrize("name", CASES)
 def test_value_gradient_and_coefficients_are_the_oracles(name):
-    """In float64; the oracle holds what a paper puts under a stop-gradient, so this does too."""
+    """In float64. Both keep constant what a paper puts under a stop-gradient."""
     case = CASES[name]
     for group, samples in GROUPS.items():
         worst = errors(case, samples, evaluate(case, samples), torch.float64)
@@ -119,7 +119,7 @@ def test_float32_keeps_its_digits(name):
 
 
 def test_pairs_beyond_the_bounds_hold_them():
-    """The few pairs that comparisons leave out: the coefficient, and IPO's square, at their bound."""
+    """In the pairs that comparisons leave out, a coefficient or IPO's square is at its bound."""
     seen = set()
     for case in CASES.values():
         for samples in GROUPS.values():
@@ -451,7 +451,7 @@ WEAKER = {"betadpo": {"m": 0.02}}
 
 
 def _two_batches(name: str, **options: Any) -> torch.Tensor:
-    """Losses of a second batch in training, so that what is remembered of the first shows."""
+    """Losses of a second training batch, which depend on the statistics of the first."""
     objective = objectives.build(name, **{**WEAKER.get(name, {}), **options})
     for samples in (ORDINARY[:2], ORDINARY):
         values = columns(samples)
@@ -467,7 +467,7 @@ def _two_batches(name: str, **options: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", objectives.names())
 def test_every_option_changes_the_loss(name):
-    """An option that is taken and does nothing is worse than one that is refused."""
+    """No option is accepted without an effect."""
     default = _two_batches(name)
     assert torch.equal(default, _two_batches(name))
     for option in objectives.options(name):
@@ -647,7 +647,7 @@ def test_an_unknown_name_lists_all():
 
 
 def test_objectives_without_a_reference_take_any_space():
-    """A caller that passes one Adaptive to all: those without a reference read it in their own."""
+    """A caller may pass one Adaptive to all: objectives without a reference use policy space."""
     for cls in (CPO, ORPO, SimPO):
         for adaptive in ADAPTIVES.values():
             made = cls(adaptive=adaptive)
@@ -656,7 +656,7 @@ def test_objectives_without_a_reference_take_any_space():
 
 
 class _Minimal(Contrastive):
-    """A new objective without a reference: this class, and a line in the registry."""
+    """A new objective without a reference needs this class and a line in the registry."""
 
     score = "log_prob"
 
@@ -670,7 +670,7 @@ class _MinimalRatio(_Minimal):
 
 
 def test_a_new_objective_is_a_class_and_a_line(monkeypatch):
-    """`space` is an option of the adaptive form where it changes the loss, and of no other."""
+    """`space` is an option of an adaptive form only if it changes the loss."""
     monkeypatch.setitem(REGISTRY, "minimal", _Minimal)
     monkeypatch.setitem(REGISTRY, "minimalratio", _MinimalRatio)
     shared = ["beta", "exponent", "clip", "k", "use_weighting", "rpo_alpha"]
@@ -728,7 +728,7 @@ def test_a_case_is_not_shared():
     ],
 )
 def test_a_hyperparameter_that_is_changed_later_counts(make, name, value):
-    """A schedule of one's own: the loss, the kernel's options and the repr follow."""
+    """As by a user's schedule: the loss, the kernel's options and the repr change with it."""
     changed, built = make(), make()
     type(built).__init__(built, **{name: value})
     built.train(changed.training)

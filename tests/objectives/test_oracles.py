@@ -1,4 +1,4 @@
-"""The oracles, held to what others wrote: TRL, Liger, AdaDPO's listing, the papers' own claims."""
+"""The oracles against code and claims of others: TRL, Liger, AdaDPO's listing, the papers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def leaves(pair):
 
 
 def agree(got, expected, w, l):
-    """The oracle's loss and slopes are those of a peer's loss, by autograd."""
+    """Assert that the oracle's loss and slopes are those of a peer's loss, by autograd."""
     expected.backward()
     theirs = expected.item(), w.grad.item(), l.grad.item()
     assert got[:3] == pytest.approx(theirs, rel=1e-10, abs=1e-14)
@@ -155,7 +155,7 @@ def per_token(pair, w, l):
 
 
 def trl_state(tokens, mask, log_sum_sq, **options):
-    """What TRL's trainers read off themselves, their model's output and a batch."""
+    """The attributes, model output and batch that TRL's trainers read."""
     outputs = SimpleNamespace(
         log_probs=tokens,
         log_sum_sq_probs=log_sum_sq,
@@ -376,7 +376,7 @@ def test_exponents(name, pair):
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_offsets(pair):
-    """R-DPO and TDPO are SimPO's formula on other quantities: Liger's SimPO stands for all."""
+    """R-DPO and TDPO are SimPO's formula with other quantities: Liger's SimPO tests them."""
     with_kl = pair._replace(K_w=3.0, K_l=5.5)
     length = 0.02 * (pair.n_w - pair.n_l)
     cases = [

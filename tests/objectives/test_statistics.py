@@ -1,4 +1,4 @@
-"""What objectives remember and draw: alone, resumed, and over two ranks of unequal batches."""
+"""Statistics and draws of objectives: alone, resumed, and on two ranks of unequal batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCHES = [
 
 
 def pairs_with_gaps(gaps: torch.Tensor) -> Pairs:
-    """Pairs of one token each whose gap, DPO's and alpha-DPO's, is what is given."""
+    """Pairs of one token each with the given gaps, DPO's and alpha-DPO's."""
     zeros = torch.zeros_like(gaps)
     ones = torch.ones_like(gaps)
     return Pairs(gaps.clone().requires_grad_(), zeros, zeros, zeros, ones, ones)
@@ -36,7 +36,7 @@ def pairs_with_gaps(gaps: torch.Tensor) -> Pairs:
 def by_hand(
     batches: list[torch.Tensor], momentum: float, start: tuple[float, float] | None
 ) -> list[tuple[float, float]]:
-    """The running first two moments, of which mean and variance are made at the end of each step.
+    """The running first two moments, and from them mean and variance after each step.
 
     Without a start, their sum of weights is divided out (the bias correction).
     """
@@ -96,7 +96,7 @@ def test_batches_of_one_pair_add_up_to_a_spread():
 
 
 def test_a_mean_far_from_0_leaves_the_variance_its_digits():
-    """Where a running second moment in float32 would have cancelled to noise."""
+    """A running second moment in float32 would cancel to noise here."""
     statistics = RunningStatistics(0.9)
     for batch in BATCHES:
         statistics.update(batch.double() * 1e-2 + 1e4)
@@ -234,7 +234,7 @@ def test_pairs_are_drawn_in_proportion_to_their_density():
 
 
 def test_kept_is_told_when_losses_cannot():
-    """A kept pair of so wide a margin that its loss is 0, and one left out that has an NLL term."""
+    """The loss does not show it: a kept pair may have a loss of 0, one left out an NLL term."""
     gaps = torch.tensor([5e4, 4e4, 3e4, 2e4])
     inner = BetaDPO(1.0, m=0.0, keep=0.5)
     objective = WithNLL(inner)
@@ -272,7 +272,7 @@ CUTS = [2, 4]
 
 
 def everything(part) -> dict[str, torch.Tensor]:
-    """A small run of each: `part(values, step)` is what of a batch this process holds."""
+    """A small run of each objective; `part(values, step)` is this process's part of a batch."""
     found: dict[str, torch.Tensor] = {}
     makes = {
         "alphadpo": lambda: AlphaDPO(2.0, 0.5, 0.25),
@@ -336,7 +336,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_what_overflowed_leaves_statistics_alone(name, bad):
-    """A step that a gradient scaler skips: the ones after it are as if it had not been."""
+    """After a step that a gradient scaler skips, later steps are as without it."""
     clean, spoilt = (STATEFUL[name]() for _ in range(2))
     for objective in (clean, spoilt):
         objective(pairs_with_gaps(BATCHES[0]))
@@ -395,7 +395,7 @@ def test_statistics_follow_the_batch_under_torch_compile():
 
 
 def test_float64_is_scored_in_float64():
-    """Also of gaps far from 0, of which float32 would leave the mean no digits."""
+    """Also with gaps far from 0, for which a mean in float32 would lose all digits."""
     generator = torch.Generator().manual_seed(9)
     for far in (0.0, 1e5):
         objective = AlphaDPO(2.0, 0.5, 0.25)

@@ -26,7 +26,7 @@ TRANSFORM = {"logit_scale": 0.9, "softcap": 12.0, "temperature": 1.1}
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Nothing compiled earlier, here or in a run before: a cache does not see the operators' code."""
+    """Clear compiled code, also of earlier runs: caches do not notice new code of operators."""
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
@@ -263,7 +263,7 @@ def test_kto(device):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
 @pytest.mark.long
 def test_layouts_under_inductor(device):
-    """The gradient has the strides that the compiler was told, whatever hidden's own."""
+    """The gradient has the strides that the compiler expects, for any strides of hidden."""
     x = torch.randn(2 * T, H, device=device, requires_grad=True)
     weight = torch.randn(V, H, device=device)
     labels = torch.randint(V, (2 * T,), device=device)
@@ -300,7 +300,7 @@ def test_the_compiler_that_users_have(device):
 @pytest.mark.long(spoiled=["NaN", "reference"])
 @pytest.mark.long(packed=True)
 def test_what_is_not_finite_stays_in_its_pair(spoiled, packed, device):
-    """As without the compiler: the other pairs' losses and gradients are what they were."""
+    """As without the compiler, the other pairs' losses and gradients do not change."""
     model = Model(DPO(0.1), trains_head=False).to(device)
     x, labels = batch(device)
     labels[labels == 7] = 8
@@ -400,7 +400,7 @@ def test_opcheck(trains_head, extra, device):
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Fails where a value of the device would be waited for, as a recorded graph must not."""
+    """Fails if a value of the device is waited for, which a recorded graph must not do."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -414,9 +414,9 @@ class NoSynchronisation(TorchDispatchMode):
 def test_what_a_graph_records_needs_no_synchronisation(
     packed, trains_head, is_compiled, device, monkeypatch
 ):
-    """On a CPU the pretence of a capture: all tokens are computed, the result is the same.
+    """With a pretended capture on a CPU all tokens are computed, and the result is the same.
 
-    What padding holds reaches neither: attention leaves NaN there.
+    Padding holds NaN, as attention may leave it there; it reaches neither values nor gradients.
     """
     model = Model(DPO(0.1), trains_head).to(device)
     _, labels = batch(device)
@@ -521,7 +521,7 @@ def test_cuda_graph(trains_head, device):
 
 
 def test_pairs_are_traced(device):
-    """An objective by itself, on log-probs that come from elsewhere."""
+    """An objective alone, on given log-probs."""
     objective = objectives.build("adadpo", beta=0.1)
 
     def losses(sums, ref, lengths):

@@ -1,8 +1,8 @@
-"""Two runs on one input are equal bit for bit, whatever ran between them.
+"""Two runs on one input are equal bit for bit, with any other runs between them.
 
-Between them run other structures, dtypes, operators and objectives: what a call finds in memory or in
-the caches of tiles and kernels must not reach its numbers. The passes over tiles are run in every
-structure that a plan can name, asserted.
+Between them run other structures, dtypes, operators and objectives. What these leave in memory or
+in the caches of tiles and kernels must not change a result. The passes over tiles run in every
+structure that a plan can have; this is asserted.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def divergence(
 
 
 def loss(name: str, backend: str, device: str) -> list[Tensor]:
-    """A loss, the pair kernel's where the objective has one, and what it makes of its batch."""
+    """A loss, by the pair kernel if the objective has one, and its outputs for a batch."""
     objective = CASES[name].make()
     assert isinstance(objective, Objective)
     given = {k: x.detach().to(device).requires_grad_() for k, x in tensors().items()}
@@ -132,7 +132,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 @pytest.mark.long(backend="triton")
 def test_two_runs_are_equal_whatever_ran_between(backend, device):
-    """All of them once, in this order; then again, each after others and in reverse."""
+    """All calls once in this order, then again in reverse order."""
     first = {name: run(backend, device) for name, run in RUNS.items()}
     for name in reversed(RUNS):
         again = RUNS[name](backend, device)
@@ -142,7 +142,7 @@ def test_two_runs_are_equal_whatever_ran_between(backend, device):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_what_is_left_in_memory_is_not_read(structure, device):
-    """Fresh memory that holds other numbers: tests fill it with NaN, users' holds the last step."""
+    """Fresh memory may hold other numbers. Tests fill it with NaN; a user's holds the last step."""
     expected = operator(structure, torch.float32, "torch", device)
     torch.use_deterministic_algorithms(False)
     # What the allocator hands out next is likely to be this.

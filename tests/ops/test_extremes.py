@@ -1,8 +1,8 @@
 """Where numbers are at their ends: confident tokens, logits of 1e4, subnormals, float16, 32k tokens.
 
-Logits are given exactly, one column of the head a case, so that what is measured is the fold and
-not the rounding of a product. float64 is formed of differences to the label's logit, which do not
-cancel where `log_softmax` would.
+Logits are exact, one column of the head a case, so that the tests measure the fold and not the
+rounding of a product. The float64 truth uses differences to the label's logit, which do not cancel
+where `log_softmax` would.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(hidden, weight, labels, backend, structure, device, **options: Any):
 
 
 def exact(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor):
-    """The same in float64, without a difference of near-equal numbers; and what dW adds up, in size."""
+    """The truth, without a difference of near-equal numbers; and the size of dW's terms."""
     h, w = hidden.double(), weight.double()
     z = h @ w.t()
     column = labels.unsqueeze(1)
@@ -118,7 +118,7 @@ FAR = {
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("name", FAR)
 def test_far_and_equal_logits(name, structure, backend, device):
-    """At the largest, the smallest and a middle logit: finite, and as float64 has them."""
+    """At the largest, the smallest and a middle logit, results are finite and equal float64's."""
     V = 300
     rows = torch.linspace(*FAR[name], V).expand(3, V).clone()
     labels = torch.tensor([0, V - 1, 150])
@@ -140,7 +140,7 @@ def test_far_and_equal_logits(name, structure, backend, device):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_subnormals(structure, backend, device):
-    """A head, hidden states and gradients below 2^-126 are what they are, or 0, and never NaN."""
+    """A head, hidden states and gradients below 2^-126 keep their values or become 0, not NaN."""
     tiny = 1e-41
     torch.manual_seed(0)
     labels = torch.tensor([0, 129, 60, 5])
@@ -196,9 +196,9 @@ def test_float16_at_the_end_of_its_range(structure, backend, device):
 def test_a_sum_of_32k_tokens(device):
     """One pair of 32,768 tokens each: a sum's error is the tokens' own, and no more.
 
-    A token's log-prob is wrong by 2e-7 of the size of its logits at most, and errors of both signs
-    add up like a random walk; a sum is formed in float64 and rounded once. The bound here is
-    2e-7 sqrt(T) times the spread's 5 for the walk and half a unit in the last place of the sum.
+    A token's log-prob has an error of at most 2e-7 times the size of its logits. Errors of both
+    signs add up like a random walk. A sum is added in float64 and rounded once. So the bound is
+    2e-7 sqrt(T) times the spread of 5, plus half a unit in the last place of the sum.
     """
     T, H, V = 32768, 8, 64
     torch.manual_seed(0)
@@ -228,7 +228,7 @@ def test_a_sum_of_32k_tokens(device):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_vocabulary_of_262144(structure, backend, device):
-    """Gemma's: a confident token, an unlikely one and the last word."""
+    """Gemma's vocabulary: a confident token, an unlikely one and the last entry."""
     V, N, H = 262144, 3, 4
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, H), torch.randn(V, H)
@@ -250,7 +250,7 @@ def test_a_vocabulary_of_262144(structure, backend, device):
     bound = max(2e-6, 1.1 * relative(eager.grad.double(), true[1]))
     assert relative(leaf.grad.cpu().double(), true[1]) < bound
     if trains:
-        # Down to words of 1e-10, relative to what is added up for each.
+        # Down to entries of 1e-10, relative to what is added up for each.
         error = (head.grad.cpu().double() - true[2]).abs()
         assert (error <= 5e-6 * true[3]).all()
 
@@ -315,7 +315,7 @@ def test_nan_stays_nan_in_the_pair_kernel(name, place, as_gpus_compare, device):
 
 
 def of_no_weight() -> AlphaDPO:
-    """Statistics with a spread, whose z-score has no say."""
+    """Statistics with a spread; their z-score has a weight of 0."""
     objective = AlphaDPO(alpha=0.0)
     objective.statistics.variance.fill_(4.0)
     return objective
@@ -336,7 +336,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize("place", ["L_w", "L_l"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_label_without_probability_in_the_pair_kernel(name, place, device):
-    """A log-prob of -inf, where a bias rules a label out: as the formula has it, inf or finite."""
+    """If a bias rules a label out, its log-prob is -inf; the loss is the formula's, maybe inf."""
     objective = OBJECTIVES[name]().eval().to(device)
     ours, theirs, gradient = one_pair(objective, place, -math.inf, device)
     torch.testing.assert_close(
@@ -355,7 +355,7 @@ def test_a_label_without_probability_in_the_pair_kernel(name, place, device):
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_weight_of_0_leaves_out_what_it_weighs(bad):
-    """Exactly, though 0 times it is NaN: alpha-DPO is SimPO then, and TDPO2 DPO."""
+    """Exactly, although 0 times inf is NaN: alpha-DPO becomes SimPO, and TDPO2 becomes DPO."""
     given = [torch.tensor(x) for x in ([-3.0, -4.0], [-5.0, -9.0], [-1.0, bad], [-2.0, -3.0])]
     pairs = prefkern.Pairs(*given, *[torch.tensor([3, 2])] * 2)
     mine = of_no_weight().eval()(pairs)

@@ -1,12 +1,12 @@
 """Gradients against finite differences in float64: the operators, every objective, the trainer's loss.
 
-The torch backend computes in float64 what it is given in it, by the same passes over tiles, so that
-central differences know nine digits of every gradient and need no oracle.
+The torch backend computes float64 inputs in float64, by the same passes over tiles. So central
+differences give nine digits of every gradient, without an oracle.
 
-A coefficient under a stop-gradient moves when an input is moved, and its gradient is not taken: a
-difference quotient sees both. So the coefficients, margins and weights that an objective computes
-without gradient are taken at the point itself and held there, for the quotient alone; that the
-gradient is the same with and without is asserted, and so is that it matters.
+A coefficient under a stop-gradient changes with the inputs, but autograd does not differentiate it;
+a difference quotient would. So for the quotient the coefficients, margins and weights that an
+objective computes without gradient are computed once and kept. The tests assert that the gradient
+is the same with and without this, and that it matters for the quotient.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ TILES = {"tiles": 0.004, "one tile": 8.0}
 TRANSFORM = {"logit_scale": 1.2, "softcap": 4.0, "temperature": 0.8}
 
 
-def leaves(N: int, words: int, width: int, rank: int = 0) -> dict[str, Tensor]:
-    shapes = {"hidden": (N, width), "weight": (words, width), "bias": (words,)}
+def leaves(N: int, vocab: int, width: int, rank: int = 0) -> dict[str, Tensor]:
+    shapes = {"hidden": (N, width), "weight": (vocab, width), "bias": (vocab,)}
     if rank:
-        shapes |= {"lora_hidden": (N, rank), "lora_weight": (words, rank)}
+        shapes |= {"lora_hidden": (N, rank), "lora_weight": (vocab, rank)}
     return {
         name: torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for name, shape in shapes.items()
@@ -103,7 +103,7 @@ CONSTANTS = ("coefficients", "margin", "weight", "reference_point")
 
 
 def held(objective: Objective | UnpairedObjective) -> Objective | UnpairedObjective:
-    """The objective with its constants kept as they are when it is first asked for them."""
+    """The objective; its constants keep their first values."""
 
     def keeping(function: Callable[..., Any]) -> Callable[..., Any]:
         kept: list[Any] = []
@@ -173,7 +173,7 @@ class Batch:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_objective(name):
-    """Hidden states, weight and bias, through the loss; both pairs' losses."""
+    """Gradients of hidden states, weight and bias through the losses of both pairs."""
     batch = Batch()
     frozen = batch.losses(held(CASES[name].make()))
     values = list(batch.given.values())
@@ -211,7 +211,7 @@ def test_a_stop_gradient_stops_one(name):
 
 
 def test_a_clipped_coefficient_needs_no_stop():
-    """Where the ratio is far above its clip it does not move, and the quotient agrees as it is."""
+    """Far above the clip the coefficient is constant, and the plain quotient agrees."""
     batch = Batch()
     objective = objectives.build("adadpo", beta=0.1, clip=1e-6)
     check(batch.losses(objective), list(batch.given.values()))

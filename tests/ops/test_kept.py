@@ -1,8 +1,8 @@
 """The head's gradient from probabilities that forward kept: all tokens', some tokens', none.
 
-On a CPU, half-precision operands are raised to float32 before a product. What a GPU does instead,
-products of half-precision operands with a float32 result, is put in its place here where `wide` is
-asked for, so that what is kept is kept in that dtype.
+On a CPU, half-precision operands are raised to float32 before a product. A GPU multiplies
+half-precision operands with a float32 result. The fixture `wide` makes the CPU do as a GPU does, so
+that probabilities are kept in half precision.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ N, H, V = 22, 16, 300
 
 @pytest.fixture
 def wide(monkeypatch, device):
-    """Half-precision operands reach the products as they are."""
+    """Half-precision operands reach the products without being raised."""
     products_as_on_a_gpu(monkeypatch, device)
 
 
 @pytest.fixture
 def keep(monkeypatch):
-    """Fix how many tokens are kept, and tiles that divide nothing."""
+    """Fix how many tokens are kept, and tile sizes that divide neither N nor V."""
 
-    def fix(kept: int, words: int = 128) -> None:
-        tiles = plan.Tiles(8, words, 0, 0.0), plan.Tiles(11, words - 14, 0, 0.0)
+    def fix(kept: int, entries: int = 128) -> None:
+        tiles = plan.Tiles(8, entries, 0, 0.0), plan.Tiles(11, entries - 14, 0, 0.0)
         monkeypatch.setattr(plan, "_cheapest", lambda *_: (kept, *tiles))
 
     return fix
 
 
 def make(spread: float = 5.0, rising: float = 0.0) -> dict[str, torch.Tensor]:
-    """Labels in every tile, half of them the likeliest word; with `rising`, later words win."""
+    """Labels in every tile, half of them the likeliest; `rising` makes later entries likelier."""
     hidden = torch.randn(2, N // 2, H) * spread / H**0.5
     weight, bias = torch.randn(V, H), torch.randn(V) + rising * torch.arange(V)
     labels = torch.randint(V, (2, N // 2))
@@ -112,14 +112,14 @@ def test_half_precision_is_no_worse_than_eager(transform, dtype, kept, backend, 
 
 @pytest.mark.parametrize("kept", [0, 2])
 def test_sums_beyond_float16(kept, backend, device, keep, wide):
-    """Equal logits over 70,000 words: the sum over the other words is no number of float16."""
-    keep(kept, words=40_000)
-    words = 70_000
+    """Equal logits over 70,000 entries: the sum over the other entries overflows float16."""
+    keep(kept, entries=40_000)
+    entries = 70_000
     hidden = torch.randn(2, 8, device=device, dtype=torch.float16).requires_grad_()
-    weight = torch.ones(words, 8, device=device, dtype=torch.float16).requires_grad_()
-    labels = torch.tensor([3, words - 1], device=device)
+    weight = torch.ones(entries, 8, device=device, dtype=torch.float16).requires_grad_()
+    labels = torch.tensor([3, entries - 1], device=device)
     prefkern.linear_logprobs(hidden, weight, labels, backend=backend).sum().backward()
-    expected = -torch.ones(words, 2, device=device, dtype=torch.float64) / words
+    expected = -torch.ones(entries, 2, device=device, dtype=torch.float64) / entries
     expected[labels, [0, 1]] += 1
     expected = expected @ hidden.detach().double()
     assert weight.grad.isfinite().all()
@@ -129,7 +129,7 @@ def test_sums_beyond_float16(kept, backend, device, keep, wide):
 
 
 def test_tiny_gradients_in_float16(backend, device, keep, wide):
-    """r is brought to the size of 1 before it scales hidden in float16, whatever the loss's scale."""
+    """r is scaled to about 1 before it scales hidden in float16, at any scale of the loss."""
     keep(21)
     case = {name: value.to(device) for name, value in make().items()}
     for name in ("hidden", "weight", "bias"):

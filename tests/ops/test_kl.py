@@ -101,7 +101,7 @@ def test_the_oracle_is_torch_kl_div():
 @pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
 @pytest.mark.long(backend="triton", head="bias only")
 @pytest.mark.long(backend="triton", loss="both")
-@pytest.mark.long(backend="triton", name=["one word", "two words", "127 words"])
+@pytest.mark.long(backend="triton", name=["one entry", "two entries", "127 entries"])
 def test_float32_against_float64(name, head, loss, backend, device):
     V, spread, options, has_bias = CASES[name]
     case = make(V, spread)
@@ -123,7 +123,7 @@ def test_float32_against_float64(name, head, loss, backend, device):
     for mine, true in zip(ours[3:], truth[3:], strict=True):
         assert (mine is None) == (true is None)
         if true is not None:
-            # One word has no gradient at all: then every element is 0 in both.
+            # One entry has no gradient at all: then every element is 0 in both.
             assert relative(mine, true) <= (0 if V == 1 else 1e-6 * size)
 
 
@@ -132,7 +132,7 @@ def test_float32_against_float64(name, head, loss, backend, device):
 @pytest.mark.long(backend="triton", head="frozen")
 @pytest.mark.long(backend="triton", V=129)
 def test_tiles_both_ways(V, head, backend, device):
-    """As many tiles as a workspace of nothing makes, beside one tile of everything."""
+    """The smallest tiles against one tile of everything."""
     case = make(V, 5.0)
     results = []
     for workspace_mb in (1e-6, 64):
@@ -154,7 +154,7 @@ def test_tiles_both_ways(V, head, backend, device):
 @pytest.mark.parametrize("distance", [1e-3, 1e-2, 0.1])
 @pytest.mark.long(backend="triton", distance=[1e-2, 0.1])
 def test_near_the_reference(distance, backend, device):
-    """The divergence is of second order in what sets the models apart; its error must be small."""
+    """The divergence is of second order in the models' distance; its error must be as small."""
     case = make(1000, 5.0, distance=distance)
     keywords = {"loss": LOSSES["kl"], "trains": HEADS["frozen"]}
     ours = run(
@@ -184,7 +184,7 @@ def test_equal_models_have_no_divergence(V, options, head, dtype, backend, devic
 
 
 def test_all_logits_far_below_zero(backend, device):
-    """A tail that were read as 0 would outweigh every real logit."""
+    """If the tail past V were read as 0, it would outweigh every real logit."""
     case = make(127, 1.0)
     case["bias"] -= 500
     case["ref_bias"] -= 300
@@ -201,7 +201,7 @@ def test_all_logits_far_below_zero(backend, device):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("head", ["frozen", "trained"])
-def test_words_that_neither_model_can_say(head, backend, device):
+def test_entries_that_neither_model_can_produce(head, backend, device):
     """A vocabulary padded with biases of -inf is the vocabulary without them."""
     case = make(129, 3.0)
     case["labels"] %= 120
@@ -225,7 +225,7 @@ def test_words_that_neither_model_can_say(head, backend, device):
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.long(backend="triton", who=["policy", "reference"])
 def test_a_label_that_is_ruled_out(head, who, backend, device):
-    """The divergence does not depend on the label: what one model rules out may be it."""
+    """The divergence does not depend on the label, which one model may rule out."""
     case = make(129, 3.0)
     case["labels"][case["labels"] >= 0] = 5
     if who != "reference":
@@ -248,13 +248,13 @@ def test_a_label_that_is_ruled_out(head, who, backend, device):
             torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
 
 
-# The word each model is confident of (None: of none), and the label.
+# The entry that each model is confident of (None: of none), and the label.
 CONFIDENCE = {
     "both, of the label": (7, 7, 7),
-    "both, of another word": (9, 9, 7),
+    "both, of another entry": (9, 9, 7),
     "policy": (7, None, 7),
     "reference": (None, 7, 7),
-    "of two words": (7, 130, 7),
+    "of two entries": (7, 130, 7),
 }
 
 
@@ -263,12 +263,12 @@ CONFIDENCE = {
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_confident_tokens(head, name, height, backend, device):
     """One logit far above the rest: values to float32 accuracy, and no NaN."""
-    policy_word, ref_word, label = CONFIDENCE[name]
+    policy_entry, ref_entry, label = CONFIDENCE[name]
     case = make(200, 1.0, N=3)
     case["labels"] = torch.full((3, 1), label)
-    for bias, word in ((case["bias"], policy_word), (case["ref_bias"], ref_word)):
-        if word is not None:
-            bias[word] += height
+    for bias, entry in ((case["bias"], policy_entry), (case["ref_bias"], ref_entry)):
+        if entry is not None:
+            bias[entry] += height
     keywords = {"trains": HEADS[head], "loss": LOSSES["both"]}
     ours = run(
         linear_kl, case, torch.float32, device, backend=backend, workspace_mb=SMALL, **keywords
@@ -282,7 +282,7 @@ def test_confident_tokens(head, name, height, backend, device):
 
 
 def test_divergence_of_confident_models_keeps_its_relative_precision(backend, device):
-    """Where both hold the label for all but certain, kl is of the size of what is left."""
+    """If both models are almost certain of the label, kl is as small as the rest."""
     hidden, ref_hidden = (
         torch.tensor([[12.0], [20.0], [30.0]]),
         torch.tensor([[11.0], [22.0], [29]]),
@@ -334,7 +334,7 @@ def test_half_precision_is_no_worse_than_eager(distance, dtype, head, backend, d
 
 
 def test_gradients_by_finite_differences(backend, device):
-    """Independent of any oracle: central differences of the operator's own values."""
+    """Without an oracle: central differences of the operator's own values."""
     case = make(40, 3.0, N=6, H=8)
     _, _, _, *gradients = run(
         linear_kl, case, torch.float32, device, backend=backend, loss=LOSSES["both"], **TRANSFORM
@@ -417,7 +417,7 @@ def test_the_gradient_of_one_output_alone(name, head, backend, device):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_nothing_of_the_reference_has_a_gradient(trained, backend, device):
-    """Whatever requires one; and one tied head may be both models'."""
+    """Even if its tensors require one, or if both models share a tied head."""
     case = {name: value.to(device) for name, value in make(129, 5.0, distance=0.1).items()}
     case["ref_weight"] = case["weight"].requires_grad_(trained)
     for name in ("hidden", "ref_hidden", "ref_bias"):
@@ -552,7 +552,7 @@ def test_tokens_not_scored_are_never_read(backend, device):
 
 
 def test_run_gives_scored_tokens_and_the_plan(backend, device):
-    """What the loss calls: checked arguments, (N,) values."""
+    """The call that the loss makes: checked arguments in, (N,) values out."""
     case = {name: value.to(device) for name, value in make(129, 5.0).items()}
     labels = case.pop("labels")
     scored = sequences.select(labels.reshape(-1), -100, 129)
@@ -901,7 +901,7 @@ def pair_of_tiles(n: int, v: int, start: int, device: str):
 def running_states(
     n: int, started: bool, with_stats: bool, device: str
 ) -> tuple[fold_state.FoldState, fold_state.FoldState]:
-    """States of policy and reference: of a first tile, whatever they hold, or of a later one."""
+    """States of policy and reference: arbitrary before a first tile, else valid ones."""
     place = torch.device(device)
     state = fold_state.FoldState.empty(n, place, with_stats)
     ref_state = fold_state.FoldState.empty(n, place, with_cross=True)

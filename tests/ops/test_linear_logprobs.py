@@ -18,12 +18,12 @@ from support.logprobs import CASES, HEADS, SMALL, TRANSFORM, make, relative, run
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.long(backend="triton", head="bias only")
 @pytest.mark.long(backend="triton", name=["temperature", "scale", "softcap"])
-@pytest.mark.long(backend="triton", name=["one word", "two words", "127 words"], head="frozen")
+@pytest.mark.long(backend="triton", name=["one entry", "two entries", "127 entries"], head="frozen")
 @pytest.mark.long(
-    backend="triton", workspace_mb=4, name=["one word", "two words", "127 words", "saturated"]
+    backend="triton", workspace_mb=4, name=["one entry", "two entries", "127 entries", "saturated"]
 )
 def test_float32_against_float64(name, head, workspace_mb, backend, device):
-    """In many tiles, of which none is kept for the head's gradient, and in one, kept."""
+    """In many tiles, with nothing kept for the head's gradient; and in one tile, which is kept."""
     V, spread, options, has_bias = CASES[name]
     case = make(V, spread)
     grad = torch.randn(case["labels"].shape)
@@ -52,7 +52,7 @@ def test_float32_against_float64(name, head, workspace_mb, backend, device):
     for mine, true in zip(ours[1:], truth[1:], strict=True):
         assert (mine is None) == (true is None)
         if true is not None:
-            # One word has no gradient at all: then every element is 0 in both.
+            # One entry has no gradient at all: then every element is 0 in both.
             bound = 0 if V == 1 else 1e-6 * max(spread, 5)
             assert relative(mine, true) <= bound
 
@@ -77,7 +77,7 @@ def test_vocabularies_that_no_tile_divides(V, backend, device):
 
 
 def test_all_logits_far_below_zero(backend, device):
-    """A tail that were read as 0 would outweigh every real logit."""
+    """If the tail past V were read as 0, it would outweigh every real logit."""
     case = make(127, 1.0)
     case["bias"] -= 500
     grad = torch.randn(case["labels"].shape)
@@ -140,7 +140,7 @@ def test_half_precision_gradients_are_rounded_once(dtype, head, backend, device)
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_a_confident_token_keeps_its_relative_precision(head, backend, device):
-    """At p = 1 - 1e-9 float32's 1 - p is 0: the label's column must be left out, not subtracted."""
+    """At p = 1 - 1e-9, 1 - p is 0 in float32: leave the label's column out, do not subtract it."""
     H, V = 4, 50
     case = make(V, 1.0, N=3, H=H)
     case["hidden"] = torch.zeros(3, 1, H)
@@ -162,7 +162,7 @@ def test_a_confident_token_keeps_its_relative_precision(head, backend, device):
 
 
 def test_gradients_by_finite_differences(backend, device):
-    """Independent of any oracle: central differences of the operator's own values."""
+    """Without an oracle: central differences of the operator's own values."""
     case = make(40, 3.0, N=6, H=8)
     grad = torch.randn(case["labels"].shape)
     _, *gradients = run(
@@ -217,7 +217,7 @@ def run_statistics(arguments, backend, device, **transform):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.long(backend="triton", V=[1, 127])
 def test_log_collision(with_bias, transform, V, backend, device):
-    """log sum_v p_v^2, over several tiles: labels that are the largest logit and that are not."""
+    """log sum_v p_v^2 over several tiles, with labels of the largest logit and others."""
     case = make(V, 5.0)
     hidden, labels = case["hidden"].flatten(0, 1), case["labels"].clamp(min=0).flatten()
     bias = case["bias"] if with_bias else None
@@ -229,7 +229,7 @@ def test_log_collision(with_bias, transform, V, backend, device):
 
 
 def test_log_collision_of_a_confident_token_keeps_its_relative_precision(backend, device):
-    """Where the label holds all but 1e-9 of the probability, it is -2e-9 and not 0."""
+    """If the label has all but 1e-9 of the probability, the result is -2e-9 and not 0."""
     hidden = torch.tensor([[10.0], [20.0], [30.0]])
     weight = torch.linspace(-0.1, 0.0, 127).unsqueeze(1)
     weight[7] = 1.0
@@ -242,7 +242,7 @@ def test_log_collision_of_a_confident_token_keeps_its_relative_precision(backend
     torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-5, atol=0)
 
 
-def test_top1_ties_go_to_the_first_word(backend, device):
+def test_top1_ties_go_to_the_first_entry(backend, device):
     weight = torch.zeros(4, 2, device=device)
     weight[1:3] = 1.0
     hidden = torch.ones(2, 2, device=device)
@@ -254,7 +254,7 @@ def test_top1_ties_go_to_the_first_word(backend, device):
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 @pytest.mark.long(backend="triton")
 def test_the_structures_agree_bit_for_bit(head, backend, device):
-    """A reference pass (forward only) gives the policy's numbers, so that their ratio is exact."""
+    """A reference pass (forward only) gives the same numbers as the policy's pass."""
     case = make(300, 5.0)
     keywords = {"backend": backend, "workspace_mb": 0.02}
     logps, *_ = run(
@@ -335,7 +335,7 @@ def test_autocast(trained, backend, device):
 
 
 def test_autocast_takes_mixed_dtypes(backend, device):
-    """A bf16 frozen head below float32 hidden states, as LoRA under autocast has it."""
+    """A frozen bf16 head with float32 hidden states, as in LoRA under autocast."""
     case = make(129, 5.0)
     hidden = case["hidden"].to(device, copy=True).requires_grad_()
     weight = case["weight"].to(device).bfloat16()
@@ -364,7 +364,7 @@ def test_views_and_shapes(backend, device):
 
 @pytest.mark.parametrize("view", ["strided", "expanded"])
 def test_labels_and_bias_may_be_views(view, backend, device):
-    """A kernel that walks memory word by word must not walk past what the view shows."""
+    """A kernel reads memory element by element, but must not read past the end of a view."""
     hidden = torch.randn(6, 8)
     weight = torch.randn(30, 8)
     if view == "strided":

@@ -133,7 +133,7 @@ def test_half_precision_is_as_exact_as_its_inputs(dtype, adapter_dtype, backend,
 
 
 def test_operations_are_the_frozen_heads_and_the_adapters(device):
-    """Nothing of the head's width is spent on dW where W is frozen, nor on D where hidden is."""
+    """If W is frozen, dW costs nothing of the head's width; if hidden is frozen, nor does D."""
     tensors, labels = _problem((4, 60), 1500, 1.0, torch.float32, device)
     N, V, W = int((labels != -100).sum()), 1500, H + 8
     _gradients(prefkern.linear_logprobs, tensors, labels, TRAINED["adapter"], workspace_mb=64)

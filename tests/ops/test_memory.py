@@ -1,7 +1,8 @@
 """Out of memory, injected at every allocation of a small call: a right result or an error, nothing between.
 
-`Allocator` stands in for the device's: it refuses those of a call's fresh tensors that it is told
-to, with either device's exception. What is right is decided in float64; what is untouched, bitwise.
+`Allocator` replaces the device's: it refuses the chosen ones of a call's fresh tensors, with the
+exception of a CPU or of a GPU. Results are compared with float64; tensors that must not change,
+bitwise.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from support.machine import BACKENDS, DEVICE
 from support.ranks import run_on_two_ranks
 
 B, T, H, V = 2, 9, 8, 300
-# A few tiles of tokens and words, that can be halved.
+# A few tiles of tokens and entries, which can be halved.
 WORKSPACE_MB = 0.06
 REFUSALS = {
     "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0"),
-    # As torch words it; `test_a_cpu_refuses_in_these_words`.
+    # Torch's own message; `test_a_cpu_refuses_in_these_words` checks it.
     "cpu": lambda: RuntimeError(
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
         "you tried to allocate 1073741824 bytes. Error code 12 (Cannot allocate memory)"
@@ -42,7 +43,7 @@ REFUSALS = {
 
 
 class Allocator(TorchDispatchMode):
-    """Refuses a fresh tensor where `refuses(its number, its bytes)`; sees those that it gave."""
+    """Refuses a fresh tensor if `refuses(its number, its bytes)`; records those that it gave."""
 
     def __init__(
         self, refuses: Callable[[int, int], bool] = lambda k, size: False, device: str = "gpu"
@@ -75,7 +76,7 @@ def is_tensor(x: object) -> bool:
 
 
 class Call:
-    """A differentiable call: its leaves, those of them that train, and what it is in float64."""
+    """A differentiable call: its leaves, the trained ones, and the truth in float64."""
 
     def __init__(self, fused: Callable, oracle: Callable, trains: tuple[str, ...], **tensors):
         self.fused, self.oracle, self.trains, self.tensors = fused, oracle, trains, tensors
@@ -112,7 +113,7 @@ def tensors(**more: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def weighed(call: Callable, **options) -> Callable:
-    """A scalar of per-token numbers, whose every token counts differently."""
+    """A scalar of per-token numbers in which every token has a different weight."""
 
     def loss(**leaves: torch.Tensor) -> torch.Tensor:
         out = call(**leaves, **options)
@@ -172,7 +173,7 @@ def assert_right(name: str, loss, leaves, expected) -> None:
 def attempt(
     made: Call, allocator: Allocator, grads: dict[str, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], RuntimeError | None]:
-    """Loss and leaves with their gradients (added to those that are there), or the error."""
+    """Loss and leaves, with gradients added to existing ones; or the error."""
     leaves = made.leaves()
     for name, grad in (grads or {}).items():
         leaves[name].grad = grad.clone()
@@ -204,7 +205,9 @@ EVERY = {
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
 @pytest.mark.parametrize("name", EVERY)
 def test_at_every_allocation(name, lasting, request):
-    """The k-th fresh tensor is refused, alone or with all after it: right, or an error and no trace.
+    """The k-th fresh tensor is refused, alone or with all later ones.
+
+    The result is right, or an error that changes nothing.
 
     Some k, spread over all; with --long each.
     """
@@ -245,7 +248,7 @@ def step(function: Callable, leaves: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def refused_once(size: int, device: str = "gpu") -> Allocator:
-    """An allocator that has no block of so many bytes the first time that one is asked for."""
+    """An allocator that refuses the first request for so many bytes."""
     allocator = Allocator(device=device)
     allocator.refuses = lambda k, nbytes: nbytes >= size and not allocator.refused
     return allocator
@@ -255,7 +258,7 @@ def refused_once(size: int, device: str = "gpu") -> Allocator:
 @pytest.mark.parametrize("device", REFUSALS)
 @pytest.mark.long(backend="triton")
 def test_a_tile_of_forward_is_halved(device, backend):
-    """The warning says what was tried and is tried; the plan that ran is recorded, and in `out.plan`."""
+    """The warning says what was tried and what comes next; the plan that ran is recorded."""
     made = call("loss", backend)
     leaves = made.leaves()
     loss_fn = prefkern.FusedPreferenceLoss(
@@ -281,7 +284,7 @@ def test_a_tile_of_forward_is_halved(device, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backward_gives_back_what_forward_kept(backend):
-    """Probabilities are freed and recomputed, in tiles of half as much; a second backward as well."""
+    """Probabilities are freed and computed again in half the memory, in a second backward too."""
     made = call("trained head", backend)
     leaves = made.leaves()
     loss = made.fused(**leaves)
@@ -321,7 +324,7 @@ def find_kept(node, made: prefkern.Plan) -> torch.Tensor:
 
 
 def test_a_hook_keeps_its_own_memory():
-    """What saved-tensor hooks hold may be part of something else, and is left alone."""
+    """Tensors of saved-tensor hooks may share memory with others, so they are not freed."""
     pool = []
 
     def pack(x: torch.Tensor) -> int:
@@ -344,7 +347,7 @@ def test_a_hook_keeps_its_own_memory():
 
 @pytest.mark.parametrize("name", ["trained head", "kl, trained head", "adapter"])
 def test_nothing_of_the_failed_attempt_is_alive_at_the_second(name):
-    """Its tensors hang on the frames of its exception, and would be in the second one's way."""
+    """Its tensors hang on its exception's frames, and would take the second one's memory."""
     made = call(name, workspace_mb=EVERY[name])
     counted = Allocator()
     attempt(made, counted)
@@ -362,7 +365,7 @@ def test_nothing_of_the_failed_attempt_is_alive_at_the_second(name):
 
 
 def test_the_second_refusal_says_what_would_fit():
-    """The workspace that it names is the least, and gets through where nothing larger does."""
+    """The error names the smallest workspace; a call with it succeeds where a larger one fails."""
     made = call("trained head")
     leaves = made.leaves()
     made.fused(**leaves)
@@ -419,7 +422,7 @@ def test_other_errors_pass(monkeypatch):
 
 
 def test_a_cpu_refuses_in_these_words():
-    """Torch's exception for a CPU is told from others by its words alone."""
+    """Only its message tells torch's exception for a CPU from others."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**58, dtype=torch.uint8)
     assert memory.is_out_of_memory(raised.value)
@@ -427,7 +430,7 @@ def test_a_cpu_refuses_in_these_words():
 
 
 def test_a_search_for_a_batch_size_knows_the_error():
-    """accelerate's, behind `auto_find_batch_size`, goes by an error's words."""
+    """accelerate's search (`auto_find_batch_size`) reads the error's message."""
     should_reduce = pytest.importorskip("accelerate.utils.memory").should_reduce_batch_size
     for device in REFUSALS:
         _, _, error = attempt(call("frozen head"), Allocator(lambda k, size: size > 512, device))
@@ -467,7 +470,7 @@ def test_a_graph_that_is_captured_is_not_begun_again(monkeypatch):
 
 
 def refuse_attempts(monkeypatch, numbers: set[int]) -> list[prefkern.Plan]:
-    """The first allocations of these attempts at a pass, the first being 1; returns all plans."""
+    """Refuse the first allocation of these attempts, counted from 1; returns all plans."""
     unpatched, plans = memory._run, []
 
     def run(function, plan):
@@ -480,7 +483,7 @@ def refuse_attempts(monkeypatch, numbers: set[int]) -> list[prefkern.Plan]:
 
 
 def test_a_training_run_goes_on(tmp_path, monkeypatch):
-    """With a refusal in the reference's pass, in the policy's and in backward."""
+    """After a refusal in the reference's pass, in the policy's and in backward."""
     pytest.importorskip("accelerate")
     from support.training import assert_same_weights, trainer, weights
 
@@ -504,7 +507,7 @@ def test_a_training_run_goes_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_compiled(phase, monkeypatch):
-    """The operator under torch.compile halves what its kept probabilities leave."""
+    """Under torch.compile the operator halves the memory beside its kept probabilities."""
     made = call("trained head", workspace_mb=64)
     expected = made.expected()
     torch._dynamo.reset()
@@ -524,7 +527,7 @@ def test_compiled(phase, monkeypatch):
 
 @pytest.mark.long
 def test_a_rank_retries_alone(tmp_path):
-    """Nothing is waited for inside a pass: with a refusal on one of two ranks both go on alike."""
+    """A pass waits for no other rank: after a refusal on one rank, both end with equal results."""
     outputs = run_on_two_ranks(__file__, str(tmp_path))
     assert [output.strip().splitlines()[-1] for output in outputs] == ["retried 0", "retried 1"]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

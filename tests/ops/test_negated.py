@@ -1,4 +1,4 @@
-"""Tensors whose memory holds the negative of what they are (`z.conj().imag`), wherever kernels read."""
+"""Tensors whose memory holds their negative (`z.conj().imag`), as every argument of a kernel."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def numbers(
     changed: str,
     trains: bool,
 ) -> list[torch.Tensor]:
-    """Values and gradients, where an argument, or what comes back from the loss, is negated."""
+    """Values and gradients, with a negated argument or a negated gradient from the loss."""
     trained = ("hidden", "bias", "lora_hidden", "lora_weight", "weight" if trains else "")
     case = {name: given[name].clone() for name in (*names, "labels")}
     leaves = [x.requires_grad_() for name, x in case.items() if name in trained]
@@ -92,7 +92,7 @@ def test_is_what_it_says(call, names, changed, trains, backend, device):
 
 
 def test_a_reference_of_the_same_memory_negated_is_another_head(backend, device):
-    """-W over the memory of W is not W, though all that tells two views apart is the same."""
+    """-W over the memory of W is not W, although address, shape, strides and dtype are the same."""
     case = {name: arguments(device)[name] for name in ("hidden", "weight", "labels", "ref_hidden")}
     pair = torch.view_as_complex(torch.stack([case["weight"], case["weight"]], -1))
     case["weight"], other = pair.imag, pair.conj().imag

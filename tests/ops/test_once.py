@@ -1,8 +1,8 @@
-"""What is computed once is differentiated once: every way to a second derivative raises.
+"""Results can be differentiated once: every way to a second derivative raises.
 
-Autograd runs only the nodes between a result and what is asked for, so each way is asked for what a
-penalty on gradients would ask for: a weight before the hidden states, the hidden states, the head,
-and a factor of the log-probs.
+Autograd runs only the nodes between a result and the inputs that it is asked for. So the tests ask
+for what a gradient penalty would ask for: a weight before the hidden states, the hidden states, the
+head, and a factor of the log-probs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_nor_does_a_bias_lose_its_tangent(operator, backend, device):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_hidden_states_are_not_held_for_that(frozen, backend, device):
-    """With a frozen head their memory is free for others once the log-probs are there."""
+    """With a frozen head their memory is free again after the log-probs are computed."""
     states = torch.randn(5, H, device=device, requires_grad=True)
     weight = torch.randn(V, H, device=device, requires_grad=not frozen)
     hidden = states * 2
@@ -115,7 +115,7 @@ def test_hidden_states_are_not_held_for_that(frozen, backend, device):
 
 @pytest.mark.parametrize("name", ["dpo", "adadpo", "alphadpo", "tdpo2"])
 def test_a_loss_is_a_function_of_its_log_probs(name, backend, device):
-    """`d loss / d chosen_logps` can be asked for, and is what the output says it is."""
+    """Autograd gives `d loss / d chosen_logps`, and it equals the output's gradient."""
     loss_fn = prefkern.FusedPreferenceLoss(objectives.build(name), backend=backend)
     weight = torch.randn(V, H, device=device)
     hidden = torch.randn(2 * B, T, H, device=device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""What a call costs: counted products, counted bytes, and the plan that promised them."""
+"""What a call costs: counted products and bytes against those of the plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 2**20
 def problem(
     case: str, dtype: torch.dtype, device: str, shape: tuple[int, int, int] = (N, H, V)
 ) -> tuple[torch.Tensor, ...]:
-    """hidden, weight and labels, of which `case` says what is trained."""
+    """hidden, weight and labels; `case` says what is trained."""
     n, h, v = shape
     hidden = torch.randn(n, h, device=device, dtype=dtype)
     weight = torch.randn(v, h, device=device, dtype=dtype)
@@ -59,7 +59,7 @@ def test_operations_in_nhv(case, workspace_mb, operations, device):
 
 
 def test_a_workspace_between_keeps_some_tokens(device):
-    """Every token kept saves its 2HV: the cost falls in steps, not at once."""
+    """Each kept token saves 2HV operations, so the cost falls in steps."""
     costs = []
     for workspace_mb in (1, 12, 14, 16, 18):
         hidden, weight, labels = problem("trained", torch.float32, device)
@@ -113,7 +113,7 @@ def test_temporary_memory_stays_within_the_workspace(
     assert used <= 1.05 * workspace_mb * MIB
 
 
-# Few tokens or many, of a few words or many, wide or narrow: (tokens, hidden, words).
+# Few tokens or many, a small or a large vocabulary, wide or narrow: (tokens, hidden, vocabulary).
 SHAPES = [(1, 8192, 512), (24, 16384, 300), (60_000, 8, 40), (300, 16, 262_144), (2000, 640, 5000)]
 
 
@@ -127,7 +127,7 @@ def test_8_mb_are_enough_for_any_shape(case, shape, device):
 
 @pytest.mark.parametrize("case", ["forward", "frozen", "trained"])
 def test_the_copies_that_autocast_makes_count(case, device):
-    """float32 weights and states are rounded, and on a CPU raised again: three of each at once."""
+    """float32 weights and states are rounded, and raised again on a CPU: three of each at once."""
     hidden, weight, labels = problem(case, torch.float32, device, (152, 1024, 12000))
     labels[::3] = -100
     with Meter() as meter, torch.autocast(device, torch.bfloat16):
@@ -148,7 +148,7 @@ COMMON = {
 
 
 def test_the_plan_uses_the_workspace():
-    """Neither more than the bound nor so little that the products become slivers."""
+    """Not more than the bound, and not so little that the products become too narrow."""
     for workspace_mb, trained in itertools.product((8, 64, 512, 4096, 8192), (False, True)):
         made = plan.make_plan(
             **COMMON, gradients=plan.Gradients(True, trained, False), workspace_mb=workspace_mb
@@ -202,7 +202,7 @@ def test_plan_for_is_the_plan_that_runs(device):
 
 
 def test_plan_for_a_gpu_that_is_not_here():
-    """What a call will cost can be asked anywhere: a Llama-3-8B head, trained, on a GPU."""
+    """Any machine can compute the cost of a call: here of a trained Llama-3-8B head on a GPU."""
     made = prefkern.plan_for(
         16384, 4096, 128256, device="cuda", trains_head=True, workspace_mb=6000
     )

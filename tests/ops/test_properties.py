@@ -1,8 +1,8 @@
-"""The operator on problems that are drawn (`drawn`), held to derived bounds (`error_bounds`).
+"""The operator on drawn problems (`drawn`), within derived bounds (`error_bounds`).
 
-Each value and each gradient is held to float64 on the same rounded inputs, element by element, and
-to invariances: bitwise where the same numbers meet in the same order, and otherwise to twice those
-bounds, for both ways are within one of the truth.
+Each value and each gradient is compared with float64 on the same rounded inputs, element by
+element. Invariances are tested too: bitwise if both ways add the same numbers in the same order,
+else within twice the bounds, since both ways are within one bound of the truth.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_float64s(backend, data):
 
 @given(st.data())
 def test_float64_is_the_oracles_to_its_own_digits(data):
-    """On the torch backend, which alone computes in it."""
+    """On the torch backend; the other one does not compute in float64."""
     problem = data.draw(problems("torch", dtypes=(torch.float64,)))
     logps, gradients = run(problem)
     doubled, scored = problem.doubled(), problem.scored
@@ -94,7 +94,7 @@ def test_float64_is_the_oracles_to_its_own_digits(data):
 
 
 def assert_same(problem: Problem, bounds: TokenBounds, before: Any, after: Any) -> None:
-    """Of two ways to one result: both are within the bounds of the truth."""
+    """Assert that two ways to one result agree; each is within the bounds of the truth."""
     scored = problem.scored
     assert_within(after[0][scored], before[0][scored].double(), 2 * bounds.logps, "logps")
     limits = gradient_bounds(problem, bounds, problem.grad)
@@ -189,7 +189,7 @@ def test_order_tile_and_shift_do_not_show(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_tokens_that_are_not_scored_change_no_bit(backend, data):
-    """Padding, and whatever it holds: the rows that are scored meet the same tiles."""
+    """Padding with any content changes nothing: the scored rows are in the same tiles."""
     problem = data.draw(problems(backend, layouts=("contiguous",)))
     # With nothing to leave out rows are not gathered, and a product may read them in another order.
     assume(not problem.scored.all())
@@ -225,7 +225,7 @@ def test_tokens_that_are_not_scored_change_no_bit(backend, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @given(st.data())
 def test_probabilities_sum_to_1(backend, data):
-    """Every word of one hidden state scored, and sum_v p_v d logp_v / dx = 0 of every gradient."""
+    """Every entry scored for one hidden state; for every gradient sum_v p_v d logp_v / dx = 0."""
     largest = {"torch": (1, 100, 500), "triton": (1, 40, 33)}[backend]
     problem = data.draw(problems(backend, layouts=("contiguous",), largest=largest))
     V = problem.tensors["weight"].shape[0]

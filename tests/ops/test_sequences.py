@@ -1,4 +1,4 @@
-"""Sums of sequences: added in float64 and rounded once, whichever way a loss takes."""
+"""Sums of sequences are added in float64 and rounded once, in every way to a loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_sequence_sums_are_rounded_once(batch):
 
 
 def test_compiled_sums_are_float64s(batch):
-    """Differences of a running sum: as exact as that of the whole batch."""
+    """Under torch.compile, sums are as exact as float64's."""
     logps, offsets, exact = batch
     assert compiled.sequence_sums(logps, offsets).tolist() == pytest.approx(exact, rel=1e-7)
 

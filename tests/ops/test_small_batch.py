@@ -1,4 +1,4 @@
-"""A batch of some tokens: what is started on a device, counted beside the textbook loss."""
+"""A batch of a few tokens: the launches on a device, against those of the textbook loss."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Started(TorchDispatchMode):
 
 
 class Uninterpreted:
-    """The kernels, each launch of which counts as that alone, whatever the interpreter does."""
+    """The kernels; each launch counts once, and not the interpreter's operators in it."""
 
     def __getattr__(self, name):
         value = getattr(kernels, name)
@@ -65,7 +65,7 @@ def textbook(hidden, weight, labels, ref_logps):
 
 @pytest.mark.parametrize(("trained", "more"), [(False, 2), (True, 9)])
 def test_few_launches(trained, more, device):
-    """As many as the textbook has, but for the two casts that it takes where logits are bf16."""
+    """As few as the textbook's, except for its two casts of bf16 logits."""
     hidden = torch.randn(4, 32, 64, device=device, requires_grad=True)
     weight = torch.randn(1000, 64, device=device, requires_grad=trained)
     labels = torch.randint(1000, (4, 32), device=device)

@@ -1,8 +1,8 @@
 """Labels on both sides of every tile's edge.
 
-A label just beyond a tile's end is the first word of the next one: a comparison that is off by one
-takes it for the last word of this one, and drops that from the sum, which labels at random hardly
-ever see.
+A label just beyond the end of a tile is the first entry of the next tile. A comparison that is off
+by one takes it for the last entry of this tile, and leaves that out of the sum. Random labels would
+hardly ever show this.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from prefkern.ops import plan
 from support.logprobs import relative
 
 H, V, TILE = 4, 70, 24
-# The ends of the vocabulary, and the words around each edge.
+# The ends of the vocabulary, and the entries around each edge.
 EDGES = (0, 1, 22, 23, 24, 25, 46, 47, 48, 49, 68, 69)
 
 
 def tensors() -> dict[str, torch.Tensor]:
     return {
         "hidden": 2 * torch.randn(len(EDGES), H),
-        # No word's share is so small that it could go missing unseen.
+        # Every entry's share is large enough that its loss would show.
         "weight": 0.3 * torch.randn(V, H),
         "bias": 0.3 * torch.randn(V),
         "labels": torch.tensor(EDGES),
@@ -33,7 +33,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def run(functions, name: str, given: dict, dtype, device: str, trained: bool, **options):
-    """What a call gives, (N,) each, and the gradients of hidden, weight and bias."""
+    """The results of a call, (N,) each, and the gradients of hidden, weight and bias."""
     leaves = {
         key: x.to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
         for key, x in given.items()

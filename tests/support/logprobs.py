@@ -8,9 +8,9 @@ TRANSFORM = {"logit_scale": 1.3, "softcap": 6.0, "temperature": 0.7}
 # name: (V, spread of the logits, options, has bias)
 CASES = {
     "plain": (129, 5.0, {}, False),
-    "one word": (1, 1.0, {}, False),
-    "two words": (2, 5.0, {}, True),
-    "127 words": (127, 5.0, {}, True),
+    "one entry": (1, 1.0, {}, False),
+    "two entries": (2, 5.0, {}, True),
+    "127 entries": (127, 5.0, {}, True),
     "transform": (300, 8.0, TRANSFORM, True),
     "softcap": (129, 40.0, {"softcap": 30.0}, False),
     "scale": (129, 5.0, {"logit_scale": -0.25}, False),

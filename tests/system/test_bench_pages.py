@@ -1,4 +1,4 @@
-"""The script that counts plans, and the one that writes what was measured into pages."""
+"""The script that counts plans, and the one that writes measured figures into pages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_broken_bound_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_results_page_s_numbers_are_the_result_s() -> None:
-    """Read back from the page's tables, and found in the file, row by row."""
+    """The numbers of the page's tables are in the file, row by row."""
     section = (ROOT / "docs/results.md").read_text().split(readme.MARKERS[0])[1]
     report = json.loads((ROOT / "bench/results/bench-cpu.json").read_text())
     assert report["finished"]
@@ -103,7 +103,7 @@ def test_the_readme_s_numbers_are_the_result_s() -> None:
 
 
 def test_an_errors_own_text_is_in_no_page() -> None:
-    """Why a provider was not measured is said in plain words."""
+    """The page says in plain words why a provider was not measured."""
     for path in (*readme.RESULTS.glob("bench-*.json"),):
         for row in json.loads(path.read_text())["rows"]:
             if row["failure"] and not row["failure"].startswith("NotImplementedError"):
@@ -138,7 +138,7 @@ def test_a_changed_result_changes_the_page(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_page_of_training_is_of_its_results() -> None:
-    """And nothing in them is over its bound; what is a miss is one."""
+    """No result is above its bound; a result that is would be shown as a miss."""
     pytest.importorskip("trl")
     import training
 

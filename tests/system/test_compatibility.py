@@ -1,4 +1,4 @@
-"""The oldest versions are the lower bounds, and the committed page is of its record."""
+"""The oldest versions are the lower bounds, and the committed page is made from its record."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_page_is_of_its_record() -> None:
 
 @pytest.mark.long
 def test_what_ran_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a run of the tests, of which one fails and two are skipped for one reason."""
+    """For a run of tests in which one fails and two are skipped for the same reason."""
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
         "def test_passes(): pass\n"

@@ -1,7 +1,7 @@
-"""Each row of the error catalogue gets its own error, before any memory is taken; and none is missing.
+"""Each row of the error catalogue gives its own error, before any memory is taken; none is missing.
 
-Two counts keep the catalogue whole: every parameter of a call in it has a row, and every `raise` in
-the package is reached by a row, or its message is in another test.
+Two tests keep the catalogue complete: every parameter of a call in it has a row, and a row reaches
+every `raise` in the package, or another test has its message.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_bad_argument(number):
 
 @pytest.mark.parametrize("call", CHEAP)
 def test_nothing_is_allocated_before_the_error(call):
-    """But for the range of the labels, which holds some masks of their size."""
+    """Except for the range of the labels, which needs some masks of their size."""
     torch.manual_seed(0)
     for row in ROWS:
         if row.call != call:
@@ -97,7 +97,7 @@ def test_every_parameter_has_a_row(call):
 
 
 def raise_sites() -> dict[tuple[str, int], ast.Raise]:
-    """Every `raise` of the packages by file and line, but those that pass on what they caught."""
+    """Every `raise` of the packages by file and line, except those that re-raise."""
     sites = {}
     packages = (ROOT / "prefkern", ROOT / "bench/prefkern_bench")
     for path in sorted(path for package in packages for path in package.rglob("*.py")):
@@ -108,7 +108,7 @@ def raise_sites() -> dict[tuple[str, int], ast.Raise]:
 
 
 def reached(error: BaseException | None) -> set[tuple[str, int]]:
-    """The lines of the package that an error, and those that it came of, were raised in."""
+    """The lines of the package that raised an error and its causes."""
     lines = set()
     while error is not None:
         for frame in traceback.extract_tb(error.__traceback__):
@@ -120,7 +120,7 @@ def reached(error: BaseException | None) -> set[tuple[str, int]]:
 
 
 def phrases(node: ast.Raise) -> set[str]:
-    """Runs of three words, or of two where there are no more, that a message has as they are."""
+    """Runs of three words in a message, or of two if there are no three."""
     texts = [
         re.findall(r"[\w'-]+", each.value)
         for each in ast.walk(node)
@@ -199,7 +199,7 @@ ELSEWHERE = {
 
 
 def text_of(test: Path) -> str:
-    """A file of tests, without the pointers above, which are no tests."""
+    """The text of a file of tests, without the pointers above, which are not tests."""
     return re.sub(r"(?s)ELSEWHERE = \{.*?\n\}", "", test.read_text())
 
 
@@ -337,7 +337,7 @@ def test_the_oracle_refuses_labels_too(bad):
 
 
 def test_triton_without_a_gpu_says_what_it_needs():
-    """In a process without the interpreter; on a GPU machine the operands are on the CPU."""
+    """In a process without the interpreter; also on a GPU machine the operands are on the CPU."""
     code = """if 1:
         import torch, prefkern
         try:
@@ -360,7 +360,7 @@ def test_triton_without_a_gpu_says_what_it_needs():
 
 
 def test_float64_is_the_torch_backends(device):
-    """It computes in float64 what it is given in it; the kernels do not, and say so."""
+    """It computes float64 inputs in float64; the kernels refuse them with an error."""
     arguments = [torch.randn(3, 8), torch.randn(50, 8), torch.tensor([1, 2, 3])]
     hidden, weight, labels = (x.to(device) for x in arguments)
     hidden, weight = hidden.double(), weight.double()

@@ -1,4 +1,4 @@
-"""The examples run, on tiny models and local files, and do what they say."""
+"""The examples run on tiny models and local files, and do what they say."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_trainer(files, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def plain_descent(monkeypatch):
-    """Descent by the whole gradient, so that a loss of another scale takes another step."""
+    """Plain gradient descent: a loss of another scale takes another step."""
     accelerate = pytest.importorskip("accelerate")
     sgd = torch.optim.SGD
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: sgd(parameters, lr))
@@ -146,7 +146,7 @@ def test_accelerate_loop_on_two_ranks(files, tmp_path, whole):
 
 
 def test_accelerate_loop_has_no_dropout_in_its_reference(files, tmp_path, plain_descent):
-    """Equal models give ln 2, and a reference is the same in a model that is being trained."""
+    """Equal models give ln 2, and a reference has no dropout inside a model in training mode."""
     loop = importlib.import_module("accelerate_loop")
     rates = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
     model = tiny.model("GPT2", **rates)

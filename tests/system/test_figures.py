@@ -1,4 +1,4 @@
-"""The pages' figures are those of the result files, as the script writes them."""
+"""The figures in the pages are those of the result files, as the script writes them."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_import_is_quick_and_lazy():
 
 
 def test_arguments_of_training_need_no_extra():
-    """So that `prefkern train` can say what to install."""
+    """They import without extras, so that `prefkern train` can say what to install."""
     out = run("""if 1:
         import sys
         for name in ("accelerate", "datasets", "peft", "trl"):
@@ -108,7 +108,7 @@ def test_old_places_still_have_their_names(old: str, names: str, new: str) -> No
 
 
 def test_data_without_datasets() -> None:
-    """What needs no dataset works; the names that do say what to install."""
+    """Functions without datasets work; the names that need them say what to install."""
     out = run("""if 1:
         import sys
         sys.modules["datasets"] = None

@@ -52,7 +52,7 @@ def test_types_are_for_users_too(package: str) -> None:
 
 
 def lint(root: Path) -> tuple[int, str]:
-    """The layers of a tree, looked at by import-linter: its exit status and what it printed."""
+    """Run import-linter on a tree; returns its exit status and output."""
     path = os.pathsep.join(str(root / source) for source in SOURCES.values())
     command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(

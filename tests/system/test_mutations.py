@@ -1,4 +1,4 @@
-"""The list of mutations is of this source, and the committed page of that list."""
+"""The list of mutations fits this source, and the committed page fits the list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = mutations.ROOT
 
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda each: each.breaks)
 def test_a_mutation_is_of_this_source(mutation: mutations.Mutation) -> None:
-    """Its text is found once, what replaces it is Python, and its tests are there."""
+    """Its text is in the source once, the replacement is Python, and its tests exist."""
     mutations.check(mutation)
     files = [part for part in shlex.split(mutation.tests) if part.endswith(".py")]
     assert files and all((ROOT / file).exists() for file in files)
@@ -33,7 +33,7 @@ def test_the_page_is_the_result_s_and_nothing_survives() -> None:
 
 @pytest.mark.long
 def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tree of one line: killed, survived, timeout, not found, and tests that fail anyway."""
+    """For a tree of one line: killed, survived, timeout, not found, and tests that fail anyway."""
     monkeypatch.setattr(mutations, "ROOT", tmp_path)
     monkeypatch.setattr(mutations, "COPIED", ("package",))
     (tmp_path / "Makefile").write_text("")

@@ -1,6 +1,6 @@
-"""The README's and the pages' blocks run as they are printed, on tiny stand-ins for what they download.
+"""The blocks of the README and the pages run as printed, on tiny stand-ins for what they download.
 
-A test claims each block by its page, heading and language; the last one holds that none is left.
+A test claims each block by its page, heading and language; the last test asserts that none is left.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def test_plan_of_a_model(key, folder, capsys):
 
 
 def test_the_readmes_plan_is_the_commands(folder, capsys):
-    """Each cell of the README's first table is in what the command under it prints."""
+    """The command in the README prints each cell of the table of memory and operations."""
     readme = (ROOT / "README.md").read_text()
     (line,) = re.findall(r"`(prefkern plan [^`]*)`", readme)
     write_llama(folder / "meta-llama/Meta-Llama-3-8B")
@@ -228,7 +228,7 @@ def test_fuse_head(key, folder):
     ("docs/quickstart.md", "In a loop of your own", "python"),
 )
 def test_loop(key, objective, folder, capsys):
-    """With and without statistics, whose state the checkpoint has."""
+    """With and without running statistics; the checkpoint has their state."""
     code = BLOCKS[key]
     assert code.count('build("alphadpo")') == 1
     code = code.replace("alphadpo", objective)

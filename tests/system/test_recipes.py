@@ -44,7 +44,7 @@ def _write(path: Path, rows: list[dict]) -> str:
 
 
 def _conversations(count: int) -> list[dict]:
-    """As the hub's UltraFeedback has them: the question as text, and both conversations whole."""
+    """Rows as in the hub's UltraFeedback: the question as text, and both whole conversations."""
 
     def answered(row: dict, side: str) -> list[dict]:
         question = {"role": "user", "content": row["prompt"]}
@@ -149,7 +149,7 @@ def _read(path: str) -> list[dict]:
 
 
 def test_madpos_four_stages(imdb, capsys):
-    """In order, in one folder, each on what the one before has written."""
+    """In order, in one folder; each reads what the one before has written."""
     sft = pytest.importorskip("trl.scripts.sft")
     # `trl sft --config`: its data cannot be replaced by flags.
     recipe = yaml.safe_load((MADPO_RECIPE / "1-sft.yaml").read_text())
@@ -230,7 +230,7 @@ def test_rewards_are_the_oracles(imdb):
 
 
 def test_stages_are_run_in_order(tmp_path):
-    """What `run.sh` calls, with programs in place of the real ones that write their arguments down."""
+    """The calls of `run.sh`; stand-ins for the programs record their arguments."""
     for name in ("trl", "python", "prefkern"):
         program = tmp_path / name
         program.write_text(f'#!/bin/sh\necho {name} "$@" >> "$CALLS"\n')

@@ -25,7 +25,7 @@ RATIO_BASED = ("dpo", "adadpo", "madpo")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A study of every objective on a dozen pairs, and the arguments that it was called with."""
+    """A study of every objective on a dozen pairs, and its arguments."""
     folder = tmp_path_factory.mktemp("study")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")

@@ -1,4 +1,4 @@
-"""Adapters on disk: under names of their own, beside each other, and where another model was saved."""
+"""Adapters on disk: with their own names, beside each other, and in a folder of another model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BEST_IS_EARLY = {
 
 
 def adapted(*names: str) -> peft.PeftModel:
-    """A model with adapters on different layers, all of them in use and trained."""
+    """A model with adapters on different layers, all active and trained."""
     torch.manual_seed(0)
     layers = (["q_proj"], ["v_proj"])
     configs = [peft.LoraConfig(r=4, target_modules=x, task_type="CAUSAL_LM") for x in layers]
@@ -140,7 +140,7 @@ def test_a_whole_model_replaces_an_adapter(tmp_path, caplog):
 
 
 def test_an_adapter_is_not_loaded_over_an_earlier_model(tmp_path, caplog):
-    """transformers takes what lies beside an adapter for its base."""
+    """transformers would take a model in the adapter's folder for its base."""
     tiny.model().save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     out = tmp_path / "out"

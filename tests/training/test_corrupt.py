@@ -1,6 +1,7 @@
-"""Files that are damaged, of another run, or hostile: an error that names them, and nothing executed.
+"""Damaged or hostile files, or files of another run, are named in an error and never executed.
 
-What could be executed is a pickle whose loading makes a folder: no test here finds that folder.
+The hostile file is a pickle that makes a folder when it is loaded. The tests assert that there is
+no such folder.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def test_nothing_in_a_checkpoint_is_executed(folder, tmp_path, name, way):
 
 
 def test_pickled_weights_are_not_executed(folder, tmp_path):
-    """Of a model, and of a checkpoint."""
+    """Neither a model's nor a checkpoint's."""
     made = tmp_path / "executed"
     checkpoint = folder / "checkpoint-2"
     (checkpoint / "model.safetensors").unlink()
@@ -193,7 +194,7 @@ def test_pickled_weights_are_not_executed(folder, tmp_path):
 
 
 def test_code_of_others_is_not_executed(folder, tmp_path):
-    """Model code, a script that is a dataset, and a chat template that reaches out of its sandbox."""
+    """Neither model code, nor a dataset's script, nor a chat template that leaves its sandbox."""
     made = tmp_path / "executed"
     model = folder / "checkpoint-2"
     code = f"import os\nos.mkdir({str(made)!r})\n"
@@ -254,7 +255,7 @@ def test_a_checkpoint_of_another_objective(saved, tmp_path, caplog):
 
 
 def test_statistics_of_the_best_model_that_are_damaged(folder):
-    """They are read at the end of a run, too, when nothing has been looked at before."""
+    """They are read at the end of a run, where nothing was checked before."""
     from prefkern.training.run_state import load_objective
 
     file = folder / "checkpoint-2" / "objective.pt"
@@ -274,7 +275,7 @@ def test_another_number_of_processes_is_told(folder, caplog):
 
 
 def test_experts_are_resumed_and_loaded(tmp_path):
-    """They are saved under other names than they are trained under."""
+    """Experts have other names in a file than in training."""
     options = {"num_experts": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1}
 
     def run(**more):
@@ -477,7 +478,7 @@ def test_a_report_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeyp
 
 
 def test_a_saved_model_replaces_all_of_an_earlier_one(tmp_path, monkeypatch):
-    """Of parts and a whole, transformers reads the whole: it must not be an earlier model's."""
+    """From a whole file and parts transformers reads the whole file: it must not be an old one."""
     run = trainer(tmp_path)
     run.save_model()
     for name in ("results.txt", "adapter_model.safetensors"):

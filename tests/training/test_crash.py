@@ -1,8 +1,8 @@
 """A run that is killed while it saves goes on from its last complete checkpoint, bit for bit.
 
-The kill is a real SIGKILL, in a process of its own, at a moment that is chosen by standing in for
-what is called then: between two files, in the middle of one, between two renames, in the middle of
-deleting an older checkpoint. One script forks all of them, so that packages are imported once.
+The kill is a real SIGKILL in a separate process. A replaced function chooses the moment: between
+two files, in the middle of one, between two renames, while an older checkpoint is deleted. One
+script forks all of these processes, so that packages are imported once.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def before_all_files(trainer):
 
 
 def in_weights(trainer):
-    """The file has half of its bytes."""
+    """Kill when the file of weights has half of its bytes."""
     save = trainer._save_into
 
     def save_half(folder, state_dict):
@@ -110,7 +110,7 @@ def after_the_rename(trainer):
 
 
 def while_deleting(trainer):
-    """Of the older checkpoint the weights are gone, and the rest is there."""
+    """Kill when an older checkpoint's weights are deleted, and its other files are not."""
 
     def delete(path, **_):
         for weights in Path(path).rglob("model.safetensors"):
@@ -125,7 +125,7 @@ def while_deleting(trainer):
 
 
 def between_two_renames(trainer):
-    """A folder of that name is there, of an earlier run: it makes way, and then comes the kill."""
+    """An earlier run has left a folder of that name; kill after it was moved away."""
     delete = checkpoints._delete
 
     def delete_and_die(path):
@@ -146,7 +146,7 @@ def between_two_renames(trainer):
 
 
 def folder_of(moment: str) -> str:
-    """Its number: a name is long and has an apostrophe."""
+    """A folder named by the moment's number, since names are long and have an apostrophe."""
     return str([*MOMENTS].index(moment))
 
 
@@ -198,7 +198,7 @@ def moments(request) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def killed(moments, tmp_path_factory) -> Path:
-    """Folders by number of the moment, left by runs that were killed."""
+    """The folders that killed runs left, by the moment's number."""
     folder = tmp_path_factory.mktemp("killed")
     environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
@@ -215,7 +215,7 @@ def killed(moments, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(moments, tmp_path_factory) -> dict:
-    """Runs that nothing happened to, by case."""
+    """Runs that were not killed, by case."""
     runs = {}
     for case in {MOMENTS[moment][1] for moment in moments}:
         runs[case] = run_of(tmp_path_factory.mktemp("whole"), case, **SAVING)
@@ -246,7 +246,7 @@ def test_killed_and_resumed(killed, whole, moment):
 
 
 def test_what_reading_the_killed_runs_shows(moments, killed):
-    """A checkpoint is under its name only while it is whole."""
+    """A folder has a checkpoint's name only if it is complete."""
     for moment in moments:
         for path in (killed / folder_of(moment)).glob("checkpoint-*"):
             assert checkpoints.problem(path) is None, (moment, path)

@@ -1,6 +1,7 @@
 """Two ranks under DDP against one process: every parameter's gradient, before the optimiser's step.
 
-One launch, by torchrun as users do it, runs all cases. The same pairs in the same order reach one process as joint batches.
+One launch by torchrun, as users do it, runs all cases. One process gets the same pairs in the same
+order, as joint batches.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def test_two_ranks_resume_bit_for_bit(ranks):
 
 
 def test_ranks_with_different_numbers_of_batches_are_refused(ranks):
-    """They would wait for each other for ever."""
+    """Such ranks would wait for each other for ever."""
     for rank in range(2):
         trained, evaluated = torch.load(ranks / f"rank{rank}.pt")["refused"]
         assert "'train' has 5 pairs, which leave 1 for the last batches of 2 on 2" in trained
@@ -89,7 +90,7 @@ def test_ranks_with_different_numbers_of_batches_are_refused(ranks):
 
 
 def test_ranks_share_a_cache_of_reference_sums(ranks, monkeypatch):
-    """The first attempt dies on both, the second goes on, the third finds all, as one rank does."""
+    """The first attempt dies on both, the second goes on, the third finds all, as with one rank."""
     outcomes = [torch.load(ranks / f"rank{rank}.pt")["cached"] for rank in range(2)]
     # Of 6 pairs that are left after the first shard, each rank has two batches of 2.
     assert [outcome["rows"] for outcome in outcomes] == [[8, 0]] * 2

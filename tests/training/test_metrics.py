@@ -1,4 +1,4 @@
-"""Which metrics an objective has, told by the objective and not by another metric's name."""
+"""The objective decides which metrics it has, not the name of a metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference's sums on disk: found by content, rebuilt where spoiled, resumed where interrupted."""
+"""The reference's sums on disk: found by content, recomputed if damaged, resumed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_sums_are_computed_once_and_found_by_every_later_run(tmp_path):
 
 
 def test_found_sums_train_bit_for_bit_as_computed_ones(tmp_path):
-    """Dropout included: neither computing nor finding them moves the random state."""
+    """With dropout: neither computing nor finding them changes the random state."""
     options = {"peft_config": peft.LoraConfig(r=4, lora_dropout=0.5), "disable_dropout": False}
     runs, states = [], []
     for _ in range(2):
@@ -133,7 +133,7 @@ def test_another_version_computes_its_own(tmp_path, monkeypatch):
 
 
 def test_adapter_of_a_reference_is_part_of_the_key(tmp_path):
-    """Its weights, and what its configuration makes of them."""
+    """The key depends on its weights, and on its configuration."""
 
     def reference(alpha: int, std: float):
         model = peft.get_peft_model(tiny.model(), peft.LoraConfig(r=4, lora_alpha=alpha))
@@ -270,7 +270,7 @@ def test_key_says_what_it_is_of(tmp_path):
 
 
 def test_hash_of_tokens_knows_where_each_sequence_ends():
-    """The same tokens one after another, cut elsewhere: between pairs, and between columns."""
+    """The same tokens in order, with other boundaries between pairs or columns."""
 
     def of(prompts, chosen, rejected) -> str:
         columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
@@ -287,7 +287,7 @@ def test_hash_of_tokens_knows_where_each_sequence_ends():
 
 
 def test_hash_of_weights():
-    """The same content has one hash, however it lies in memory; any other content another."""
+    """The same content in any memory layout has one hash, other content has another."""
     model = tiny.model()
     hashed = reference_cache.hash_weights(model)
     assert hashed == reference_cache.hash_weights(tiny.model())

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed is the run that was not: weights, logs and evaluations, bitwise."""
+"""A run that is stopped and resumed equals one that is not: weights, logs, evaluations, bitwise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.training import assert_same_weights, weights
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.long(case=["bf16 autocast", "bf16 weights", "checkpointed blocks", "alphadpo"])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, case):
-    """Stopped within an epoch, after a log and between two, at an epoch's end, and within the last."""
+    """Stopped in an epoch, after a log, between two logs, at an epoch's end, in the last one."""
     whole = run_of(tmp_path, case)
     whole.train()
     for step in (3, 4, 7) if case in ("full", "betadpo") else (3,):
@@ -34,7 +34,7 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, case):
 
 
 def test_dropout_matters_here(tmp_path):
-    """The comparisons above would not notice a random state that is lost if nothing was drawn."""
+    """Without draws the comparisons above would not notice a lost random state."""
     whole = run_of(tmp_path, "full")
     whole.train()
     checkpoint = tmp_path / "checkpoint-3"
@@ -58,7 +58,7 @@ def test_resumed_in_another_process(tmp_path):
 
 
 class Stop(transformers.TrainerCallback):
-    """Breaks a run off, as a signal would."""
+    """Stops a run, as a signal would."""
 
     def __init__(self, step: int):
         self.step = step
@@ -69,7 +69,7 @@ class Stop(transformers.TrainerCallback):
 
 
 def test_broken_off_and_resumed_by_the_same_trainer(tmp_path):
-    """What the broken-off steps left behind is not counted twice."""
+    """Metrics of the stopped steps are not counted twice."""
     whole = run_of(tmp_path / "whole", "lora", save_strategy="no")
     whole.train()
     broken = run_of(tmp_path / "broken", "lora", save_steps=2, callbacks=[Stop(3)])
@@ -82,7 +82,7 @@ def test_broken_off_and_resumed_by_the_same_trainer(tmp_path):
 
 
 def test_broken_off_and_started_anew(tmp_path):
-    """Nothing is learnt, so both attempts see the same metrics, if each counts its own pairs."""
+    """Nothing is learnt: both attempts have the same metrics if each counts its own pairs."""
     options = {"learning_rate": 0.0, "disable_dropout": True, "save_strategy": "no"}
     whole = run_of(tmp_path, "full", **options)
     whole.train()
@@ -108,7 +108,7 @@ def test_mean_loss_of_a_resumed_run_is_over_its_own_steps(tmp_path):
 
 
 def test_early_stopping_remembers_its_patience(tmp_path):
-    """transformers restores callbacks where it is asked to."""
+    """transformers restores the state of callbacks if the arguments ask for it."""
 
     def stopping(**options):
         options = {
@@ -145,7 +145,7 @@ class Leave(transformers.TrainerCallback):
 @pytest.mark.parametrize("where", ["spelt otherwise", "from another folder", "moved", "linked"])
 @pytest.mark.long(where=["moved", "linked"])
 def test_the_best_checkpoint_is_kept_wherever_it_is_resumed(tmp_path, monkeypatch, where):
-    """The first evaluation is the best, and one checkpoint beside the last is kept."""
+    """The first evaluation is the best; its checkpoint and the last one are kept."""
 
     def run(folder, step):
         options = {
@@ -201,7 +201,7 @@ def test_weights_alone_are_told(tmp_path, caplog):
     assert "holds weights alone" not in caplog.text
 
 
-# The run, and what it is resumed with instead; and what is told of it.
+# The run, what it is resumed with instead, and the warning.
 OTHERS = {
     "the same": ("full", lambda saved: llama(), None),
     "the same, with an adapter": ("lora", lambda saved: llama(), None),
@@ -241,7 +241,7 @@ def test_other_weights_than_a_run_began_with_are_told(tmp_path, caplog, name):
 
 
 def test_one_row_of_a_base_is_not_overlooked(tmp_path, caplog):
-    """A row that was added to an embedding, drawn anew in each process."""
+    """A row added to an embedding is drawn again in each process."""
     run_of(tmp_path, "lora", eval_strategy="no", max_steps=1).train()
     model = llama()
     with torch.no_grad():

@@ -344,7 +344,7 @@ def test_no_kind_of_dropout_disturbs_the_first_loss(tmp_path, family, options):
 )
 @pytest.mark.parametrize("disable", [True, False])
 def test_a_saved_model_keeps_its_own_dropout(tmp_path, family, rates, disable):
-    """In checkpoints and in the end, and without any of it in training."""
+    """Checkpoints and the final model have it; training runs without dropout."""
     run = trainer(
         tmp_path,
         model=tiny.model(family, **rates),
@@ -481,7 +481,7 @@ def test_rows_without_their_numbers_are_named_before_training(tmp_path):
 
 
 def test_evaluation_casts_an_adapter_and_its_base_alike(tmp_path):
-    """Reference sums would be of the weights as they were."""
+    """Else reference sums would be of the weights before the cast."""
     adapted = {"peft_config": lora(), "bf16_full_eval": True, "eval_dataset": tiny.dataset(4)}
     assert trainer(tmp_path, **adapted).evaluate()["eval_rewards/margins"] == 0
     with pytest.raises(ValueError, match="casts the policy and not its reference"):
@@ -489,7 +489,7 @@ def test_evaluation_casts_an_adapter_and_its_base_alike(tmp_path):
 
 
 def test_a_model_that_is_no_number_is_not_trained(tmp_path):
-    """transformers would log 0 in its loss's place."""
+    """transformers would log a loss of 0."""
     run = trainer(tmp_path, objective="simpo", max_steps=1)
     transform = prefkern.models.head_transform(run.model)
     with torch.no_grad():

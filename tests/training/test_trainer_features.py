@@ -1,4 +1,4 @@
-"""What transformers' Trainer offers, on pairs: mixed precision, best models, loggers, masked rows."""
+"""transformers' Trainer on pairs: mixed precision, best models, loggers, masked rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def first_step(path: Path, **options):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_bf16_autocast_on_a_cpu(tmp_path, checkpointed):
-    """The body runs in bf16; gradients are float32, and those of float32 up to bf16's rounding."""
+    """The body runs in bf16; gradients are float32 and equal float32's up to bf16's rounding."""
     expected, exact, dtype = first_step(tmp_path)
     assert dtype == torch.float32
     gradients, log, dtype = first_step(tmp_path, gradient_checkpointing=checkpointed, bf16=True)
@@ -95,7 +95,7 @@ def test_the_best_model_is_the_one_that_stays(tmp_path, metric, adapted):
 
 
 class Writer:
-    """Stands where tensorboard's writer would."""
+    """Replaces tensorboard's writer."""
 
     scalars: dict[str, list[float]]
 
@@ -122,7 +122,7 @@ class Listener(transformers.TrainerCallback):
 
 @pytest.mark.parametrize("objective", ["adadpo", "alphadpo", "betadpo"])
 def test_loggers_are_told_under_trls_names(tmp_path, objective, monkeypatch, caplog):
-    """No compute_metrics: a callback hears each mean, and tensorboard writes each as a number."""
+    """Without compute_metrics a callback gets each mean, and tensorboard writes it as a number."""
     monkeypatch.setattr(
         "transformers.integrations.integration_utils.is_tensorboard_available", lambda: True
     )
@@ -165,7 +165,7 @@ def test_loggers_are_told_under_trls_names(tmp_path, objective, monkeypatch, cap
 
 
 def masked_batch(run, pairs: int, masked: dict[int, tuple[int, ...]]):
-    """A batch of the run's first pairs; of some, responses (0 chosen, 1 rejected) are not scored."""
+    """A batch of the run's first pairs; some responses (0 chosen, 1 rejected) are not scored."""
     batch = run.data_collator([run.train_dataset[i] for i in range(pairs)])
     for pair, sides in masked.items():
         for side in sides:

@@ -43,7 +43,7 @@ LN2 = math.log(2)
 
 @torch.no_grad()
 def measured(model, ref_model, prompt: str, text: str) -> dict[str, float]:
-    """What there is to know of one response, from full logits in float64."""
+    """The measurements of one response, from full logits in float64."""
     tokenizer = tiny.tokenizer()
     start = len(tokenizer(prompt)["input_ids"])
     ids = torch.tensor([tokenizer(prompt + text)["input_ids"] + [tokenizer.eos_token_id]])
@@ -132,7 +132,7 @@ FIRST_LOSS |= {
 
 
 def trained(run: PreferenceTrainer) -> list[dict]:
-    """Train, and see to it that the weights moved, logits were never made, and logs are numbers."""
+    """Train; assert that weights changed, logits were never made, and logs are numbers."""
     widths = []
     before = weights(run.model)
     head_transform(run.model)  # its probe holds the logits of four tokens
@@ -196,7 +196,7 @@ def test_mismatched_pairs_keep_to_the_bound(tmp_path):
 
 
 def test_a_batch_of_one_prompt_takes_as_many_forwards(tmp_path):
-    """A rank that has no mismatched pair must not leave out a forward that others wait in."""
+    """A rank without a mismatched pair must still run the forward that other ranks wait in."""
     counts = {}
     for name, prompts in (("one", ["the"] * 4), ("two", ["the", "a"] * 2)):
         rows = [
@@ -237,7 +237,7 @@ def test_first_loss_in_bf16_is_that_of_equal_models(tmp_path, name, adapted):
 
 @pytest.mark.parametrize("name", ["tdpo2", "kto"])
 def test_checkpointed_blocks_change_nothing(tmp_path, name):
-    """LoRA, whose reference is the same model, which runs once more before it is trained."""
+    """With LoRA the reference is the same model, which runs once more before it is trained."""
     runs = [
         trainer(
             tmp_path,
@@ -375,7 +375,7 @@ def shared_with(theirs_config, path: Path, **options) -> dict:
 
 
 def assert_same_runs(ours, theirs, names=None) -> None:
-    """The same steps, in whatever TRL logs (or in `names` of it), and the same weights at the end."""
+    """Assert the same logs (all of TRL's, or `names`), and the same weights at the end."""
     assert len(step_logs(ours)) == len(step_logs(theirs)) > 1
     for mine, true in zip(step_logs(ours), step_logs(theirs), strict=True):
         for name in names or true.keys() - {"num_tokens"}:
@@ -723,7 +723,7 @@ def test_metrics_without_weight_are_left_out():
 
 
 def test_pairs_that_push_nothing_do_not_count_in_the_balance(tmp_path):
-    """A hinge whose margin is passed on some pairs, and on all of them."""
+    """With a hinge, some pairs or all of them are past the margin."""
     rows = tiny.pairs(4)
     pairs = measured_pairs(tiny.model(), tiny.model(seed=1), rows)
     h = [w["rho"] - r["rho"] for w, r in pairs]
@@ -864,7 +864,7 @@ def test_gaps_in_what_is_not_read_are_nobodys_concern(tmp_path, name):
 
 
 def test_a_given_objective_is_all_there_is(tmp_path):
-    """Its options are its own, and so is its state."""
+    """A given objective keeps its own options and state."""
     for option in ({"beta": 5.0}, {"rpo_alpha": 1.0}, {"use_weighting": True}):
         with pytest.raises(ValueError, match=f"args.{next(iter(option))} is .* no effect"):
             trainer(tmp_path, objective=objectives.DPO(), **option)

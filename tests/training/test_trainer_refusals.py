@@ -1,4 +1,4 @@
-"""What PreferenceTrainer refuses before the first step, since it would train something else, or fail then."""
+"""PreferenceTrainer refuses what would train something else or fail later, before it trains."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_sums_in_a_dataset_are_not_used_in_place_of_what_was_asked_for(tmp_path,
 
 
 def test_nor_in_a_later_evaluation(tmp_path):
-    """Sums that the trainer computed itself are its own, whichever way they come back."""
+    """Sums that the trainer computed itself are recognised when they are passed back."""
     options = {"objective": "dpo", "precompute_ref_log_probs": True}
     run = trainer(tmp_path, eval_dataset={"one": tiny.dataset(4)}, **options)
     for dataset in (run.eval_dataset, run.eval_dataset["one"], {"one": tiny.dataset(4)}):
@@ -77,7 +77,7 @@ TABLES = {
 
 
 def of_length(count: int) -> list[dict]:
-    """Three pairs, the longest row of `count` tokens, an <eos> after the response among them."""
+    """Three pairs; the longest row has `count` tokens, including the <eos> after the response."""
     rows = tiny.pairs(3)
     rows[1] = {"prompt": "film " * (count - 3), "chosen": "good film", "rejected": "bad"}
     return rows
