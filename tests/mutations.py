@@ -345,8 +345,8 @@ MUTATIONS = (
     Mutation(
         "a reference's probabilities are kept where the policy's are",
         PASSES,
-        "hidden, self.ref_state, buffers, gathered.ref_kept, gathered.kl_derivative, tokens",
-        "hidden, self.ref_state, buffers, gathered.kept, gathered.kl_derivative, tokens",
+        "rooms = ref_state, ref_buffers, gathered.ref_kept, gathered.kl_derivative",
+        "rooms = ref_state, ref_buffers, gathered.kept, gathered.kl_derivative",
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
     ),
     Mutation(

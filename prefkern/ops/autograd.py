@@ -74,7 +74,8 @@ def scored_logprobs(
 ) -> Result:
     """Log-probs of the scored tokens; if asked for, statistics, a reference's, the divergence."""
     trained = _tensors(head)
-    refuse_tangents(hidden=head.hidden, weight=head.weight, bias=head.bias)
+    names = ("hidden", "weight", "bias", "lora_hidden", "lora_weight")
+    refuse_tangents(**dict(zip(names, trained, strict=True)))
     if call.plan.structure == "forward":
         with torch.no_grad():
             passed = _forward(head, reference, rows, labels, call)
@@ -137,13 +138,22 @@ class _LinearLogprobs(torch.autograd.Function):
             for x in given
         ]
 
+        # Once: checkpointing without reentry hands each saved tensor out a single time.
+        gathered, rows, saved = _saved(ctx)
+
         def again(workspace_mb: float) -> Plan:
             """Free the kept probabilities, and plan to recompute them in any later backward."""
-            gathered = _saved(ctx)[0]
+            nonlocal gathered
             for x, place in zip((gathered.kept, gathered.ref_kept), ctx.kept_at, strict=False):
                 # A saved-tensor hook may have put its own tensor there, which is not ours to free.
                 if x is not None and _place(x) == place:
                     x.untyped_storage().resize_(0)
+            none = {
+                name: x.new_empty((0, x.shape[1]))
+                for name, x in (("kept", gathered.kept), ("ref_kept", gathered.ref_kept))
+                if x is not None
+            }
+            gathered = replace(gathered, **none)
             made = budget.plan_of(workspace_mb=workspace_mb, kept=0)
             made = replace(made, forward_tiles=ctx.call.plan.forward_tiles)
             ctx.call = replace(ctx.call, plan=made)
@@ -151,7 +161,10 @@ class _LinearLogprobs(torch.autograd.Function):
 
         with without_autocast(grads[0]):
             gradients, _ = budget.attempt(
-                lambda plan: _gradients(ctx, grads, plan), ctx.call.plan, "backward", again
+                lambda plan: _gradients(ctx, grads, gathered, rows, saved, plan),
+                ctx.call.plan,
+                "backward",
+                again,
             )
         return *gradients, *(None,) * 7
 
@@ -159,14 +172,21 @@ class _LinearLogprobs(torch.autograd.Function):
 def _saved(ctx) -> tuple[Gathered, Tensor | None, list[Tensor]]:
     """The saved tensors: what forward gathered; rows; for a trained head labels and the inputs."""
     count = len(vars(Gathered()))
-    rows, *saved = ctx.saved_tensors[count:]
-    return Gathered(*ctx.saved_tensors[:count]), rows, saved
+    tensors = ctx.saved_tensors
+    rows, *saved = tensors[count:]
+    return Gathered(*tensors[:count]), rows, saved
 
 
-def _gradients(ctx, grads: list[Tensor], plan: Plan) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx,
+    grads: list[Tensor],
+    gathered: Gathered,
+    rows: Tensor | None,
+    saved: list[Tensor],
+    plan: Plan,
+) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight, bias and an adapter's two."""
-    call, (gathered, rows, saved) = ctx.call, _saved(ctx)
-    labels, head, reference = None, None, None
+    call, labels, head, reference = ctx.call, None, None, None
     if plan.trains_head:
         labels, *inputs = saved
         head, reference = _heads(call, *inputs)

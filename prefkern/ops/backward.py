@@ -166,7 +166,9 @@ def second_pass(
     is_pair = reference is not None
     has_scratch = is_pair or plan.kept_tokens < plan.tokens
     buffers = Buffers(tiles, head.operands, device, True, has_scratch)
-    ref_buffers = Buffers(tiles, head.operands, device, False, is_pair) if is_pair else None
+    ref_buffers = None
+    if is_pair and plan.kept_tokens < plan.tokens:
+        ref_buffers = Buffers(tiles, head.operands, device, False)
     factors = _Factors.of(dlogps, dkl, gathered, transform.factor, dtype, has_scratch)
 
     for entries in slices(0, plan.vocab_size, tiles.vocab_tile):
@@ -190,9 +192,8 @@ def second_pass(
                 # r goes into the tile before it is rounded; hidden is not scaled.
                 tile, weights = buffers.views(n, size)
                 assert weights is not None
-                pair, bias = {}, None
-                if reference is not None and ref_buffers is not None:
-                    pair = _reference_of(gathered, factors, tokens)
+                pair = {} if reference is None else _reference_of(gathered, factors, tokens)
+                bias = None
                 if is_kept:
                     assert gathered.ref_kept is not None
                     tile = gathered.kept[tokens, entries]

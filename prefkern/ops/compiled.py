@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -78,6 +78,9 @@ class Options:
     @property
     def transform(self) -> Transform:
         return Transform(self.logit_scale, self.softcap, self.temperature)
+
+
+_OPTION_COUNT = len(fields(Options))
 
 
 class _Inputs(NamedTuple):
@@ -173,10 +176,16 @@ class _Run:
             with_divergence=inputs.has_divergence,
             kept=0 if room.kept is None else min(scored.count, room.kept.shape[0]),
         )
-        self.plan = plan_of(workspace_mb=options.workspace_mb)
+        # Room for kept rows is there whether they are used or not: the tiles have what it leaves.
+        workspace_mb = options.workspace_mb
+        for x in (room.kept, room.ref_kept):
+            if x is not None:
+                unused = max(x.shape[0] - scored.count, 0)
+                workspace_mb -= unused * x.shape[1] * x.itemsize / plan.MIB
+        self.plan = plan_of(workspace_mb=workspace_mb)
         self.gathered = room.first(scored.count, self.plan.kept_tokens)
         retries = not sequences.is_capturing(inputs.hidden)
-        self.budget = memory.Budget(options.workspace_mb, plan_of, plan.record, retries)
+        self.budget = memory.Budget(workspace_mb, plan_of, plan.record, retries)
 
     def attempt(self, run: Callable[[plan.Plan], T], phase: memory.Phase) -> T:
         with torch.no_grad(), without_autocast(self.head.hidden):
@@ -225,8 +234,8 @@ def _logprobs_backward(*arguments) -> tuple[Tensor, ...]:
     """The backward operator, with the arguments of its schema."""
     dlogps, dkl, *rest = arguments
     inputs, labels, rest = _Inputs(*rest[:8]), rest[8], rest[9:]
-    tensors, needs, values = rest[: len(_GATHERED)], rest[len(_GATHERED) : -13], rest[-13:]
-    options = Options(*values)
+    tensors, needs = rest[: len(_GATHERED)], rest[len(_GATHERED) : -_OPTION_COUNT]
+    options = Options(*rest[-_OPTION_COUNT:])
     scored = sequences.select(labels, options.ignore_index, inputs.weight.shape[0])
     run = _Run(inputs, scored, options, tensors)
 
@@ -280,12 +289,18 @@ def _(*arguments):
 
 @_backward_op.register_fake
 def _(*arguments):
-    trained, needs = arguments[2:7], arguments[-18:-13]
-    nothing = trained[0]
-    return tuple(
-        torch.empty_like(x) if need else nothing.new_empty(0)
-        for x, need in zip(trained, needs, strict=True)
-    )
+    # Behind the gradients of log-probs and divergence; the last one needed is before the options.
+    needs = arguments[-_OPTION_COUNT - 5 : -_OPTION_COUNT]
+    inputs = _Inputs(*arguments[2:10])
+
+    def like(name: str, is_needed: bool) -> Tensor:
+        x = getattr(inputs, name)
+        if not is_needed:
+            return inputs.hidden.new_empty(0)
+        # Gradients of states are made row by row, whatever the strides of the states.
+        return x.new_empty(x.shape) if name.endswith("hidden") else torch.empty_like(x)
+
+    return tuple(like(name, need) for name, need in zip(_Inputs._fields, needs, strict=False))
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -421,11 +421,16 @@ class _Sizes:
         head, wide = self.head, self.head.wide_size
         width = head.columns(gradients.weight, gradients.lora_weight).width
         logit = 0
-        if kept < self.tokens or self.pairs is not None:
+        if kept < self.tokens:
             logit = wide * self.tiles_at_once
             logit += wide * self.has_softcap if self.backend == "torch" else 0
-            if head.operand_size != wide:
-                logit += head.operand_size
+        elif self.pairs is not None:
+            # A tile is made of what both models kept.
+            logit = wide
+        if logit and head.operand_size != wide:
+            # The tile that products read, and what torch adds two kept tiles in.
+            logit += head.operand_size
+            logit += wide if self.pairs is not None and self.backend == "torch" else 0
         # A token: its rows of hidden, and these scaled, in float32 and rounded.
         scaled = width * (wide + (head.operand_size if head.operand_size != wide else 0))
         token, entry = head.hidden_row + scaled + 16 * wide, head.weight_row

@@ -160,10 +160,13 @@ def remake_weights(
     """Turn a tile, or a pair of tiles, into the loss's gradient; see the kernel of this name."""
     slope = None
     if is_kept:
-        # A product with the float32 factor is float32, and does not overwrite what is kept.
-        z = tile * factor.unsqueeze(1)
+        # What is kept is read alone: the sum is made in the output, or in float32 where that is not.
+        z = weights if weights.dtype == factor.dtype else torch.empty_like(tile, dtype=factor.dtype)
+        torch.mul(tile, factor.unsqueeze(1), out=z)
         if ref_tile is not None and ref_factor is not None:
-            z += ref_tile * ref_factor.unsqueeze(1)
+            # A rounded product, so that equal models leave nothing; as many rows as a MiB holds.
+            for part in slices(0, tile.shape[0], max(2**18 // tile.shape[1], 1)):
+                z[part] += ref_tile[part] * ref_factor[part].unsqueeze(1)
     else:
         x = None
         if ref_tile is not None and ref_unit is not None and ref_factor is not None:

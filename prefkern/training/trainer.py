@@ -535,13 +535,12 @@ class PreferenceTrainer(ObjectiveTrainer):
 
     def _refuse_unsupported_setups(self) -> None:
         super()._refuse_unsupported_setups()
-        if self._objective_needs.distributions:
-            for model in (self.model, self.ref_model):
-                if model is not None and has_low_rank_term(find_head(model)[1]):
-                    raise ValueError(
-                        "TDPO does not support LoRA on the output head; leave the head out of "
-                        "target_modules, or train it as a whole (modules_to_save)"
-                    )
+        ref_model = self.ref_model if self._objective_needs.distributions else None
+        if ref_model is not None and has_low_rank_term(find_head(ref_model)[1]):
+            raise ValueError(
+                "TDPO does not support LoRA on the reference's output head; give the ref_model "
+                "that merge_and_unload() makes"
+            )
         if self.ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
                 "a separate reference model is not supported yet under DeepSpeed or FSDP; use "

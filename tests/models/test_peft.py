@@ -259,6 +259,24 @@ def test_a_trained_head_trains_and_its_reference_does_not_move(tmp_path, config)
         )
 
 
+def test_tdpo_trains_an_adapted_head(tmp_path):
+    """Its reference is the model without the adapter, head included."""
+    config = _lora(target_modules=["lm_head", "q_proj"], init_lora_weights=True)
+    trained = _trainer(tmp_path, tiny.model(), "tdpo2", config, max_steps=6)
+    trained.train()
+    logs = [log for log in trained.state.log_history if "loss" in log]
+    assert logs[0]["loss"] == pytest.approx(0.693147, abs=2e-6)
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    head = {n: p for n, p in trained.model.named_parameters() if "lm_head.lora_B" in n}
+    assert len(head) == 1 and all(p.abs().max() > 0 for p in head.values())
+
+
+def test_tdpo_refuses_an_adapted_head_of_a_reference_model(tmp_path):
+    ref_model = _adapted(_lora(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="LoRA on the reference's output head"):
+        _trainer_on(tmp_path, tiny.model(), ref_model=ref_model, objective="tdpo1")
+
+
 def test_the_trainers_gradients_on_an_adapted_head_are_the_textbooks(tmp_path):
     """One step's gradients, of A and B of the head too, against DPO on the model's own logits."""
     config = _lora(target_modules=["lm_head", "q_proj"])
@@ -324,13 +342,12 @@ def test_a_named_adapter_as_reference(tmp_path):
         ),
         (_merged, {"objective": "simpo"}, "adapter 'default' is merged into its weights"),
         (_merged, {"precompute_ref_log_probs": True}, "call model.unmerge_adapter"),
-        (_adalora, {}, r"PEFT adapter other than LoRA \(SVDLinear\)"),
-        (lambda: _adapted(_lora(bias="all")), {}, "trains biases of the base model"),
         (
-            lambda: _adapted(_lora(target_modules=["lm_head"])),
-            {"objective": "tdpo1"},
-            "TDPO does not support LoRA on the output head",
+            _adalora,
+            {},
+            r"the output head of \w+ is wrapped in a PEFT adapter other than LoRA \(SVDLinear\)",
         ),
+        (lambda: _adapted(_lora(bias="all")), {}, "trains biases of the base model"),
     ],
 )
 def test_what_has_no_effect_or_would_be_wrong_is_refused(tmp_path, build, options, message):
@@ -343,8 +360,9 @@ def test_what_has_no_effect_or_would_be_wrong_is_refused(tmp_path, build, option
 
 def _trainer_on(path, model, **options) -> PreferenceTrainer:
     given = {name: options.pop(name) for name in ("ref_model", "peft_config") if name in options}
+    options.setdefault("objective", "dpo")
     arguments = PreferenceConfig(
-        output_dir=str(path), objective="dpo", use_cpu=True, save_strategy="no", report_to="none",
+        output_dir=str(path), use_cpu=True, save_strategy="no", report_to="none",
         disable_tqdm=True, gradient_checkpointing=False, learning_rate=0.1, max_steps=2, **options,
     )  # fmt: skip
     return PreferenceTrainer(
