@@ -8,7 +8,7 @@ single responses through the same call.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from prefkern.loss import nonfinite, pairwise
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
 from prefkern.ops import call, checks, compiled, sequences
+from prefkern.ops.autograd import Result
 from prefkern.ops.operands import Head, LowRank, Transform, same_head
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.plan import Plan
@@ -161,7 +162,7 @@ class FusedPreferenceLoss(nn.Module):
             labels.reshape(-1), self.ignore_index, weight.shape[0], bounds, cu_seqlens is not None
         )
         assert scored.offsets is not None
-        tokens = _score_tokens(
+        tokens, plan = _score_tokens(
             self.objective, head, reference, scored, transform, workspace_mb, backend, return_stats
         )
         if tokens.ref_logps is not None:
@@ -178,7 +179,14 @@ class FusedPreferenceLoss(nn.Module):
             )
         if isinstance(self.objective, Objective):
             out = _paired_output(
-                self.objective, tokens, scored, ref_logps, reward_margins, backend, token_stats
+                self.objective,
+                tokens,
+                plan,
+                scored,
+                ref_logps,
+                reward_margins,
+                backend,
+                token_stats,
             )
         else:
             out = _unpaired_output(
@@ -189,7 +197,7 @@ class FusedPreferenceLoss(nn.Module):
                 desirable,
                 mismatched_log_ratios,
                 token_stats,
-                tokens.plan,
+                plan,
             )
         if self.on_nonfinite is not None:
             ref_logps = ref_logps if self.objective.needs_reference else None
@@ -310,17 +318,6 @@ def _unpaired_output(
     )
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """The scored tokens' numbers, (N,) each."""
-
-    logps: Tensor
-    ref_logps: Tensor | None
-    kls: Tensor | None
-    stats: tuple[Tensor, ...] | None  # entropy, mean logit, is_top1, log sum_v p_v^2
-    plan: Plan
-
-
 def _score_tokens(
     objective: Objective | UnpairedObjective,
     head: Head,
@@ -330,38 +327,32 @@ def _score_tokens(
     workspace_mb: float,
     backend: str,
     return_stats: bool,
-) -> _Tokens:
+) -> tuple[Result, Plan]:
     """Log-probs of policy and reference, and what else the objective needs of a token."""
     is_paired = isinstance(objective, Objective)
     needs_kls = is_paired and objective.needs_kls
-    run = functools.partial(
-        call.run,
-        scored=scored,
-        transform=transform,
-        workspace_mb=workspace_mb,
-        backend=backend,
-    )
+    given = (scored, transform, workspace_mb, backend)
     ref_logps = ref_plan = None
     if reference is not None and not needs_kls and not same_head(head, reference):
         with torch.no_grad():
-            result, ref_plan = run(reference)
+            result, ref_plan = call.run(reference, *given)
         ref_logps, reference = result.logps, None
-    result, plan = run(
+    result, plan = call.run(
         head,
+        *given,
         reference=reference,
         with_stats=return_stats or (is_paired and objective.needs_alignments),
         with_divergence=needs_kls,
     )
     if ref_plan is not None:
-        plan = plan.after(ref_plan)
-    if reference is not None:
-        ref_logps = result.ref_logps
-    return _Tokens(result.logps, ref_logps, result.kl, result.stats, plan)
+        result, plan = replace(result, ref_logps=ref_logps), plan.after(ref_plan)
+    return result, plan
 
 
 def _paired_output(
     objective: Objective,
-    tokens: _Tokens,
+    tokens: Result,
+    plan: Plan,
     scored: sequences.Scored,
     ref_logps: Tensor | None,  # (2B,)
     reward_margins: Tensor | None,  # (B,)
@@ -383,13 +374,11 @@ def _paired_output(
             ref_logps,
             None if reward_margins is None else reward_margins.detach().to(tokens.logps.dtype),
             alignments,
-            None if tokens.kls is None else sequences.sequence_sums(tokens.kls, offsets),
+            None if tokens.kl is None else sequences.sequence_sums(tokens.kl, offsets),
         ),
         backend,
     )
-    return _output_of(
-        objective, paired.pairs, paired.result, token_stats, paired.gradients, tokens.plan
-    )
+    return _output_of(objective, paired.pairs, paired.result, token_stats, paired.gradients, plan)
 
 
 def _output_of(
