@@ -399,6 +399,56 @@ def test_opcheck(trains_head, extra, device):
     )
 
 
+def test_gradients_have_the_strides_that_the_compiler_was_told(device):
+    """Of states that lie column by column, an adapter's too: row by row, as backward makes them."""
+    M = 2 * T
+    hidden, lora_hidden = torch.randn(H, M, device=device).t(), torch.randn(3, M, device=device).t()
+    leaves = [x.requires_grad_() for x in (hidden, lora_hidden)]
+    weight, lora_weight = torch.randn(V, H, device=device), torch.randn(V, 3, device=device)
+    labels = torch.randint(V, (M,), device=device)
+
+    def logprobs(hidden, lora_hidden):
+        return prefkern.linear_logprobs(
+            hidden, weight, labels, lora_hidden=lora_hidden, lora_weight=lora_weight
+        )
+
+    function = torch.compile(logprobs, fullgraph=True, backend="aot_eager_decomp_partition")
+    mine = torch.autograd.grad(function(*leaves).sum(), leaves)
+    for a, b in zip(mine, torch.autograd.grad(logprobs(*leaves).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    arguments = [torch.randn(M, device=device), None, hidden.detach(), weight, None]
+    arguments += [lora_hidden.detach(), lora_weight, None, None, None, labels]
+    needs = (True, False, False, True, False)
+    dtypes = (torch.float32, torch.float32)
+    options = vars(compiled.Options(-100, 1.0, None, 1.0, 64.0, "torch", *dtypes, *needs)).values()
+    outputs = compiled._forward_op(*arguments[2:10], labels, None, False, *options)
+    arguments += [*outputs[7:], *needs, *options]
+    torch.library.opcheck(compiled._backward_op, tuple(arguments))
+
+
+def test_tiles_have_what_the_room_for_kept_rows_leaves(device):
+    """Room is made for all tokens, of which few are scored: plan and room stay within the bound."""
+    M, V, workspace_mb = 1500, 8192, 64
+    hidden = torch.randn(M, H, device=device, requires_grad=True)
+    weight = torch.randn(V, H, device=device, requires_grad=True)
+    labels = torch.randint(V, (M,), device=device)
+    labels[::2] = -100
+
+    def logprobs(hidden):
+        return prefkern.linear_logprobs(
+            hidden, weight, labels, workspace_mb=workspace_mb, softcap=12.0
+        )
+
+    counted(logprobs)[0](hidden)
+    made = prefkern.last_plan()
+    # Three quarters of the workspace hold all tokens in float32.
+    room = M * V * 4
+    assert room <= 0.75 * workspace_mb * 2**20
+    assert made.tokens == made.kept_tokens == M // 2
+    tiles = made.workspace_bytes - made.kept_bytes
+    assert room + tiles <= workspace_mb * 2**20 and made.workspace_bytes < room
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Fails if a value of the device is waited for, which a recorded graph must not do."""
 

@@ -86,6 +86,19 @@ def test_nor_a_value_in_forward_mode(way, argument, given, backend, device):
             WAYS[way](**values, labels=given["labels"], backend=backend)
 
 
+@pytest.mark.parametrize("argument", ["lora_hidden", "lora_weight"])
+@pytest.mark.parametrize("operator", [prefkern.linear_logprobs, prefkern.linear_kl])
+def test_nor_does_an_adapter_lose_its_tangent(operator, argument, device):
+    hidden, weight = torch.randn(5, H, device=device), torch.randn(V, H, device=device)
+    adapter = {"lora_hidden": torch.randn(5, 2), "lora_weight": torch.randn(V, 2)}
+    adapter = {name: value.to(device) for name, value in adapter.items()}
+    ref = () if operator is prefkern.linear_logprobs else (hidden, weight)
+    message = f"{argument} has a tangent"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        adapter[argument] = forward_ad.make_dual(adapter[argument], adapter[argument])
+        operator(hidden, weight, torch.zeros(5, device=device).long(), *ref, **adapter)
+
+
 @pytest.mark.parametrize("operator", [prefkern.linear_logprobs, prefkern.linear_kl])
 def test_nor_does_a_bias_lose_its_tangent(operator, backend, device):
     hidden, weight = torch.randn(5, H, device=device), torch.randn(V, H, device=device)
