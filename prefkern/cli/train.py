@@ -10,6 +10,7 @@ then the model. An error is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,10 @@ def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
 
         show(trainer.dataset_reports.values())
     metrics = trainer.train(resume_from_checkpoint=resume_from(config)).metrics
+    results = Path(config.output_dir or ".") / "all_results.json"
+    if "train_loss" not in metrics and results.exists():
+        # A finished run was resumed: it keeps the figures of the steps that it took.
+        metrics = {**json.loads(results.read_text()), **metrics}
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
     trainer.save_model()

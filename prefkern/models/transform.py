@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from prefkern.models import heads
 from prefkern.models.calls import replaced_forward, uncalled, undisturbed, without_cache
-from prefkern.models.heads import find_head
+from prefkern.models.heads import HeadInputs, find_head
 
 # Name in the config -> the factors by which some family multiplies its raw logits for its value s.
 _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
@@ -118,6 +119,22 @@ def _virtual_tokens(model: nn.Module) -> int:
     return max((getattr(config, "num_virtual_tokens", None) or 0 for config in configs), default=0)
 
 
+@contextmanager
+def _of_one_dtype(base: Any, read: HeadInputs) -> Iterator[None]:
+    """Raise ValueError, instead of torch's RuntimeError, for a head of another dtype."""
+    try:
+        yield
+    except RuntimeError as error:
+        hidden, weight = read.hidden, read.weight
+        if hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type):
+            raise
+        raise ValueError(
+            f"the output head of {type(base).__name__} is {weight.dtype} and its hidden states are "
+            f"{hidden.dtype}: cast the head to {hidden.dtype}, or run under autocast (bf16=True or "
+            "fp16=True in a trainer)"
+        ) from error
+
+
 def _probe(
     model: nn.Module,
     base: Any,
@@ -134,14 +151,15 @@ def _probe(
     with undisturbed(model, device):
 
         def probing_head(hidden: Tensor) -> Tensor:
-            raw = original(hidden)
-            # Whatever its class, the head must compute the linear map that `heads.read` found.
-            seen["raw"] = raw
             read = heads.read(head, hidden)
-            seen["linear"] = F.linear(hidden, read.weight, read.bias)
-            if read.lora_hidden is not None and read.lora_weight is not None:
-                term = F.linear(read.lora_hidden, read.lora_weight.to(read.lora_hidden.dtype))
-                seen["linear"] = seen["linear"] + term
+            with _of_one_dtype(base, read):
+                raw = original(hidden)
+                # Whatever its class, the head must compute the linear map that `heads.read` found.
+                seen["raw"] = raw
+                seen["linear"] = F.linear(hidden, read.weight, read.bias)
+                if read.lora_hidden is not None and read.lora_weight is not None:
+                    term = F.linear(read.lora_hidden, read.lora_weight.to(read.lora_hidden.dtype))
+                    seen["linear"] = seen["linear"] + term
             # Prompt-learning adapters add positions, hence the modulo.
             peaks = torch.tensor(_PROBE_PEAKS, device=raw.device)
             peaks = peaks[torch.arange(raw.shape[-2], device=raw.device) % len(peaks)]

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable
 from itertools import chain
@@ -37,6 +38,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
 from prefkern.training.files import remove, replacing, sync, write_json
+from prefkern.training.finished import OF_STEPS, Progress
 from prefkern.training.unsaved import UNSAVED_FILE, Fingerprints, save_fingerprints, warn_of_others
 
 logger = logging.getLogger(__name__)
@@ -70,11 +72,16 @@ class CheckpointTrainer(Trainer):
     _staging: Path | None = None
     _to_push: Path | None = None
     _resumed_from: Path | None = None
+    # That of the checkpoint that the run was resumed from.
+    _progress: Progress | None = None
     # Of weights that checkpoints do not hold.
     _unsaved: Fingerprints | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """As Trainer's; True resumes from the last checkpoint that is complete.
+
+        A finished run that is resumed takes no step. Its result has the loss NaN, and no metrics of
+        steps.
 
         Raises CheckpointError for a checkpoint that is incomplete, damaged or of another model.
         """
@@ -98,7 +105,40 @@ class CheckpointTrainer(Trainer):
         if self._resumed_from is not None:
             _warn_of_weights_alone(self._resumed_from)
             warn_of_others(self._unsaved or {}, self._resumed_from)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        resumed = self._resumed_from
+        self._progress = None if resumed is None else Progress.of(resumed / _STATE)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if not self._is_over():
+            return output
+        logger.warning(
+            "%s is the end of a finished run (step %d of %d): nothing was trained. To train on, raise "
+            "max_steps or num_train_epochs, or the patience of early stopping",
+            resumed,
+            self.state.global_step,
+            self.state.max_steps,
+        )
+        return output._replace(training_loss=math.nan)
+
+    def _is_over(self) -> bool:
+        """Whether the run was resumed where it had finished."""
+        progress = self._progress
+        if progress is None or self.state.global_step > progress.steps:
+            return False
+        return progress.is_over(self.state, self.callback_handler.callbacks)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer takes a step before it looks whether one is left.
+        if self._is_over():
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, but no loss and no speed of a run that took no step."""
+        if "train_loss" in logs and self._is_over():
+            for name in OF_STEPS:
+                logs.pop(name, None)
+        super().log(logs, start_time)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -31,8 +31,13 @@ class ItemTrainer(CheckpointTrainer):
 
     _sequences_an_item = 2
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        config: Any = getattr(model, "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        super().__init__(*args, model=model, **kwargs)
+        if use_cache is not None:
+            # Trainer switches the cache off for good, and saves that. Forwards here run without it.
+            config.use_cache = use_cache
         if self.args.n_gpu > 1:
             raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
         check_no_native_adapter(self.model)

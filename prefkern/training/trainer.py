@@ -273,9 +273,11 @@ class PreferenceTrainer(ObjectiveTrainer):
         # A sharded model has its weights only once it is wrapped: the first batch checks it.
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if not is_sharded:
-            head_transform(self.model)  # pyright: ignore[reportArgumentType]
-        if args.padding_free and not is_sharded:
-            require_packing(self.model)  # pyright: ignore[reportArgumentType]
+            # Under the run's autocast: without it, a float32 head refuses bf16 hidden states.
+            with self.accelerator.autocast():
+                head_transform(self.model)  # pyright: ignore[reportArgumentType]
+                if args.padding_free:
+                    require_packing(self.model)  # pyright: ignore[reportArgumentType]
         if args.padding_free and reads_whole_row(self.model):  # pyright: ignore[reportArgumentType]
             logger.warning(
                 "under padding_free this attention multiplies the whole row and masks what is of "
@@ -291,7 +293,8 @@ class PreferenceTrainer(ObjectiveTrainer):
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
             if not is_sharded:
-                head_transform(self.ref_model)
+                with self.accelerator.autocast():
+                    head_transform(self.ref_model)
         if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
             # With precomputed sums it is the model before training, or before a checkpoint is
             # loaded.
@@ -510,7 +513,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         if self._collates_otherwise:
             logger.warning("reference sums are not kept: a data_collator was given")
             return None
-        with self._reference() as model:
+        with self._reference() as model, self.accelerator.autocast():
             return open_cache(
                 folder,
                 model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -74,6 +75,28 @@ def test_objectives_from_flags(files, tmp_path, capsys, name):
     assert len(logs) == 2 and all(metrics <= log.keys() for log in logs)
     evaluated = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert {f"eval_{metric}" for metric in metrics} <= evaluated.keys()
+
+
+def test_a_finished_run_that_is_queued_again(files, tmp_path, capsys):
+    """It takes no step, evaluates and saves the model, and keeps the figures of its steps."""
+    out = tmp_path / "out"
+    options = {**files, "max_steps": 3, "save_steps": 1, "eval_fraction": 0.25, "lora_r": 4}
+    assert cli.main(["train", *flags(options)]) == 0
+    first = json.loads((out / "all_results.json").read_text())
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint-1")
+    for left in ("adapter_model.safetensors", "README.md"):
+        (out / left).unlink()
+    assert cli.main(["train", *flags({**options, "resume_from_checkpoint": "true"})]) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    again = json.loads((out / "all_results.json").read_text())
+    own = ("train_loss", "train_steps_per_second", "eval_loss", "eval_rewards/margins")
+    assert {name: again[name] for name in own} == {name: first[name] for name in own}
+    assert "train_loss" in capsys.readouterr().out
 
 
 def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -130,6 +131,99 @@ def test_early_stopping_remembers_its_patience(tmp_path):
     resumed = stopping()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 4
+
+
+class NoStep(transformers.TrainerCallback):
+    def on_step_begin(self, *_, **__):
+        raise AssertionError("a step was taken")
+
+
+# Options of a run. 4 steps are an epoch.
+FINISHED = {
+    "in an epoch": {"max_steps": 3},
+    "in the second epoch": {"max_steps": 6},
+    "at an epoch's end": {"num_train_epochs": 2},
+    "past the end": {"max_steps": 6, "stopped at": 5},
+    "adapted": {"max_steps": 3, "case": "lora"},
+    "precomputed": {"max_steps": 3, "case": "precomputed"},
+}
+
+
+@pytest.mark.parametrize("name", FINISHED)
+@pytest.mark.long(name=["adapted", "precomputed", "past the end"])
+def test_a_finished_run_is_left_alone(tmp_path, caplog, name):
+    """As a scheduler does that queues a job again, finished or not."""
+    options = dict(FINISHED[name])
+    case = options.pop("case", "full")
+    # An end that was moved forward after the run.
+    end = options.pop("stopped at", None)
+    whole = run_of(tmp_path, case, **options)
+    before = whole.train()
+    checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    options |= {} if end is None else {"max_steps": end}
+    for _ in range(2):
+        caplog.clear()
+        resumed = run_of(tmp_path, case, callbacks=[NoStep()], **options)
+        after = resumed.train(resume_from_checkpoint=True)
+        assert after.global_step == before.global_step
+        assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
+        assert f"checkpoint-{before.global_step} is the end of a finished run" in caplog.text
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == checkpoints
+        # No loss and no speed of no steps.
+        assert math.isnan(after.training_loss)
+        assert not {"train_loss", "train_steps_per_second"} & after.metrics.keys()
+        assert "train_loss" not in resumed.state.log_history[-1]
+        assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+
+
+def test_a_run_that_was_told_to_leave_goes_on(tmp_path):
+    """A callback's time limit is not the end of the run."""
+    whole = run_of(tmp_path / "whole", "full")
+    whole.train()
+    left = run_of(tmp_path, "full", callbacks=[Leave(3)])
+    assert left.train().global_step == 3
+    resumed = run_of(tmp_path, "full")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_runs(resumed, whole)
+
+
+def test_a_finished_run_trains_on_with_more_steps(tmp_path, caplog):
+    options = {"lr_scheduler_type": "constant", "eval_strategy": "no"}
+    run_of(tmp_path, "full", max_steps=3, **options).train()
+    whole = run_of(tmp_path / "whole", "full", max_steps=6, **options)
+    whole.train()
+    resumed = run_of(tmp_path, "full", max_steps=6, **options)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert output.global_step == 6 and "train_loss" in output.metrics
+    assert "finished run" not in caplog.text
+    assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_run_that_stopped_early_is_left_alone(tmp_path, caplog, restores):
+    def stopping(patience, **options):
+        options = {
+            "learning_rate": 0.0,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "eval_steps": 1,
+            "restore_callback_states_from_checkpoint": restores,
+            "callbacks": [transformers.EarlyStoppingCallback(patience)],
+            **options,
+        }
+        return run_of(tmp_path, "full", **options)
+
+    stopping(patience=2).train()
+    resumed = stopping(patience=2)
+    resumed.add_callback(NoStep())
+    assert resumed.train(resume_from_checkpoint=True).global_step == 3
+    assert "checkpoint-3 is the end of a finished run (step 3 of 8)" in caplog.text
+    # Before its end, and with more patience, it goes on.
+    earlier = stopping(patience=2)
+    earlier.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert earlier.state.global_step > 2
+    if not restores:
+        assert stopping(patience=4).train(resume_from_checkpoint=True).global_step > 3
 
 
 class Leave(transformers.TrainerCallback):

@@ -28,8 +28,8 @@ from support.training import Record, lora, reference_for, step_logs, trainer
 def first_step(path: Path, **options):
     """The gradients and the log of one step, and the dtype that a layer computed in."""
     record, dtypes = Record(), []
-    model = tiny.model()
     options = {"ref_model": tiny.model(seed=1), "max_grad_norm": 0.0, "optim": "sgd", **options}
+    model = options.pop("model", None) or tiny.model()
     run = trainer(path, count=4, model=model, callbacks=[record], max_steps=1, **options)
     layer = model.model.layers[1].mlp.up_proj
     layer.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
@@ -52,6 +52,80 @@ def test_bf16_autocast_on_a_cpu(tmp_path, checkpointed):
         assert gradient.dtype == torch.float32
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < 0.1, name
+
+
+def with_float32_head(seed: int = 0):
+    """What kbit training and some loaders leave: a body in bf16, and the head in float32."""
+    model = tiny.model(seed=seed).bfloat16()
+    model.lm_head.float()
+    return model
+
+
+FLOAT32_HEADS = {
+    "full": dict,
+    "reference model": lambda: {"ref_model": tiny.model(seed=1)},
+    "packed": lambda: {"padding_free": True},
+    "precomputed": lambda: {"precompute_ref_log_probs": True},
+    "lora": lambda: {"peft_config": peft.LoraConfig(r=4)},
+    "lora on the head": lambda: {
+        "peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    },
+    "lora, precomputed": lambda: {
+        "peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
+        "precompute_ref_log_probs": True,
+    },
+    "tdpo": lambda: {"objective": "tdpo1"},
+}
+
+
+@pytest.mark.parametrize("case", FLOAT32_HEADS)
+def test_a_float32_head_on_a_bf16_body(tmp_path, case):
+    """The head is probed under the autocast that it trains under (transformers#43828)."""
+    options = {"ref_model": None, **FLOAT32_HEADS[case]()}
+    expected, exact, _ = first_step(tmp_path, **options)
+    mixed = {**options, "model": with_float32_head(), "bf16": True}
+    if options["ref_model"] is not None:
+        mixed["ref_model"] = with_float32_head(seed=1)
+    gradients, log, _ = first_step(tmp_path / "mixed", **mixed)
+    if options["ref_model"] is None:
+        assert log["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log["loss"] == pytest.approx(exact["loss"], rel=2e-2)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        if name == "lm_head.weight":
+            assert gradient.dtype == torch.float32
+        error = (gradient - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)
+        assert error < 0.15, name
+
+
+def test_a_float32_head_without_autocast_is_named(tmp_path):
+    message = (
+        "the output head of LlamaForCausalLM is torch.float32 and its hidden states are "
+        r"torch.bfloat16: cast the head to torch.bfloat16, or run under autocast \(bf16=True or"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model=with_float32_head())
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model=tiny.model().bfloat16(), ref_model=with_float32_head(1))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_cache_is_as_it_was(tmp_path, use_cache, adapted):
+    """Trainer sets use_cache to False. It would be saved, and generate() would run without one."""
+    model = tiny.model(use_cache=use_cache)
+    calls = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["use_cache"]), with_kwargs=True
+    )
+    run = trainer(tmp_path, model=model, **({"peft_config": lora()} if adapted else {}))
+    run.train()
+    assert calls and not any(calls)
+    assert model.config.use_cache is use_cache
+    run.save_model(str(tmp_path / "saved"))
+    if not adapted:
+        saved = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
+        assert saved.use_cache is use_cache
 
 
 def test_fp16_is_refused_on_a_cpu(tmp_path):
