@@ -1,13 +1,15 @@
 """The columns of a preference dataset: which are needed, which are read, which are refused.
 
 These checks need only the columns. So an unusable dataset fails at once, before a row is read or a
-model is loaded.
+model is loaded. `renamed` gives the columns of others the names that are read here.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,8 +22,169 @@ MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejec
 ID_COLUMNS = (*TOKEN_COLUMNS, EXAMPLE_COLUMNS[1])
 # The columns that the collators read; all others are dropped.
 COLUMNS = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
-# TRL's names. Images are part of the prompt: to ignore them would train another task.
-_IMAGE_COLUMNS = ("image", "images")
+# The column of system messages, once `renamed` was asked for it: a row is then a conversation.
+SYSTEM = "_system"
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", SYSTEM)
+# TRL's names. They are part of the prompt: to ignore them would train another task.
+_MEDIA = {
+    **dict.fromkeys(("image", "images"), "images are"),
+    **dict.fromkeys(("video", "videos"), "videos are"),
+    **dict.fromkeys(("audio", "audios"), "audio is"),
+}
+# Names of prompts in the datasets of others, the likeliest first.
+_QUESTIONS = (
+    *("prompt", "question", "instruction", "query", "problem", "messages", "conversations"),
+    *("conversation", "prompts", "questions", "user", "input", "history", "context"),
+)
+_SYSTEMS = ("system", "system_prompt")
+# Beside a prompt, these belong before it; messages repeat it.
+_BEFORE = (*_SYSTEMS, "instruction", "input", "history", "context")
+# What `columns` may name.
+_RENAMED = (
+    *("prompt", "chosen", "rejected", "completion", "label", "system", "tools"),
+    *("chat_template_kwargs", *REFERENCE_COLUMNS),
+    *(column for sources in MARGIN_SOURCES for column in sources),
+)
+COLUMNS_HELP = (
+    "The dataset's own names of columns: prompt=question chosen=answer_a. system=NAME puts that "
+    "column's text before each prompt, as a conversation."
+)
+
+
+def read_renaming(given: Any) -> dict[str, str] | None:
+    """The option `columns` as a mapping: from one, from JSON, or from a list of `name=column`.
+
+    Raises ValueError for anything else, for names that are not read, and for names given twice.
+    """
+    if given is None:
+        return None
+    pairs: list[Any] = []
+    for item in [given] if isinstance(given, str | Mapping) else given:
+        if isinstance(item, str) and item.lstrip().startswith("{"):
+            try:
+                item = json.loads(item)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"columns is not JSON: {error}") from error
+        if isinstance(item, Mapping):
+            pairs += item.items()
+        elif isinstance(item, str) and "=" in item:
+            pairs.append(tuple(item.split("=", 1)))
+        else:
+            raise ValueError(
+                "columns must be a mapping such as {'prompt': 'question'}, or prompt=question on "
+                f"the command line, got {item!r}"
+            )
+    names: dict[str, str] = {}
+    for name, column in pairs:
+        if name not in _RENAMED:
+            raise ValueError(
+                f"columns gives a name to {name!r}, which is not read; known are "
+                f"{', '.join(_RENAMED)}"
+            )
+        if not isinstance(column, str) or not column:
+            raise ValueError(f"columns must name one column for {name!r}, got {column!r}")
+        if name in names:
+            raise ValueError(
+                f"columns gives {name!r} twice, as {names[name]!r} and as {column!r}; give one"
+            )
+        if column in names.values():
+            raise ValueError(f"columns reads {column!r} twice; give it one name")
+        names[name] = column
+    return names or None
+
+
+def renamed(dataset: Any, columns: Mapping[str, str] | None, name: str) -> Any:
+    """The dataset under the names that are read here; one with tokens stays as it is.
+
+    Args:
+        dataset: a dataset; anything else is returned as it is, for `check_columns` to refuse.
+        columns: the dataset's own name of each column: `{"prompt": "question"}`; None: no other.
+        name: the dataset's name in errors.
+
+    Raises ValueError for a column that does not exist, and for a name that exists already.
+    """
+    import datasets
+
+    columns = read_renaming(columns)
+    if not (columns and isinstance(dataset, datasets.Dataset)):
+        return dataset
+    found = dataset.column_names
+    if set(TOKEN_COLUMNS) <= set(found) or set(EXAMPLE_COLUMNS) <= set(found):
+        return dataset
+    for target, source in columns.items():
+        if source not in found:
+            close = difflib.get_close_matches(source, found, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"dataset {name!r} has no column {source!r}{hint}, which columns names for "
+                f"{target!r}; found {', '.join(found)}"
+            )
+        if target in found and target not in columns.values():
+            raise ValueError(
+                f"dataset {name!r} has a column {target!r} already, so columns cannot give "
+                f"{source!r} that name; remove one of them"
+            )
+    targets = {"system": SYSTEM}
+    new = {source: targets.get(target, target) for target, source in columns.items()}
+    return dataset.rename_columns({old: name for old, name in new.items() if old != name})
+
+
+def unread_columns(dataset: datasets.Dataset, *, paired: bool = True) -> tuple[str, ...]:
+    """The columns with text that nothing reads.
+
+    Args:
+        dataset: a dataset, after `renamed`.
+        paired: False if its rows are single responses.
+    """
+    found = dataset.column_names
+    if set(TOKEN_COLUMNS) <= set(found) or set(EXAMPLE_COLUMNS) <= set(found):
+        return ()
+    read = {*_TEXT_COLUMNS} if paired else {*_TEXT_COLUMNS, "completion", "label"}
+    read -= set() if paired else {"chosen", "rejected"}
+    return tuple(c for c in found if c not in read and _has_text(dataset.features.get(c)))
+
+
+def before_prompts(columns: Sequence[str]) -> list[str]:
+    """Those columns whose names say that their text belongs before a prompt."""
+    return [column for column in columns if column.lower() in _BEFORE]
+
+
+def unread_hint(columns: Sequence[str]) -> str:
+    """What to do about unread columns, where the prompt is missing or empty."""
+    ranked = sorted(columns, key=_rank)
+    names = {"prompt": ranked[0]}
+    systems = [column for column in columns if column.lower() in _SYSTEMS]
+    if systems and ranked[0] != systems[0]:
+        names["system"] = systems[0]
+    flags = " ".join(f"{name}={column}" for name, column in names.items())
+    return (
+        f"name the prompt with columns={names} (--columns {flags}), or remove what nothing "
+        "should read"
+    )
+
+
+def _alike(name: str, columns: Sequence[str]) -> str:
+    """A column of the same name in other letters, to print; dots if there is none."""
+    return next((repr(column) for column in columns if column.lower() == name), "...")
+
+
+def _rank(column: str) -> int:
+    name = column.lower()
+    if name in _QUESTIONS:
+        return _QUESTIONS.index(name)
+    return len(_QUESTIONS) + (name in _SYSTEMS)
+
+
+def _has_text(feature: Any) -> bool:
+    """Whether cells of a feature hold text, at any depth."""
+    if isinstance(feature, Mapping):
+        return any(map(_has_text, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_has_text, feature))
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return _has_text(inner)
+    return "string" in str(getattr(feature, "dtype", ""))
 
 
 def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool = False) -> None:
@@ -45,19 +208,19 @@ def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool
     if len(dataset) == 0:
         raise ValueError(f"dataset {name!r} is empty")
     found = dataset.column_names
-    for column in _IMAGE_COLUMNS:
-        if column in found:
+    for column in found:
+        if column.lower() in _MEDIA:
             raise ValueError(
-                f"dataset {name!r} has a column {column!r}, but images are not supported yet; "
-                "remove the column to train on the text alone"
+                f"dataset {name!r} has a column {column!r}, but {_MEDIA[column.lower()]} not "
+                "supported yet; remove the column to train on the text alone"
             )
     if not paired and has_examples(found):
         return
     missing = [column for column in ("chosen", "rejected") if column not in found]
     if missing and not set(TOKEN_COLUMNS) <= set(found):
-        hint = ""
+        hint = f"; columns={{{missing[0]!r}: {_alike(missing[0], found)}}} reads another column"
         if not paired:
-            hint = "; or 'prompt', 'completion' and 'label' for single responses"
+            hint = f"; or 'prompt', 'completion' and 'label' for single responses{hint}"
         elif has_examples(found):
             hint = "; single responses are for the objective 'kto'"
         raise ValueError(
@@ -65,12 +228,38 @@ def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool
             f"{', '.join(found)}; expected 'chosen' and 'rejected', and 'prompt' unless both "
             f"begin with it{hint}"
         )
+    _check_prompt_column(dataset, name)
     if margins and not margin_columns(found):
         raise ValueError(
             f"dataset {name!r} has no margins, which this objective weighs pairs by: no column "
             "'reward_margin' or 'margin', nor 'score_chosen' and 'score_rejected'; found "
             f"{', '.join(found)}; `prefkern margins` writes one"
         )
+
+
+def _check_prompt_column(dataset: datasets.Dataset, name: str) -> None:
+    """Raise ValueError for texts without `prompt` beside a column that must be their prompt."""
+    if "prompt" in dataset.column_names or not is_text(dataset.features.get("chosen")):
+        return
+    unread = unread_columns(dataset)
+    if any(column.lower() in (*_QUESTIONS, *_SYSTEMS) for column in unread):
+        raise ValueError(
+            f"dataset {name!r} has no column 'prompt', and {listed(unread)} would not be read; "
+            f"{unread_hint(unread)}"
+        )
+
+
+def listed(columns: Sequence[str]) -> str:
+    """Columns by name, in a sentence."""
+    plural = "s" if len(columns) > 1 else ""
+    return f"text column{plural} {', '.join(map(repr, columns))}"
+
+
+def is_text(feature: Any) -> bool:
+    """Whether cells of a feature are text."""
+    return not isinstance(feature, Mapping | list) and "string" in str(
+        getattr(feature, "dtype", "")
+    )
 
 
 def check_labels(dataset: datasets.Dataset, name: str) -> None:

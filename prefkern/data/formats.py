@@ -2,18 +2,29 @@
 
 The prompt alone and prompt + response are both tokenised whole. The response starts where the two
 differ, as in TRL, so no artificial token boundary appears. A text response gets an end-of-sequence
-token if it has none. Text that already begins with the tokenizer's first token gets no second one.
+token if it has no end token. Text that already begins with the tokenizer's first token gets no
+second one.
+
+Without a prompt, the common beginning of the two texts is the prompt. Where one text ends there and
+the other goes on, the end token is all of the first response: it is what the two differ in.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
-# Keys of a message, in chat templates, that hold what an assistant says outside of its content.
-_SAID_OTHERWISE = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+from prefkern.data.columns import SYSTEM
+from prefkern.data.messages import (
+    check_message,
+    check_response,
+    has_other_turns,
+    present,
+    read_cell,
+    says_something,
+)
+from prefkern.data.rendering import check_tools, leaves_out, render
 
 
 class TokenizedPair(NamedTuple):
@@ -26,62 +37,172 @@ class TokenizedPair(NamedTuple):
     merged: bool = False  # the last token of the prompt merged with a response
     repeated: bool = False  # both responses, as text, begin with the whole prompt
     begun: bool = False  # the text already has the token that the tokenizer puts in front
+    unasked: bool = False  # nothing stands before the responses
+    stops: bool = False  # a response is only its end token, and the other goes on
+    unsaid: bool = False  # the template leaves out text or thoughts of an earlier answer
+    turns: bool = False  # a response has turns of other roles
 
 
-def tokenize_pair(example: dict[str, Any], tokenizer: Any) -> TokenizedPair:
+@dataclass(frozen=True)
+class Reading:
+    """What holds for all rows of a dataset.
+
+    `written` are the columns in which every row is a conversation as text, `names` the responses'
+    columns in errors. `end_ids` and `end_texts` are the tokens that may end a text.
+    """
+
+    end_ids: tuple[int, ...]
+    end_texts: tuple[str, ...]
+    written: tuple[str, ...] = ()
+    names: tuple[str, str] = ("chosen", "rejected")
+
+    @classmethod
+    def of(cls, tokenizer: Any, written: tuple[str, ...], names: tuple[str, str]) -> Reading:
+        """The reading of a tokenizer: its special tokens, such as ChatML's, end a text."""
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        ends = {number: str(token) for number, token in added.items() if token.special}
+        for name in ("unk_token_id", "bos_token_id", "mask_token_id", "cls_token_id"):
+            ends.pop(getattr(tokenizer, name, None), None)  # pyright: ignore[reportArgumentType]
+        if tokenizer.eos_token_id is not None:
+            ends[tokenizer.eos_token_id] = str(tokenizer.eos_token)
+        return cls(tuple(ends), tuple(ends.values()), written, names)
+
+    def has_end(self, text: str, ids: list[int]) -> bool:
+        """Whether a text ends with an end token; ChatML has a line break after it."""
+        if ids and ids[-1] in self.end_ids:
+            return True
+        return text[-1:].isspace() and text.rstrip().endswith(self.end_texts)
+
+    def is_blank(self, text: str) -> bool:
+        """Whether a response is only white space, or only an end token."""
+        text = text.strip()
+        return not text or text in self.end_texts
+
+
+def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> TokenizedPair:
     """Token ids of prompt, chosen and rejected.
 
     Raises ValueError for a row that has none of the formats.
     """
-    prompt: Any = example.get("prompt")
-    chosen: Any = example.get("chosen")
-    rejected: Any = example.get("rejected")
-    for key, value in (("chosen", chosen), ("rejected", rejected)):
-        if not (isinstance(value, str) or _are_messages(value)):
-            raise ValueError(f"{key!r} must be text or a list of messages, got {value!r}")
-    is_conversation = isinstance(chosen, list)
-    if isinstance(rejected, list) != is_conversation:
-        raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
-    _check_prompt(example)
-    for key, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if isinstance(value, list):
-            for message in value:
-                check_message(key, message)
-    if prompt is None:
+    prompt, chosen, rejected = _cells(example, reading)
+    is_implicit = prompt is None
+    if is_implicit:
         prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    elif is_conversation and isinstance(prompt, str):
+    elif isinstance(chosen, list) and isinstance(prompt, str):
         prompt, chosen, rejected = _text_prompt(prompt, chosen, rejected)
-    elif isinstance(prompt, list) != is_conversation:
+    elif isinstance(prompt, list) != isinstance(chosen, list):
         raise ValueError("'prompt' is a conversation, and 'chosen' and 'rejected' are text")
-    elif is_conversation:
+    elif isinstance(chosen, list):
         chosen, rejected = _without_prompt(prompt, chosen, rejected)
+    if isinstance(chosen, list):
+        if example.get(SYSTEM):
+            prompt = _with_system(example[SYSTEM], prompt)
+        return _conversation(example, (prompt, chosen, rejected), tokenizer, reading)
+    return _texts((prompt, chosen, rejected), is_implicit, tokenizer, reading)
 
-    if is_conversation:
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError("the dataset is conversational and the tokenizer has no chat template")
-        options = _template_options(example)
-        prompt_ids = _render(tokenizer, prompt, options, add_generation_prompt=True)
-        sequences = [_render(tokenizer, prompt + rest, options) for rest in (chosen, rejected)]
-        # A template adds tokens even to an empty message, so lengths do not show an empty response.
-        is_empty = not all(any(map(_says_something, rest)) for rest in (chosen, rejected))
-        is_repeated = is_begun = False
-    else:
-        texts = (prompt, prompt + chosen, prompt + rejected)
-        (prompt_ids, *sequences), is_begun = _text_ids(tokenizer, texts)
-        eos = tokenizer.eos_token_id
-        sequences = [ids if eos is None or ids[-1:] == [eos] else [*ids, eos] for ids in sequences]
-        is_empty = "" in (chosen, rejected)
-        is_repeated = all(_begins_with(prompt, text) for text in (chosen, rejected))
+
+def _cells(example: dict[str, Any], reading: Reading) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected: texts, or lists of messages; the prompt may be None.
+
+    A row with a `system` column is a conversation, so its texts become messages.
+    """
+    names = ("prompt", *reading.names)
+    cells: list[Any] = []
+    for column, name in zip(("prompt", "chosen", "rejected"), names, strict=True):
+        cell = read_cell(name, example.get(column), column in reading.written)
+        is_readable = isinstance(cell, str) or _are_messages(cell)
+        if column != "prompt" and not is_readable:
+            raise ValueError(f"{name!r} must be text or a list of messages, got {cell!r}")
+        cells.append(cell)
+    prompt, chosen, rejected = cells
+    if isinstance(rejected, list) != isinstance(chosen, list):
+        raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
+    _check_prompt(example, prompt)
+    for name, cell in zip(names, cells, strict=True):
+        for message in cell if isinstance(cell, list) else ():
+            check_message(name, message)
+    if SYSTEM not in example:
+        return prompt, chosen, rejected
+    system = example[SYSTEM]
+    if not (system is None or isinstance(system, str)):
+        raise ValueError(f"'system' must be text, got {system!r}")
+    if prompt is None and isinstance(chosen, str):
+        raise ValueError("'system' needs a 'prompt' beside it; columns={'prompt': ...} names one")
+    if isinstance(prompt, str) and isinstance(chosen, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(chosen, str):
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    return prompt, chosen, rejected
+
+
+def _with_system(system: str, prompt: list[Any]) -> list[Any]:
+    """A prompt after its system message."""
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0].get("content") == system:
+            return prompt
+        raise ValueError("'prompt' begins with another system message than that of 'system'")
+    return [{"role": "system", "content": system}, *prompt] if system.strip() else prompt
+
+
+def _conversation(
+    example: dict[str, Any], parts: tuple[Any, Any, Any], tokenizer: Any, reading: Reading
+) -> TokenizedPair:
+    prompt, *responses = parts
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("the dataset is conversational and the tokenizer has no chat template")
+    if not prompt:
+        raise ValueError(
+            "'chosen' and 'rejected' begin with different messages and there is no 'prompt'"
+        )
+    for name, response in zip(reading.names, responses, strict=True):
+        check_response(name, response)
+    options = _template_options(example)
+    asked = render(tokenizer, prompt, options, add_generation_prompt=True)
+    check_tools(tokenizer, asked, options)
+    answered = [render(tokenizer, prompt + rest, options) for rest in responses]
+    is_unsaid = [leaves_out(tokenizer, each, options) for each in answered]
+    # A template adds tokens even to an empty message, so lengths do not show an empty response.
+    is_empty = not all(any(map(says_something, rest)) for rest in responses)
+    ids = [each.ids for each in answered]
+    start = min(_common_length(asked.ids, each) for each in ids)
+    return TokenizedPair(
+        asked.ids[:start],
+        ids[0][start:],
+        ids[1][start:],
+        is_empty,
+        merged=start < len(asked.ids),
+        unsaid=any(is_unsaid),
+        turns=any(map(has_other_turns, responses)),
+    )
+
+
+def _texts(
+    parts: tuple[str, str, str], is_implicit: bool, tokenizer: Any, reading: Reading
+) -> TokenizedPair:
+    prompt, *responses = parts
+    texts = (prompt, *(prompt + response for response in responses))
+    (prompt_ids, *sequences), is_begun = _text_ids(tokenizer, texts)
+    is_blank = [reading.is_blank(response) for response in responses]
+    # Where the other text goes on, a response without text is the end of the common one.
+    stops = is_implicit and is_blank[0] != is_blank[1]
+    if tokenizer.eos_token_id is not None:
+        sequences = [
+            ids
+            if reading.has_end(text, ids) and response.strip()
+            else [*ids, tokenizer.eos_token_id]
+            for text, response, ids in zip(texts[1:], responses, sequences, strict=True)
+        ]
     start = min(_common_length(prompt_ids, ids) for ids in sequences)
-    chosen_ids, rejected_ids = (ids[start:] for ids in sequences)
     return TokenizedPair(
         prompt_ids[:start],
-        chosen_ids,
-        rejected_ids,
-        is_empty,
+        sequences[0][start:],
+        sequences[1][start:],
+        any(is_blank) and not stops,
         merged=start < len(prompt_ids),
-        repeated=is_repeated,
+        repeated=all(_begins_with(prompt, text) for text in responses),
         begun=is_begun,
+        unasked=not prompt.strip(),
+        stops=stops,
     )
 
 
@@ -126,8 +247,8 @@ def _without_prompt(prompt: list[Any], chosen: list[Any], rejected: list[Any]) -
     if not prompt:
         return chosen, rejected
     # Arrow fills the messages of each column with different keys, so compare without None.
-    asked = _present(prompt)
-    repeats = [_present(each[: len(prompt)]) == asked for each in (chosen, rejected)]
+    asked = present(prompt)
+    repeats = [present(each[: len(prompt)]) == asked for each in (chosen, rejected)]
     if repeats[0] != repeats[1]:
         whole, other = ("'chosen'", "'rejected'") if repeats[0] else ("'rejected'", "'chosen'")
         raise ValueError(
@@ -144,10 +265,9 @@ def _begins_with(prompt: str, text: str) -> bool:
     return bool(prompt.strip()) and text.startswith(prompt) and not is_cut
 
 
-def _check_prompt(example: dict[str, Any]) -> None:
+def _check_prompt(example: dict[str, Any], prompt: Any) -> None:
     if "prompt" not in example:
         return
-    prompt = example["prompt"]
     if not (prompt is None or isinstance(prompt, str | list)):
         raise ValueError(f"'prompt' must be text or a list of messages, got {prompt!r}")
     if prompt is None:
@@ -161,62 +281,6 @@ def _check_prompt(example: dict[str, Any]) -> None:
 
 def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def check_message(column: str, message: Any) -> None:
-    """Raise ValueError for a message that a chat template would silently render wrong."""
-    is_mapping = isinstance(message, dict)
-    if not is_mapping:
-        raise ValueError(
-            f"{column!r} must be text or a list of messages {{'role': ..., 'content': ...}}, but "
-            f"one of its messages is {_short(message)}"
-        )
-    role = message.get("role")
-    if role is None:
-        raise ValueError(
-            f"a message has no 'role', only {', '.join(map(repr, message))}; a message must be "
-            "{'role': ..., 'content': ...}"
-        )
-    is_name = isinstance(role, str)
-    if not is_name:
-        raise ValueError(f"the 'role' of a message in {column!r} must be text, got {role!r}")
-    content = message.get("content")
-    if content is None:
-        if not message.get("tool_calls"):
-            raise ValueError(
-                f"a message of role {role!r} in {column!r} has neither 'content' nor 'tool_calls': "
-                f"{_short(_present(message))}; a message must be {{'role': ..., 'content': ...}}"
-            )
-        return
-    is_text_or_blocks = isinstance(content, str | list)
-    if not is_text_or_blocks:
-        raise ValueError(
-            f"the 'content' of a message of role {role!r} in {column!r} must be text or a list of "
-            f"blocks of text, got {_short(content)}"
-        )
-    if isinstance(content, str):
-        return
-    for block in content:
-        kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-        if kind != "text":
-            raise ValueError(
-                f"a message of role {role!r} has content of type {kind!r}, but only text is "
-                "supported yet"
-            )
-
-
-def _says_something(message: dict[str, Any]) -> bool:
-    """Whether a message has more than its role to render."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(block.get("text") or "" for block in content)
-    # Templates strip white space from the content.
-    return bool(content and content.strip()) or any(message.get(key) for key in _SAID_OTHERWISE)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _template_options(example: dict[str, Any]) -> dict[str, Any]:
@@ -234,49 +298,7 @@ def _template_options(example: dict[str, Any]) -> dict[str, Any]:
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError(f"'chat_template_kwargs' must be a mapping, got {kwargs!r}")
     # Llama's template announces tools even for an empty list, hence `or None`.
-    return {"tools": _present(tools) or None, **_present(kwargs or {})}
-
-
-def _render(
-    tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any], **kwargs: Any
-) -> list[int]:
-    """Token ids of messages under the tokenizer's chat template."""
-    messages = _present(messages)
-    options = {**options, **kwargs}
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, **options
-        )
-        _check_blocks(tokenizer, messages, options)
-    except (TemplateError, TypeError) as error:
-        # Templates raise, for example, for roles or an order of turns that they do not support.
-        raise ValueError(f"the chat template does not take these messages: {error}") from error
-    return rendered["input_ids"]
-
-
-def _check_blocks(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]) -> None:
-    """Raise ValueError if a template expects text but printed the repr of a list of blocks."""
-    blocks = [
-        message["content"] for message in messages if isinstance(message.get("content"), list)
-    ]
-    if not blocks:
-        return
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    for content in blocks:
-        if str(content) in text:
-            raise ValueError(
-                "the chat template expects text as content and would print the list of blocks "
-                f"itself: {str(content)[:60]}"
-            )
-
-
-def _present(value: Any) -> Any:
-    """The value without None in mappings: Arrow adds to each mapping the keys of all its column."""
-    if isinstance(value, dict):
-        return {key: _present(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_present(item) for item in value]
-    return value
+    return {"tools": present(tools) or None, **present(kwargs or {})}
 
 
 def _text_ids(tokenizer: Any, texts: tuple[str, ...]) -> tuple[list[list[int]], bool]:

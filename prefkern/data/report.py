@@ -110,6 +110,9 @@ class DatasetReport:
     unit: str = "pairs"
     repeated: int = 0  # both responses begin with the whole prompt; that copy is scored
     begun: int = 0  # the text has a beginning-of-sequence token already; no second one was added
+    unsaid: int = 0  # the chat template leaves out text or thoughts of an earlier answer
+    turns: int = 0  # responses have turns of other roles, which are scored
+    unread: tuple[str, ...] = ()  # columns with text that nothing reads
 
     @property
     def dropped(self) -> int:
@@ -119,7 +122,12 @@ class DatasetReport:
     def summary(self) -> str:
         """All counts in one line."""
         counts = ", ".join(f"{count:,} {what}" for count, what in self._counts())
-        return f"{self.name}: {self.pairs:,} {self.unit} ({counts})"
+        unread = f"; {self._unread}" if self.unread else ""
+        return f"{self.name}: {self.pairs:,} {self.unit} ({counts}){unread}"
+
+    @property
+    def _unread(self) -> str:
+        return f"text columns not read: {', '.join(self.unread)}"
 
     def _counts(self) -> list[tuple[int, str]]:
         counts = [
@@ -138,6 +146,8 @@ class DatasetReport:
         suspicious = [
             (self.repeated, "whose responses repeat the prompt"),
             (self.begun, "whose text has the tokenizer's first token already"),
+            (self.unsaid, "whose chat template leaves out parts of earlier answers"),
+            (self.turns, "whose responses have scored turns of other roles"),
         ]
         counts += [(count, what) for count, what in suspicious if count]
         return counts
@@ -178,6 +188,8 @@ class DatasetReport:
         counts = [
             Text(f"  {count:,} {what}", style="yellow") for count, what in self._counts() if count
         ]
+        if self.unread:
+            counts.append(Text(f"  {self._unread}", style="yellow"))
         bins = self.histogram.rows()
         most = max(count for _, count, _ in bins)
         bars = Table.grid(padding=(0, 1))

@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy
+import pyarrow.compute
 import tokenizers
 import transformers
 
@@ -26,18 +28,27 @@ from prefkern.data.columns import (
     MARGIN_SOURCES,
     REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
+    before_prompts,
     check_columns,
     check_labels,
     has_examples,
     is_number,
+    is_text,
+    listed,
     margin_columns,
     plain,
+    renamed,
     reward_margin,
+    unread_columns,
+    unread_hint,
 )
-from prefkern.data.formats import TokenizedPair, check_message, tokenize_pair
+from prefkern.data.formats import Reading, TokenizedPair, tokenize_pair
+from prefkern.data.messages import WRITTEN
 from prefkern.data.report import DatasetReport, Histogram, Lengths
 from prefkern.data.truncation import check_mode, truncate
 from prefkern.version import VERSION
+
+logger = logging.getLogger(__name__)
 
 # What happened to a row: a few numbers and no tokens, so that a report on many rows is cheap.
 _MARKS = (
@@ -50,6 +61,9 @@ _MARKS = (
     "_merged",
     "_repeated",
     "_begun",
+    "_unasked",
+    "_unsaid",
+    "_turns",
     "_found_lengths",
     "_lengths",
 )
@@ -67,6 +81,7 @@ def tokenize_preferences(
     truncation_mode: str = "keep_end",
     num_proc: int | None = None,
     name: str = "train",
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[datasets.Dataset, DatasetReport]:
     """Tokenise preference pairs into columns `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
@@ -83,19 +98,24 @@ def tokenize_preferences(
             responses.
         num_proc: number of processes.
         name: the dataset's name in the report and in errors.
+        columns: the dataset's own names of columns, `{"prompt": "question"}`. With `"system"`, a
+            row becomes a conversation that begins with that column's text.
 
     Returns:
         The tokenised dataset, without pairs that have no token to score, and the report.
 
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
+    dataset = renamed(dataset, columns, name)
     check_columns(dataset, name)
     dataset = plain(dataset)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    unread = unread_columns(dataset)
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name)
     marks = _marks(marked)
+    _check_prompts(dataset, marks, unread, name)
     kept = _without_dropped(marked, marks, name, "pair with two responses")
-    return kept.remove_columns(list(_MARKS)), _report(name, "pairs", marks, bounds)
+    return kept.remove_columns(list(_MARKS)), _report(name, "pairs", marks, bounds, unread)
 
 
 def tokenize_examples(
@@ -107,6 +127,7 @@ def tokenize_examples(
     truncation_mode: str = "keep_end",
     num_proc: int | None = None,
     name: str = "train",
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[datasets.Dataset, DatasetReport]:
     """Tokenise single responses into columns `prompt_ids`, `completion_ids`, `desirable`.
 
@@ -116,12 +137,14 @@ def tokenize_examples(
 
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
+    dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, paired=False)
     dataset = plain(dataset)
     check_labels(dataset, name)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
     is_paired = not has_examples(dataset.column_names)
     # KTO reads no number of a pair, so a missing one is no error here.
+    unread = unread_columns(dataset, paired=is_paired)
     numbers = (*REFERENCE_COLUMNS, *itertools.chain(*MARGIN_SOURCES))
     dataset = dataset.remove_columns([c for c in numbers if c in dataset.column_names])
     if not is_paired:
@@ -133,8 +156,10 @@ def tokenize_examples(
             num_proc=num_proc,
             desc=f"Reading {name} dataset",
         )
-    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name)
+    names = ("chosen", "rejected") if is_paired else ("completion", "completion")
+    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, names)
     marks = _marks(marked)
+    _check_prompts(dataset, marks, unread, name)
     kept = _without_dropped(marked, marks, name, "response")
     sides = ("chosen", "rejected")[: 1 + is_paired]
 
@@ -153,7 +178,7 @@ def tokenize_examples(
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
     marks = _responses(marks, len(sides))
-    return examples, _report(name, "responses", marks, bounds)
+    return examples, _report(name, "responses", marks, bounds, unread)
 
 
 @dataclass(frozen=True)
@@ -176,7 +201,12 @@ class _Bounds:
 
 
 def _with_tokens(
-    dataset: datasets.Dataset, tokenizer: Any, bounds: _Bounds, num_proc: int | None, name: str
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    bounds: _Bounds,
+    num_proc: int | None,
+    name: str,
+    names: tuple[str, str] = ("chosen", "rejected"),
 ) -> datasets.Dataset:
     """Adds the token columns of pairs and the columns `_MARKS`; keeps every row."""
     columns = dataset.column_names
@@ -192,11 +222,15 @@ def _with_tokens(
     if margins:
         numbers["margin"] = margins
 
-    eos = getattr(tokenizer, "eos_token_id", None)
+    unread = unread_columns(dataset)
+    hint = ""
+    if "prompt" not in columns and unread:
+        hint = f"; {listed(unread)} would not be read, {unread_hint(unread)}"
+    reading = Reading.of(tokenizer, _written_columns(dataset), names)
 
     def ends_only(tokens: _Tokens) -> bool:
-        """Whether a response is only the end-of-sequence token."""
-        return eos is not None and any(ids == [eos] for ids in tokens[1:])
+        """Whether a response is only an end token."""
+        return any(len(ids) == 1 and ids[0] in reading.end_ids for ids in tokens[1:])
 
     def process(example: dict[str, Any], row: int) -> dict[str, Any]:
         for what, sources in numbers.items():
@@ -221,12 +255,13 @@ def _with_tokens(
             pair = TokenizedPair(prompt, chosen, rejected)
         else:
             try:
-                pair = tokenize_pair(example, tokenizer)
+                pair = tokenize_pair(example, tokenizer, reading)
             except ValueError as error:
-                raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
+                raise ValueError(f"dataset {name!r}, row {row}: {error}{hint}") from error
         found = (pair.prompt, pair.chosen, pair.rejected)
         kept = bounds.cut(found)
-        is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)
+        is_blank = pair.empty or (ends_only(found) and not pair.stops)
+        is_empty = is_blank or not _can_be_scored(*found)
         is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
         if all(references) and any(is_cut) and _can_be_scored(*kept):
             raise ValueError(
@@ -246,6 +281,9 @@ def _with_tokens(
             "_merged": pair.merged,
             "_repeated": pair.repeated,
             "_begun": pair.begun,
+            "_unasked": pair.unasked,
+            "_unsaid": pair.unsaid,
+            "_turns": pair.turns,
             "_found_lengths": [len(ids) for ids in found],
             "_lengths": [len(ids) for ids in kept],
         }
@@ -298,6 +336,50 @@ def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
             )
 
 
+def _written_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
+    """The text columns in which every row is a conversation as text.
+
+    The first batch decides for nearly all datasets. A transform returns what it means.
+    """
+    if dataset.format["type"] == "custom":
+        return ()
+    wanted = [c for c in ("prompt", "chosen", "rejected") if is_text(dataset.features.get(c))]
+    if not wanted:
+        return ()
+    for batch in dataset.select_columns(wanted).with_format("arrow").iter(batch_size=1000):
+        table: Any = batch
+        matched = (pyarrow.compute.match_substring_regex(table[c], WRITTEN) for c in wanted)
+        wanted = [c for c, rows in zip(wanted, matched, strict=True) if all(rows.to_pylist())]
+        if not wanted:
+            break
+    return tuple(wanted)
+
+
+def _check_prompts(
+    dataset: datasets.Dataset, marks: _Marks, unread: tuple[str, ...], name: str
+) -> None:
+    """Raise ValueError where prompts are empty while columns with text are not read.
+
+    A row whose texts have no common beginning has no prompt in them, so one such row is enough. In
+    a `prompt` of its own a text may be empty, so there all are.
+    """
+    unasked = marks["_unasked"]
+    if not unread or not unasked.any():
+        return
+    hint = unread_hint(unread)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"dataset {name!r}, row {int(unasked.argmax())}: 'chosen' and 'rejected' have no common "
+            f"beginning, so its prompt would be empty, and {listed(unread)} would not be read; "
+            f"{hint}"
+        )
+    if unasked.all():
+        raise ValueError(
+            f"dataset {name!r}: every 'prompt' is empty, and {listed(unread)} would not be read; "
+            f"remove 'prompt', and {hint}"
+        )
+
+
 def _can_be_scored(prompt: list[int], chosen: list[int], rejected: list[int]) -> bool:
     # The first token of a sequence has no context, so it is not scored.
     unscored = 0 if prompt else 1
@@ -331,7 +413,12 @@ def _responses(marks: _Marks, sides: int) -> _Marks:
     return responses
 
 
-def _report(name: str, unit: str, marks: _Marks, bounds: _Bounds) -> DatasetReport:
+def _report(
+    name: str, unit: str, marks: _Marks, bounds: _Bounds, unread: tuple[str, ...]
+) -> DatasetReport:
+    before = before_prompts(unread)
+    if before:
+        logger.warning("dataset %r: nothing reads the %s", name, listed(before))
     is_kept = ~(marks["_empty"] | marks["_too_long"])
     kept = {mark: values[is_kept] for mark, values in marks.items()}
     sides = ("chosen", "rejected") if unit == "pairs" else ("response",)
@@ -349,6 +436,9 @@ def _report(name: str, unit: str, marks: _Marks, bounds: _Bounds) -> DatasetRepo
         merged=int(kept["_merged"].sum()),
         repeated=int(kept["_repeated"].sum()),
         begun=int(kept["_begun"].sum()),
+        unsaid=int(kept["_unsaid"].sum()),
+        turns=int(kept["_turns"].sum()),
+        unread=unread,
         max_length=bounds.max_length,
         truncation_mode=bounds.truncation_mode,
         lengths={
@@ -367,15 +457,4 @@ def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
         # A pair's common beginning would become the prompt: here that is the whole response.
         raise ValueError(f"dataset {name!r}, row {row}: 'prompt' must not be null")
     completion = example["completion"]
-    if not isinstance(completion, str | list) or completion == []:
-        raise ValueError(
-            f"dataset {name!r}, row {row}: 'completion' must be text or a list of messages, "
-            f"got {completion!r}"
-        )
-    # Checked here, where the error can say 'completion': below it is called chosen and rejected.
-    try:
-        for message in completion if isinstance(completion, list) else []:
-            check_message("completion", message)
-    except ValueError as error:
-        raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
     return {"chosen": completion, "rejected": completion, "desirable": bool(example["label"])}

@@ -1,0 +1,189 @@
+"""Cells of a row to text or messages, and what is wrong with a message.
+
+A conversation is a list of messages `{'role': ..., 'content': ...}`. Three other spellings are
+read: one message alone; ShareGPT's `{'from': 'human', 'value': ...}`; and a conversation written as
+text, in JSON or as Python prints it, which CSV files and pandas leave behind. The last is read only
+if every row of the column is one, since a text may well begin with a bracket.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+# How a conversation begins as text; for Arrow's regular expressions, too.
+WRITTEN = r"""^\s*(array\(\s*)?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:"""
+_WRITTEN = re.compile(WRITTEN)
+_SPEAKER = re.compile(r"""['"](role|from)['"]\s*:\s*['"]""")
+# ShareGPT's names of roles. Its calls of tools and their results have no one form.
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+# Gemma's templates render both of these as the model.
+ASSISTANT = ("assistant", "model")
+# Keys of a message, in chat templates, that hold what an assistant says outside of its content.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+def read_cell(column: str, value: Any, is_written: bool) -> Any:
+    """The text or the messages of a cell; anything else as it is.
+
+    Args:
+        column: the column's name in errors.
+        value: the cell.
+        is_written: whether every row of the column is a conversation as text.
+
+    Raises ValueError for a conversation as text that cannot be read, or stands among other texts.
+    """
+    if isinstance(value, str) and _WRITTEN.match(value):
+        messages = _messages_in(column, value)
+        if messages is None:
+            return value
+        if not is_written:
+            raise ValueError(
+                f"{column!r} is a conversation as text, {short(value)}, and other rows of the "
+                "column are not; make every row a list of messages, or every row text"
+            )
+        value = messages
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
+    if isinstance(value, list):
+        value = [_with_role(column, message) for message in value]
+    return value
+
+
+def check_message(column: str, message: Any) -> None:
+    """Raise ValueError for a message that a chat template would silently render wrong."""
+    is_mapping = isinstance(message, dict)
+    if not is_mapping:
+        raise ValueError(
+            f"{column!r} must be text or a list of messages {{'role': ..., 'content': ...}}, but "
+            f"one of its messages is {short(message)}"
+        )
+    role = message.get("role")
+    if role is None:
+        raise ValueError(
+            f"a message has no 'role', only {', '.join(map(repr, message))}; a message must be "
+            "{'role': ..., 'content': ...}"
+        )
+    is_name = isinstance(role, str)
+    if not is_name:
+        raise ValueError(f"the 'role' of a message in {column!r} must be text, got {role!r}")
+    content = message.get("content")
+    if content is None:
+        if not message.get("tool_calls"):
+            raise ValueError(
+                f"a message of role {role!r} in {column!r} has neither 'content' nor 'tool_calls': "
+                f"{short(present(message))}; a message must be {{'role': ..., 'content': ...}}"
+            )
+        return
+    is_text_or_blocks = isinstance(content, str | list)
+    if not is_text_or_blocks:
+        raise ValueError(
+            f"the 'content' of a message of role {role!r} in {column!r} must be text or a list of "
+            f"blocks of text, got {short(content)}"
+        )
+    if isinstance(content, str):
+        return
+    for block in content:
+        kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+        if kind != "text":
+            raise ValueError(
+                f"a message of role {role!r} has content of type {kind!r}, but only text is "
+                "supported yet"
+            )
+
+
+def check_response(column: str, messages: list[dict[str, Any]]) -> None:
+    """Raise ValueError for a response that is not the assistant's: all of it would be scored."""
+    for place, message in (("begins", messages[0]), ("ends", messages[-1])):
+        role = message["role"]
+        if role not in ASSISTANT:
+            raise ValueError(
+                f"the response in {column!r} {place} with a message of role {role!r}, which would "
+                "be scored as an answer; expected role 'assistant' at its beginning and end"
+            )
+
+
+def has_other_turns(messages: list[dict[str, Any]]) -> bool:
+    """Whether a response has turns that are not the assistant's."""
+    return any(message["role"] not in ASSISTANT for message in messages)
+
+
+def says_something(message: dict[str, Any]) -> bool:
+    """Whether a message has more than its role to render."""
+    # Templates strip white space from the content.
+    return bool(content_of(message).strip()) or any(
+        message.get(key) for key in ("tool_calls", *THOUGHTS)
+    )
+
+
+def content_of(message: dict[str, Any]) -> str:
+    """The content of a message as text; blocks end to end."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(block.get("text") or "" for block in content)
+    return content or ""
+
+
+def present(value: Any) -> Any:
+    """The value without None in mappings: Arrow adds to each mapping the keys of all its column."""
+    if isinstance(value, dict):
+        return {key: present(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [present(item) for item in value]
+    return value
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _messages_in(column: str, text: str) -> list[Any] | None:
+    """The messages that a text holds; None if it holds other data, or is only a text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        messages = [value] if isinstance(value, dict) else value
+        is_conversation = bool(messages) and all(map(_is_message, messages))
+        return messages if is_conversation else None
+    if _SPEAKER.search(text):
+        raise ValueError(
+            f"{column!r} looks like a conversation as text, but is neither JSON nor a Python list: "
+            f"{short(text)}; make it a list of messages {{'role': ..., 'content': ...}}"
+        )
+    return None
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return ("role" in value and bool({"content", "tool_calls"} & value.keys())) or (
+        {"from", "value"} <= value.keys()
+    )
+
+
+def _with_role(column: str, message: Any) -> Any:
+    """A message of ShareGPT's format in the usual one; any other as it is."""
+    # Arrow gives every message the keys of all, with None.
+    if not isinstance(message, dict) or message.get("role") is not None:
+        return message
+    speaker = message.get("from")
+    if speaker is None or message.get("value") is None:
+        return message
+    if speaker not in _ROLES:
+        raise ValueError(
+            f"a message in {column!r} is from {speaker!r}; known are {', '.join(_ROLES)}: make it "
+            "{'role': ..., 'content': ...}, with calls of tools as 'tool_calls'"
+        )
+    rest = {key: item for key, item in message.items() if key not in ("from", "value", "role")}
+    return {**rest, "role": _ROLES[speaker], "content": message["value"]}

@@ -1,0 +1,223 @@
+"""Conversations through the tokenizer's chat template, and what the template leaves out.
+
+A template is free to ignore what it does not know: tools, calls of tools, thoughts, a system
+message. Then the row would be trained on as another row, so the texts are compared:
+
+- The contents must stand in the rendered text, in order, white space aside. If not, the row is
+  rendered again with a mark at both ends of each content: a template that escapes or moves a
+  content shows both of its marks, one that leaves out a part of it does not.
+- Rows with `tool_calls` or thoughts are rendered once more with a mark in each; rows with `tools`
+  once more without them.
+
+What is missing is an error, with one exception. Many templates leave out thoughts of an assistant
+before a later question, in training as in use, so there a missing text is only counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from prefkern.data.messages import ASSISTANT, THOUGHTS, content_of, present
+
+_MARK = "zqxmark"
+_THOUGHT = re.compile(r"\s*(<think>)?")
+# Templates raise, for example, for roles or an order of turns that they do not support.
+_REFUSALS = (TemplateError, TypeError)
+
+
+class Rendering(NamedTuple):
+    """A conversation under the chat template."""
+
+    messages: list[dict[str, Any]]
+    text: str
+    ids: list[int]
+
+
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any], **kwargs: Any
+) -> Rendering:
+    """Text and token ids of messages under the tokenizer's chat template.
+
+    Raises ValueError for messages that the template does not take.
+    """
+    messages = present(messages)
+    try:
+        text = _text(tokenizer, messages, {**options, **kwargs})
+    except _REFUSALS as error:
+        raise ValueError(f"the chat template does not take these messages: {error}") from error
+    _check_blocks(messages, text)
+    # The template writes the special tokens itself.
+    return Rendering(messages, text, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_tools(tokenizer: Any, prompt: Rendering, options: dict[str, Any]) -> None:
+    """Raise ValueError if the template leaves out the row's tools."""
+    if not options.get("tools"):
+        return
+    without = {**options, "tools": None, "add_generation_prompt": True}
+    if _render_or_none(tokenizer, prompt.messages, without) == prompt.text:
+        raise ValueError(_left_out("'tools'"))
+
+
+def leaves_out(tokenizer: Any, rendering: Rendering, options: dict[str, Any]) -> bool:
+    """Whether the template leaves out something of an assistant's turn before a later question.
+
+    Raises ValueError if it leaves out anything else.
+    """
+    messages = rendering.messages
+    asked = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
+    missing = [
+        *_missing_contents(tokenizer, rendering, options),
+        *_missing_fields(tokenizer, messages, options),
+    ]
+    for at, what in missing:
+        role = messages[at]["role"]
+        is_earlier = role in ASSISTANT and at < asked and what != "tool_calls"
+        if not is_earlier:
+            raise ValueError(_left_out(f"{what!r} of a message of role {role!r}"))
+    return bool(missing)
+
+
+def _missing_contents(
+    tokenizer: Any, rendering: Rendering, options: dict[str, Any]
+) -> list[tuple[int, str]]:
+    """The messages whose content the text does not have, or has only in part."""
+    messages = rendering.messages
+    contents = [content_of(message) for message in messages]
+    if _in_order(contents, rendering.text):
+        return []
+    marked = [_marked_content(at, message) for at, message in enumerate(messages)]
+    text = _render_or_none(tokenizer, marked, options)
+    if text is None:
+        return []
+    return [
+        (at, "content")
+        for at, content in enumerate(contents)
+        if content.strip() and not all(mark in text for mark in _ends(at))
+    ]
+
+
+def _in_order(contents: list[str], text: str) -> bool:
+    """Whether a text has all contents one after another, white space aside."""
+    text, found = _squeezed(text), 0
+    for content in map(_squeezed, contents):
+        place = text.find(content, found)
+        if place < 0:
+            return False
+        found = place + len(content)
+    return True
+
+
+def _ends(at: int) -> tuple[str, str]:
+    """The marks of a content's beginning and end."""
+    return f"{_MARK}{at}b", f"{_MARK}{at}e"
+
+
+def _marked_content(at: int, message: dict[str, Any]) -> dict[str, Any]:
+    """A message with a mark at the beginning of its content and one at the end."""
+    begin, end = _ends(at)
+    content = message.get("content")
+    if not content_of(message).strip():
+        return message
+    if isinstance(content, list):
+        blocks = [{"type": "text", "text": f" {mark} "} for mark in (begin, end)]
+        return {**message, "content": [blocks[0], *content, blocks[1]]}
+    # Templates that know thoughts in the content look for their tag, so it stays in front.
+    tag = _THOUGHT.match(content)[0]
+    return {**message, "content": f"{tag}{begin} {content[len(tag) :]} {end}"}
+
+
+def _missing_fields(
+    tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]
+) -> list[tuple[int, str]]:
+    """The messages whose calls of tools, or thoughts, change nothing in the text."""
+    marked, marks = [], []
+    for at, message in enumerate(messages):
+        changed = dict(message)
+        if message.get("tool_calls"):
+            changed["tool_calls"], found = _marked_calls(message["tool_calls"], f"{_MARK}{at}c")
+            marks += [(at, "tool_calls", (mark,)) for mark in found]
+        thoughts = [key for key in THOUGHTS if isinstance(message.get(key), str) and message[key]]
+        for key in thoughts:
+            changed[key] = f"{message[key]} {_MARK}{at}{key}z"
+        if thoughts:
+            # Some rows have the same thoughts under several keys; a template reads one of them.
+            marks.append((at, thoughts[0], tuple(f"{_MARK}{at}{key}z" for key in thoughts)))
+        marked.append(changed)
+    if not marks:
+        return []
+    text = _render_or_none(tokenizer, marked, options)
+    if text is None:
+        return []
+    return [(at, what) for at, what, names in marks if not any(name in text for name in names)]
+
+
+def _marked_calls(calls: Any, mark: str) -> tuple[Any, list[str]]:
+    """Calls of tools with marks in their names and arguments, and the marks."""
+    if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return calls, []
+    marked, marks = [], []
+    for number, call in enumerate(calls):
+        function = call.get("function", call)
+        if not isinstance(function, dict):
+            return calls, []
+        name, value = f"{mark}{number}n", f"{mark}{number}a"
+        changed = {**function, "name": f"{function.get('name', '')}{name}"}
+        marks.append(name)
+        arguments = _with_argument(function.get("arguments"), value)
+        if arguments is not None:
+            changed["arguments"] = arguments
+            marks.append(value)
+        marked.append({**call, "function": changed} if "function" in call else changed)
+    return marked, marks
+
+
+def _with_argument(arguments: Any, value: str) -> Any:
+    """Arguments of a call, a mapping or JSON, with one more; None for others."""
+    if isinstance(arguments, dict):
+        return {**arguments, _MARK: value}
+    try:
+        read = json.loads(arguments)
+    except (TypeError, ValueError):
+        return None
+    return json.dumps({**read, _MARK: value}) if isinstance(read, dict) else None
+
+
+def _check_blocks(messages: list[dict[str, Any]], text: str) -> None:
+    """Raise ValueError if a template expects text but printed the repr of a list of blocks."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and str(content) in text:
+            raise ValueError(
+                "the chat template expects text as content and would print the list of blocks "
+                f"itself: {str(content)[:60]}"
+            )
+
+
+def _text(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def _render_or_none(
+    tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]
+) -> str | None:
+    """The text of changed messages; None if the template does not take them."""
+    try:
+        return _text(tokenizer, messages, options)
+    except _REFUSALS:
+        return None
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _left_out(what: str) -> str:
+    return (
+        f"the chat template leaves out {what}, so the model would train on another conversation; "
+        "remove it from the rows, or set a tokenizer.chat_template that renders it"
+    )
