@@ -51,7 +51,7 @@ _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # The options of a run that only scores; any other option would have no effect there.
 _SCORING = {
     *("reward_model", "dtype", "attn_implementation", "trust_remote_code"),
-    *("dataset", "dataset_config", "dataset_split", "output", "overwrite"),
+    *("dataset", "dataset_config", "dataset_split", "columns", "output", "overwrite"),
     *(
         "max_length",
         "max_prompt_length",
@@ -241,11 +241,14 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
 
     check_options(config)
     with config.main_process_first(desc="loading", local=False):
-        dataset = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config)
+        names: Any = config.columns  # a mapping or None, since __post_init__
+        dataset = load_preference_dataset(
+            data.dataset, data.dataset_split, data.dataset_config, names
+        )
         evaluation = None
         if data.eval_dataset is not None:
             evaluation = load_preference_dataset(
-                data.eval_dataset, data.eval_split, data.dataset_config
+                data.eval_dataset, data.eval_split, data.dataset_config, names
             )
     _check_columns(dataset, data.dataset, output)
     held_out = []

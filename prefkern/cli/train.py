@@ -13,7 +13,7 @@ import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefkern.cli.arguments import (
     DatasetArguments,
@@ -155,11 +155,12 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     from prefkern.data import load_preference_dataset
 
     assert model.model_name_or_path is not None and data.dataset is not None
-    train = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config)
+    names: Any = config.columns  # a mapping or None, since __post_init__
+    train = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config, names)
     evaluation = None
     if data.eval_dataset is not None:
         evaluation = load_preference_dataset(
-            data.eval_dataset, data.eval_split, data.dataset_config
+            data.eval_dataset, data.eval_split, data.dataset_config, names
         )
     elif data.eval_fraction:
         parts = train.train_test_split(test_size=data.eval_fraction, seed=config.seed)

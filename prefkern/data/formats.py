@@ -48,13 +48,16 @@ class Reading:
     """What holds for all rows of a dataset.
 
     `written` are the columns in which every row is a conversation as text, `names` the responses'
-    columns in errors. `end_ids` and `end_texts` are the tokens that may end a text.
+    columns in errors. `end_ids` and `end_texts` are the tokens that may end a text. The tokenizer
+    looks its special tokens up anew at every call, so they are read once.
     """
 
     end_ids: tuple[int, ...]
     end_texts: tuple[str, ...]
-    written: tuple[str, ...] = ()
-    names: tuple[str, str] = ("chosen", "rejected")
+    eos: int | None
+    bos: int | None
+    written: tuple[str, ...]
+    names: tuple[str, str]
 
     @classmethod
     def of(cls, tokenizer: Any, written: tuple[str, ...], names: tuple[str, str]) -> Reading:
@@ -63,9 +66,10 @@ class Reading:
         ends = {number: str(token) for number, token in added.items() if token.special}
         for name in ("unk_token_id", "bos_token_id", "mask_token_id", "cls_token_id"):
             ends.pop(getattr(tokenizer, name, None), None)  # pyright: ignore[reportArgumentType]
-        if tokenizer.eos_token_id is not None:
-            ends[tokenizer.eos_token_id] = str(tokenizer.eos_token)
-        return cls(tuple(ends), tuple(ends.values()), written, names)
+        eos, bos = tokenizer.eos_token_id, getattr(tokenizer, "bos_token_id", None)
+        if eos is not None:
+            ends[eos] = str(tokenizer.eos_token)
+        return cls(tuple(ends), tuple(ends.values()), eos, bos, written, names)
 
     def has_end(self, text: str, ids: list[int]) -> bool:
         """Whether a text ends with an end token; ChatML has a line break after it."""
@@ -181,15 +185,13 @@ def _texts(
 ) -> TokenizedPair:
     prompt, *responses = parts
     texts = (prompt, *(prompt + response for response in responses))
-    (prompt_ids, *sequences), is_begun = _text_ids(tokenizer, texts)
+    (prompt_ids, *sequences), is_begun = _text_ids(tokenizer, texts, reading.bos)
     is_blank = [reading.is_blank(response) for response in responses]
     # Where the other text goes on, a response without text is the end of the common one.
     stops = is_implicit and is_blank[0] != is_blank[1]
-    if tokenizer.eos_token_id is not None:
+    if reading.eos is not None:
         sequences = [
-            ids
-            if reading.has_end(text, ids) and response.strip()
-            else [*ids, tokenizer.eos_token_id]
+            ids if reading.has_end(text, ids) and response.strip() else [*ids, reading.eos]
             for text, response, ids in zip(texts[1:], responses, sequences, strict=True)
         ]
     start = min(_common_length(prompt_ids, ids) for ids in sequences)
@@ -301,13 +303,14 @@ def _template_options(example: dict[str, Any]) -> dict[str, Any]:
     return {"tools": present(tools) or None, **present(kwargs or {})}
 
 
-def _text_ids(tokenizer: Any, texts: tuple[str, ...]) -> tuple[list[list[int]], bool]:
+def _text_ids(
+    tokenizer: Any, texts: tuple[str, ...], bos: int | None
+) -> tuple[list[list[int]], bool]:
     """Token ids of texts, and whether one already has the token that the tokenizer puts in front.
 
     Text from a chat template often has it. A model was trained with one such token, never two.
     """
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    bos = getattr(tokenizer, "bos_token_id", None)
     doubled = [bos is not None and each[:2] == [bos, bos] for each in ids]
     # If the tokenizer adds none, both tokens are in the text itself and stay.
     if not any(doubled) or tokenizer("")["input_ids"][:1] != [bos]:

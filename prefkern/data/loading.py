@@ -7,6 +7,7 @@ one split; it may be requested under any name.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pandas
 from datasets.exceptions import DatasetsError
 
 from prefkern.data import faults
-from prefkern.data.columns import check_columns, plain
+from prefkern.data.columns import check_columns, plain, renamed
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
@@ -27,7 +28,10 @@ _MISSING = [
 
 
 def load_preference_dataset(
-    source: str, split: str = "train", config: str | None = None
+    source: str,
+    split: str = "train",
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> datasets.Dataset:
     """Load a preference dataset and check that it is one.
 
@@ -36,6 +40,8 @@ def load_preference_dataset(
             `save_to_disk`), or a name on the Hugging Face hub.
         split: which split, or slice of one (`train[:1000]`).
         config: which configuration of a hub dataset.
+        columns: the dataset's own names of columns, `{"prompt": "question"}`; the dataset keeps
+            its names, and whoever tokenises it gets the mapping again.
 
     Raises FileNotFoundError for a file that does not exist, and ValueError for one that cannot be
     read, lacks a column or has no rows.
@@ -46,7 +52,7 @@ def load_preference_dataset(
         raise FileNotFoundError(f"dataset {source!r}: no such file or folder")
     try:
         if path.is_file():
-            dataset = _load_file(path, split)
+            dataset = _load_file(path, split, columns or {})
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             dataset = _load_saved(path, split)
         else:
@@ -56,7 +62,7 @@ def load_preference_dataset(
     # `datasets` raises RuntimeError for a dataset that is a script, which it does not run.
     except (DatasetsError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
-    check_columns(dataset, source, paired=False)
+    check_columns(renamed(dataset, columns, source), source, paired=False)
     # `save_to_disk` also saves the format that was set on the dataset.
     return plain(dataset)
 
@@ -74,7 +80,7 @@ def _reason(path: Path, error: Exception) -> str:
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
 
 
-def _load_file(path: Path, split: str) -> datasets.Dataset:
+def _load_file(path: Path, split: str, columns: Mapping[str, str]) -> datasets.Dataset:
     builder = _FORMATS.get(path.suffix)
     if builder is None:
         raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(_FORMATS)}")
@@ -82,19 +88,20 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
         if not file.read(4096).strip():
             raise ValueError("the file is empty")
     files = {_split_name(split): str(path)}
-    options = _text_as_it_is(path) if builder == "csv" else {}
+    options = _text_as_it_is(path, columns) if builder == "csv" else {}
     return datasets.load_dataset(builder, data_files=files, split=split, **options)
 
 
-def _text_as_it_is(path: Path) -> dict[str, Any]:
+def _text_as_it_is(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
     """Options for pandas that read the prompts "NA", "null" and "", and the answer 007, as text.
 
     In columns that hold no text, such cells and empty ones are still missing values.
     """
     columns = pandas.read_csv(path, nrows=0).columns
+    texts = {*_TEXT_COLUMNS, *(names[name] for name in (*_TEXT_COLUMNS, "system") if name in names)}
     return {
-        "converters": {column: str for column in columns if column in _TEXT_COLUMNS},
-        "na_values": {column: _MISSING for column in columns if column not in _TEXT_COLUMNS},
+        "converters": {column: str for column in columns if column in texts},
+        "na_values": {column: _MISSING for column in columns if column not in texts},
         "keep_default_na": False,
     }
 

@@ -13,9 +13,8 @@ import json
 import re
 from typing import Any
 
-# How a conversation begins as text; for Arrow's regular expressions, too.
-WRITTEN = r"""^\s*(array\(\s*)?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:"""
-_WRITTEN = re.compile(WRITTEN)
+# How a conversation begins as text.
+WRITTEN = re.compile(r"""\s*(array\(\s*)?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 _SPEAKER = re.compile(r"""['"](role|from)['"]\s*:\s*['"]""")
 # ShareGPT's names of roles. Its calls of tools and their results have no one form.
 _ROLES = {
@@ -41,7 +40,7 @@ def read_cell(column: str, value: Any, is_written: bool) -> Any:
 
     Raises ValueError for a conversation as text that cannot be read, or stands among other texts.
     """
-    if isinstance(value, str) and _WRITTEN.match(value):
+    if isinstance(value, str) and WRITTEN.match(value):
         messages = _messages_in(column, value)
         if messages is None:
             return value

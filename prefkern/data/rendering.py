@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from prefkern.data.messages import ASSISTANT, THOUGHTS, content_of, present
 
 _MARK = "zqxmark"
-_THOUGHT = re.compile(r"\s*(<think>)?")
+_THOUGHT = re.compile(r"\A\s*(<think>)?")
 # Templates raise, for example, for roles or an order of turns that they do not support.
 _REFUSALS = (TemplateError, TypeError)
 
@@ -120,15 +120,15 @@ def _ends(at: int) -> tuple[str, str]:
 def _marked_content(at: int, message: dict[str, Any]) -> dict[str, Any]:
     """A message with a mark at the beginning of its content and one at the end."""
     begin, end = _ends(at)
-    content = message.get("content")
     if not content_of(message).strip():
         return message
+    content: Any = message["content"]
     if isinstance(content, list):
         blocks = [{"type": "text", "text": f" {mark} "} for mark in (begin, end)]
         return {**message, "content": [blocks[0], *content, blocks[1]]}
     # Templates that know thoughts in the content look for their tag, so it stays in front.
-    tag = _THOUGHT.match(content)[0]
-    return {**message, "content": f"{tag}{begin} {content[len(tag) :]} {end}"}
+    marked = _THOUGHT.sub(lambda tag: f"{tag[0]}{begin} ", content, count=1)
+    return {**message, "content": f"{marked} {end}"}
 
 
 def _missing_fields(

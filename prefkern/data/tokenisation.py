@@ -18,7 +18,6 @@ from typing import Any
 
 import datasets
 import numpy
-import pyarrow.compute
 import tokenizers
 import transformers
 
@@ -346,10 +345,9 @@ def _written_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
     wanted = [c for c in ("prompt", "chosen", "rejected") if is_text(dataset.features.get(c))]
     if not wanted:
         return ()
-    for batch in dataset.select_columns(wanted).with_format("arrow").iter(batch_size=1000):
-        table: Any = batch
-        matched = (pyarrow.compute.match_substring_regex(table[c], WRITTEN) for c in wanted)
-        wanted = [c for c, rows in zip(wanted, matched, strict=True) if all(rows.to_pylist())]
+    for batch in dataset.select_columns(wanted).iter(batch_size=1000):
+        rows: Any = batch
+        wanted = [c for c in wanted if all(text and WRITTEN.match(text) for text in rows[c])]
         if not wanted:
             break
     return tuple(wanted)

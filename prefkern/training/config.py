@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from prefkern import objectives
+from prefkern.data.columns import COLUMNS_HELP, read_renaming
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops import checks
@@ -97,6 +98,9 @@ class PreferenceConfig(TrainingArguments):
     use_weighting: bool = field(
         default=False, metadata={"help": "Weight pairs as WPO does, alignment included."}
     )
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata={"help": COLUMNS_HELP, "nargs": "+"}
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Bound on prompt plus response, in tokens."}
     )
@@ -162,6 +166,7 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in _JSON_OPTIONS:
             setattr(self, name, _json_object(name, getattr(self, name)))
+        self.columns = read_renaming(self.columns)
         for name, least in _LEAST.items():
             value = getattr(self, name)
             is_whole = isinstance(value, int) and not isinstance(value, bool)

@@ -34,6 +34,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.data import check_columns, tokenize_preferences
 from prefkern.data.collate import PreferenceCollator
+from prefkern.data.columns import (
+    COLUMNS,
+    COLUMNS_HELP,
+    MARGIN_SOURCES,
+    read_renaming,
+    renamed,
+)
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
 from prefkern.models.adapters import check_no_native_adapter
 from prefkern.models.heads import unwrap
@@ -45,7 +52,8 @@ from prefkern.training.item_trainer import ItemTrainer
 
 # Names of a sequence classifier's head that PEFT knows.
 _HEADS = ("score", "classifier")
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+# What the policy's trainer reads beside text. A margin here belongs to the text.
+_OTHERS = {*COLUMNS, *(column for sources in MARGIN_SOURCES for column in sources)}
 # Arguments without effect on the loss and the metrics of a reward model.
 _UNUSED = (
     "average_tokens_across_devices",
@@ -89,6 +97,9 @@ class RewardConfig(TrainingArguments):
     early_stopping_patience: int = field(
         default=3, metadata={"help": "Stop after so many evaluations without a better one."}
     )
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata={"help": COLUMNS_HELP, "nargs": "+"}
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Bound on prompt plus response, as in training."}
     )
@@ -103,6 +114,7 @@ class RewardConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.columns = read_renaming(self.columns)
         for name, least in (
             ("early_stopping_patience", 1),
             ("max_length", 2),
@@ -259,8 +271,9 @@ def tokenize_for_rewards(
 
     Raises ValueError for a row that cannot be used, and for one that the trainer would drop.
     """
-    check_columns(dataset, name)
-    text = dataset.select_columns([c for c in dataset.column_names if c in _TEXT_COLUMNS])
+    check_columns(renamed(dataset, read_renaming(config.columns), name), name)
+    text = dataset.remove_columns([c for c in dataset.column_names if c in _OTHERS])
+    text = renamed(text, read_renaming(config.columns), name)
     options = {
         "max_length": config.max_length,
         "max_prompt_length": config.max_prompt_length,

@@ -42,7 +42,7 @@ from prefkern.data.collate import (
     first_sequence,
     sequence_count,
 )
-from prefkern.data.columns import ID_COLUMNS
+from prefkern.data.columns import ID_COLUMNS, renamed
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
     adapt,
@@ -436,6 +436,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             }
         is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
         needs = self._objective_needs
+        dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
         dataset = without_unused(
             dataset, references=needs.reference and needs.sums_suffice, margins=needs.margins
         )
@@ -530,6 +531,7 @@ class PreferenceTrainer(ObjectiveTrainer):
 
     def _check_columns(self, dataset: Any, name: str) -> None:
         needs = self._objective_needs
+        dataset = renamed(dataset, self.args.columns, name)  # pyright: ignore[reportArgumentType]
         check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
         if dataset._fingerprint not in self._computed_sums:
             check_carried_sums(dataset, name, needs, self._reference_given)
