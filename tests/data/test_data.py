@@ -512,8 +512,8 @@ def test_text_prompts_of_conversations():
             "does not take these messages: no robots",
         ),
         (
-            {"prompt": [{"from": "user", "value": "a"}]},
-            "a message has no 'role', only 'from', 'val",
+            {"prompt": [{"from": "user", "text": "a"}]},
+            "a message has no 'role', only 'from', 'tex",
         ),
         (
             {"prompt": [{"role": "user", "value": "film ?"}]},
@@ -559,15 +559,6 @@ def test_keys_that_arrow_fills_in_are_not_rendered():
     plain = _tokenize([CONVERSATION])[0][0]
     assert together[0] != plain and together[1] == together[2] == plain
     assert _tokenize([{**CONVERSATION, "tools": []}])[0][0] == plain
-
-
-@pytest.mark.parametrize("column", ["image", "images"])
-def test_images_are_refused_by_name(column):
-    rows = [{**CONVERSATION, column: "a.png"}]
-    with pytest.raises(ValueError, match=f"has a column '{column}', but images are not supported"):
-        _tokenize(rows)
-    with pytest.raises(ValueError, match=f"has a column '{column}', but images are not supported"):
-        _examples([{**SINGLE, column: "a.png"}])
 
 
 def test_conversations_need_a_chat_template():
