@@ -172,7 +172,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         # Datasets whose sums were computed here, by fingerprint.
         self._computed_sums: set[str] = set()
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
-            self._check_columns(dataset, name)
+            self._check_columns(dataset, args, name)
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
@@ -469,7 +469,7 @@ class PreferenceTrainer(ObjectiveTrainer):
     def _prepared(self, dataset: Any, name: str) -> Any:
         """A dataset to evaluate on, from raw pairs."""
         for each, part in named(dataset, name):
-            self._check_columns(part, each)
+            self._check_columns(part, self.args, each)
         dataset = self._tokenized(dataset, self.args, name)
         check_batches(dataset, self.args.eval_batch_size, self.args, name)
         if self._objective_needs.reference and not carry_sums(dataset):
@@ -529,9 +529,9 @@ class PreferenceTrainer(ObjectiveTrainer):
         with with_own_rates(self._dropout_of_configs):
             super()._save_into(folder, state_dict)
 
-    def _check_columns(self, dataset: Any, name: str) -> None:
+    def _check_columns(self, dataset: Any, args: PreferenceConfig, name: str) -> None:
         needs = self._objective_needs
-        dataset = renamed(dataset, self.args.columns, name)  # pyright: ignore[reportArgumentType]
+        dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
         check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
         if dataset._fingerprint not in self._computed_sums:
             check_carried_sums(dataset, name, needs, self._reference_given)

@@ -302,3 +302,38 @@ def test_help_does_not_import_transformers():
         "sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+NAMES = {"prompt": "question", "chosen": "answer_a"}
+
+
+def _renamed(tmp_path) -> str:
+    """The rows of the file of pairs under names of their own."""
+    rows = [
+        {"question": row["prompt"], "answer_a": row["chosen"], "rejected": row["rejected"]}
+        for row in tiny.pairs(12)
+    ]
+    return _write(tmp_path / "renamed.jsonl", rows)
+
+
+def test_columns_of_other_names(files, tmp_path, capsys):
+    options = {**files, "dataset": _renamed(tmp_path), "eval_fraction": 0.25}
+    assert "no column 'chosen'; found question, answer_a" in error(flags(options), capsys)
+    pairs = [f"{name}={column}" for name, column in NAMES.items()]
+    assert cli.main(["train", *flags(options), "--columns", *pairs]) == 0
+    out = capsys.readouterr().out
+    assert "train: 9 pairs (0 dropped" in out and "eval: 3 pairs" in out
+    assert "columns gives 'prompt' twice" in error(
+        [*flags(options), "--columns", "prompt=a", "prompt=b"], capsys
+    )
+    assert "has no column 'qestion' (did you mean 'question'?)" in error(
+        [*flags(options), "--columns", "prompt=qestion", pairs[1]], capsys
+    )
+
+
+@pytest.mark.parametrize("value", [NAMES, [f"{name}={column}" for name, column in NAMES.items()]])
+def test_columns_in_yaml(files, tmp_path, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**files, "columns": value}))
+    assert train.parse([str(path)])[3].columns == NAMES
+    assert train.parse([str(path), "--columns", "prompt=other"])[3].columns == {"prompt": "other"}

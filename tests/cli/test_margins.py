@@ -671,3 +671,25 @@ def test_two_ranks_do_as_one(files, tmp_path):
     assert ["margins written" in output for output in outputs] == [True, False]
     found = [row["margin"] for row in read(options["output"])]
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_columns_of_other_names(files, tmp_path):
+    rows = [{"question": row.pop("prompt"), **row, "id": 3} for row in tiny.pairs(PAIRS)]
+    write(tmp_path / "pairs.jsonl", rows)
+    assert cli.main(["margins", *flags(files), "--columns", "prompt=question"]) == 0
+    written = read(files["output"])
+    assert [{k: v for k, v in row.items() if k != "margin"} for row in written] == rows
+    # The rows keep their names, so scoring them again names the column again.
+    again = {**files, "output": str(tmp_path / "again.jsonl")}
+    again = {k: again[k] for k in ("dataset", "output", "use_cpu", "disable_tqdm")}
+    argv = flags({**again, "reward_model": files["output_dir"]})
+    assert cli.main(["margins", *argv, "--columns", "prompt=question"]) == 0
+    for first, second in zip(written, read(again["output"]), strict=True):
+        assert second["margin"] == pytest.approx(first["margin"], abs=1e-5)
+
+
+def test_unread_texts_are_in_the_report(files, tmp_path, capsys):
+    rows = [{**row, "source": "hub", "margins": 1.0} for row in tiny.pairs(PAIRS)]
+    write(tmp_path / "pairs.jsonl", rows)
+    assert cli.main(["margins", *flags(files)]) == 0
+    assert "); text columns not read: source" in capsys.readouterr().out

@@ -155,3 +155,25 @@ def test_logits_that_are_not_explained_are_told_by_the_constructor(tmp_path, pla
     with pytest.raises(ValueError, match="the logits of Odd are not explained by its config"):
         # Of DPO the reference is a copy, which would tell instead.
         trainer(tmp_path, objective="simpo" if place == "model" else "dpo", **{place: model})
+
+
+def test_columns_of_other_names_are_read_by_every_dataset(tmp_path):
+    rows = tiny.pairs(8)
+    others = [
+        {"question": row["prompt"], "chosen": row["chosen"], "worse": row["rejected"]}
+        for row in rows
+    ]
+    dataset = datasets.Dataset.from_list(others)
+    expected = trainer(tmp_path / "a", train_dataset=datasets.Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="dataset 'train' has no column 'rejected'"):
+        trainer(tmp_path / "b", train_dataset=dataset)
+    names = {"prompt": "question", "rejected": "worse"}
+    run = trainer(tmp_path / "c", train_dataset=dataset, eval_dataset=dataset, columns=names)
+    assert run.train_dataset[:] == expected.train_dataset[:] == run.eval_dataset[:]
+    later, again = run.evaluate(dataset)["eval_loss"], run.evaluate()["eval_loss"]
+    assert later == again
+    # A margin that this objective does not need is not read, whatever its name.
+    gaps = dataset.add_column("delta", [None] * 8)
+    trainer(tmp_path / "d", train_dataset=gaps, columns={**names, "margin": "delta"})
+    with pytest.raises(ValueError, match="columns gives a name to 'answer', which is not read"):
+        trainer(tmp_path / "e", train_dataset=dataset, columns={"answer": "worse"})
