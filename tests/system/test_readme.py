@@ -301,6 +301,36 @@ def test_a_line_of_data(key, folder):
     assert len(pairs) == 1 and set(pairs.column_names) == {"prompt", "chosen", "rejected"}
 
 
+COLUMNS = ("docs/data.md", "Columns of other names", "python")
+COLUMNS_OF_A_RUN = ("docs/data.md", "Columns of other names", "sh")
+
+
+@runs(COLUMNS)
+def test_columns_of_other_names(key, folder, capsys):
+    names: dict[str, Any] = {}
+    exec(BLOCKS[key], names)
+    (row,) = names["rows"]
+    messages = [
+        {"role": "system", "content": row["system"]},
+        {"role": "user", "content": row["question"]},
+    ]
+    prompt = tiny.tokenizer().apply_chat_template(messages, add_generation_prompt=True)
+    assert names["pairs"][0]["prompt_ids"] == prompt["input_ids"]
+    assert capsys.readouterr().out.startswith("train: 1 pairs (0 dropped")
+
+
+@runs(COLUMNS_OF_A_RUN)
+def test_columns_of_a_run(key, folder):
+    rows = [
+        {"system": "was", "question": row["prompt"], **{s: row[s] for s in ("chosen", "rejected")}}
+        for row in tiny.pairs(6)
+    ]
+    datasets.Dataset.from_list(rows).to_json("orca.jsonl")
+    (line,) = BLOCKS[key].splitlines()
+    assert run(f"{line} --max_steps 1 --use_cpu true --report_to none") == 0
+    assert (folder / "out/model.safetensors").exists()
+
+
 @runs(
     ("README.md", "Install", "sh"),
     ("docs/quickstart.md", "Install", "sh"),
