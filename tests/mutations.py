@@ -835,7 +835,7 @@ MUTATIONS = (
     Mutation(
         "a response that says nothing is trained on",
         "prefkern/data/tokenisation.py",
-        "is_empty = is_blank or not _can_be_scored(*found)",
+        "is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)",
         "is_empty = not _can_be_scored(*found)",
         "tests/data/test_data.py -k 'empty or nothing'",
     ),

@@ -95,7 +95,10 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> 
     elif isinstance(chosen, list) and isinstance(prompt, str):
         prompt, chosen, rejected = _text_prompt(prompt, chosen, rejected)
     elif isinstance(prompt, list) != isinstance(chosen, list):
-        raise ValueError("'prompt' is a conversation, and 'chosen' and 'rejected' are text")
+        raise ValueError(
+            "'prompt' is a conversation, and 'chosen' and 'rejected' are text; make them messages "
+            "of role 'assistant'"
+        )
     elif isinstance(chosen, list):
         chosen, rejected = _without_prompt(prompt, chosen, rejected)
     if isinstance(chosen, list):

@@ -155,7 +155,8 @@ def _messages_in(column: str, text: str) -> list[Any] | None:
         messages = [value] if isinstance(value, dict) else value
         is_conversation = bool(messages) and all(map(_is_message, messages))
         return messages if is_conversation else None
-    if _SPEAKER.search(text):
+    # With prose after the bracket it is a text about a conversation.
+    if _SPEAKER.search(text) and text.rstrip().endswith(("]", "}", ")")):
         raise ValueError(
             f"{column!r} looks like a conversation as text, but is neither JSON nor a Python list: "
             f"{short(text)}; make it a list of messages {{'role': ..., 'content': ...}}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import TemplateError
 
@@ -60,7 +60,7 @@ def check_tools(tokenizer: Any, prompt: Rendering, options: dict[str, Any]) -> N
         return
     without = {**options, "tools": None, "add_generation_prompt": True}
     if _render_or_none(tokenizer, prompt.messages, without) == prompt.text:
-        raise ValueError(_left_out("'tools'"))
+        _refuse("'tools'")
 
 
 def leaves_out(tokenizer: Any, rendering: Rendering, options: dict[str, Any]) -> bool:
@@ -78,7 +78,7 @@ def leaves_out(tokenizer: Any, rendering: Rendering, options: dict[str, Any]) ->
         role = messages[at]["role"]
         is_earlier = role in ASSISTANT and at < asked and what != "tool_calls"
         if not is_earlier:
-            raise ValueError(_left_out(f"{what!r} of a message of role {role!r}"))
+            _refuse(f"{what!r} of a message of role {role!r}")
     return bool(missing)
 
 
@@ -216,8 +216,8 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _left_out(what: str) -> str:
-    return (
+def _refuse(what: str) -> NoReturn:
+    raise ValueError(
         f"the chat template leaves out {what}, so the model would train on another conversation; "
         "remove it from the rows, or set a tokenizer.chat_template that renders it"
     )

@@ -259,8 +259,10 @@ def _with_tokens(
                 raise ValueError(f"dataset {name!r}, row {row}: {error}{hint}") from error
         found = (pair.prompt, pair.chosen, pair.rejected)
         kept = bounds.cut(found)
-        is_blank = pair.empty or (ends_only(found) and not pair.stops)
-        is_empty = is_blank or not _can_be_scored(*found)
+        is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)
+        if pair.stops:
+            # The other text goes on, so the end token is a response.
+            is_empty = not _can_be_scored(*found)
         is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
         if all(references) and any(is_cut) and _can_be_scored(*kept):
             raise ValueError(

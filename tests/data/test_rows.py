@@ -288,7 +288,16 @@ def test_conversations_as_text_are_refused_where_they_are_not_sure():
 
 
 @pytest.mark.parametrize(
-    "text", ["[good", "[1, 2]", '[{"name": "plot"}]', '{"content": 3', '{"value": 1}', "{good}"]
+    "text",
+    [
+        "[{'role': 'user', 'content': 'a'}] is",
+        "[good",
+        "[1, 2]",
+        '[{"name": "plot"}]',
+        '{"content": 3',
+        '{"value": 1}',
+        "{good}",
+    ],
 )
 def test_text_that_begins_with_a_bracket_is_text(text):
     row = {"prompt": f"{text} the", "chosen": text, "rejected": f"{text} bad"}
@@ -310,6 +319,13 @@ def test_messages_of_other_formats():
     single = {**CHAT, **{side: CHAT[side][0] for side in ("chosen", "rejected")}}
     for row in (chat, alone, single, _written(json.dumps, chat), _written(json.dumps, single)):
         assert _tokenize([row])[0][0] == expected
+    # TRL's reading takes the names of roles as they are.
+    convert = pytest.importorskip("trl.data_utils").maybe_convert_to_chatml
+    theirs = {
+        column: [{"from": m["role"], "value": m["content"]} for m in messages]
+        for column, messages in CHAT.items()
+    }
+    assert _tokenize([theirs])[0][0] == _tokenize([convert(theirs)])[0][0] == expected
     called = [{"from": "function_call", "value": "{}"}]
     with pytest.raises(
         ValueError, match="row 0: a message in 'prompt' is from 'function_call'; kno"
