@@ -113,21 +113,21 @@ def _cells(example: dict[str, Any], reading: Reading) -> tuple[Any, Any, Any]:
 
     A row with a `system` column is a conversation, so its texts become messages.
     """
-    names = ("prompt", *reading.names)
-    cells: list[Any] = []
-    for column, name in zip(("prompt", "chosen", "rejected"), names, strict=True):
-        cell = read_cell(name, example.get(column), column in reading.written)
-        is_readable = isinstance(cell, str) or _are_messages(cell)
-        if column != "prompt" and not is_readable:
+    names, written = ("prompt", *reading.names), reading.written
+    prompt: Any = read_cell("prompt", example.get("prompt"), "prompt" in written)
+    chosen: Any = read_cell(names[1], example.get("chosen"), "chosen" in written)
+    rejected: Any = read_cell(names[2], example.get("rejected"), "rejected" in written)
+    cells = (prompt, chosen, rejected)
+    for name, cell in zip(names[1:], cells[1:], strict=True):
+        if not (isinstance(cell, str) or _are_messages(cell)):
             raise ValueError(f"{name!r} must be text or a list of messages, got {cell!r}")
-        cells.append(cell)
-    prompt, chosen, rejected = cells
     if isinstance(rejected, list) != isinstance(chosen, list):
         raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
     _check_prompt(example, prompt)
     for name, cell in zip(names, cells, strict=True):
-        for message in cell if isinstance(cell, list) else ():
-            check_message(name, message)
+        if isinstance(cell, list):
+            for message in cell:
+                check_message(name, message)
     if SYSTEM not in example:
         return prompt, chosen, rejected
     system = example[SYSTEM]

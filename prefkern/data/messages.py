@@ -40,8 +40,8 @@ def read_cell(column: str, value: Any, is_written: bool) -> Any:
 
     Raises ValueError for a conversation as text that cannot be read, or stands among other texts.
     """
-    if isinstance(value, str) and WRITTEN.match(value):
-        messages = _messages_in(column, value)
+    if isinstance(value, str):
+        messages = _messages_in(column, value) if WRITTEN.match(value) else None
         if messages is None:
             return value
         if not is_written:
