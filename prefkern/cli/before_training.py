@@ -32,7 +32,6 @@ _ERRORS = (ValueError, TypeError, ImportError, RuntimeError, AttributeError, Key
 
 def check_options(config: TrainingArguments) -> None:
     """Raise ValueError for options of transformers that would stop the run later."""
-    _check_folder(config.output_dir)
     for name in config.report_to or ():
         callback = INTEGRATION_TO_CALLBACK.get(name)
         if callback is not None:
@@ -98,13 +97,6 @@ def interrupted(command: str, config: TrainingArguments | None) -> int:
             state = f"{config.output_dir} holds no checkpoint"
     print(f"prefkern {command}: interrupted; {state}", file=sys.stderr)
     return 130
-
-
-def _check_folder(output_dir: str | None) -> None:
-    path = Path(output_dir or ".").expanduser()
-    for each in (path, *path.parents):
-        if each.exists() and not each.is_dir():
-            raise ValueError(f"--output_dir must be a folder, got {str(path)!r}: {each} is a file")
 
 
 def _metrics(trainer: PreferenceTrainer) -> list[str]:
