@@ -329,7 +329,9 @@ def _from_file(option: Option, value: Any, literal: str | None, what: str) -> An
     if isinstance(value, list):
         if "list" not in kinds:
             raise ValueError(f"{what} takes one value, got the list {value}")
-        return [_from_file(replace(option, kinds=kinds - {"list"}), each, None, what) for each in value]
+        return [
+            _from_file(replace(option, kinds=kinds - {"list"}), each, None, what) for each in value
+        ]
     if isinstance(value, dict):
         if "dict" not in kinds:
             raise ValueError(f"{what} takes one value, got the mapping {value}")

@@ -59,7 +59,6 @@ ELSEWHERE = {
 # Options by their names elsewhere.
 _OPTIONS_ELSEWHERE = {
     "beta": "tau",
-    "tau": "beta",
     "dpo_beta": "beta",
     "pref_beta": "beta",
     "simpo_gamma": "gamma",
@@ -140,7 +139,7 @@ def _lookup(name: str) -> tuple[type[Objective | UnpairedObjective], bool]:
     plain = SAME.get(plain, plain)
     if plain not in names():
         instead = {_plain(each): text for each, text in ELSEWHERE.items()}.get(plain)
-        near = _nearest(plain, names()) if instead is None else f": {instead}"
+        near = _nearest(plain, [*names(), *SAME]) if instead is None else f": {instead}"
         raise ValueError(f"unknown objective {name!r}{near}; known: {', '.join(names())}")
     is_adaptive = plain not in REGISTRY
     return REGISTRY[plain.removeprefix("ada") if is_adaptive else plain], is_adaptive

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefkern import objectives
 from prefkern.data.truncation import check_mode
-from prefkern.models.dtypes import with_dtype
+from prefkern.models.keywords import current_names
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops import checks
 from prefkern.ops.call import BACKENDS
@@ -81,7 +81,7 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
     check_numbers_in("objective_options", args.objective_options)
     check_numbers_in("model_init_kwargs", args.model_init_kwargs)
     if args.model_init_kwargs:
-        args.model_init_kwargs = with_dtype(args.model_init_kwargs)
+        args.model_init_kwargs = current_names(args.model_init_kwargs)
     for name, least in _LEAST.items():
         value = getattr(args, name)
         is_whole = isinstance(value, int) and not isinstance(value, bool)

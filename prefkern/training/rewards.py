@@ -36,8 +36,8 @@ from prefkern.data import check_columns, tokenize_preferences
 from prefkern.data.collate import PreferenceCollator
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
 from prefkern.models.adapters import check_no_native_adapter
-from prefkern.models.dtypes import with_dtype
 from prefkern.models.heads import unwrap
+from prefkern.models.keywords import current_names
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import from_files, is_trusted, load_tokenizer, whence
 from prefkern.models.positions import check_positions
@@ -381,7 +381,7 @@ def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
 
 def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
     """The model, and the names of weights that are missing in its files."""
-    kwargs = with_dtype(kwargs)
+    kwargs = current_names(kwargs)
     remote = is_trusted(kwargs)
     kwargs.pop("trust_remote_code", None)
     try:

@@ -83,6 +83,7 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
 from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.training.unsaved import fingerprint
@@ -90,7 +91,7 @@ from prefkern.training.unsaved import fingerprint
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(ObjectiveTrainer):
+class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
     """Trains a causal LM on preference pairs.
 
     Args:
