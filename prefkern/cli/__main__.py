@@ -6,9 +6,10 @@ is called, and imports what it needs when it needs it: help and errors in option
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
+
+from prefkern.typos import nearest
 
 COMMANDS = {
     "check": "compare the backends of this machine with the float64 reference",
@@ -36,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(lines))
         return 0
     if argv:
-        close = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.75)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = nearest(argv[0], COMMANDS)
+        hint = f"; did you mean {close}?" if close else ""
         print(f"prefkern: unknown command {argv[0]!r}{hint}\n", file=sys.stderr)
     print("\n".join(lines), file=sys.stderr)
     return 2

@@ -191,18 +191,14 @@ class Parser(argparse.ArgumentParser):
             names = [f"--{option.name}", *option.aliases]
             self.options |= {name.removeprefix("--"): option for name in names}
             takes: dict[str, Any] = {"nargs": "?", "const": True} if option.is_flag else {}
+            if "list" in option.kinds:
+                takes = {"nargs": "+"}
             text = option.help
             if option.default not in (None, UNKNOWN) and "efault" not in text:
                 text += f" (default: {option.default})".replace("%", "%%")
-            group.add_argument(
-                *names,
-                dest=option.name,
-                type=_reader(option),
-                choices=option.choices,
-                metavar=None if option.choices else _metavar(option),
-                help=text,
-                **({"nargs": "+"} if "list" in option.kinds else takes),
-            )
+            takes["metavar"] = None if option.choices else _metavar(option)
+            takes["choices"] = option.choices
+            group.add_argument(*names, dest=option.name, type=_reader(option), help=text, **takes)
             if option.default is True:
                 group.add_argument(
                     f"--no_{option.name}",

@@ -69,12 +69,6 @@ def apply_liger(args: TrainingArguments, *models: nn.Module) -> None:
     import liger_kernel.transformers as liger
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    for name in _HEAD:
-        if _options(args).get(name):
-            raise ValueError(
-                f"liger_kernel_config has {name}=True, which has no effect: the head is prefkern's; "
-                "leave it out"
-            )
     options = {**_options(args), **dict.fromkeys(_HEAD, False)}
     for model in models:
         base = unwrap(model)

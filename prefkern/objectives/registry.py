@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from dataclasses import fields
@@ -18,6 +17,7 @@ from prefkern.objectives.contrastive import CPO, DPO, IPO, ORPO, RDPO, Hinge, Ro
 from prefkern.objectives.kto import KTO, UnpairedObjective
 from prefkern.objectives.madpo import MADPO
 from prefkern.objectives.tdpo import TDPO1, TDPO2
+from prefkern.typos import nearest
 
 REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
     "dpo": DPO,
@@ -153,9 +153,8 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     if _OPTIONS_ELSEWHERE.get(word) in known:
         return f" (here it is {_OPTIONS_ELSEWHERE[word]!r})"
-    # Letters show a near typo; a name that is only similar means something else.
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = nearest(word, known)
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def _parameters(cls: type) -> list[str]:

@@ -8,8 +8,9 @@ are refused: see `options`, which has the checks.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.training_args import TrainingArguments
@@ -30,6 +31,19 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
 
     Raises ValueError for an objective, option or argument that is unknown or has no effect here.
     """
+
+    _places: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("lora_r", "lora_target_modules"), "a LoraConfig to the trainer"),
+        **dict.fromkeys(("model_name_or_path", "model"), "it to the trainer, as model"),
+        **dict.fromkeys(("dataset", "dataset_split"), "train_dataset to the trainer"),
+        **dict.fromkeys(
+            ("eval_dataset", "eval_split", "eval_fraction"), "eval_dataset to the trainer"
+        ),
+        "processing_class": "it to the trainer, as processing_class",
+        "dtype": 'model_init_kwargs={"dtype": ...}',
+        "attn_implementation": 'model_init_kwargs={"attn_implementation": ...}',
+        "trust_remote_code": 'model_init_kwargs={"trust_remote_code": True}',
+    }
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})

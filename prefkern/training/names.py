@@ -8,10 +8,11 @@ do. `hint` looks there first, since a name with a similar spelling often means s
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from prefkern.typos import nearest
 
 _RANK = ("lora_r", "an adapter is trained where this rank is not 0")
 _QUANTIZED = (
@@ -50,6 +51,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "quantization": _QUANTIZED,
     "quantization_bit": _QUANTIZED,
     "quant_bits": _QUANTIZED,
+    "quantization_method": _QUANTIZED,
     "bnb_4bit_quant_type": _QUANTIZED,
     "bnb_4bit_compute_dtype": _QUANTIZED,
     "use_bnb_nested_quant": _QUANTIZED,
@@ -98,9 +100,14 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "sample_packing": ("padding_free", "a batch in one row, without padding"),
     "label_pad_token_id": ("", "prompts and padding are never scored: leave it out"),
     "padding_value": ("", "the tokenizer's pad token is used: leave it out"),
+    "split": ("dataset_split", ""),
+    "max_samples": ("dataset_split", "train[:1000]"),
+    "template": ("", "the tokenizer's own chat template is used"),
+    "chat_template": ("", "the tokenizer's own chat template is used"),
     "preprocessing_num_workers": ("dataset_num_proc", ""),
     # The loss.
     "loss_type": ("objective", "sigmoid is dpo"),
+    "stage": ("objective", ""),
     "pref_loss": ("objective", "sigmoid is dpo"),
     "rl": ("objective", ""),
     "rlhf_type": ("objective", ""),
@@ -122,6 +129,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "use_logits_to_keep": _FUSED,
     "use_liger_loss": _FUSED,
     "use_liger": ("use_liger_kernel", ""),
+    "enable_liger_kernel": ("use_liger_kernel", ""),
     # The run.
     "lr": ("learning_rate", ""),
     "num_epochs": ("num_train_epochs", ""),
@@ -162,37 +170,47 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "logging_dir": ("", "TensorBoard's callback reads the environment's TENSORBOARD_LOGGING_DIR"),
     "overwrite_output_dir": _REMOVED,
     "save_safetensors": _REMOVED,
+    "include_tokens_per_second": _REMOVED,
     "no_deprecation_warnings": _REMOVED,
 }
 
 
-def hint(name: str, known: Iterable[str], shown: str = "{}") -> str:
+def hint(
+    name: str, known: Iterable[str], shown: str = "{}", places: Mapping[str, str] | None = None
+) -> str:
     """What to write instead of an unknown option, as the end of an error; "" if nothing is near.
 
     Args:
         name: the option that the user gave.
         known: the options that exist.
         shown: how an option is written, "--{}" on a command line.
+        places: where other options are given, by name.
     """
     known = list(known)
     plain = name.lstrip("-").replace("-", "_").lower()
-    ours, remark = ELSEWHERE.get(plain, ("", ""))
-    if ours in known:
+    ours, remark = ELSEWHERE.get(plain, (plain, ""))
+    if ours != plain and ours in known:
         remark = f" ({remark})" if remark else ""
         return f": here it is {shown.format(ours)}{remark}"
-    if remark and not ours:
+    if places is not None and ours in places:
+        return f": give {places[ours]}"
+    if not ours:
         return f": {remark}"
-    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.75)
-    return f"; did you mean {shown.format(close[0])}?" if close else ""
+    close = nearest(plain, known)
+    return f"; did you mean {shown.format(close)}?" if close else ""
 
 
 class NamedArguments:
     """A class whose unknown keyword arguments are errors with a hint."""
+
+    # Where an argument is given that this class does not take, by its name.
+    _places: ClassVar[Mapping[str, str]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         parameters = inspect.signature(cls.__init__).parameters
         takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
         for name in kwargs:
             if name not in parameters and not takes_all:
-                raise TypeError(f"{cls.__name__} has no argument {name!r}{hint(name, parameters)}")
+                near = hint(name, parameters, places=cls._places)
+                raise TypeError(f"{cls.__name__} has no argument {name!r}{near}")
         return super().__new__(cls)

@@ -21,7 +21,8 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,8 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
     Raises ValueError for datasets, heads and arguments that it cannot train with, and TypeError for
     a model, arguments or a dataset of another type.
     """
+
+    _places: ClassVar = {each.name: "it to PreferenceConfig" for each in fields(PreferenceConfig)}
 
     args: PreferenceConfig
 

@@ -163,7 +163,7 @@ ELSEWHERE = {
     ("prefkern/cli/plan.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
     ("prefkern/models/loading.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
     ("prefkern/cli/options_file.py", "this is not YAML"): ("test_cli_train", "expected ','"),
-    ("prefkern/training/config.py", "ValueError(str(error))"): (
+    ("prefkern/training/options.py", "ValueError(str(error))"): (
         "test_trainer_objectives",
         "has no option",
     ),
