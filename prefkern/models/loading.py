@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from prefkern.models.keywords import current_names
+from prefkern.keywords import current_names
 
 # Keywords of `from_pretrained` that say where the files are.
 _WHENCE = (

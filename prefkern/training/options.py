@@ -1,4 +1,4 @@
-"""Checks of the arguments of training, which need torch but not transformers.
+"""Checks of the arguments of training, without transformers; only objectives need torch.
 
 `PreferenceConfig` and `RewardConfig` run them before those of transformers' TrainingArguments. The
 command line runs them on the options that were given, before it spends seconds on the import of
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefkern import objectives
 from prefkern.data.truncation import check_mode
-from prefkern.models.keywords import current_names
-from prefkern.objectives import Objective, UnpairedObjective
-from prefkern.ops import checks
-from prefkern.ops.call import BACKENDS
+from prefkern.keywords import current_names
+from prefkern.ops import plain
+
+if TYPE_CHECKING:
+    from prefkern.objectives import Objective, UnpairedObjective
 
 JSON_OPTIONS = ("objective_options", "model_init_kwargs")
 # Keywords of from_pretrained whose text may be all digits.
@@ -89,20 +89,20 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
     check_training(args)
     for name in _BOOLS:
-        checks.boolean(name, getattr(args, name))
+        plain.boolean(name, getattr(args, name))
     for name in ("bf16", "fp16"):
         if getattr(args, name) is not None:
-            checks.boolean(name, getattr(args, name))
+            plain.boolean(name, getattr(args, name))
     for name in ("ref_cache_dir", "ref_model_name_or_path", "ref_adapter_name"):
         value = getattr(args, name)
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name} must be a string or None, got {value!r}")
     if args.workspace_mb is not None:
-        checks.positive("workspace_mb", args.workspace_mb)
+        plain.positive("workspace_mb", args.workspace_mb)
     if args.router_aux_loss_coef is not None:
-        checks.not_negative("router_aux_loss_coef", args.router_aux_loss_coef)
-    if args.backend is not None and args.backend not in BACKENDS:
-        known = ", ".join(map(repr, BACKENDS))
+        plain.not_negative("router_aux_loss_coef", args.router_aux_loss_coef)
+    if args.backend is not None and args.backend not in plain.BACKENDS:
+        known = ", ".join(map(repr, plain.BACKENDS))
         raise ValueError(f"backend must be None or one of {known}, got {args.backend!r}")
     check_mode(args.truncation_mode)
     refuse_batches_by_length(args)
@@ -155,6 +155,8 @@ def check_rewards(args: Any, defaults: Mapping[str, Any]) -> None:
 
 def build_objective(args: Any) -> Objective | UnpairedObjective:
     """The configured objective. Raises ValueError for an unknown name, option or value."""
+    from prefkern import objectives
+
     options: dict[str, Any] = dict(args.objective_options or {})
     given = {
         "beta": args.beta,
@@ -184,11 +186,11 @@ def check_training(args: Any) -> None:
         if not (is_whole and value >= least):
             raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
     for name in ("learning_rate", "weight_decay", "num_train_epochs"):
-        checks.not_negative(name, getattr(args, name))
+        plain.not_negative(name, getattr(args, name))
     ratio = args.warmup_ratio
     if ratio is None:
         return
-    checks.not_negative("warmup_ratio", ratio)
+    plain.not_negative("warmup_ratio", ratio)
     if ratio >= 1:
         raise ValueError(f"warmup_ratio must be < 1, a share of all steps, got {ratio!r}")
     if args.warmup_steps not in (0, ratio):

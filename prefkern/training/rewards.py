@@ -35,9 +35,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from prefkern.data import check_columns, tokenize_preferences
 from prefkern.data.collate import PreferenceCollator
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
+from prefkern.keywords import current_names
 from prefkern.models.adapters import check_no_native_adapter
 from prefkern.models.heads import unwrap
-from prefkern.models.keywords import current_names
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import from_files, is_trusted, load_tokenizer, whence
 from prefkern.models.positions import check_positions

@@ -158,6 +158,8 @@ ELSEWHERE = {
         "test_cli_train",
         "invalid float value",
     ),
+    ("prefkern/cli/arguments.py", "{what} {error}"): ("test_options", "objective_options' is not"),
+    ("prefkern/cli/options_file.py", "error.msg"): ("test_options", "Expecting ':' delimiter"),
     ("prefkern/cli/before_training.py", "--report_to"): ("test_before_training", "--report_to wan"),
     ("prefkern/cli/plan.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),
     ("prefkern/cli/plan.py", "unusable_config("): ("test_cli_plan", "no model can be built"),

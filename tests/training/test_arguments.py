@@ -15,8 +15,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
-from prefkern import PreferenceConfig, PreferenceTrainer
-from prefkern.models.keywords import current_names
+from prefkern import PreferenceConfig, PreferenceTrainer, keywords
+from prefkern.keywords import current_names
 from prefkern.training.rewards import RewardConfig
 from support import tiny
 from support.training import config
@@ -44,6 +44,10 @@ def test_a_dtype_counts_by_both_names(tmp_path, name: str, value: Any) -> None:
 def test_dtypes_that_disagree_or_do_not_exist() -> None:
     same = {"dtype": torch.bfloat16, "torch_dtype": "bf16", "revision": "main"}
     assert current_names(same) == {"dtype": "bfloat16", "revision": "main"}
+    for name in keywords._FLOATS:
+        assert current_names({"dtype": getattr(torch, name)}) == {"dtype": name}
+    for short, name in keywords._SHORT.items():
+        assert getattr(torch, short, getattr(torch, name)) == getattr(torch, name)
     parts = {"dtype": {"text_config": "bfloat16"}}
     assert current_names(parts) == parts
     with pytest.raises(ValueError, match=r"dtype is 'float16' and torch_dtype, its older name, 'b"):

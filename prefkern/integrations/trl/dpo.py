@@ -34,11 +34,11 @@ from trl.trainer.utils import use_adapter
 
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
 from prefkern.integrations.trl.options import check_reference, objective_of
+from prefkern.keywords import current_names
 from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput
 from prefkern.models.adapters import check_reference_adapter, check_unmerged
 from prefkern.models.heads import find_head
-from prefkern.models.keywords import current_names
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.objectives import DPO, Objective
 from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone

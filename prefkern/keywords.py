@@ -10,9 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# The dtypes of torch that weights are loaded in.
+_FLOATS = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+_SHORT = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+}
 _DROPPED = {
     "use_auth_token": '"token"',
     "load_in_4bit": '"quantization_config" (a BitsAndBytesConfig)',
@@ -49,9 +56,8 @@ def _dtype(name: str, value: Any) -> Any:
         return value
     plain = str(value).removeprefix("torch.")
     plain = _SHORT.get(plain, plain)
-    dtype = getattr(torch, plain, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if plain not in _FLOATS:
         raise ValueError(
             f'{name} must be "auto" or a floating dtype such as "bfloat16", got {value!r}'
         )
-    return str(dtype).removeprefix("torch.")
+    return plain
