@@ -23,6 +23,7 @@ from prefkern.cli.arguments import (
     check_model_folder,
     check_output_dir,
     fail,
+    importing,
     lora_config,
     resume_from,
 )
@@ -159,7 +160,8 @@ def parse(
     from prefkern.training import options
 
     options.check_preference(args, parsed.training_defaults)
-    options.build_objective(args)
+    with importing():
+        options.build_objective(args)
     init_kwargs = model.init_kwargs()
     for name, value in (args.model_init_kwargs or {}).items():
         if name in parsed.given and value != init_kwargs.get(name):
@@ -168,7 +170,8 @@ def parse(
             )
     parsed.config["model_init_kwargs"] = {**init_kwargs, **(args.model_init_kwargs or {})}
 
-    from prefkern.training.config import PreferenceConfig
+    with importing():
+        from prefkern.training.config import PreferenceConfig
 
     return model, data, lora, PreferenceConfig(**parsed.config)
 

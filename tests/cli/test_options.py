@@ -75,7 +75,11 @@ def test_values_are_read_as_transformers_reads_them() -> None:
         if action.dest in unlike or action.nargs == 0:
             continue
         name = action.option_strings[0]
-        samples = [*map(str, action.choices)][:1] if action.choices else ["3", "0.5", "true", "no", "text"]
+        samples = (
+            [*map(str, action.choices)][:1]
+            if action.choices
+            else ["3", "0.5", "true", "no", "text"]
+        )
         for sample in samples:
             try:
                 expected = vars(theirs.parse_known_args([name, sample])[0])[action.dest]
