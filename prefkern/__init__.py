@@ -8,8 +8,10 @@ Where to begin:
 - `reference` has the same calls with logits in memory.
 - `diagnostics` shows how hard the loss pushes each response.
 - For transformers: `token_logprobs`, `preference_outputs` (a model's forward with the loss in it)
-  and `PreferenceTrainer`. The trainer and its arguments import transformers, so they are loaded on
-  first use.
+  and `PreferenceTrainer`.
+
+Each name is imported at first use, so the command line shows its help without torch, and the
+operator needs no transformers.
 """
 
 from __future__ import annotations
@@ -17,19 +19,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from prefkern import diagnostics, objectives, reference
-from prefkern.loss.fused import FusedPreferenceLoss
-from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
-from prefkern.models.scoring import preference_outputs, token_logprobs
-from prefkern.objectives import Pairs
-from prefkern.ops.kl import linear_kl
-from prefkern.ops.logprobs import linear_logprobs, plan_for
-from prefkern.ops.outputs import TokenKL, TokenStats
-from prefkern.ops.plan import Plan, last_plan
 from prefkern.version import VERSION
 
 if TYPE_CHECKING:
-    from prefkern.training.trainer import PreferenceConfig, PreferenceTrainer
+    from prefkern import diagnostics, objectives, reference
+    from prefkern.loss.fused import FusedPreferenceLoss
+    from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
+    from prefkern.models.scoring import preference_outputs, token_logprobs
+    from prefkern.objectives import Pairs
+    from prefkern.ops.kl import linear_kl
+    from prefkern.ops.logprobs import linear_logprobs, plan_for
+    from prefkern.ops.outputs import TokenKL, TokenStats
+    from prefkern.ops.plan import Plan, last_plan
+    from prefkern.training.config import PreferenceConfig
+    from prefkern.training.trainer import PreferenceTrainer
 
 __version__ = VERSION
 
@@ -54,17 +57,36 @@ __all__ = [
     "token_logprobs",
 ]
 
-_LAZY = {
-    "PreferenceConfig": "prefkern.training.config",
-    "PreferenceTrainer": "prefkern.training.trainer",
+_MODULES = ("diagnostics", "objectives", "reference")
+_PLACES = {
+    "FusedPreferenceLoss": "loss.fused",
+    "Pairs": "objectives",
+    "Plan": "ops.plan",
+    "PreferenceConfig": "training.config",
+    "PreferenceOutput": "loss.outputs",
+    "PreferenceTrainer": "training.trainer",
+    "TokenKL": "ops.outputs",
+    "TokenStats": "ops.outputs",
+    "UnpairedOutput": "loss.outputs",
+    "last_plan": "ops.plan",
+    "linear_kl": "ops.kl",
+    "linear_logprobs": "ops.logprobs",
+    "plan_for": "ops.logprobs",
+    "preference_outputs": "models.scoring",
+    "token_logprobs": "models.scoring",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'prefkern' has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"prefkern.{name}")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'prefkern' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"prefkern.{_PLACES[name]}"), name)
+    # From now on a plain attribute, which torch.compile also reads.
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})

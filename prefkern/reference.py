@@ -18,7 +18,7 @@ from torch import Tensor
 from prefkern.loss import checks as loss_checks
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, Pairs, UnpairedObjective
-from prefkern.ops import checks
+from prefkern.ops import checks, plain
 from prefkern.ops.outputs import TokenKL, TokenStats
 
 
@@ -72,7 +72,7 @@ def linear_logprobs(
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
-    checks.boolean("return_stats", return_stats)
+    plain.boolean("return_stats", return_stats)
     scored = labels != ignore_index
     if bool((scored & ((labels < 0) | (labels >= weight.shape[0]))).any()):
         raise ValueError(f"labels must be in [0, {weight.shape[0]}) or {ignore_index}")
@@ -136,7 +136,7 @@ def preference_loss(
     checks.head(hidden, weight, bias)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
-    checks.boolean("return_stats", return_stats)
+    plain.boolean("return_stats", return_stats)
     sequences = loss_checks.bounds(labels, cu_seqlens, isinstance(objective, Objective))
     count = len(sequences) - 1
     loss_checks.reference(
@@ -310,6 +310,6 @@ def _divergence(log_p: Tensor, log_r: Tensor) -> Tensor:  # (..., V) -> (...)
 def _check_unused(workspace_mb: float | None, backend: str | None) -> None:
     """Refuse what the fused path refuses, of two arguments that have no effect here."""
     if workspace_mb is not None:
-        checks.positive("workspace_mb", workspace_mb)
+        plain.positive("workspace_mb", workspace_mb)
     if backend is not None and backend not in ("triton", "torch"):
         raise ValueError(f"backend must be None or one of 'triton', 'torch', got {backend!r}")

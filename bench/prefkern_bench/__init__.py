@@ -17,7 +17,32 @@ If a provider is missing, refuses a shape or runs out of memory, its row says so
 without a GPU the shapes are smaller, and the times mean little.
 """
 
-from prefkern_bench.command import main
-from prefkern_bench.report import environment
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefkern_bench.report import environment
 
 __all__ = ["environment", "main"]
+
+
+def main(argv: list[str]) -> int:
+    """Read the options, run the benchmark and print its tables; returns the exit status."""
+    from prefkern_bench.options import parse
+
+    # Help and errors need no torch.
+    arguments = parse(argv)
+
+    from prefkern_bench.command import measure
+
+    return measure(arguments, shlex.join(["prefkern", "bench", *argv]))
+
+
+def __getattr__(name: str) -> object:
+    if name != "environment":
+        raise AttributeError(f"module 'prefkern_bench' has no attribute {name!r}")
+    from prefkern_bench.report import environment
+
+    return environment

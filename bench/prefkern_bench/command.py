@@ -1,18 +1,13 @@
-"""The command `prefkern bench`: its options, the order of the runs, and its output.
+"""The command `prefkern bench`: the order of the runs, and its output.
 
-`parse` reads and checks the options before anything runs. `planned` lists the jobs: every suite at
-one shape, then the next shape. `run` measures them, and prints and saves each group of rows as soon
-as it is done.
+`options` has read and checked the options. `planned` lists the jobs: every suite at one shape, then
+the next shape. `run` measures them, and prints and saves each group of rows as soon as it is done.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,23 +16,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prefkern_bench import group, pictures, shapes, step, suites, tables
 from prefkern_bench.group import Group, Settings
-from prefkern_bench.providers import PROVIDERS
 from prefkern_bench.report import Report, environment
 from prefkern_bench.timing import release
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SUITES = ("operator", "loss", "step")
-TASKS = (*suites.FEWEST, *step.TASKS)
 
+def measure(arguments: Any, command: str) -> int:
+    """Run the benchmark and print its tables; 1 if prefkern itself failed somewhere.
 
-def main(argv: list[str]) -> int:
-    """Run the benchmark and print its tables; 1 if prefkern itself failed somewhere."""
-    arguments = parse(argv)
+    Args:
+        arguments: of `options.parse`.
+        command: as the user wrote it, for the report.
+    """
     device = torch.device(arguments.device)
     if device.index is not None:
         # CUDA events and synchronisation act on the current device.
         torch.cuda.set_device(device)
-    about = environment(device, shlex.join(["prefkern", "bench", *argv]))
+    about = environment(device, command)
     about |= {
         "dtype": arguments.dtype,
         "shapes": [asdict(shape) for shape in arguments.shapes],
@@ -47,7 +41,7 @@ def main(argv: list[str]) -> int:
     settings = Settings(
         providers=arguments.providers,
         tasks=arguments.tasks,
-        dtype=DTYPES[arguments.dtype],
+        dtype=getattr(torch, arguments.dtype),
         device=device,
         workspace_mb=arguments.workspace_mb,
         warm_up=arguments.warm_up,
@@ -123,85 +117,3 @@ def planned(arguments: Any) -> list[Job]:
                 )
             )
     return jobs
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="prefkern bench",
-        description="Compares prefkern with its peers in time, memory, operations and error.",
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, few repeats")
-    parser.add_argument(
-        "--suite",
-        nargs="+",
-        choices=SUITES,
-        default=list(SUITES),
-        help="operator: log-probs; loss: a DPO step on them; step: a model's training step",
-    )
-    parser.add_argument(
-        "--shapes", "--shape", nargs="+", action="extend", metavar="NAME",
-        help=f"one of {', '.join(shapes.KNOWN)}; for suite step one of {', '.join(step.KNOWN)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-sweep",
-        dest="sweep",
-        action="store_false",
-        help="skip the runs with fewer tokens, which the pictures need",
-    )
-    parser.add_argument(
-        "--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS), metavar="NAME",
-        help=f"one of {', '.join(PROVIDERS)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tasks", "--heads", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME",
-        help=f"one of {', '.join(TASKS)}; the last two belong to suite step",
-    )  # fmt: skip
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--workspace-mb", type=float, help="bound on prefkern's temporary memory")
-    parser.add_argument("--repeats", type=int, help="largest number of timed rounds")
-    parser.add_argument("--warm-up", type=int, help="number of rounds before the timed ones")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=None,
-        help="bound on the timed rounds of a task, in seconds",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="also draw pictures there")
-    arguments = parser.parse_args(argv)
-    _resolve(arguments, parser)
-    return arguments
-
-
-def _resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fill in the defaults that depend on the device; refuse impossible options before any run."""
-    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_gpu = arguments.device.startswith("cuda")
-    if is_gpu and not torch.cuda.is_available():
-        parser.error(f"--device {arguments.device}: there is no CUDA device here")
-
-    names, quick = arguments.shapes, arguments.quick
-    arguments.models = step.default_models(is_gpu, quick)
-    arguments.shapes = shapes.default_shapes(is_gpu, quick)
-    if names:
-        known = list(shapes.KNOWN) + list(step.KNOWN)
-        if unknown := set(names) - set(known):
-            parser.error(f"unknown shape {', '.join(unknown)}; known: {', '.join(known)}")
-        arguments.shapes = [shapes.KNOWN[name] for name in names if name in shapes.KNOWN]
-        arguments.models = [step.KNOWN[name] for name in names if name in step.KNOWN]
-    if not planned(arguments):
-        parser.error(f"--suite {' '.join(arguments.suite)} has none of the requested shapes")
-
-    # On a CPU a first round only warms caches; on a GPU clocks rise and memory is allocated.
-    defaults = (2, 1, 60.0) if quick else (20, 2, 2.0) if is_gpu else (5, 1, 10.0)
-    given = (arguments.repeats, arguments.warm_up, arguments.seconds)
-    arguments.repeats, arguments.warm_up, arguments.seconds = (
-        default if value is None else value for value, default in zip(given, defaults, strict=True)
-    )
-    if arguments.repeats < 1 or arguments.warm_up < 0:
-        parser.error("--repeats must be at least 1, --warm-up at least 0")
-    if arguments.json and not arguments.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {arguments.json.parent}")
-    if arguments.pictures and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--pictures needs matplotlib: pip install matplotlib")

@@ -1,13 +1,15 @@
 """Entry point of `prefkern` and `python -m prefkern.cli`.
 
 A command is a module of this package with `main(argv) -> exit status`. It is imported only when it
-is called, so `prefkern --help` does not load torch.
+is called, and imports what it needs when it needs it: help and errors in options come without torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+
+from prefkern.typos import nearest
 
 COMMANDS = {
     "check": "compare the backends of this machine with the float64 reference",
@@ -21,16 +23,23 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; 2 for a command that does not exist."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--version" in argv[:2]:
+        from prefkern.version import VERSION
+
+        print(f"prefkern {VERSION}")
+        return 0
     if argv and argv[0] in COMMANDS:
         return importlib.import_module(f"prefkern.cli.{argv[0]}").main(argv[1:])
     lines = ["usage: prefkern COMMAND [options]", "", "commands:"]
     lines += [f"  {name:<7} {description}" for name, description in COMMANDS.items()]
-    lines += ["", "prefkern COMMAND --help shows a command's options."]
+    lines += ["", "prefkern COMMAND --help shows a command's options; --version the version."]
     if argv and argv[0] in ("-h", "--help"):
         print("\n".join(lines))
         return 0
     if argv:
-        print(f"prefkern: unknown command {argv[0]!r}\n", file=sys.stderr)
+        close = nearest(argv[0], COMMANDS)
+        hint = f"; did you mean {close}?" if close else ""
+        print(f"prefkern: unknown command {argv[0]!r}{hint}\n", file=sys.stderr)
     print("\n".join(lines), file=sys.stderr)
     return 2
 

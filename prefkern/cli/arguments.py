@@ -1,23 +1,31 @@
-"""Arguments of the commands that train: from flags, from a YAML file, or from both.
+"""Arguments of the commands that train: from flags, from a YAML or JSON file, or from both.
 
-The keys of the file are the names of the flags. Its items become flags in front of the given flags,
-so that one parser checks both. An error is one line on stderr and exit status 2.
+The keys of the file are the names of the flags, and a flag goes before the file. Names may be
+written with "_" or "-". The parser knows transformers' options without importing it (see `fields`),
+so it is quick, and an error is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import gc
 import json
+import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from transformers import HfArgumentParser, TrainingArguments
+from prefkern.cli import fields
+from prefkern.cli.fields import UNKNOWN, Option
+from prefkern.cli.options_file import SUFFIXES, read_options
+from prefkern.training.names import hint
 
-from prefkern.cli.options_file import read_options
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -33,7 +41,11 @@ class ModelArguments:
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Dtype of the weights; auto: as in the file.", "choices": _DTYPES},
+        metadata={
+            "help": "Dtype of the weights; auto: as in the file.",
+            "choices": _DTYPES,
+            "aliases": ["--torch_dtype"],
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, flash_attention_2, ... Default: the model's own."}
@@ -96,82 +108,157 @@ def lora_config(lora: Any, task_type: str, **options: Any) -> Any:
     )
 
 
-class Parser(HfArgumentParser):
-    """HfArgumentParser with errors of one line, which also turns a YAML file into flags."""
+@dataclass(frozen=True)
+class Parsed:
+    """The arguments of a command."""
 
-    def __init__(self, kinds: tuple[type, ...], command: str, description: str) -> None:
+    groups: tuple[Any, ...]  # instances of the command's own dataclasses
+    config: dict[str, Any]  # the options of the training config that were given
+    given: set[str]  # the names of all options that were given
+    defaults: dict[str, Any]  # of the training config
+    training_defaults: dict[str, Any]  # of transformers' TrainingArguments
+
+    def checkable(self) -> SimpleNamespace:
+        """The training config's values, for checks before its class is imported."""
+        known = {name: value for name, value in self.defaults.items() if value is not UNKNOWN}
+        return SimpleNamespace(**{**known, **self.config})
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of dataclasses, with errors of one line.
+
+    Args:
+        kinds: the command's own dataclasses.
+        config: module and name of the training config's class, a TrainingArguments.
+        command, description: for the help.
+    """
+
+    def __init__(
+        self, kinds: Sequence[type], config: tuple[str, str], command: str, description: str
+    ) -> None:
         super().__init__(
-            kinds,  # pyright: ignore[reportArgumentType]
             prog=f"prefkern {command}",
             usage=f"prefkern {command} [CONFIG.yaml] [--option value ...]",
             description=description,
+            epilog="CONFIG is a .yaml or .json file of options; --config CONFIG means the same. "
+            "Options may be written with - instead of _.",
+            argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
+        )
+        self.kinds = kinds
+        training = fields.of_source("transformers.training_args", "TrainingArguments")
+        theirs = {option.name for option in training}
+        options = fields.of_source(*config)
+        self.training_defaults = {o.name: o.default for o in training if o.default is not UNKNOWN}
+        self.config_options = {option.name: option for option in options}
+        self.options: dict[str, Option] = {}
+        for kind in kinds:
+            self._add(getattr(kind, "_argument_group_name", "options"), fields.of_class(kind))
+        self._add("training", [option for option in options if option.name not in theirs])
+        self._add(
+            "training: transformers' own", [option for option in options if option.name in theirs]
         )
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
-    def parse(self, argv: list[str]) -> tuple[tuple[Any, ...], set[str]]:
-        """The dataclasses, and the names of the options that the user gave.
-
-        If the first argument is a YAML file, its options come before the flags. Raises ValueError
-        for an unknown or malformed option.
-        """
-        if argv and argv[0].endswith((".yaml", ".yml")):
-            argv = [*self.flags_of_yaml(Path(argv[0])), *argv[1:]]
-        *parsed, unknown = self.parse_args_into_dataclasses(
-            argv, look_for_args_file=False, return_remaining_strings=True
-        )
+    def parse(self, argv: list[str]) -> Parsed:
+        """Raises ValueError for an unknown or malformed option, and the errors of `read_options`."""
+        file, argv = self._config_file(spelled(argv, "_"))
+        given = {} if file is None else self._values_of(file)
+        flags, unknown = self.parse_known_args(argv)
         if unknown:
-            raise ValueError(f"unknown argument {unknown[0]!r}")
-        # argparse sets a default only for names that the namespace lacks.
-        unset = object()
-        blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
-        filled = vars(self.parse_known_args(argv, blank)[0])
-        return tuple(parsed), {name for name, value in filled.items() if value is not unset}
+            name = unknown[0].partition("=")[0]
+            near = hint(name, self.options, "--{}") if name.startswith("--") else ""
+            raise ValueError(f"unknown argument {unknown[0]!r}{near}")
+        for name, value in vars(flags).items():
+            # `--report_to none` is one text, `--report_to wandb tensorboard` a list.
+            is_one = "str" in self.options[name].kinds and isinstance(value, list)
+            given[name] = value[0] if is_one and len(value) == 1 else value
+        own = [{o.name for o in fields.of_class(kind)} for kind in self.kinds]
+        return Parsed(
+            tuple(
+                kind(**{name: value for name, value in given.items() if name in names})
+                for kind, names in zip(self.kinds, own, strict=True)
+            ),
+            {name: value for name, value in given.items() if name in self.config_options},
+            set(given),
+            {name: option.default for name, option in self.config_options.items()},
+            self.training_defaults,
+        )
 
-    def flags_of_yaml(self, path: Path) -> list[str]:
-        """The file's items as flags.
+    def _add(self, title: str, options: list[Option]) -> None:
+        group = self.add_argument_group(title)
+        for option in options:
+            names = [f"--{option.name}", *option.aliases]
+            self.options |= {name.removeprefix("--"): option for name in names}
+            takes: dict[str, Any] = {"nargs": "?", "const": True} if option.is_flag else {}
+            if "list" in option.kinds:
+                takes = {"nargs": "+"}
+            text = option.help
+            if option.default not in (None, UNKNOWN) and "efault" not in text:
+                text += f" (default: {option.default})".replace("%", "%%")
+            takes["metavar"] = None if option.choices else _metavar(option)
+            takes["choices"] = option.choices
+            group.add_argument(*names, dest=option.name, type=_reader(option), help=text, **takes)
+            if option.default is True:
+                group.add_argument(
+                    f"--no_{option.name}",
+                    dest=option.name,
+                    action="store_false",
+                    help=argparse.SUPPRESS,
+                )
 
-        Flags cannot express null, or a list for an option that also takes one value. Such a value
-        becomes the option's default if its type allows that. Raises ValueError for a key that is
-        not a flag, and the errors of `read_options`.
-        """
-        values, lines = read_options(path)
-        # Flags without a value (--help, --no_bf16) are not keys.
-        actions = {
-            option.removeprefix("--"): action
-            for option, action in self._option_string_actions.items()
-            if option.startswith("--") and action.nargs != 0
-        }
-        types = {n: t for kind in self.dataclass_types for n, t in get_type_hints(kind).items()}
-        given: dict[str, str] = {}
-        flags: list[str] = []
-        for key, value in values.items():
-            where = f"{path}, line {lines[key]}"
-            action = actions.get(str(key))
-            if action is None:
-                close = difflib.get_close_matches(str(key), actions, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"{where}: unknown option {key!r}{hint}")
-            if action.dest in given:
-                raise ValueError(f"{where}: {given[action.dest]!r} and {key!r} are the same option")
-            given[action.dest] = str(key)
-            allowed = [get_origin(t) or t for t in get_args(types[action.dest])]
-            if value is None:
-                if NoneType in allowed:
-                    self.set_defaults(**{action.dest: None})
-            elif isinstance(value, list):
-                if action.nargs is None and list in allowed:
-                    self.set_defaults(**{action.dest: value})
-                elif action.nargs == "+":
-                    flags += [f"--{key}", *map(_argument, value)]
-                else:
-                    raise ValueError(f"{where}: {key!r} takes one value, got the list {value}")
-            else:
-                _check_argument(action, value, f"{where}: {key!r}")
-                flags.append(f"--{key}={_argument(value)}")
-        return flags
+    def _config_file(self, argv: list[str]) -> tuple[Path | None, list[str]]:
+        """The file of options, wherever it stands, and the other arguments."""
+        files, rest, previous = [], [], ""
+        for word in argv:
+            action = self._option_string_actions.get(previous)
+            is_value = action is not None and action.nargs in (None, "+")
+            if previous == "--config" or (
+                word.endswith(SUFFIXES) and not word.startswith("-") and not is_value
+            ):
+                files.append(word)
+            elif word.startswith("--config="):
+                files.append(word.removeprefix("--config="))
+            elif word != "--config":
+                rest.append(word)
+            previous = word
+        if previous == "--config":
+            raise ValueError("--config needs a file")
+        if len(files) > 1:
+            raise ValueError(f"give one file of options, got {' and '.join(files)}")
+        return (Path(files[0]) if files else None), rest
+
+    def _values_of(self, path: Path) -> dict[str, Any]:
+        """The values in a file, by option; null is the default of an option that is never None."""
+        file = read_options(path)
+        keys: dict[str, str] = {}
+        given: dict[str, Any] = {}
+        for key, value in file.values.items():
+            where = file.where(key)
+            option = self.options.get(str(key).replace("-", "_"))
+            if option is None:
+                near = hint(str(key), self.options, "{!r}")
+                raise ValueError(f"{where}: unknown option {key!r}{near}")
+            if option.name in keys:
+                raise ValueError(f"{where}: {keys[option.name]!r} and {key!r} are the same option")
+            keys[option.name] = str(key)
+            if value is not None:
+                literal = file.texts.get(key)
+                given[option.name] = _from_file(option, value, literal, f"{where}: {key!r}")
+            elif "None" in option.kinds:
+                given[option.name] = None
+        return given
+
+
+def spelled(argv: list[str], mark: str) -> list[str]:
+    """The arguments with `mark`, "_" or "-", between the parts of an option's name."""
+    return [
+        re.sub("(?<=[^-])[-_]", mark, name) + equals + value if name.startswith("--") else word
+        for word in argv
+        for name, equals, value in [word.partition("=")]
+    ]
 
 
 def resume_from(config: TrainingArguments) -> Any:
@@ -188,29 +275,89 @@ def fail(command: str, message: str) -> int:
     return 2
 
 
-def _argument(value: Any) -> str:
-    """A value of a YAML file as an argument of the command line."""
-    if isinstance(value, str):
+@contextmanager
+def importing() -> Iterator[None]:
+    """Imports without the garbage collector, which takes a tenth of their time and finds little."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def check_model_folder(option: str, name: str | None) -> None:
+    """Raise FileNotFoundError for a model's name that is clearly a folder and does not exist."""
+    if name is not None and name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise FileNotFoundError(f"{option}: no such folder: {name}")
+
+
+def check_output_dir(output_dir: str | None) -> None:
+    """Raise ValueError for a folder that cannot be made, since a file is in its place."""
+    path = Path(output_dir or ".").expanduser()
+    for each in (path, *path.parents):
+        if each.exists() and not each.is_dir():
+            raise ValueError(f"--output_dir must be a folder, got {str(path)!r}: {each} is a file")
+
+
+def _boolean(text: str) -> bool:
+    values = {"yes": True, "true": True, "t": True, "y": True, "1": True, "on": True}
+    values |= {"no": False, "false": False, "f": False, "n": False, "0": False, "off": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return values[text.lower()]
+
+
+def _reader(option: Option) -> Callable[[str], Any]:
+    """The function that makes an option's value of its text."""
+    kinds = option.kinds
+    if "int" in kinds or "float" in kinds:
+        return int if "int" in kinds else float
+
+    def read(text: str) -> Any:
+        if "bool" in kinds and ("str" not in kinds or text.lower() in ("true", "false")):
+            return _boolean(text)
+        if "dict" in kinds and (text.lstrip().startswith("{") or "str" not in kinds):
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError as error:
+                raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
+        return text
+
+    return read
+
+
+def _metavar(option: Option) -> str:
+    names = {"int": "INT", "float": "NUMBER", "dict": "JSON", "bool": "BOOL"}
+    return next((name for kind, name in names.items() if kind in option.kinds), "TEXT")
+
+
+def _from_file(option: Option, value: Any, literal: str | None, what: str) -> Any:
+    """A value of a file, checked as a flag is. Raises ValueError, with file and line."""
+    kinds = option.kinds
+    if isinstance(value, list):
+        if "list" not in kinds:
+            raise ValueError(f"{what} takes one value, got the list {value}")
+        return [
+            _from_file(replace(option, kinds=kinds - {"list"}), each, None, what) for each in value
+        ]
+    if isinstance(value, dict):
+        if "dict" not in kinds:
+            raise ValueError(f"{what} takes one value, got the mapping {value}")
         return value
-    return json.dumps(value, default=str) if isinstance(value, bool | dict | list) else str(value)
-
-
-def _check_argument(action: argparse.Action, value: Any, what: str) -> None:
-    """Raise ValueError, with file and line, for a value that argparse would refuse without them."""
-    argument = _argument(value)
-    if action.type is not None:
-        try:
-            action.type(argument)  # pyright: ignore[reportCallIssue]
-        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            kind = getattr(action.type, "__name__", "value")
-            expected = {"int": "an int", "float": "a number", "string_to_bool": "true or false"}
-            raise ValueError(
-                f"{what} must be {expected.get(kind, 'one of its choices')}, got {argument!r}"
-            ) from error
-    if action.choices is not None and argument not in [str(choice) for choice in action.choices]:
-        known = ", ".join(str(choice) for choice in action.choices)
-        hint = ""
-        if isinstance(value, bool):
-            given = "yes or on" if value else "no or off"
-            hint = f"; YAML reads {given} as {argument}, unless it is in quotes"
-        raise ValueError(f"{what} must be one of {known}, got {argument!r}{hint}")
+    text = json.dumps(value) if isinstance(value, bool) else str(value)
+    if literal is not None and not kinds & {"int", "float", "bool"}:
+        # `no` and `1.10` are texts here, as on the command line.
+        text = literal
+    try:
+        read = _reader(option)(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{what} {error}") from error
+    except ValueError as error:
+        expected = "an int" if "int" in kinds else "a number"
+        raise ValueError(f"{what} must be {expected}, got {text!r}") from error
+    if option.choices is not None and read not in option.choices:
+        known = ", ".join(str(choice) for choice in option.choices)
+        raise ValueError(f"{what} must be one of {known}, got {text!r}")
+    return [read] if "list" in kinds and "str" not in kinds else read

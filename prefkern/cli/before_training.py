@@ -9,7 +9,6 @@ and its value.
 from __future__ import annotations
 
 import copy
-import difflib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from prefkern.typos import nearest
 
 if TYPE_CHECKING:
     from prefkern.training.trainer import PreferenceTrainer
@@ -32,7 +33,6 @@ _ERRORS = (ValueError, TypeError, ImportError, RuntimeError, AttributeError, Key
 
 def check_options(config: TrainingArguments) -> None:
     """Raise ValueError for options of transformers that would stop the run later."""
-    _check_folder(config.output_dir)
     for name in config.report_to or ():
         callback = INTEGRATION_TO_CALLBACK.get(name)
         if callback is not None:
@@ -77,8 +77,8 @@ def check_best_metric(trainer: PreferenceTrainer) -> None:
     if isinstance(trainer.eval_dataset, dict):
         known = [f"{key}_{each}" for key in trainer.eval_dataset for each in known]
     if name.removeprefix("eval_") not in known:
-        close = difflib.get_close_matches(name.removeprefix("eval_"), known, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        close = nearest(name.removeprefix("eval_"), known)
+        hint = f" (did you mean {close!r}?)" if close else ""
         raise ValueError(
             f"--metric_for_best_model is {name!r}{hint}, but evaluation does not log it; it logs "
             f"{', '.join(known)}"
@@ -98,13 +98,6 @@ def interrupted(command: str, config: TrainingArguments | None) -> int:
             state = f"{config.output_dir} holds no checkpoint"
     print(f"prefkern {command}: interrupted; {state}", file=sys.stderr)
     return 130
-
-
-def _check_folder(output_dir: str | None) -> None:
-    path = Path(output_dir or ".").expanduser()
-    for each in (path, *path.parents):
-        if each.exists() and not each.is_dir():
-            raise ValueError(f"--output_dir must be a folder, got {str(path)!r}: {each} is a file")
 
 
 def _metrics(trainer: PreferenceTrainer) -> list[str]:

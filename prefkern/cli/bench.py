@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from prefkern.cli.arguments import fail
+from prefkern.cli.arguments import fail, spelled
 
 
 def main(argv: list[str]) -> int:
@@ -19,6 +19,6 @@ def main(argv: list[str]) -> int:
             "the benchmark (prefkern_bench) is not installed: pip install '.[bench]' in a clone of "
             "prefkern",
         )
-    from prefkern_bench.command import main
+    from prefkern_bench import main
 
-    return main(argv)
+    return main(spelled(argv, "-"))

@@ -21,6 +21,8 @@ import dataclasses
 import os
 import sys
 
+from prefkern.cli.arguments import spelled
+
 # Half-precision results that are rounded once may exceed eager's error a little, by chance.
 EAGER_SLACK = 1.02
 LOGP_BOUND = {"float32": 1e-4, "bfloat16": 1e-3, "float16": 1e-3}
@@ -81,7 +83,7 @@ def main(argv: list[str]) -> int:
         choices=list(LOGP_BOUND),
         help="only this dtype; may be given more than once",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(spelled(argv, "-"))
 
     import torch
 

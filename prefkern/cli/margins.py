@@ -33,10 +33,13 @@ from prefkern.cli.arguments import (
     ModelArguments,
     Parser,
     check_lora,
+    check_model_folder,
+    check_output_dir,
     fail,
     lora_config,
     resume_from,
 )
+from prefkern.data.sources import local_path
 from prefkern.training.files import replacing
 
 if TYPE_CHECKING:
@@ -144,15 +147,15 @@ def main(argv: list[str]) -> int:
     missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
     if missing:
         return fail("margins", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
-    from prefkern.cli.before_training import interrupted
-    from prefkern.training.checkpoints import CheckpointError
-
     # Trainer makes its output folder even for a run that only scores, so give it a temporary one.
     with tempfile.TemporaryDirectory() as scratch:
         try:
             run = _prepare(argv, scratch)
         except (ValueError, TypeError, OSError, ImportError) as error:
             return fail("margins", str(error))
+        from prefkern.cli.before_training import interrupted
+        from prefkern.training.checkpoints import CheckpointError
+
         is_writer = run.trainer.args.process_index == 0
         if run.held_out:
             try:
@@ -178,19 +181,21 @@ def main(argv: list[str]) -> int:
 def parse(
     argv: list[str],
 ) -> tuple[RewardModelArguments, MarginsDataArguments, RewardLoraArguments, RewardConfig]:
-    """The arguments from flags, and from a YAML file if the first argument names one.
+    """The arguments from flags and from a file.
 
-    Raises ValueError for unknown, missing, malformed or contradictory arguments.
+    The checks that need no transformers come first, since its import takes seconds. Raises
+    ValueError for unknown, missing, malformed or contradictory arguments, and OSError for a dataset
+    or folder that does not exist and an output that cannot be written.
     """
-    from prefkern.training.rewards import RewardConfig
-
-    parser = Parser(
-        (RewardModelArguments, MarginsDataArguments, RewardLoraArguments, RewardConfig),
+    parsed = Parser(
+        (RewardModelArguments, MarginsDataArguments, RewardLoraArguments),
+        ("prefkern.training.rewards", "RewardConfig"),
         "margins",
         "Writes reward margins into a dataset of preference pairs. The reward model is trained on "
         "the pairs or given.",
-    )
-    (model, data, lora, config), given = parser.parse(argv)
+    ).parse(argv)
+    model, data, lora = parsed.groups
+    given = parsed.given
     if (model.model_name_or_path is None) == (model.reward_model is None):
         raise ValueError(
             "give either --model_name_or_path, to train a reward model, or --reward_model"
@@ -203,7 +208,35 @@ def parse(
         if unused:
             names = ", ".join(f"--{name}" for name in unused)
             raise ValueError(f"with --reward_model nothing is trained, so {names} has no effect")
-        return model, data, lora, config
+    else:
+        _check_training(data, lora, given)
+        if not lora.lora_r:
+            parsed.config.setdefault("learning_rate", 1e-5)
+    args = parsed.checkable()
+    for source in (data.dataset, data.eval_dataset):
+        if source is not None:
+            local_path(source)
+    output = Path(data.output).expanduser()
+    _check_output(output, data.overwrite)
+    if model.reward_model is None and Path(args.output_dir).expanduser().resolve() == (
+        output.resolve()
+    ):
+        raise ValueError("--output and --output_dir are the same folder")
+    check_output_dir(args.output_dir)
+    check_model_folder("--model_name_or_path", model.model_name_or_path)
+    check_model_folder("--reward_model", model.reward_model)
+
+    from prefkern.training import options
+
+    options.check_rewards(args, parsed.training_defaults)
+
+    from prefkern.training.rewards import RewardConfig
+
+    return model, data, lora, RewardConfig(**parsed.config)
+
+
+def _check_training(data: MarginsDataArguments, lora: RewardLoraArguments, given: set[str]) -> None:
+    """Raise ValueError for options of a run that trains which contradict each other."""
     if not 0 < data.eval_fraction < 1:
         raise ValueError(f"--eval_fraction must be in (0, 1), got {data.eval_fraction}")
     check_lora(lora, given, without="with --lora_r 0")
@@ -213,9 +246,6 @@ def parse(
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
     for name in sorted(given & {"save_strategy", "save_steps"}):
         raise ValueError(f"--{name} has no effect: models are saved whenever they are evaluated")
-    if not lora.lora_r and "learning_rate" not in given:
-        config.learning_rate = 1e-5
-    return model, data, lora, config
 
 
 def _prepare(argv: list[str], scratch: str) -> _Run:
@@ -223,14 +253,11 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     model, data, lora, config = parse(argv)
     assert data.dataset is not None and data.output is not None
     output = Path(data.output).expanduser()
-    _check_output(output, data.overwrite)
     name = model.reward_model or model.model_name_or_path
     assert name is not None and config.output_dir is not None
     is_new = model.reward_model is None
     if not is_new:
         config.output_dir = scratch
-    elif Path(config.output_dir).expanduser().resolve() == output.resolve():
-        raise ValueError("--output and --output_dir are the same folder")
 
     from datasets import concatenate_datasets
     from transformers import set_seed

@@ -23,7 +23,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from prefkern.cli.arguments import fail
+from prefkern.cli.arguments import check_model_folder, fail, spelled
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run model code from the hub"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(spelled(argv, "-"))
     for name, least in (("seq_len", 2), ("batch", 1), ("prompt_len", 0)):
         if getattr(args, name) < least:
             flag = name.replace("_", "-")
@@ -167,6 +167,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         raise ValueError(
             f"--prompt-len must be below --seq-len ({args.seq_len}), got {args.prompt_len}"
         )
+    check_model_folder("model", args.model)
     return args
 
 

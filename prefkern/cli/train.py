@@ -3,7 +3,7 @@
     prefkern train --model_name_or_path M --dataset pairs.jsonl --objective adadpo --lora_r 16
     prefkern train config.yaml --learning_rate 1e-5
 
-Inputs are checked before training, the cheapest first: arguments and objective, then the dataset,
+A file of options is YAML or JSON, and stands anywhere among the arguments. Inputs are checked before training, the cheapest first: arguments and objective, then the dataset,
 then the model. An error is one line on stderr and exit status 2.
 """
 
@@ -20,13 +20,17 @@ from prefkern.cli.arguments import (
     ModelArguments,
     Parser,
     check_lora,
+    check_model_folder,
+    check_output_dir,
     fail,
+    importing,
     lora_config,
     resume_from,
 )
-from prefkern.training.config import PreferenceConfig
+from prefkern.data.sources import local_path
 
 if TYPE_CHECKING:
+    from prefkern.training.config import PreferenceConfig
     from prefkern.training.trainer import PreferenceTrainer
 
 
@@ -66,19 +70,21 @@ def main(argv: list[str]) -> int:
     missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
     if missing:
         return fail("train", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
-    from prefkern.cli.before_training import interrupted
-    from prefkern.training.checkpoints import CheckpointError
-
     config = None
     try:
         try:
             trainer, config = _prepare(argv)
         except (ValueError, TypeError, OSError, ImportError) as error:
             return fail("train", str(error))
-        _run(trainer, config)
-    except (CheckpointError, FloatingPointError) as error:
-        return fail("train", str(error))
+        from prefkern.training.checkpoints import CheckpointError
+
+        try:
+            _run(trainer, config)
+        except (CheckpointError, FloatingPointError) as error:
+            return fail("train", str(error))
     except KeyboardInterrupt:
+        from prefkern.cli.before_training import interrupted
+
         return interrupted("train", config)
     return 0
 
@@ -109,16 +115,20 @@ def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
 def parse(
     argv: list[str],
 ) -> tuple[ModelArguments, DataArguments, LoraArguments, PreferenceConfig]:
-    """The arguments from flags, and from a YAML file if the first argument names one.
+    """The arguments from flags and from a file.
 
-    Raises ValueError for unknown, missing, malformed or contradictory arguments.
+    The checks that need no transformers come first, since its import takes seconds. Raises
+    ValueError for unknown, missing, malformed or contradictory arguments, and FileNotFoundError for
+    a dataset or folder that does not exist.
     """
-    parser = Parser(
-        (ModelArguments, DataArguments, LoraArguments, PreferenceConfig),
+    parsed = Parser(
+        (ModelArguments, DataArguments, LoraArguments),
+        ("prefkern.training.config", "PreferenceConfig"),
         "train",
         "Train a model on preference pairs.",
-    )
-    (model, data, lora, config), given = parser.parse(argv)
+    ).parse(argv)
+    model, data, lora = parsed.groups
+    args = parsed.checkable()
     for name, value in (
         ("model_name_or_path", model.model_name_or_path),
         ("dataset", data.dataset),
@@ -129,24 +139,46 @@ def parse(
         raise ValueError(f"--eval_fraction must be in [0, 1), got {data.eval_fraction}")
     if data.eval_fraction and data.eval_dataset:
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
-    if config.eval_strategy != "no" and not (data.eval_fraction or data.eval_dataset):
+    if args.eval_strategy != "no" and not (data.eval_fraction or data.eval_dataset):
         raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
-    check_lora(lora, given, without="without --lora_r")
+    check_lora(lora, parsed.given, without="without --lora_r")
     if data.dataset_config is not None and Path(str(data.dataset)).expanduser().is_file():
         raise ValueError("--dataset_config has no effect on a file")
-    if "eval_split" in given and data.eval_dataset is None:
+    if "eval_split" in parsed.given and data.eval_dataset is None:
         raise ValueError("--eval_split has no effect without --eval_dataset")
-    if lora.lora_dropout and config.disable_dropout:
+    if lora.lora_dropout and args.disable_dropout:
         raise ValueError("--lora_dropout has no effect without --disable_dropout false")
-    return model, data, lora, config
+    for source in (data.dataset, data.eval_dataset):
+        if source is not None:
+            local_path(source)
+    check_output_dir(args.output_dir)
+    check_model_folder("--model_name_or_path", model.model_name_or_path)
+    check_model_folder("--ref_model_name_or_path", args.ref_model_name_or_path)
+
+    from prefkern.training import options
+
+    options.check_preference(args, parsed.training_defaults)
+    with importing():
+        options.build_objective(args)
+    init_kwargs = model.init_kwargs()
+    for name, value in (args.model_init_kwargs or {}).items():
+        if name in parsed.given and value != init_kwargs.get(name):
+            raise ValueError(
+                f"--{name} is {init_kwargs.get(name)!r}, and {value!r} in model_init_kwargs; give one"
+            )
+    parsed.config["model_init_kwargs"] = {**init_kwargs, **(args.model_init_kwargs or {})}
+
+    with importing():
+        from prefkern.training.config import PreferenceConfig
+
+    return model, data, lora, PreferenceConfig(**parsed.config)
 
 
 def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     """Check and load everything, the cheapest checks first."""
     model, data, lora, config = parse(argv)
-    config.build_objective()
 
     from prefkern.cli.before_training import check_best_metric, check_optimizer, check_options
 
@@ -168,8 +200,6 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
 
     from prefkern.training.trainer import PreferenceTrainer
 
-    # model_init_kwargs are more specific, so they override the flags.
-    config.model_init_kwargs = {**model.init_kwargs(), **(config.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
     trainer = PreferenceTrainer(
         model.model_name_or_path,
         config,

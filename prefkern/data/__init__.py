@@ -7,10 +7,10 @@ and their common beginning is the prompt. KTO needs no pairs: a row is `prompt`,
 `label` (true if the response is desirable), or a pair whose two responses count one by one. Images,
 videos and audio are not supported: an error names the column. `columns` maps other names.
 
-In reading order: `columns` (the columns that a dataset needs), `loading`, `messages` (what a cell
-holds), `rendering` (the chat template, and what it leaves out), `formats` (a row to tokens),
-`truncation` (pairs that are too long), `tokenisation` (all rows) and `report`, then `collate` (rows
-to batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
+In reading order: `columns` (the columns that a dataset needs), `sources` (where it is), `loading`,
+`messages` (what a cell holds), `rendering` (the chat template, and what it leaves out), `formats`
+(a row to tokens), `truncation` (pairs that are too long), `tokenisation` (all rows) and `report`,
+then `collate` (rows to batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
 """
 
 from __future__ import annotations

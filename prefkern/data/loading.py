@@ -17,8 +17,8 @@ from datasets.exceptions import DatasetsError
 
 from prefkern.data import faults
 from prefkern.data.columns import check_columns, plain, renamed
+from prefkern.data.sources import FORMATS, local_path
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
 # The texts that pandas reads as a missing value.
 _MISSING = [
@@ -46,10 +46,7 @@ def load_preference_dataset(
     Raises FileNotFoundError for a file that does not exist, and ValueError for one that cannot be
     read, lacks a column or has no rows.
     """
-    path = Path(source).expanduser()
-    looks_local = path.suffix in _FORMATS or source.startswith((".", "/", "~"))
-    if looks_local and not path.exists():
-        raise FileNotFoundError(f"dataset {source!r}: no such file or folder")
+    path = local_path(source)
     try:
         if path.is_file():
             dataset = _load_file(path, split, columns or {})
@@ -81,9 +78,9 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def _load_file(path: Path, split: str, columns: Mapping[str, str]) -> datasets.Dataset:
-    builder = _FORMATS.get(path.suffix)
+    builder = FORMATS.get(path.suffix)
     if builder is None:
-        raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(_FORMATS)}")
+        raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(FORMATS)}")
     with path.open("rb") as file:
         if not file.read(4096).strip():
             raise ValueError("the file is empty")

@@ -17,7 +17,7 @@ from prefkern.loss import checks as loss_checks
 from prefkern.loss import nonfinite, pairwise
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
-from prefkern.ops import call, checks, compiled, sequences
+from prefkern.ops import call, checks, compiled, plain, sequences
 from prefkern.ops.autograd import Result
 from prefkern.ops.operands import Head, LowRank, Transform, same_head
 from prefkern.ops.outputs import TokenStats
@@ -58,9 +58,9 @@ class FusedPreferenceLoss(nn.Module):
             )
         checks.ignore_index(ignore_index)
         if workspace_mb is not None:
-            checks.positive("workspace_mb", workspace_mb)
-        if backend is not None and backend not in call.BACKENDS:
-            raise ValueError(f"backend must be None or one of {call.BACKENDS}, got {backend!r}")
+            plain.positive("workspace_mb", workspace_mb)
+        if backend is not None and backend not in plain.BACKENDS:
+            raise ValueError(f"backend must be None or one of {plain.BACKENDS}, got {backend!r}")
         if on_nonfinite is not None and on_nonfinite not in nonfinite.MODES:
             raise ValueError(
                 f"on_nonfinite must be None or one of {nonfinite.MODES}, got {on_nonfinite!r}"
@@ -128,7 +128,7 @@ class FusedPreferenceLoss(nn.Module):
         )
         loss_checks.unpaired(self.objective, desirable, mismatched_log_ratios, n_sequences, hidden)
         loss_checks.margins(self.objective, reward_margins, n_sequences, hidden.device)
-        checks.boolean("return_stats", return_stats)
+        plain.boolean("return_stats", return_stats)
         transform = Transform(float(logit_scale), softcap, float(temperature))
         if self.on_nonfinite is not None and (
             torch.compiler.is_compiling() or sequences.is_capturing(labels)

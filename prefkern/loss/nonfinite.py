@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prefkern.loss import checks as loss_checks
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
-from prefkern.ops import checks, sequences
+from prefkern.ops import checks, plain, sequences
 
 OnNonfinite = Literal["raise", "warn"]
 MODES = ("raise", "warn")
@@ -83,7 +83,7 @@ def explain_nonfinite(
     Raises TypeError and ValueError as the loss does. Synchronises with the device. Checks 16
     million values at a time, with a bool of memory for each.
     """
-    checks.boolean("paired", paired)
+    plain.boolean("paired", paired)
     checks.head(hidden, weight, bias)
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)
     checks.labels(labels, hidden.shape[:-1], hidden.device)

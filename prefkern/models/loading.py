@@ -34,6 +34,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from prefkern.keywords import current_names
+
 # Keywords of `from_pretrained` that say where the files are.
 _WHENCE = (
     "revision",
@@ -59,7 +61,7 @@ def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: st
     Raises OSError if there is no such model. Raises ValueError for an adapter, and for files that
     are damaged, have wrong shapes or lack some of the weights.
     """
-    kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
+    kwargs = {"dtype": torch.float32, **current_names(init_kwargs or {})}
     remote = is_trusted(kwargs)
     kwargs.pop("trust_remote_code", None)
     # return_unused_kwargs: the config ignores keywords that only the model reads.

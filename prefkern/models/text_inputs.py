@@ -8,13 +8,14 @@ the forward, at the cost of one device synchronisation.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from prefkern.typos import nearest
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -69,14 +70,14 @@ def embedding_rows(base: Any) -> int | None:
         return None
 
 
-def check_names(base: Any, given: Mapping[str, Any], own: Iterable[str]) -> None:
+def check_names(base: Any, given: Mapping[str, Any], own: Collection[str]) -> None:
     """Raise TypeError for a keyword that is unknown to the model and close to a name in `own`."""
     known = inspect.signature(base.forward).parameters
     for name in given:
-        close = difflib.get_close_matches(name, [*own], n=1, cutoff=0.75)
-        if name not in known and close:
+        close = nearest(name, own)
+        if name not in known and close is not None:
             raise TypeError(
-                f"{type(base).__name__}.forward has no argument {name!r}; did you mean {close[0]!r}?"
+                f"{type(base).__name__}.forward has no argument {name!r}; did you mean {close!r}?"
             )
 
 

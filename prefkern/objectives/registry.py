@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from dataclasses import fields
@@ -18,6 +17,7 @@ from prefkern.objectives.contrastive import CPO, DPO, IPO, ORPO, RDPO, Hinge, Ro
 from prefkern.objectives.kto import KTO, UnpairedObjective
 from prefkern.objectives.madpo import MADPO
 from prefkern.objectives.tdpo import TDPO1, TDPO2
+from prefkern.typos import nearest
 
 REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
     "dpo": DPO,
@@ -34,6 +34,38 @@ REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
     "tdpo1": TDPO1,
     "tdpo2": TDPO2,
     "kto": KTO,
+}
+# Other names of an objective that is exactly the same.
+SAME = {"sigmoid": "dpo"}
+# Losses of TRL, Liger and others that have no name here, and what is here instead.
+ELSEWHERE = {
+    "cdpo": "here it is 'dpo' with label_smoothing",
+    "kto_pair": "'kto' also takes pairs, whose two responses count one by one",
+    "slic": "'hinge' is that loss with a reference, as in TRL",
+    "tdpo": "here it is 'tdpo1' or 'tdpo2'",
+    "wpo": "here it is use_weighting, an option of every pairwise objective",
+    "rpo": "here it is rpo_alpha, an option of every pairwise objective",
+    "sft": "rpo_alpha adds it to a pairwise objective",
+    "nll": "rpo_alpha adds it to a pairwise objective",
+    **dict.fromkeys(
+        (
+            *("alphapo", "aot", "aot_pair", "aot_unpaired", "apo_down", "apo_zero"),
+            *("apo_zero_unpaired", "bco", "bco_pair", "discopop", "dpop", "exo_pair", "nca_pair"),
+            *("rso", "sigmoid_norm", "sppo", "sppo_hard"),
+        ),
+        "it is not here yet",
+    ),
+}
+# Options by their names elsewhere.
+_OPTIONS_ELSEWHERE = {
+    "beta": "tau",
+    "dpo_beta": "beta",
+    "pref_beta": "beta",
+    "simpo_gamma": "gamma",
+    "cpo_alpha": "nll_weight",
+    "sft_weight": "rpo_alpha",
+    "pref_ftx": "rpo_alpha",
+    "dpo_label_smoothing": "label_smoothing",
 }
 # Options that every pairwise objective takes besides its own.
 _COMPOSED = ("use_weighting", "rpo_alpha")
@@ -62,7 +94,7 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
     An adaptive objective also takes the options of `Adaptive` (space, exponent, clip, k):
     `build("adadpo", beta=0.1, clip=3.0)` is `DPO(beta=0.1, adaptive=Adaptive(clip=3.0))`. Every
     pairwise objective takes `use_weighting=True` (`WPO`) and `rpo_alpha` (`WithNLL`, outermost).
-    Case, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo".
+    Case, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo". TRL's "sigmoid" is "dpo".
 
     Raises ValueError for an unknown name and TypeError for an unknown option; the message lists the
     known ones.
@@ -103,18 +135,26 @@ def _lookup(name: str) -> tuple[type[Objective | UnpairedObjective], bool]:
     """The class of a name, and whether the name means its adaptive counterpart."""
     if not isinstance(name, str):
         raise TypeError(f"the name of an objective must be a string, got {name!r}")
-    plain = name.lower().replace("-", "").replace("_", "")
+    plain = _plain(name)
+    plain = SAME.get(plain, plain)
     if plain not in names():
-        raise ValueError(
-            f"unknown objective {name!r}{_nearest(plain, names())}; known: {', '.join(names())}"
-        )
+        instead = {_plain(each): text for each, text in ELSEWHERE.items()}.get(plain)
+        near = _nearest(plain, [*names(), *SAME]) if instead is None else f": {instead}"
+        raise ValueError(f"unknown objective {name!r}{near}; known: {', '.join(names())}")
     is_adaptive = plain not in REGISTRY
     return REGISTRY[plain.removeprefix("ada") if is_adaptive else plain], is_adaptive
 
 
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
 def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    known = list(known)
+    if _OPTIONS_ELSEWHERE.get(word) in known:
+        return f" (here it is {_OPTIONS_ELSEWHERE[word]!r})"
+    close = nearest(word, known)
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def _parameters(cls: type) -> list[str]:

@@ -2,8 +2,8 @@
 
 In reading order, from hidden states to gradients:
 
-- `logprobs` and `kl`: the public calls. `checks`, `sequences`: their arguments, and the scored
-  tokens.
+- `logprobs` and `kl`: the public calls. `checks`, `plain`, `sequences`: their arguments, and the
+  scored tokens.
 - `call`: plans a call and runs it. `plan`: tiles and structure. `memory`: when memory runs out.
 - `autograd`: the autograd function. `once`: a second derivative raises. `compiled`: the same for
   `torch.compile`.

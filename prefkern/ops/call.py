@@ -15,12 +15,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prefkern.ops import checks, memory, plan, sequences, torch_tiles
+from prefkern.ops import memory, plain, plan, sequences, torch_tiles
 from prefkern.ops.autograd import Call, Result, scored_logprobs
 from prefkern.ops.operands import Head, Transform
 from prefkern.ops.tile_ops import TileOps
-
-BACKENDS = ("triton", "torch")
 
 
 def run(
@@ -109,7 +107,7 @@ def place(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:  # 
 def resolve_workspace(workspace_mb: float | None, device: torch.device) -> float:
     if workspace_mb is None:
         return plan.default_workspace_mb(device)
-    checks.positive("workspace_mb", workspace_mb)
+    plain.positive("workspace_mb", workspace_mb)
     return float(workspace_mb)
 
 
@@ -126,8 +124,8 @@ def resolve_backend(
     if backend is None:
         has_kernels = device.type == "cuda" and dtype != torch.float64 and _kernels() is not None
         return "triton" if has_kernels else "torch"
-    if backend not in BACKENDS:
-        known = ", ".join(map(repr, BACKENDS))
+    if backend not in plain.BACKENDS:
+        known = ", ".join(map(repr, plain.BACKENDS))
         raise ValueError(f"backend must be None or one of {known}, got {backend!r}")
     if backend == "triton":
         if dtype == torch.float64:

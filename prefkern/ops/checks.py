@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prefkern.ops import plain
+from prefkern.ops.plain import shown
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATS = "float32, bfloat16, float16 or float64"
 # Factors and divisors of logits are within 1e-6 and 1e6: beyond, logits would overflow float32.
@@ -25,7 +28,7 @@ def head(
     """Check hidden states against a head; `prefix` is "ref_" for a reference's."""
     for name, value, shape in (("hidden", hidden, "[..., H]"), ("weight", weight, "[V, H]")):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {_name(value)}")
+            raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {shown(value)}")
         if value.dtype not in FLOATS:
             raise TypeError(f"{prefix}{name} must be {_FLOATS}, got {value.dtype}")
         dense(f"{prefix}{name}", value)
@@ -60,7 +63,7 @@ def head(
     if bias is None:
         return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"{prefix}bias must be a tensor [V] or None, got {_name(bias)}")
+        raise TypeError(f"{prefix}bias must be a tensor [V] or None, got {shown(bias)}")
     dense(f"{prefix}bias", bias)
     if bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -94,7 +97,7 @@ def low_rank(
     for name, (value, shape) in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"{name} must be a tensor {shape}, got {_name(value)}; an adapter has both "
+                f"{name} must be a tensor {shape}, got {shown(value)}; an adapter has both "
                 "lora_hidden and lora_weight"
             )
         if value.dtype not in FLOATS:
@@ -147,7 +150,7 @@ def same_entries(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight:
 def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
     """Check the labels' type and shape, which is that of hidden without its last dimension."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be an int64 tensor, got {_name(labels)}")
+        raise TypeError(f"labels must be an int64 tensor, got {shown(labels)}")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     dense("labels", labels)
@@ -163,7 +166,7 @@ def labels(labels: Tensor, shape: torch.Size, device: torch.device) -> None:
 def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
     """Check that there is one number for each pair, or each sequence."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape [{size}], got {_name(value)}")
+        raise TypeError(f"{name} must be a tensor of shape [{size}], got {shown(value)}")
     dense(name, value)
     if value.shape != (size,):
         raise ValueError(f"{name} must have shape [{size}], got {list(value.shape)}")
@@ -175,7 +178,7 @@ def vector(name: str, value: Tensor, size: int, device: torch.device) -> None:
 
 
 def transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
-    number("logit_scale", logit_scale)
+    plain.number("logit_scale", logit_scale)
     if abs(logit_scale) > LARGEST:
         raise ValueError(f"logit_scale must be within +-{LARGEST:g}, got {logit_scale!r}")
     _scale("temperature", temperature)
@@ -184,43 +187,14 @@ def transform(logit_scale: float, softcap: float | None, temperature: float) -> 
 
 
 def _scale(name: str, value: float) -> None:
-    positive(name, value)
+    plain.positive(name, value)
     if not 1 / LARGEST <= value <= LARGEST:
         none = " (None for no cap)" if name == "softcap" else ""
         raise ValueError(f"{name} must be in [{1 / LARGEST:g}, {LARGEST:g}]{none}, got {value!r}")
-
-
-def boolean(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_name(value)}")
 
 
 def ignore_index(value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"ignore_index must be an int, got {value!r}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"ignore_index must be an int64, got {_name(value)}")
-
-
-def number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {_name(value)}")
-    # Finite, in a form that torch.compile can trace if the number is a symbol.
-    if value - value != 0 or abs(value) > 1e300:
-        raise ValueError(f"{name} must be finite, got {value!r}")
-
-
-def not_negative(name: str, value: float) -> None:
-    number(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value!r}")
-
-
-def positive(name: str, value: float) -> None:
-    number(name, value)
-    if value <= 0:
-        raise ValueError(f"{name} must be > 0, got {value!r}")
-
-
-def _name(value: object) -> str:
-    return f"{type(value).__name__} {value!r}"[:80]
+        raise ValueError(f"ignore_index must be an int64, got {shown(value)}")

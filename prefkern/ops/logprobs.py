@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefkern.ops import call, checks, compiled, plan, sequences
+from prefkern.ops import call, checks, compiled, plain, plan, sequences
 from prefkern.ops.operands import Head, LowRank, Transform, operands_for
 from prefkern.ops.outputs import TokenStats
 
@@ -71,7 +71,7 @@ def linear_logprobs(
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
     checks.transform(logit_scale, softcap, temperature)
-    checks.boolean("return_stats", return_stats)
+    plain.boolean("return_stats", return_stats)
     transform = Transform(float(logit_scale), softcap, float(temperature))
     head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
     if torch.compiler.is_compiling():
@@ -131,7 +131,7 @@ def plan_for(
     ):
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {size!r}")
-        checks.positive(name, size)
+        plain.positive(name, size)
     if not isinstance(lora_rank, int) or isinstance(lora_rank, bool) or lora_rank < 0:
         raise ValueError(f"lora_rank must be an int >= 0, got {lora_rank!r}")
     if dtype not in checks.FLOATS:
@@ -142,7 +142,7 @@ def plan_for(
         ("softcap", softcap),
         ("return_stats", return_stats),
     ):
-        checks.boolean(name, value)
+        plain.boolean(name, value)
     device = _device(device)
     if workspace_mb is None and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(

@@ -27,9 +27,9 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     EarlyStoppingCallback,
-    TrainingArguments,
 )
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import TrainingArguments
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.data import check_columns, tokenize_preferences
@@ -41,34 +41,26 @@ from prefkern.data.columns import (
     read_renaming,
     renamed,
 )
-from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES, check_mode
+from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
+from prefkern.keywords import current_names
 from prefkern.models.adapters import check_no_native_adapter
 from prefkern.models.heads import unwrap
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import from_files, is_trusted, load_tokenizer, whence
 from prefkern.models.positions import check_positions
-from prefkern.training.config import check_training, refuse_batches_by_length, refuse_without_effect
+from prefkern.training import options
+from prefkern.training.config import read_json, training_defaults
 from prefkern.training.item_trainer import ItemTrainer
+from prefkern.training.names import NamedArguments
 
 # Names of a sequence classifier's head that PEFT knows.
 _HEADS = ("score", "classifier")
 # What the policy's trainer reads beside text. A margin here belongs to the text.
 _OTHERS = {*COLUMNS, *(column for sources in MARGIN_SOURCES for column in sources)}
-# Arguments without effect on the loss and the metrics of a reward model.
-_UNUSED = (
-    "average_tokens_across_devices",
-    "batch_eval_metrics",
-    "eval_do_concat_batches",
-    "include_for_metrics",
-    "label_names",
-    "label_smoothing_factor",
-    "length_column_name",
-    "prediction_loss_only",
-)
 
 
 @dataclass
-class RewardConfig(TrainingArguments):
+class RewardConfig(NamedArguments, TrainingArguments):
     """Training arguments of `RewardTrainer`; the rest are transformers' TrainingArguments.
 
     Evaluates ten times a run, saves at each evaluation, stops when the held-out loss no longer
@@ -94,11 +86,14 @@ class RewardConfig(TrainingArguments):
         default=True, metadata={"help": "End with the best checkpoint; cannot be turned off."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "warmup_steps as a share of all steps, in [0, 1)."}
+    )
     early_stopping_patience: int = field(
         default=3, metadata={"help": "Stop after so many evaluations without a better one."}
     )
-    columns: dict[str, str] | str | None = field(
-        default=None, metadata={"help": COLUMNS_HELP, "nargs": "+"}
+    columns: dict[str, str] | str | list[str] | None = field(
+        default=None, metadata={"help": COLUMNS_HELP}
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Bound on prompt plus response, as in training."}
@@ -107,33 +102,17 @@ class RewardConfig(TrainingArguments):
         default=None, metadata={"help": "Bound on the prompt, in tokens."}
     )
     truncation_mode: str = field(
-        default="keep_end", metadata={"help": TRUNCATION_HELP, "choices": list(TRUNCATION_MODES)}
+        default="keep_end", metadata={"help": TRUNCATION_HELP, "choices": TRUNCATION_MODES}
     )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the dataset."}
     )
 
     def __post_init__(self) -> None:
-        self.columns = read_renaming(self.columns)
-        for name, least in (
-            ("early_stopping_patience", 1),
-            ("max_length", 2),
-            ("max_prompt_length", 1),
-            ("dataset_num_proc", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        refuse_without_effect(self, _UNUSED, "a reward model")
-        check_mode(self.truncation_mode)
-        check_training(self)
-        refuse_batches_by_length(self)
-        if self.eval_strategy == "no":
-            raise ValueError(
-                "early stopping needs evaluation: eval_strategy must be steps or epoch"
-            )
-        if not self.load_best_model_at_end:
-            raise ValueError("load_best_model_at_end must be true: margins are the best model's")
+        read_json(self)
+        options.check_rewards(self, training_defaults())
+        if self.warmup_ratio is not None:
+            self.warmup_steps = self.warmup_ratio
         # The best model must be a saved one.
         self.save_strategy = self.eval_strategy
         self.save_steps = self.eval_steps or self.logging_steps
@@ -414,6 +393,7 @@ def set_pad_token(model: Any, tokenizer: Any, tokens: Any, is_new: bool) -> int:
 
 def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
     """The model, and the names of weights that are missing in its files."""
+    kwargs = current_names(kwargs)
     remote = is_trusted(kwargs)
     kwargs.pop("trust_remote_code", None)
     try:

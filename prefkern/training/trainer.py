@@ -21,7 +21,8 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
 from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
 from prefkern.training.unsaved import fingerprint
@@ -90,7 +92,7 @@ from prefkern.training.unsaved import fingerprint
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(ObjectiveTrainer):
+class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
     """Trains a causal LM on preference pairs.
 
     Args:
@@ -112,6 +114,8 @@ class PreferenceTrainer(ObjectiveTrainer):
     Raises ValueError for datasets, heads and arguments that it cannot train with, and TypeError for
     a model, arguments or a dataset of another type.
     """
+
+    _places: ClassVar = {each.name: "it to PreferenceConfig" for each in fields(PreferenceConfig)}
 
     args: PreferenceConfig
 

@@ -18,7 +18,20 @@ from torch import Tensor
 
 import prefkern
 from prefkern.cli import __main__ as cli
-from prefkern_bench import command, group, pictures, problem, providers, shapes, step, suites
+from prefkern_bench import (
+    group,
+    main,
+    models,
+    pictures,
+    problem,
+    providers,
+    shapes,
+    step,
+    suites,
+)
+from prefkern_bench import (
+    options as bench_options,
+)
 from prefkern_bench.group import Settings
 from prefkern_bench.measure import Meter
 from prefkern_bench.report import PLAIN_PRODUCT, Row
@@ -60,16 +73,14 @@ class Failing(providers.Eager):
 
 def run(tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:
     file = tmp_path / "result.json"
-    status = command.main(
-        ["--quick", "--no-sweep", "--device", "cpu", "--json", str(file), *options]
-    )
+    status = main(["--quick", "--no-sweep", "--device", "cpu", "--json", str(file), *options])
     return status, json.loads(file.read_text())
 
 
 def settings(**changes: Any) -> Settings:
     given: dict[str, Any] = {
         "providers": HERE,
-        "tasks": list(command.TASKS),
+        "tasks": list(bench_options.TASKS),
         "dtype": torch.bfloat16,
         "device": CPU,
         "workspace_mb": None,
@@ -339,7 +350,7 @@ def test_the_file_is_kept_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "result.json"
     options = ["--suite", "operator", "--providers", "eager", "--json", str(file)]
     with pytest.raises(KeyboardInterrupt):
-        command.main(["--quick", "--device", "cpu", *options])
+        main(["--quick", "--device", "cpu", *options])
     report = json.loads(file.read_text())
     assert not report["finished"] and report["versions"]["torch"] == torch.__version__
     assert [(row["task"], row["provider"]) for row in report["rows"]] == [
@@ -354,7 +365,7 @@ def test_a_training_step(task: str) -> None:
     if task == "lora":
         pytest.importorskip("peft")
     given = settings(tasks=[task])
-    (one,) = step.step_groups(step.QUICK[0], given)
+    (one,) = step.step_groups(models.QUICK[0], given)
     trained = one.run.__self__
     before = [p.detach().clone() for p in trained.model.parameters()]
     rows = group.measure(one, given, Progress(disable=True))
@@ -378,7 +389,7 @@ def test_a_training_step(task: str) -> None:
 
 
 def test_a_compiled_provider_is_counted_as_what_it_compiles() -> None:
-    trained = step.TrainedModel(step.QUICK[0], "full", settings())
+    trained = step.TrainedModel(models.QUICK[0], "full", settings())
     operations = []
     for provider in (providers.Compiled(CPU).uncompiled(), providers.Eager()):
         with Meter() as meter:
@@ -390,7 +401,7 @@ def test_a_compiled_provider_is_counted_as_what_it_compiles() -> None:
 
 def test_a_step_s_gradients_are_those_of_the_logits() -> None:
     given = settings(dtype=torch.float32)
-    trained = step.TrainedModel(step.QUICK[0], "full", given)
+    trained = step.TrainedModel(models.QUICK[0], "full", given)
     gradients = {}
     trained.optimizer.step = lambda: None
     trained.optimizer.zero_grad = lambda: None
@@ -437,7 +448,7 @@ def test_pictures_need_matplotlib(
         pictures.pyplot()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
-        command.main(["--quick", "--pictures", "somewhere"])
+        main(["--quick", "--pictures", "somewhere"])
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
@@ -453,7 +464,12 @@ def test_pictures_need_matplotlib(
 )
 def test_bad_arguments_are_refused_before_anything_runs(options: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command.main(["--quick", *options])
+        main(["--quick", *options])
+
+
+def test_the_names_of_the_options_are_those_that_exist() -> None:
+    assert (*suites.FEWEST, *step.TASKS) == bench_options.TASKS
+    assert tuple(providers.PROVIDERS) == bench_options.PROVIDERS
 
 
 def test_shapes_are_the_ones_promised() -> None:

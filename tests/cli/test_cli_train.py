@@ -138,7 +138,7 @@ def test_full_run_from_yaml_and_flags(files, tmp_path, capsys):
         ({"objective_options": '{"klip": 3}'}, "no option 'klip' (did you mean 'clip'?); it takes"),
         ({"objective_options": '{"clip": -3}'}, "clip must be a finite number > 0"),
         ({"betta": 0.1}, "unknown argument '--betta'"),
-        ({"dtype": "int4"}, "--dtype: invalid choice: 'int4'"),
+        ({"dtype": "int4"}, "--dtype/--torch_dtype: invalid choice: 'int4'"),
         ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
         ({"eval_fraction": 1.5}, "--eval_fraction must be in [0, 1)"),
         ({"eval_strategy": "epoch"}, "--eval_strategy needs --eval_dataset"),

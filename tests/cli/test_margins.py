@@ -510,7 +510,7 @@ def test_conversations(files, tmp_path):
         ),
         ({"eval_split": "dev"}, "--eval_split has no effect without --eval_dataset"),
         ({"eval_dataset": "gone.jsonl"}, "'gone.jsonl': no such file"),
-        ({"truncation_mode": "middle"}, "--truncation_mode/--truncation-mode: invalid choice"),
+        ({"truncation_mode": "middle"}, "--truncation_mode: invalid choice"),
         ({"lora_r": -1}, "--lora_r must be >= 0"),
         ({"lora_alpha": 0}, "--lora_alpha must be > 0"),
         ({"lora_r": 0, "lora_alpha": 16}, "--lora_alpha has no effect with --lora_r 0"),
@@ -525,7 +525,7 @@ def test_conversations(files, tmp_path):
         ({"train_sampling_strategy": "group_by_length"}, "batches by length are not supported"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "fewer than a batch"),
         ({"betta": 0.1}, "unknown argument '--betta'"),
-        ({"dtype": "int4"}, "--dtype: invalid choice: 'int4'"),
+        ({"dtype": "int4"}, "--dtype/--torch_dtype: invalid choice: 'int4'"),
     ],
 )
 def test_errors_come_before_the_model_is_loaded(files, capsys, monkeypatch, change, message):

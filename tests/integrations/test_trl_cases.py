@@ -161,10 +161,12 @@ def test_a_synchronised_reference_follows(tmp_path):
     assert not any(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("kind", BOTH)
-def test_a_models_dtype_is_kept(tmp_path, kind):
+def test_a_models_dtype_is_kept(tmp_path, kind, name):
+    """`torch_dtype` is the older name, which TRL's own default shadows."""
     tiny.model().save_pretrained(tmp_path / "model")
-    given = {"model": str(tmp_path / "model"), "model_init_kwargs": {"dtype": "bfloat16"}}
+    given = {"model": str(tmp_path / "model"), "model_init_kwargs": {name: "bfloat16"}}
     trainer = made(tmp_path, kind, ref_model=None, learning_rate=5.0, **given)
     moved = trained(trainer)
     assert all(p.dtype == torch.bfloat16 for p in trainer.model.parameters())

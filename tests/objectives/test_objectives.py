@@ -37,6 +37,7 @@ from prefkern.objectives import (
     RobustDPO,
     SimPO,
     WithNLL,
+    registry,
 )
 from support import oracles
 from support.listing import listing_1
@@ -644,6 +645,25 @@ def test_an_unknown_name_lists_all():
         objectives.build("nothing of the kind")
     assert all(name in str(error.value) for name in objectives.names())
     assert "did you mean" not in str(error.value)
+
+
+def test_losses_by_their_names_elsewhere():
+    """TRL's "sigmoid" is DPO; other names say what is here instead, and none takes a name's place."""
+    assert repr(objectives.build("sigmoid", beta=0.2)) == repr(objectives.DPO(beta=0.2))
+    assert not registry.ELSEWHERE.keys() & {*objectives.names(), *registry.SAME}
+    for name, said in registry.ELSEWHERE.items():
+        assert all(quoted in objectives.names() for quoted in re.findall("'(.*?)'", said)), name
+        with pytest.raises(ValueError, match=f"unknown objective '{name}': .*; known: dpo, "):
+            objectives.build(name)
+    for name, option, ours in (("ipo", "beta", "tau"), ("simpo", "simpo_gamma", "gamma")):
+        with pytest.raises(TypeError, match=rf"no option '{option}' \(here it is '{ours}'\)"):
+            objectives.build(name, **{option: 0.5})
+    for theirs, ours in registry._OPTIONS_ELSEWHERE.items():
+        known = [name for name in objectives.names() if ours in objectives.options(name)]
+        assert known, theirs
+    with pytest.raises(ValueError) as error:
+        objectives.build("sigmoids")
+    assert "did you mean 'sigmoid'" in str(error.value)
 
 
 def test_objectives_without_a_reference_take_any_space():

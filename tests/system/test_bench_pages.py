@@ -182,3 +182,21 @@ def test_the_page_of_families_is_the_result_s() -> None:
     assert all(row["status"] == "agrees" for row in report["families"])
     for row in rows:
         assert row["status"] != "agrees" or row["value_error"] <= report["bounds"]["value"]
+
+
+def test_times_of_startup_are_within_their_bounds(tmp_path: Path) -> None:
+    """The kept result; and that the script measures what the commands do."""
+    import startup
+
+    report = json.loads((ROOT / "bench/results/startup-cpu.json").read_text())
+    assert {row["line"]: row["bound"] for row in report["rows"]} == startup.LINES
+    for kept in report["rows"]:
+        row = startup.Row(**{name: kept[name] for name in ("line", "bound", "status", "said")})
+        row.seconds = kept["seconds"]
+        assert len(row.seconds) >= 5 and kept["least"] == row.least
+        assert startup.misses(row) == []
+    row = startup.measure("train none.yaml", 2.0, str(tmp_path))
+    assert (row.status, row.said) == (2, "prefkern train: error: no such file: none.yaml")
+    assert row.least > 0
+    row.seconds, row.status = [2.5], 1
+    assert startup.misses(row) == ["exit status 1", "2.50 s of 2.0"]

@@ -158,12 +158,14 @@ ELSEWHERE = {
         "test_cli_train",
         "invalid float value",
     ),
+    ("prefkern/cli/arguments.py", "{what} {error}"): ("test_options", "objective_options' is not"),
+    ("prefkern/cli/options_file.py", "error.msg"): ("test_options", "Expecting ':' delimiter"),
     ("prefkern/cli/before_training.py", "--report_to"): ("test_before_training", "--report_to wan"),
     ("prefkern/cli/plan.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),
     ("prefkern/cli/plan.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
     ("prefkern/models/loading.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
     ("prefkern/cli/options_file.py", "this is not YAML"): ("test_cli_train", "expected ','"),
-    ("prefkern/training/config.py", "ValueError(str(error))"): (
+    ("prefkern/training/options.py", "ValueError(str(error))"): (
         "test_trainer_objectives",
         "has no option",
     ),

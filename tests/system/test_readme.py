@@ -277,6 +277,24 @@ def test_shell_lines(key, folder):
     assert (folder / last / saved).exists()
 
 
+@runs(
+    ("docs/commands.md", "A file of options", "yaml"),
+    ("docs/commands.md", "A file of options", "text"),
+)
+def test_a_file_of_options(key, folder, capsys):
+    """The file trains as printed; the printed error is the command's."""
+    few = "--max_steps 1 --use_cpu --report_to none --output_dir out"
+    if key[2] == "yaml":
+        (folder / "run.yaml").write_text(BLOCKS[key])
+        assert run(f"prefkern train {few} run.yaml") == 0
+        config = json.loads((folder / "out" / "config.json").read_text())
+        assert config["dtype"] == "bfloat16"
+    else:
+        (folder / "run.yaml").write_text("\n\n\nuse_peft: true\n")
+        assert run(f"prefkern train {few} run.yaml") == 2
+        assert capsys.readouterr().err == BLOCKS[key]
+
+
 def run(line: str) -> int:
     """A line of shell that calls prefkern, in this process."""
     command, *argv = shlex.split(line, comments=True)

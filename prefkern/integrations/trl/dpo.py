@@ -34,6 +34,7 @@ from trl.trainer.utils import use_adapter
 
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
 from prefkern.integrations.trl.options import check_reference, objective_of
+from prefkern.keywords import current_names
 from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput
 from prefkern.models.adapters import check_reference_adapter, check_unmerged
@@ -106,6 +107,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         is_given = isinstance(objective, Objective)
         objective = objective_of(args, objective, objective_options)
         check_reference(args, objective, ref_model)
+        if isinstance(args.model_init_kwargs, dict):
+            # TRL adds a default dtype, which would shadow `torch_dtype`.
+            args.model_init_kwargs = current_names(args.model_init_kwargs)
         if objective.needs_reward_margins:
             for where, dataset in _named(train=train_dataset, eval=eval_dataset):
                 _check_margins(dataset, where)

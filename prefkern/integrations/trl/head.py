@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from prefkern.models.heads import ONE_PROCESS_PER_GPU, find_head
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
-from prefkern.ops import checks
-from prefkern.ops.call import BACKENDS
+from prefkern.ops import plain
 from prefkern.ops.logprobs import linear_logprobs
 from prefkern.ops.outputs import TokenStats
 
@@ -53,9 +52,9 @@ def fuse_head(
     forward = _forward_for(trainer)
     _check_trainer(trainer)
     if workspace_mb is not None:
-        checks.positive("workspace_mb", workspace_mb)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+        plain.positive("workspace_mb", workspace_mb)
+    if backend is not None and backend not in plain.BACKENDS:
+        raise ValueError(f"backend must be None or one of {plain.BACKENDS}, got {backend!r}")
     setattr(trainer, _FORWARD, forward(trainer, workspace_mb, backend))
     return trainer
 

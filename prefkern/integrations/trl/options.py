@@ -15,7 +15,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from prefkern import objectives
 from prefkern.objectives import Objective
-from prefkern.training.config import refuse_batches_by_length
+from prefkern.training.options import refuse_batches_by_length
 
 # TRL's losses that prefkern has: the name and the options of the objective.
 _LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
