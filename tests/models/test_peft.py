@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer
-from prefkern.models.adapters import adapter_in_use, base_parameters, check_reference_adapter
+from prefkern.models.adapters import base_parameters, check_reference_adapter
+from prefkern.models.own_reference import adapter_in_use
 from support import tiny
 
 peft = pytest.importorskip("peft")
