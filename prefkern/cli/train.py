@@ -1,6 +1,7 @@
 """`prefkern train`: a preference run from flags, from a YAML file, or from a file and flags.
 
     prefkern train --model_name_or_path M --dataset pairs.jsonl --objective adadpo --lora_r 16
+    prefkern train --model_name_or_path M --dataset pairs.jsonl --adapter sft/
     prefkern train config.yaml --learning_rate 1e-5
 
 Inputs are checked before training, the cheapest first: arguments and objective, then the dataset,
@@ -28,6 +29,19 @@ from prefkern.training.config import PreferenceConfig
 
 if TYPE_CHECKING:
     from prefkern.training.trainer import PreferenceTrainer
+
+
+@dataclass
+class TrainedModelArguments(ModelArguments):
+    """The model to train, and an adapter of it to train on."""
+
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name of a trained adapter of the model, which is trained on. "
+            "Its state before training is the reference."
+        },
+    )
 
 
 @dataclass
@@ -108,13 +122,13 @@ def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
 
 def parse(
     argv: list[str],
-) -> tuple[ModelArguments, DataArguments, LoraArguments, PreferenceConfig]:
+) -> tuple[TrainedModelArguments, DataArguments, LoraArguments, PreferenceConfig]:
     """The arguments from flags, and from a YAML file if the first argument names one.
 
     Raises ValueError for unknown, missing, malformed or contradictory arguments.
     """
     parser = Parser(
-        (ModelArguments, DataArguments, LoraArguments, PreferenceConfig),
+        (TrainedModelArguments, DataArguments, LoraArguments, PreferenceConfig),
         "train",
         "Train a model on preference pairs.",
     )
@@ -133,6 +147,9 @@ def parse(
         raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
+    if model.adapter is not None:
+        for name in sorted(given & vars(lora).keys()):
+            raise ValueError(f"--{name} has no effect on --adapter, which is a trained adapter")
     check_lora(lora, given, without="without --lora_r")
     if data.dataset_config is not None and Path(str(data.dataset)).expanduser().is_file():
         raise ValueError("--dataset_config has no effect on a file")
@@ -170,9 +187,21 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
 
     # model_init_kwargs are more specific, so they override the flags.
     config.model_init_kwargs = {**model.init_kwargs(), **(config.model_init_kwargs or {})}  # pyright: ignore[reportGeneralTypeIssues]
+    policy: Any = model.model_name_or_path
+    tokenizer = None
+    if model.adapter is not None:
+        from prefkern.models.loading import load_adapted, load_own_tokenizer
+
+        policy = load_adapted(policy, model.adapter, config.model_init_kwargs)
+        tokenizer = load_own_tokenizer(
+            model.adapter, model.model_name_or_path, config.model_init_kwargs
+        )
+        if config.ref_model_name_or_path is None:
+            config.model_init_kwargs = None
     trainer = PreferenceTrainer(
-        model.model_name_or_path,
+        policy,
         config,
+        processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
         peft_config=lora_config(lora, "CAUSAL_LM", lora_dropout=lora.lora_dropout),
