@@ -112,14 +112,17 @@ def check_no_native_adapter(model: Any) -> None:
 def check_reference_adapter(
     model: Any, name: str | None, ref_model: Any, initial: Any = None
 ) -> None:
-    """Raise ValueError unless the model can be its own reference, with the adapter `name` or none.
+    """Raise ValueError unless the reference stays as it is while the model is trained.
 
-    `name` must be an adapter of the model, but not the one that is trained. Training must not
+    A `ref_model` must not share parameters that are trained. Without one the model is its own
+    reference, with the adapter `name` or none. `name` must be an adapter of the model, but not the one that is trained. Training must not
     change the base model. If the reference is the base model, that must also equal the model before
     it was adapted. It is not where an `initial` adapter is the reference.
     """
     if name is not None:
         _check_name(model, name, ref_model)
+    if ref_model is not None:
+        _check_nothing_shared(model, ref_model)
     if not is_peft_model(model) or ref_model is not None:
         return
     _check_biases(model)
@@ -149,6 +152,16 @@ def _check_name(model: Any, name: str, ref_model: Any) -> None:
             f"ref_adapter_name is {name!r}, which is the adapter that is trained: load the "
             "reference's adapter under another name (model.load_adapter(path, adapter_name=...))"
         )
+
+
+def _check_nothing_shared(model: nn.Module, ref_model: nn.Module) -> None:
+    shared = {id(parameter) for parameter in ref_model.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in shared:
+            raise ValueError(
+                f"ref_model shares {name} with the model that is trained, so it would change too; "
+                "pass a copy (copy.deepcopy), or None to have one made"
+            )
 
 
 def _check_biases(model: Any) -> None:
