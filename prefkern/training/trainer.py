@@ -430,7 +430,7 @@ class PreferenceTrainer(ObjectiveTrainer):
             in_use = self._initial_adapter.in_use(model)
         elif is_adapted:
             in_use = adapter_in_use(model, self.args.ref_adapter_name)
-        with evaluation_mode(model), in_use:
+        with in_use, evaluation_mode(model):
             yield model
 
     def _reference_fingerprint(self) -> dict[str, str]:
