@@ -120,8 +120,6 @@ def load_adapted(name: str, adapter: str, init_kwargs: Mapping[str, Any] | None 
             "CAUSAL_LM"
         )
     trained_on = config.base_model_name_or_path
-    if trained_on and Path(trained_on).name != Path(name).name:
-        logger.warning("adapter %r was trained on %r, and is used on %r", adapter, trained_on, name)
     model = load_model(name, init_kwargs)
     try:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
@@ -129,12 +127,17 @@ def load_adapted(name: str, adapter: str, init_kwargs: Mapping[str, Any] | None 
         loaded = model.load_adapter(adapter, "default", is_trainable=True)
     except (RuntimeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"adapter {adapter!r} cannot be used on {name!r}: {reason}") from error
+        raise ValueError(
+            f"adapter {adapter!r}, trained on {trained_on!r}, cannot be used on {name!r}: {reason}"
+        ) from error
     for what, keys in (("no", loaded.missing_keys), ("unused", loaded.unexpected_keys)):
         if keys:
             raise ValueError(
-                f"adapter {adapter!r} does not fit {name!r}: it has {what} weights for {keys[0]}"
+                f"adapter {adapter!r}, trained on {trained_on!r}, does not fit {name!r}: it has "
+                f"{what} weights for {keys[0]}"
             )
+    if trained_on and Path(trained_on).name != Path(name).name:
+        logger.warning("adapter %r was trained on %r, and is used on %r", adapter, trained_on, name)
     return model
 
 
