@@ -47,20 +47,23 @@ def is_trained_adapter(model: Any) -> bool:
     from peft.utils.other import ModulesToSaveWrapper
 
     shown = {id(parameter) for _, parameter in base_parameters(model)}
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if isinstance(module, LoraLayer):
             pairs = [(module.lora_A, module.lora_B)]
             pairs += [(module.lora_embedding_A, module.lora_embedding_B)]
             for first, second in pairs:
                 for name in first:
                     # Of an embedding they are parameters; elsewhere layers, B with a bias or not.
-                    a, b = getattr(first[name], "weight", first[name]), second[name]
-                    bias, b = getattr(b, "bias", None), getattr(b, "weight", b)
+                    up: Any = second[name]
+                    a: Any = getattr(first[name], "weight", first[name])
+                    b, bias = getattr(up, "weight", up), getattr(up, "bias", None)
                     if bool(a.any() and b.any()) or (bias is not None and bool(bias.any())):
                         return True
                     shown |= {id(a), id(b), id(bias)}
         elif isinstance(module, ModulesToSaveWrapper):
-            original = dict(module.original_module.named_parameters())
+            whole: Any = module.original_module
+            original = dict(whole.named_parameters())
             for copied in module.modules_to_save.values():
                 for name, value in copied.named_parameters():
                     if not torch.equal(value, original[name]):

@@ -43,7 +43,7 @@ ALTERNATIVES = (
 @contextmanager
 def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
     """Use another adapter of a PEFT model, or none (None or "__base__"), within the context."""
-    with _switches_put_back(model):
+    with switches_put_back(model):
         if name is None or name == BASE:
             with model.disable_adapter():
                 yield
@@ -60,7 +60,8 @@ def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _switches_put_back(model: nn.Module) -> Iterator[None]:
+def switches_put_back(model: nn.Module) -> Iterator[None]:
+    """At the end, the weights train that trained before, and the same adapters are in use."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     found = [
         (module, {name: vars(module)[name] for name in _SWITCHES if name in vars(module)})

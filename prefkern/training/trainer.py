@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.data import (
@@ -565,21 +565,15 @@ class PreferenceTrainer(ObjectiveTrainer):
                 "that merge_and_unload() makes"
             )
         is_copied = self._initial_adapter is not None
-        if (
-            is_copied
-            and self._objective_needs.distributions
-            and has_low_rank_term(find_head(self.model)[1])
-        ):
+        head = find_head(self.model)[1]  # pyright: ignore[reportArgumentType]
+        if is_copied and self._objective_needs.distributions and has_low_rank_term(head):
             raise ValueError(
                 "TDPO does not support LoRA on the reference's output head, and the reference is a "
                 "copy of the adapter that was given: merge it (merge_and_unload) and give a "
                 f"peft_config, or set ref_adapter_name={BASE!r}"
             )
-        if (
-            is_copied
-            and not self.args.precompute_ref_log_probs
-            and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
-        ):
+        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if is_copied and is_sharded and not self.args.precompute_ref_log_probs:
             raise ValueError(
                 "a copy of a trained adapter is not supported as the reference yet under FSDP or "
                 f"ZeRO-3: {ALTERNATIVES}"

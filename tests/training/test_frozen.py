@@ -18,6 +18,8 @@ peft = pytest.importorskip("peft")
 from peft.optimizers import create_lorafa_optimizer
 
 from prefkern import PreferenceTrainer
+from support.adapters import lora as adapter_config
+from support.adapters import trained
 from support.training import config, first_dpo_loss, lora, trainer, weights
 
 ROWS = 4
@@ -89,6 +91,44 @@ def test_lora_fa_trains_b_alone(tmp_path, precompute):
     ).train()  # fmt: skip
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if "lora_B" in name}
+
+
+@pytest.mark.parametrize("reference", [None, "reference"], ids=["alone", "with a reference"])
+@pytest.mark.parametrize("name", ["default", "sft"])
+def test_what_is_frozen_stays_so_when_a_run_is_resumed_or_its_best_is_loaded(
+    tmp_path, name, reference
+):
+    """transformers and PEFT make the whole adapter trainable when they load it from a folder."""
+
+    def model() -> nn.Module:
+        built = trained(name=name)
+        if reference is not None:
+            built.add_adapter(reference, adapter_config())
+        for each, parameter in built.named_parameters():
+            if "lora_A" in each:
+                parameter.requires_grad_(False)
+        return built
+
+    options = {
+        "objective": "dpo", "max_steps": 2, "save_strategy": "steps", "save_steps": 1,
+        "ref_adapter_name": reference,
+    }  # fmt: skip
+    best = {
+        "eval_dataset": tiny.dataset(4), "eval_strategy": "steps", "eval_steps": 1,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
+    }  # fmt: skip
+    whole = trainer(tmp_path / "whole", model=model(), **options)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", model=model(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
+    with_best = trainer(tmp_path / "best", model=model(), **options, **best)
+    with_best.train()
+    expected = {each for each, p in model().named_parameters() if p.requires_grad}
+    for run in (whole, resumed, with_best):
+        assert {each for each, p in run.model.named_parameters() if p.requires_grad} == expected
+        assert run.model.active_adapters == [name]
+    for each, value in weights(whole.model).items():
+        assert torch.equal(value, weights(resumed.model)[each]), each
 
 
 def loaded(path) -> nn.Module:

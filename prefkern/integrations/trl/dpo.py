@@ -122,8 +122,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if not isinstance(objective, DPO):
             self._name, self._paper = name, {}
         is_own_reference = is_peft_model(model) and ref_model is None and objective.needs_reference
+        adapters: Any = getattr(model, "peft_config", ())
         self._initial_adapter: InitialAdapter | None = None
-        if is_own_reference and "ref" not in model.peft_config and is_trained_adapter(model):
+        if is_own_reference and "ref" not in adapters and is_trained_adapter(model):
             self._initial_adapter = InitialAdapter(model)
         # TRL's constructor may compute the reference's log-probs already.
         self._make_losses(objective, workspace_mb, backend, None if is_given else args.seed)
