@@ -89,10 +89,10 @@ def test_nothing_of_the_model_is_changed(name, switch, fails):
         "initial": lambda: InitialAdapter(model).in_use(model),
     }[switch]
     make_irregular(model)
+    before = state_of(model)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), evaluation_mode(model):
         expected = model(ids).logits
-    before = state_of(model)
     context = pytest.raises(ZeroDivisionError) if fails else torch.no_grad()
     with context, in_use(), evaluation_mode(model), torch.no_grad():
         assert not any(module.training for module in model.modules())
