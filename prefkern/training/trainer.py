@@ -244,6 +244,7 @@ class PreferenceTrainer(ObjectiveTrainer):
         is_free = ref_model is None and args.ref_adapter_name is None
         if needs_reference and is_given and is_free and is_trained_adapter(model):
             self._initial_adapter = InitialAdapter(model)
+        self._has_sums = carried or args.precompute_ref_log_probs
         if needs_reference and not carried:
             check_reference_adapter(model, args.ref_adapter_name, ref_model, self._initial_adapter)
             if self._initial_adapter is not None:
@@ -573,7 +574,7 @@ class PreferenceTrainer(ObjectiveTrainer):
                 f"peft_config, or set ref_adapter_name={BASE!r}"
             )
         is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if is_copied and is_sharded and not self.args.precompute_ref_log_probs:
+        if is_copied and is_sharded and not self._has_sums:
             raise ValueError(
                 "a copy of a trained adapter is not supported as the reference yet under FSDP or "
                 f"ZeRO-3: {ALTERNATIVES}"

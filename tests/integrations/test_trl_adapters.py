@@ -62,6 +62,20 @@ def test_an_adapter_called_ref_is_the_reference(tmp_path):
         torch.testing.assert_close(sums, wanted)
 
 
+def test_where_weights_are_sharded_it_is_trls_second_adapter(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("prefkern.integrations.trl.dpo.is_fsdp_enabled", lambda: True)
+    model = trained()
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    run = build(tmp_path, model=model, **RUN)
+    run.train()
+    assert [*model.peft_config] == ["default", "ref"] and "frozen copy" not in caplog.text
+    assert losses(run)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == before
+    monkeypatch.undo()
+    build(tmp_path, model=trained(), **RUN)
+    assert "the reference is a frozen copy of the adapter that was given" in caplog.text
+
+
 def test_checkpointed_blocks_stay_checkpointed(tmp_path):
     """TRL would checkpoint every block after a reference pass."""
     run = build(tmp_path, peft_config=lora(), **RUN, gradient_checkpointing=True)

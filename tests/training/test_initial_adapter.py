@@ -178,5 +178,9 @@ def test_what_cannot_have_a_copy_as_reference_says_what_to_do(tmp_path, caplog):
     run.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="under FSDP or ZeRO-3: set precompute_ref_log_probs, or"):
         run._refuse_unsupported_setups()
-    run.args.precompute_ref_log_probs = True
-    run._refuse_unsupported_setups()
+    given = {"objective": "dpo", "precompute_ref_log_probs": True}
+    run = trainer(tmp_path, model=trained(), **given)
+    carried = trainer(tmp_path, model=trained(), objective="dpo", train_dataset=run.train_dataset)
+    for each in (run, carried):
+        each.is_fsdp_enabled = True
+        each._refuse_unsupported_setups()

@@ -14,13 +14,15 @@ reference that follows the policy, the router's loss, callbacks and model cards.
 - Rewards are the objective's own (`prefkern.PreferenceOutput`). For DPO they equal TRL's.
 - A trained adapter that is passed in has its initial values as the reference, as in TRL, but of
   every kind of adapter and name, and no checkpoint holds them. TRL adds a second adapter, "ref",
-  and leaves out what it cannot find by name (IA3, embeddings, single tokens).
+  and leaves out what it cannot find by name (IA3, embeddings, single tokens). Under FSDP and ZeRO-3
+  it is TRL's second adapter.
 
 With `objective=DPO(beta)`, losses and gradients equal TRL's to float32 accuracy. Tests check this.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,6 +31,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
 
@@ -49,6 +53,8 @@ from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.objectives import DPO, Objective
 from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
 from prefkern.version import VERSION
+
+logger = logging.getLogger(__name__)
 
 _MARGINS = "reward_margins"
 # Entries of a batch that the model's forward does not take.
@@ -122,10 +128,13 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if not isinstance(objective, DPO):
             self._name, self._paper = name, {}
         is_own_reference = is_peft_model(model) and ref_model is None and objective.needs_reference
+        # Sharded weights cannot be exchanged for a pass: TRL's second adapter can be.
+        is_own_reference = is_own_reference and not _will_shard(args)
         adapters: Any = getattr(model, "peft_config", ())
         self._initial_adapter: InitialAdapter | None = None
         if is_own_reference and "ref" not in adapters and is_trained_adapter(model):
             self._initial_adapter = InitialAdapter(model)
+            logger.warning("the reference is a frozen copy of the adapter that was given")
         # TRL's constructor may compute the reference's log-probs already.
         self._make_losses(objective, workspace_mb, backend, None if is_given else args.seed)
         super().__init__(
@@ -248,6 +257,11 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if needs_margins:
             named = {name for sources in MARGIN_SOURCES for name in sources}
             self._signature_columns = [*{*(self._signature_columns or ()), *named}]
+
+
+def _will_shard(args: DPOConfig) -> bool:
+    """Whether FSDP or ZeRO-3 will shard the model."""
+    return bool(args.fsdp) or is_fsdp_enabled() or is_deepspeed_zero3_enabled()
 
 
 class _NoReference:
