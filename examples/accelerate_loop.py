@@ -28,6 +28,8 @@ import prefkern
 from prefkern.data import load_preference_dataset, show, tokenize_preferences
 from prefkern.data.collate import PreferenceCollator
 from prefkern.models.adapters import disable_dropout
+from prefkern.models.calls import evaluation_mode
+from prefkern.models.own_reference import adapter_in_use
 
 
 def main(argv: list[str] | None = None) -> tuple[Any, list[float]]:
@@ -104,12 +106,9 @@ def steps(loader: DataLoader, accumulate: int) -> Iterator[list[dict[str, Tensor
 @torch.no_grad()
 def reference_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:  # (2B,)
     """Log-probs of the responses under the model without its adapter and without dropout."""
-    was_training = model.training
-    model.eval()
-    with model.disable_adapter():
-        logps = prefkern.token_logprobs(model, **batch).sum(-1)
-    model.train(was_training)
-    return logps
+    # Unlike model.disable_adapter() and model.train(), these leave what was frozen frozen.
+    with adapter_in_use(model, None), evaluation_mode(model):
+        return prefkern.token_logprobs(model, **batch).sum(-1)
 
 
 if __name__ == "__main__":

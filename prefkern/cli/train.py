@@ -1,10 +1,12 @@
 """`prefkern train`: a preference run from flags, from a YAML file, or from a file and flags.
 
     prefkern train --model_name_or_path M --dataset pairs.jsonl --objective adadpo --lora_r 16
+    prefkern train --model_name_or_path M --dataset pairs.jsonl --adapter sft/
     prefkern train config.yaml --learning_rate 1e-5
 
-A file of options is YAML or JSON, and stands anywhere among the arguments. Inputs are checked before training, the cheapest first: arguments and objective, then the dataset,
-then the model. An error is one line on stderr and exit status 2.
+A file of options is YAML or JSON, and stands anywhere among the arguments. Inputs are checked
+before training, the cheapest first: arguments and objective, then the dataset, then the model. An
+error is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -32,6 +34,19 @@ from prefkern.data.sources import local_path
 if TYPE_CHECKING:
     from prefkern.training.config import PreferenceConfig
     from prefkern.training.trainer import PreferenceTrainer
+
+
+@dataclass
+class TrainedModelArguments(ModelArguments):
+    """The model to train, and an adapter of it to train on."""
+
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub name of a trained adapter of the model, which is trained on. "
+            "Its state before training is the reference."
+        },
+    )
 
 
 @dataclass
@@ -114,7 +129,7 @@ def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
 
 def parse(
     argv: list[str],
-) -> tuple[ModelArguments, DataArguments, LoraArguments, PreferenceConfig]:
+) -> tuple[TrainedModelArguments, DataArguments, LoraArguments, PreferenceConfig]:
     """The arguments from flags and from a file.
 
     The checks that need no transformers come first, since its import takes seconds. Raises
@@ -122,7 +137,7 @@ def parse(
     a dataset or folder that does not exist.
     """
     parsed = Parser(
-        (ModelArguments, DataArguments, LoraArguments),
+        (TrainedModelArguments, DataArguments, LoraArguments),
         ("prefkern.training.config", "PreferenceConfig"),
         "train",
         "Train a model on preference pairs.",
@@ -143,6 +158,9 @@ def parse(
         raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
+    if model.adapter is not None:
+        for name in sorted(parsed.given & vars(lora).keys()):
+            raise ValueError(f"--{name} has no effect on --adapter, which is a trained adapter")
     check_lora(lora, parsed.given, without="without --lora_r")
     if data.dataset_config is not None and Path(str(data.dataset)).expanduser().is_file():
         raise ValueError("--dataset_config has no effect on a file")
@@ -155,6 +173,7 @@ def parse(
             local_path(source)
     check_output_dir(args.output_dir)
     check_model_folder("--model_name_or_path", model.model_name_or_path)
+    check_model_folder("--adapter", model.adapter)
     check_model_folder("--ref_model_name_or_path", args.ref_model_name_or_path)
 
     from prefkern.training import options
@@ -200,9 +219,20 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
 
     from prefkern.training.trainer import PreferenceTrainer
 
+    policy: Any = model.model_name_or_path
+    tokenizer = None
+    if model.adapter is not None:
+        from prefkern.models.loading import load_adapted, load_own_tokenizer
+
+        init_kwargs: Any = config.model_init_kwargs  # a mapping, since `parse`
+        policy = load_adapted(policy, model.adapter, init_kwargs)
+        tokenizer = load_own_tokenizer(model.adapter, model.model_name_or_path, init_kwargs)
+        if config.ref_model_name_or_path is None:
+            config.model_init_kwargs = None
     trainer = PreferenceTrainer(
-        model.model_name_or_path,
+        policy,
         config,
+        processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
         peft_config=lora_config(lora, "CAUSAL_LM", lora_dropout=lora.lora_dropout),

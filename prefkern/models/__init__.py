@@ -3,7 +3,7 @@
 In reading order: `heads` (the tensors of a head and of its adapter), `transform` (what a model does
 to its logits), `head_forward` (a model's forward without its head), `scoring` (`token_logprobs`,
 `preference_outputs`) and `packing`. The other files prepare and check a model before training:
-`loading`, `vocabulary`, `positions`, `adapters`, `liger`, `routers`.
+`loading`, `vocabulary`, `positions`, `adapters`, `own_reference`, `liger`, `routers`.
 """
 
 from prefkern.models.head_forward import forward_with_head, head_forward

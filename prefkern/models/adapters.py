@@ -1,9 +1,9 @@
 """Prepares a model for training: its PEFT adapter, its dropout, and checks of its reference.
 
-With an adapter the same model also serves as the reference: prefkern switches the adapter off, or
-another one on. That is right only if everything else in the model stays as it was. So these checks
-refuse an adapter that is merged, one that trains or has changed the base model, and one that
-transformers holds by itself. `disable_dropout` sets every dropout rate to 0, so that policy and
+With an adapter the same model also serves as the reference (`prefkern.models.own_reference`). That
+is right only if everything else in the model stays as it was. So these checks refuse an adapter
+that is merged, one that trains or has changed the base model, and one that transformers holds by
+itself. `disable_dropout` sets every dropout rate to 0, so that policy and
 reference compute the same function; the saved configs keep their own rates.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig
@@ -24,6 +25,8 @@ from prefkern.models.heads import unwrap
 _DROPOUTS = ("dropout", "pdrop", "layerdrop")
 # Values of init_lora_weights that subtract the adapter's first product from the base weights.
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# The name of the model without its adapters, where the name of an adapter is expected: PEFT's own.
+BASE = "__base__"
 
 
 def is_peft_model(model: Any) -> bool:
@@ -34,9 +37,39 @@ def is_peft_model(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
-def is_trained_adapter(model: nn.Module) -> bool:
-    """Whether a LoRA adapter changes its base model; a fresh one has B = 0."""
-    return any("lora_B" in name and bool(weight.any()) for name, weight in model.named_parameters())
+def is_trained_adapter(model: Any) -> bool:
+    """Whether the adapters of a PEFT model may change it: False only if they provably do not.
+
+    A low-rank product does not if A or B is 0, as in a fresh LoRA adapter, nor does a copy of a
+    module that equals the module. Everything else may.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    shown = {id(parameter) for _, parameter in base_parameters(model)}
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if isinstance(module, LoraLayer):
+            pairs = [(module.lora_A, module.lora_B)]
+            pairs += [(module.lora_embedding_A, module.lora_embedding_B)]
+            for first, second in pairs:
+                for name in first:
+                    # Of an embedding they are parameters; elsewhere layers, B with a bias or not.
+                    up: Any = second[name]
+                    a: Any = getattr(first[name], "weight", first[name])
+                    b, bias = getattr(up, "weight", up), getattr(up, "bias", None)
+                    if bool(a.any() and b.any()) or (bias is not None and bool(bias.any())):
+                        return True
+                    shown |= {id(a), id(b), id(bias)}
+        elif isinstance(module, ModulesToSaveWrapper):
+            whole: Any = module.original_module
+            original = dict(whole.named_parameters())
+            for copied in module.modules_to_save.values():
+                for name, value in copied.named_parameters():
+                    if not torch.equal(value, original[name]):
+                        return True
+                    shown.add(id(value))
+    return any(id(parameter) not in shown for parameter in model.parameters())
 
 
 def check_unmerged(model: nn.Module) -> None:
@@ -63,28 +96,6 @@ def check_unmerged(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
-    """Use another adapter of a PEFT model, or none, within the context; then restore the model."""
-    if name is None:
-        with model.disable_adapter():
-            yield
-        return
-    active = list(model.base_model.active_adapters)
-    # set_adapter also makes the adapter that it switches on trainable, and freezes the others.
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.set_adapter(name)
-    try:
-        yield
-    finally:
-        if len(active) == 1:
-            model.set_adapter(active[0])
-        else:
-            model.base_model.set_adapter(active)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
-
-
 def check_no_native_adapter(model: Any) -> None:
     """Raise ValueError for an adapter that transformers itself has loaded into the model.
 
@@ -101,20 +112,25 @@ def check_no_native_adapter(model: Any) -> None:
         )
 
 
-def check_reference_adapter(model: Any, name: str | None, ref_model: Any) -> None:
-    """Raise ValueError unless the model can be its own reference, with the adapter `name` or none.
+def check_reference_adapter(
+    model: Any, name: str | None, ref_model: Any, initial: Any = None
+) -> None:
+    """Raise ValueError unless the reference stays as it is while the model is trained.
 
-    `name` must be an adapter of the model, but not the one that is trained. Training must not
-    change the base model. If `name` is None, the base model must also equal the model before it was
-    adapted.
+    A `ref_model` must not share parameters that are trained. Without one the model is its own
+    reference, with the adapter `name` or none. `name` must be an adapter of the model, but not the one that is trained. Training must not
+    change the base model. If the reference is the base model, that must also equal the model before
+    it was adapted. It is not where an `initial` adapter is the reference.
     """
     if name is not None:
         _check_name(model, name, ref_model)
+    if ref_model is not None:
+        _check_nothing_shared(model, ref_model)
     if not is_peft_model(model) or ref_model is not None:
         return
     _check_biases(model)
     _check_base_is_frozen(model)
-    if name is None:
+    if initial is None and name in (None, BASE):
         _check_base_is_initial(model)
 
 
@@ -126,16 +142,29 @@ def _check_name(model: Any, name: str, ref_model: Any) -> None:
             f"ref_adapter_name is {name!r}, but the model is a {type(model).__name__}; the name "
             "must be that of an adapter of a PEFT model"
         )
+    if name == BASE:
+        return
     if name not in model.peft_config:
         known = ", ".join(map(repr, model.peft_config))
         raise ValueError(
-            f"ref_adapter_name must be an adapter of the model ({known}), got {name!r}"
+            f"ref_adapter_name must be an adapter of the model ({known}), or {BASE!r} for the model "
+            f"without its adapter, got {name!r}"
         )
-    if name in model.base_model.active_adapters:
+    if name in model.active_adapters:
         raise ValueError(
             f"ref_adapter_name is {name!r}, which is the adapter that is trained: load the "
             "reference's adapter under another name (model.load_adapter(path, adapter_name=...))"
         )
+
+
+def _check_nothing_shared(model: nn.Module, ref_model: nn.Module) -> None:
+    shared = {id(parameter) for parameter in ref_model.parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) in shared:
+            raise ValueError(
+                f"ref_model shares {name} with the model that is trained, so it would change too; "
+                "pass a copy (copy.deepcopy), or None to have one made"
+            )
 
 
 def _check_biases(model: Any) -> None:

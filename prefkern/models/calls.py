@@ -1,8 +1,10 @@
-"""Helpers to call a model from prefkern: replace a module's forward, and leave no trace of a probe.
+"""Helpers to call a model from prefkern: replace a module's forward, and leave no trace of a call.
 
-`replaced_forward` swaps the forward of an output head for one call. `undisturbed` runs a probe in
-evaluation mode and then restores each module's mode and the random state. The two other functions
-switch the cache off, and make the error for a model that does not call its head.
+`replaced_forward` swaps the forward of an output head for one call. `evaluation_mode` and
+`without_checkpointing` restore each module's own setting, where `model.train()` would give all of
+them the same. `undisturbed` runs a probe in evaluation mode and restores the random state as well.
+The two other functions switch the cache off, and make the error for a model that does not call its
+head.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_CHECKPOINTED = "gradient_checkpointing"
 
 
 @contextmanager
@@ -36,17 +40,36 @@ def replaced_forward(
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; restores modes and random state at the end."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context; then each module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """No gradient checkpointing within the context; then in the same blocks as before."""
+    blocks = [module for module in model.modules() if getattr(module, _CHECKPOINTED, False)]
+    for module in blocks:
+        setattr(module, _CHECKPOINTED, False)
+    try:
+        yield
+    finally:
+        for module in blocks:
+            setattr(module, _CHECKPOINTED, True)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; restores modes and random state at the end."""
+    devices = [device] if device.type == "cuda" else []
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        yield
 
 
 def without_cache(base: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ stdin.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.keywords import current_names
+
+logger = logging.getLogger(__name__)
 
 # Keywords of `from_pretrained` that say where the files are.
 _WHENCE = (
@@ -90,6 +93,67 @@ def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: st
             "save the whole model"
         )
     return model
+
+
+def load_adapted(name: str, adapter: str, init_kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Loads a causal LM with a trained adapter, to train that on.
+
+    Args:
+        name: folder or hub name of the base model.
+        adapter: folder or hub name of the adapter.
+        init_kwargs: keywords of `from_pretrained` for the base model.
+
+    Raises OSError if one of them does not exist. Raises ValueError if the adapter does not fit the
+    model or is of another kind, and as `load_model`. Warns if it names another base model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    try:
+        found = find_adapter_config_file(adapter)
+    except (OSError, ValueError) as error:
+        # Neither a folder nor a name that the hub could have.
+        raise ValueError(f"adapter must be a folder or a hub name, got {adapter!r}") from error
+    if found is None:
+        raise ValueError(f"adapter {adapter!r} holds no adapter: it has no adapter_config.json")
+    config = PeftConfig.from_pretrained(adapter)
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"adapter {adapter!r} has task type {config.task_type}; that of a language model is "
+            "CAUSAL_LM"
+        )
+    trained_on = config.base_model_name_or_path
+    model = load_model(name, init_kwargs)
+    try:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        # Once more, since the first time does not return what does not fit.
+        loaded = model.load_adapter(adapter, "default", is_trainable=True)
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"adapter {adapter!r}, trained on {trained_on!r}, cannot be used on {name!r}: {reason}"
+        ) from error
+    for what, keys in (("no", loaded.missing_keys), ("unused", loaded.unexpected_keys)):
+        if keys:
+            raise ValueError(
+                f"adapter {adapter!r}, trained on {trained_on!r}, does not fit {name!r}: it has "
+                f"{what} weights for {keys[0]}"
+            )
+    if trained_on and Path(trained_on).name != Path(name).name:
+        logger.warning("adapter %r was trained on %r, and is used on %r", adapter, trained_on, name)
+    return model
+
+
+def load_own_tokenizer(adapter: str, name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The tokenizer beside an adapter, with the chat template that it was trained with; else the
+    tokenizer of its base model `name`, loaded with `kwargs`.
+    """
+    if Path(adapter).is_dir() and not (Path(adapter) / "tokenizer_config.json").exists():
+        return load_tokenizer(name, kwargs)
+    try:
+        # The revision is that of the base model.
+        return load_tokenizer(adapter, {key: x for key, x in kwargs.items() if key != "revision"})
+    except OSError:
+        return load_tokenizer(name, kwargs)
 
 
 def from_files(
@@ -197,10 +261,10 @@ def _refuse_adapter(name: str, what: str) -> None:
         base = None
     base = repr(base) if base else "a base model that it does not name"
     raise ValueError(
-        f"{what} {name!r} is an adapter of {base}, not a model: name the base model and give it a "
-        "new adapter, or merge this one first with PeftModel.from_pretrained(base, "
-        f"{name!r}).merge_and_unload() and save the result. In Python, you can also pass a "
-        "PeftModel as the model"
+        f"{what} {name!r} is an adapter of {base}, not a model: name the base model, and train the "
+        f"adapter on with --adapter {name} (in Python, pass PeftModel.from_pretrained(base, folder, "
+        "is_trainable=True) as the model); or merge it first with merge_and_unload() and save the "
+        "result"
     )
 
 

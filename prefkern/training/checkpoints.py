@@ -37,6 +37,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
+from prefkern.models.own_reference import switches_put_back
 from prefkern.training.files import remove, replacing, sync, write_json
 from prefkern.training.finished import OF_STEPS, Progress
 from prefkern.training.unsaved import UNSAVED_FILE, Fingerprints, save_fingerprints, warn_of_others
@@ -225,8 +226,10 @@ class CheckpointTrainer(Trainer):
             save_fingerprints(self._unsaved, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self._load_converted(Path(resume_from_checkpoint), model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Loading an adapter would make its frozen weights trainable.
+        with switches_put_back(self.model):  # pyright: ignore[reportArgumentType]
+            if not self._load_converted(Path(resume_from_checkpoint), model):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_callback_state(self) -> None:
         # Trainer has just read its state, and dropped a best checkpoint whose path does not exist
@@ -249,8 +252,9 @@ class CheckpointTrainer(Trainer):
                 f"{folder}, the best checkpoint, is gone, so that load_best_model_at_end cannot load "
                 "it: the model is that of the last step"
             )
-        if not (self._load_converted(folder) or self._load_adapters(folder)):
-            super()._load_best_model()
+        with switches_put_back(self.model):  # pyright: ignore[reportArgumentType]
+            if not (self._load_converted(folder) or self._load_adapters(folder)):
+                super()._load_best_model()
 
     def _load_adapters(self, folder: Path) -> bool:
         """Load the active adapters if one has its own folder, where Trainer does not look."""

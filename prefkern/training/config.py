@@ -116,7 +116,10 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
     )
     ref_adapter_name: str | None = field(
         default=None,
-        metadata={"help": "Adapter of the model that is the reference. Default: none, the base."},
+        metadata={
+            "help": "Adapter of the model that is the reference; __base__: the model without "
+            "adapter. Default: the adapter before training."
+        },
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keywords of from_pretrained, as JSON."}

@@ -20,13 +20,15 @@ from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
+from prefkern.training.trainable import check_optimizer, check_trainable
 from prefkern.training.unsaved import fingerprint
 
 
 class ItemTrainer(CheckpointTrainer):
     """transformers' Trainer over items; `compute_loss` of a subclass scales by `_share`.
 
-    Raises ValueError under nn.DataParallel, and for an adapter that is not PEFT's own.
+    Raises ValueError under nn.DataParallel, for an adapter that is not PEFT's own, and for an
+    optimizer that is given and holds none of the parameters to train.
     """
 
     _sequences_an_item = 2
@@ -41,6 +43,8 @@ class ItemTrainer(CheckpointTrainer):
         if self.args.n_gpu > 1:
             raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
         check_no_native_adapter(self.model)
+        if self.optimizer is not None:
+            check_optimizer(self.model, self.optimizer)  # pyright: ignore[reportArgumentType]
         if is_peft_model(self.model):
             self._unsaved = {"base model": fingerprint(base_parameters(self.model))}
         # Other classes of arguments have it on. It would log the mean of earlier losses in place of
@@ -48,6 +52,14 @@ class ItemTrainer(CheckpointTrainer):
         self.args.logging_nan_inf_filter = False
         # compute_loss scales by the number of items; Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. Raises ValueError, before anything else, if nothing can be trained.
+
+        Not the constructor: a frozen model may be evaluated.
+        """
+        check_trainable(self.model)
+        return super().train(*args, **kwargs)
 
     def _share(self, mean: Tensor, items: int, num_items_in_batch: Tensor | int | None) -> Tensor:
         """A batch's share of the mean over a step's items; None: the batch's own mean."""

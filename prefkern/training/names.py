@@ -33,6 +33,10 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "model_id": ("model_name_or_path", ""),
     "model_path": ("model_name_or_path", ""),
     "pretrained_model_name_or_path": ("model_name_or_path", ""),
+    **dict.fromkeys(
+        ("adapter_name_or_path", "lora_model_dir", "adapter_path", "adapters", "lora_path"),
+        ("adapter", "the folder of a trained adapter"),
+    ),
     "torch_dtype": ("dtype", ""),
     "model_dtype": ("dtype", ""),
     "flash_attn": ("attn_implementation", "flash_attention_2, sdpa or eager"),

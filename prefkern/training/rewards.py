@@ -238,8 +238,10 @@ class RewardTrainer(ItemTrainer):
         # last token, of one sequence at a time.
         config = self.accelerator.unwrap_model(self.model).config.get_text_config()  # pyright: ignore[reportCallIssue]
         used, config.pad_token_id = config.pad_token_id, self._tokenizer.pad_token_id
-        super()._save_into(folder, state_dict)
-        config.pad_token_id = used
+        try:
+            super()._save_into(folder, state_dict)
+        finally:
+            config.pad_token_id = used
         self._tokenizer.save_pretrained(folder)
 
 

@@ -10,9 +10,10 @@ them. Numbers that an objective takes from a whole batch (running statistics, be
 draws, KTO's reference point) are of one forward batch, over all ranks, accumulated or not. Metrics
 have TRL's names and are means over pairs (or tokens) since the last log, over all ranks.
 
-The reference is one of: `ref_model`; for PEFT, the adapter switched off, or another adapter; sums
-from the dataset, or computed once before training (`precompute_ref_log_probs`, kept by
-`prefkern.training.reference_cache`); else a copy of the initial model.
+The reference is one of: `ref_model`; for PEFT, the adapter switched off, another adapter, or the
+initial values of a trained adapter that was given; sums from the dataset, or computed once before
+training (`precompute_ref_log_probs`, kept by `prefkern.training.reference_cache`); else a copy of
+the initial model.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.data import (
@@ -46,8 +48,8 @@ from prefkern.data.collate import (
 from prefkern.data.columns import ID_COLUMNS, renamed
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
+    BASE,
     adapt,
-    adapter_in_use,
     check_reference_adapter,
     check_unmerged,
     disable_dropout,
@@ -55,9 +57,11 @@ from prefkern.models.adapters import (
     is_trained_adapter,
     with_own_rates,
 )
+from prefkern.models.calls import evaluation_mode
 from prefkern.models.heads import find_head, has_low_rank_term, unwrap
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import load_model, load_tokenizer
+from prefkern.models.own_reference import ALTERNATIVES, InitialAdapter, adapter_in_use
 from prefkern.models.packing import reads_whole_row, require_packing
 from prefkern.models.positions import check_positions
 from prefkern.models.routers import RouterLoss
@@ -102,9 +106,10 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
             the latter may be a dict of them.
         processing_class: the tokenizer; None loads the model's own.
         objective: overrides `args.objective`.
-        ref_model: the reference, a model, name or path. None: the adapter switched off for PEFT
-            (so the reference is the base model), else a copy of the initial model, which costs its
-            memory unless `precompute_ref_log_probs` is set.
+        ref_model: the reference, a model, name or path. None: the initial model. With PEFT that is
+            the base model if the adapter is new, and a frozen copy of the adapter if a trained one
+            is given. Else a copy of the model, which costs its memory unless
+            `precompute_ref_log_probs` is set.
         peft_config: adapts `model` with PEFT.
         callbacks, optimizers, data_collator: as in transformers' Trainer.
 
@@ -238,11 +243,20 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
                 self._check_positions(part, args, each, unwrap(ref_model), "reference")
         is_adapted = is_peft_model(model)
         needs_reference = objective.needs_reference
+        self._initial_adapter: InitialAdapter | None = None
+        is_given = is_adapted and peft_config is None
+        is_free = ref_model is None and args.ref_adapter_name is None
+        if needs_reference and is_given and is_free and is_trained_adapter(model):
+            self._initial_adapter = InitialAdapter(model)
+        self._has_sums = carried or args.precompute_ref_log_probs
         if needs_reference and not carried:
-            check_reference_adapter(model, args.ref_adapter_name, ref_model)
-        is_base = ref_model is None and args.ref_adapter_name is None
-        if is_adapted and peft_config is None and is_base and is_trained_adapter(model):
-            logger.warning("the reference is the base model, without the adapter that was given")
+            check_reference_adapter(model, args.ref_adapter_name, ref_model, self._initial_adapter)
+            if self._initial_adapter is not None:
+                logger.warning(
+                    "the reference is a frozen copy of the adapter that was given (for the base "
+                    "model, set ref_adapter_name=%r)",
+                    BASE,
+                )
         has_reference = ref_model is not None or carried or is_adapted
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(model)
@@ -299,12 +313,8 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
             if not is_sharded:
                 with self.accelerator.autocast():
                     head_transform(self.ref_model)
-        if needs_reference and not carried and (self.ref_model is not None or not is_adapted):
-            # With precomputed sums it is the model before training, or before a checkpoint is
-            # loaded.
-            initial: Any = self.model if self.ref_model is None else self.ref_model
-            reference = fingerprint(initial.named_parameters())
-            self._unsaved = {**(self._unsaved or {}), "reference": reference}
+        if needs_reference and not carried and args.ref_adapter_name in (None, BASE):
+            self._unsaved = {**(self._unsaved or {}), "reference": self._reference_fingerprint()}
         if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
@@ -420,16 +430,23 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
                 "the reference is the initial model, which training has changed: pass this "
                 "dataset to the constructor, or pass ref_model"
             )
-        was_training = model.training
-        model.eval()
-        try:
-            if is_adapted:
-                with adapter_in_use(model, self.args.ref_adapter_name):
-                    yield model
-            else:
-                yield model
-        finally:
-            model.train(was_training)
+        in_use: Any = nullcontext()
+        if self._initial_adapter is not None:
+            in_use = self._initial_adapter.in_use(model)
+        elif is_adapted:
+            in_use = adapter_in_use(model, self.args.ref_adapter_name)
+        with in_use, evaluation_mode(model):
+            yield model
+
+    def _reference_fingerprint(self) -> dict[str, str]:
+        """Of the weights that the reference has and the base model has not."""
+        if self._initial_adapter is not None:
+            return fingerprint(self._initial_adapter.items())
+        if self.ref_model is None and is_peft_model(self.model):
+            return {}
+        # With precomputed sums it is the model before training, or before a checkpoint is loaded.
+        initial: Any = self.model if self.ref_model is None else self.ref_model
+        return fingerprint(initial.named_parameters())
 
     def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
         if dataset is None:
@@ -479,7 +496,9 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
         if self._objective_needs.reference and not carry_sums(dataset):
             # The constructor did not check this if its datasets carried sums.
             model = self.accelerator.unwrap_model(self.model)
-            check_reference_adapter(model, self.args.ref_adapter_name, self.ref_model)
+            check_reference_adapter(
+                model, self.args.ref_adapter_name, self.ref_model, self._initial_adapter
+            )
         for model in (self.accelerator.unwrap_model(self.model), self.ref_model):
             if model is not None:
                 whose = "model" if model is not self.ref_model else "reference"
@@ -549,6 +568,20 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
             raise ValueError(
                 "TDPO does not support LoRA on the reference's output head; give the ref_model "
                 "that merge_and_unload() makes"
+            )
+        is_copied = self._initial_adapter is not None
+        head = find_head(self.model)[1]  # pyright: ignore[reportArgumentType]
+        if is_copied and self._objective_needs.distributions and has_low_rank_term(head):
+            raise ValueError(
+                "TDPO does not support LoRA on the reference's output head, and the reference is a "
+                "copy of the adapter that was given: merge it (merge_and_unload) and give a "
+                f"peft_config, or set ref_adapter_name={BASE!r}"
+            )
+        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if is_copied and is_sharded and not self._has_sums:
+            raise ValueError(
+                "a copy of a trained adapter is not supported as the reference yet under FSDP or "
+                f"ZeRO-3: {ALTERNATIVES}"
             )
         if self.ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(

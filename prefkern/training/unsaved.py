@@ -7,6 +7,8 @@ reference.
 
     unsaved_weights.json    {"base model": {name: hash}, "reference": {name: hash}}
 
+An adapter's reference has no weights of its own ({}) where it is the base model.
+
 A hash covers a few hundred values spread over a tensor, and its end. That takes milliseconds, where
 all bytes of a model would take seconds, and training moves every value. Tensors that are sharded or
 offloaded are left out.
@@ -52,6 +54,16 @@ def warn_of_others(fingerprints: Fingerprints, checkpoint: Path) -> None:
     saved: Fingerprints = json.loads(file.read_text(encoding="utf-8"))
     for what in saved.keys() & fingerprints.keys():
         ours, theirs = fingerprints[what], saved[what]
+        if bool(ours) != bool(theirs):
+            own, base = "weights of its own", "the base model, without an adapter"
+            logger.warning(
+                "%s was trained with another %s: it was %s, and is %s now; resume with the model, "
+                "adapter and ref_model that the run began with",
+                checkpoint,
+                what,
+                own if theirs else base,
+                own if ours else base,
+            )
         differing = [name for name in ours if name in theirs and theirs[name] != ours[name]]
         if differing:
             logger.warning(

@@ -21,6 +21,7 @@ yaml = pytest.importorskip("yaml")
 
 from prefkern.cli import __main__ as cli
 from prefkern.cli import train
+from prefkern.models.loading import load_adapted
 from support.command_line import error, flags
 
 
@@ -37,6 +38,90 @@ def test_lora_run_from_flags(files, tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(files["output_dir"]).chat_template
     metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert metrics["eval_loss"] > 0
+
+
+def sft(path, files, *, model=None, **options) -> str:
+    """A folder with a trained adapter of the model, and its tokenizer."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(model or files["model_name_or_path"])
+    torch.manual_seed(0)
+    options = {"r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM", **options}
+    peft.get_peft_model(base, peft.LoraConfig(**options)).save_pretrained(path)
+    return str(path)
+
+
+def first_loss(files) -> float:
+    with open(f"{files['output_dir']}/trainer_state.json") as file:
+        return next(log["loss"] for log in json.load(file)["log_history"] if "loss" in log)
+
+
+def test_an_adapter_is_trained_on(files, tmp_path, capsys):
+    folder = sft(tmp_path / "sft", files)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<eos> <eos>")
+    tokenizer.save_pretrained(folder)
+    options = {**files, "objective": "dpo", "adapter": folder, "logging_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    assert cli.main(["train", *flags(options)]) == 0
+    assert first_loss(files) == pytest.approx(0.693147, abs=1e-6)
+    out = files["output_dir"]
+    before = peft.PeftModel.from_pretrained(tiny.model(), folder).state_dict()
+    after = peft.PeftModel.from_pretrained(tiny.model(), out).state_dict()
+    assert {n for n, x in after.items() if not torch.equal(x, before[n])} == {
+        n for n in before if "lora_" in n
+    }
+    # Its own tokenizer is used and saved again, with the template that it was trained with.
+    saved = transformers.AutoTokenizer.from_pretrained(out)
+    assert saved.chat_template == tokenizer.chat_template
+    options = {**options, "resume_from_checkpoint": f"{out}/checkpoint-1"}
+    assert cli.main(["train", *flags({**options, "output_dir": str(tmp_path / "again")})]) == 0
+    again = peft.PeftModel.from_pretrained(tiny.model(), tmp_path / "again").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in after.items())
+    assert "another reference" not in capsys.readouterr().err
+
+
+def test_the_reference_of_an_adapter_may_be_its_base_or_another_model(files, tmp_path):
+    options = {**files, "objective": "dpo", "adapter": sft(tmp_path / "sft", files)}
+    options["logging_steps"] = 1
+    assert cli.main(["train", *flags({**options, "ref_adapter_name": "__base__"})]) == 0
+    based = first_loss(files)
+    assert abs(based - 0.693147) > 1e-3
+    options["ref_model_name_or_path"] = files["model_name_or_path"]
+    assert cli.main(["train", *flags(options)]) == 0
+    assert first_loss(files) == pytest.approx(based, abs=1e-6)
+    # Without a tokenizer of its own it has the model's.
+    assert transformers.AutoTokenizer.from_pretrained(files["output_dir"]).chat_template
+
+
+def test_an_adapter_that_cannot_be_trained_on(files, tmp_path, capsys, caplog):
+    def said(adapter, **change) -> str:
+        return error(flags({**files, "adapter": str(adapter), **change}), capsys)
+
+    folder = sft(tmp_path / "sft", files)
+    for name, size in (("deep", {"num_hidden_layers": 4}), ("wide", {"hidden_size": 64})):
+        tiny.model(**size).save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    deep, wide = str(tmp_path / "deep"), str(tmp_path / "wide")
+    assert "--lora_r has no effect on --adapter, which is a trained" in said(folder, lora_r=4)
+    assert "adapter must be a folder or a hub name, got" in said(tmp_path / "no" / "such" / "name")
+    assert "holds no adapter: it has no adapter_config.json" in said(files["model_name_or_path"])
+    base = files["model_name_or_path"]
+    message = said(folder, model_name_or_path=wide)
+    assert f"adapter '{folder}', trained on '{base}', cannot be used on '{wide}': " in message
+    message = said(folder, model_name_or_path=deep)
+    assert (
+        f"does not fit '{deep}': it has no weights for base_model.model.model.layers.2" in message
+    )
+    # A model that it fits may have been moved.
+    tiny.model(seed=3).save_pretrained(tmp_path / "moved")
+    caplog.clear()
+    load_adapted(str(tmp_path / "moved"), folder)
+    assert f"'{folder}' was trained on '{base}', and is used on '{tmp_path}/moved'" in caplog.text
+    longer = sft(tmp_path / "longer", files, model=deep)
+    assert "it has unused weights for base_model.model.model.layers.2" in said(longer)
+    other = sft(tmp_path / "classifier", files, task_type="SEQ_CLS")
+    assert "has task type SEQ_CLS; that of a language model is CAUSAL_LM" in said(other)
+    message = error(flags({**files, "model_name_or_path": folder}), capsys)
+    assert f"train the adapter on with --adapter {folder}" in message
 
 
 def _write(path, rows) -> str:

@@ -492,17 +492,10 @@ def test_adapters_that_change_the_reference_are_refused(tmp_path, precompute):
     pissa = peft.LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
         build(tmp_path, peft_config=pissa, **options)
-    # Of an adapter that is there TRL adds a copy, which takes its product out once more.
-    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
-        build(tmp_path, model=peft.get_peft_model(tiny.model(), pissa), **options)
     model = peft.get_peft_model(tiny.model(), twins.lora())
     model.get_input_embeddings().weight.requires_grad_(True)
-    try:
+    with pytest.raises(ValueError, match="embed_tokens.weight would be trained"):
         build(tmp_path, model=model, **options)
-    except ValueError as error:
-        assert "embed_tokens.weight would be trained" in str(error)
-    else:  # PEFT 0.19 freezes the base anew where TRL adds its copy
-        assert not model.get_input_embeddings().weight.requires_grad
     trainer = build(tmp_path, peft_config=pissa, ref_model=tiny.model(), objective="dpo")
     trainer.train()
     assert step_logs(trainer)[0]["loss"] == pytest.approx(0.693147, abs=1e-4)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer
-from prefkern.models.adapters import adapter_in_use, base_parameters, check_reference_adapter
+from prefkern.models.adapters import base_parameters, check_reference_adapter
+from prefkern.models.own_reference import adapter_in_use
 from support import tiny
 
 peft = pytest.importorskip("peft")
@@ -410,21 +411,36 @@ NAMES = [name for name in INITIALISERS if name != "mica" or "mica" in KNOWN]
 @pytest.mark.parametrize("name", NAMES, ids=str)
 def test_initialisers_that_change_the_base_are_refused_and_no_others(tmp_path, name):
     ga = {"lora_ga_config": peft.tuners.lora.LoraGAConfig()} if name == "lora_ga" else {}
-    model = tiny.model()
-    if INITIALISERS[name] is not None:
-        INITIALISERS[name](model)
-    model = peft.get_peft_model(model, _lora(init_lora_weights=name, **ga)).eval()
+    config = _lora(init_lora_weights=name, **ga)
+
+    def prepared() -> nn.Module:
+        model = tiny.model()
+        if INITIALISERS[name] is not None:
+            INITIALISERS[name](model)
+        return model
+
+    model = peft.get_peft_model(prepared(), config).eval()
     with torch.no_grad(), model.disable_adapter():
         off = _oracle(model, *_batch())
     is_initial = torch.allclose(off, _oracle(tiny.model(), *_batch()), atol=1e-5)
+    # An adapter that is there is its own reference, as it was before training.
+    trainer = _trainer_on(tmp_path, model)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     if is_initial:
-        evaluated = _trainer_on(tmp_path, model).evaluate()["eval_loss"]
-        assert name is False or evaluated == pytest.approx(math.log(2), abs=1e-4)
         return
+    trainer.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    initial = trainer._sums(tiny.model(), batch)
+    torch.testing.assert_close(trainer._reference_logps(batch), initial, atol=1e-3, rtol=1e-4)
+    assert (trainer._sums(model, batch) - initial).abs().max() > 1e-2
     message = f"init_lora_weights='{name}', which changes the base .*=True, or pass ref_model"
+    given = {"precompute_ref_log_probs": name == "pissa"}
     with pytest.raises(ValueError, match=message):
-        _trainer_on(tmp_path, model, precompute_ref_log_probs=name == "pissa")
+        _trainer_on(tmp_path, prepared(), peft_config=config, **given)
+    with pytest.raises(ValueError, match=message):
+        _trainer_on(tmp_path, model, ref_adapter_name="__base__", **given)
     # With a reference of its own it is trained, from the initial model.
+    model = peft.get_peft_model(prepared(), config).eval()
     evaluated = _trainer_on(tmp_path, model, ref_model=tiny.model()).evaluate()["eval_loss"]
     assert evaluated == pytest.approx(math.log(2), abs=1e-4)
 

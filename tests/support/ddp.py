@@ -21,6 +21,7 @@ from packaging.version import Version
 from prefkern.data.collate import ExampleCollator
 from prefkern.training import reference_cache
 from support import tiny
+from support.adapters import trained
 from support.processes import environment
 from support.reference_sums import precomputing, shards, sums
 from support.resumed import logs_of, run_of
@@ -96,6 +97,7 @@ CASES = {
             "precompute_ref_log_probs": True,
         },
     ),
+    "trained adapter": (8, 1, 2, lambda: {"model": trained(), "ref_model": None}),
     "ipo, bf16": (8, 2, 1, lambda: {"objective": "ipo", "bf16": True, "peft_config": lora()}),
     "statistics": (8, 2, 1, lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}}),
     "draws": (8, 2, 1, lambda: {"objective": "betadpo", "objective_options": {"keep": 0.5}}),

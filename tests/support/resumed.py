@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import peft
+import torch
 
 from support import tiny
 from support.training import assert_same_weights, trainer, weights
@@ -34,9 +35,17 @@ def adapter():
     return peft.LoraConfig(r=4, lora_dropout=0.3)
 
 
+def trained_adapter():
+    """One that has been trained before, and is the reference as it was."""
+    torch.manual_seed(0)
+    options = {"r": 4, "lora_dropout": 0.3, "init_lora_weights": False}
+    return peft.get_peft_model(llama(), peft.LoraConfig(**options))
+
+
 CASES = {
     "full": dict,
     "lora": lambda: {"peft_config": adapter()},
+    "trained adapter": lambda: {"model": trained_adapter()},
     "bf16 autocast": lambda: {"bf16": True},
     "bf16 weights": lambda: {"model": llama().bfloat16()},
     "checkpointed blocks": lambda: {"gradient_checkpointing": True},

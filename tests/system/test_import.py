@@ -83,11 +83,12 @@ OLD = [
     (
         "preparation",
         (
-            "adapt adapter_in_use base_parameters check_no_native_adapter check_reference_adapter "
+            "adapt base_parameters check_no_native_adapter check_reference_adapter "
             "check_unmerged disable_dropout is_peft_model is_trained_adapter with_own_rates"
         ),
         "models.adapters",
     ),
+    ("preparation", "adapter_in_use", "models.own_reference"),
     ("models", "IGNORE_INDEX align_labels preference_outputs token_logprobs", "models.scoring"),
     ("models", "HeadTransform candidate_transforms head_transform", "models.transform"),
     ("models", "forward_with_head head_forward", "models.head_forward"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -76,6 +77,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     tiny.model().save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
     tiny.dataset(6).to_json(tmp_path / "pairs.jsonl")
+    adapted = peft.get_peft_model(tiny.model(), peft.LoraConfig(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "sft")
     load = datasets.load_dataset
 
     def load_dataset(name, *args, **keywords):
@@ -187,6 +190,7 @@ def write_llama(folder: Path) -> None:
     ("docs/quickstart.md", "With the trainer", "python"),
     ("docs/trl.md", "TRL", "python"),
     ("docs/trainer.md", "The trainer", "python"),
+    ("docs/models.md", "An adapter that is trained already", "python"),
 )
 def test_trainer(key, folder):
     code = BLOCKS[key]
@@ -264,6 +268,7 @@ def test_loop(key, objective, folder, capsys):
     ("docs/trainer.md", "From a shell", "sh"),
     ("docs/trainer.md", "MADPO's two steps", "sh"),
     ("docs/objectives.md", "Objectives", "sh"),
+    ("docs/models.md", "An adapter that is trained already", "sh"),
 )
 def test_shell_lines(key, folder):
     code = BLOCKS[key]
@@ -273,7 +278,9 @@ def test_shell_lines(key, folder):
         few = "--max_steps 1 --use_cpu true --report_to none"
         assert run(f"{line} {few}") == 0
     last = line.split("--output_dir ")[1].split()[0]
-    saved = "adapter_config.json" if "--lora_r" in line else "model.safetensors"
+    saved = (
+        "adapter_config.json" if "--lora_r" in line or "--adapter" in line else "model.safetensors"
+    )
     assert (folder / last / saved).exists()
 
 

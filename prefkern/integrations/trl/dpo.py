@@ -1,9 +1,9 @@
 """TRL's DPOTrainer with an objective of prefkern, and without logits.
 
 TRL still makes the batch, chooses the reference and does everything around a step: datasets and
-chat templates, collators (also for vision-language models), PEFT with a fresh or a trained adapter,
-cached reference log-probs, a reference that follows the policy, the router's loss, callbacks and
-model cards. `prefkern.training.objective_trainer` does the step itself. The differences from TRL:
+chat templates, collators (also for vision-language models), PEFT, cached reference log-probs, a
+reference that follows the policy, the router's loss, callbacks and model cards.
+`prefkern.training.objective_trainer` does the step itself. The differences from TRL:
 
 - The loss is the mean over the pairs of an optimiser step, counted over accumulated batches and
   ranks. TRL takes the mean of the batches' means. The two are equal if all batches are equally
@@ -12,37 +12,50 @@ model cards. `prefkern.training.objective_trainer` does the step itself. The dif
   last log; TRL's are means of the batches' means. With several evaluation datasets, the metrics
   carry the name of the dataset; TRL's do not.
 - Rewards are the objective's own (`prefkern.PreferenceOutput`). For DPO they equal TRL's.
+- A trained adapter that is passed in has its initial values as the reference, as in TRL, but of
+  every kind of adapter and name, and no checkpoint holds them. TRL adds a second adapter, "ref",
+  and leaves out what it cannot find by name (IA3, embeddings, single tokens). Under FSDP and ZeRO-3
+  it is TRL's second adapter.
 
 With `objective=DPO(beta)`, losses and gradients equal TRL's to float32 accuracy. Tests check this.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor, nn
-from trl.models.utils import disable_gradient_checkpointing
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
-from trl.trainer.utils import use_adapter
 
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
 from prefkern.integrations.trl.options import check_reference, objective_of
 from prefkern.keywords import current_names
 from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput
-from prefkern.models.adapters import check_reference_adapter, check_unmerged
+from prefkern.models.adapters import (
+    check_reference_adapter,
+    check_unmerged,
+    is_peft_model,
+    is_trained_adapter,
+)
+from prefkern.models.calls import without_checkpointing
 from prefkern.models.heads import find_head
+from prefkern.models.own_reference import InitialAdapter, adapter_in_use
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.objectives import DPO, Objective
 from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
 from prefkern.version import VERSION
+
+logger = logging.getLogger(__name__)
 
 _MARGINS = "reward_margins"
 # Entries of a batch that the model's forward does not take.
@@ -118,11 +131,21 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         self._tag_names = ["trl", "prefkern", name.lower()]
         if not isinstance(objective, DPO):
             self._name, self._paper = name, {}
+        is_own_reference = is_peft_model(model) and ref_model is None and objective.needs_reference
+        # Sharded weights cannot be exchanged for a pass: TRL's second adapter can be.
+        is_own_reference = is_own_reference and not _will_shard(args)
+        adapters: Any = getattr(model, "peft_config", ())
+        self._initial_adapter: InitialAdapter | None = None
+        if is_own_reference and "ref" not in adapters and is_trained_adapter(model):
+            self._initial_adapter = InitialAdapter(model)
+            logger.warning("the reference is a frozen copy of the adapter that was given")
         # TRL's constructor may compute the reference's log-probs already.
         self._make_losses(objective, workspace_mb, backend, None if is_given else args.seed)
         super().__init__(
             model=model,
-            ref_model=ref_model if objective.needs_reference else _NoReference(),
+            ref_model=_NoReference()
+            if is_own_reference or not objective.needs_reference
+            else ref_model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -199,15 +222,16 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """Without gradients; a policy that is its own reference uses its adapter "ref", or none."""
-        adapter = nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            policy: Any = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        """Without gradients; a policy that is its own reference in its initial state."""
+        adapter: Any = nullcontext()
+        policy: Any = self.accelerator.unwrap_model(self.model)
+        if self._initial_adapter is not None:
+            adapter = self._initial_adapter.in_use(policy)
+        elif self.ref_model is None and is_peft_model(policy):
+            adapter = adapter_in_use(policy, "ref" if "ref" in policy.peft_config else None)
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, checkpointing),  # pyright: ignore[reportArgumentType]
+            without_checkpointing(policy),
             adapter,
             self.accelerator.autocast(),
         ):
@@ -229,9 +253,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             self._precompute_model_hash = weights
 
     def _check_reference(self) -> None:
-        # TRL adds its copy of a trained adapter as the adapter itself was added: an initialisation
-        # that changes the base would change it a second time.
-        check_reference_adapter(self.model, None, self.ref_model)
+        check_reference_adapter(self.model, None, self.ref_model, self._initial_adapter)
 
     def _set_signature_columns_if_needed(self) -> None:
         PlainDPOTrainer._set_signature_columns_if_needed(self)
@@ -241,8 +263,13 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             self._signature_columns = [*{*(self._signature_columns or ()), *named}]
 
 
+def _will_shard(args: DPOConfig) -> bool:
+    """Whether FSDP or ZeRO-3 will shard the model."""
+    return bool(args.fsdp) or is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+
+
 class _NoReference:
-    """A placeholder for the reference model: TRL's constructor loads one if it gets None."""
+    """A placeholder: without a reference model, TRL's constructor loads one, or adds an adapter."""
 
 
 class _WithMargins:

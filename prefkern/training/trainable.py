@@ -1,0 +1,57 @@
+"""Checks that a run can change its model, since one that cannot would end as if it had trained.
+
+Nothing requires a gradient after `PeftModel.from_pretrained` (which freezes an adapter by default),
+or after freezing a model by hand. With gradient checkpointing, torch does not notice either, since
+the inputs of the checkpointed blocks require one. An optimizer that was made before the model was
+adapted, or for another copy of it, steps over parameters that get no gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from prefkern.models.adapters import is_peft_model
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainable(model: Any) -> None:
+    """Raise ValueError if no parameter of the model requires a gradient."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if is_peft_model(model):
+        raise ValueError(
+            "nothing can be trained: the model's adapter is frozen, which is PEFT's default for one "
+            "that is loaded; use PeftModel.from_pretrained(base, folder, is_trainable=True)"
+        )
+    raise ValueError(
+        f"nothing can be trained: no parameter of the {type(model).__name__} requires a gradient; "
+        "use model.requires_grad_(True), or give a peft_config"
+    )
+
+
+def check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Raise ValueError for an optimizer that holds none of the parameters to train.
+
+    One that holds some of them may be meant so: the others are counted in a warning.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = sum(id(parameter) in held for parameter in trained)
+    if trained and not found:
+        raise ValueError(
+            f"optimizers: the {type(optimizer).__name__} that was given holds none of the model's "
+            f"{len(trained)} trainable parameters, so nothing would be trained; make it from the "
+            "parameters of the model that is given (with an adapter: get_peft_model first, and "
+            "no peft_config)"
+        )
+    if found < len(trained):
+        logger.warning(
+            "the optimizer that was given holds %d of the model's %d trainable parameters; the "
+            "others stay as they are",
+            found,
+            len(trained),
+        )
