@@ -100,7 +100,12 @@ def check_message(column: str, message: Any) -> None:
 
 
 def check_response(column: str, messages: list[dict[str, Any]]) -> None:
-    """Raise ValueError for a response that is not the assistant's: all of it would be scored."""
+    """Raise ValueError for a response that is not the assistant's: all of it would be scored.
+
+    One without messages says nothing. Its pair is dropped later, and counted.
+    """
+    if not messages:
+        return
     for place, message in (("begins", messages[0]), ("ends", messages[-1])):
         role = message["role"]
         if role not in ASSISTANT:

@@ -102,7 +102,8 @@ def test_an_adapter_that_cannot_be_trained_on(files, tmp_path, capsys, caplog):
         tiny.tokenizer().save_pretrained(tmp_path / name)
     deep, wide = str(tmp_path / "deep"), str(tmp_path / "wide")
     assert "--lora_r has no effect on --adapter, which is a trained" in said(folder, lora_r=4)
-    assert "adapter must be a folder or a hub name, got" in said(tmp_path / "no" / "such" / "name")
+    assert "--adapter: no such folder:" in said(tmp_path / "no" / "such" / "name")
+    assert "adapter must be a folder or a hub name, got" in said("no/such/name")
     assert "holds no adapter: it has no adapter_config.json" in said(files["model_name_or_path"])
     base = files["model_name_or_path"]
     message = said(folder, model_name_or_path=wide)

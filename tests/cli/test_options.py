@@ -34,7 +34,7 @@ COMPUTED = {"log_level", "log_level_replica"}
 
 
 def parser() -> arguments.Parser:
-    own = (arguments.ModelArguments, train.DataArguments, train.LoraArguments)
+    own = (train.TrainedModelArguments, train.DataArguments, train.LoraArguments)
     return arguments.Parser(own, CONFIGS[1], "train", "")
 
 

@@ -333,6 +333,13 @@ def test_messages_of_other_formats():
         _tokenize([{**chat, "prompt": called}])
 
 
+def test_a_response_that_ends_where_the_prompt_does_is_dropped():
+    """`chosen` holds the prompt and nothing after it."""
+    silent = {**CHAT, "chosen": CHAT["prompt"], "rejected": [*CHAT["prompt"], _assistant("bad")]}
+    _, report = _tokenize([CHAT, silent])
+    assert report.empty == 1 and report.pairs == 1
+
+
 @pytest.mark.parametrize(
     ("response", "says"),
     [
