@@ -202,7 +202,7 @@ def _texts(
         prompt_ids[:start],
         sequences[0][start:],
         sequences[1][start:],
-        any(is_blank) and not stops,
+        any(is_blank),
         merged=start < len(prompt_ids),
         repeated=all(_begins_with(prompt, text) for text in responses),
         begun=is_begun,
