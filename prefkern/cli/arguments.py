@@ -145,6 +145,8 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
+        # argparse's own takes -1e-5 for an option.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
         self.kinds = kinds
         training = fields.of_source("transformers.training_args", "TrainingArguments")
         theirs = {option.name for option in training}
@@ -195,6 +197,8 @@ class Parser(argparse.ArgumentParser):
             takes: dict[str, Any] = {"nargs": "?", "const": True} if option.is_flag else {}
             if "list" in option.kinds:
                 takes = {"nargs": "+"}
+                # As often as it is given: `--columns prompt=question --columns chosen=good`.
+                takes["action"] = "extend"
             text = option.help
             if option.default not in (None, UNKNOWN) and "efault" not in text:
                 text += f" (default: {option.default})".replace("%", "%%")
@@ -211,10 +215,14 @@ class Parser(argparse.ArgumentParser):
 
     def _config_file(self, argv: list[str]) -> tuple[Path | None, list[str]]:
         """The file of options, wherever it stands, and the other arguments."""
-        files, rest, previous = [], [], ""
+        files, rest, previous, option = [], [], "", None
         for word in argv:
-            action = self._option_string_actions.get(previous)
-            is_value = action is not None and action.nargs in (None, "+")
+            option = self._option_string_actions.get(previous, option)
+            nargs = None if option is None else option.nargs
+            is_first = previous in self._option_string_actions
+            is_value = is_first and nargs in (None, "+")
+            # `--columns prompt=a.json chosen=b.json`, and not a file after the last of them.
+            is_value = is_value or (nargs == "+" and "=" in word and not Path(word).exists())
             if previous == "--config" or (
                 word.endswith(SUFFIXES) and not word.startswith("-") and not is_value
             ):
@@ -247,7 +255,7 @@ class Parser(argparse.ArgumentParser):
             if value is not None:
                 literal = file.texts.get(key)
                 given[option.name] = _from_file(option, value, literal, f"{where}: {key!r}")
-            elif "None" in option.kinds:
+            elif "None" in option.kinds and option.name != "report_to":
                 given[option.name] = None
         return given
 

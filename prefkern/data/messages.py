@@ -13,8 +13,11 @@ import json
 import re
 from typing import Any
 
-# How a conversation begins as text.
-WRITTEN = re.compile(r"""\s*(array\(\s*)?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+# How a conversation as text begins, surely or perhaps, and what it has somewhere.
+_SURELY = re.compile(r"""\s*(array\(\s*)?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+_PERHAPS = re.compile(r"""\s*(array\(\s*)?["']?[\[{]""")
+_NAMED = re.compile(r"""['"](role|from)\\?['"]\s*:""")
+_WRAPPERS = {"messages", "conversations", "conversation"}
 _SPEAKER = re.compile(r"""['"](role|from)['"]\s*:\s*['"]""")
 # ShareGPT's names of roles. Its calls of tools and their results have no one form.
 _ROLES = {
@@ -41,7 +44,7 @@ def read_cell(column: str, value: Any, is_written: bool) -> Any:
     Raises ValueError for a conversation as text that cannot be read, or stands among other texts.
     """
     if isinstance(value, str):
-        messages = _messages_in(column, value) if WRITTEN.match(value) else None
+        messages = _messages_in(column, value) if may_be_written(value) else None
         if messages is None:
             return value
         if not is_written:
@@ -55,6 +58,11 @@ def read_cell(column: str, value: Any, is_written: bool) -> Any:
     if isinstance(value, list):
         value = [_with_role(column, message) for message in value]
     return value
+
+
+def may_be_written(text: str) -> bool:
+    """Whether a text may be a conversation: it has brackets around it, and names a role."""
+    return bool(_PERHAPS.match(text) and _NAMED.search(text))
 
 
 def check_message(column: str, message: Any) -> None:
@@ -157,16 +165,33 @@ def _messages_in(column: str, text: str) -> list[Any] | None:
             value = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
+        value = _unwrapped(value)
         messages = [value] if isinstance(value, dict) else value
-        is_conversation = bool(messages) and all(map(_is_message, messages))
+        is_conversation = (
+            isinstance(messages, list) and bool(messages) and all(map(_is_message, messages))
+        )
         return messages if is_conversation else None
     # With prose after the bracket it is a text about a conversation.
-    if _SPEAKER.search(text) and text.rstrip().endswith(("]", "}", ")")):
+    if _SURELY.match(text) and _SPEAKER.search(text) and text.rstrip().endswith(("]", "}", ")")):
         raise ValueError(
             f"{column!r} looks like a conversation as text, but is neither JSON nor a Python list: "
             f"{short(text)}; make it a list of messages {{'role': ..., 'content': ...}}"
         )
     return None
+
+
+def _unwrapped(value: Any) -> Any:
+    """Out of what stands around a conversation: JSON in JSON, a list, `{"messages": ...}`."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, dict) and len(value) == 1 and value.keys() <= _WRAPPERS:
+        (value,) = value.values()
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    return value
 
 
 def _is_message(value: Any) -> bool:

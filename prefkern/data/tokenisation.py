@@ -42,7 +42,7 @@ from prefkern.data.columns import (
     unread_hint,
 )
 from prefkern.data.formats import Reading, TokenizedPair, tokenize_pair
-from prefkern.data.messages import WRITTEN
+from prefkern.data.messages import may_be_written
 from prefkern.data.report import DatasetReport, Histogram, Lengths
 from prefkern.data.truncation import check_mode, truncate
 from prefkern.version import VERSION
@@ -349,7 +349,7 @@ def _written_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
         return ()
     for batch in dataset.select_columns(wanted).iter(batch_size=1000):
         rows: Any = batch
-        wanted = [c for c in wanted if all(text and WRITTEN.match(text) for text in rows[c])]
+        wanted = [c for c in wanted if all(text and may_be_written(text) for text in rows[c])]
         if not wanted:
             break
     return tuple(wanted)

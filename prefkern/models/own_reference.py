@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -107,6 +108,8 @@ class InitialAdapter:
                     f"sharded now ({name}): {ALTERNATIVES}"
                 )
         trained = {name: parameters[name].data for name in self._values}
+        # An autocast around the whole run keeps its cast of a parameter, whatever the values are.
+        torch.clear_autocast_cache()
         try:
             for name, value in self._values.items():
                 own = parameters[name]
@@ -116,3 +119,4 @@ class InitialAdapter:
         finally:
             for name, value in trained.items():
                 parameters[name].data = value
+            torch.clear_autocast_cache()

@@ -172,6 +172,15 @@ class CheckpointTrainer(Trainer):
             kept = [folder / name, Path(self.state.best_model_checkpoint or folder / name)]
             _delete_oldest(folder, self.args.save_total_limit, kept)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # With a limit of 1 Trainer would delete the last checkpoint and keep the best alone: the
+        # run, resumed, would take the steps after that once more.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The upload runs in the background: start it at the checkpoint's final place.
         self._to_push = Path(checkpoint_folder)

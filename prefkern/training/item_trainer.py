@@ -20,7 +20,12 @@ from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
-from prefkern.training.trainable import check_optimizer, check_trainable
+from prefkern.training.trainable import (
+    check_optimizer,
+    check_trainable,
+    must_reach_parameters,
+    unreached,
+)
 from prefkern.training.unsaved import fingerprint
 
 
@@ -32,14 +37,19 @@ class ItemTrainer(CheckpointTrainer):
     """
 
     _sequences_an_item = 2
+    # Whether a step's backward has reached parameters of the model.
+    _reaches_parameters = False
 
     def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
         config: Any = getattr(model, "config", None)
-        use_cache = getattr(config, "use_cache", None)
+        had = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
         super().__init__(*args, model=model, **kwargs)
-        if use_cache is not None:
-            # Trainer switches the cache off for good, and saves that. Forwards here run without it.
-            config.use_cache = use_cache
+        # Trainer switches the cache off for good, and saves that. Forwards here run without it. The
+        # config of a model of several parts had no such entry.
+        if had:
+            config.use_cache = had["use_cache"]
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
         if self.args.n_gpu > 1:
             raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
         check_no_native_adapter(self.model)
@@ -59,10 +69,26 @@ class ItemTrainer(CheckpointTrainer):
         Not the constructor: a frozen model may be evaluated.
         """
         check_trainable(self.model)
+        self._reaches_parameters = False
         return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's. Raises ValueError if the first backward reaches nothing that is trained."""
+        # Under an autocast around the whole run, kept casts are of the weights before the last
+        # step, or were made in an evaluation and have no gradient.
+        torch.clear_autocast_cache()
+        # DeepSpeed and FSDP keep gradients elsewhere.
+        if self._reaches_parameters or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super().training_step(*args, **kwargs)
+        with must_reach_parameters(self.model):
+            loss = super().training_step(*args, **kwargs)
+        self._reaches_parameters = True
+        return loss
 
     def _share(self, mean: Tensor, items: int, num_items_in_batch: Tensor | int | None) -> Tensor:
         """A batch's share of the mean over a step's items; None: the batch's own mean."""
+        if self.is_in_train and torch.is_grad_enabled() and not mean.requires_grad:
+            raise unreached(self.model)
         if num_items_in_batch is None:
             return mean
         # Ranks' gradients are averaged, and the mean is over the items of all ranks.
@@ -72,6 +98,7 @@ class ItemTrainer(CheckpointTrainer):
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Trainer's loop, with means over items in place of its mean over batches."""
+        torch.clear_autocast_cache()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
         means = self._evaluated(output.predictions)

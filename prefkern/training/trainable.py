@@ -3,15 +3,18 @@
 Nothing requires a gradient after `PeftModel.from_pretrained` (which freezes an adapter by default),
 or after freezing a model by hand. With gradient checkpointing, torch does not notice either, since
 the inputs of the checkpointed blocks require one. An optimizer that was made before the model was
-adapted, or for another copy of it, steps over parameters that get no gradient.
+adapted, or for another copy of it, steps over parameters that get no gradient. Parameters may also
+require a gradient and take no part in the loss: the first backward shows that.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prefkern.models.adapters import is_peft_model
 
@@ -23,6 +26,11 @@ def check_trainable(model: Any) -> None:
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     if is_peft_model(model):
+        if _is_switched_off(model):
+            raise ValueError(
+                "nothing can be trained: the model's adapter is switched off; call "
+                "model.base_model.enable_adapter_layers() first"
+            )
         raise ValueError(
             "nothing can be trained: the model's adapter is frozen, which is PEFT's default for one "
             "that is loaded; use PeftModel.from_pretrained(base, folder, is_trainable=True)"
@@ -30,6 +38,51 @@ def check_trainable(model: Any) -> None:
     raise ValueError(
         f"nothing can be trained: no parameter of the {type(model).__name__} requires a gradient; "
         "use model.requires_grad_(True), or give a peft_config"
+    )
+
+
+@contextmanager
+def must_reach_parameters(model: Any) -> Iterator[None]:
+    """Raise ValueError at the end unless a backward within has reached a parameter to train."""
+    is_reached = False
+
+    def reached(_: Tensor) -> None:
+        nonlocal is_reached
+        is_reached = True
+
+    # Not a look at the gradients afterwards: some optimizers step and clear them in the backward.
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(reached)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not is_reached:
+        raise unreached(model)
+
+
+def unreached(model: Any) -> ValueError:
+    """The error for parameters that take no part in the loss, as of an adapter not in use."""
+    trained = [name for name, each in model.named_parameters() if each.requires_grad]
+    remedy = "freeze them, and make trainable what the model uses"
+    if is_peft_model(model):
+        active = ", ".join(map(repr, model.active_adapters))
+        remedy = f"the active adapter is {active}: model.set_adapter(name) makes another active"
+    return ValueError(
+        f"nothing is trained: the loss depends on none of the {len(trained)} parameters that "
+        f"require a gradient, such as {trained[0] if trained else 'none'}; {remedy}"
+    )
+
+
+def _is_switched_off(model: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(
+        module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer)
     )
 
 

@@ -385,6 +385,8 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
             outputs = preference_outputs(
                 model, inputs, self._sum_fn, router_loss=RouterLoss(), **options
             )
+        # Casts that an outer autocast made of the policy's weights here have no gradient.
+        torch.clear_autocast_cache()
         assert isinstance(outputs, UnpairedOutput)
         return outputs.logps
 

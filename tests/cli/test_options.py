@@ -104,6 +104,11 @@ def test_lists_and_flags() -> None:
     seen = "include_num_input_tokens_seen"
     assert read(f"--{seen}", "all") == {seen: "all"} and read(f"--{seen}") == {seen: True}
     assert read("--liger_kernel_config", '{"rope": true}')["liger_kernel_config"] == {"rope": True}
+    for argv in (["prompt=q a", "chosen=é=b"], ["prompt=q a", "--columns", "chosen=é=b"]):
+        assert read("--columns", *argv) == {"columns": ["prompt=q a", "chosen=é=b"]}
+    names = ["prompt=q.json", "chosen=a.yaml"]
+    assert read("--columns", *names) == {"columns": names}
+    assert read("--rpo_alpha", "-1e-5", "--beta=-.5e3") == {"rpo_alpha": -1e-5, "beta": -500.0}
     assert read("--bf16") == read("--bf16", "true") == {"bf16": True}
     assert read("--no_gradient_checkpointing") == {"gradient_checkpointing": False}
     assert read("--lr_scheduler_kwargs", '{"min_lr": 1e-6}') == {
@@ -173,6 +178,13 @@ def test_numbers_of_yaml_are_numbers_at_every_depth(files, tmp_path, capsys) -> 
     assert "objective_options.clip must be a number, got the text '1e-1'" in error(
         [str(path)], capsys
     )
+
+
+def test_a_file_may_say_null_for_report_to(files, tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**files, "report_to": None, "max_length": None}))
+    config = train.parse([str(path)])[3]
+    assert config.report_to == [] and config.max_length is None
 
 
 def test_a_dtype_of_a_file_is_not_shadowed_by_the_flags_default(files, capsys) -> None:

@@ -250,7 +250,19 @@ def _written(write, row: dict) -> dict:
 WHOLE = {side: CHAT["prompt"] + CHAT[side] for side in ("chosen", "rejected")}
 
 
-@pytest.mark.parametrize("write", [json.dumps, repr, lambda cell: f"\n {json.dumps(cell)}"])
+WAYS = {
+    "json": json.dumps,
+    "python": repr,
+    "after a line break": lambda cell: f"\n {json.dumps(cell)}",
+    "other keys first": lambda cell: json.dumps([{"id": 3, "weight": 1.0, **m} for m in cell]),
+    "in a mapping": lambda cell: json.dumps({"messages": cell}),
+    "in a list": lambda cell: repr([cell]),
+    "json in json": lambda cell: json.dumps(json.dumps(cell)),
+    "json in python": lambda cell: repr(json.dumps(cell)),
+}
+
+
+@pytest.mark.parametrize("write", WAYS.values(), ids=[*WAYS])
 @pytest.mark.parametrize("row", [CHAT, WHOLE])
 def test_conversations_as_text_are_read(write, row):
     expected = _tokenize([CHAT])[0][0]
@@ -260,6 +272,21 @@ def test_conversations_as_text_are_read(write, row):
         datasets.Dataset.from_list([{**single, "label": True}]), TOKENIZER
     )
     assert examples[0]["completion_ids"] == expected["chosen_ids"]
+
+
+ANSWERS = [
+    '[{"name": "Ada", "role": "engineer"}]',
+    '{"people": [{"role": "user", "content": "none"}]}',
+    "{const a = {'role': 'admin'}}",
+    "[INST] {'role': 'user'} [/INST]",
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_data_with_roles_is_not_a_conversation(answer):
+    expected = _tokenize([{**STANDARD, "chosen": "x " * answer.count(" ") + "x"}])[0][0]
+    row = {**STANDARD, "chosen": answer}
+    assert len(_tokenize([row] * 2)[0][0]["chosen_ids"]) == len(expected["chosen_ids"])
 
 
 def test_conversations_as_text_come_through_a_csv_file(tmp_path):

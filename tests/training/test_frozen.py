@@ -224,3 +224,76 @@ def test_a_reference_that_would_be_trained_too_is_refused(tmp_path):
     assert model.model.norm.weight.requires_grad
     model.model.norm.requires_grad_(False)
     trainer(tmp_path, model=model, ref_model=reference, objective="dpo", max_steps=1).train()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("make", [of_prefkern, of_trl])
+def test_an_adapter_that_is_not_active_cannot_be_all_that_is_trained(tmp_path, make, checkpointed):
+    model = trained()
+    model.add_adapter("other", adapter_config())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("other" in name)
+    before = weights(model)
+    run = make(tmp_path, model, gradient_checkpointing=checkpointed)
+    with pytest.raises(ValueError, match=r"none of the 8 parameters.*active adapter is 'default'"):
+        run.train()
+    assert run.state.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_nor_a_parameter_that_the_model_does_not_use(tmp_path, checkpointed):
+    model = tiny.model().requires_grad_(False)
+    model.unused = nn.Parameter(torch.zeros(3))
+    run = trainer(tmp_path, model=model, objective="dpo", gradient_checkpointing=checkpointed)
+    with pytest.raises(ValueError, match="none of the 1 parameters .* such as unused; freeze them"):
+        run.train()
+    # Gradients that an optimizer takes in the backward, and clears, are no error.
+    model.lm_head.requires_grad_(True)
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    run.train()
+
+
+def test_nor_an_adapter_that_is_switched_off(tmp_path):
+    model = trained()
+    model.base_model.disable_adapter_layers()
+    run = trainer(tmp_path, model=model, objective="dpo")
+    with pytest.raises(ValueError, match="adapter is switched off; call .*enable_adapter_layers"):
+        run.train()
+
+
+@pytest.mark.parametrize("make", [of_prefkern, of_trl])
+@pytest.mark.parametrize("model", [trained, tiny.model], ids=["its own reference", "full"])
+def test_an_autocast_around_the_run_changes_nothing(tmp_path, model, make):
+    """It keeps casts of weights: of the reference's values, without gradient, or before a step."""
+    runs = []
+    for name in ("within", "alone"):
+        reference = {} if model is trained else {"ref_model": tiny.model()}
+        run = make(
+            tmp_path / name, model(), bf16=True, per_device_train_batch_size=1,
+            eval_strategy="steps", eval_steps=1, eval_dataset=tiny.dataset(ROWS, 3),
+            **reference,
+        )  # fmt: skip
+        run.args.max_steps = 3
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "within"):
+            run.train()
+            run.evaluate()
+        runs.append(run)
+    within, alone = (weights(run.model) for run in runs)
+    assert all(torch.equal(value, alone[name]) for name, value in within.items())
+    within, alone = (
+        [log[key] for log in run.state.log_history for key in ("loss", "eval_loss") if key in log]
+        for run in runs
+    )
+    assert within == alone and len(alone) == 7 and len({*alone}) > 3
+
+
+def test_nor_with_kto(tmp_path):
+    """Its reference point takes another pass of the policy, without gradient."""
+    losses = []
+    for is_within in (True, False):
+        run = trainer(tmp_path, 6, objective="kto", bf16=True, max_steps=3, logging_steps=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_within):
+            run.train()
+        losses.append([log["loss"] for log in run.state.log_history if "loss" in log])
+    assert losses[0] == losses[1] and len({*losses[0]}) == 3

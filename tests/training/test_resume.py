@@ -176,6 +176,26 @@ def test_a_finished_run_is_left_alone(tmp_path, caplog, name):
         assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_finished_run_with_an_earlier_best_model_is_left_alone(tmp_path, limit):
+    """transformers deletes the last checkpoint if one is to be kept and another one is the best."""
+    options = {
+        "max_steps": 6, "save_steps": 2, "save_total_limit": limit, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss", "greater_is_better": True,
+    }  # fmt: skip
+    whole = run_of(tmp_path, "full", **options)
+    whole.train()
+    best = whole.state.best_model_checkpoint
+    assert best is not None and Path(best).name == "checkpoint-2"
+    for _ in range(2):
+        resumed = run_of(tmp_path, "full", callbacks=[NoStep()], **options)
+        assert resumed.train(resume_from_checkpoint=True).global_step == 6
+        assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
+        kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+        assert kept == ["checkpoint-2", "checkpoint-6"]
+    assert whole.args.save_total_limit == limit
+
+
 def test_a_run_that_was_told_to_leave_goes_on(tmp_path):
     """A callback's time limit is not the end of the run."""
     whole = run_of(tmp_path / "whole", "full")
@@ -271,12 +291,13 @@ def test_the_best_checkpoint_is_kept_wherever_it_is_resumed(tmp_path, monkeypatc
     resumed = run(folder, 5)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5 and resumed.state.best_global_step == 1
-    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    names = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert names == ["checkpoint-1", "checkpoint-5"]
     assert resumed.evaluate()["eval_loss"] == resumed.state.best_metric
 
 
 class _NoEnd(transformers.TrainerCallback):
-    """Killed before the end, when Trainer leaves the best checkpoint alone."""
+    """Killed before the end."""
 
     def on_save(self, args, state, control, **_):
         if state.global_step == 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -126,6 +127,25 @@ def test_the_cache_is_as_it_was(tmp_path, use_cache, adapted):
     if not adapted:
         saved = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
         assert saved.use_cache is use_cache
+
+
+def test_the_config_of_a_model_of_parts_gets_no_cache(tmp_path):
+    """Its text part has the entry; Trainer adds one for the whole."""
+    text = dict(tiny.SIZES, use_cache=True)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90,
+        boi_token_index=91, eoi_token_index=92,
+    )  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    run = trainer(tmp_path, model=model, max_steps=1)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "use_cache" not in saved and saved["text_config"]["use_cache"] is True
 
 
 def test_fp16_is_refused_on_a_cpu(tmp_path):
