@@ -19,6 +19,8 @@ _QUANTIZED = (
     "model_init_kwargs",
     '{"quantization_config": ...}, or load the model quantized and pass it to PreferenceTrainer',
 )
+_OTHER_LORA = ("", "in Python, give a LoraConfig to PreferenceTrainer as peft_config")
+_OTHER_LOSS = ("", "no objective here has it")
 _LENGTH = ("max_length", "it bounds prompt plus response")
 _IN_OPTIONS = "a key of it, where the objective has that option"
 _REWARDS = "rewards are logged for every batch"
@@ -45,6 +47,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "model_revision": ("model_init_kwargs", '{"revision": ...}'),
     "revision": ("model_init_kwargs", '{"revision": ...}'),
     "device_map": ("model_init_kwargs", '{"device_map": ...}'),
+    "hf_token": ("model_init_kwargs", '{"token": ...}'),
     "token": ("model_init_kwargs", '{"token": ...}'),
     "use_auth_token": ("model_init_kwargs", '{"token": ...}'),
     "tokenizer": ("processing_class", ""),
@@ -69,6 +72,14 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "lora_target": ("lora_target_modules", ""),
     "target_modules": ("lora_target_modules", ""),
     "lora_target_linear": ("lora_target_modules", "all linear layers by default"),
+    **dict.fromkeys(
+        (
+            *("use_dora", "use_rslora", "lora_bias", "lora_modules_to_save", "modules_to_save"),
+            *("lora_target_parameters", "additional_target", "loraplus_lr_ratio"),
+        ),
+        _OTHER_LORA,
+    ),
+    "lora_task_type": ("", "it is that of a language model: leave it out"),
     # The reference.
     "ref_model": ("ref_model_name_or_path", ""),
     "ref_model_path": ("ref_model_name_or_path", ""),
@@ -109,6 +120,11 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "template": ("", "the tokenizer's own chat template is used"),
     "chat_template": ("", "the tokenizer's own chat template is used"),
     "preprocessing_num_workers": ("dataset_num_proc", ""),
+    "dataset_num_workers": ("dataset_num_proc", ""),
+    "dataset_streaming": ("", "streamed datasets are not supported"),
+    "streaming": ("", "streamed datasets are not supported"),
+    "padding_side": ("", "it makes no difference here: leave it out"),
+    "pad_token": ("", "the tokenizer's pad token is used, or its end token"),
     # The loss.
     "loss_type": ("objective", "sigmoid is dpo"),
     "stage": ("objective", ""),
@@ -127,6 +143,11 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "cpo_alpha": ("objective_options", '{"nll_weight": ...}'),
     "alpha": ("objective_options", _IN_OPTIONS),
     "tau": ("objective_options", _IN_OPTIONS),
+    "ld_alpha": _OTHER_LOSS,
+    "discopop_tau": _OTHER_LOSS,
+    "f_divergence_type": _OTHER_LOSS,
+    "f_alpha_divergence_coef": _OTHER_LOSS,
+    "loss_weights": ("rpo_alpha", "an NLL term beside the objective"),
     "desirable_weight": ("objective_options", _IN_OPTIONS),
     "undesirable_weight": ("objective_options", _IN_OPTIONS),
     "generate_during_eval": ("", _REWARDS + "; nothing is generated"),
@@ -138,6 +159,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "lr": ("learning_rate", ""),
     "num_epochs": ("num_train_epochs", ""),
     "epochs": ("num_train_epochs", ""),
+    "max_epochs": ("num_train_epochs", ""),
     "num_train_steps": ("max_steps", ""),
     "batch_size": ("per_device_train_batch_size", "pairs on a device"),
     "micro_batch_size": ("per_device_train_batch_size", "pairs on a device"),
@@ -147,6 +169,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "eval_batch_size": ("per_device_eval_batch_size", ""),
     "gradient_accumulation": ("gradient_accumulation_steps", ""),
     "grad_accum": ("gradient_accumulation_steps", ""),
+    "beta1": ("adam_beta1", ""),
+    "beta2": ("adam_beta2", ""),
     "optimizer": ("optim", ""),
     "scheduler": ("lr_scheduler_type", ""),
     "lr_scheduler": ("lr_scheduler_type", ""),
@@ -163,6 +187,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "no_cuda": ("use_cpu", ""),
     "mixed_precision": ("bf16", "or fp16"),
     "group_by_length": ("", "batches by length are not supported on preference pairs"),
+    "deepspeed_config": ("deepspeed", ""),
+    "activation_offloading": ("gradient_checkpointing", "it recomputes activations instead"),
     "gradient_checkpointing_use_reentrant": (
         "gradient_checkpointing_kwargs",
         '{"use_reentrant": ...}',

@@ -162,6 +162,11 @@ ELSEWHERE = {
     ("prefkern/cli/options_file.py", "error.msg"): ("test_options", "Expecting ':' delimiter"),
     ("prefkern/cli/before_training.py", "--report_to"): ("test_before_training", "--report_to wan"),
     ("prefkern/cli/plan.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),
+    ("prefkern/training/item_trainer.py", "unreached("): ("test_frozen", "such as unused"),
+    ("prefkern/training/trainable.py", "unreached("): (
+        "test_frozen",
+        "active adapter is 'default'",
+    ),
     ("prefkern/cli/plan.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
     ("prefkern/models/loading.py", "unusable_config("): ("test_cli_plan", "no model can be built"),
     ("prefkern/cli/options_file.py", "this is not YAML"): ("test_cli_train", "expected ','"),
