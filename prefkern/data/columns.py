@@ -59,7 +59,7 @@ def read_renaming(given: Any) -> dict[str, str] | None:
     if given is None:
         return None
     pairs: list[Any] = []
-    for item in [given] if isinstance(given, str | Mapping) else given:
+    for item in given if isinstance(given, list | tuple) else [given]:
         if isinstance(item, str) and item.lstrip().startswith("{"):
             try:
                 item = json.loads(item)

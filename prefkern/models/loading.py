@@ -260,11 +260,18 @@ def _refuse_adapter(name: str, what: str) -> None:
     except (ValueError, AttributeError):
         base = None
     base = repr(base) if base else "a base model that it does not name"
+    use = (
+        f"name the base model, and train the adapter on with --adapter {name} (in Python, pass "
+        "PeftModel.from_pretrained(base, folder, is_trainable=True) as the model)"
+    )
+    if what == "ref_model":
+        use = (
+            "in Python, load it beside the adapter that is trained (model.load_adapter(folder, "
+            "adapter_name=...)) and name it in ref_adapter_name"
+        )
     raise ValueError(
-        f"{what} {name!r} is an adapter of {base}, not a model: name the base model, and train the "
-        f"adapter on with --adapter {name} (in Python, pass PeftModel.from_pretrained(base, folder, "
-        "is_trainable=True) as the model); or merge it first with merge_and_unload() and save the "
-        "result"
+        f"{what} {name!r} is an adapter of {base}, not a model: {use}; or merge it first with "
+        "merge_and_unload() and save the result"
     )
 
 

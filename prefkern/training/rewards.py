@@ -44,6 +44,7 @@ from prefkern.data.columns import (
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
 from prefkern.keywords import current_names
 from prefkern.models.adapters import check_no_native_adapter
+from prefkern.models.calls import without_cache
 from prefkern.models.heads import unwrap
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import from_files, is_trusted, load_tokenizer, whence
@@ -126,7 +127,8 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:  # (B,), (B,
 
 def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:  # (B, 2)
     """Rewards r_w and r_l, in float32, of a batch of B chosen rows and then their B rejected."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    output = model(**without_cache(unwrap(model), inputs))
     return output.logits.float().view(2, -1).T
 
 
@@ -406,8 +408,6 @@ def _load_classifier(name: str, **kwargs: Any) -> tuple[Any, list[str]]:
         # Weights of other shapes, such as the head of a classifier with several labels.
         raise ValueError(f"{name!r} cannot be loaded as a reward model: {error}") from error
     _check_outputs(name, model.config)
-    # Keys and values are of no use in scoring.
-    model.config.get_text_config().use_cache = False
     return model, missing
 
 

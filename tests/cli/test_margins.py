@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -302,6 +303,21 @@ def test_early_stopping_ends_with_the_best_checkpoint(files, tmp_path, capsys):
     assert report["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
     checkpoint = str(tmp_path / "reward" / f"checkpoint-{best}")
     assert run(scoring(files, checkpoint)) == pytest.approx(found, abs=1e-6)
+
+
+def test_the_saved_reward_model_has_the_caches_own_setting(files, monkeypatch):
+    calls = []
+    forward = transformers.LlamaForSequenceClassification.forward
+    monkeypatch.setattr(
+        transformers.LlamaForSequenceClassification,
+        "forward",
+        # Its signature says that it takes use_cache.
+        functools.wraps(forward)(lambda *args, **kw: calls.append(kw) or forward(*args, **kw)),
+    )
+    run({**files, "lora_r": 0})
+    assert calls and all(call["use_cache"] is False for call in calls)
+    saved = json.loads((Path(files["output_dir"]) / "config.json").read_text())
+    assert saved["use_cache"] is True
 
 
 def test_held_out_pairs_are_not_trained_on(files, monkeypatch):

@@ -170,6 +170,7 @@ def test_spellings_of_columns(given, expected):
         ({"answer": "a"}, "columns gives a name to 'answer', which is not read; known are prompt,"),
         ({"prompt": ["a", "b"]}, r"columns must name one column for 'prompt', got \['a', 'b'\]"),
         (["prompt"], "columns must be a mapping such as .*, got 'prompt'"),
+        (3, "columns must be a mapping such as .*, got 3"),
         ('{"prompt": }', "columns is not JSON: Expecting value"),
         ({"prompt": "qestion"}, r"no column 'qestion' .did you mean 'question'.*found question,"),
         (

@@ -114,9 +114,11 @@ def test_an_adapter_is_no_model(tmp_path, beside):
         # transformers would load the base and train it together with the adapter.
         model.config.save_pretrained(folder)
     message = r" is an adapter of '.*base', not a model: name the base model.*merge_and_unload"
-    for what in ("model", "ref_model"):
-        with pytest.raises(ValueError, match=f"^{what} '{folder}'{message}"):
-            load_model(folder, None, what)
+    with pytest.raises(ValueError, match=f"^model '{folder}'{message}"):
+        load_model(folder)
+    reference = r" is an adapter of .*: in Python, load it beside .*ref_adapter_name.*merge_and"
+    with pytest.raises(ValueError, match=f"^ref_model '{folder}'{reference}"):
+        load_model(folder, None, "ref_model")
     with pytest.raises(ValueError, match=message):
         plan.read_head(folder)
     settings = tmp_path / "adapter" / "adapter_config.json"
