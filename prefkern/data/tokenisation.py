@@ -338,7 +338,7 @@ def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
 
 
 def _written_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
-    """The text columns in which every row is a conversation as text.
+    """The text columns in which every row is a conversation as text, empty cells aside.
 
     The first batch decides for nearly all datasets. A transform returns what it means.
     """
@@ -347,12 +347,16 @@ def _written_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
     wanted = [c for c in ("prompt", "chosen", "rejected") if is_text(dataset.features.get(c))]
     if not wanted:
         return ()
+    found: set[str] = set()
     for batch in dataset.select_columns(wanted).iter(batch_size=1000):
         rows: Any = batch
-        wanted = [c for c in wanted if all(text and may_be_written(text) for text in rows[c])]
+        # An empty cell is an error of its own row.
+        texts = {c: [text for text in rows[c] if text] for c in wanted}
+        wanted = [c for c in wanted if all(map(may_be_written, texts[c]))]
+        found |= {c for c in wanted if texts[c]}
         if not wanted:
             break
-    return tuple(wanted)
+    return tuple(c for c in wanted if c in found)
 
 
 def _check_prompts(

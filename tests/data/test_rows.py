@@ -275,6 +275,16 @@ def test_conversations_as_text_are_read(write, row):
     assert examples[0]["completion_ids"] == expected["chosen_ids"]
 
 
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [("", "one of 'chosen' and 'rejected' is text"), (None, "'chosen' must be text or a list")],
+)
+def test_an_empty_cell_among_conversations_as_text_is_the_one_that_is_refused(cell, said):
+    rows = [_written(json.dumps, CHAT), {**_written(json.dumps, CHAT), "chosen": cell}]
+    with pytest.raises(ValueError, match=f"row 1: {said}"):
+        _tokenize(rows)
+
+
 ANSWERS = [
     '[{"name": "Ada", "role": "engineer"}]',
     '{"people": [{"role": "user", "content": "none"}]}',
