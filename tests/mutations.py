@@ -623,6 +623,27 @@ MUTATIONS = (
         "tests/training/test_trainer_features.py -k cache_is",
     ),
     Mutation(
+        "parameters that the loss does not reach pass for training",
+        "prefkern/training/trainable.py",
+        "    if not is_reached:",
+        "    if False:",
+        "tests/training/test_frozen.py -k not_active",
+    ),
+    Mutation(
+        "an autocast around the run keeps casts of earlier weights",
+        "prefkern/training/item_trainer.py",
+        "        torch.clear_autocast_cache()\n        # DeepSpeed",
+        "        # DeepSpeed",
+        "tests/training/test_frozen.py -k autocast_around",
+    ),
+    Mutation(
+        "a finished run loses its last checkpoint to the best one",
+        "prefkern/training/checkpoints.py",
+        "limit, self.args.save_total_limit = self.args.save_total_limit, None",
+        "limit = self.args.save_total_limit",
+        "tests/training/test_resume.py -k earlier_best",
+    ),
+    Mutation(
         "a user's turn is scored as an answer",
         "prefkern/data/messages.py",
         "        if role not in ASSISTANT:",

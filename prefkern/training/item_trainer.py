@@ -42,12 +42,13 @@ class ItemTrainer(CheckpointTrainer):
 
     def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
         config: Any = getattr(model, "config", None)
-        had = {"use_cache": config.use_cache} if hasattr(config, "use_cache") else {}
+        had_cache = hasattr(config, "use_cache")
+        use_cache = getattr(config, "use_cache", None)
         super().__init__(*args, model=model, **kwargs)
         # Trainer switches the cache off for good, and saves that. Forwards here run without it. The
         # config of a model of several parts had no such entry.
-        if had:
-            config.use_cache = had["use_cache"]
+        if had_cache:
+            config.use_cache = use_cache
         elif hasattr(config, "use_cache"):
             del config.use_cache
         if self.args.n_gpu > 1:
