@@ -634,7 +634,7 @@ MUTATIONS = (
         "prefkern/training/item_trainer.py",
         "        torch.clear_autocast_cache()\n        # DeepSpeed",
         "        # DeepSpeed",
-        "tests/training/test_frozen.py -k autocast_around",
+        "tests/training/test_frozen.py -k fewer",
     ),
     Mutation(
         "a finished run loses its last checkpoint to the best one",

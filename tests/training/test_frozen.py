@@ -288,11 +288,12 @@ def test_an_autocast_around_the_run_changes_nothing(tmp_path, model, make):
     assert within == alone and len(alone) == 7 and len({*alone}) > 3
 
 
-def test_nor_with_kto(tmp_path):
-    """Its reference point takes another pass of the policy, without gradient."""
+@pytest.mark.parametrize("objective", ["kto", "simpo"])
+def test_nor_with_an_objective_of_more_passes_or_fewer(tmp_path, objective):
+    """KTO's reference point takes a pass of the policy without gradient; SimPO has no reference."""
     losses = []
     for is_within in (True, False):
-        run = trainer(tmp_path, 6, objective="kto", bf16=True, max_steps=3, logging_steps=1)
+        run = trainer(tmp_path, 6, objective=objective, bf16=True, max_steps=3, logging_steps=1)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_within):
             run.train()
         losses.append([log["loss"] for log in run.state.log_history if "loss" in log])
