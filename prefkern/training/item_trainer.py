@@ -75,9 +75,6 @@ class ItemTrainer(CheckpointTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's. Raises ValueError if the first backward reaches nothing that is trained."""
-        # Under an autocast around the whole run, kept casts are of the weights before the last
-        # step, or were made in an evaluation and have no gradient.
-        torch.clear_autocast_cache()
         # DeepSpeed and FSDP keep gradients elsewhere.
         if self._reaches_parameters or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super().training_step(*args, **kwargs)
@@ -99,7 +96,6 @@ class ItemTrainer(CheckpointTrainer):
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Trainer's loop, with means over items in place of its mean over batches."""
-        torch.clear_autocast_cache()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
         means = self._evaluated(output.predictions)

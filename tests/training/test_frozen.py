@@ -293,7 +293,16 @@ def test_nor_with_an_objective_of_more_passes_or_fewer(tmp_path, objective):
     """KTO's reference point takes a pass of the policy without gradient; SimPO has no reference."""
     losses = []
     for is_within in (True, False):
-        run = trainer(tmp_path, 6, objective=objective, bf16=True, max_steps=3, logging_steps=1)
+        run = trainer(
+            tmp_path,
+            6,
+            objective=objective,
+            bf16=True,
+            max_steps=3,
+            eval_strategy="steps",
+            eval_steps=1,
+            eval_dataset=tiny.dataset(4),
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=is_within):
             run.train()
         losses.append([log["loss"] for log in run.state.log_history if "loss" in log])
