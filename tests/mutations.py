@@ -630,11 +630,11 @@ MUTATIONS = (
         "tests/training/test_frozen.py -k not_active",
     ),
     Mutation(
-        "an autocast around the run keeps casts without gradient",
-        "prefkern/training/trainer.py",
-        "        torch.clear_autocast_cache()",
-        "        pass",
-        "tests/training/test_frozen.py -k fewer",
+        "an autocast around the run keeps casts of the reference's values",
+        "prefkern/models/own_reference.py",
+        "            torch.clear_autocast_cache()",
+        "            pass",
+        "tests/training/test_frozen.py -k autocast_around",
     ),
     Mutation(
         "a finished run loses its last checkpoint to the best one",
