@@ -14,6 +14,7 @@ The result of a class is one of
     refused     prefkern raises an error that says why; never a wrong number
     not run     the model itself does not run or train on text alone, or could not be built tiny
     differs     a wrong number without an error: exit status 1
+and a packed row of four sequences is compared with each of them alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 import prefkern
+from prefkern.models.packing import reads_whole_row
 from prefkern.models.transform import HeadTransform, head_transform
 from prefkern_bench import environment
 from support import family_table
@@ -47,6 +49,14 @@ from support.family_table import FAMILIES, VISION, Family
 # Bounds on the error of a value, in nats, and of a gradient, relative to the largest entry of its
 # parameter's gradient.
 BOUNDS = {"value": 1e-4, "gradient": 1e-3}
+COLUMNS = ("after the head", "value", "gradient", "packed")
+# Parts of the errors about packing, by which classes are listed.
+REASONS = (
+    "its forward takes no position_ids",
+    "sequences in one row see one another",
+    "`causal_conv1d_fn` can't keep packed sequences apart",
+    "its hidden states in a packed row differ from those in a padded batch",
+)
 STATUSES = ("agrees", "refused", "not run", "differs")
 HEAD = """\
 # Model families
@@ -58,6 +68,12 @@ float32 on tiny random models. Value: the largest error of a token's log-prob, i
 the largest error of a parameter's gradient, relative to the largest entry of that gradient, over
 all parameters. After the head: the logits transform that was read from the config and checked
 against the model.
+
+Packed: how a row of several sequences is computed (`padding_free`). "by paths": each sequence
+attends to itself alone. "masked": attention is computed over the whole row and masked. "refused":
+an error, because sequences would see one another, or positions would run on. Where a row is
+packed, its log-probs and gradients agree with those of each sequence alone, within the same bounds
+(in PaliGemma, which computes a lone row otherwise than a padded one, with those of a padded batch).
 
 ## Families of the tests
 
@@ -274,6 +290,9 @@ class Row:
     value_error: float | None = None
     gradient_error: float | None = None
     why: str = ""
+    # How a packed row is computed: by paths, masked, refused, or differs.
+    packing: str = ""
+    why_not_packed: str = ""
 
 
 def small(config_class: Any, own: dict[str, Any]) -> Any:
@@ -333,20 +352,75 @@ def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], di
     except Exception as error:  # noqa: BLE001
         row.status, row.why = "refused", reason(error)
         return row
-    row.value_error = (actual - expected).abs().max().item()
+    row.value_error, row.gradient_error = errors(actual, expected, ours, theirs)
+    row.status = "agrees" if within_bounds(row.value_error, row.gradient_error) else "differs"
+    if not inputs:
+        pack(row, model)
+    return row
+
+
+def errors(
+    actual: Tensor, expected: Tensor, ours: dict[str, Tensor], theirs: dict[str, Tensor]
+) -> tuple[float, float]:
+    """The largest error of a log-prob, and of a gradient relative to its largest entry."""
     # If a parameter's gradient is only rounding, its error is relative to the model's largest
     # entry.
     floor = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
-    row.gradient_error = max(
+    of_gradients = [
         ((ours[each] - theirs[each]).abs().max() / theirs[each].abs().max().clamp(min=floor)).item()
         if each in ours and each in theirs
         else float("inf")
         for each in ours.keys() | theirs.keys()
-    )
+    ]
+    # max() would pass over NaN.
+    return (actual - expected).abs().max().item(), torch.tensor(of_gradients).max().item()
+
+
+def within_bounds(value: float, gradient: float) -> bool:
     # Comparisons are <=, so that NaN counts as "differs".
-    agrees = row.value_error <= BOUNDS["value"] and row.gradient_error <= BOUNDS["gradient"]
-    row.status = "agrees" if agrees else "differs"
-    return row
+    return value <= BOUNDS["value"] and gradient <= BOUNDS["gradient"]
+
+
+# Lengths of the sequences of a packed row. The first is longer than the small windows.
+PACKED = (41, 7, 1, 23)
+
+
+def pack(row: Row, model: nn.Module) -> None:
+    """Compare a packed row with its sequences, alone or padded: values and gradients."""
+    bounds = torch.tensor([0, *PACKED]).cumsum(0)
+    ids = torch.randint(3, 90, (1, int(bounds[-1])), generator=torch.Generator().manual_seed(5))
+    try:
+        packed = prefkern.token_logprobs(model, ids, cu_seqlens=bounds)
+        ours = gradients(model, packed)
+    except Exception as error:  # noqa: BLE001
+        row.packing, row.why_not_packed = "refused", reason(error, 400)
+        return
+    row.packing = "masked" if reads_whole_row(model) else "by paths"
+    found = []
+    # PaliGemma computes a lone row otherwise than a padded one, and Gemma 3n a pad token's gradient
+    # as NaN.
+    for oracle in (alone, padded):
+        expected = oracle(model, ids, bounds)
+        found.append(errors(packed, expected, ours, gradients(model, expected)))
+        if within_bounds(*found[-1]):
+            return
+    row.why_not_packed = f"{row.packing}: " + ", ".join(f"{x:.0e} and {y:.0e}" for x, y in found)
+    row.packing = "differs"
+
+
+def alone(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
+    """Each sequence of a row by itself, (1, M - 1); between two of them stands a 0."""
+    parts = [prefkern.token_logprobs(model, part) for part in ids.split(PACKED, 1)]
+    return torch.cat([torch.nn.functional.pad(part, (0, 1)) for part in parts], 1)[:, :-1]
+
+
+def padded(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
+    """The sequences of a row as a padded batch, laid out as by `alone`."""
+    mask = torch.arange(max(PACKED)) < bounds.diff()[:, None]
+    rows = torch.zeros(mask.shape, dtype=torch.int64)
+    rows[mask] = ids[0]
+    logps = torch.nn.functional.pad(prefkern.token_logprobs(model, rows, mask.long()), (0, 1))
+    return logps[mask][None, :-1]
 
 
 def measure_class(name: str) -> Row:
@@ -372,8 +446,8 @@ def measure_family(family: Family, has_image: bool) -> Row:
     return measure(Row(f"{family}, with an image" if has_image else str(family)), made)
 
 
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+def reason(error: Exception, length: int = 160) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}"
 
 
 def described(transform: HeadTransform) -> str:
@@ -404,13 +478,19 @@ def page(report: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in report["versions"].items() if version
     )
+    packings = Counter(row["packing"] for row in by_status["agrees"])
+    packed = ", ".join(f"{number} {way}" for way, number in packings.most_common())
     agreed = sorted(by_status["agrees"], key=lambda row: (not row["transform"], row["model"]))
     lines = [
         HEAD.format(command=report["command"], date=report["date"][:10], versions=versions),
-        *_table(("family", "after the head", "value", "gradient"), report["families"]),
-        f"\n## Every class of the auto mappings\n\n{len(rows)} classes: {counts}.\n",
-        *_table(("class", "after the head", "value", "gradient"), agreed),
+        *_table(("family", *COLUMNS), report["families"]),
+        f"\n## Every class of the auto mappings\n\n{len(rows)} classes: {counts}.",
+        f"Packed: {packed}.\n",
+        *_table(("class", *COLUMNS), agreed),
     ]
+    lines += ["\n### Not packed, by the reason\n", "| reason | classes |", "|---|---|"]
+    for why, names in _reasons(agreed).items():
+        lines.append(f"| {why} | {', '.join(names)} |")
     for status, title in (("differs", "Wrong"), ("refused", "Refused"), ("not run", "Not run")):
         if by_status[status]:
             lines += [f"\n### {title}\n", "| class | why |", "|---|---|"]
@@ -421,12 +501,24 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _reasons(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The classes whose rows are not packed, by what the error says."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["packing"] not in ("by paths", "masked", ""):
+            why = row["why_not_packed"].split("cannot take packed batches: ")[-1]
+            known = [each for each in REASONS if each in why]
+            found.setdefault(known[0] if known else why, []).append(row["model"])
+    return found
+
+
 def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         errors = (row["value_error"], row["gradient_error"])
         cells = [row["model"], row["transform"]]
         cells += [row["status"] if error is None else f"{error:.0e}" for error in errors]
+        cells.append(row["packing"])
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -462,7 +554,8 @@ def main(argv: list[str]) -> int:
         arguments.json.write_text(text + "\n")
     if arguments.page:
         arguments.page.write_text(page(report))
-    return int(any(row.status == "differs" for row in [*families, *rows]))
+    measured = [*families, *rows]
+    return int(any("differs" in (row.status, row.packing) for row in measured))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 `replaced_forward` swaps the forward of an output head for one call. `evaluation_mode` and
 `without_checkpointing` restore each module's own setting, where `model.train()` would give all of
 them the same. `undisturbed` runs a probe in evaluation mode and restores the random state as well.
-The two other functions switch the cache off, and make the error for a model that does not call its
-head.
+The other functions switch the cache off, look for compiled modules, and make the error for a model
+that does not call its head.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +76,15 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 def without_cache(base: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(base.forward).parameters
     return {"use_cache": False, **inputs} if "use_cache" in parameters else dict(inputs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile compiles this module."""
+    if module._compiled_call_impl is not None:
+        return True
+    # Importing it takes seconds, and is done by whoever compiles.
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def uncalled(base: Any, head: nn.Module) -> RuntimeError:

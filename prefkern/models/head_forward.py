@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkern.models import heads
+from prefkern.models import heads, paths
 from prefkern.models.calls import replaced_forward, uncalled, without_cache
 from prefkern.models.heads import HeadInputs, find_head
 from prefkern.models.transform import head_transform
@@ -62,7 +62,13 @@ def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tupl
         zeros = torch.zeros(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         return zeros + 0.0 * anchor.float().sum()
 
-    with replaced_forward(head, replacement):
+    sequences = inputs.get(paths.KEYWORD)
+    if sequences is not None:
+        # All ones: transformers makes no mask from positions, but calls for a causal one.
+        mask = torch.ones_like(inputs["input_ids"])
+        inputs = {**inputs, "attention_mask": mask}
+        del inputs[paths.KEYWORD]
+    with replaced_forward(head, replacement), paths.along(sequences):
         output = model(**without_cache(base, inputs))
     if not results:
         raise uncalled(base, head)

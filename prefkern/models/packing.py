@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefkern.models.calls import undisturbed
+from prefkern.models import paths
+from prefkern.models.calls import is_compiled, undisturbed
 from prefkern.models.head_forward import forward_with_head
 from prefkern.models.heads import HeadInputs, find_head, unwrap
 
@@ -54,11 +55,14 @@ def packed_inputs(
     bounds that do not fit, and for a model in which packed sequences would read one another.
     """
     require_packing(model)
-    return _inputs(unwrap(model), input_ids, cu_seqlens)
+    return _inputs(unwrap(model), input_ids, cu_seqlens, _goes_by_paths(model))
 
 
 def require_packing(model: nn.Module) -> None:
-    """Raise ValueError unless the model computes equal hidden states for packed and padded rows."""
+    """Raise ValueError unless the model computes equal hidden states for packed and padded rows.
+
+    Also finds out whether it does so with attention along paths (`prefkern.models.paths`).
+    """
     base, _ = find_head(model)
     # Checked at each call: the probe's result is kept for the base, with and without an adapter.
     if _adds_virtual_tokens(model):
@@ -66,19 +70,41 @@ def require_packing(model: nn.Module) -> None:
             base, "prompt learning puts its virtual tokens before the row, not before each sequence"
         )
     implementation = _implementation(base)
-    if base.__dict__.get("_prefkern_packs") != implementation:
-        problem = _problem(model, base)
-        if problem is not None:
-            raise _refusal(base, problem)
-        base.__dict__["_prefkern_packs"] = implementation
+    if _packs(base) is not None:
+        return
+    by_paths = implementation == paths.IMPLEMENTATION
+    if by_paths and _problem(model, base, by_paths) is not None:
+        by_paths = False
+    problem = None if by_paths else _problem(model, base, by_paths)
+    if problem is not None:
+        raise _refusal(base, problem)
+    base.__dict__["_prefkern_packs"] = (implementation, by_paths)
 
 
 def reads_whole_row(model: nn.Module) -> bool:
-    """Whether the model computes attention between all tokens of a row and masks it afterwards."""
-    return _implementation(unwrap(model)) in ("sdpa", "eager")
+    """Whether the model computes attention between all tokens of a row and masks it afterwards.
+
+    Call it after `require_packing`.
+    """
+    is_masked = _implementation(unwrap(model)) in ("sdpa", "eager")
+    return is_masked and not _goes_by_paths(model)
 
 
-def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
+def _packs(base: Any) -> tuple[str, bool] | None:
+    """What the probe found with this attention: (implementation, by paths); None: not probed."""
+    found = base.__dict__.get("_prefkern_packs")
+    return found if found is not None and found[0] == _implementation(base) else None
+
+
+def _goes_by_paths(model: nn.Module) -> bool:
+    found = _packs(unwrap(model))
+    if found is None or not found[1]:
+        return False
+    # A compiled model would be compiled again for each batch's lengths.
+    return not any(is_compiled(module) for module in model.modules())
+
+
+def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor, by_paths: bool) -> dict[str, Any]:
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise ValueError(
             f"with cu_seqlens input_ids must be one row [1, M], got shape {list(input_ids.shape)}"
@@ -90,14 +116,15 @@ def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
     tokens, device = input_ids.shape[1], input_ids.device
     bounds = cu_seqlens.to(device, torch.int32)
     lengths = bounds.diff()
-    # One synchronisation for all checks; transformers needs the longest length as a Python int.
-    facts = torch.stack([lengths.max(), lengths.min(), bounds[0], bounds[-1]])
-    longest, shortest, *ends = facts.tolist()
-    if shortest < 1 or ends != [0, tokens]:
+    # The only synchronisation: transformers and the paths need lengths as Python ints.
+    values = bounds.tolist()
+    sequences = paths.Paths.of(values)
+    if min(sequences.lengths) < 1 or [values[0], values[-1]] != [0, tokens]:
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, by at least 1 each; "
             f"got {cu_seqlens.tolist()}"
         )
+    longest = max(sequences.lengths)
 
     def of_tokens(values: Tensor) -> Tensor:  # (S,) -> (M,)
         return values.repeat_interleave(lengths, output_size=tokens)
@@ -117,10 +144,12 @@ def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
             # positions.
             "use_cache": False,
         }
+    if by_paths:
+        inputs[paths.KEYWORD] = sequences
     return inputs
 
 
-def _problem(model: nn.Module, base: Any) -> str | None:
+def _problem(model: nn.Module, base: Any, by_paths: bool) -> str | None:
     """The reason why a model cannot take packed batches; None if it can."""
     if "position_ids" not in inspect.signature(base.forward).parameters:
         return "its forward takes no position_ids"
@@ -133,9 +162,10 @@ def _problem(model: nn.Module, base: Any) -> str | None:
     # Small ids, which no family reserves for images; each sequence gets different ones.
     vocab = min(config.vocab_size, 1000)
     ids = torch.arange(int(lengths.sum())) * 37 % vocab
-    if isinstance(config.pad_token_id, int) and config.pad_token_id >= 0:
+    pad = getattr(config, "pad_token_id", None)
+    if isinstance(pad, int) and pad >= 0:
         # A text may end with the pad token itself; without a mask the model must still read it.
-        ids[lengths.cumsum(0) - 1] = config.pad_token_id
+        ids[lengths.cumsum(0) - 1] = pad
     changed = torch.cat([(ids[:first] + 1) % vocab, ids[first:]])
     is_token = torch.arange(int(lengths.max())) < lengths[:, None]
     rows = torch.zeros(is_token.shape, dtype=torch.int64)
@@ -145,8 +175,8 @@ def _problem(model: nn.Module, base: Any) -> str | None:
     with undisturbed(model, device), _small_chunks(config):
         padded, _ = _hidden(model, {"input_ids": rows, "attention_mask": is_token.long()})
         try:
-            packed, precision = _hidden(model, _inputs(base, ids[None], bounds))
-            beside_others, _ = _hidden(model, _inputs(base, changed[None], bounds))
+            packed, precision = _hidden(model, _inputs(base, ids[None], bounds, by_paths))
+            beside_others, _ = _hidden(model, _inputs(base, changed[None], bounds, by_paths))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
