@@ -8,6 +8,14 @@ A packed batch (`padding_free`) is one row of M tokens: all sequences end to end
 `cu_seqlens` says where each sequence begins. `prefkern.models.packing` turns it into a model's
 inputs.
 
+A packed batch of pairs may hold each prompt once (`share_prompt`):
+
+    [p1 c1 p2 c2 ... | t1 r1 t2 r2 ...]
+
+t is the last token of the prompt again, which predicts the first token of the rejected response r.
+So every token has one label, and `cu_seqlens` and `labels` are as in other packed batches.
+`prefixes` says which earlier tokens a sequence sees: `t1 r1` sees p1 without its last token.
+
 Only responses have labels; the labels of the prompt and of the padding are -100. Labels are not
 shifted here.
 """
@@ -36,26 +44,35 @@ class PreferenceCollator:
         pad_token_id: fills `input_ids` on the right.
         pad_to_multiple_of: rounds the length T up.
         padding_free: pack into one row without padding; the two arguments above have no effect
-        then.
+            then.
+        share_prompt: hold a pair's prompt once in the row; needs `padding_free`.
 
     A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
     labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and
     `reward_margins` ([B] float32). Packed, it holds `input_ids` and `labels` ([1, M]) and
-    `cu_seqlens` ([2B + 1] int32) in place of the first three.
+    `cu_seqlens` ([2B + 1] int32) in place of the first three. With shared prompts it also holds
+    `prefixes` ([2B, 2] int32: start and length).
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
+    share_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.share_prompt and not self.padding_free:
+            raise ValueError("share_prompt needs padding_free=True: only a packed row can share")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        prompts = [list(example["prompt_ids"]) for example in examples] * 2
-        responses = [
-            list(example[column])
+        prompts = [list(example["prompt_ids"]) for example in examples]
+        chosen, rejected = (
+            [list(example[column]) for example in examples]
             for column in ("chosen_ids", "rejected_ids")
-            for example in examples
-        ]
-        batch = _batch(self, prompts, responses)
+        )
+        if self.share_prompt:
+            batch = _shared(prompts, chosen, rejected)
+        else:
+            batch = _batch(self, prompts * 2, chosen + rejected)
         if all(column in examples[0] for column in REFERENCE_COLUMNS):
             batch["ref_logps"] = torch.tensor(
                 [example[column] for column in REFERENCE_COLUMNS for example in examples],
@@ -147,6 +164,19 @@ def _packed(prompts: list[list[int]], responses: list[list[int]]) -> dict[str, T
         "labels": torch.tensor([labels], dtype=torch.int64),
         "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
     }
+
+
+def _shared(
+    prompts: list[list[int]], chosen: list[list[int]], rejected: list[list[int]]
+) -> dict[str, Tensor]:
+    """A packed row in which each rejected response follows on the last token of its prompt."""
+    batch = _packed(prompts + [prompt[-1:] for prompt in prompts], chosen + rejected)
+    starts = batch["cu_seqlens"].tolist()
+    prefixes = [(0, 0)] * len(prompts)
+    prefixes += [
+        (start, max(len(prompt) - 1, 0)) for start, prompt in zip(starts, prompts, strict=False)
+    ]
+    return {**batch, "prefixes": torch.tensor(prefixes, dtype=torch.int32).view(-1, 2)}
 
 
 def _padded(

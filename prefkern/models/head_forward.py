@@ -64,9 +64,10 @@ def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tupl
 
     sequences = inputs.get(paths.KEYWORD)
     if sequences is not None:
-        # All ones: transformers makes no mask from positions, but calls for a causal one.
-        mask = torch.ones_like(inputs["input_ids"])
-        inputs = {**inputs, "attention_mask": mask}
+        # With a mask transformers looks for no bounds in the positions. Where it is above 1, a
+        # router's loss counts a shared token for each of its paths.
+        mask = sequences.counts(inputs["input_ids"].device)[None]
+        inputs = {"attention_mask": mask, **inputs}
         del inputs[paths.KEYWORD]
     with replaced_forward(head, replacement), paths.along(sequences):
         output = model(**without_cache(base, inputs))

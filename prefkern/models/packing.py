@@ -1,18 +1,23 @@
 """Packed batches: sequences end to end in one row, so that no padding is computed.
 
 A row [1, M] of S sequences has bounds `cu_seqlens` [S + 1]: they say where each sequence begins.
-`packed_inputs` turns them into every input that some model family reads. Positions restart with
-each sequence; without an attention mask, transformers builds a block-diagonal mask from them for
-sdpa, eager and flex attention. The bounds go to flash attention's variable-length path. The number
-of each token's sequence goes to state space layers whose kernels support it.
+With `prefixes` [S, 2] a sequence also sees earlier tokens of the row, so that a pair's prompt is
+computed once (`prefkern.models.paths`). `packed_inputs` turns them into a model's inputs. There are
+three ways to keep sequences apart:
 
-No config says whether a family uses these inputs. State space and linear attention layers carry
-their state into the next sequence if their kernels are missing. ALiBi counts along the whole row.
-Some models count positions inside, and GPT-OSS builds its masks without them. Such a model would
-still train, but on sequences that read one another. So each model is probed once for each attention
-implementation. Other tokens in the first sequence must not change the hidden states of the next
-one, and all hidden states must equal those of a padded batch. Otherwise packing is an error, never
-a wrong number.
+    paths       each sequence attends to its prefix and itself alone, under sdpa
+    positions   transformers' own: without an attention mask it builds one from positions that
+                restart, and flash attention reads the bounds; there are no prefixes
+    branches    attention over the whole row, with a mask by sequence and position, under sdpa and
+                eager attention
+
+No config says which of them a family allows. State space and linear attention layers carry their
+state into the next sequence if their kernels are missing. ALiBi counts along the whole row. Some
+models count positions inside, and GPT-OSS builds its masks without them. Such a model would still
+train, but on sequences that read one another. So each model is probed once for each attention
+implementation, and takes the first way that is right. Other tokens in the first sequence must not
+change the hidden states of the next ones, and all hidden states must equal those of a padded batch.
+If no way is right, packing is an error, never a wrong number.
 """
 
 from __future__ import annotations
@@ -20,29 +25,42 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prefkern.models import paths
 from prefkern.models.calls import is_compiled, undisturbed
-from prefkern.models.head_forward import forward_with_head
+from prefkern.models.head_forward import forward_with_head, head_forward
 from prefkern.models.heads import HeadInputs, find_head, unwrap
+
+Way = Literal["paths", "positions", "branches"]
 
 # The lengths of the probe's sequences: a short one between two that are longer than a convolution's
 # width and than a block of 64 or 128 tokens, which some layers work on.
 _PROBE_LENGTHS = (67, 3, 130)
-# The chunks of chunked attention must begin with each sequence. Real chunks are far longer than the
-# probe, so it shortens them to this.
-_PROBE_CHUNK = 16
+# Of the probe's pairs: prompt, chosen and rejected response.
+_PROBE_PAIRS = ((40, 27, 31), (3, 1, 7), (1, 5, 4), (75, 55, 1))
+# Chunks of attention must begin with each sequence, and windows count along a path. Real ones are
+# far longer than the probe, so it shortens them to this.
+_PROBE_REACH = 16
+_REACHES = (
+    "attention_chunk_size",
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "window_size",
+)
 
 
 def packed_inputs(
     model: nn.Module,
     input_ids: Tensor,  # (1, M)
     cu_seqlens: Tensor,  # (S + 1,)
+    prefixes: Tensor | None = None,  # (S, 2)
 ) -> dict[str, Any]:
     """The inputs of a causal LM's forward for a packed batch.
 
@@ -50,61 +68,108 @@ def packed_inputs(
         model: a Hugging Face causal LM, bare or wrapped; it is probed at its first packed batch.
         input_ids: [1, M] int64.
         cu_seqlens: [S + 1] int32 or int64: where each sequence begins, and last M.
+        prefixes: [S, 2] int32 or int64: start and length of the tokens of the row that a sequence
+            also sees, all within one earlier sequence. Length 0: none. None: no sequence has one.
 
-    Raises TypeError for a cu_seqlens that is not an integer tensor, and ValueError for shapes and
-    bounds that do not fit, and for a model in which packed sequences would read one another.
+    Returns:
+        Keywords for `prefkern.models.head_forward`, which takes the one of `prefkern.models.paths`
+        out.
+
+    Raises TypeError for bounds and prefixes that are not integer tensors, and ValueError for shapes
+    and numbers that do not fit, and for a model in which sequences would read one another.
     """
-    require_packing(model)
-    return _inputs(unwrap(model), input_ids, cu_seqlens, _goes_by_paths(model))
+    way = _way(model, shares=prefixes is not None)
+    return _inputs(unwrap(model), input_ids, cu_seqlens, prefixes, way)
 
 
-def require_packing(model: nn.Module) -> None:
+def require_packing(model: nn.Module, *, shares: bool = False) -> None:
     """Raise ValueError unless the model computes equal hidden states for packed and padded rows.
 
-    Also finds out whether it does so with attention along paths (`prefkern.models.paths`).
+    `shares`: where sequences of a row have prefixes.
     """
+    _way(model, shares)
+
+
+def require_shared_router_loss(model: nn.Module) -> None:
+    """Raise ValueError unless a model's load-balancing loss counts a shared prompt twice.
+
+    That is what it counts in a padded batch, where each response has a prompt of its own.
+    """
+    base, _ = find_head(model)
+    way, device = _way(model, shares=True), base.get_input_embeddings().weight.device
+    probe = _probe_row(base.config.get_text_config(), shares=True)
+    row = _inputs(base, probe.ids[None].to(device), probe.bounds, probe.prefixes, way)
+    once = {**row, "attention_mask": torch.ones_like(row["input_ids"])}
+    padded = {
+        "input_ids": probe.rows.to(device),
+        "attention_mask": probe.is_token.long().to(device),
+    }
+    with undisturbed(model, device), _short_reaches(base):
+        shared, counted_once, expected = (
+            head_forward(model, {**inputs, "output_router_logits": True}, _keep_hidden)[1].aux_loss
+            for inputs in (row, once, padded)
+        )
+    # Routers choose by their own rounding, and shapes differ from a padded batch. But the first two
+    # differ by the counts alone.
+    is_near = (shared - expected).abs() <= 0.05 * expected.abs()
+    if shared == counted_once or not is_near:
+        raise ValueError(
+            f"the load-balancing loss of {type(base).__name__} does not count a shared prompt for "
+            f"each of its responses ({shared.item():.4g} instead of {expected.item():.4g}): leave "
+            "out share_prompt, or train without this loss (router_aux_loss_coef=0)"
+        )
+
+
+def _keep_hidden(head: HeadInputs) -> tuple[Tensor, Tensor]:
+    return head.hidden, head.hidden
+
+
+def reads_whole_row(model: nn.Module, *, shares: bool = False) -> bool:
+    """Whether the model computes attention between all tokens of a row and masks it afterwards."""
+    is_masked = _implementation(unwrap(model)) in ("sdpa", "eager")
+    return is_masked and _way(model, shares) != "paths"
+
+
+def _way(model: nn.Module, shares: bool) -> Way:
+    """The first way that is right for a model; raises ValueError if none is."""
     base, _ = find_head(model)
     # Checked at each call: the probe's result is kept for the base, with and without an adapter.
     if _adds_virtual_tokens(model):
         raise _refusal(
-            base, "prompt learning puts its virtual tokens before the row, not before each sequence"
+            base,
+            "prompt learning puts its virtual tokens before the row, not before each sequence",
+            shares,
         )
     implementation = _implementation(base)
-    if _packs(base) is not None:
-        return
-    by_paths = implementation == paths.IMPLEMENTATION
-    if by_paths and _problem(model, base, by_paths) is not None:
-        by_paths = False
-    problem = None if by_paths else _problem(model, base, by_paths)
-    if problem is not None:
-        raise _refusal(base, problem)
-    base.__dict__["_prefkern_packs"] = (implementation, by_paths)
-
-
-def reads_whole_row(model: nn.Module) -> bool:
-    """Whether the model computes attention between all tokens of a row and masks it afterwards.
-
-    Call it after `require_packing`.
-    """
-    is_masked = _implementation(unwrap(model)) in ("sdpa", "eager")
-    return is_masked and not _goes_by_paths(model)
-
-
-def _packs(base: Any) -> tuple[str, bool] | None:
-    """What the probe found with this attention: (implementation, by paths); None: not probed."""
-    found = base.__dict__.get("_prefkern_packs")
-    return found if found is not None and found[0] == _implementation(base) else None
-
-
-def _goes_by_paths(model: nn.Module) -> bool:
-    found = _packs(unwrap(model))
-    if found is None or not found[1]:
-        return False
+    found = base.__dict__.setdefault("_prefkern_packs", {})
+    if (implementation, shares) not in found:
+        found[implementation, shares] = _probed(model, base, implementation, shares)
+    way: Way = found[implementation, shares]
     # A compiled model would be compiled again for each batch's lengths.
-    return not any(is_compiled(module) for module in model.modules())
+    if way == "paths" and any(is_compiled(module) for module in model.modules()):
+        return "branches"
+    return way
 
 
-def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor, by_paths: bool) -> dict[str, Any]:
+def _probed(model: nn.Module, base: Any, implementation: str, shares: bool) -> Way:
+    ways: list[Way] = ["paths"] if implementation == paths.IMPLEMENTATION else []
+    if not shares:
+        ways.append("positions")
+    if implementation in (paths.IMPLEMENTATION, "eager"):
+        ways.append("branches")
+    problem = f"a shared prompt needs {paths.IMPLEMENTATION} or eager attention"
+    for way in ways:
+        found = _problem(model, base, way, shares)
+        if found is None:
+            return way
+        # What transformers itself makes of the row says most.
+        problem = found if way == "positions" or shares else problem
+    raise _refusal(base, problem, shares)
+
+
+def _inputs(
+    base: Any, input_ids: Tensor, cu_seqlens: Tensor, prefixes: Tensor | None, way: Way
+) -> dict[str, Any]:
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise ValueError(
             f"with cu_seqlens input_ids must be one row [1, M], got shape {list(input_ids.shape)}"
@@ -116,67 +181,146 @@ def _inputs(base: Any, input_ids: Tensor, cu_seqlens: Tensor, by_paths: bool) ->
     tokens, device = input_ids.shape[1], input_ids.device
     bounds = cu_seqlens.to(device, torch.int32)
     lengths = bounds.diff()
-    # The only synchronisation: transformers and the paths need lengths as Python ints.
+    # transformers and the paths need lengths as Python ints.
     values = bounds.tolist()
-    sequences = paths.Paths.of(values)
-    if min(sequences.lengths) < 1 or [values[0], values[-1]] != [0, tokens]:
+    if min(b - a for a, b in pairwise(values)) < 1 or [values[0], values[-1]] != [0, tokens]:
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, by at least 1 each; "
             f"got {cu_seqlens.tolist()}"
         )
-    longest = max(sequences.lengths)
+    before = None if prefixes is None else _checked_prefixes(prefixes, values)
+    sequences = paths.Paths.of(values, before, is_masked=way == "branches")
 
     def of_tokens(values: Tensor) -> Tensor:  # (S,) -> (M,)
         return values.repeat_interleave(lengths, output_size=tokens)
 
-    positions = torch.arange(tokens, device=device) - of_tokens(bounds[:-1])
+    starts = bounds[:-1] if prefixes is None else bounds[:-1] - prefixes.to(bounds)[:, 1]
+    positions = torch.arange(tokens, device=device) - of_tokens(starts)
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions[None]}
     parameters = inspect.signature(base.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        numbers = torch.arange(len(lengths), dtype=torch.int32, device=device)
-        inputs |= {
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            "seq_idx": of_tokens(numbers)[None],
-            # Some families read it from these only. With a cache, transformers builds no mask from
-            # positions.
-            "use_cache": False,
-        }
-    if by_paths:
+        # Some families read it from these only. With a cache, transformers builds no mask from
+        # positions.
+        inputs["use_cache"] = False
+        if prefixes is None:
+            numbers = torch.arange(len(lengths), dtype=torch.int32, device=device)
+            longest = max(sequences.lengths)
+            inputs |= {
+                "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds,
+                "max_length_q": longest,
+                "max_length_k": longest,
+                "seq_idx": of_tokens(numbers)[None],
+            }
+    if way != "positions":
         inputs[paths.KEYWORD] = sequences
     return inputs
 
 
-def _problem(model: nn.Module, base: Any, by_paths: bool) -> str | None:
-    """The reason why a model cannot take packed batches; None if it can."""
-    if "position_ids" not in inspect.signature(base.forward).parameters:
-        return "its forward takes no position_ids"
-    config = base.config.get_text_config()
-    device = base.get_input_embeddings().weight.device
+def _checked_prefixes(prefixes: Tensor, bounds: list[int]) -> list[tuple[int, int]]:
+    if not isinstance(prefixes, Tensor) or prefixes.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"prefixes must be an int32 or int64 tensor, got {prefixes!r}")
+    if list(prefixes.shape) != [len(bounds) - 1, 2]:
+        raise ValueError(
+            f"prefixes must have shape [{len(bounds) - 1}, 2] (a start and a length for each "
+            f"sequence of cu_seqlens), got {list(prefixes.shape)}"
+        )
+    pairs = [(start, length) for start, length in prefixes.tolist()]
+    for number, (start, length) in enumerate(pairs):
+        own = bounds[number]
+        if length < 0 or (length and not 0 <= start <= own - length):
+            raise ValueError(
+                f"prefixes[{number}] must lie before its sequence, which begins at {own}; got "
+                f"start {start} and length {length}"
+            )
+        if length and any(start < bound < start + length for bound in bounds):
+            raise ValueError(
+                f"prefixes[{number}] must lie within one sequence, got start {start} and length "
+                f"{length}, and cu_seqlens {bounds}"
+            )
+    return pairs
+
+
+@dataclass(frozen=True)
+class _ProbeRow:
+    """A short packed row, the same row with another first sequence, and the sequences padded."""
+
+    ids: Tensor  # (M,)
+    changed: Tensor  # (M,), other tokens in the first sequence, after what others share of it
+    bounds: Tensor  # (S + 1,)
+    prefixes: Tensor | None  # (S, 2)
+    rows: Tensor  # (S, T), each with its prefix
+    is_token: Tensor  # (S, T)
+    is_own: Tensor  # (S, T), without the prefixes
+
+
+def _probe_row(config: Any, shares: bool) -> _ProbeRow:
     limit = getattr(config, "max_position_embeddings", None) or max(_PROBE_LENGTHS)
-    lengths = torch.tensor([min(length, limit) for length in _PROBE_LENGTHS])
-    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(device)
-    first = int(lengths[0])
+    lengths = [min(length, limit) for length in _PROBE_LENGTHS]
+    prefixes, shared = [(0, 0)] * len(lengths), 0
+    if shares:
+        # As PreferenceCollator lays them out.
+        pairs = [(min(p, limit // 2), min(c, limit // 2), r) for p, c, r in _PROBE_PAIRS]
+        lengths = [p + c for p, c, _ in pairs] + [1 + min(r, limit - p) for p, _, r in pairs]
+        starts = [0, *accumulate(lengths)][: len(pairs)]
+        prefixes = [(0, 0)] * len(pairs)
+        prefixes += [(start, p - 1) for start, (p, _, _) in zip(starts, pairs, strict=True)]
+        shared = pairs[0][0]
+    bounds = [0, *accumulate(lengths)]
     # Small ids, which no family reserves for images; each sequence gets different ones.
     vocab = min(config.vocab_size, 1000)
-    ids = torch.arange(int(lengths.sum())) * 37 % vocab
+    ids = torch.arange(bounds[-1]) * 37 % vocab
     pad = getattr(config, "pad_token_id", None)
     if isinstance(pad, int) and pad >= 0:
         # A text may end with the pad token itself; without a mask the model must still read it.
-        ids[lengths.cumsum(0) - 1] = pad
-    changed = torch.cat([(ids[:first] + 1) % vocab, ids[first:]])
-    is_token = torch.arange(int(lengths.max())) < lengths[:, None]
-    rows = torch.zeros(is_token.shape, dtype=torch.int64)
-    rows[is_token] = ids
-    ids, changed, rows, is_token = (x.to(device) for x in (ids, changed, rows, is_token))
+        ids[torch.tensor(bounds[1:]) - 1] = pad
+    first = slice(shared, lengths[0])
+    changed = ids.clone()
+    changed[first] = (ids[first] + 1) % vocab
+    whole = [
+        torch.cat([ids[start : start + prefix], ids[a:b]])
+        for (start, prefix), (a, b) in zip(prefixes, pairwise(bounds), strict=True)
+    ]
+    rows = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+    places = torch.arange(rows.shape[1])
+    is_token = places < torch.tensor([len(each) for each in whole])[:, None]
+    is_own = is_token & (places >= torch.tensor([prefix for _, prefix in prefixes])[:, None])
+    tree = torch.tensor(prefixes, dtype=torch.int32) if shares else None
+    return _ProbeRow(ids, changed, torch.tensor(bounds), tree, rows, is_token, is_own)
 
-    with undisturbed(model, device), _small_chunks(config):
+
+def _problem(model: nn.Module, base: Any, way: Way, shares: bool) -> str | None:
+    """The reason why a model cannot take packed batches this way; None if it can."""
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return "its forward takes no position_ids"
+    config = base.config.get_text_config()
+    if way != "positions" and _has_alibi(config):
+        # A short row would pass: softmax does not see where a sequence begins. But in bf16 the bias
+        # of a token far along the row is rounded by whole positions.
+        return "ALiBi counts along the whole row"
+    device = base.get_input_embeddings().weight.device
+    probe = _probe_row(config, shares)
+    ids, changed, rows, is_token, is_own, bounds = (
+        x.to(device)
+        for x in (
+            probe.ids,
+            probe.changed,
+            probe.rows,
+            probe.is_token,
+            probe.is_own,
+            probe.bounds,
+        )
+    )
+    first = int(probe.bounds[1])
+
+    def inputs(ids: Tensor) -> dict[str, Any]:
+        return _inputs(base, ids[None], bounds, probe.prefixes, way)
+
+    with undisturbed(model, device), _short_reaches(base):
         padded, _ = _hidden(model, {"input_ids": rows, "attention_mask": is_token.long()})
         try:
-            packed, precision = _hidden(model, _inputs(base, ids[None], bounds, by_paths))
-            beside_others, _ = _hidden(model, _inputs(base, changed[None], bounds, by_paths))
+            packed, precision = _hidden(model, inputs(ids))
+            beside_others, _ = _hidden(model, inputs(changed))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -190,7 +334,7 @@ def _problem(model: nn.Module, base: Any, by_paths: bool) -> str | None:
             f"states of the next by {seen:.2g} of their norm"
         )
     # Shapes differ, and their rounding adds up over layers; wrong positions differ by far more.
-    difference = _difference(packed[0], padded[is_token])
+    difference = _difference(packed[0], padded[is_own])
     if not difference <= max(32 * precision, 1e-3):
         return (
             f"its hidden states in a packed row differ from those in a padded batch by "
@@ -224,16 +368,28 @@ def _hidden(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, float]:
 
 
 @contextmanager
-def _small_chunks(config: Any) -> Iterator[None]:
-    """Shorten the chunks of chunked attention, so that the probe spans several of them."""
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk is not None:
-        config.attention_chunk_size = _PROBE_CHUNK
+def _short_reaches(base: Any) -> Iterator[None]:
+    """Shorten chunks and windows of attention, so that the probe's sequences are longer."""
+    owners = [base.config.get_text_config(), *base.modules()]
+    owners += [module.config for module in base.modules() if hasattr(module, "config")]
+    changed = []
+    for owner in {id(owner): owner for owner in owners}.values():
+        for name in _REACHES:
+            value = vars(owner).get(name)
+            if isinstance(value, int) and not isinstance(value, bool) and value > _PROBE_REACH:
+                changed.append((owner, name, value))
+                setattr(owner, name, _PROBE_REACH)
     try:
         yield
     finally:
-        if chunk is not None:
-            config.attention_chunk_size = chunk
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+
+
+def _has_alibi(config: Any) -> bool:
+    kind = getattr(config, "position_embedding_type", None)
+    flags = (getattr(config, name, False) for name in ("alibi", "use_alibi"))
+    return any(flags) or "alibi" in str(kind).lower()
 
 
 def _adds_virtual_tokens(model: Any) -> bool:
@@ -249,9 +405,11 @@ def _implementation(base: Any) -> str:
     return str(getattr(base.config.get_text_config(), "_attn_implementation", None))
 
 
-def _refusal(base: Any, problem: str) -> ValueError:
+def _refusal(base: Any, problem: str, shares: bool) -> ValueError:
+    what, out = "packed batches", "padding_free (cu_seqlens)"
+    if shares:
+        what, out = "rows that share a prompt", "share_prompt (prefixes)"
     return ValueError(
         f"{type(base).__name__} with attn_implementation={_implementation(base)!r} cannot take "
-        f"packed batches: {problem}. Leave out padding_free (cu_seqlens), or load the model with "
-        "another attn_implementation"
+        f"{what}: {problem}. Leave out {out}, or load the model with another attn_implementation"
     )

@@ -1,18 +1,25 @@
-"""Attention along paths: each sequence of a packed row attends to itself, and to no one else.
+"""Attention along paths: in a packed row each sequence sees itself and its prefix, and no one else.
+
+A path is one sequence of the row, preceded by a prefix: earlier tokens of the row that it also
+sees. Positions and windows count along the path, as they count along a key-value cache. Without
+prefixes it is a packed row; with them, the two responses of a pair share their prompt:
+
+    [p1 c1 p2 c2 ... | t1 r1 t2 r2 ...]
+
+p, c and r are the tokens of prompt, chosen and rejected response. t is the last token of the prompt
+again, which predicts the first token of r. The prefix of `t1 r1` is p1 without its last token.
 
 transformers computes attention between all tokens of a row and masks what is of other sequences:
 M^2 products for M tokens, most of them thrown away. Here the row is split at the sequences' bounds,
-and each part goes through the same attention function by itself.
-
-A path is one sequence: its tokens, preceded by a prefix of earlier tokens of the row that it also
-sees. Positions and windows count along the path, as they count along a key-value cache.
+and each part goes through the same attention function by itself, after its prefix. Where that
+cannot be done, attention is over the whole row, with a mask by sequence and position.
 
 How it reaches the layers: within `along`, the mask that transformers makes for a row is a
 `PathMask`. It goes where the mask goes, so a checkpointed layer that is computed again has it, and
-no family has to hand on a keyword. `sdpa` in transformers' tables of attention and of masks is
-replaced by functions that know it; for every other mask they call the original. A family whose
-attention is not looked up there never sees a PathMask, or fails on it; the probe of
-`prefkern.models.packing` finds that out.
+no family has to hand on a keyword. `sdpa` in transformers' tables of attention and of masks, and
+`eager` in that of masks, are replaced by functions that know it; outside of `along` they call the
+original. A family whose attention is not looked up there never sees a PathMask, or fails on it; the
+probe of `prefkern.models.packing` finds that out.
 """
 
 from __future__ import annotations
@@ -37,17 +44,54 @@ KEYWORD = "prefkern_paths"
 
 @dataclass(frozen=True)
 class Paths:
-    """The sequences of a packed row, in its order: their lengths, and each one's prefix."""
+    """The sequences of a packed row, in its order.
+
+    Args:
+        lengths: of each sequence, without its prefix.
+        prefixes: (start, length) of each in the row; length 0: no prefix.
+        is_masked: whether attention is over the whole row, with a mask; else each path is computed
+            by itself.
+    """
 
     lengths: tuple[int, ...]
-    # (start, length) in the row; length 0: no prefix.
     prefixes: tuple[tuple[int, int], ...]
+    is_masked: bool = False
 
     @staticmethod
-    def of(bounds: Sequence[int]) -> Paths:
-        """Sequences without prefixes, from their bounds in the row."""
+    def of(
+        bounds: Sequence[int],
+        prefixes: Sequence[tuple[int, int]] | None = None,
+        is_masked: bool = False,
+    ) -> Paths:
+        """From the sequences' bounds in the row, S + 1 numbers; None: there are no prefixes."""
         lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
-        return Paths(lengths, ((0, 0),) * len(lengths))
+        prefixes = ((0, 0),) * len(lengths) if prefixes is None else tuple(prefixes)
+        return Paths(lengths, tuple((start, length) for start, length in prefixes), is_masked)
+
+    def positions(self, device: torch.device) -> Tensor:  # (M,)
+        """The place of each token along its path."""
+        pieces = zip(self.lengths, self.prefixes, strict=True)
+        each = [torch.arange(before, before + length) for length, (_, before) in pieces]
+        return torch.cat(each).to(device)
+
+    def counts(self, device: torch.device) -> Tensor:  # (M,)
+        """The number of paths that each token is on."""
+        counts = torch.ones(sum(self.lengths), dtype=torch.int64)
+        for start, length in self.prefixes:
+            counts[start : start + length] += 1
+        return counts.to(device)
+
+    def visible(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """Whether the token at index q is on a path with the token at k: `visible(q, k)`."""
+        lengths = torch.tensor(self.lengths)
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+        starts, sizes = torch.tensor(self.prefixes, device=device).unbind(1)
+        low, high = starts[sequence], (starts + sizes)[sequence]
+
+        def function(q: Tensor, k: Tensor) -> Tensor:
+            return (sequence[q] == sequence[k]) | ((k >= low[q]) & (k < high[q]))
+
+        return function
 
 
 class PathMask:
@@ -92,13 +136,14 @@ def along(paths: Paths | None) -> Iterator[None]:
 
 
 def _install() -> None:
-    """Put the functions that know a PathMask into transformers' tables, once."""
+    """Put the functions that know of paths into transformers' tables, once."""
     attention: Any = AttentionInterface()[IMPLEMENTATION]
     if getattr(attention, "knows_paths", False):
         return
-    mask: Any = AttentionMaskInterface()[IMPLEMENTATION]
     AttentionInterface.register(IMPLEMENTATION, _attention_of(attention))
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask_of(mask))
+    masks = AttentionMaskInterface()
+    for name in (IMPLEMENTATION, "eager"):
+        AttentionMaskInterface.register(name, _mask_of(masks[name]))
 
 
 def _mask_of(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,17 +151,33 @@ def _mask_of(original: Callable[..., Any]) -> Callable[..., Any]:
         paths = _current.get()
         if paths is None or args:
             return original(*args, **kwargs)
-        sizes = ("q_length", "q_offset", "kv_length", "kv_offset")
-        # The row has no padding, and no mask of its own.
-        shared = {name: value for name, value in kwargs.items() if name not in sizes}
-        shared |= {"batch_size": 1, "attention_mask": None}
+        # The row has no padding. The ones that it came with only asked for a mask without bounds.
+        kwargs = {**kwargs, "batch_size": 1, "attention_mask": None}
+        if paths.is_masked:
+            return original(**_by_branch(paths, **kwargs))
+        for name in ("q_length", "q_offset", "kv_length", "kv_offset"):
+            kwargs.pop(name, None)
 
         def make(**sizes: int) -> Tensor | None:
-            return original(**shared, kv_offset=0, **sizes)
+            return original(**kwargs, kv_offset=0, **sizes)
 
         return PathMask(paths, make)
 
     return mask
+
+
+def _by_branch(
+    paths: Paths, mask_function: Callable[..., Tensor], device: Any = "cpu", **kwargs: Any
+) -> dict[str, Any]:
+    """The arguments of a mask over the whole row, by sequence and position instead of by index."""
+    positions, visible = paths.positions(device), paths.visible(device)
+
+    def function(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return visible(q, k) & mask_function(batch, head, positions[q], positions[k])
+
+    # A window that is wider than the row may still end within a path.
+    kwargs |= {"allow_is_causal_skip": False, "local_size": None}
+    return {**kwargs, "mask_function": function, "device": device}
 
 
 def _attention_of(original: Callable[..., Any]) -> Callable[..., Any]:

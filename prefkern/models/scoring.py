@@ -119,7 +119,8 @@ def preference_outputs(
         batch: a batch from a collator of `prefkern.data.collate`, on the model's device. It holds
             `input_ids`, `labels` ([2B, T], not shifted, -100 where not scored; B chosen rows, then
             their B rejected rows), `attention_mask`, and anything else that the model's forward
-            takes. Packed, it holds `input_ids` and `labels` [1, M] and `cu_seqlens` [2B + 1].
+            takes. Packed, it holds `input_ids` and `labels` [1, M], `cu_seqlens` [2B + 1] and, with
+            shared prompts, `prefixes` [2B, 2].
         loss_fn: a `prefkern.FusedPreferenceLoss` with `ignore_index` -100.
         router_loss: the load-balancing loss of a mixture of experts; None: as the model's config
             says.
@@ -223,10 +224,10 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "cu_seqlens" not in rest:
         return rest
-    if rest.keys() != {"input_ids", "cu_seqlens"}:
+    if not {"input_ids", "cu_seqlens"} <= rest.keys() <= {"input_ids", "cu_seqlens", "prefixes"}:
         raise ValueError(
-            "a packed batch gives the model only input_ids and cu_seqlens, from which all other "
-            f"inputs follow; got {', '.join(rest)}"
+            "a packed batch gives the model only input_ids and cu_seqlens (and prefixes), from "
+            f"which all other inputs follow; got {', '.join(rest)}"
         )
     return packed_inputs(model, **rest)
 

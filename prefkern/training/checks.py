@@ -111,6 +111,10 @@ def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
         raise ValueError(
             f"precompute_ref_log_probs keeps sums, and this objective needs {what}; leave it out"
         )
+    if args.share_prompt and not needs.paired:
+        raise ValueError(
+            "share_prompt has no effect on single responses, which share no prompt; leave it out"
+        )
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if not needs.paired and getattr(args, name) < 2:
             raise ValueError(

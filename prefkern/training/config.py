@@ -95,6 +95,10 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
         default=False,
         metadata={"help": "Pack a batch into one row without padding, where the model allows it."},
     )
+    share_prompt: bool = field(
+        default=False,
+        metadata={"help": "Compute a pair's prompt once, where the model allows it."},
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the dataset."}
     )

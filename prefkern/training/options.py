@@ -64,6 +64,7 @@ _WITHOUT_EFFECT_ON_REWARDS = (
 _BOOLS = (
     "use_weighting",
     "padding_free",
+    "share_prompt",
     "precompute_ref_log_probs",
     "disable_dropout",
     "token_metrics",
@@ -114,6 +115,8 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
             f"pad_to_multiple_of ({args.pad_to_multiple_of}) has no effect under padding_free, "
             "which pads nothing; give one of them"
         )
+    if args.share_prompt and not args.padding_free:
+        raise ValueError("share_prompt needs padding_free: only a packed row can share a prompt")
     if args.label_smoothing_factor:
         raise ValueError(
             "label_smoothing_factor has no effect on preference pairs; use "

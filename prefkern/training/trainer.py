@@ -62,7 +62,11 @@ from prefkern.models.heads import find_head, has_low_rank_term, unwrap
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import load_model, load_tokenizer
 from prefkern.models.own_reference import ALTERNATIVES, InitialAdapter, adapter_in_use
-from prefkern.models.packing import reads_whole_row, require_packing
+from prefkern.models.packing import (
+    reads_whole_row,
+    require_packing,
+    require_shared_router_loss,
+)
 from prefkern.models.positions import check_positions
 from prefkern.models.routers import RouterLoss
 from prefkern.models.scoring import (
@@ -272,7 +276,9 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
         apply_liger(args, *(each for each in (model, ref_model) if each is not None))
         layout = (pad_token_id, args.pad_to_multiple_of)
         collator = (
-            PreferenceCollator(*layout, padding_free=args.padding_free)
+            PreferenceCollator(
+                *layout, padding_free=args.padding_free, share_prompt=args.share_prompt
+            )
             if is_paired
             else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
         )
@@ -295,8 +301,9 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
             with self.accelerator.autocast():
                 head_transform(self.model)  # pyright: ignore[reportArgumentType]
                 if args.padding_free:
-                    require_packing(self.model)  # pyright: ignore[reportArgumentType]
-        if args.padding_free and reads_whole_row(self.model):  # pyright: ignore[reportArgumentType]
+                    self._require_packing(self.model)
+        shares = args.share_prompt
+        if args.padding_free and reads_whole_row(self.model, shares=shares):  # pyright: ignore[reportArgumentType]
             logger.warning(
                 "under padding_free this attention multiplies the whole row and masks what is of "
                 "other sequences, the more the larger the batch: flash attention or "
@@ -313,11 +320,18 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
             if not is_sharded:
                 with self.accelerator.autocast():
                     head_transform(self.ref_model)
+                    if args.padding_free:
+                        self._require_packing(self.ref_model)
         if needs_reference and not carried and args.ref_adapter_name in (None, BASE):
             self._unsaved = {**(self._unsaved or {}), "reference": self._reference_fingerprint()}
         if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
+
+    def _require_packing(self, model: Any) -> None:
+        require_packing(model, shares=self.args.share_prompt)
+        if self.args.share_prompt and self._router_loss.coefficient:
+            require_shared_router_loss(model)
 
     def evaluate(
         self,
@@ -548,7 +562,15 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
                 tf32=self.args.tf32,
                 device=self.args.device.type,
                 backend=resolve_backend(self.args.backend, self.args.device),
+                layout=self._layout,
             )
+
+    @property
+    def _layout(self) -> str:
+        """How batches are laid out: rounding depends on it."""
+        if self.args.share_prompt:
+            return "shared"
+        return "packed" if self.args.padding_free else "padded"
 
     def _save_into(self, folder: str, state_dict: Any) -> None:
         with with_own_rates(self._dropout_of_configs):

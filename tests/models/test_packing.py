@@ -27,7 +27,7 @@ from prefkern.data.collate import ExampleCollator, PreferenceCollator, sequence_
 from prefkern.models import packing
 from prefkern.models.packing import packed_inputs, require_packing
 from prefkern.models.scoring import align_labels
-from support.packed import PACKS, both_ways, gradients_of
+from support.packed import PACKS, assert_same_runs, both_ways, built, gradients_of
 from support.training import (
     Record,
     assert_same_weights,
@@ -58,41 +58,9 @@ REFUSED = {
     "Bloom": ({}, "its forward takes no position_ids"),
     "Falcon": ({"alibi": True}, "sequences in one row see one another"),
     "Jamba": (_JAMBA, "sequences in one row see one another"),
-    "OPT": ({"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 512}, "see one"),
     # resets its recurrence where positions do, and not the convolution before it
     "RecurrentGemma": (_RECURRENT_GEMMA, "sequences in one row see one another"),
 }
-
-
-def built(family: str, implementation: str = "sdpa", seed: int = 0, **options):
-    """A tiny model with an attention implementation; skips if transformers lacks it."""
-    if not hasattr(transformers, f"{family}Config"):
-        pytest.skip(f"this transformers has no {family}")
-    model = tiny.model(family, seed, **options)
-    try:
-        model.set_attn_implementation(implementation)
-    except ValueError as error:
-        pytest.skip(str(error))
-    return model
-
-
-def assert_same_runs(padded, packed) -> None:
-    """Every gradient, every logged number."""
-    pairs = [*zip(gradients_of(packed), gradients_of(padded), strict=True)]
-    assert pairs
-    for mine, true in pairs:
-        total = torch.cat([gradient.flatten() for gradient in true.values()]).norm()
-        assert total > 1e-3
-        assert mine.keys() == true.keys()
-        for name, gradient in mine.items():
-            assert (gradient - true[name]).norm() <= 2e-6 * total, name
-    for mine, true in zip(step_logs(packed), step_logs(padded), strict=True):
-        assert mine.keys() == true.keys()
-        # A margin is a difference of rewards, and has their rounding.
-        size = max(1.0, abs(true.get("rewards/chosen", 0.0)))
-        for name, value in true.items():
-            bound = 2e-6 * (size if name.endswith("margins") else 1.0)
-            assert mine[name] == pytest.approx(value, rel=2e-5, abs=bound), name
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -410,7 +378,7 @@ def test_chunks_of_attention_begin_with_each_sequence_or_are_refused():
     model = built("Llama4Text", "eager", attention_chunk_size=12, **options)
     parts = sequences((17, 30))
     row, bounds = packed_row(parts)
-    inputs = packing._inputs(model, row, bounds, by_paths=False)
+    inputs = packing._inputs(model, row, bounds, None, "positions")
     with torch.no_grad():
         packed = model(**inputs).logits[0]
         alone = torch.cat([model(input_ids=part[None]).logits[0] for part in parts])
@@ -505,6 +473,7 @@ def test_a_packed_row_has_no_mask():
 RANKED = {
     "adadpo": {"objective_options": {"clip": 1.1}},
     "kto": {"objective": "kto"},
+    "shared": {"objective_options": {"clip": 1.1}},
 }
 
 
@@ -516,7 +485,9 @@ def _one_prompt(count: int, seed: int = 0) -> list[dict]:
 def _train_on_ranks(path: Path, name: str, ranks: int) -> dict:
     record = Record()
     options = dict(RANKED[name])
-    rows = {"adadpo": tiny.pairs, "kto": _one_prompt}[name]
+    rows = {"adadpo": tiny.pairs, "kto": _one_prompt, "shared": tiny.pairs}[name]
+    if name == "shared":
+        options["share_prompt"] = ranks > 1
     run = trainer(
         path,
         model=tiny.model(),

@@ -57,11 +57,15 @@ def test_a_row_costs_what_its_sequences_cost(monkeypatch):
 
 # Families that go by paths, and those whose softcap sdpa does not take: transformers gives them eager.
 BY_PATHS = {"Llama", "Qwen3", "GPT2", "Qwen3Moe", "GraniteMoe", "Mistral", "Gemma3Text", "Cohere2"}
+WAYS = {"OPT": "paths", "GptOss": "branches"}
 OPTIONS = {
     **PACKS,
     "Mistral": {"sliding_window": 4},
     "Gemma3Text": {"sliding_window": 4},
     "Cohere2": {"sliding_window": 4},
+    # These read neither positions nor bounds in their masks.
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 512},
+    "GptOss": {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -82,7 +86,8 @@ def test_by_paths_as_each_alone(family, monkeypatch):
     for name, parameter in model.named_parameters():
         if name in gradients:
             assert (gradients[name] - parameter.grad).norm() <= 1e-5 * total, name
-    assert packing._goes_by_paths(model) == (family in BY_PATHS)
+    expected = "paths" if family in BY_PATHS else WAYS.get(family, "positions")
+    assert packing._way(model, shares=False) == expected
 
 
 def test_masks_are_made_for_windows_alone(monkeypatch):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
 
-from support.training import Record, trainer
+from support import tiny
+from support.training import Record, step_logs, trainer
 
 _EXPERTS = {
     "num_experts": 4,
@@ -31,8 +34,8 @@ def gradients_of(run) -> dict[str, torch.Tensor]:
     return record.gradients
 
 
-def both_ways(path: Path, models, **options) -> list:
-    """A run padded and the same one packed; `models(seed)` makes their models."""
+def both_ways(path: Path, models, shares: bool = False, **options) -> list:
+    """A run padded and the same one packed, perhaps with shared prompts; `models(seed)` makes models."""
     runs = []
     for packed in (False, True):
         given = {name: value() for name, value in options.items() if callable(value)}
@@ -40,6 +43,7 @@ def both_ways(path: Path, models, **options) -> list:
             path,
             model=models(0),
             padding_free=packed,
+            share_prompt=packed and shares,
             callbacks=[Record()],
             max_grad_norm=0.0,
             optim="sgd",
@@ -49,6 +53,38 @@ def both_ways(path: Path, models, **options) -> list:
         )
         batch = next(iter(run.get_train_dataloader()))
         assert ("cu_seqlens" in batch) == packed
+        assert ("prefixes" in batch) == (packed and shares)
         run.train()
         runs.append(run)
     return runs
+
+
+def built(family: str, implementation: str = "sdpa", seed: int = 0, **options):
+    """A tiny model with an attention implementation; skips if transformers lacks it."""
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"this transformers has no {family}")
+    model = tiny.model(family, seed, **options)
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError as error:
+        pytest.skip(str(error))
+    return model
+
+
+def assert_same_runs(padded, packed) -> None:
+    """Every gradient, every logged number."""
+    pairs = [*zip(gradients_of(packed), gradients_of(padded), strict=True)]
+    assert pairs
+    for mine, true in pairs:
+        total = torch.cat([gradient.flatten() for gradient in true.values()]).norm()
+        assert total > 1e-3
+        assert mine.keys() == true.keys()
+        for name, gradient in mine.items():
+            assert (gradient - true[name]).norm() <= 2e-6 * total, name
+    for mine, true in zip(step_logs(packed), step_logs(padded), strict=True):
+        assert mine.keys() == true.keys()
+        # A margin is a difference of rewards, and has their rounding.
+        size = max(1.0, abs(true.get("rewards/chosen", 0.0)))
+        for name, value in true.items():
+            bound = 2e-6 * (size if name.endswith("margins") else 1.0)
+            assert mine[name] == pytest.approx(value, rel=2e-5, abs=bound), name
