@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 import prefkern
+from prefkern.data.collate import PreferenceCollator
 from prefkern.models.packing import reads_whole_row
 from prefkern.models.transform import HeadTransform, head_transform
 from prefkern_bench import environment
@@ -293,6 +294,9 @@ class Row:
     # How a packed row is computed: by paths, masked, refused, or differs.
     packing: str = ""
     why_not_packed: str = ""
+    # How a row in which a pair's prompt stands once is computed.
+    sharing: str = ""
+    why_not_shared: str = ""
 
 
 def small(config_class: Any, own: dict[str, Any]) -> Any:
@@ -356,6 +360,7 @@ def measure(row: Row, made: Callable[[], tuple[nn.Module, tuple[Tensor, ...], di
     row.status = "agrees" if within_bounds(row.value_error, row.gradient_error) else "differs"
     if not inputs:
         pack(row, model)
+        share(row, model)
     return row
 
 
@@ -406,6 +411,42 @@ def pack(row: Row, model: nn.Module) -> None:
             return
     row.why_not_packed = f"{row.packing}: " + ", ".join(f"{x:.0e} and {y:.0e}" for x, y in found)
     row.packing = "differs"
+
+
+# Prompt, chosen and rejected of the pairs of a row. Most are longer than the small windows.
+PAIRS = ((23, 18, 7), (1, 20, 1), (35, 4, 22))
+
+
+def share(row: Row, model: nn.Module) -> None:
+    """Compare pairs that share their prompts with the same pairs padded: losses and gradients."""
+    draw = torch.Generator().manual_seed(6)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    pairs = [
+        {
+            name: torch.randint(3, 90, (n,), generator=draw).tolist()
+            for name, n in zip(names, lengths, strict=True)
+        }
+        for lengths in PAIRS
+    ]
+    loss_fn = prefkern.FusedPreferenceLoss(prefkern.objectives.DPO(beta=0.1))
+    reference = torch.linspace(-90, -30, 2 * len(PAIRS))
+
+    def losses(shares: bool) -> Tensor:
+        batch = PreferenceCollator(0, padding_free=shares, share_prompt=shares)(pairs)
+        outputs = prefkern.preference_outputs(model, batch, loss_fn, ref_logps=reference)
+        return outputs.losses + 0 * outputs.loss
+
+    try:
+        shared = losses(True)
+        ours = gradients(model, shared)
+    except Exception as error:  # noqa: BLE001
+        row.sharing, row.why_not_shared = "refused", reason(error, 400)
+        return
+    expected = losses(False)
+    found = errors(shared, expected, ours, gradients(model, expected))
+    row.sharing = "masked" if reads_whole_row(model, shares=True) else "by paths"
+    if not within_bounds(*found):
+        row.sharing, row.why_not_shared = "differs", f"{row.sharing}: {found}"
 
 
 def alone(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
