@@ -14,7 +14,7 @@ The result of a class is one of
     refused     prefkern raises an error that says why; never a wrong number
     not run     the model itself does not run or train on text alone, or could not be built tiny
     differs     a wrong number without an error: exit status 1
-and a packed row of four sequences is compared with each of them alone.
+and packed rows, with and without shared prompts, are compared with their sequences.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -50,7 +51,7 @@ from support.family_table import FAMILIES, VISION, Family
 # Bounds on the error of a value, in nats, and of a gradient, relative to the largest entry of its
 # parameter's gradient.
 BOUNDS = {"value": 1e-4, "gradient": 1e-3}
-COLUMNS = ("after the head", "value", "gradient", "packed")
+COLUMNS = ("after the head", "value", "gradient", "packed", "prompt shared")
 # Parts of the errors about packing, by which classes are listed.
 REASONS = (
     "its forward takes no position_ids",
@@ -75,6 +76,8 @@ attends to itself alone. "masked": attention is computed over the whole row and 
 an error, because sequences would see one another, or positions would run on. Where a row is
 packed, its log-probs and gradients agree with those of each sequence alone, within the same bounds
 (in PaliGemma, which computes a lone row otherwise than a padded one, with those of a padded batch).
+Prompt shared: the same for a row in which a pair's prompt stands once (`share_prompt`); losses and
+gradients agree with those of the padded pairs.
 
 ## Families of the tests
 
@@ -371,12 +374,14 @@ def errors(
     # If a parameter's gradient is only rounding, its error is relative to the model's largest
     # entry.
     floor = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
-    of_gradients = [
-        ((ours[each] - theirs[each]).abs().max() / theirs[each].abs().max().clamp(min=floor)).item()
-        if each in ours and each in theirs
-        else float("inf")
-        for each in ours.keys() | theirs.keys()
-    ]
+    of_gradients = []
+    for each in ours.keys() | theirs.keys():
+        # An expert that no token chose has no gradient, or one of zeros.
+        mine, true = ours.get(each), theirs.get(each)
+        difference = torch.zeros(()) if mine is None else mine
+        difference = difference if true is None else difference - true
+        size = floor if true is None else true.abs().max().clamp(min=floor)
+        of_gradients.append((difference.abs().max() / size).item())
     # max() would pass over NaN.
     return (actual - expected).abs().max().item(), torch.tensor(of_gradients).max().item()
 
@@ -431,22 +436,27 @@ def share(row: Row, model: nn.Module) -> None:
     loss_fn = prefkern.FusedPreferenceLoss(prefkern.objectives.DPO(beta=0.1))
     reference = torch.linspace(-90, -30, 2 * len(PAIRS))
 
-    def losses(shares: bool) -> Tensor:
-        batch = PreferenceCollator(0, padding_free=shares, share_prompt=shares)(pairs)
+    def losses(**options: bool) -> Tensor:
+        batch = PreferenceCollator(0, **options)(pairs)
         outputs = prefkern.preference_outputs(model, batch, loss_fn, ref_logps=reference)
         return outputs.losses + 0 * outputs.loss
 
     try:
-        shared = losses(True)
+        shared = losses(padding_free=True, share_prompt=True)
         ours = gradients(model, shared)
     except Exception as error:  # noqa: BLE001
         row.sharing, row.why_not_shared = "refused", reason(error, 400)
         return
-    expected = losses(False)
-    found = errors(shared, expected, ours, gradients(model, expected))
     row.sharing = "masked" if reads_whole_row(model, shares=True) else "by paths"
-    if not within_bounds(*found):
-        row.sharing, row.why_not_shared = "differs", f"{row.sharing}: {found}"
+    found = []
+    # As in `pack`: the second is a packed row, in which each response has a prompt of its own.
+    for options in ({}, {"padding_free": True}):
+        expected = losses(**options)
+        found.append(errors(shared, expected, ours, gradients(model, expected)))
+        if within_bounds(*found[-1]):
+            return
+    row.why_not_shared = f"{row.sharing}: " + ", ".join(f"{x:.0e} and {y:.0e}" for x, y in found)
+    row.sharing = "differs"
 
 
 def alone(model: nn.Module, ids: Tensor, bounds: Tensor) -> Tensor:
@@ -519,19 +529,27 @@ def page(report: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {version}" for name, version in report["versions"].items() if version
     )
-    packings = Counter(row["packing"] for row in by_status["agrees"])
-    packed = ", ".join(f"{number} {way}" for way, number in packings.most_common())
+    packed, shared = (
+        ", ".join(f"{number} {way}" for way, number in Counter(ways).most_common() if way)
+        for ways in zip(
+            *((row["packing"], row["sharing"]) for row in by_status["agrees"]), strict=True
+        )
+    )
     agreed = sorted(by_status["agrees"], key=lambda row: (not row["transform"], row["model"]))
     lines = [
         HEAD.format(command=report["command"], date=report["date"][:10], versions=versions),
         *_table(("family", *COLUMNS), report["families"]),
         f"\n## Every class of the auto mappings\n\n{len(rows)} classes: {counts}.",
-        f"Packed: {packed}.\n",
+        f"Packed: {packed}. Prompt shared: {shared}.\n",
         *_table(("class", *COLUMNS), agreed),
     ]
-    lines += ["\n### Not packed, by the reason\n", "| reason | classes |", "|---|---|"]
-    for why, names in _reasons(agreed).items():
-        lines.append(f"| {why} | {', '.join(names)} |")
+    for what, way, why in (
+        ("Not packed", "packing", "why_not_packed"),
+        ("Without a shared prompt", "sharing", "why_not_shared"),
+    ):
+        lines += [f"\n### {what}, by the reason\n", "| reason | classes |", "|---|---|"]
+        for reason, names in _reasons(agreed, way, why).items():
+            lines.append(f"| {reason} | {', '.join(names)} |")
     for status, title in (("differs", "Wrong"), ("refused", "Refused"), ("not run", "Not run")):
         if by_status[status]:
             lines += [f"\n### {title}\n", "| class | why |", "|---|---|"]
@@ -542,14 +560,14 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _reasons(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The classes whose rows are not packed, by what the error says."""
+def _reasons(rows: list[dict[str, Any]], way: str, why: str) -> dict[str, list[str]]:
+    """The classes that are refused, by what the error says."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        if row["packing"] not in ("by paths", "masked", ""):
-            why = row["why_not_packed"].split("cannot take packed batches: ")[-1]
-            known = [each for each in REASONS if each in why]
-            found.setdefault(known[0] if known else why, []).append(row["model"])
+        if row[way] not in ("by paths", "masked", ""):
+            text = re.sub("^.*cannot take [a-z ]+: ", "", row[why])
+            known = [each for each in REASONS if each in text]
+            found.setdefault(known[0] if known else text, []).append(row["model"])
     return found
 
 
@@ -559,7 +577,7 @@ def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> list[str]:
         errors = (row["value_error"], row["gradient_error"])
         cells = [row["model"], row["transform"]]
         cells += [row["status"] if error is None else f"{error:.0e}" for error in errors]
-        cells.append(row["packing"])
+        cells += [row["packing"], row["sharing"]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -596,7 +614,8 @@ def main(argv: list[str]) -> int:
     if arguments.page:
         arguments.page.write_text(page(report))
     measured = [*families, *rows]
-    return int(any("differs" in (row.status, row.packing) for row in measured))
+    found = [(row.status, row.packing, row.sharing) for row in measured]
+    return int(any("differs" in each for each in found))
 
 
 if __name__ == "__main__":
