@@ -1,7 +1,8 @@
 """Counts the cost of a step: matrix-product operations and bytes, without a GPU and without timing.
 
 `Meter` watches every torch operator that runs while it is active, forward and backward. A product
-of an `[m, k]` and a `[k, n]` matrix is 2mkn operations. Bytes are those of storages that are
+of an `[m, k]` and a `[k, n]` matrix is 2mkn operations. Fused attention counts the pairs of a query
+and a key that it computes: causal attention without a mask skips half. Bytes are those of storages that are
 allocated while it is active. A view costs nothing, and a tensor that existed before costs nothing.
 Freed storages are subtracted at once, so that `peak_bytes` is the largest number of bytes alive at
 one time. Both counts are properties of the algorithm and equal on every machine. A process's
@@ -45,6 +46,17 @@ _FACTORS = {
     _aten.addmv_: (1, 2),
     _aten.dot: (0, 1),
     _aten.vdot: (0, 1),
+}
+
+# Fused attention: two products of queries and keys, and five in backward, where it computes the
+# first one again. (operator, position of the query, products)
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: (0, 2),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 5),
+    _aten._scaled_dot_product_flash_attention: (0, 2),
+    _aten._scaled_dot_product_flash_attention_backward: (1, 5),
+    _aten._scaled_dot_product_efficient_attention: (0, 2),
+    _aten._scaled_dot_product_efficient_attention_backward: (1, 5),
 }
 
 _BUILT_IN = ("aten", "prim", "prims")
@@ -93,6 +105,8 @@ class Meter(TorchDispatchMode):
             left, right = (args[position] for position in _FACTORS[func.overloadpacket])
             columns = right.shape[-1] if right.dim() > 1 else 1
             self.operations += 2 * left.numel() * columns
+        elif func.overloadpacket in _ATTENTION:
+            self.operations += _attention_operations(func, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf, is_new=_address(leaf) not in given)
@@ -113,6 +127,21 @@ class Meter(TorchDispatchMode):
 
     def _forget(self, address: int) -> None:
         self.live_bytes -= self._bytes_of.pop(address)
+
+
+def _attention_operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Products of queries and keys in fused attention, which skips those above the diagonal."""
+    given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    first, products = _ATTENTION[func.overloadpacket]
+    query, key, value = args[first : first + 3]
+    queries, keys = query.shape[-2], key.shape[-2]
+    pairs = queries * keys
+    if given.get("is_causal"):
+        # The query i sees the keys 0 to i.
+        seen = min(queries, keys)
+        pairs = seen * (seen + 1) // 2 + (queries - seen) * keys
+    width = (query.shape[-1] + value.shape[-1]) // 2
+    return 2 * products * query.shape[:-2].numel() * pairs * width
 
 
 def _address(tensor: Tensor) -> int:

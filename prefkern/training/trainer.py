@@ -302,8 +302,7 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
                 head_transform(self.model)  # pyright: ignore[reportArgumentType]
                 if args.padding_free:
                     self._require_packing(self.model)
-        shares = args.share_prompt
-        if args.padding_free and reads_whole_row(self.model, shares=shares):  # pyright: ignore[reportArgumentType]
+        if args.padding_free and not is_sharded and self._reads_whole_row():
             logger.warning(
                 "under padding_free this attention multiplies the whole row and masks what is of "
                 "other sequences, the more the larger the batch: flash attention or "
@@ -327,6 +326,10 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
         if needs_reference and args.precompute_ref_log_probs:
             self.train_dataset = self._with_reference(self.train_dataset)
             self.eval_dataset = self._with_reference(self.eval_dataset)
+
+    def _reads_whole_row(self) -> bool:
+        model: Any = self.model
+        return reads_whole_row(model, shares=self.args.share_prompt)
 
     def _require_packing(self, model: Any) -> None:
         require_packing(model, shares=self.args.share_prompt)

@@ -161,3 +161,24 @@ def test_cost_of_a_step_includes_what_it_returns() -> None:
 
     cost = cost_of(step, torch.device("cpu"))
     assert (cost.operations, cost.peak_bytes) == (0, 4 * KILOBYTE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fused_attention_counts_the_pairs_that_it_computes(causal):
+    """Two products forward and five backward; causal attention without a mask skips half."""
+    query, key, value = (torch.randn(2, 3, 8, 16, requires_grad=True) for _ in range(3))
+    pairs = 2 * 3 * (8 * 9 // 2 if causal else 8 * 8)
+    with Meter() as meter:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        assert meter.operations == 2 * 2 * pairs * 16
+        out.sum().backward()
+    assert meter.operations == 7 * 2 * pairs * 16
+
+
+def test_masked_attention_computes_every_pair():
+    query = torch.randn(1, 2, 8, 16)
+    key, value = torch.randn(2, 1, 2, 12, 16)
+    mask = torch.ones(8, 12, dtype=torch.bool).tril(4)
+    with torch.no_grad(), Meter() as meter:
+        F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert meter.operations == 2 * 2 * (2 * 8 * 12) * 16

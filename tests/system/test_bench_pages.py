@@ -184,6 +184,20 @@ def test_the_page_of_families_is_the_result_s() -> None:
         assert row["status"] != "agrees" or row["value_error"] <= report["bounds"]["value"]
 
 
+def test_the_page_of_sharing_is_the_result_s() -> None:
+    import sharing
+
+    report = json.loads(sharing.RESULT.read_text())
+    assert sharing.page(report) == sharing.PAGE.read_text()
+    assert 0 < sharing.spread(report["rows"]) < 1e-4
+    for name in sharing.LENGTHS:
+        rows = {row["layout"]: row for row in report["rows"] if row["lengths"] == name}
+        assert rows.keys() == sharing.LAYOUTS.keys()
+        for key in ("operations", "peak_bytes", "seconds"):
+            values = [rows[layout][key] for layout in sharing.LAYOUTS]
+            assert values == sorted(values, reverse=True), (name, key)
+
+
 def test_times_of_startup_are_within_their_bounds(tmp_path: Path) -> None:
     """The kept result; and that the script measures what the commands do."""
     import startup

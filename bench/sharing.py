@@ -1,0 +1,304 @@
+"""Counts a training step with padded, packed and shared pairs, beside TRL's, and writes the page.
+
+usage: python bench/sharing.py [--page] [--rounds N]
+
+A step is the policy's forward and backward and the reference's forward, of a Llama with random
+weights on a CPU in float32, through the trainers' own `training_step`. It is counted, not only
+timed: matrix-product operations (attention included, see `prefkern_bench.measure`), the peak of
+bytes beyond weights and gradients, and processor time of one thread, the least of interleaved
+rounds. Lengths are drawn from three log-normal distributions.
+
+The numbers go to bench/results/sharing-cpu.json, the page to bench/SHARING.md and the picture to
+bench/results/sharing.png. With --page only these two are drawn, from an existing result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "tests")]
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+
+import prefkern
+from prefkern_bench import environment
+from prefkern_bench.measure import Meter
+from prefkern_bench.pictures import STYLES, pyplot
+from support import tiny
+
+PAGE = ROOT / "bench/SHARING.md"
+RESULT = ROOT / "bench/results/sharing-cpu.json"
+PICTURE = ROOT / "bench/results/sharing.png"
+VOCAB = 4096
+MODEL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 320,
+    "intermediate_size": 864,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+# name: medians of prompt and response, spreads of their logarithms
+LENGTHS = {
+    "short prompts": (120, 290, 0.9, 0.7),
+    "dialogues": (350, 220, 0.5, 0.5),
+    "long prompts": (820, 205, 0.2, 0.3),
+}
+LAYOUTS = {
+    "trl": "TRL, padded",
+    "padded": "prefkern, padded",
+    "packed": "prefkern, packed",
+    "shared": "prefkern, prompt shared",
+}
+PAIRS = 4
+BATCHES = 1
+
+
+def drawn(name: str, count: int) -> list[dict[str, list[int]]]:
+    """Pairs of random tokens, with lengths of a distribution."""
+    generator = torch.Generator().manual_seed(0)
+    prompt, response, prompt_spread, response_spread = LENGTHS[name]
+
+    def ids(median: int, spread: float) -> list[int]:
+        factor = math.exp(spread * torch.randn((), generator=generator).item())
+        length = max(4, min(2048, round(median * factor)))
+        return torch.randint(10, VOCAB, (length,), generator=generator).tolist()
+
+    return [
+        {
+            "prompt_ids": ids(prompt, prompt_spread),
+            "chosen_ids": ids(response, response_spread),
+            "rejected_ids": ids(response, response_spread),
+        }
+        for _ in range(count)
+    ]
+
+
+def model(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
+
+
+def trainer(layout: str, pairs: list[dict[str, list[int]]], folder: str) -> Any:
+    """A trainer of DPO on the pairs, with a reference model, in a layout."""
+    common = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": PAIRS,
+        "max_length": None,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "bf16": False,
+    }
+    if layout != "trl":
+        config = prefkern.PreferenceConfig(
+            **common,
+            objective="dpo",
+            padding_free=layout != "padded",
+            share_prompt=layout == "shared",
+            token_metrics=False,
+        )
+        return prefkern.PreferenceTrainer(
+            model(),
+            config,
+            datasets.Dataset.from_list(pairs),
+            processing_class=tiny.tokenizer(),
+            ref_model=model(seed=1),
+        )
+    import trl
+
+    class OfTokens(trl.DPOTrainer):
+        """On rows that are tokens already: TRL itself reads only text."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+    return OfTokens(
+        model(),
+        ref_model=model(seed=1),
+        args=trl.DPOConfig(**common),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def steps(run: Any) -> list[dict[str, Tensor]]:
+    return [run._prepare_inputs(batch) for batch in run.get_train_dataloader()]
+
+
+def step(run: Any, batch: dict[str, Tensor]) -> float:
+    run.model.zero_grad()
+    run.model.train()
+    # Set by the loop of train().
+    run.current_gradient_accumulation_steps = 1
+    return run.training_step(run.model, dict(batch)).item()
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    pairs = drawn(name, PAIRS * BATCHES)
+    rows: list[dict[str, Any]] = []
+    runs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in LAYOUTS:
+            row: dict[str, Any] = {"lengths": name, "layout": layout}
+            try:
+                run = trainer(layout, pairs, folder)
+                batches = steps(run)
+                losses = [step(run, batch) for batch in batches]
+            except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+                rows.append({**row, "refused": " ".join(str(error).split())[:160]})
+                continue
+            operations, peak = 0, 0
+            for batch in batches:
+                # Gradients stay from the step before: they are not counted.
+                with Meter() as meter:
+                    step(run, batch)
+                operations += meter.operations
+                peak = max(peak, meter.peak_bytes)
+            row |= {
+                "losses": losses,
+                "tokens": sum(batch["input_ids"].numel() for batch in batches),
+                "operations": operations,
+                "peak_bytes": peak,
+                "seconds": math.inf,
+            }
+            rows.append(row)
+            runs[layout] = (run, batches, row)
+        for _ in range(rounds):
+            for run, batches, row in runs.values():
+                begin = time.process_time()
+                for batch in batches:
+                    step(run, batch)
+                row["seconds"] = min(row["seconds"], time.process_time() - begin)
+        print(name, *(f"{r['layout']} {r.get('seconds', 0):.2f} s" for r in rows), flush=True)
+    return rows
+
+
+def page(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
+    head = (
+        f"Written by `{report['command']}` on {report['date'][:10]}; {report['device']}; "
+        f"{versions}.\n\n"
+        "A training step of DPO with another reference model, full training, float32: the reference's "
+        "forward, and the policy's forward and backward. The model is a Llama of "
+        f"{MODEL['num_hidden_layers']} layers with random weights, H = {MODEL['hidden_size']}, with "
+        f"{VOCAB} vocabulary entries; sdpa attention. "
+        f"{PAIRS * BATCHES} pairs in batches of {PAIRS}. Operations are those of matrix products, "
+        "attention included. Memory is the peak beyond weights and gradients. Time is processor "
+        f"time, the least of {report['rounds']} interleaved rounds.\n\n"
+        "![operations, memory and time of a step](results/sharing.png)"
+    )
+    lines = ["# A pair's prompt once", "", head]
+    for name, (prompt, response, *_) in LENGTHS.items():
+        rows = [row for row in report["rows"] if row["lengths"] == name]
+        base = next(row for row in rows if row["layout"] == "trl")
+        lines += [
+            "",
+            f"## {name.capitalize()}: medians of {prompt} and {response} tokens",
+            "",
+            "| layout | tokens | operations, 1e12 | peak memory, MiB | time, s | to TRL, padded |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            title = LAYOUTS[row["layout"]]
+            if "refused" in row:
+                lines.append(f"| {title} | refused: {row['refused']} | | | | |")
+                continue
+            relative = "operations {:.2f}, memory {:.2f}, time {:.2f}".format(
+                *(row[key] / base[key] for key in ("operations", "peak_bytes", "seconds"))
+            )
+            lines.append(
+                f"| {title} | {row['tokens']:,} | {row['operations'] / 1e12:.2f} | "
+                f"{row['peak_bytes'] / 2**20:,.0f} | {row['seconds']:.2f} | {relative} |"
+            )
+    lines += [
+        "",
+        f"The first losses of all layouts agree within {spread(report['rows']):.0e} of each other.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def spread(rows: list[dict[str, Any]]) -> float:
+    """The largest relative difference of a loss between layouts."""
+    worst = 0.0
+    for name in LENGTHS:
+        losses = torch.tensor([r["losses"] for r in rows if r["lengths"] == name and "losses" in r])
+        worst = max(worst, ((losses.amax(0) - losses.amin(0)) / losses.mean(0)).max().item())
+    return worst
+
+
+def picture(report: dict[str, Any]) -> None:
+    plots = pyplot()
+    colors = {"trl": STYLES["trl"].color, "padded": STYLES["torch-lce"].color}
+    colors |= {
+        "packed": STYLES["prefkern-roomy"].color,
+        "shared": STYLES["prefkern"].color,
+    }
+    quantities = {
+        "operations": ("operations", 1e12, "1e12"),
+        "peak_bytes": ("peak memory", 2**20, "MiB"),
+        "seconds": ("processor time", 1, "s"),
+    }
+    figure, axes = plots.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, (key, (title, unit, label)) in zip(axes, quantities.items(), strict=True):
+        for place, (layout, name) in enumerate(LAYOUTS.items()):
+            found = [
+                (group + (place - 1.5) * 0.2, row[key] / unit)
+                for group, lengths in enumerate(LENGTHS)
+                for row in report["rows"]
+                if (row["lengths"], row["layout"]) == (lengths, layout) and key in row
+            ]
+            if found:
+                axis.bar(*zip(*found, strict=True), width=0.19, color=colors[layout], label=name)
+        axis.set_title(title)
+        axis.set_ylabel(label)
+        axis.set_xticks(range(len(LENGTHS)), LENGTHS)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(LAYOUTS),
+        frameon=False,
+    )
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--page", action="store_true", help="draw an existing result")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    if not arguments.page:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        rows = [row for name in LENGTHS for row in measure(name, arguments.rounds)]
+        command = shlex.join(["python", "bench/sharing.py", *argv])
+        report = environment(torch.device("cpu"), command)
+        report |= {"rounds": arguments.rounds, "model": MODEL, "rows": rows}
+        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    report = json.loads(RESULT.read_text())
+    picture(report)
+    PAGE.write_text(page(report))
+    return int(spread(report["rows"]) > 1e-4)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
