@@ -231,7 +231,7 @@ def page(report: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        f"The first losses of all layouts agree within {spread(report['rows']):.0e} of each other.",
+        f"The losses of all layouts agree within {spread(report['rows']):.0e} of each other.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -554,7 +554,7 @@ MUTATIONS = (
     Mutation(
         "packed positions run on",
         "prefkern/models/packing.py",
-        "positions = torch.arange(tokens, device=device) - of_tokens(bounds[:-1])",
+        "positions = torch.arange(tokens, device=device) - of_tokens(starts)",
         "positions = torch.arange(tokens, device=device)",
         "tests/models/test_packing.py -k token_logprobs",
     ),

@@ -193,7 +193,7 @@ ELSEWHERE = {
         "did not call its output",
     ),
     ("prefkern/ops/once.py", "differentiated once"): ("test_kl", "differentiated once"),
-    ("prefkern/models/packing.py", "_refusal(base, problem)"): (
+    ("prefkern/models/packing.py", "_refusal(base, problem, shares)"): (
         "test_packing",
         "cannot take packed",
     ),
