@@ -135,6 +135,22 @@ def _of_one_dtype(base: Any, read: HeadInputs) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _of_mixed_dtypes(base: Any) -> Iterator[None]:
+    """Raise ValueError for a model whose own forward fails on weights of several dtypes."""
+    try:
+        yield
+    except RuntimeError as error:
+        names = {p.dtype: name for name, p in base.named_parameters() if p.is_floating_point()}
+        if len(names) < 2 or "dtype" not in str(error):
+            raise
+        weights = " and ".join(f"{dtype} ({name})" for dtype, name in names.items())
+        raise ValueError(
+            f"the forward of {type(base).__name__} fails on weights of several dtypes, {weights}: "
+            "give all of them one dtype, or run under autocast (bf16=True or fp16=True in a trainer)"
+        ) from error
+
+
 def _probe(
     model: nn.Module,
     base: Any,
@@ -169,7 +185,7 @@ def _probe(
             # A copy, since some models transform their logits in place.
             return seen["ramp"].clone()
 
-        with replaced_forward(head, probing_head) as original:
+        with replaced_forward(head, probing_head) as original, _of_mixed_dtypes(base):
             logits = model(**without_cache(base, inputs)).logits
     if not seen:
         raise uncalled(base, head)

@@ -110,6 +110,25 @@ def test_a_float32_head_without_autocast_is_named(tmp_path):
         trainer(tmp_path, model=tiny.model().bfloat16(), ref_model=with_float32_head(1))
 
 
+def test_norms_in_float32_need_autocast(tmp_path):
+    """As kbit training leaves them (unsloth#3723): the body's own products fail without it."""
+
+    def model():
+        made = tiny.model().bfloat16()
+        for name, module in made.named_modules():
+            if "norm" in name:
+                module.float()
+        return made
+
+    run = trainer(tmp_path, model=model(), bf16=True, objective="dpo", max_steps=2)
+    run.train()
+    first, second = (log["loss"] for log in step_logs(run))
+    assert first == pytest.approx(math.log(2), abs=1e-6) and second < first
+    message = r"weights of several dtypes, torch.bfloat16 \(.*\) and torch.float32 \(.*norm.*autoc"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model=model())
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_the_cache_is_as_it_was(tmp_path, use_cache, adapted):
