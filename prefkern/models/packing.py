@@ -142,17 +142,17 @@ def _way(model: nn.Module, shares: bool) -> Way:
         )
     implementation = _implementation(base)
     found = base.__dict__.setdefault("_prefkern_packs", {})
-    if (implementation, shares) not in found:
-        found[implementation, shares] = _probed(model, base, implementation, shares)
-    way: Way = found[implementation, shares]
     # A compiled model would be compiled again for each batch's lengths.
-    if way == "paths" and any(is_compiled(module) for module in model.modules()):
-        return "branches"
-    return way
+    compiled = any(is_compiled(module) for module in model.modules())
+    key = (implementation, shares, compiled)
+    if key not in found:
+        found[key] = _probed(model, base, implementation, shares, compiled)
+    return found[key]
 
 
-def _probed(model: nn.Module, base: Any, implementation: str, shares: bool) -> Way:
-    ways: list[Way] = ["paths"] if implementation == paths.IMPLEMENTATION else []
+def _probed(model: nn.Module, base: Any, implementation: str, shares: bool, compiled: bool) -> Way:
+    by_paths = implementation == paths.IMPLEMENTATION and not compiled
+    ways: list[Way] = ["paths"] if by_paths else []
     if not shares:
         ways.append("positions")
     if implementation in (paths.IMPLEMENTATION, "eager"):

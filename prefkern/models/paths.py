@@ -25,6 +25,7 @@ probe of `prefkern.models.packing` finds that out.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -119,6 +120,10 @@ class PathMask:
 
 
 _current: ContextVar[Paths | None] = ContextVar("prefkern_paths", default=None)
+# How many contexts of `along` are open, in all threads. torch.compile can read it, and cannot read
+# a context variable: outside of `along` a model compiles as if nothing had been replaced.
+_open = 0
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -127,11 +132,16 @@ def along(paths: Paths | None) -> Iterator[None]:
     if paths is None:
         yield
         return
+    global _open
     _install()
     token = _current.set(paths)
+    with _lock:
+        _open += 1
     try:
         yield
     finally:
+        with _lock:
+            _open -= 1
         _current.reset(token)
 
 
@@ -148,7 +158,7 @@ def _install() -> None:
 
 def _mask_of(original: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        paths = _current.get()
+        paths = _current.get() if _open else None
         if paths is None or args:
             return original(*args, **kwargs)
         # The row has no padding. The ones that it came with only asked for a mask without bounds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -158,10 +159,58 @@ def test_a_compiled_model_masks_its_row(monkeypatch):
     row, bounds = row_of()
     expected = scored(model, row, bounds)
     model.model.layers[0].mlp.compile(backend="eager")
+    packing.require_packing(model)
     seen = products(monkeypatch)
     logps, _ = scored(model, row, bounds)
     assert set(seen) == {(row.shape[1], row.shape[1])}
+    assert packing._way(model, shares=False) == "positions"
     torch.testing.assert_close(logps, expected[0], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_wholly_compiled_model(shares):
+    model = tiny.model()
+    row, bounds = row_of((11, 6))
+    tree = torch.tensor([[0, 0], [0, 4]]) if shares else None
+
+    def hidden(model):
+        inputs = packing.packed_inputs(model, row, bounds, tree)
+        with torch.no_grad():
+            return forward_with_head(model, inputs, lambda head: (head.hidden, head.hidden))[0]
+
+    expected = hidden(model)
+    actual = hidden(torch.compile(model, backend="eager"))
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_model_compiles_whole_after_the_tables_were_replaced():
+    """Nothing that torch.compile cannot read is left in transformers' tables."""
+    model = tiny.model().eval()
+    row, bounds = row_of()
+    prefkern.token_logprobs(model, row, cu_seqlens=bounds)
+    compiled = torch.compile(
+        lambda ids: model(input_ids=ids, use_cache=False).logits, backend="eager", fullgraph=True
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(row), model(input_ids=row).logits)
+
+
+def test_threads_do_not_see_one_anothers_paths():
+    model = tiny.model().eval()
+    row, _ = row_of()
+    with torch.no_grad():
+        expected = model(input_ids=row).logits
+        found = []
+
+        def other():
+            with torch.no_grad():
+                found.append(model(input_ids=row).logits)
+
+        with paths.along(paths.Paths.of([0, 9, 29])):
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+    torch.testing.assert_close(found[0], expected, atol=0, rtol=0)
 
 
 def test_a_model_that_drops_the_mask_is_refused():
