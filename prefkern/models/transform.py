@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from prefkern.models import heads
 from prefkern.models.calls import replaced_forward, uncalled, undisturbed, without_cache
-from prefkern.models.heads import HeadInputs, find_head
+from prefkern.models.heads import find_head
 
 # Name in the config -> the factors by which some family multiplies its raw logits for its value s.
 _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
@@ -120,29 +120,15 @@ def _virtual_tokens(model: nn.Module) -> int:
 
 
 @contextmanager
-def _of_one_dtype(base: Any, read: HeadInputs) -> Iterator[None]:
-    """Raise ValueError, instead of torch's RuntimeError, for a head of another dtype."""
+def _without_mixed_dtypes(base: Any, device: torch.device) -> Iterator[None]:
+    """Raise ValueError, not torch's RuntimeError, for weights that need autocast to be combined."""
     try:
         yield
     except RuntimeError as error:
-        hidden, weight = read.hidden, read.weight
-        if hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type):
-            raise
-        raise ValueError(
-            f"the output head of {type(base).__name__} is {weight.dtype} and its hidden states are "
-            f"{hidden.dtype}: cast the head to {hidden.dtype}, or run under autocast (bf16=True or "
-            "fp16=True in a trainer)"
-        ) from error
-
-
-@contextmanager
-def _of_mixed_dtypes(base: Any) -> Iterator[None]:
-    """Raise ValueError for a model whose own forward fails on weights of several dtypes."""
-    try:
-        yield
-    except RuntimeError as error:
+        # Of each dtype the last weight: the head's, if the head is what differs.
         names = {p.dtype: name for name, p in base.named_parameters() if p.is_floating_point()}
-        if len(names) < 2 or "dtype" not in str(error):
+        is_cast = torch.is_autocast_enabled(device.type)
+        if len(names) < 2 or is_cast or "dtype" not in str(error):
             raise
         weights = " and ".join(f"{dtype} ({name})" for dtype, name in names.items())
         raise ValueError(
@@ -167,15 +153,14 @@ def _probe(
     with undisturbed(model, device):
 
         def probing_head(hidden: Tensor) -> Tensor:
+            raw = original(hidden)
+            # Whatever its class, the head must compute the linear map that `heads.read` found.
+            seen["raw"] = raw
             read = heads.read(head, hidden)
-            with _of_one_dtype(base, read):
-                raw = original(hidden)
-                # Whatever its class, the head must compute the linear map that `heads.read` found.
-                seen["raw"] = raw
-                seen["linear"] = F.linear(hidden, read.weight, read.bias)
-                if read.lora_hidden is not None and read.lora_weight is not None:
-                    term = F.linear(read.lora_hidden, read.lora_weight.to(read.lora_hidden.dtype))
-                    seen["linear"] = seen["linear"] + term
+            seen["linear"] = F.linear(hidden, read.weight, read.bias)
+            if read.lora_hidden is not None and read.lora_weight is not None:
+                term = F.linear(read.lora_hidden, read.lora_weight.to(read.lora_hidden.dtype))
+                seen["linear"] = seen["linear"] + term
             # Prompt-learning adapters add positions, hence the modulo.
             peaks = torch.tensor(_PROBE_PEAKS, device=raw.device)
             peaks = peaks[torch.arange(raw.shape[-2], device=raw.device) % len(peaks)]
@@ -185,7 +170,8 @@ def _probe(
             # A copy, since some models transform their logits in place.
             return seen["ramp"].clone()
 
-        with replaced_forward(head, probing_head) as original, _of_mixed_dtypes(base):
+        mixed = _without_mixed_dtypes(base, device)
+        with replaced_forward(head, probing_head) as original, mixed:
             logits = model(**without_cache(base, inputs)).logits
     if not seen:
         raise uncalled(base, head)

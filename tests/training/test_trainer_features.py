@@ -101,8 +101,9 @@ def test_a_float32_head_on_a_bf16_body(tmp_path, case):
 
 def test_a_float32_head_without_autocast_is_named(tmp_path):
     message = (
-        "the output head of LlamaForCausalLM is torch.float32 and its hidden states are "
-        r"torch.bfloat16: cast the head to torch.bfloat16, or run under autocast \(bf16=True or"
+        r"LlamaForCausalLM fails on weights of several dtypes, torch.bfloat16 \(model.norm.weight\) "
+        r"and torch.float32 \(lm_head.weight\): give all of them one dtype, or run under autocast "
+        r"\(bf16=True or"
     )
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, model=with_float32_head())
