@@ -3,8 +3,8 @@
 With an adapter the same model also serves as the reference (`prefkern.models.own_reference`). That
 is right only if everything else in the model stays as it was. So these checks refuse an adapter
 that is merged, one that trains or has changed the base model, and one that transformers holds by
-itself. `disable_dropout` sets every dropout rate to 0, so that policy and
-reference compute the same function; the saved configs keep their own rates.
+itself. `disable_dropout` sets every dropout rate to 0, so that policy and reference compute the
+same function; the saved configs keep their own rates.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def check_reference_adapter(
     """Raise ValueError unless the reference stays as it is while the model is trained.
 
     A `ref_model` must not share parameters that are trained. Without one the model is its own
-    reference, with the adapter `name` or none. `name` must be an adapter of the model, but not the one that is trained. Training must not
-    change the base model. If the reference is the base model, that must also equal the model before
-    it was adapted. It is not where an `initial` adapter is the reference.
+    reference, with the adapter `name` or none. `name` must be an adapter of the model, but not the
+    one that is trained. Training must not change the base model. Where the base model is the
+    reference, and not an `initial` adapter, it must also equal the model before it was adapted.
     """
     if name is not None:
         _check_name(model, name, ref_model)

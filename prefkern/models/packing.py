@@ -96,18 +96,13 @@ def require_shared_router_loss(model: nn.Module) -> None:
     That is what it counts in a padded batch, where each response has a prompt of its own.
     """
     base, _ = find_head(model)
-    way, device = _way(model, shares=True), base.get_input_embeddings().weight.device
-    probe = _probe_row(base.config.get_text_config(), shares=True)
-    row = _inputs(base, probe.ids[None].to(device), probe.bounds, probe.prefixes, way)
+    probe = _probe_row(base, shares=True)
+    row = probe.packed(base, _way(model, shares=True), probe.ids)
     once = {**row, "attention_mask": torch.ones_like(row["input_ids"])}
-    padded = {
-        "input_ids": probe.rows.to(device),
-        "attention_mask": probe.is_token.long().to(device),
-    }
-    with undisturbed(model, device), _short_reaches(base):
+    with undisturbed(model, probe.ids.device), _short_reaches(base):
         shared, counted_once, expected = (
             head_forward(model, {**inputs, "output_router_logits": True}, _keep_hidden)[1].aux_loss
-            for inputs in (row, once, padded)
+            for inputs in (row, once, probe.padded)
         )
     # Routers choose by their own rounding, and shapes differ from a padded batch. But the first two
     # differ by the counts alone.
@@ -180,7 +175,6 @@ def _inputs(
         raise ValueError(f"cu_seqlens must have shape [S + 1], got {list(cu_seqlens.shape)}")
     tokens, device = input_ids.shape[1], input_ids.device
     bounds = cu_seqlens.to(device, torch.int32)
-    lengths = bounds.diff()
     # transformers and the paths need lengths as Python ints.
     values = bounds.tolist()
     if min(b - a for a, b in pairwise(values)) < 1 or [values[0], values[-1]] != [0, tokens]:
@@ -191,11 +185,7 @@ def _inputs(
     before = None if prefixes is None else _checked_prefixes(prefixes, values)
     sequences = paths.Paths.of(values, before, is_masked=way == "branches")
 
-    def of_tokens(values: Tensor) -> Tensor:  # (S,) -> (M,)
-        return values.repeat_interleave(lengths, output_size=tokens)
-
-    starts = bounds[:-1] if prefixes is None else bounds[:-1] - prefixes.to(bounds)[:, 1]
-    positions = torch.arange(tokens, device=device) - of_tokens(starts)
+    positions = sequences.positions(device)
     inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions[None]}
     parameters = inspect.signature(base.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -203,14 +193,13 @@ def _inputs(
         # positions.
         inputs["use_cache"] = False
         if prefixes is None:
-            numbers = torch.arange(len(lengths), dtype=torch.int32, device=device)
             longest = max(sequences.lengths)
             inputs |= {
                 "cu_seq_lens_q": bounds,
                 "cu_seq_lens_k": bounds,
                 "max_length_q": longest,
                 "max_length_k": longest,
-                "seq_idx": of_tokens(numbers)[None],
+                "seq_idx": sequences.numbers(device)[None],
             }
     if way != "positions":
         inputs[paths.KEYWORD] = sequences
@@ -248,13 +237,22 @@ class _ProbeRow:
     ids: Tensor  # (M,)
     changed: Tensor  # (M,), other tokens in the first sequence, after what others share of it
     bounds: Tensor  # (S + 1,)
-    prefixes: Tensor | None  # (S, 2)
     rows: Tensor  # (S, T), each with its prefix
     is_token: Tensor  # (S, T)
     is_own: Tensor  # (S, T), without the prefixes
+    prefixes: Tensor | None  # (S, 2)
+
+    def packed(self, base: Any, way: Way, ids: Tensor) -> dict[str, Any]:
+        """The inputs of a packed row of these tokens."""
+        return _inputs(base, ids[None], self.bounds, self.prefixes, way)
+
+    @property
+    def padded(self) -> dict[str, Any]:
+        return {"input_ids": self.rows, "attention_mask": self.is_token.long()}
 
 
-def _probe_row(config: Any, shares: bool) -> _ProbeRow:
+def _probe_row(base: Any, shares: bool) -> _ProbeRow:
+    config, device = base.config.get_text_config(), base.get_input_embeddings().weight.device
     limit = getattr(config, "max_position_embeddings", None) or max(_PROBE_LENGTHS)
     lengths = [min(length, limit) for length in _PROBE_LENGTHS]
     prefixes, shared = [(0, 0)] * len(lengths), 0
@@ -286,7 +284,8 @@ def _probe_row(config: Any, shares: bool) -> _ProbeRow:
     is_token = places < torch.tensor([len(each) for each in whole])[:, None]
     is_own = is_token & (places >= torch.tensor([prefix for _, prefix in prefixes])[:, None])
     tree = torch.tensor(prefixes, dtype=torch.int32) if shares else None
-    return _ProbeRow(ids, changed, torch.tensor(bounds), tree, rows, is_token, is_own)
+    tensors = (ids, changed, torch.tensor(bounds), rows, is_token, is_own)
+    return _ProbeRow(*(x.to(device) for x in tensors), prefixes=tree)
 
 
 def _problem(model: nn.Module, base: Any, way: Way, shares: bool) -> str | None:
@@ -298,29 +297,13 @@ def _problem(model: nn.Module, base: Any, way: Way, shares: bool) -> str | None:
         # A short row would pass: softmax does not see where a sequence begins. But in bf16 the bias
         # of a token far along the row is rounded by whole positions.
         return "ALiBi counts along the whole row"
-    device = base.get_input_embeddings().weight.device
-    probe = _probe_row(config, shares)
-    ids, changed, rows, is_token, is_own, bounds = (
-        x.to(device)
-        for x in (
-            probe.ids,
-            probe.changed,
-            probe.rows,
-            probe.is_token,
-            probe.is_own,
-            probe.bounds,
-        )
-    )
+    probe = _probe_row(base, shares)
     first = int(probe.bounds[1])
-
-    def inputs(ids: Tensor) -> dict[str, Any]:
-        return _inputs(base, ids[None], bounds, probe.prefixes, way)
-
-    with undisturbed(model, device), _short_reaches(base):
-        padded, _ = _hidden(model, {"input_ids": rows, "attention_mask": is_token.long()})
+    with undisturbed(model, probe.ids.device), _short_reaches(base):
+        padded, _ = _hidden(model, probe.padded)
         try:
-            packed, precision = _hidden(model, inputs(ids))
-            beside_others, _ = _hidden(model, inputs(changed))
+            packed, precision = _hidden(model, probe.packed(base, way, probe.ids))
+            beside_others, _ = _hidden(model, probe.packed(base, way, probe.changed))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -334,7 +317,7 @@ def _problem(model: nn.Module, base: Any, way: Way, shares: bool) -> str | None:
             f"states of the next by {seen:.2g} of their norm"
         )
     # Shapes differ, and their rounding adds up over layers; wrong positions differ by far more.
-    difference = _difference(packed[0], padded[is_own])
+    difference = _difference(packed[0], padded[probe.is_own])
     if not difference <= max(32 * precision, 1e-3):
         return (
             f"its hidden states in a packed row differ from those in a padded batch by "

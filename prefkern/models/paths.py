@@ -69,11 +69,21 @@ class Paths:
         prefixes = ((0, 0),) * len(lengths) if prefixes is None else tuple(prefixes)
         return Paths(lengths, tuple((start, length) for start, length in prefixes), is_masked)
 
+    def of_tokens(self, values: Tensor) -> Tensor:  # (S,) -> (M,)
+        """Each token's sequence's value."""
+        lengths = torch.tensor(self.lengths, device=values.device)
+        return values.repeat_interleave(lengths, output_size=sum(self.lengths))
+
+    def numbers(self, device: torch.device) -> Tensor:  # (M,)
+        """The number of each token's sequence."""
+        return self.of_tokens(torch.arange(len(self.lengths), dtype=torch.int32, device=device))
+
     def positions(self, device: torch.device) -> Tensor:  # (M,)
         """The place of each token along its path."""
-        pieces = zip(self.lengths, self.prefixes, strict=True)
-        each = [torch.arange(before, before + length) for length, (_, before) in pieces]
-        return torch.cat(each).to(device)
+        ends = itertools.accumulate(self.lengths)
+        shapes = zip(ends, self.lengths, self.prefixes, strict=True)
+        begins = torch.tensor([end - n - before for end, n, (_, before) in shapes], device=device)
+        return torch.arange(sum(self.lengths), device=device) - self.of_tokens(begins)
 
     def counts(self, device: torch.device) -> Tensor:  # (M,)
         """The number of paths that each token is on."""
@@ -84,8 +94,7 @@ class Paths:
 
     def visible(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         """Whether the token at index q is on a path with the token at k: `visible(q, k)`."""
-        lengths = torch.tensor(self.lengths)
-        sequence = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+        sequence = self.numbers(device)
         starts, sizes = torch.tensor(self.prefixes, device=device).unbind(1)
         low, high = starts[sequence], (starts + sizes)[sequence]
 

@@ -103,18 +103,18 @@ class CheckpointTrainer(Trainer):
                 ", ".join(each.name for each in _checkpoints(folder)),
             )
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._progress = None
         if self._resumed_from is not None:
             _warn_of_weights_alone(self._resumed_from)
             warn_of_others(self._unsaved or {}, self._resumed_from)
-        resumed = self._resumed_from
-        self._progress = None if resumed is None else Progress.of(resumed / _STATE)
+            self._progress = Progress.of(self._resumed_from / _STATE)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if not self._is_over():
             return output
         logger.warning(
             "%s is the end of a finished run (step %d of %d): nothing was trained. To train on, raise "
             "max_steps or num_train_epochs, or the patience of early stopping",
-            resumed,
+            self._resumed_from,
             self.state.global_step,
             self.state.max_steps,
         )
