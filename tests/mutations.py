@@ -553,9 +553,9 @@ MUTATIONS = (
     ),
     Mutation(
         "packed positions run on",
-        "prefkern/models/packing.py",
-        "positions = torch.arange(tokens, device=device) - of_tokens(starts)",
-        "positions = torch.arange(tokens, device=device)",
+        "prefkern/models/paths.py",
+        "return torch.arange(sum(self.lengths), device=device) - self.of_tokens(begins)",
+        "return torch.arange(sum(self.lengths), device=device)",
         "tests/models/test_packing.py -k token_logprobs",
     ),
     Mutation(
@@ -602,9 +602,9 @@ MUTATIONS = (
     ),
     Mutation(
         "positions of a branch restart",
-        "prefkern/models/packing.py",
-        "starts = bounds[:-1] if prefixes is None else bounds[:-1] - prefixes.to(bounds)[:, 1]",
-        "starts = bounds[:-1]",
+        "prefkern/models/paths.py",
+        "[end - n - before for end, n, (_, before) in shapes]",
+        "[end - n for end, n, (_, before) in shapes]",
         "tests/training/test_share_prompt.py -k 'adapters or own_loops'",
     ),
     Mutation(
