@@ -130,13 +130,12 @@ class TokenBatches(Sampler[list[int]]):
         if self._seed is None:
             yield consecutive(self._sizes, self._budget)
             return
-        generator = torch.Generator().manual_seed(self._seed + epoch)
+        draws = np.random.default_rng((self._seed, epoch))
         while True:
-            order = torch.randperm(len(self._sizes), generator=generator).numpy()
+            order = draws.permutation(len(self._sizes))
             batches = first_fit(order, self._sizes, self._budget)
             # The last batches of a window are less full.
-            shuffled = torch.randperm(len(batches), generator=generator).tolist()
-            yield [batches[place] for place in shuffled]
+            yield [batches[place] for place in draws.permutation(len(batches))]
 
 
 def first_fit(order: np.ndarray, sizes: np.ndarray, budget: int) -> list[list[int]]:
