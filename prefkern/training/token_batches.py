@@ -134,26 +134,29 @@ class TokenBatches(Sampler[list[int]]):
         while True:
             order = draws.permutation(len(self._sizes))
             batches = first_fit(order, self._sizes, self._budget)
-            # The last batches of a window are less full.
+            # Those of a window that were begun last are less full.
             yield [batches[place] for place in draws.permutation(len(batches))]
 
 
 def first_fit(order: np.ndarray, sizes: np.ndarray, budget: int) -> list[list[int]]:
     """Rows in batches of at most `budget` tokens: each in the first batch with room for it."""
     batches: list[list[int]] = []
+    # Of the batch that the window before began last: few pairs, which would weigh much in a step.
+    carried: list[int] = []
     for start in range(0, len(order), _WINDOW):
-        rows = order[start : start + _WINDOW]
+        rows = carried + order[start : start + _WINDOW].tolist()
         room = np.full(len(rows), budget)
         window: list[list[int]] = []
-        for row in rows.tolist():
+        for row in rows:
             # A batch that is not begun has room for every row.
             first = int((room >= sizes[row]).argmax())
             if first == len(window):
                 window.append([])
             window[first].append(row)
             room[first] -= sizes[row]
+        carried = window.pop()
         batches += window
-    return batches
+    return batches + [carried] if carried else batches
 
 
 def consecutive(sizes: np.ndarray, budget: int) -> list[list[int]]:
