@@ -96,6 +96,17 @@ class TokenBatches(Sampler[list[int]]):
         """Where accelerate calls `set_epoch`, also on a loader that skips its first batches."""
         return self
 
+    @property
+    def description(self) -> dict[str, int | None]:
+        """What the batches depend on, beside the order of the pairs."""
+        return {
+            "max_tokens_per_batch": self._budget,
+            "pairs": len(self._sizes),
+            "tokens": int(self._sizes.sum()),
+            "seed": self._seed,
+            "processes": self._ranks,
+        }
+
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 

@@ -397,6 +397,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name):
         assert logs_of(resumed) == logs_of(whole)
 
 
+def test_resumed_with_other_batches_warns(tmp_path, caplog):
+    """As transformers does for another number of pairs: what is skipped is counted in batches."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    by_tokens(tmp_path, uneven_rows(12), **saving)[0].train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    pairs = {"max_tokens_per_batch": None, "per_device_train_batch_size": 4}
+    for options, others in (({}, 0), ({"max_tokens_per_batch": 70}, 1), (pairs, 1)):
+        caplog.clear()
+        run, _ = by_tokens(
+            tmp_path, uneven_rows(12), **{**saving, "save_strategy": "no", **options}
+        )
+        run.train(resume_from_checkpoint=checkpoint)
+        found = [r.getMessage() for r in caplog.records if "with other batches" in r.getMessage()]
+        assert len(found) == others
+    assert "checkpoint-2 was trained with other batches ({'max_tokens_per_batch': 90" in found[0]
+    assert "than this run has (not by tokens): the epoch goes on after as many batches" in found[0]
+
+
 def test_max_steps_over_several_epochs(tmp_path):
     """And the speed that is logged counts pairs, of which a batch has no fixed number."""
     rows = uneven_rows(20)
