@@ -46,7 +46,7 @@ class TokenBatchTrainer(ObjectiveTrainer):
     _repeats_last = False
 
     def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
+        loader: Any = super().get_train_dataloader()
         strategy = getattr(self.args, "train_sampling_strategy", "random")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         batches = self._token_batches(loader.dataset, None if strategy == "sequential" else seed)
