@@ -115,8 +115,7 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
             f"pad_to_multiple_of ({args.pad_to_multiple_of}) has no effect under padding_free, "
             "which pads nothing; give one of them"
         )
-    if args.share_prompt and not args.padding_free:
-        raise ValueError("share_prompt needs padding_free: only a packed row can share a prompt")
+    _check_sharing(args)
     if args.label_smoothing_factor:
         raise ValueError(
             "label_smoothing_factor has no effect on preference pairs; use "
@@ -149,6 +148,9 @@ def check_rewards(args: Any, defaults: Mapping[str, Any]) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name in ("padding_free", "share_prompt"):
+        plain.boolean(name, getattr(args, name))
+    _check_sharing(args)
     _refuse_without_effect(args, _WITHOUT_EFFECT_ON_REWARDS, "a reward model", defaults)
     check_mode(args.truncation_mode)
     check_training(args)
@@ -157,6 +159,11 @@ def check_rewards(args: Any, defaults: Mapping[str, Any]) -> None:
         raise ValueError("early stopping needs evaluation: eval_strategy must be steps or epoch")
     if not args.load_best_model_at_end:
         raise ValueError("load_best_model_at_end must be true: margins are the best model's")
+
+
+def _check_sharing(args: Any) -> None:
+    if args.share_prompt and not args.padding_free:
+        raise ValueError("share_prompt needs padding_free: only a packed row can share a prompt")
 
 
 def build_objective(args: Any) -> Objective | UnpairedObjective:

@@ -188,6 +188,10 @@ ELSEWHERE = {
         "test_errors",
         "did not call its output",
     ),
+    ("prefkern/models/score_head.py", "uncalled(base, head)"): (
+        "test_reward_packing",
+        "did not call its output",
+    ),
     ("prefkern/models/transform.py", "uncalled(base, head)"): (
         "test_errors",
         "did not call its output",
@@ -318,7 +322,7 @@ def test_reward_models_that_are_none(tmp_path, monkeypatch):
         (folder / "adapter_config.json").write_text(json.dumps({**written, **change}))
         with pytest.raises(ValueError, match=message):
             rewards.load_reward_model(str(folder))
-    monkeypatch.setattr(rewards, "_HEADS", ("another",))
+    monkeypatch.setattr(rewards.score_head, "NAMES", ("another",))
     with pytest.raises(ValueError, match="has no head called another, so peft would not train it"):
         rewards.new_reward_model(str(tmp_path / "base"), adapter)
     monkeypatch.setattr(margins.os, "access", lambda *_: False)
