@@ -12,7 +12,9 @@ sdpa does, in two products forward and five backward (fused kernels compute the 
 Causal attention of a sequence that sees only itself skips half of the pairs of query and key. With
 a mask nothing is skipped, keys and values are repeated for each head of their group, and each layer
 keeps the mask in the model's dtype. A mask is needed for padding, for a prefix, and for sequences
-that are at least as long as the layer's window.
+that are at least as long as the layer's window. A family that always makes a mask (Doge), and one
+whose keys and values differ in width where no fused kernel takes them (latent attention on a CPU),
+multiplies more pairs than counted.
 
 In a padded batch each sequence is as long as the longest. In a packed one a sequence attends by
 paths (`prefkern.models.paths`): after attention the outputs are copied into one row, and a sequence
@@ -227,7 +229,8 @@ class _Run:
 
     def __init__(self, base: Any, head: nn.Module, length: int) -> None:
         ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
-        inputs = without_cache(base, {"input_ids": ids})
+        # Without a mask, GPT-2 looks for padding among the ids.
+        inputs = without_cache(base, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         with (
             replaced_forward(head, _end),
             _products() as forward,

@@ -20,7 +20,8 @@ _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "Llama": {},
     "Qwen3": {},
-    "GPT2": {},
+    # Without a mask it looks for this token among the ids.
+    "GPT2": {"pad_token_id": 0},
     "Gemma3Text": {"sliding_window": 80, "layer_types": ["sliding_attention", "full_attention"]},
     "Mixtral": _EXPERTS,
 }
@@ -90,7 +91,7 @@ def test_counts_are_those_of_a_step(family, layout):
     assert sequences(layout).tokens == batch(layout)["input_ids"].numel()
     assert (forward, backward) == (cost.forward, cost.backward)
     if family != "Mixtral":
-        assert kept == pytest.approx(cost.kept, rel=0.03)
+        assert kept == pytest.approx(cost.kept, rel=0.02)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     _, again, _ = measured(model, layout)
     assert again - backward == cost.recomputed

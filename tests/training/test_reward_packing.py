@@ -54,7 +54,7 @@ def rows() -> list[dict]:
     def ids(n: int) -> list[int]:
         return torch.randint(5, tiny.VOCAB_SIZE, (n,), generator=generator).tolist()
 
-    shapes = [(13, 6, 9), (1, 8, 2), (7, 1, 12), (22, 5, 1), (2, 1, 1)]
+    shapes = [(13, 6, 9), (1, 8, 2), (7, 1, 12), (22, 5, 1), (4, 1, 1)]
     made = [
         dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(ids, shape), strict=True))
         for shape in shapes
