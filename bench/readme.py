@@ -299,7 +299,7 @@ def measured() -> str:
 
 # The README's first table: a head, and pairs of two sequences of so many tokens.
 PLANNED_HEAD = ModelHead("Llama-3-8B", 4096, 128256, False, 1.0, None)
-PLANNED_BATCH = Batch(4, 2048, 0)
+PLANNED_BATCH = Batch.of_lengths(4, 2048, 0)
 PLANNED_MB = (1024.0, 6144.0)
 # The providers of its second table, as a reader knows them.
 PEERS = {

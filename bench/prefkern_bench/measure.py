@@ -46,6 +46,8 @@ _FACTORS = {
     _aten.addmv_: (1, 2),
     _aten.dot: (0, 1),
     _aten.vdot: (0, 1),
+    # Each row of the first factor meets one of the second's matrices.
+    _aten._grouped_mm: (0, 1),
 }
 
 # Fused attention: two products of queries and keys, and five in backward, where it computes the

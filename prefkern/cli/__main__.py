@@ -15,7 +15,7 @@ COMMANDS = {
     "check": "compare the backends of this machine with the float64 reference",
     "bench": "compare time, memory, operations and error with eager and the peers",
     "train": "train a model on preference pairs",
-    "plan": "show what the head of a model will cost, without loading its weights",
+    "plan": "show what a step of a model will cost, without loading its weights",
     "margins": "train a reward model and write its margins into the dataset, for MADPO",
 }
 

@@ -11,6 +11,9 @@ r(chosen) - r(rejected). Rows, their order and other columns do not change, with
 `datasets` reads dates in JSON as times, so they are written as `2024-01-01 00:00:00`. Arguments
 come from flags, from a YAML file, or from both.
 
+With --padding_free and --share_prompt a batch is one row that holds each prompt once: the same
+margins, up to rounding, at a lower cost.
+
 All inputs are checked before training. An error is one line on stderr and exit status 2. Several
 processes (`accelerate launch`, `torchrun`) share the work, and the first one writes.
 """
@@ -59,6 +62,8 @@ _SCORING = {
         "max_length",
         "max_prompt_length",
         "truncation_mode",
+        "padding_free",
+        "share_prompt",
         "dataset_num_proc",
         "per_device_eval_batch_size",
     ),

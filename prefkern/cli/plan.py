@@ -1,12 +1,17 @@
-"""`prefkern plan`: predicts the memory and the operations of a model's head, before training.
+"""`prefkern plan`: predicts the memory and the operations of a step, before training.
 
     prefkern plan meta-llama/Meta-Llama-3-8B-Instruct --seq-len 2048 --batch 4
+    prefkern plan meta-llama/Meta-Llama-3-8B-Instruct --data pairs.jsonl --batch 4
+
+The first command plans the output head. The second one takes the lengths from a file of pairs: it
+plans the head for the step with the most scored tokens, and adds a table of what packing and
+sharing save in the whole model (`prefkern.cli.plan_pairs`).
 
 A batch of B pairs is 2B sequences of T tokens, of which N are scored. `prefkern.plan_for` says what
 prefkern runs for that shape. The table also shows the cost of logits in memory. TDPO's KL is not
-counted. Only the model's config is read (and downloaded, for a hub name). The model is built on the
-meta device, where weights have shapes but no bytes. An error is one line on stderr and exit
-status 2.
+counted. Only the model's config is read (and downloaded, for a hub name); with --data its tokenizer
+too. The model is built on the meta device, where weights have shapes but no bytes. An error is one
+line on stderr and exit status 2.
 
 The cost of logits in memory is that of the shortest differentiable code,
 `model(...).logits.float().log_softmax(-1).gather(...)`, on all 2BT positions. At the peak, the
@@ -17,20 +22,24 @@ logits, their float32 copy and the log-softmax.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from prefkern.cli.arguments import check_model_folder, fail, spelled
+from prefkern.cli.arguments import fail
+from prefkern.cli.plan_options import parse
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     import torch
 
+    from prefkern.cli.plan_pairs import Epoch
     from prefkern.ops.plan import Plan
 
-_DTYPES = ("bfloat16", "float16", "float32")
 _WORKSPACES_MB = (256.0, 1024.0, 4096.0)
 
 
@@ -52,16 +61,26 @@ class Batch:
 
     pairs: int
     length: int
-    prompt_length: int
+    scored: int  # N
+
+    @classmethod
+    def of_lengths(cls, pairs: int, length: int, prompt_length: int) -> Batch:
+        """With the largest number of response tokens; sequences shorter than T have fewer."""
+        return cls(pairs, length, 2 * pairs * (length - prompt_length))
 
     @property
     def positions(self) -> int:
         return 2 * self.pairs * self.length
 
-    @property
-    def scored(self) -> int:
-        """N: the largest number of response tokens; sequences shorter than T have fewer."""
-        return 2 * self.pairs * (self.length - self.prompt_length)
+
+@dataclass(frozen=True)
+class _PairsPlan:
+    """What --data adds."""
+
+    summary: str  # of the file
+    steps: int
+    workspace_mb: float  # of the head whose operations are counted
+    epochs: list[Epoch]
 
 
 @dataclass(frozen=True)
@@ -83,24 +102,23 @@ class Cost:
         return self.temporary_bytes + self.saved_bytes
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def main(argv: list[str]) -> int:
     """Run `prefkern plan`; returns the exit status."""
     try:
-        args = _parse(argv)
+        args = parse(argv)
         import torch
 
         dtype = getattr(torch, args.dtype)
-        head = read_head(args.model, args.trust_remote_code)
-        batch = Batch(args.batch, args.seq_len, args.prompt_len)
+        model = empty_model(args.model, args.trust_remote_code)
+        head = head_of(model)
+        workspaces_mb = args.workspace_mb or _WORKSPACES_MB
+        on_pairs = None
+        if args.data is None:
+            batch = Batch.of_lengths(args.batch, args.seq_len, args.prompt_len)
+        else:
+            batch, on_pairs = _planned_pairs(args, model, head, dtype, min(workspaces_mb))
         trained = {"frozen head": not args.trains_head, "trained head": not args.lora}
-        fused = fused_costs(
-            head, batch, dtype, args.device, args.workspace_mb or _WORKSPACES_MB, args.backend
-        )
+        fused = fused_costs(head, batch, dtype, args.device, workspaces_mb, args.backend)
         costs = [
             cost
             for cost in [*fused, *eager_costs(head, batch, dtype)]
@@ -109,80 +127,44 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         return fail("plan", str(error))
     _show(args.model, head, batch, dtype, args.device, costs)
+    if on_pairs is not None:
+        _show_pairs(args, on_pairs)
     return 0
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="prefkern plan",
-        description="Predicts what a model's head costs in a step, compared with logits in memory.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model", help="folder or hub name; for a hub name only the config is downloaded"
-    )
-    parser.add_argument("--seq-len", type=int, required=True, help="tokens of prompt and response")
-    parser.add_argument(
-        "--batch", type=int, required=True, help="pairs in one forward and backward"
-    )
-    parser.add_argument(
-        "--prompt-len",
-        type=int,
-        default=0,
-        help="how many of these tokens are prompt, which is not scored (default: 0)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        default="bfloat16",
-        help="dtype of hidden states and head (default: bfloat16)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda",
-        help="device of the later run; this machine need not have it (default: cuda)",
-    )
-    parser.add_argument("--backend", choices=("triton", "torch"), help="default: the device's own")
-    parser.add_argument(
-        "--workspace-mb",
-        type=float,
-        nargs="+",
-        metavar="MIB",
-        help="bounds on temporary memory to plan for (default: 256 1024 4096)",
-    )
-    head = parser.add_mutually_exclusive_group()
-    head.add_argument(
-        "--lora", action="store_true", help="show only a frozen head, as with LoRA on the body"
-    )
-    head.add_argument("--trains-head", action="store_true", help="show only a trained head")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run model code from the hub"
-    )
-    args = parser.parse_args(spelled(argv, "-"))
-    for name, least in (("seq_len", 2), ("batch", 1), ("prompt_len", 0)):
-        if getattr(args, name) < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least {least}, got {getattr(args, name)}")
-    if args.prompt_len >= args.seq_len:
-        raise ValueError(
-            f"--prompt-len must be below --seq-len ({args.seq_len}), got {args.prompt_len}"
-        )
-    check_model_folder("model", args.model)
-    return args
+def _planned_pairs(
+    args: Namespace, model: Any, head: ModelHead, dtype: torch.dtype, workspace_mb: float
+) -> tuple[Batch, _PairsPlan]:
+    """The step with the most scored tokens, and the plan of all pairs."""
+    from prefkern.cli.plan_pairs import epochs, read_pairs
+    from prefkern.models.body_cost import body_cost
+
+    body = body_cost(model, dtype, trains_weights=not args.lora)
+    pairs, report = read_pairs(args)
+    steps = [*pairs.batches(args.batch, args.seed)]
+    trained = "frozen head" if args.lora else "trained head"
+
+    @functools.cache
+    def operations(scored: int) -> int:
+        plans = _plans(head, scored, dtype, args.device, args.backend)
+        return sum(plans(task, workspace_mb).operations for task in ("reference", trained))
+
+    largest = max(steps, key=lambda step: step.scored)
+    batch = Batch(len(largest), largest.padded_length, largest.scored)
+    found = epochs(steps, body, operations)
+    return batch, _PairsPlan(report.summary, len(steps), workspace_mb, found)
 
 
-def read_head(name: str, trust_remote_code: bool = False) -> ModelHead:
-    """The head of a model, given by name or path, without loading weights.
+def empty_model(name: str, trust_remote_code: bool = False) -> Any:
+    """A model on the meta device, given by name or path, without loading weights.
 
-    Raises OSError if there is no such model, and ValueError if it is not a causal LM with a linear
-    head, or if no model can be built from its config.
+    Raises OSError if there is no such model, and ValueError if it is not a causal LM, or if no model
+    can be built from its config.
     """
     import torch
     import transformers
 
-    from prefkern.models.heads import find_head
     from prefkern.models.loading import read_config, unusable_config
-    from prefkern.models.transform import candidate_transforms
 
     config: Any = read_config(name, trust_remote_code=trust_remote_code)
     # Some families register their vision-language model as a causal LM too, others do not.
@@ -196,16 +178,23 @@ def read_head(name: str, trust_remote_code: bool = False) -> ModelHead:
         loader = transformers.AutoModelForImageTextToText
     try:
         with torch.device("meta"):
-            model = loader.from_config(config, trust_remote_code=trust_remote_code)
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
     except (ImportError, OSError):
         raise
     except Exception as error:
         # For impossible sizes each kind of layer raises its own error.
         raise unusable_config(name, "model", error) from error
+
+
+def head_of(model: Any) -> ModelHead:
+    """The head of a model. Raises ValueError unless it is linear."""
+    from prefkern.models.heads import find_head
+    from prefkern.models.transform import candidate_transforms
+
     base, head = find_head(model)
     vocab_size, hidden_size = head.weight.shape
     # The likeliest of several readings; only training checks it against the model itself.
-    transform = candidate_transforms(config)[0]
+    transform = candidate_transforms(base.config)[0]
     return ModelHead(
         model=type(base).__name__,
         hidden_size=hidden_size,
@@ -229,36 +218,16 @@ def fused_costs(
     A trained head gets one more row: the smallest power of two in MiB that holds the probabilities
     of all tokens, so that nothing is computed twice.
     """
-    from prefkern import plan_for
-
-    def plan(workspace_mb: float, trains_hidden: bool, trains_head: bool) -> Plan:
-        return plan_for(
-            batch.scored,
-            head.hidden_size,
-            head.vocab_size,
-            dtype=dtype,
-            device=device,
-            trains_hidden=trains_hidden,
-            trains_head=trains_head,
-            softcap=head.softcap is not None,
-            # The trainer logs statistics for the policy.
-            return_stats=trains_hidden,
-            workspace_mb=workspace_mb,
-            backend=backend,
-        )
-
+    plan = _plans(head, batch.scored, dtype, device, backend)
     workspaces_mb = sorted(set(workspaces_mb))
     roomy = workspaces_mb[0]
-    while plan(roomy, True, True).structure != "one_pass":
+    while plan("trained head", roomy).structure != "one_pass":
         roomy = 2.0 ** (math.floor(math.log2(roomy)) + 1)
     smallest = workspaces_mb[0]
     plans = [
-        ("reference", smallest, plan(smallest, False, False)),
-        ("frozen head", smallest, plan(smallest, True, False)),
-        *(
-            ("trained head", workspace_mb, plan(workspace_mb, True, True))
-            for workspace_mb in sorted({*workspaces_mb, roomy})
-        ),
+        ("reference", smallest),
+        ("frozen head", smallest),
+        *(("trained head", workspace_mb) for workspace_mb in sorted({*workspaces_mb, roomy})),
     ]
     return [
         Cost(
@@ -269,8 +238,34 @@ def fused_costs(
             each.saved_bytes,
             each.operations,
         )
-        for task, workspace_mb, each in plans
+        for task, workspace_mb in plans
+        for each in [plan(task, workspace_mb)]
     ]
+
+
+def _plans(
+    head: ModelHead, scored: int, dtype: torch.dtype, device: str, backend: str | None
+) -> Callable[[str, float], Plan]:
+    """The plan of a task in a workspace, for so many scored tokens."""
+    from prefkern import plan_for
+
+    def plan(task: str, workspace_mb: float) -> Plan:
+        return plan_for(
+            scored,
+            head.hidden_size,
+            head.vocab_size,
+            dtype=dtype,
+            device=device,
+            trains_hidden=task != "reference",
+            trains_head=task == "trained head",
+            softcap=head.softcap is not None,
+            # The trainer logs statistics for the policy.
+            return_stats=task != "reference",
+            workspace_mb=workspace_mb,
+            backend=backend,
+        )
+
+    return plan
 
 
 def eager_costs(head: ModelHead, batch: Batch, dtype: torch.dtype) -> list[Cost]:
@@ -307,8 +302,8 @@ def _show(
         soft_wrap=not is_terminal,
     )
     console.print(
-        f"{batch.pairs:,} {'pair' if batch.pairs == 1 else 'pairs'} on {device}, 2 x "
-        f"{batch.length:,} tokens each: N = {batch.scored:,} scored of {batch.positions:,}",
+        f"{_counted(batch.pairs, 'pair')} on {device}, 2 x {batch.length:,} tokens each: "
+        f"N = {batch.scored:,} scored of {batch.positions:,}",
         soft_wrap=not is_terminal,
     )
     table = Table(box=SIMPLE, pad_edge=False)
@@ -343,6 +338,63 @@ def _show(
         style="dim",
         soft_wrap=not is_terminal,
     )
+
+
+def _show_pairs(args: Namespace, plan: _PairsPlan) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if is_terminal else 120)
+    console.print(f"[bold]{escape(plan.summary)}[/bold]", soft_wrap=not is_terminal)
+    console.print(
+        f"an epoch: {_counted(plan.steps, 'step')} of {_counted(args.batch, 'pair')}, in a random "
+        f"order (seed {args.seed}), with {'LoRA' if args.lora else 'all weights trained'}",
+        soft_wrap=not is_terminal,
+    )
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("layout", no_wrap=True)
+    columns = ("tokens", "operations", "activations", "checkpointed: operations", "activations")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    of_adapters = ", nor are the adapters' own products and states" if args.lora else ""
+    first = plan.epochs[0]
+    for epoch in plan.epochs:
+        table.add_row(
+            epoch.layout,
+            f"{epoch.tokens:,} ({epoch.tokens / first.tokens:.2f})",
+            *(
+                f"{show(value)} ({value / base:.2f})"
+                for show, value, base in (
+                    (_count, epoch.operations, first.operations),
+                    (_bytes, epoch.activations, first.activations),
+                    (_count, epoch.operations_checkpointed, first.operations_checkpointed),
+                    (_bytes, epoch.activations_checkpointed, first.activations_checkpointed),
+                )
+            ),
+        )
+    console.print(table)
+    console.print(
+        "In parentheses: to padded. Packed: padding_free; prompt shared: share_prompt as well, if "
+        "the model can, which training finds out (known families: bench/FAMILIES.md). Operations: "
+        "matrix products of an epoch, of the policy's forward and backward, the reference's "
+        f"forward and both heads ({_bytes(plan.workspace_mb * 2**20)} of workspace), with sdpa "
+        "attention. Activations: what the body keeps for backward in the largest step, in "
+        f"{args.dtype}; checkpointed, also one layer that is computed again. Weights, gradients, "
+        f"optimizer and head are not in it{of_adapters}.",
+        style="dim",
+        soft_wrap=not is_terminal,
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def _count(count: float) -> str:
+    return f"{count:.3g}".replace("e+", "e")
 
 
 def _bytes(count: float) -> str:

@@ -62,6 +62,21 @@ def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tupl
         zeros = torch.zeros(*hidden.shape[:-1], 1, dtype=torch.float32, device=hidden.device)
         return zeros + 0.0 * anchor.float().sum()
 
+    with replaced_forward(head, replacement):
+        output = row_forward(model, base, inputs)
+    if not results:
+        raise uncalled(base, head)
+    return results[0], output
+
+
+def row_forward(model: nn.Module, base: Any, inputs: Mapping[str, Any]) -> Any:
+    """Run a model's forward, along the paths of a packed row if the inputs have some.
+
+    Args:
+        model: bare or wrapped.
+        base: the same without its wrappers.
+        inputs: keyword arguments of its forward, and perhaps the one of `prefkern.models.paths`.
+    """
     sequences = inputs.get(paths.KEYWORD)
     if sequences is not None:
         # With a mask transformers looks for no bounds in the positions. Where it is above 1, a
@@ -69,8 +84,5 @@ def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tupl
         mask = sequences.counts(inputs["input_ids"].device)[None]
         inputs = {"attention_mask": mask, **inputs}
         del inputs[paths.KEYWORD]
-    with replaced_forward(head, replacement), paths.along(sequences):
-        output = model(**without_cache(base, inputs))
-    if not results:
-        raise uncalled(base, head)
-    return results[0], output
+    with paths.along(sequences):
+        return model(**without_cache(base, inputs))

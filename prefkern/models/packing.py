@@ -36,6 +36,7 @@ from prefkern.models import paths
 from prefkern.models.calls import is_compiled, undisturbed
 from prefkern.models.head_forward import forward_with_head, head_forward
 from prefkern.models.heads import HeadInputs, find_head, unwrap
+from prefkern.models.score_head import find_score_head, score_forward
 
 Way = Literal["paths", "positions", "branches"]
 
@@ -47,6 +48,12 @@ _PROBE_PAIRS = ((40, 27, 31), (3, 1, 7), (1, 5, 4), (75, 55, 1))
 # Chunks of attention must begin with each sequence, and windows count along a path. Real ones are
 # far longer than the probe, so it shortens them to this.
 _PROBE_REACH = 16
+# What to say where `reads_whole_row`.
+WHOLE_ROW = (
+    "under padding_free this attention multiplies the whole row and masks what is of other "
+    "sequences, the more the larger the batch: flash attention or "
+    "attn_implementation='flex_attention' leaves that out"
+)
 _REACHES = (
     "attention_chunk_size",
     "sliding_window",
@@ -62,10 +69,11 @@ def packed_inputs(
     cu_seqlens: Tensor,  # (S + 1,)
     prefixes: Tensor | None = None,  # (S, 2)
 ) -> dict[str, Any]:
-    """The inputs of a causal LM's forward for a packed batch.
+    """The inputs of a model's forward for a packed batch.
 
     Args:
-        model: a Hugging Face causal LM, bare or wrapped; it is probed at its first packed batch.
+        model: a Hugging Face causal LM or sequence classifier, bare or wrapped; it is probed at its
+            first packed batch.
         input_ids: [1, M] int64.
         cu_seqlens: [S + 1] int32 or int64: where each sequence begins, and last M.
         prefixes: [S, 2] int32 or int64: start and length of the tokens of the row that a sequence
@@ -127,7 +135,9 @@ def reads_whole_row(model: nn.Module, *, shares: bool = False) -> bool:
 
 def _way(model: nn.Module, shares: bool) -> Way:
     """The first way that is right for a model; raises ValueError if none is."""
-    base, _ = find_head(model)
+    base = unwrap(model)
+    if find_score_head(base) is None:
+        find_head(model)
     # Checked at each call: the probe's result is kept for the base, with and without an adapter.
     if _adds_virtual_tokens(model):
         raise _refusal(
@@ -337,17 +347,32 @@ def _hidden(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, float]:
     """The hidden states that reach the head, in float32, and the eps of the computation's dtype."""
 
     def keep(head: HeadInputs) -> tuple[tuple[Tensor, float], Tensor]:
-        hidden, kind = head.hidden, head.hidden.device.type
-        dtypes = [hidden.dtype, head.weight.dtype]
-        if torch.is_autocast_enabled(kind):
-            dtypes.append(torch.get_autocast_dtype(kind))
-        precision = max(torch.finfo(dtype).eps for dtype in dtypes)
-        if torch.get_float32_matmul_precision() != "highest" and kind == "cuda":
-            # TF32 keeps ten bits of the mantissa.
-            precision = max(precision, 2.0**-10)
-        return (hidden.float(), precision), hidden
+        return _with_precision(head.hidden, head.weight.dtype), head.hidden
 
-    return forward_with_head(model, inputs, keep)[0]
+    base = unwrap(model)
+    if find_score_head(base) is None:
+        return forward_with_head(model, inputs, keep)[0]
+    kept: list[tuple[Tensor, float]] = []
+
+    def keep_states(hidden: Tensor, _: Any) -> Tensor:
+        # A hook may have cast them for a float32 head.
+        kept.append(_with_precision(hidden, base.dtype))
+        return hidden[..., :1]
+
+    score_forward(model, inputs, keep_states)
+    return kept[0]
+
+
+def _with_precision(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    kind = hidden.device.type
+    dtypes = [hidden.dtype, dtype]
+    if torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))
+    precision = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if torch.get_float32_matmul_precision() != "highest" and kind == "cuda":
+        # TF32 keeps ten bits of the mantissa.
+        precision = max(precision, 2.0**-10)
+    return hidden.float(), precision
 
 
 @contextmanager

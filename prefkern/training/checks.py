@@ -114,7 +114,8 @@ def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
         )
     if args.share_prompt and not needs.paired:
         raise ValueError(
-            "share_prompt has no effect on single responses, which share no prompt; leave it out"
+            "share_prompt has no effect on single responses: a batch is drawn from all of them, so "
+            "the two of a pair rarely meet; leave it out"
         )
     if args.max_tokens_per_batch is not None and not needs.paired:
         raise ValueError(

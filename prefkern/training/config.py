@@ -168,11 +168,7 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
             # The newer name of gradient_checkpointing, from transformers 5.2x on.
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
-        if self.padding_free and getattr(self.accelerator_config, "dispatch_batches", None):
-            raise ValueError(
-                "dispatch_batches cuts a batch by its rows, and under padding_free it has one; "
-                "leave dispatch_batches out of accelerator_config"
-            )
+        refuse_dispatched_rows(self)
         options.check_spreading(self)
         if self.fp16 and self.device.type == "cpu":
             # accelerate would silently train in float32.
@@ -190,6 +186,15 @@ def read_json(args: TrainingArguments) -> None:
         # Otherwise it is the name of a file.
         if isinstance(value, str) and value.lstrip().startswith("{"):
             setattr(args, name, options.json_object(name, value))
+
+
+def refuse_dispatched_rows(args: Any) -> None:
+    """Raise ValueError if accelerate would cut packed batches."""
+    if args.padding_free and getattr(args.accelerator_config, "dispatch_batches", None):
+        raise ValueError(
+            "dispatch_batches cuts a batch by its rows, and under padding_free it has one; "
+            "leave dispatch_batches out of accelerator_config"
+        )
 
 
 def training_defaults() -> dict[str, Any]:

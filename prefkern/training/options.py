@@ -124,8 +124,7 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
             f"pad_to_multiple_of ({args.pad_to_multiple_of}) has no effect under padding_free, "
             "which pads nothing; give one of them"
         )
-    if args.share_prompt and not args.padding_free:
-        raise ValueError("share_prompt needs padding_free: only a packed row can share a prompt")
+    _check_sharing(args)
     if args.max_tokens_per_batch is not None:
         if not args.padding_free:
             raise ValueError(
@@ -170,6 +169,9 @@ def check_rewards(args: Any, defaults: Mapping[str, Any]) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name in ("padding_free", "share_prompt"):
+        plain.boolean(name, getattr(args, name))
+    _check_sharing(args)
     _refuse_without_effect(args, _WITHOUT_EFFECT_ON_REWARDS, "a reward model", defaults)
     check_mode(args.truncation_mode)
     check_training(args)
@@ -191,6 +193,11 @@ def check_spreading(args: Any) -> None:
                 f"accelerator_config's {name} is {value!r}, which has no effect under "
                 "max_tokens_per_batch: each process has as many batches; leave it out"
             )
+
+
+def _check_sharing(args: Any) -> None:
+    if args.share_prompt and not args.padding_free:
+        raise ValueError("share_prompt needs padding_free: only a packed row can share a prompt")
 
 
 def build_objective(args: Any) -> Objective | UnpairedObjective:

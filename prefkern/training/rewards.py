@@ -17,6 +17,7 @@ pads with a token that ends none of its sequences.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,19 +44,22 @@ from prefkern.data.columns import (
 )
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
 from prefkern.keywords import current_names
+from prefkern.models import score_head
 from prefkern.models.adapters import check_no_native_adapter
 from prefkern.models.calls import without_cache
 from prefkern.models.heads import unwrap
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import from_files, is_trusted, load_tokenizer, whence
+from prefkern.models.packing import WHOLE_ROW, reads_whole_row
 from prefkern.models.positions import check_positions
+from prefkern.models.scores import packed_scores, require_packed_scores
 from prefkern.training import options
-from prefkern.training.config import read_json, training_defaults
+from prefkern.training.config import read_json, refuse_dispatched_rows, training_defaults
 from prefkern.training.item_trainer import ItemTrainer
 from prefkern.training.names import NamedArguments
 
-# Names of a sequence classifier's head that PEFT knows.
-_HEADS = ("score", "classifier")
+logger = logging.getLogger(__name__)
+
 # What the policy's trainer reads beside text. A margin here belongs to the text.
 _OTHERS = {*COLUMNS, *(column for sources in MARGIN_SOURCES for column in sources)}
 
@@ -105,6 +109,14 @@ class RewardConfig(NamedArguments, TrainingArguments):
     truncation_mode: str = field(
         default="keep_end", metadata={"help": TRUNCATION_HELP, "choices": TRUNCATION_MODES}
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Pack a batch into one row without padding, where the model allows it."},
+    )
+    share_prompt: bool = field(
+        default=False,
+        metadata={"help": "Compute a pair's prompt once, where the model allows it."},
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the dataset."}
     )
@@ -118,6 +130,7 @@ class RewardConfig(NamedArguments, TrainingArguments):
         self.save_strategy = self.eval_strategy
         self.save_steps = self.eval_steps or self.logging_steps
         super().__post_init__()
+        refuse_dispatched_rows(self)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:  # (B,), (B,) -> (B,)
@@ -126,10 +139,15 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:  # (B,), (B,
 
 
 def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:  # (B, 2)
-    """Rewards r_w and r_l, in float32, of a batch of B chosen rows and then their B rejected."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    output = model(**without_cache(unwrap(model), inputs))
-    return output.logits.float().view(2, -1).T
+    """Rewards r_w and r_l, in float32, of a batch of `PreferenceCollator`, padded or packed."""
+    if "cu_seqlens" in batch:
+        scores = packed_scores(
+            model, batch["input_ids"], batch["cu_seqlens"], batch.get("prefixes")
+        )
+    else:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        scores = model(**without_cache(unwrap(model), inputs)).logits
+    return scores.float().view(2, -1).T
 
 
 def pair_metrics(rewards: Tensor) -> dict[str, float]:  # (pairs, 2)
@@ -154,7 +172,8 @@ class RewardTrainer(ItemTrainer):
         pad_token_id: the padding of batches here, from `set_pad_token`.
         train_dataset, eval_dataset: from `tokenize_for_rewards`; None to score only.
 
-    Raises ValueError under nn.DataParallel, and for pairs beyond the model's table of positions.
+    Raises ValueError under nn.DataParallel, for pairs beyond the model's table of positions, and for
+    packed rows or shared prompts that the model cannot take.
     """
 
     args: RewardConfig
@@ -182,12 +201,20 @@ class RewardTrainer(ItemTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(pad_token_id),
+            data_collator=PreferenceCollator(
+                pad_token_id, padding_free=args.padding_free, share_prompt=args.share_prompt
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
         self._tokenizer = tokenizer
+        # A sharded model has its weights only once it is wrapped: the first batch checks it.
+        if args.padding_free and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            with self.accelerator.autocast():
+                require_packed_scores(self.model, shares=args.share_prompt)  # pyright: ignore[reportArgumentType]
+                if reads_whole_row(self.model, shares=args.share_prompt):  # pyright: ignore[reportArgumentType]
+                    logger.warning(WHOLE_ROW)
 
     def compute_loss(
         self,
@@ -297,7 +324,7 @@ def new_reward_model(name: str, adapter: Any = None, **kwargs: Any) -> tuple[Any
     if adapter is not None:
         if head is None:
             raise ValueError(
-                f"{name!r} has no head called {' or '.join(_HEADS)}, so peft would not train it; "
+                f"{name!r} has no head called {' or '.join(score_head.NAMES)}, so peft would not train it; "
                 "--lora_r 0 trains all weights"
             )
         from peft import get_peft_model
@@ -422,7 +449,7 @@ def _check_outputs(name: str, config: Any) -> None:
 
 def _with_float_head(model: Any) -> nn.Module | None:
     """The head, cast to float32 with its inputs; None if it has another name."""
-    head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
+    head = next((getattr(model, name) for name in score_head.NAMES if hasattr(model, name)), None)
     if head is not None:
         head.float().register_forward_pre_hook(_to_own_dtype)
     return head

@@ -63,6 +63,7 @@ from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import load_model, load_tokenizer
 from prefkern.models.own_reference import ALTERNATIVES, InitialAdapter, adapter_in_use
 from prefkern.models.packing import (
+    WHOLE_ROW,
     reads_whole_row,
     require_packing,
     require_shared_router_loss,
@@ -304,11 +305,7 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
                 if args.padding_free:
                     self._require_packing(self.model)
         if args.padding_free and not is_sharded and self._reads_whole_row():
-            logger.warning(
-                "under padding_free this attention multiplies the whole row and masks what is of "
-                "other sequences, the more the larger the batch: flash attention or "
-                "attn_implementation='flex_attention' leaves that out"
-            )
+            logger.warning(WHOLE_ROW)
         self._warned_of_no_mismatch = False
 
         if self.ref_model is not None:

@@ -34,7 +34,7 @@ def _saved(config, path) -> str:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_head_of_a_family(tmp_path, family):
     options, expected = CONFIGS[family]
-    found = plan.read_head(_saved(tiny.model(family, **options).config, tmp_path))
+    found = plan.head_of(plan.empty_model(_saved(tiny.model(family, **options).config, tmp_path)))
     assert (
         found.hidden_size,
         found.vocab_size,
@@ -68,13 +68,13 @@ def test_head_of_a_vision_language_model(tmp_path, family):
         options["image_token_id"] = 100
     kind = getattr(transformers, f"{family}Config")
     config = kind(text_config=text, vision_config=vision, **options)
-    found = plan.read_head(_saved(config, tmp_path))
+    found = plan.head_of(plan.empty_model(_saved(config, tmp_path)))
     assert (found.hidden_size, found.vocab_size) == (32, 101)
     assert found.softcap == (9.0 if family == "Gemma3" else None)
 
 
 HEAD = plan.ModelHead("Tiny", 64, 4000, False, 1.0, None)
-BATCH = plan.Batch(pairs=2, length=48, prompt_length=16)
+BATCH = plan.Batch.of_lengths(pairs=2, length=48, prompt_length=16)
 
 
 def test_rows_are_what_plan_for_says():
@@ -195,6 +195,11 @@ def test_what_is_printed(tmp_path, capsys):
         (["nowhere/at all", "--seq-len", "8", "--batch", "1"], "nowhere/at all"),
         (["{t5}", "--seq-len", "8", "--batch", "1"], "is not a causal LM: its model type is 't5'"),
         (["{model}", "--seq-len", "8"], "the following arguments are required: --batch"),
+        (["{model}", "--batch", "8"], "give the lengths: --data FILE, or --seq-len"),
+        (
+            ["{model}", "--seq-len", "8", "--batch", "1", "--max_length", "9"],
+            "--max-length has no effect without --data",
+        ),
         (["{model}", "--seq-len", "one", "--batch", "1"], "--seq-len: invalid int value: 'one'"),
         (["{model}", "--seq-len", "1", "--batch", "1"], "--seq-len must be at least 2, got 1"),
         (["{model}", "--seq-len", "8", "--batch", "0"], "--batch must be at least 1, got 0"),

@@ -182,3 +182,15 @@ def test_masked_attention_computes_every_pair():
     with torch.no_grad(), Meter() as meter:
         F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     assert meter.operations == 2 * 2 * (2 * 8 * 12) * 16
+
+
+def test_products_of_experts_count_each_row_once():
+    """Forward, and the two products of backward: rows by matrices, and rows by rows of a group."""
+    rows = torch.randn(6, 16, dtype=torch.bfloat16, requires_grad=True)
+    experts = torch.randn(3, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    ends = torch.tensor([1, 4, 6], dtype=torch.int32)
+    with Meter() as meter:
+        out = torch._grouped_mm(rows, experts, offs=ends)
+        assert meter.operations == 2 * 6 * 16 * 8
+        out.backward(torch.ones_like(out))
+    assert meter.operations == 3 * 2 * 6 * 16 * 8

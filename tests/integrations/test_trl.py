@@ -522,7 +522,7 @@ REFUSED = [
     ({"f_divergence_type": "forward_kl"}, "args.f_divergence_type"),
     ({"f_alpha_divergence_coef": 0.7}, "args.f_alpha_divergence_coef"),
     ({"discopop_tau": 0.1}, "args.discopop_tau"),
-    ({"padding_free": True}, "args.padding_free"),
+    ({"padding_free": True}, "args.padding_free .*padded. prefkern.PreferenceTrainer packs"),
     ({"torch_compile": True}, "args.torch_compile"),
     ({"label_smoothing_factor": 0.1}, "args.label_smoothing_factor"),
     ({"use_weighting": True, "objective": objectives.DPO(0.1)}, "args.use_weighting .*WPO"),

@@ -161,7 +161,7 @@ ELSEWHERE = {
     ("prefkern/cli/arguments.py", "{what} {error}"): ("test_options", "objective_options' is not"),
     ("prefkern/cli/options_file.py", "error.msg"): ("test_options", "Expecting ':' delimiter"),
     ("prefkern/cli/before_training.py", "--report_to"): ("test_before_training", "--report_to wan"),
-    ("prefkern/cli/plan.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),
+    ("prefkern/cli/plan_options.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),
     ("prefkern/training/item_trainer.py", "unreached("): ("test_frozen", "such as unused"),
     ("prefkern/training/trainable.py", "unreached("): (
         "test_frozen",
@@ -186,6 +186,10 @@ ELSEWHERE = {
     ),
     ("prefkern/models/head_forward.py", "uncalled(base, head)"): (
         "test_errors",
+        "did not call its output",
+    ),
+    ("prefkern/models/score_head.py", "uncalled(base, head)"): (
+        "test_reward_packing",
         "did not call its output",
     ),
     ("prefkern/models/transform.py", "uncalled(base, head)"): (
@@ -318,7 +322,7 @@ def test_reward_models_that_are_none(tmp_path, monkeypatch):
         (folder / "adapter_config.json").write_text(json.dumps({**written, **change}))
         with pytest.raises(ValueError, match=message):
             rewards.load_reward_model(str(folder))
-    monkeypatch.setattr(rewards, "_HEADS", ("another",))
+    monkeypatch.setattr(rewards.score_head, "NAMES", ("another",))
     with pytest.raises(ValueError, match="has no head called another, so peft would not train it"):
         rewards.new_reward_model(str(tmp_path / "base"), adapter)
     monkeypatch.setattr(margins.os, "access", lambda *_: False)

@@ -148,6 +148,13 @@ def test_plans(key, capsys):
     assert none == 0 and pytest.approx(2 * some) == (8 - 7.25) * 16384
 
 
+@runs(("docs/trainer.md", "A pair's prompt once", "sh"))
+def test_plan_of_pairs(key, folder, capsys):
+    assert run(BLOCKS[key]) == 0
+    assert "6 pairs (0 dropped" in (out := capsys.readouterr().out)
+    assert "prompt shared" in out and "checkpointed: operations" in out
+
+
 @runs(("docs/memory.md", "Memory and operations", "sh"))
 def test_plan_of_a_model(key, folder, capsys):
     write_llama(folder / "meta-llama/Meta-Llama-3-8B-Instruct")

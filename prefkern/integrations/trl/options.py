@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = {
     "f_divergence_type": "changes only TRL's own losses",
     "f_alpha_divergence_coef": "changes only TRL's own losses",
     "discopop_tau": "changes only TRL's own losses",
-    "padding_free": "TRL itself has switched off for now: batches are padded",
+    "padding_free": "TRL itself has switched off: batches are padded. prefkern.PreferenceTrainer packs",
     "torch_compile": "is not supported yet",
     "label_smoothing_factor": "has no effect on preference pairs",
 }
