@@ -587,6 +587,20 @@ MUTATIONS = (
         "tests/models/test_paths.py -k prefix",
     ),
     Mutation(
+        "a rejected response sees the chosen one's first token for its own prompt's",
+        "prefkern/models/paths.py",
+        "                before = slice(start, start + prefix)",
+        "                before = slice(start + 2, start + prefix + 2)",
+        "tests/training/test_share_prompt.py -k alone",
+    ),
+    Mutation(
+        "a path's keys reach the kernel out of order",
+        "prefkern/models/varlen.py",
+        "order += range(piece[begin], piece[end])",
+        "order += range(piece[begin], piece[end])[::-1]",
+        "tests/models/test_varlen.py",
+    ),
+    Mutation(
         "a branch of a masked row sees its siblings",
         "prefkern/models/paths.py",
         "        low, high = starts[sequence], (starts + sizes)[sequence]",

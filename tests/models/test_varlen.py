@@ -29,12 +29,6 @@ FAMILIES = {
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _probed_anew():
-    yield
-    varlen._kernel_for.cache_clear()
-
-
 def row_of(lengths=LENGTHS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     row = torch.randint(3, tiny.VOCAB_SIZE, (1, sum(lengths)), generator=generator)

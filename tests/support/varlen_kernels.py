@@ -6,6 +6,7 @@ call to what the kernel asks for. Its options make it wrong in one way each.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import types
@@ -123,5 +124,6 @@ def put(
         package = types.ModuleType("flash_attn")
         package.flash_attn_varlen_func = flash.flash_attn_varlen_func  # pyright: ignore
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    varlen._kernel_for.cache_clear()
+    # What is found for this test is forgotten after it.
+    monkeypatch.setattr(varlen, "_kernel_for", functools.cache(varlen._kernel_for.__wrapped__))
     return torchs, flash
