@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from prefkern_bench.measure import Meter, cost_of
+from support.varlen_kernels import flash_attention_of_shapes
 
 KILOBYTE = 1024
 FLOATS = 256  # of 4 bytes: one kilobyte
@@ -184,26 +185,8 @@ def test_masked_attention_computes_every_pair():
     assert meter.operations == 2 * 2 * (2 * 8 * 12) * 16
 
 
-@pytest.fixture
-def flash_attention_of_shapes():
-    """torch's flash attention, which runs on GPUs alone, with outputs that are only shaped."""
-
-    def forward(query, key, value, *rest, **options):
-        empty = torch.empty(0)
-        return torch.zeros_like(query), query.new_zeros(query.shape[1::-1]), empty, empty, empty
-
-    def backward(upstream, query, key, value, *rest, **options):
-        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_flash_attention_forward", forward, "CPU")
-    library.impl("_flash_attention_backward", backward, "CPU")
-    yield
-    library._destroy()
-
-
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0)], ids=str)
-def test_attention_of_many_sequences_counts_their_own_pairs(window, flash_attention_of_shapes):
+def test_attention_of_many_sequences_counts_their_own_pairs(window):
     """Sequences of 5 and 4 queries; the second one's follow on a prefix of 6."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -214,7 +197,7 @@ def test_attention_of_many_sequences_counts_their_own_pairs(window, flash_attent
         distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
         is_seen = (distance >= 0) | (window[1] < 0)
         pairs += (is_seen & ((distance <= window[0]) | torch.tensor(window[0] < 0))).sum().item()
-    with Meter() as meter:
+    with flash_attention_of_shapes(), Meter() as meter:
         output = varlen_attn(query, key, value, *bounds, 5, 10, window_size=window)
         assert meter.operations == 2 * 2 * 3 * pairs * 16
         output.sum().backward()

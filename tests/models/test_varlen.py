@@ -15,7 +15,7 @@ from prefkern.models import packing, paths, varlen
 from prefkern.models.head_forward import forward_with_head
 from support import tiny
 from support.machine import HAS_GPU
-from support.varlen_kernels import Kernel, put
+from support.varlen_kernels import Kernel, flash_attention_of_shapes, put
 
 LENGTHS = (9, 1, 14, 5, 3)
 # The fourth sequence sees the first four tokens, the fifth two of the third sequence.
@@ -270,19 +270,20 @@ def test_masks_that_are_known():
         assert varlen.reach_of(function, size) is None
 
 
-def test_the_signature_of_this_torch():
-    """The real kernel, traced without values: its arguments, its shapes, that it has a gradient."""
-    layout = varlen.Layout.of(LENGTHS, TREE, torch.device("meta"))
-    queries = torch.empty(32, 4, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    keys, values = (
-        torch.empty(32, 2, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
-        for _ in range(2)
-    )
+def test_this_torch_s_own_varlen_attn():
+    """What reaches flash attention, forward and backward, and that gradients come back."""
+    layout = varlen.Layout.of(LENGTHS, TREE, CPU)
+    queries, keys, values = (torch.randn(32, n, 8, requires_grad=True) for n in (4, 2, 2))
     for reach in (-1, 3):
-        output = varlen._applied(varlen._torch_varlen, queries, keys, values, layout, reach, 0.5)
-        assert output.shape == queries.shape
-        gradients = torch.autograd.grad(output.sum(), (queries, keys, values))
+        with flash_attention_of_shapes() as calls:
+            kernel = varlen._torch_varlen
+            output = varlen._applied(kernel, queries, keys, values, layout, reach, 0.5)
+            gradients = torch.autograd.grad(output.sum(), (queries, keys, values))
         assert [x.shape for x in gradients] == [x.shape for x in (queries, keys, values)]
+        assert output.shape == queries.shape
+        # A window whose right side is 0 is causal as well.
+        expected = {"is_causal": reach < 0, "window": (reach, 0), "scale": 0.5}
+        assert calls == [expected] * 2
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="the kernels run on GPUs")

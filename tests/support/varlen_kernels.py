@@ -10,6 +10,8 @@ import functools
 import math
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,3 +129,36 @@ def put(
     # What is found for this test is forgotten after it.
     monkeypatch.setattr(varlen, "_kernel_for", functools.cache(varlen._kernel_for.__wrapped__))
     return torchs, flash
+
+
+@contextmanager
+def flash_attention_of_shapes() -> Iterator[list[dict[str, Any]]]:
+    """torch's flash attention, which runs on GPUs alone, with outputs that are only shaped.
+
+    So `varlen_attn` itself runs here. Yields whether each call is causal, and its window.
+    """
+    calls = []
+
+    def noted(is_causal: bool, options: dict[str, Any]) -> None:
+        window = tuple(options[f"window_size_{side}"] for side in ("left", "right"))
+        calls.append({"is_causal": is_causal, "window": window, "scale": options.get("scale")})
+
+    def forward(query, key, value, bq, bk, longest_q, longest_k, dropout, causal, *_, **options):
+        noted(causal, options)
+        empty = torch.empty(0)
+        return torch.zeros_like(query), query.new_zeros(query.shape[1::-1]), empty, empty, empty
+
+    def backward(
+        upstream, query, key, value, out, sums, bq, bk, longest_q, longest_k, dropout, causal,
+        *_, **options,
+    ):  # fmt: skip
+        noted(causal, options)
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    try:
+        yield calls
+    finally:
+        library._destroy()
