@@ -269,8 +269,9 @@ def page(report: dict[str, Any]) -> str:
     prompt, response = report["demo"]["prompt"], report["demo"]["response"]
     norms = spread(report["rows"], [DEMO], "gradient_norms")
     demo = (
-        "The first step of `make demo`, and of `bench/study.py` with AdaDPO: SmolLM2-135M-Instruct "
-        f"in bf16, LoRA of rank {LORA['r']}, {DEMO_PAIRS} pairs, reference sums computed before. A pair "
+        "A step as in `make demo`, and in `bench/study.py` with AdaDPO: SmolLM2-135M-Instruct in bf16, "
+        f"LoRA of rank {LORA['r']}, reference sums computed before, at the first step's weights, on "
+        f"{DEMO_PAIRS} pairs of movie reviews from `examples/movie_pairs.py`. A pair "
         f'is the prompt "{movie_pairs.PROMPT}" of {prompt} tokens and two sentences of '
         f"{response:.0f} on average. Of these {2 * (prompt + response):.0f} tokens, sharing saves "
         f"{prompt - 1}: nearly all of the gain is that of packing. Norms of gradients agree within "
