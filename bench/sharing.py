@@ -6,7 +6,8 @@ A step is the policy's forward and backward and the reference's forward, of a Ll
 weights on a CPU in float32, through the trainers' own `training_step`. It is counted, not only
 timed: matrix-product operations (attention included, see `prefkern_bench.measure`), the peak of
 bytes beyond the weights (gradients are counted), and processor time of one thread, the least of
-interleaved rounds. Lengths are drawn from three log-normal distributions.
+interleaved rounds. Lengths are drawn from three log-normal distributions. Then the same for the
+model, the adapter and the pairs of `make demo` and of bench/study.py, which need its packages.
 
 Batches by tokens (`max_tokens_per_batch`) are counted as well: how full they are, beside batches of a
 number of pairs. That takes seconds and no model.
@@ -19,6 +20,7 @@ bench/results/sharing.png. With --page only these two are drawn, from an existin
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shlex
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from peft import LoraConfig
 from torch import Tensor
 
 import prefkern
@@ -45,9 +49,18 @@ from prefkern_bench.measure import Meter
 from prefkern_bench.pictures import STYLES, pyplot
 from support import tiny
 
+# The demo's model and data are scripts, not part of the package.
+sys.path.append(str(ROOT / "examples"))
+
+import movie_pairs
+import smollm2
+
+from study import LORA
+
 PAGE = ROOT / "bench/SHARING.md"
 RESULT = ROOT / "bench/results/sharing-cpu.json"
 PICTURE = ROOT / "bench/results/sharing.png"
+WEIGHTS = ROOT / ".demo/smollm2-135m-instruct"
 VOCAB = 4096
 MODEL = {
     "vocab_size": VOCAB,
@@ -83,6 +96,9 @@ BY_TOKENS = (
     "tokens on average. Memory follows the largest batch. Counted by "
     "`python bench/sharing.py --batches`."
 )
+DEMO = "demo"
+DEMO_PAIRS = 8
+DEMO_BATCHES = 1
 
 
 def drawn(name: str, count: int) -> list[dict[str, list[int]]]:
@@ -110,7 +126,7 @@ def model(seed: int = 0) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
 
 
-def trainer(layout: str, pairs: list[dict[str, list[int]]], folder: str) -> Any:
+def trainer(pairs: list[dict[str, list[int]]], layout: str, folder: str) -> Any:
     """A trainer of DPO on the pairs, with a reference model, in a layout."""
     common = {
         "output_dir": folder,
@@ -167,15 +183,54 @@ def step(run: Any, batch: dict[str, Tensor]) -> float:
     return run.training_step(run.model, dict(batch)).item()
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
-    pairs = drawn(name, PAIRS * BATCHES)
+def gradient_norm(run: Any) -> float:
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item()
+
+
+def demo_trainer(layout: str, folder: str) -> Any:
+    """The demo's trainer: LoRA on SmolLM2-135M, AdaDPO, reference sums computed before."""
+    weights = smollm2.prepare(WEIGHTS)
+    train, _ = movie_pairs.prepare(Path(folder), DEMO_PAIRS * DEMO_BATCHES, 0)
+    config = prefkern.PreferenceConfig(
+        output_dir=folder,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        objective="adadpo",
+        per_device_train_batch_size=DEMO_PAIRS,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        train_sampling_strategy="sequential",
+        padding_free=layout != "padded",
+        share_prompt=layout == "shared",
+        token_metrics=False,
+    )
+    torch.manual_seed(0)
+    return prefkern.PreferenceTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16),
+        config,
+        prefkern.data.load_preference_dataset(str(train)),
+        processing_class=transformers.AutoTokenizer.from_pretrained(weights),
+        peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
+    )
+
+
+def measure(
+    name: str, rounds: int, layouts: Iterable[str], make: Callable[[str, str], Any]
+) -> list[dict[str, Any]]:
+    """Counts and times the steps of the trainers `make(layout, folder)`."""
     rows: list[dict[str, Any]] = []
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        for layout in LAYOUTS:
-            run = trainer(layout, pairs, folder)
+        for layout in layouts:
+            run = make(layout, folder)
             batches = steps(run)
-            losses = [step(run, batch) for batch in batches]
+            losses, norms = [], []
+            for batch in batches:
+                losses.append(step(run, batch))
+                norms.append(gradient_norm(run))
             operations, peak = 0, 0
             for batch in batches:
                 with Meter() as meter:
@@ -186,6 +241,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
                 "lengths": name,
                 "layout": layout,
                 "losses": losses,
+                "gradient_norms": norms,
                 "tokens": sum(batch["input_ids"].numel() for batch in batches),
                 "operations": operations,
                 "peak_bytes": peak,
@@ -242,27 +298,26 @@ def page(report: dict[str, Any]) -> str:
     )
     lines = ["# A pair's prompt once", "", head]
     for name, (prompt, response, *_) in LENGTHS.items():
-        rows = [row for row in report["rows"] if row["lengths"] == name]
-        base = next(row for row in rows if row["layout"] == "trl")
-        lines += [
-            "",
-            f"## {name.capitalize()}: medians of {prompt} and {response} tokens",
-            "",
-            "| layout | tokens | operations, 1e12 | peak memory, MiB | time, s | to TRL, padded |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            title = LAYOUTS[row["layout"]]
-            relative = "operations {:.2f}, memory {:.2f}, time {:.2f}".format(
-                *(row[key] / base[key] for key in ("operations", "peak_bytes", "seconds"))
-            )
-            lines.append(
-                f"| {title} | {row['tokens']:,} | {row['operations'] / 1e12:.2f} | "
-                f"{row['peak_bytes'] / 2**20:,.0f} | {row['seconds']:.2f} | {relative} |"
-            )
+        title = f"{name.capitalize()}: medians of {prompt} and {response} tokens"
+        lines += ["", f"## {title}", "", *table(report["rows"], name)]
+    agreement = (
+        f"Among all layouts, losses agree within {spread(report['rows'], LENGTHS):.0e} of each "
+        f"other, norms of gradients within {spread(report['rows'], LENGTHS, 'gradient_norms'):.0e}."
+    )
+    prompt, response = report["demo"]["prompt"], report["demo"]["response"]
+    norms = spread(report["rows"], [DEMO], "gradient_norms")
+    demo = (
+        "A step as in `make demo`, and in `bench/study.py` with AdaDPO: SmolLM2-135M-Instruct in bf16, "
+        f"LoRA of rank {LORA['r']}, reference sums computed before, at the first step's weights, on "
+        f"{DEMO_PAIRS} pairs of movie reviews from `examples/movie_pairs.py`. A pair "
+        f'is the prompt "{movie_pairs.PROMPT}" of {prompt} tokens and two sentences of '
+        f"{response:.0f} on average. Of these {2 * (prompt + response):.0f} tokens, sharing saves "
+        f"{prompt - 1}: nearly all of the gain is that of packing. Norms of gradients agree within "
+        f"{norms:.0e} of each other."
+    )
+    lines += ["", agreement, "", "## The data of the demo and of the study", "", demo, ""]
+    lines += table(report["rows"], DEMO)
     lines += [
-        "",
-        f"The losses of all layouts agree within {spread(report['rows']):.0e} of each other.",
         "",
         "## Batches by tokens",
         "",
@@ -282,12 +337,44 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(rows: list[dict[str, Any]]) -> float:
-    """The largest relative difference of a loss between layouts."""
+def table(rows: list[dict[str, Any]], name: str) -> list[str]:
+    """The layouts' rows for one kind of lengths; the first is the base of the last column."""
+    rows = [row for row in rows if row["lengths"] == name]
+    base = rows[0]
+    columns = ["layout", "tokens", "operations, 1e12", "peak memory, MiB", "time, s"]
+    columns.append(f"to {LAYOUTS[base['layout']]}")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        relative = "operations {:.2f}, memory {:.2f}, time {:.2f}".format(
+            *(row[key] / base[key] for key in ("operations", "peak_bytes", "seconds"))
+        )
+        lines.append(
+            f"| {LAYOUTS[row['layout']]} | {row['tokens']:,} | {row['operations'] / 1e12:.2f} | "
+            f"{row['peak_bytes'] / 2**20:,.0f} | {row['seconds']:.2f} | {relative} |"
+        )
+    return lines
+
+
+def demo_lengths() -> dict[str, float]:
+    """Tokens of the demo's prompt, and of its responses on average."""
+    weights = smollm2.prepare(WEIGHTS)
+    with tempfile.TemporaryDirectory() as folder:
+        train, _ = movie_pairs.prepare(Path(folder), DEMO_PAIRS * DEMO_BATCHES, 0)
+        pairs = prefkern.data.load_preference_dataset(str(train))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(weights)
+        rows = [*prefkern.data.tokenize_preferences(pairs, tokenizer)[0]]
+    prompts = {len(row["prompt_ids"]) for row in rows}
+    responses = [len(row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected")]
+    assert len(prompts) == 1
+    return {"prompt": prompts.pop(), "response": sum(responses) / len(responses)}
+
+
+def spread(rows: list[dict[str, Any]], names: Iterable[str], key: str = "losses") -> float:
+    """The largest relative difference of a loss, or of a gradient's norm, between layouts."""
     worst = 0.0
-    for name in LENGTHS:
-        losses = torch.tensor([r["losses"] for r in rows if r["lengths"] == name and "losses" in r])
-        worst = max(worst, ((losses.amax(0) - losses.amin(0)) / losses.mean(0)).max().item())
+    for name in names:
+        values = torch.tensor([row[key] for row in rows if row["lengths"] == name])
+        worst = max(worst, ((values.amax(0) - values.amin(0)) / values.mean(0)).max().item())
     return worst
 
 
@@ -340,15 +427,21 @@ def main(argv: list[str]) -> int:
     elif not arguments.page:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        rows = [row for name in LENGTHS for row in measure(name, arguments.rounds)]
+        rows = []
+        for name in LENGTHS:
+            pairs = drawn(name, PAIRS * BATCHES)
+            make = functools.partial(trainer, pairs)
+            rows += measure(name, arguments.rounds, LAYOUTS, make)
+        rows += measure(DEMO, arguments.rounds, ["padded", "packed", "shared"], demo_trainer)
         command = shlex.join(["python", "bench/sharing.py", *argv])
         report = environment(torch.device("cpu"), command)
         report |= {"rounds": arguments.rounds, "model": MODEL, "rows": rows, "batches": counted}
+        report["demo"] = demo_lengths()
         RESULT.write_text(json.dumps(report, indent=1) + "\n")
     report = json.loads(RESULT.read_text())
     picture(report)
     PAGE.write_text(page(report))
-    return int(spread(report["rows"]) > 1e-4)
+    return int(spread(report["rows"], LENGTHS) > 1e-4)
 
 
 if __name__ == "__main__":

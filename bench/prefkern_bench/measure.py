@@ -59,6 +59,9 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_backward: (1, 5),
     _aten._scaled_dot_product_efficient_attention: (0, 2),
     _aten._scaled_dot_product_efficient_attention_backward: (1, 5),
+    # Within torch's varlen_attn, with bounds of sequences.
+    _aten._flash_attention_forward: (0, 2),
+    _aten._flash_attention_backward: (1, 5),
 }
 
 _BUILT_IN = ("aten", "prim", "prims")
@@ -136,14 +139,31 @@ def _attention_operations(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
     first, products = _ATTENTION[func.overloadpacket]
     query, key, value = args[first : first + 3]
+    width = (query.shape[-1] + value.shape[-1]) // 2
+    if given.get("cum_seq_q") is not None:  # (tokens, heads, d)
+        return 2 * products * query.shape[1] * _pairs_of_sequences(given) * width
     queries, keys = query.shape[-2], key.shape[-2]
     pairs = queries * keys
     if given.get("is_causal"):
         # The query i sees the keys 0 to i.
         seen = min(queries, keys)
         pairs = seen * (seen + 1) // 2 + (queries - seen) * keys
-    width = (query.shape[-1] + value.shape[-1]) // 2
     return 2 * products * query.shape[:-2].numel() * pairs * width
+
+
+def _pairs_of_sequences(given: dict[str, Any]) -> int:
+    """Queries and keys that see each other; a sequence's last query is aligned with its last key."""
+    left, right = (given.get(f"window_size_{side}") for side in ("left", "right"))
+    is_causal = given["is_causal"] or right == 0
+    pairs = 0
+    sizes = (given[name].diff().tolist() for name in ("cum_seq_q", "cum_seq_k"))
+    for queries, keys in zip(*sizes, strict=True):
+        if not is_causal:
+            pairs += queries * keys
+            continue
+        seen = range(keys - queries + 1, keys + 1)
+        pairs += sum(seen) if left is None or left < 0 else sum(min(n, left + 1) for n in seen)
+    return pairs
 
 
 def _address(tensor: Tensor) -> int:

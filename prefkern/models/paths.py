@@ -10,9 +10,10 @@ p, c and r are the tokens of prompt, chosen and rejected response. t is the last
 again, which predicts the first token of r. The prefix of `t1 r1` is p1 without its last token.
 
 transformers computes attention between all tokens of a row and masks what is of other sequences:
-M^2 products for M tokens, most of them thrown away. Here the row is split at the sequences' bounds,
-and each part goes through the same attention function by itself, after its prefix. Where that
-cannot be done, attention is over the whole row, with a mask by sequence and position.
+M^2 products for M tokens, most of them thrown away. On a GPU one kernel takes the row and the bounds
+of its paths (`prefkern.models.varlen`). Elsewhere the row is split at the sequences' bounds, and
+each part goes through the same attention function by itself, after its prefix. Where that cannot be
+done, attention is over the whole row, with a mask by sequence and position.
 
 How it reaches the layers: within `along`, the mask that transformers makes for a row is a
 `PathMask`. It goes where the mask goes, so a checkpointed layer that is computed again has it, and
@@ -24,6 +25,7 @@ probe of `prefkern.models.packing` finds that out.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from prefkern.models import varlen
 
 IMPLEMENTATION = "sdpa"
 # The entry of a packed batch's inputs that `head_forward` takes out. Without it the other inputs are
@@ -110,11 +114,18 @@ class PathMask:
     Args:
         paths: the row's sequences.
         make: makes transformers' mask of q_length queries that follow on q_offset keys.
+        reach: how many tokens before itself a token sees; -1: all of them; None: the mask is
+            neither causal nor a sliding window.
     """
 
-    def __init__(self, paths: Paths, make: Callable[..., Tensor | None]) -> None:
+    def __init__(
+        self, paths: Paths, make: Callable[..., Tensor | None], reach: int | None = None
+    ) -> None:
         self.paths = paths
+        self.reach = reach
         self._make = make
+        # A model's layers may lie on several devices.
+        self._layouts: dict[torch.device, varlen.Layout] = {}
         # Paths of the same lengths have the same mask.
         self._made: dict[tuple[int, int], Tensor | None] = {}
 
@@ -126,6 +137,12 @@ class PathMask:
                 q_length=length, q_offset=prefix, kv_length=prefix + length
             )
         return self._made[sizes]
+
+    def layout(self, device: torch.device) -> varlen.Layout:
+        if device not in self._layouts:
+            lengths, prefixes = self.paths.lengths, self.paths.prefixes
+            self._layouts[device] = varlen.Layout.of(lengths, prefixes, device)
+        return self._layouts[device]
 
 
 _current: ContextVar[Paths | None] = ContextVar("prefkern_paths", default=None)
@@ -180,7 +197,8 @@ def _mask_of(original: Callable[..., Any]) -> Callable[..., Any]:
         def make(**sizes: int) -> Tensor | None:
             return original(**kwargs, kv_offset=0, **sizes)
 
-        return PathMask(paths, make)
+        reach = varlen.reach_of(kwargs.get("mask_function"), kwargs.get("local_size"))
+        return PathMask(paths, make, reach)
 
     return mask
 
@@ -200,6 +218,19 @@ def _by_branch(
 
 
 def _attention_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Of these a kernel knows nothing: a bias by position, a paged cache.
+    others = {*inspect.signature(original).parameters, "softcap"}
+    others -= {"module", "query", "key", "value", "attention_mask", "kwargs"}
+    others -= {"dropout", "scaling", "is_causal"}
+
+    def is_plain(module: torch.nn.Module, options: dict[str, Any]) -> bool:
+        """Whether this is causal attention and nothing else."""
+        is_causal = options.get("is_causal")
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        has_more = any(options.get(name) is not None for name in others)
+        return is_causal and not options.get("dropout") and not has_more
+
     def attention(
         module: torch.nn.Module,
         query: Tensor,  # (1, heads, M, d)
@@ -211,6 +242,11 @@ def _attention_of(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(attention_mask, PathMask):
             return original(module, query, key, value, attention_mask, **kwargs)
         paths = attention_mask.paths
+        if attention_mask.reach is not None and is_plain(module, kwargs):
+            layout, scale = attention_mask.layout(query.device), kwargs.get("scaling")
+            whole = varlen.attention(query, key, value, layout, attention_mask.reach, scale)
+            if whole is not None:
+                return whole, None
         # One split, so that the gradient is one concatenation.
         parts = [x.split(paths.lengths, dim=2) for x in (query, key, value)]
         outputs = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from prefkern_bench.measure import Meter, cost_of
+from support.varlen_kernels import flash_attention_of_shapes
 
 KILOBYTE = 1024
 FLOATS = 256  # of 4 bytes: one kilobyte
@@ -194,3 +195,22 @@ def test_products_of_experts_count_each_row_once():
         assert meter.operations == 2 * 6 * 16 * 8
         out.backward(torch.ones_like(out))
     assert meter.operations == 3 * 2 * 6 * 16 * 8
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0)], ids=str)
+def test_attention_of_many_sequences_counts_their_own_pairs(window):
+    """Sequences of 5 and 4 queries; the second one's follow on a prefix of 6."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (torch.randn(n, 3, 16, requires_grad=True) for n in (9, 15, 15))
+    bounds = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 5, 9], [0, 5, 15])]
+    pairs = 0
+    for queries, keys in ((5, 5), (4, 10)):
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        is_seen = (distance >= 0) | (window[1] < 0)
+        pairs += (is_seen & ((distance <= window[0]) | torch.tensor(window[0] < 0))).sum().item()
+    with flash_attention_of_shapes(), Meter() as meter:
+        output = varlen_attn(query, key, value, *bounds, 5, 10, window_size=window)
+        assert meter.operations == 2 * 2 * 3 * pairs * 16
+        output.sum().backward()
+    assert meter.operations == 7 * 2 * 3 * pairs * 16

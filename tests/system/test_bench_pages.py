@@ -189,7 +189,11 @@ def test_the_page_of_sharing_is_the_result_s() -> None:
 
     report = json.loads(sharing.RESULT.read_text())
     assert sharing.page(report) == sharing.PAGE.read_text()
-    assert 0 < sharing.spread(report["rows"]) < 1e-4
+    assert 0 < sharing.spread(report["rows"], sharing.LENGTHS) < 1e-4
+    assert 0 < sharing.spread(report["rows"], sharing.LENGTHS, "gradient_norms") < 1e-4
+    # In bf16. All first losses are ln 2.
+    assert sharing.spread(report["rows"], [sharing.DEMO]) < 1e-6
+    assert 0 < sharing.spread(report["rows"], [sharing.DEMO], "gradient_norms") < 2e-2
     for name in sharing.LENGTHS:
         rows = {row["layout"]: row for row in report["rows"] if row["lengths"] == name}
         assert rows.keys() == sharing.LAYOUTS.keys()

@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 import prefkern
 from prefkern.data.collate import PreferenceCollator
 from prefkern.models import packing
+from prefkern.models.head_forward import forward_with_head
 from prefkern.models.scoring import align_labels
 from support.packed import PACKS, assert_same_runs, both_ways, built
 from support.training import (
@@ -26,6 +27,7 @@ from support.training import (
     trainer,
     weights,
 )
+from support.varlen_kernels import Kernel, put
 
 _EXPERTS = {
     "num_experts": 4,
@@ -182,12 +184,11 @@ def test_bf16_is_as_exact_as_padded(tmp_path):
     """Against float32 on the same weights: the error is that of a padded batch in bf16."""
 
     def gradients(dtype, **options):
-        model = tiny.model().to(dtype).float() if dtype is None else tiny.model().to(dtype)
         record = Record()
         run = trainer(
             tmp_path,
-            model=model,
-            ref_model=tiny.model(seed=1).to(model.dtype),
+            model=tiny.model().bfloat16().to(dtype),
+            ref_model=tiny.model(seed=1).bfloat16().to(dtype),
             train_dataset=made(rows(4)),
             callbacks=[record],
             optim="sgd",
@@ -212,6 +213,62 @@ def test_the_first_loss_in_bf16_is_that_of_equal_models(tmp_path):
     run.train()
     assert step_logs(run)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert step_logs(run)[0]["grad_norm"] > 1e-6
+
+
+# Pairs 0 and 3 have equal prompts. What changes, and which sequences of the row may notice:
+# chosen ones are 0 to 3, rejected ones 4 to 7.
+CHANGES = {
+    "a chosen response": (1, "chosen_ids", {1}),
+    "a rejected response": (1, "rejected_ids", {5}),
+    "a prompt": (2, "prompt_ids", {2, 6}),
+    "one of two equal prompts": (0, "prompt_ids", {0, 4}),
+}
+
+
+@pytest.mark.parametrize("way", ["paths", "branches", "kernel"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_sequences_see_their_own_prompt_alone(name, way, monkeypatch):
+    """Other tokens leave the hidden states of all others bitwise unchanged."""
+    implementation = "eager" if way == "branches" else "sdpa"
+    model = built("Gemma3Text", implementation, **FAMILIES["Gemma3Text"])
+    pairs = rows(4)
+    kernel = Kernel()
+    if way == "kernel":
+        put(monkeypatch, kernel)
+
+    def states(pairs):
+        batch = PreferenceCollator(0, padding_free=True, share_prompt=True)(pairs)
+        names = ("input_ids", "cu_seqlens", "prefixes")
+        inputs = packing.packed_inputs(model, *(batch[name] for name in names))
+        with torch.no_grad():
+            found, _ = forward_with_head(model, inputs, lambda head: (head.hidden, head.hidden))
+        return found[0].tensor_split(batch["cu_seqlens"][1:-1].long())
+
+    before = states(pairs)
+    assert packing._way(model, shares=True) == ("branches" if way == "branches" else "paths")
+    assert bool(kernel.calls) == (way == "kernel")
+    pair, column, noticed = CHANGES[name]
+    changed = [dict(row) for row in pairs]
+    changed[pair][column] = [5 + (token + 1) % 90 for token in pairs[pair][column]]
+    after = states(changed)
+    assert {i for i, (x, y) in enumerate(zip(before, after, strict=True)) if (x != y).any()} == (
+        noticed
+    )
+
+
+def test_pairs_without_a_prompt_train_as_padded(tmp_path):
+    """They have nothing to share; a padded batch scores them from their second token as well."""
+    pairs = rows(8)
+    for row in pairs[::3]:
+        row["prompt_ids"] = []
+    padded, shared = both_ways(
+        tmp_path,
+        lambda seed: tiny.model(seed=seed),
+        shares=True,
+        ref_model=lambda: tiny.model(seed=1),
+        train_dataset=made(pairs),
+    )
+    assert_same_runs(padded, shared)
 
 
 def test_a_prompt_is_computed_once(tmp_path):
