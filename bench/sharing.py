@@ -1,6 +1,6 @@
 """Counts a training step with padded, packed and shared pairs, beside TRL's, and writes the page.
 
-usage: python bench/sharing.py [--page] [--rounds N]
+usage: python bench/sharing.py [--page | --batches] [--rounds N]
 
 A step is the policy's forward and backward and the reference's forward, of a Llama with random
 weights on a CPU in float32, through the trainers' own `training_step`. It is counted, not only
@@ -8,8 +8,12 @@ timed: matrix-product operations (attention included, see `prefkern_bench.measur
 bytes beyond the weights (gradients are counted), and processor time of one thread, the least of
 interleaved rounds. Lengths are drawn from three log-normal distributions.
 
+Batches by tokens (`max_tokens_per_batch`) are counted as well: how full they are, beside batches of a
+number of pairs. That takes seconds and no model.
+
 The numbers go to bench/results/sharing-cpu.json, the page to bench/SHARING.md and the picture to
-bench/results/sharing.png. With --page only these two are drawn, from an existing result.
+bench/results/sharing.png. With --page only these two are drawn, from an existing result; with
+--batches the batches of an existing result are counted again before that.
 """
 
 from __future__ import annotations
@@ -29,11 +33,13 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "tests")]
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 import prefkern
+from prefkern.training.token_batches import TokenBatches, pair_tokens
 from prefkern_bench import environment
 from prefkern_bench.measure import Meter
 from prefkern_bench.pictures import STYLES, pyplot
@@ -68,6 +74,15 @@ LAYOUTS = {
 }
 PAIRS = 4
 BATCHES = 1
+# What is batched by tokens.
+BUDGET = 16384
+MANY_PAIRS = 4000
+BY_TOKENS = (
+    f"An epoch of {MANY_PAIRS:,} pairs with shared prompts, in batches of at most {BUDGET:,} tokens "
+    "(`max_tokens_per_batch`), beside shuffled batches of a number of pairs with about as many "
+    "tokens on average. Memory follows the largest batch. Counted by "
+    "`python bench/sharing.py --batches`."
+)
 
 
 def drawn(name: str, count: int) -> list[dict[str, list[int]]]:
@@ -188,6 +203,29 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def batches(name: str) -> list[dict[str, Any]]:
+    """Tokens and pairs of batches with shared prompts: by tokens, and of as many pairs each."""
+    sizes = pair_tokens(datasets.Dataset.from_list(drawn(name, MANY_PAIRS)), shares=True)
+    by_tokens = list(TokenBatches(sizes, BUDGET, seed=0))
+    each = round(MANY_PAIRS / len(by_tokens))
+    order = np.random.default_rng(0).permutation(MANY_PAIRS)
+    of_pairs = [order[start : start + each] for start in range(0, MANY_PAIRS - each + 1, each)]
+    rows = []
+    for kind, plan in (("tokens", by_tokens), ("pairs", of_pairs)):
+        tokens = [int(sizes[batch].sum()) for batch in plan]
+        pairs = [len(batch) for batch in plan]
+        rows.append(
+            {
+                "lengths": name,
+                "kind": kind,
+                "batches": len(plan),
+                "pairs": [min(pairs), max(pairs)],
+                "tokens": [sum(tokens) / len(tokens), min(tokens), max(tokens)],
+            }
+        )
+    return rows
+
+
 def page(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
     head = (
@@ -225,7 +263,22 @@ def page(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"The losses of all layouts agree within {spread(report['rows']):.0e} of each other.",
+        "",
+        "## Batches by tokens",
+        "",
+        BY_TOKENS,
+        "",
+        "| lengths | batches | pairs | tokens: mean | least | largest |",
+        "|---|---|---|---|---|---|",
     ]
+    for row in report["batches"]:
+        (fewest, most), (mean, least, largest) = row["pairs"], row["tokens"]
+        kind = "by tokens" if row["kind"] == "tokens" else f"of {most} pairs"
+        pairs = f"{fewest} to {most}" if fewest < most else str(most)
+        lines.append(
+            f"| {row['lengths']} | {row['batches']} {kind} | {pairs} | {mean:,.0f} | {least:,} | "
+            f"{largest:,} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -277,15 +330,20 @@ def picture(report: dict[str, Any]) -> None:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--page", action="store_true", help="draw an existing result")
+    parser.add_argument("--batches", action="store_true", help="count its batches by tokens again")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args(argv)
-    if not arguments.page:
+    counted = [] if arguments.page else [row for name in LENGTHS for row in batches(name)]
+    if arguments.batches:
+        report = {**json.loads(RESULT.read_text()), "batches": counted}
+        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    elif not arguments.page:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         rows = [row for name in LENGTHS for row in measure(name, arguments.rounds)]
         command = shlex.join(["python", "bench/sharing.py", *argv])
         report = environment(torch.device("cpu"), command)
-        report |= {"rounds": arguments.rounds, "model": MODEL, "rows": rows}
+        report |= {"rounds": arguments.rounds, "model": MODEL, "rows": rows, "batches": counted}
         RESULT.write_text(json.dumps(report, indent=1) + "\n")
     report = json.loads(RESULT.read_text())
     picture(report)

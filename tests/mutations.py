@@ -621,6 +621,42 @@ MUTATIONS = (
         "            counts[start : start + length] += 0",
         "tests/training/test_share_prompt.py -k trains_as_padded",
     ),
+    # Batches by tokens.
+    Mutation(
+        "a batch of tokens takes a pair that has no room in it",
+        "prefkern/training/token_batches.py",
+        "            room[first] -= sizes[row]",
+        "            room[first] -= sizes[row] // 2",
+        "tests/training/test_token_batches.py -k every_pair_once",
+    ),
+    Mutation(
+        "an epoch may have fewer batches than the first",
+        "prefkern/training/token_batches.py",
+        "    while len(batches) < count:",
+        "    while len(batches) < min(count, 1):",
+        "tests/training/test_token_batches.py -k 'every_pair_once or drawn_again'",
+    ),
+    Mutation(
+        "a resumed run has the batches of the first epoch",
+        "prefkern/training/token_batches.py",
+        "        self._epoch = epoch\n",
+        "        self._epoch = 0\n",
+        "tests/training/test_token_batches.py -k 'shuffled_differently or one_on_padded'",
+    ),
+    Mutation(
+        "a pair that fills a rank's last batch of an evaluation counts",
+        "prefkern/training/token_trainer.py",
+        "            values = torch.zeros_like(values)",
+        "            values = values.clone()",
+        "tests/training/test_ddp.py -k 'joint_batch and repeated'",
+    ),
+    Mutation(
+        "sums of a batch by tokens go to the rows of another",
+        "prefkern/training/reference_cache.py",
+        "yield torch.cat([values[: len(each)] for values, each in by_rank])",
+        "yield torch.cat([values[: len(each)].flip(0) for values, each in by_rank])",
+        "tests/training/test_token_batches.py -k put_back_by_row",
+    ),
     Mutation(
         "a prompt that is too long loses its end",
         "prefkern/data/truncation.py",

@@ -14,6 +14,7 @@ from torch import nn
 from prefkern.data.columns import REFERENCE_COLUMNS
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.token_batches import check_budget
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
         raise ValueError(
             "share_prompt has no effect on single responses, which share no prompt; leave it out"
         )
+    if args.max_tokens_per_batch is not None and not needs.paired:
+        raise ValueError(
+            "max_tokens_per_batch is for pairs: this objective takes its reference point from the "
+            "responses of a batch, whose number would differ; leave it out"
+        )
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if not needs.paired and getattr(args, name) < 2:
             raise ValueError(
@@ -134,7 +140,14 @@ def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
 def check_batches(
     dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
 ) -> None:
-    """Raise if a dataset is below one batch, or its last batches differ between ranks."""
+    """Raise if a dataset is below one batch, or its last batches differ between ranks.
+
+    With batches by tokens: if a pair does not fit into one.
+    """
+    if args.max_tokens_per_batch is not None:
+        for each, part in named(dataset, name):
+            check_budget(part, each, args.max_tokens_per_batch, args.share_prompt)
+        return
     across_ranks = batch_size * args.world_size
     accelerator: Any = args.accelerator_config
     is_uneven = args.world_size > 1 and not (args.dataloader_drop_last or accelerator.even_batches)

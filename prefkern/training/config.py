@@ -99,6 +99,13 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
         default=False,
         metadata={"help": "Compute a pair's prompt once, where the model allows it."},
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pack as many pairs into a batch as fit this many tokens, in place of a number "
+            "of pairs. Needs padding_free."
+        },
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise the dataset."}
     )
@@ -166,6 +173,7 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
                 "dispatch_batches cuts a batch by its rows, and under padding_free it has one; "
                 "leave dispatch_batches out of accelerator_config"
             )
+        options.check_spreading(self)
         if self.fp16 and self.device.type == "cpu":
             # accelerate would silently train in float32.
             raise ValueError("fp16 has no effect on a CPU; use bf16")

@@ -89,9 +89,7 @@ class ObjectiveTrainer(ItemTrainer):
         outputs, loss = self._preference_outputs(model, inputs)
         cu_seqlens = inputs.get("cu_seqlens")
         for name, values in item_values(outputs, self.loss_fn.objective, cu_seqlens).items():
-            total = values.sum(0)
-            previous = self._train_sums.get(name)
-            self._train_sums[name] = total if previous is None else previous + total
+            add_to(self._train_sums, name, values.sum(0))
         loss = self._share(loss, len(outputs.losses), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -111,13 +109,14 @@ class ObjectiveTrainer(ItemTrainer):
             "loss": per_item(outputs.losses),
             **item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens")),
         }
-        # Pair by pair, so that pairs that pad the ranks' last batch are left out.
-        stacked = torch.stack([*values.values()], dim=1)  # (B, metrics, 2)
-        gathered: Any = self.accelerator.gather_for_metrics(stacked)
+        gathered = self._gathered(torch.stack([*values.values()], dim=1))
         for name, total in zip(values, gathered.sum(0), strict=True):
-            previous = self._eval_sums.get(name)
-            self._eval_sums[name] = total if previous is None else previous + total
+            add_to(self._eval_sums, name, total)
         return loss, None, None
+
+    def _gathered(self, values: Tensor) -> Tensor:  # (B, metrics, 2)
+        """Values of all ranks' pairs, without the pairs that pad the ranks' last batch."""
+        return self.accelerator.gather_for_metrics(values)  # pyright: ignore[reportReturnType]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with means over pairs in place of its mean over batches."""
@@ -176,6 +175,11 @@ class _BeginLogs(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._begin_logs()
+
+
+def add_to(sums: dict[str, Tensor], name: str, total: Tensor) -> None:  # (2,)
+    """Add to a metric's numerator and weight."""
+    sums[name] = sums[name] + total if name in sums else total
 
 
 def sums_alone(count: int, device: torch.device) -> dict[str, Tensor]:

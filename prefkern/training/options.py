@@ -28,6 +28,7 @@ _LEAST = {
     "max_length": 2,
     "max_prompt_length": 1,
     "pad_to_multiple_of": 1,
+    "max_tokens_per_batch": 1,
     "dataset_num_proc": 1,
     "precompute_ref_batch_size": 1,
 }
@@ -50,6 +51,14 @@ _WITHOUT_EFFECT = (
     "label_names",
     "length_column_name",
     "prediction_loss_only",
+)
+# What decides on batches of a number of pairs.
+_WITHOUT_EFFECT_BY_TOKENS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "precompute_ref_batch_size",
+    "auto_find_batch_size",
+    "dataloader_drop_last",
 )
 _WITHOUT_EFFECT_ON_REWARDS = (
     "average_tokens_across_devices",
@@ -117,6 +126,18 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
         )
     if args.share_prompt and not args.padding_free:
         raise ValueError("share_prompt needs padding_free: only a packed row can share a prompt")
+    if args.max_tokens_per_batch is not None:
+        if not args.padding_free:
+            raise ValueError(
+                f"max_tokens_per_batch ({args.max_tokens_per_batch}) needs padding_free: the "
+                "tokens of a packed row are those of its pairs, without padding"
+            )
+        for name in _WITHOUT_EFFECT_BY_TOKENS:
+            if getattr(args, name) != defaults.get(name):
+                raise ValueError(
+                    f"{name} is {getattr(args, name)!r}, which has no effect under "
+                    "max_tokens_per_batch: batches are as large as it allows; give one of them"
+                )
     if args.label_smoothing_factor:
         raise ValueError(
             "label_smoothing_factor has no effect on preference pairs; use "
@@ -157,6 +178,19 @@ def check_rewards(args: Any, defaults: Mapping[str, Any]) -> None:
         raise ValueError("early stopping needs evaluation: eval_strategy must be steps or epoch")
     if not args.load_best_model_at_end:
         raise ValueError("load_best_model_at_end must be true: margins are the best model's")
+
+
+def check_spreading(args: Any) -> None:
+    """Raise for ways to spread batches over ranks without effect under max_tokens_per_batch."""
+    if args.max_tokens_per_batch is None:
+        return
+    for name, default in (("split_batches", False), ("even_batches", True)):
+        value = getattr(args.accelerator_config, name)
+        if value != default:
+            raise ValueError(
+                f"accelerator_config's {name} is {value!r}, which has no effect under "
+                "max_tokens_per_batch: each process has as many batches; leave it out"
+            )
 
 
 def build_objective(args: Any) -> Objective | UnpairedObjective:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from prefkern.models.adapters import is_peft_model
 from prefkern.models.heads import unwrap
 from prefkern.models.transform import head_transform
 from prefkern.training.files import write_atomically
+from prefkern.training.token_batches import TokenBatches, with_batches
 from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -221,6 +222,7 @@ def with_sums(
     accelerator: Accelerator,
     *,
     batch_size: int,
+    batches_of: Callable[[Any], TokenBatches | None],
     on_disk: SumsOnDisk | None,
     shows_progress: bool,
 ) -> Any:
@@ -232,6 +234,7 @@ def with_sums(
         collate: rows of the dataset -> batch.
         accelerator: spreads batches over ranks.
         batch_size: pairs in a batch, on each rank.
+        batches_of: batches by tokens of some rows of the dataset; None for batches of that size.
         on_disk: the cache that rank 0 reads and writes; None keeps nothing.
         shows_progress: whether there is a progress bar.
     """
@@ -253,8 +256,14 @@ def with_sums(
     )
     # A loader draws a seed for its workers, which would shift the draws of training.
     with bar, torch.random.fork_rng(devices=[]):
-        for batch in _batches(dataset, rows, batch_size, collate, accelerator):
-            by_pair: Any = accelerator.gather_for_metrics(score(batch).view(2, -1).T.contiguous())
+        chosen = dataset if len(rows) == len(dataset) else dataset.select(rows.tolist())
+        batches = batches_of(chosen) if len(rows) else None
+        scored = (
+            _scored(chosen, batch_size, score, collate, accelerator)
+            if batches is None
+            else _scored_by_tokens(chosen, batches, score, collate, accelerator)
+        )
+        for by_pair in scored:
             sums[rows[done : done + len(by_pair)]] = by_pair.cpu()
             done += len(by_pair)
             bar.update(len(by_pair))
@@ -268,24 +277,48 @@ def with_sums(
     return dataset
 
 
-def _batches(
-    dataset: Any,
-    rows: Tensor,
+def _scored(
+    rows: Any,
     batch_size: int,
+    score: Callable[[Any], Tensor],
     collate: Callable[[Any], Any],
     accelerator: Accelerator,
-) -> Any:
-    """This rank's batches of some rows."""
+) -> Iterator[Tensor]:  # (pairs, 2) each
+    """The sums of these rows in their order, from all ranks, in batches of a number of pairs."""
     if not len(rows):
-        return ()
-    chosen = dataset if len(rows) == len(dataset) else dataset.select(rows.tolist())
-    return prepare_data_loader(
-        DataLoader(chosen, batch_size=batch_size, collate_fn=collate),
+        return
+    loader = prepare_data_loader(
+        DataLoader(rows, batch_size=batch_size, collate_fn=collate),
         accelerator.device,
         put_on_device=True,
         # Here every rank needs a last batch to gather, whatever training does with it.
         even_batches=True,
     )
+    for batch in loader:
+        yield accelerator.gather_for_metrics(_by_pair(score(batch)))  # pyright: ignore[reportReturnType]
+
+
+def _scored_by_tokens(
+    rows: Any,
+    batches: TokenBatches,
+    score: Callable[[Any], Tensor],
+    collate: Callable[[Any], Any],
+    accelerator: Accelerator,
+) -> Iterator[Tensor]:  # (pairs, 2) each
+    """As `_scored`, in batches by tokens, in which ranks have different numbers of pairs."""
+    loader = with_batches(DataLoader(rows, collate_fn=collate), batches, accelerator.device)
+    for places, batch in zip(batches.rounds(), loader, strict=True):
+        mine = _by_pair(score(batch))
+        most = max(map(len, places))
+        padded = torch.zeros(most, 2, device=mine.device)
+        padded[: len(mine)] = mine[:most]
+        gathered: Any = accelerator.gather(padded)
+        by_rank = zip(gathered.view(-1, most, 2), places, strict=False)
+        yield torch.cat([values[: len(each)] for values, each in by_rank])
+
+
+def _by_pair(sums: Tensor) -> Tensor:  # (2B,) -> (B, 2)
+    return sums.view(2, -1).T.contiguous()
 
 
 def _shards(pairs: int) -> list[range]:

@@ -93,14 +93,15 @@ from prefkern.training.checks import (
 )
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.names import NamedArguments
-from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
+from prefkern.training.objective_trainer import reference_states, sums_alone
 from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
+from prefkern.training.token_trainer import TokenBatchTrainer
 from prefkern.training.unsaved import fingerprint
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
+class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
     """Trains a causal LM on preference pairs.
 
     Args:
@@ -544,6 +545,7 @@ class PreferenceTrainer(NamedArguments, ObjectiveTrainer):
             self.data_collator,
             self.accelerator,
             batch_size=args.precompute_ref_batch_size or args.per_device_eval_batch_size,
+            batches_of=self._token_batches,
             on_disk=self._reference_cache(dataset) if self.is_world_process_zero() else None,
             shows_progress=not args.disable_tqdm and self.is_local_process_zero(),
         )

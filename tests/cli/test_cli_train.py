@@ -40,6 +40,19 @@ def test_lora_run_from_flags(files, tmp_path, capsys):
     assert metrics["eval_loss"] > 0
 
 
+def test_batches_by_tokens(files):
+    del files["per_device_train_batch_size"]
+    options = {"padding_free": True, "share_prompt": True, "max_tokens_per_batch": 50}
+    options |= {"objective": "dpo", "logging_steps": 1, "max_steps": 5}
+    assert cli.main(["train", *flags({**files, **options})]) == 0
+    with open(f"{files['output_dir']}/trainer_state.json") as file:
+        logs = [log for log in json.load(file)["log_history"] if "loss" in log]
+    assert len(logs) == 5
+    assert all(log["batch/tokens"] <= 50 for log in logs)
+    assert sum(log["batch/tokens"] for log in logs) > 5 * 30
+    assert len({log["batch/pairs"] for log in logs}) > 1
+
+
 def sft(path, files, *, model=None, **options) -> str:
     """A folder with a trained adapter of the model, and its tokenizer."""
     base = transformers.AutoModelForCausalLM.from_pretrained(model or files["model_name_or_path"])

@@ -22,6 +22,7 @@ from prefkern.data.collate import ExampleCollator
 from prefkern.training import reference_cache
 from support import tiny
 from support.adapters import trained
+from support.packed import rows_of_lengths, uneven_rows
 from support.processes import environment
 from support.reference_sums import precomputing, shards, sums
 from support.resumed import logs_of, run_of
@@ -136,6 +137,35 @@ CASES = {
         },
     ),
 }
+# By tokens a rank's batch is not a number of pairs. Two ranks take two batches at a time; the one
+# process accumulates these two.
+BY_TOKENS = {"padding_free": True, "share_prompt": True, "max_tokens_per_batch": 60}
+CASES |= {
+    "by tokens": (
+        None,
+        None,
+        2,
+        lambda: {
+            **BY_TOKENS,
+            "train_dataset": made(uneven_rows(19)),
+            "eval_dataset": made(uneven_rows(9, seed=1)),
+            "objective_options": {"clip": 1.1},
+        },
+    ),
+    # Each batch is a pair: the second rank's last batch of the evaluation repeats the first pair.
+    "by tokens, repeated": (
+        None,
+        None,
+        1,
+        lambda: {
+            **BY_TOKENS,
+            "train_dataset": made(rows_of_lengths(*[(20, 9, 7)] * 4)),
+            "eval_dataset": made(rows_of_lengths(*[(20, 9, 7), (8, 9, 27), (20, 15, 3)], seed=1)),
+            "peft_config": lora(),
+            "precompute_ref_log_probs": True,
+        },
+    ),
+}
 # What these go through others go through as well.
 LONG = (
     "full", "tied head", "lora", "accumulated", "lora, evaluated", "ipo, bf16", "uneven",
@@ -145,6 +175,14 @@ LONG = (
 
 def gradients_of(path: Path, case: str, ranks: int) -> dict:
     pairs, batch, accumulated, options = CASES[case]
+    sizes = {"gradient_accumulation_steps": accumulated * (2 if ranks == 1 else 1)}
+    sizes |= {"per_device_train_batch_size": 8}
+    if batch is not None:
+        sizes = {
+            "count": pairs,
+            "per_device_train_batch_size": batch if ranks == 2 else batch * 2 * accumulated,
+            "gradient_accumulation_steps": accumulated if ranks == 2 else 1,
+        }
     record, given = Record(), options()
     joint = given.pop("joint", {})
     given.setdefault("model", tiny.model())
@@ -152,9 +190,7 @@ def gradients_of(path: Path, case: str, ranks: int) -> dict:
         given.setdefault("ref_model", tiny.model(seed=1))
     run = trainer(
         path,
-        count=pairs,
-        per_device_train_batch_size=batch if ranks == 2 else batch * 2 * accumulated,
-        gradient_accumulation_steps=accumulated if ranks == 2 else 1,
+        **sizes,
         optim="sgd",
         # Large enough for the second step's gradients to depend on the first's.
         learning_rate=0.1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,26 @@ PACKS = {
     # takes use_cache among its keywords only
     "GraniteMoe": _EXPERTS,
 }
+
+
+def rows_of_lengths(*lengths: tuple[int, int, int], seed: int = 0) -> list[dict]:
+    """Tokenised pairs with so many tokens in prompt, chosen and rejected response."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(3, tiny.VOCAB_SIZE, (count,), generator=generator).tolist()
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [dict(zip(names, map(ids, each), strict=True)) for each in lengths]
+
+
+def uneven_rows(count: int, seed: int = 0) -> list[dict]:
+    """Tokenised pairs of up to 50 tokens, prompts and responses of one token among them."""
+    draw = random.Random(seed)
+    lengths = [
+        (draw.randint(1, 13), draw.randint(1, 12), draw.randint(1, 12)) for _ in range(count)
+    ]
+    return rows_of_lengths(*lengths, seed=seed)
 
 
 def gradients_of(run) -> dict[str, torch.Tensor]:
