@@ -75,10 +75,11 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
             number(row["peak_mib"]),
             *(number(row[error], ".1e") for error in errors),
             number(row["median_ms"]),
+            number(row["processor_ms"]),
             number(row["product_ratio"], ".2f"),
         ]
 
-    columns = ("NHV", "peak MiB", "token", "sequence", "dH", "dW", "ms", "x")
+    columns = ("NHV", "peak MiB", "token", "sequence", "dH", "dW", "ms", "CPU ms", "x")
     return provider_table(rows, columns, cells)
 
 
@@ -91,9 +92,10 @@ def model_table(rows: list[dict[str, Any]]) -> str:
             number(row["peak_mib"]),
             number(row["sum_logp_error"], ".1e"),
             number(row["median_ms"]),
+            number(row["processor_ms"]),
         ]
 
-    return provider_table(rows, ("GFLOP", "peak MiB", "sequence", "ms"), cells)
+    return provider_table(rows, ("GFLOP", "peak MiB", "sequence", "ms", "CPU ms"), cells)
 
 
 def provider_table(
@@ -139,7 +141,8 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 COLUMNS = (
     "NHV: matrix-product operations, counted. Peak MiB: beyond the inputs, gradients included. "
     "token, sequence: the worst error of a log-prob against float64, in nats; dH, dW: relative. "
-    "x: time over that of plain products of as many operations. prefkern-roomy: with a workspace that holds a trained head's probabilities. -: not measured."
+    "ms: by the wall clock; CPU ms: the processor's time, which other programs change little. "
+    "x: CPU ms over that of plain products of as many operations. prefkern-roomy: with a workspace that holds a trained head's probabilities. -: not measured."
 )
 
 
@@ -288,9 +291,9 @@ def demo_tables(name: str) -> str:
 def measured() -> str:
     """The page of results."""
     closing = (
-        "On a CPU prefkern multiplies in float32, eager and Liger in the inputs' dtype, so these "
-        "times say little about a GPU. Operations carry over to other machines, and memory follows "
-        "`workspace_mb`. DPO steps, training steps of whole models, other shapes and the bounds of "
+        "On a CPU prefkern makes logits by float32 products, eager and Liger by products in the inputs' "
+        "dtype ([what a CPU does](operator.md#on-a-cpu)), so these times say little about a GPU. "
+        "Operations carry over to other machines, and memory follows `workspace_mb`. DPO steps, training steps of whole models, other shapes and the bounds of "
         "memory: [benchmarks](../bench/README.md)."
     )
     sections = [bench_section(name) for name in kept("bench-*.json")]
@@ -352,11 +355,11 @@ def summary(name: str = "bench-cpu.json") -> str:
         (
             f"Measured on a CPU: a DPO step with its reference, at the head of {shape['name']} ({size(shape)}, "
             "bfloat16). Errors are against float64: of a response's log-prob in nats, of the hidden states' "
-            "gradient relative."
+            "gradient relative. ms: the processor's time, one thread."
         ),
         "",
-        "| | NHV, frozen head | NHV, trained | peak MiB, frozen | log-prob error | gradient error | ms, frozen |",
-        "|---|---|---|---|---|---|---|",
+        "| | NHV, frozen head | NHV, trained | peak MiB, frozen | log-prob error | gradient error | ms, frozen | ms, trained |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for provider, label in PEERS.items():
         frozen, trained = rows[provider, "frozen"], rows[provider, "trainable"]
@@ -369,7 +372,8 @@ def summary(name: str = "bench-cpu.json") -> str:
             number(frozen["peak_mib"]),
             number(frozen["sum_logp_error"], ".1e"),
             number(frozen["dhidden_error"], ".1e"),
-            number(frozen["median_ms"]),
+            number(frozen["processor_ms"]),
+            number(trained["processor_ms"]),
         )
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", source(report, name, "bench/results")])

@@ -939,6 +939,56 @@ MUTATIONS = (
         "return grad",
         "tests/ops/test_compile.py -k records",
     ),
+    # A CPU's products.
+    Mutation(
+        "on a CPU logits are products of bfloat16 tensors",
+        "prefkern/ops/operands.py",
+        "return torch.float32 if self.upcasts else self.compute_dtype",
+        "return self.compute_dtype",
+        "tests/ops/test_cpu.py -k at_most_those",
+    ),
+    Mutation(
+        "on a CPU the labels' terms are rounded with the others, and added again",
+        PASSES,
+        "label_value = torch.zeros_like(label_value)",
+        "label_value = label_value.clone()",
+        "tests/ops/test_cpu.py -k at_most_those",
+    ),
+    Mutation(
+        "on a CPU an adapter's gradient lacks the labels' terms",
+        BACKWARD,
+        "add_products(dlora, head.low_rank.hidden)",
+        "pass",
+        "tests/ops/test_cpu.py -k reach_every_gradient",
+    ),
+    Mutation(
+        "equal labels overwrite each other's terms",
+        BACKWARD,
+        ".index_add_(0, places, values)",
+        ".index_copy_(0, places, values)",
+        "tests/ops/test_cpu.py -k reach_every_gradient",
+    ),
+    Mutation(
+        "torch's setting stays behind",
+        "prefkern/ops/cpu.py",
+        '_matmul.fp32_precision = "none"',
+        "pass",
+        "tests/ops/test_cpu.py -k setting",
+    ),
+    Mutation(
+        "the first thread puts the setting back",
+        "prefkern/ops/cpu.py",
+        "if self._users == 0 and self._was_unset:",
+        "if self._was_unset:",
+        "tests/ops/test_cpu.py -k last_of_several",
+    ),
+    Mutation(
+        "the user's own setting is overwritten",
+        "prefkern/ops/cpu.py",
+        'self._was_unset = _matmul.fp32_precision == "none"',
+        "self._was_unset = True",
+        "tests/ops/test_cpu.py -k user",
+    ),
     # Objectives.
     Mutation(
         "the ratio's clip is a floor",

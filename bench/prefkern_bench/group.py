@@ -22,7 +22,7 @@ from rich.progress import Progress
 from prefkern_bench.measure import Meter, cuda_peak_bytes
 from prefkern_bench.providers import IN_ONE_PASS, PROVIDERS, Provider
 from prefkern_bench.report import PLAIN_PRODUCT, Row
-from prefkern_bench.timing import Step, describe_failure, release, time_in_turns
+from prefkern_bench.timing import Step, Time, describe_failure, release, time_in_turns
 
 MIB = 2**20
 
@@ -135,19 +135,29 @@ def _record_operations(row: Row, operations: int, nhv: int | None) -> None:
 
 
 def _record_times(
-    rows: Mapping[str, Row], times: Mapping[str, list[float] | str], group: Group
+    rows: Mapping[str, Row], times: Mapping[str, list[Time] | str], group: Group
 ) -> None:
     plain = times.get(PLAIN_PRODUCT)
     # Milliseconds of a plain product with one NHV of operations.
-    unit = statistics.median(plain) / 2 if isinstance(plain, list) and plain else None
+    unit = _median(plain) / 2 if isinstance(plain, list) and plain else None
     for name, outcome in times.items():
         row = rows[name]
         if isinstance(outcome, str):
             row.failure = outcome
             continue
-        row.all_ms = [round(ms, 4) for ms in outcome]
-        row.median_ms = statistics.median(outcome)
+        row.all_ms = [round(each.wall, 4) for each in outcome]
+        row.median_ms = statistics.median(each.wall for each in outcome)
+        processor = [each.processor for each in outcome if each.processor is not None]
+        if processor:
+            row.processor_ms = statistics.median(processor)
         if unit is not None and name != PLAIN_PRODUCT:
-            row.floor_ratio = row.median_ms / (unit * group.fewest)
+            row.floor_ratio = _median(outcome) / (unit * group.fewest)
             if row.operations_nhv is not None:
-                row.product_ratio = row.median_ms / (unit * row.operations_nhv)
+                row.product_ratio = _median(outcome) / (unit * row.operations_nhv)
+
+
+def _median(times: list[Time]) -> float:
+    """The median of what ratios are made of: processor time, and on a GPU the time there."""
+    return statistics.median(
+        each.wall if each.processor is None else each.processor for each in times
+    )

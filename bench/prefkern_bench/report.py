@@ -48,7 +48,8 @@ class Row:
     peak_mib: float | None = None  # peak memory beyond the inputs
     median_ms: float | None = None
     all_ms: list[float] | None = None
-    # Time divided by the time of a plain product, timed in the same rounds. For product_ratio the
+    processor_ms: float | None = None  # median of the processor time; None on a GPU
+    # Time divided by the time of a plain product, timed in the same rounds: processor time on a CPU. For product_ratio the
     # product has as many operations as were counted; for floor_ratio, the fewest that the task
     # needs (2, 4, 6 NHV, and 2 more with a reference).
     product_ratio: float | None = None

@@ -15,8 +15,8 @@ from prefkern_bench.report import Row
 
 LEGEND = """\
 NHV: counted operations of matrix products. MiB: peak memory beyond the inputs. ms: median, then
-lowest and highest. x: time as a multiple of a plain product with as many operations. Errors against
-float64: token, sum: the worst log-prob of a token and of a sequence, in nats; dH, dW: relative.
+lowest and highest. CPU ms: median of the processor time, summed over threads. x: time (on a CPU
+processor time) as a multiple of a plain product with as many operations. Errors against float64: token, sum: the worst log-prob of a token and of a sequence, in nats; dH, dW: relative.
 -: not measured; a note says why if it is not obvious."""
 CPU_REMARK = "Times on a CPU say little about a GPU; operations and errors are the same there."
 
@@ -25,7 +25,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     is_step = rows[0].suite == "step"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
     table.add_column("", no_wrap=True)
-    columns = ["GFLOP" if is_step else "NHV", "MiB", "ms", "from-to"]
+    columns = ["GFLOP" if is_step else "NHV", "MiB", "ms", "from-to", "CPU ms"]
     columns += ["sum"] if is_step else ["x", "token", "sum", "dH", "dW"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -54,6 +54,7 @@ def _cells(row: Row, is_step: bool) -> list[str]:
     if row.all_ms:
         spread = f"{rounded(min(row.all_ms))}-{rounded(max(row.all_ms))}"
     cells = [operations, rounded(row.peak_mib), rounded(row.median_ms), spread]
+    cells.append(rounded(row.processor_ms))
     if is_step:
         cells.append(error(row.sum_logp_error))
     else:

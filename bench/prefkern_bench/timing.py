@@ -2,7 +2,8 @@
 
 Every round runs every step once and begins with another step each time. So a change of the clock,
 or load from another process, affects all steps alike. On CUDA a time is measured between two events
-on the stream, on a CPU by the wall clock.
+on the stream. On a CPU it is measured twice, by the wall clock and as processor time of all
+threads, which other processes of the machine change little.
 """
 
 from __future__ import annotations
@@ -10,10 +11,20 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 Step = Callable[[], object]
+
+
+class Time(NamedTuple):
+    """Milliseconds of one step."""
+
+    wall: float
+    processor: float | None = None  # summed over threads; None on a GPU
+
+
 FEWEST_ROUNDS = 3
 
 
@@ -25,15 +36,15 @@ def time_in_turns(
     rounds: int,
     seconds: float,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, list[float] | str]:
-    """Milliseconds of each step in each round after the warm-up, or its failure in one line.
+) -> dict[str, list[Time] | str]:
+    """The time of each step in each round after the warm-up, or its failure in one line.
 
     Args:
         rounds: the number of timed rounds; there are fewer, but at least three, if all of them
             would take longer than `seconds`.
         advance: called after each round.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[Time]] = {name: [] for name in steps}
     failures: dict[str, str] = {}
     names = list(steps)
 
@@ -42,7 +53,7 @@ def time_in_turns(
         for name in names[first:] + names[:first]:
             if name not in failures:
                 try:
-                    times[name].append(milliseconds(steps[name], device))
+                    times[name].append(time_of(steps[name], device))
                 except Exception as error:  # noqa: BLE001, a peer's failure is a result
                     failures[name] = describe_failure(error)
                     del error
@@ -64,7 +75,7 @@ def time_in_turns(
     return times | failures
 
 
-def milliseconds(step: Step, device: torch.device) -> float:
+def time_of(step: Step, device: torch.device) -> Time:
     if device.type == "cuda":
         begin = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
@@ -74,12 +85,12 @@ def milliseconds(step: Step, device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize(device)
         del result
-        return begin.elapsed_time(end)
-    start = time.perf_counter()
+        return Time(begin.elapsed_time(end))
+    start, used = time.perf_counter(), time.process_time()
     result = step()
-    elapsed = time.perf_counter() - start
+    used, elapsed = time.process_time() - used, time.perf_counter() - start
     del result
-    return elapsed * 1e3
+    return Time(elapsed * 1e3, used * 1e3)
 
 
 def release(device: torch.device) -> None:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefkern.cli.allocator import keep_freed_memory
 from prefkern.cli.arguments import (
     DatasetArguments,
     ModelArguments,
@@ -271,6 +272,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     from prefkern.data import load_preference_dataset, show
     from prefkern.training import rewards
 
+    keep_freed_memory(config.device.type)
     check_options(config)
     with config.main_process_first(desc="loading", local=False):
         names: Any = config.columns  # a mapping or None, since __post_init__

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefkern.cli.allocator import keep_freed_memory
 from prefkern.cli.arguments import (
     DatasetArguments,
     ModelArguments,
@@ -201,6 +202,7 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
 
     from prefkern.cli.before_training import check_best_metric, check_optimizer, check_options
 
+    keep_freed_memory(config.device.type)
     check_options(config)
 
     from prefkern.data import load_preference_dataset

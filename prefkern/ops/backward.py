@@ -9,13 +9,13 @@ is what forward kept, or it is computed from the logits again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefkern.ops.operands import Buffers, Head, Transform, add_product, product
+from prefkern.ops.operands import Buffers, Head, Raised, Transform, add_product, product, take
 from prefkern.ops.passes import Gathered, token_slices
 from prefkern.ops.plan import Gradients, Plan, slices
 from prefkern.ops.tile_ops import TileOps
@@ -146,7 +146,8 @@ def second_pass(
     assert plan.backward_tiles is not None
     assert gathered.unit is not None and gathered.kept is not None
     tiles, columns = plan.backward_tiles, plan.trained_columns
-    device, dtype, wide = head.hidden.device, head.operands.dtype, head.operands.wide
+    operands, device = head.operands, head.hidden.device
+    dtype, wide = operands.of_gradients, operands.wide
     lora_weight = None if head.low_rank is None else head.low_rank.weight
     make = torch.zeros_like if plan.tokens == 0 else torch.empty_like
     dweight = make(head.weight) if gradients.weight else None
@@ -158,28 +159,47 @@ def second_pass(
         dstates = torch.empty(size, dtype=wide, device=device)
     if plan.tokens == 0:
         return HeadGradients(dweight, dbias, dlora, dstates)
-    buffer = None
+    walk, target, is_direct = token_slices(plan, tiles.token_tile), None, False
     if gradients.weights:
+        # One product whose result is rounded anyway is made where it belongs.
+        if operands.rounds and len(walk) == 1 and dlora is None and dweight is not None:
+            is_direct = dweight.dtype == dtype and columns.width == dweight.shape[1]
         shape = (tiles.vocab_tile, columns.width)
-        buffer = torch.empty(shape, dtype=wide, device=device)
+        target = dweight if is_direct else torch.empty(shape, dtype=wide, device=device)
     # With a divergence, kept tokens need a tile too: it is made from both models' u.
     is_pair = reference is not None
-    has_scratch = is_pair or plan.kept_tokens < plan.tokens
-    buffers = Buffers(tiles, head.operands, device, True, has_scratch)
-    ref_buffers = None
-    if is_pair and plan.kept_tokens < plan.tokens:
-        ref_buffers = Buffers(tiles, head.operands, device, False)
+    has_logits = plan.kept_tokens < plan.tokens
+    has_scratch = is_pair or has_logits
+    buffers = ref_buffers = None
+    if has_scratch:
+        buffers = Buffers(tiles, operands, device, True)
+    if is_pair and has_logits:
+        ref_buffers = Buffers(tiles, operands, device, False)
+    # Copies of a tile's weights, if a product for logits or for states needs them in float32.
+    raises = has_logits or (dstates is not None and not operands.rounds)
+    raised = Raised([head] if raises else [], tiles.vocab_tile, device)
+    ref_raised = Raised([reference] if is_pair and has_logits else [], tiles.vocab_tile, device)
     factors = _Factors.of(dlogps, dkl, gathered, transform.factor, dtype, has_scratch)
+    label_terms = None
+    if operands.rounds and not is_pair:
+        # Operands are 0 there. These terms are the largest of most rows of dW, and as operands they
+        # would be rounded, and the rows of hidden that r scales too.
+        assert gathered.label_value is not None
+        label_terms = factors.policy * gathered.label_value
+        factors = replace(factors, label=torch.zeros_like(label_terms))
 
     for entries in slices(0, plan.vocab_size, tiles.vocab_tile):
         size = entries.stop - entries.start
-        w, ref_w = None, None
-        if dstates is not None:
-            w = head.weight_rows(entries)
+        rounded = w = ref_w = None
+        if dstates is not None or has_logits:
+            rounded = head.weight_rows(entries)
+            w = raised.of(rounded) if raises else rounded
         options = {"start": entries.start, **transform.keywords()}
-        tile_of_weights = None if buffer is None else buffer[:size]
+        tile_of_weights = None
+        if target is not None:
+            tile_of_weights = target[entries] if is_direct else target[:size]
         dbias_tile = torch.zeros(size, dtype=wide, device=device) if gradients.bias else None
-        for tokens in token_slices(plan, tiles.token_tile):
+        for tokens in walk:
             y, n = labels[tokens], tokens.stop - tokens.start
             is_kept, h, scale_of_bias = tokens.stop <= plan.kept_tokens, None, None
             if is_kept and not is_pair:
@@ -190,6 +210,7 @@ def second_pass(
                     h = (h * factors.policy[tokens].unsqueeze(1)).to(dtype)
             else:
                 # r goes into the tile before it is rounded; hidden is not scaled.
+                assert buffers is not None
                 tile, weights = buffers.views(n, size)
                 assert weights is not None
                 pair = {} if reference is None else _reference_of(gathered, factors, tokens)
@@ -199,17 +220,19 @@ def second_pass(
                     tile = gathered.kept[tokens, entries]
                     pair |= {"ref_tile": gathered.ref_kept[tokens, entries], "is_kept": True}
                     if tile_of_weights is not None:
-                        h = head.rows(rows, tokens, columns)
+                        h = head.rows(rows, tokens, columns).to(dtype)
                 else:
                     if reference is not None and ref_buffers is not None:
-                        ref_w = reference.weight_rows(entries) if ref_w is None else ref_w
+                        if ref_w is None:
+                            ref_w = ref_raised.of(reference.weight_rows(entries))
                         ref_tile, _ = ref_buffers.views(n, size)
-                        product(reference.rows(rows, tokens), ref_w.t(), ref_tile)
+                        ref_h = reference.rows_for_logits(rows, tokens)
+                        reference.operands.logits(ref_h, ref_w.t(), ref_tile)
                         pair |= {"ref_tile": ref_tile, "ref_bias": reference.bias_of(entries)}
+                    assert w is not None
                     h, bias = head.rows(rows, tokens), head.bias_of(entries)
-                    w = head.weight_rows(entries) if w is None else w
-                    product(h, w.t(), tile)
-                    h = columns.of(h)
+                    operands.logits(h.to(operands.of_logits), w.t(), tile)
+                    h = columns.of(h.to(dtype))
                 assert factors.label is not None
                 numbers = (gathered.unit[tokens], factors.policy[tokens], factors.label[tokens])
                 ops.remake_weights(tile, y, bias, *numbers, weights, **pair, **options)
@@ -218,9 +241,10 @@ def second_pass(
                 assert h is not None
                 add = product if tokens.start == 0 else add_product
                 add(weights.t(), h, tile_of_weights)
-            if dstates is not None and w is not None:
+            if dstates is not None and rounded is not None and w is not None:
+                of_states = plan.state_columns.of(operands.for_gradients(rounded, w))
                 add = product if entries.start == 0 else add_product
-                add(weights, plan.state_columns.of(w), dstates[tokens])
+                add(weights, of_states, dstates[tokens])
             if dbias_tile is not None and scale_of_bias is not None:
                 _add_column_sums(weights, scale_of_bias, dbias_tile)
             elif dbias_tile is not None:
@@ -232,17 +256,50 @@ def second_pass(
                     tile.mul_(factors.scale)
         if dbias is not None and dbias_tile is not None:
             dbias[entries] = dbias_tile
-        if tile_of_weights is not None:
+        if tile_of_weights is not None and not is_direct:
             if dweight is not None:
                 dweight[entries] = tile_of_weights[:, : dweight.shape[1]]
             if dlora is not None:
                 start = plan.hidden_size - columns.start
                 dlora[entries] = tile_of_weights[:, start : start + dlora.shape[1]]
         # The tile's copies of weights must be freed before the next ones are made.
-        del w, ref_w
+        del rounded, w, ref_w
     if dstates is not None and factors.scale is not None:
         dstates.mul_(factors.scale)
+    if label_terms is not None:
+        _add_label_terms(dweight, dbias, dlora, label_terms, head, rows, labels)
     return HeadGradients(dweight, dbias, dlora, dstates)
+
+
+def _add_label_terms(
+    dweight: Tensor | None,  # (V, H), in place, as are the next two
+    dbias: Tensor | None,  # (V,)
+    dlora: Tensor | None,  # (V, R)
+    terms: Tensor,  # (N,) the loss's gradient at each label
+    head: Head,
+    rows: Tensor | None,  # (N,)
+    labels: Tensor,  # (N,)
+) -> None:
+    """Add the terms at the labels, in float32."""
+    entries, places = labels.unique(return_inverse=True)
+    tokens = slice(0, len(labels))
+
+    def add(out: Tensor, values: Tensor) -> None:  # (V, W), (N, W)
+        sums = values.new_zeros((len(entries), values.shape[1])).index_add_(0, places, values)
+        out[entries] = sums.add_(out[entries]).to(out.dtype)
+
+    def add_products(out: Tensor, states: Tensor) -> None:  # (V, W), (M, W)
+        # As many columns as half a MiB holds.
+        for columns in slices(0, out.shape[1], max(2**17 // len(labels), 16)):
+            part = take(states[:, columns], rows, tokens).to(head.operands.compute_dtype)
+            add(out[:, columns], part * terms.unsqueeze(1))
+
+    if dweight is not None:
+        add_products(dweight, head.hidden)
+    if dlora is not None and head.low_rank is not None:
+        add_products(dlora, head.low_rank.hidden)
+    if dbias is not None:
+        add(dbias.unsqueeze(1), terms.unsqueeze(1))
 
 
 def _reference_of(gathered: Gathered, factors: _Factors, tokens: slice) -> dict[str, Any]:
@@ -255,6 +312,11 @@ def _add_column_sums(weights: Tensor, factor: Tensor, out: Tensor) -> None:
     """`out_v += sum_t factor_t weights_tv`; if weights have 8 bits, the factor has 16."""
     if weights.dtype == out.dtype:
         out.addmv_(weights.t(), factor)
+        return
+    if weights.device.type == "cpu":
+        # A product of half-precision operands would round the sums. In parts of about a MiB.
+        for part in slices(0, weights.shape[0], max(2**18 // weights.shape[1], 1)):
+            out.addmv_(weights[part].to(out.dtype).t(), factor[part])
         return
     high = factor.to(weights.dtype)
     low = (factor - high).to(weights.dtype)

@@ -42,7 +42,7 @@ def run(
     gradients = wanted_gradients(head)
     product_row = None
     if backend == "triton" and not (gradients.states or gradients.head or with_stats):
-        is_plain = head.operands.dtype == head.hidden.dtype == head.weight.dtype
+        is_plain = head.operands.of_logits == head.hidden.dtype == head.weight.dtype
         if is_plain and reference is None and head.low_rank is None:
             kernels = _kernels()
             assert kernels is not None

@@ -121,7 +121,11 @@ class _Inputs(NamedTuple):
         kept = 0
         if gradients.head and options.workspace_mb >= _LEAST_MB_TO_KEEP:
             budget = int(options.workspace_mb * plan.MIB * _KEPT_SHARE)
-            row = plan.kept_row(vocab_size) * operands.dtype.itemsize * (1 + self.has_divergence)
+            row = (
+                plan.kept_row(vocab_size)
+                * operands.of_gradients.itemsize
+                * (1 + self.has_divergence)
+            )
             kept = torch.sym_min(tokens, budget // row)
         return Gathered.empty(
             tokens,

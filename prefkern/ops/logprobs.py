@@ -152,7 +152,9 @@ def plan_for(
     return plan.make_plan(
         tokens=tokens,
         vocab_size=vocab_size,
-        head=plan.HeadSize(hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank),
+        head=plan.HeadSize(
+            hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank, operands.rounds
+        ),
         gradients=plan.Gradients(
             trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
         ),

@@ -1,20 +1,24 @@
 """The parts of the passes over tiles: operands, products with a float32 result, tile buffers.
 
 Products of half-precision operands have a float32 result: a GPU's library has such a product
-(`out_dtype`), elsewhere the operands of a tile are raised to float32 first. For float64 inputs the
-same passes compute in float64 wherever the text says float32 (`Operands.wide`), so that a test can
-differentiate them numerically.
+(`out_dtype`), elsewhere the operands of a tile are raised to float32 first. On a CPU with bfloat16
+units (`cpu`) that is only needed for the logits. The products for gradients take bfloat16 operands
+as they are; such a product adds in float32 inside, and its result is rounded to bfloat16.
+
+For float64 inputs the same passes compute in float64 wherever the text says float32
+(`Operands.wide`), so that a test can differentiate them numerically.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prefkern.ops import cpu
 from prefkern.ops.plan import Columns, HeadSize, Tiles, padding
 
 
@@ -45,24 +49,39 @@ class Operands:
 
     `compute_dtype` is the dtype in which a plain linear layer would multiply (autocast's dtype
     under autocast). `upcasts`: the device has no product of such operands with a float32 result, so
-    tiles of them are raised to float32 first.
+    tiles of them are raised to float32 first. `rounds`: but it is fast at such products with a
+    rounded result, and those for gradients, though not those for logits, are made so.
     """
 
     compute_dtype: torch.dtype
     upcasts: bool
+    rounds: bool = False
 
     @property
-    def dtype(self) -> torch.dtype:
+    def of_logits(self) -> torch.dtype:
+        """The dtype of the operands of the products that make logits."""
         return torch.float32 if self.upcasts else self.compute_dtype
+
+    @property
+    def of_gradients(self) -> torch.dtype:
+        """The dtype of the operands of the other products, and of what is kept for them."""
+        return self.compute_dtype if self.rounds else self.of_logits
 
     @property
     def wide(self) -> torch.dtype:
         """The dtype of tiles, sums and results."""
         return wide_of(self.compute_dtype)
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """Round to the compute dtype, as autocast would; raise to float32 if `upcasts`."""
-        return x.to(self.compute_dtype).to(self.dtype)
+    def logits(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """`out = a @ b` in float32, without a rounding to the operands' dtype."""
+        if self.rounds:
+            cpu.product_of_bfloat16(a, b, out)
+        else:
+            product(a, b, out)
+
+    def for_gradients(self, rounded: Tensor, raised: Tensor) -> Tensor:
+        """The operand of a product for gradients, of two copies: `Head.rows`' and `for_logits`'."""
+        return rounded if self.of_gradients == rounded.dtype else raised
 
 
 def operands_of(hidden: Tensor) -> Operands:
@@ -78,7 +97,8 @@ def operands_for(dtype: torch.dtype, device_type: str) -> Operands:
     # Only CUDA's libraries have products of half-precision operands with a float32 result.
     has_wide_product = device_type == "cuda" and torch.version.hip is None
     is_half = dtype in (torch.bfloat16, torch.float16)
-    return Operands(dtype, upcasts=is_half and not has_wide_product)
+    rounds = device_type == "cpu" and dtype == torch.bfloat16 and cpu.has_bfloat16_units()
+    return Operands(dtype, upcasts=is_half and not has_wide_product, rounds=rounds)
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
@@ -153,23 +173,28 @@ class Head:
             self.hidden.dtype,
             self.weight.dtype,
             0 if self.low_rank is None else self.low_rank.weight.shape[1],
+            self.operands.rounds,
         )
 
     def rows(
         self, rows: Tensor | None, tokens: slice, columns: Columns | None = None
     ) -> Tensor:  # (n, W), or (n, width of columns)
-        """The rows of some tokens: all columns, or the given ones."""
+        """The rows of some tokens in the compute dtype: all columns, or the given ones."""
         own = take(self.hidden, rows, tokens) if columns is None or columns.start == 0 else None
         if self.low_rank is None or (columns is not None and columns.stop == self.hidden.shape[1]):
             assert own is not None
-            return self.operands.prepare(own)
+            return own.to(self.operands.compute_dtype)
         low_rank = take(self.low_rank.hidden, rows, tokens)
         return self._side_by_side(*([low_rank] if own is None else [own, low_rank]))
 
+    def rows_for_logits(self, rows: Tensor | None, tokens: slice) -> Tensor:  # (n, W)
+        """The rows of some tokens, as the product for logits takes them."""
+        return self.rows(rows, tokens).to(self.operands.of_logits)
+
     def weight_rows(self, entries: slice) -> Tensor:  # (v, W)
-        """The head's rows of some entries of the vocabulary."""
+        """The head's rows of some entries of the vocabulary, in the compute dtype."""
         if self.low_rank is None:
-            return self.operands.prepare(self.weight[entries])
+            return self.weight[entries].to(self.operands.compute_dtype)
         return self._side_by_side(self.weight[entries], self.low_rank.weight[entries])
 
     def label_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (V or n, W)
@@ -186,7 +211,7 @@ class Head:
         """Join the operands of one product, with zeros up to the width of the whole head."""
         assert self.low_rank is not None
         own, rank = self.hidden.shape[1], self.low_rank.weight.shape[1]
-        parts = tuple(self.operands.prepare(part) for part in parts)
+        parts = tuple(part.to(self.operands.compute_dtype) for part in parts)
         return torch.cat([*parts, parts[0].new_zeros(parts[0].shape[0], padding(own + rank))], 1)
 
 
@@ -211,6 +236,27 @@ def _flat(x: Tensor) -> Tensor:  # (..., H) -> (M, H)
     return x.resolve_neg().reshape(-1, x.shape[-1])
 
 
+class Raised:
+    """Room for float32 copies of weights, if the device's products for logits need them.
+
+    Args:
+        heads: those whose weights are copied, one at a time.
+        entries: the largest number of rows.
+    """
+
+    def __init__(self, heads: Sequence[Head], entries: int, device: torch.device) -> None:
+        self._room = None
+        widths = [head.size.width for head in heads if head.operands.upcasts]
+        if widths:
+            self._room = torch.empty(entries * max(widths), dtype=torch.float32, device=device)
+
+    def of(self, x: Tensor) -> Tensor:
+        """The operand of a product for logits; it is overwritten by the next call's."""
+        if self._room is None or x.dtype == self._room.dtype:
+            return x
+        return self._room[: x.numel()].view(x.shape).copy_(x)
+
+
 class Buffers:
     """One float32 tile, and the tile that the second product reads; if possible they share memory.
 
@@ -228,13 +274,13 @@ class Buffers:
         scratch: bool = True,
     ) -> None:
         size = tiles.token_tile * tiles.vocab_tile
-        self._in_place = operands.dtype == operands.wide
+        self._in_place = operands.of_gradients == operands.wide
         self._second_product = second_product
         self._tile = self._second = None
         if scratch or not self._in_place:
             self._tile = torch.empty(size, dtype=operands.wide, device=device)
         if scratch and second_product and not self._in_place:
-            self._second = torch.empty(size, dtype=operands.dtype, device=device)
+            self._second = torch.empty(size, dtype=operands.of_gradients, device=device)
 
     def views(self, n: int, v: int, place: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The float32 tile `(n, v)`, and the second product's operand, at `place` if given."""
@@ -261,16 +307,20 @@ def take(hidden: Tensor, rows: Tensor | None, tokens: slice) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b` in float32, without a rounding to the operands' dtype."""
+    """`out = a @ b` in float32, rounded to the operands' dtype only where they are half on a CPU."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":
+        out.copy_(torch.mm(a, b))
     else:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out += a @ b` in float32."""
+    """`out += a @ b`, as `product`."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
+    elif a.device.type == "cpu":
+        out.add_(torch.mm(a, b))
     else:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

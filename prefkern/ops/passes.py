@@ -49,7 +49,15 @@ from prefkern.ops.fold_state import (
     label_difference,
     statistics,
 )
-from prefkern.ops.operands import Buffers, Head, Operands, Transform, add_product, product
+from prefkern.ops.operands import (
+    Buffers,
+    Head,
+    Operands,
+    Raised,
+    Transform,
+    add_product,
+    product,
+)
 from prefkern.ops.plan import Plan, kept_row, slices
 from prefkern.ops.tile_ops import TileOps
 
@@ -101,9 +109,9 @@ class Gathered:
             room(state_width > 0, tokens, state_width),
             room(state_width > 0 and with_divergence, tokens, state_width),
             *of_head(trains_head),
-            room(trains_head, kept, row, dtype=operands.dtype),
+            room(trains_head, kept, row, dtype=operands.of_gradients),
             *of_head(pairs),
-            room(pairs, kept, row, dtype=operands.dtype),
+            room(pairs, kept, row, dtype=operands.of_gradients),
             room(pairs, tokens),
         )
 
@@ -145,7 +153,7 @@ class Passed:
 class _Side:
     """The policy or the reference in a walk over the vocabulary, for a tile of n tokens."""
 
-    hidden: Tensor  # (n, W)
+    hidden: Tensor  # (n, W), as the product for logits takes it
     state: FoldState  # (n,)
     rescale: Tensor  # (n,)
     buffers: Buffers
@@ -255,37 +263,41 @@ def forward(
         ref_state.label_slope.fill_(1.0)
         # The reference's second product is with the policy's weight, so of the policy's operands.
         ref_buffers = Buffers(tiles, operands, logps.device, has_second, plan.kept_tokens < N)
+    heads = [each for each in (head, reference) if each is not None]
+    raised = Raised(heads, tiles.vocab_tile, logps.device)
     stats = []
 
     for tokens in token_slices(plan, tiles.token_tile):
         y = labels[tokens]
         rooms = state, buffers, gathered.kept, gathered.derivative
-        policy, ref = _side(plan, head.rows(rows, tokens), tokens, *rooms), None
+        policy, ref = _side(plan, head.rows_for_logits(rows, tokens), tokens, *rooms), None
         if reference is not None:
             rooms = ref_state, ref_buffers, gathered.ref_kept, gathered.kl_derivative
-            ref = _side(plan, reference.rows(rows, tokens), tokens, *rooms)
+            ref = _side(plan, reference.rows_for_logits(rows, tokens), tokens, *rooms)
         for number, entries in enumerate(slices(0, plan.vocab_size, tiles.vocab_tile)):
             options = {"start": entries.start, "first": number == 0, **transform.keywords()}
             tile, weights = policy.views(entries)
             pair, ref_weights = {}, None
             if ref is not None and reference is not None and plan.has_divergence:
                 ref_tile, ref_weights = ref.views(entries)
-                # The copy of the reference's weight must be freed before the policy's is made.
-                product(ref.hidden, reference.weight_rows(entries).t(), ref_tile)
+                ref_w = raised.of(reference.weight_rows(entries))
+                reference.operands.logits(ref.hidden, ref_w.t(), ref_tile)
                 pair = ref.as_reference(ref_tile, ref_weights, reference.bias_of(entries))
-            w, bias = head.weight_rows(entries), head.bias_of(entries)
+            rounded, bias = head.weight_rows(entries), head.bias_of(entries)
+            w = raised.of(rounded)
             if ref is not None and not plan.has_divergence:
                 # One reading of the policy's weight serves both.
-                product(ref.hidden, w.t(), tile)
+                operands.logits(ref.hidden, w.t(), tile)
                 ops.fold(tile, y, bias, *ref.state.sums(), None, None, **options)
-            product(policy.hidden, w.t(), tile)
+            operands.logits(policy.hidden, w.t(), tile)
             sums, moments = policy.state.sums(), policy.state.moments()
             ops.fold(tile, y, bias, *sums, policy.rescale, weights, *moments, **pair, **options)
-            policy.gather(number, weights, columns.of(w), ops)
+            of_gradients = columns.of(operands.for_gradients(rounded, w))
+            policy.gather(number, weights, of_gradients, ops)
             if ref is not None and plan.has_divergence:
-                ref.gather(number, ref_weights, columns.of(w), ops)
-            # The tile's copy of the weight must be freed before the next one is made.
-            del w
+                ref.gather(number, ref_weights, of_gradients, ops)
+            # The tile's copies of the weight must be freed before the next ones are made.
+            del rounded, w, of_gradients
         if kl is not None and ref is not None:
             kl[tokens] = _finish_pair(policy, ref, head, y, tokens, gathered, plan, transform)
         _finish(policy, head, y, logps[tokens], gathered.numbers(tokens), plan, transform, ops)
@@ -324,12 +336,15 @@ def _finish(
         label_rows,
         factor=transform.factor,
         compute_dtype=head.operands.compute_dtype,
-        operand_dtype=head.operands.dtype,
+        operand_dtype=head.operands.of_gradients,
     )
     unit, _, label_value = numbers
     if side.kept is not None and side.maxima is not None:
         assert unit is not None and label_value is not None
         vocab_tile = plan.forward_tiles.vocab_tile
+        if head.operands.rounds:
+            # `backward` adds the labels' terms by themselves.
+            label_value = torch.zeros_like(label_value)
         ops.settle(side.kept, side.maxima, unit, label_value, labels, vocab_tile)
 
 

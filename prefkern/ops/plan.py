@@ -53,6 +53,8 @@ _NARROWEST_VOCAB_TILE = 16
 _LEAST_KEPT_TILE = 1024
 # Operations of a GPU in the time that it takes to move a byte (A100 156, H100 295, H200 184).
 _OPERATIONS_A_BYTE = 200
+# Of a CPU's core with bfloat16 units: a second product for the logits costs more than small tiles.
+_OPERATIONS_A_BYTE_OF_CPU = 20
 # The share of kept tokens is a multiple of one eighth.
 _EIGHTHS = 8
 
@@ -207,6 +209,8 @@ class HeadSize:
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
     rank: int = 0  # of a LoRA adapter on the head
+    # Those of the products for gradients are not raised, and their results are rounded.
+    rounds: bool = False
 
     @property
     def width(self) -> int:
@@ -215,7 +219,13 @@ class HeadSize:
 
     @property
     def operand_size(self) -> int:
-        return 4 if self.upcasts else self.compute_dtype.itemsize
+        """Bytes of an operand of the products for gradients."""
+        return 4 if self.upcasts and not self.rounds else self.compute_dtype.itemsize
+
+    @property
+    def rounded_row(self) -> int:
+        """Bytes of a row of such a product's result, before it is added to a float32 sum."""
+        return self.width * self.compute_dtype.itemsize * self.rounds
 
     @property
     def wide_size(self) -> int:
@@ -238,12 +248,13 @@ class HeadSize:
         return columns_of(self.hidden_size, self.rank, own, low_rank)
 
     def _joined(self) -> int:
-        """Bytes of an adapter's part of a row: gathered, raised, and joined with the head's own."""
-        return (self.width * self.operand_size + 3 * self.wide_size * self.rank) if self.rank else 0
+        """Bytes of an adapter's part of a row: gathered, rounded, and joined with the head's own."""
+        joined = self.width * self.compute_dtype.itemsize + 3 * self.wide_size * self.rank
+        return joined if self.rank else 0
 
     def _copies(self, dtype: torch.dtype) -> int:
         rounded = self.compute_dtype.itemsize if dtype != self.compute_dtype else 0
-        return self.hidden_size * (rounded + 4 * self.upcasts)
+        return self.hidden_size * rounded + self.width * 4 * self.upcasts
 
 
 @dataclass(frozen=True)
@@ -393,6 +404,7 @@ class _Sizes:
         # A token: its rows of hidden; its label's row of the weight as stored, rounded and in
         # float32; its state.
         token = head.hidden_row + head.width * (2 * wide + head.compute_dtype.itemsize) + 32 * wide
+        token += head.rounded_row
         if self.reference is not None:
             token += self.reference.hidden_row + 16 * wide
         if self.pairs is not None:
@@ -435,7 +447,7 @@ class _Sizes:
         scaled = width * (wide + (head.operand_size if head.operand_size != wide else 0))
         token, entry = head.hidden_row + scaled + 16 * wide, head.weight_row
         if self.pairs is not None:
-            token += self.pairs.hidden_row + 16 * wide
+            token += self.pairs.hidden_row + 16 * wide + head.rounded_row
             entry += self.pairs.weight_row
         return choose_tiles(
             self.tokens,
@@ -443,7 +455,7 @@ class _Sizes:
             budget - self.kept_bytes(kept),
             logit=logit,
             token=token,
-            entry=entry + (wide * width if gradients.weights else 0),
+            entry=entry + (wide * width + head.rounded_row if gradients.weights else 0),
             # The tile of dW is read and written once for each token tile; hidden is read, scaled
             # and read again once for each vocabulary tile.
             traffic=(8, 6),
@@ -453,6 +465,7 @@ class _Sizes:
 def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Tiles, Tiles]:
     """The number of tokens to keep, and tiles that then fit, for the least time."""
     best: tuple[float, int, Tiles, Tiles] | None = None
+    operations_a_byte = _OPERATIONS_A_BYTE_OF_CPU if size.head.rounds else _OPERATIONS_A_BYTE
     for eighths in range(_EIGHTHS, -1, -1):
         kept = size.tokens * eighths // _EIGHTHS
         rest = budget - size.kept_bytes(kept)
@@ -464,7 +477,7 @@ def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Til
         recomputed = (size.tokens - kept) / max(size.tokens, 1)
         operations = 2 * recomputed * size.width / size.head.width
         moved = forward.traffic + backward.traffic
-        cost = operations + _OPERATIONS_A_BYTE * moved
+        cost = operations + operations_a_byte * moved
         if best is None or cost < best[0]:
             best = cost, kept, forward, backward
     assert best is not None

@@ -203,7 +203,9 @@ def settle(
     factors = torch.exp(maxima - unit)
     for columns, factor in zip(kept.split(vocab_tile, 1), factors, strict=True):
         columns.mul_(factor.unsqueeze(1))
-    kept.scatter_(1, labels.unsqueeze(1), label_value.unsqueeze(1).to(kept.dtype))
+    # On a CPU, scatter_ would copy all of `kept` for it.
+    tokens = torch.arange(kept.shape[0], device=kept.device)
+    kept[tokens, labels] = label_value.to(kept.dtype)
 
 
 def finish(

@@ -20,7 +20,7 @@ from support.objective_cases import CASES
 
 N, H, V = 24, 24, 200  # of the tokens 20 are scored
 # Of each backend, for it to have several tiles and no room for probabilities, or room for some.
-SMALL = {"torch": 0.025, "triton": 0.02}
+SMALL = {"torch": 0.015, "triton": 0.015}
 MIDDLE = {"torch": 0.035, "triton": 0.03}
 LARGE = dict.fromkeys(SMALL, 8.0)
 # name: (which train, workspace, structure, whether some, all or no tokens are kept)

@@ -8,7 +8,7 @@ elements, so that a read outside of them shows in the result.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import prefkern
+from prefkern.ops.operands import operands_of
 from support.error_bounds import TokenBounds, token_bounds
 
 # Interpreted programs are slow, so the triton backend gets smaller problems.
@@ -200,7 +201,15 @@ def run(problem: Problem, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def gradient_bounds(problem: Problem, bounds: TokenBounds, grad: Tensor) -> dict[str, Tensor]:
-    """Bounds for the gradients of the trained tensors; for states, at the scored tokens."""
+    """Bounds for the gradients of the trained tensors; for states, at the scored tokens.
+
+    Where products have operands in a half dtype, four of their roundings are relative to the sum of
+    absolute values: u when it is kept and when it gets its unit, a scaled row of hidden, and on a
+    CPU the product's result.
+    """
+    operand = operands_of(problem.tensors["hidden"]).of_gradients
+    if operand in HALVES:
+        bounds = replace(bounds, relative=bounds.relative + 2 * torch.finfo(operand).eps)
     grad = grad.reshape(-1)[problem.scored.reshape(-1)]
 
     def states(name: str) -> Tensor:

@@ -23,6 +23,6 @@ def products_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         out.add_(a.float() @ b.float())
 
     monkeypatch.setattr(operands, "operands_for", lambda dtype, _: Operands(dtype, upcasts=False))
-    for module in (passes, backward):
+    for module in (operands, passes, backward):
         monkeypatch.setattr(module, "product", product)
         monkeypatch.setattr(module, "add_product", add_product)

@@ -1,0 +1,267 @@
+"""A CPU with bfloat16 units: what is multiplied how, the setting of torch, and the errors that result.
+
+`units` makes any CPU do what one with such units does: torch multiplies bfloat16 tensors on all of
+them, though slowly on some.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import prefkern
+from prefkern import reference
+from prefkern.ops import cpu, operands, plan
+from support.logprobs import relative
+from support.processes import environment
+
+BF16 = torch.bfloat16
+SETTING = torch.backends.mkldnn.matmul
+
+
+@pytest.fixture
+def units(monkeypatch, device):
+    if device != "cpu":
+        pytest.skip("the products of a CPU")
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: True)
+
+
+@pytest.fixture
+def asked(units, monkeypatch):
+    """The setting at each product of float32 tensors, on a processor that heeds it."""
+    seen, product = [], torch.mm
+
+    def mm(a: Tensor, b: Tensor, **keywords) -> Tensor:
+        if a.dtype == torch.float32:
+            seen.append(SETTING.fp32_precision)
+        return product(a, b, **keywords)
+
+    monkeypatch.setattr(cpu, "rounds_when_asked", lambda: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    return seen
+
+
+def problem(
+    N: int = 64, H: int = 32, V: int = 3000, spread: float = 2.0, confident: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bfloat16 hidden states and weight, labels, and the gradient: one number a sequence."""
+    hidden = torch.randn(N, H).to(BF16)
+    weight = (torch.randn(V, H) * spread / H**0.5).to(BF16)
+    labels = torch.randint(V, (N,))
+    if confident:
+        labels = (hidden.float() @ weight.float().T).argmax(1)
+    grad = torch.randn(8, 1).expand(8, N // 8).reshape(-1).contiguous()
+    return hidden, weight, labels, grad
+
+
+def gradients(function, hidden, weight, labels, grad, dtype=BF16, **options) -> list[Tensor]:
+    """Log-probs and the gradients of hidden and weight."""
+    leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+    logps = function(leaves[0], leaves[1], labels, **options)
+    (logps * grad.to(logps.dtype)).sum().backward()
+    return [logps.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("workspace_mb", [64, 0.3])
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 5.0, 10.0, 20.0])
+def test_errors_are_at_most_those_of_logits_in_memory(units, spread, confident, workspace_mb):
+    case = problem(spread=spread, confident=confident)
+    truth = gradients(reference.linear_logprobs, *case, dtype=torch.float64)
+    eager = gradients(reference.linear_logprobs, *case)
+    ours = gradients(prefkern.linear_logprobs, *case, workspace_mb=workspace_mb, backend="torch")
+    made = prefkern.last_plan()
+    assert (made.kept_tokens == made.tokens) == (workspace_mb == 64)
+    # Sums of logits in float32: as with operands that are raised.
+    assert (ours[0] - truth[0]).abs().max() < 1e-5 * max(spread / 5, 1)
+    for mine, theirs, true in zip(ours[1:], eager[1:], truth[1:], strict=True):
+        once = relative(true.to(BF16), true)
+        assert relative(mine, true) < 1.35 * once
+        assert relative(mine, true) < 1.02 * relative(theirs, true)
+
+
+@pytest.mark.parametrize("trained", ["bias", "adapter"])
+def test_the_terms_at_the_labels_reach_every_gradient(units, trained):
+    hidden, weight, labels, grad = problem(spread=0.5)
+    labels[:20], labels[40] = labels[0], -100
+    tensors = {"bias": torch.randn(len(weight)).to(BF16)}
+    if trained == "adapter":
+        tensors = {
+            "lora_hidden": torch.randn(len(hidden), 4).to(BF16),
+            "lora_weight": torch.randn(len(weight), 4).to(BF16) / 8,
+        }
+
+    def run(function, dtype):
+        given = {k: x.to(dtype, copy=True).requires_grad_() for k, x in tensors.items()}
+        own = {
+            k: x.to(dtype, copy=True).requires_grad_()
+            for k, x in (("hidden", hidden), ("weight", weight))
+        }
+        logps = function(own["hidden"], own["weight"], labels, **given)
+        (logps * grad.to(logps.dtype)).sum().backward()
+        return [x.grad for x in (*own.values(), *given.values())]
+
+    truth = run(reference.linear_logprobs, torch.float64)
+    for mine, true in zip(run(prefkern.linear_logprobs, BF16), truth, strict=True):
+        assert relative(mine, true) < 1.35 * relative(true.to(BF16), true)
+
+
+def test_gradients_are_made_by_products_of_bfloat16(units, monkeypatch):
+    dtypes, product = [], torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, **k: dtypes.append((a.dtype, b.dtype)) or product(a, b, **k)
+    )
+    gradients(prefkern.linear_logprobs, *problem(), backend="torch")
+    # Of logits, of hidden's gradient, of the weight's.
+    assert dtypes == [(torch.float32,) * 2, (BF16,) * 2, (BF16,) * 2]
+    made = prefkern.last_plan()
+    assert made.kept_bytes == 2 * made.tokens * plan.kept_row(made.vocab_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_other_dtypes_are_multiplied_as_everywhere(units, dtype):
+    assert operands.operands_for(dtype, "cpu") == operands.Operands(dtype, dtype == torch.float16)
+
+
+def test_the_setting_is_made_around_products_of_logits_alone(asked):
+    gradients(prefkern.linear_logprobs, *problem(), backend="torch")
+    assert asked == ["bf16"] and SETTING.fp32_precision == "none"
+    gradients(prefkern.linear_logprobs, *problem(), dtype=torch.float32, backend="torch")
+    assert asked[1:] == ["none"] * 3
+
+
+def test_the_reference_s_pass_gives_the_policy_s_numbers(asked):
+    hidden, weight, labels, grad = problem()
+    logps, *_ = gradients(prefkern.linear_logprobs, hidden, weight, labels, grad)
+    with torch.no_grad():
+        alone = prefkern.linear_logprobs(hidden, weight, labels)
+    assert torch.equal(alone, logps) and asked == ["bf16"] * 2
+
+
+def test_the_setting_is_put_back_after_an_error(asked, monkeypatch):
+    def fail(*_, **__):
+        assert SETTING.fp32_precision == "bf16"
+        raise RuntimeError("DefaultCPUAllocator: no, another error")
+
+    monkeypatch.setattr(torch, "mm", fail)
+    with pytest.raises(RuntimeError, match="another error"):
+        gradients(prefkern.linear_logprobs, *problem(), backend="torch")
+    assert SETTING.fp32_precision == "none"
+
+
+@pytest.mark.parametrize("own", ["ieee", "tf32", "bf16"])
+def test_a_setting_of_the_user_s_is_kept(asked, own):
+    SETTING.fp32_precision = own
+    try:
+        gradients(prefkern.linear_logprobs, *problem(), backend="torch")
+        assert asked == [own] and SETTING.fp32_precision == own
+    finally:
+        SETTING.fp32_precision = "none"
+
+
+def test_the_last_of_several_threads_puts_it_back(units, monkeypatch):
+    """The first one leaves while the second one still multiplies."""
+    monkeypatch.setattr(cpu, "rounds_when_asked", lambda: True)
+    both, first_left = threading.Barrier(2), threading.Event()
+    product, seen = torch.mm, {}
+
+    def mm(a, b, **keywords):
+        both.wait(10)
+        if threading.current_thread().name == "second":
+            first_left.wait(10)
+            seen["second"] = SETTING.fp32_precision
+        return product(a, b, **keywords)
+
+    def run():
+        x = torch.ones(4, 4)
+        cpu.product_of_bfloat16(x, x, torch.empty(4, 4))
+        if threading.current_thread().name == "first":
+            seen["between"] = SETTING.fp32_precision
+            first_left.set()
+
+    monkeypatch.setattr(torch, "mm", mm)
+    threads = [threading.Thread(target=run, name=name) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert seen == {"between": "bf16", "second": "bf16"}
+    assert SETTING.fp32_precision == "none"
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_processor_that_does_not_heed_the_setting_is_not_asked(units, rounds, monkeypatch):
+    """Operands that bfloat16 cannot hold tell one from the other."""
+    product = torch.Tensor.__matmul__
+
+    def matmul(a: Tensor, b: Tensor) -> Tensor:
+        if rounds and SETTING.fp32_precision == "bf16":
+            a, b = a.bfloat16().float(), b.bfloat16().float()
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    cpu.rounds_when_asked.cache_clear()
+    try:
+        if not rounds:
+            monkeypatch.setattr(cpu, "_rounded_operands", threading.Lock())
+        assert cpu.rounds_when_asked() is rounds
+    finally:
+        cpu.rounds_when_asked.cache_clear()
+    assert SETTING.fp32_precision == "none"
+
+
+RUN = """
+import torch
+import prefkern
+from prefkern.ops import cpu
+
+torch.manual_seed(0)
+hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(3000, 32).bfloat16() / 4
+hidden.requires_grad_()
+weight.requires_grad_()
+labels = torch.arange(64) * 37
+logps = prefkern.linear_logprobs(hidden, weight, labels)
+logps.sum().backward()
+print(cpu.has_bfloat16_units())
+print(logps.double().sum().item().hex())
+for x in (hidden, weight):
+    print(x.grad.double().abs().sum().item().hex())
+"""
+
+
+def numbers(**variables: str) -> tuple[bool, list[float]]:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        env={k: v for k, v in environment().items() if k != cpu.SWITCH} | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    has_units, *values = done.stdout.split()
+    return has_units == "True", [float.fromhex(value) for value in values]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="oneDNN's name for x86 processors")
+def test_without_units_products_are_float32_s():
+    """A processor that is told to have none, and the switch, give the same numbers."""
+    told, switched = numbers(ONEDNN_MAX_CPU_ISA="AVX2"), numbers(PREFKERN_CPU_BF16="0")
+    assert not told[0] and not switched[0]
+    assert told[1] == switched[1]
+    _, own = numbers()
+    # Log-probs come from float32 sums either way; gradients are rounded to bfloat16.
+    assert own[0] == pytest.approx(told[1][0], rel=1e-6)
+    assert own[1:] == pytest.approx(told[1][1:], rel=1e-3)
+
+
+def test_the_switch_is_a_variable_of_the_environment(monkeypatch):
+    cpu.has_bfloat16_units.cache_clear()
+    monkeypatch.setenv(cpu.SWITCH, "0")
+    try:
+        assert cpu.has_bfloat16_units() is False
+    finally:
+        cpu.has_bfloat16_units.cache_clear()
