@@ -380,15 +380,15 @@ MUTATIONS = (
     Mutation(
         "a divergence's gradient of hidden is of the last tile of the vocabulary",
         BACKWARD,
-        "add = product if entries.start == 0 else add_product\n                add(weights, plan",
-        "add = product\n                add(weights, plan",
+        "add = product if entries.start == 0 else add_product\n                add(weights, of_states",
+        "add = product\n                add(weights, of_states",
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
     ),
     Mutation(
         "a divergence's gradient of an adapter's states is made with the head's own columns",
         BACKWARD,
-        "add(weights, plan.state_columns.of(w), dstates[tokens])",
-        "add(weights, w[:, : plan.state_columns.width], dstates[tokens])",
+        "of_states = plan.state_columns.of(operands.for_gradients(rounded, w))",
+        "of_states = operands.for_gradients(rounded, w)[:, : plan.state_columns.width]",
         "tests/ops/test_kl.py -k 'adapter_on_the_head and torch'",
     ),
     Mutation(
