@@ -120,7 +120,7 @@ def test_an_adapter_is_no_model(tmp_path, beside):
     with pytest.raises(ValueError, match=f"^ref_model '{folder}'{reference}"):
         load_model(folder, None, "ref_model")
     with pytest.raises(ValueError, match=message):
-        plan.read_head(folder)
+        plan.empty_model(folder)
     settings = tmp_path / "adapter" / "adapter_config.json"
     settings.write_text(
         json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": None})
@@ -135,7 +135,7 @@ def test_a_model_without_a_name_needs_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="model must be a folder or a hub name, got ''"):
         PreferenceTrainer("", config(tmp_path), tiny.dataset(4))
     with pytest.raises(ValueError, match="model must be a folder or a hub name, got ' '"):
-        plan.read_head(" ")
+        plan.empty_model(" ")
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])

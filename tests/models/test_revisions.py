@@ -142,7 +142,7 @@ def test_code_of_a_model_is_not_run_by_plan(saved, tmp_path, monkeypatch):
     described = json.loads((saved / "config.json").read_text())
     described["auto_map"] = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
     (saved / "config.json").write_text(json.dumps({**described, "model_type": "evil"}))
-    for call in (plan.read_head, rewards.load_reward_model, rewards.new_reward_model):
+    for call in (plan.empty_model, rewards.load_reward_model, rewards.new_reward_model):
         with pytest.raises(ValueError, match="trust_remote_code"):
             call(str(saved))
     with pytest.raises(ValueError, match="trust_remote_code"):
