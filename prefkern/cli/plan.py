@@ -79,6 +79,7 @@ class _PairsPlan:
 
     summary: str  # of the file
     steps: int
+    pairs: int  # of each step but the last
     workspace_mb: float  # of the head whose operations are counted
     epochs: list[Epoch]
 
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> int:
         ]
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         return fail("plan", str(error))
-    _show(args.model, head, batch, dtype, args.device, costs)
+    _show(args, head, batch, dtype, costs)
     if on_pairs is not None:
         _show_pairs(args, on_pairs)
     return 0
@@ -152,7 +153,7 @@ def _planned_pairs(
     largest = max(steps, key=lambda step: step.scored)
     batch = Batch(len(largest), largest.padded_length, largest.scored)
     found = epochs(steps, body, operations)
-    return batch, _PairsPlan(report.summary, len(steps), workspace_mb, found)
+    return batch, _PairsPlan(report.summary, len(steps), len(steps[0]), workspace_mb, found)
 
 
 def empty_model(name: str, trust_remote_code: bool = False) -> Any:
@@ -282,7 +283,7 @@ def eager_costs(head: ModelHead, batch: Batch, dtype: torch.dtype) -> list[Cost]
 
 
 def _show(
-    name: str, head: ModelHead, batch: Batch, dtype: torch.dtype, device: str, costs: list[Cost]
+    args: Namespace, head: ModelHead, batch: Batch, dtype: torch.dtype, costs: list[Cost]
 ) -> None:
     from rich.box import SIMPLE
     from rich.console import Console
@@ -296,13 +297,14 @@ def _show(
     transform += "" if head.softcap is None else f", softcap {head.softcap:g}"
     size = _bytes(head.hidden_size * head.vocab_size * dtype.itemsize)
     console.print(
-        f"[bold]{escape(name)}[/bold] ({head.model}): H = {head.hidden_size:,}, V = {head.vocab_size:,}, "
+        f"[bold]{escape(args.model)}[/bold] ({head.model}): H = {head.hidden_size:,}, V = {head.vocab_size:,}, "
         f"{'head tied to the embeddings' if head.is_tied else 'head not tied'}, {size} in "
         f"{str(dtype).removeprefix('torch.')}{transform}",
         soft_wrap=not is_terminal,
     )
     console.print(
-        f"{_counted(batch.pairs, 'pair')} on {device}, 2 x {batch.length:,} tokens each: "
+        f"{'' if args.data is None else 'the step with the most scored tokens: '}"
+        f"{_counted(batch.pairs, 'pair')} on {args.device}, 2 x {batch.length:,} tokens each: "
         f"N = {batch.scored:,} scored of {batch.positions:,}",
         soft_wrap=not is_terminal,
     )
@@ -350,7 +352,7 @@ def _show_pairs(args: Namespace, plan: _PairsPlan) -> None:
     console = Console(highlight=False, width=None if is_terminal else 120)
     console.print(f"[bold]{escape(plan.summary)}[/bold]", soft_wrap=not is_terminal)
     console.print(
-        f"an epoch: {_counted(plan.steps, 'step')} of {_counted(args.batch, 'pair')}, in a random "
+        f"an epoch: {_counted(plan.steps, 'step')} of {_counted(plan.pairs, 'pair')}, in a random "
         f"order (seed {args.seed}), with {'LoRA' if args.lora else 'all weights trained'}",
         soft_wrap=not is_terminal,
     )
@@ -394,7 +396,9 @@ def _counted(count: int, what: str) -> str:
 
 
 def _count(count: float) -> str:
-    return f"{count:.3g}".replace("e+", "e")
+    """As 1.20e9: a small table has numbers of several sizes, which line up so."""
+    digits, exponent = f"{count:.2e}".split("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def _bytes(count: float) -> str:

@@ -161,5 +161,8 @@ def _check_data_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"{_flag(name)} must be at least {least}, got {value}")
+    # As numpy's, which training seeds too.
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed must be below 2**32, got {args.seed}")
     args.columns = read_renaming(args.columns)
     local_path(args.data)

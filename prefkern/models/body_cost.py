@@ -18,7 +18,8 @@ multiplies more pairs than counted.
 
 In a padded batch each sequence is as long as the longest. In a packed one a sequence attends by
 paths (`prefkern.models.paths`): after attention the outputs are copied into one row, and a sequence
-with a prefix gets a copy of the prefix's keys and values.
+with a prefix gets a copy of the prefix's keys and values. On a GPU one kernel computes all paths of
+a row (`prefkern.models.varlen`): it multiplies fewer pairs than are counted here, and keeps no masks.
 """
 
 from __future__ import annotations

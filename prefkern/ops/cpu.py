@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -80,7 +81,14 @@ def rounds_when_asked() -> bool:
     """Whether the setting has an effect here, tried on operands that bfloat16 cannot hold."""
     if not has_bfloat16_units():
         return False
-    x = torch.full((128, 128), 1 + 2.0**-12)
+    # A thread of its own has neither autocast, which would round too, nor a caller's default device
+    # and dispatch modes, which would count the product.
+    with ThreadPoolExecutor(1) as clean:
+        return clean.submit(_rounds).result()
+
+
+def _rounds() -> bool:
+    x = torch.full((128, 128), 1 + 2.0**-12, dtype=torch.float32, device="cpu")
     with _rounded_operands:
         rounded = x @ x
     return bool((rounded == 128.0).all())

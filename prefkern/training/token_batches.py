@@ -152,12 +152,13 @@ class TokenBatches(Sampler[list[int]]):
 def first_fit(order: np.ndarray, sizes: np.ndarray, budget: int) -> list[list[int]]:
     """Rows in batches of at most `budget` tokens: each in the first batch with room for it."""
     batches: list[list[int]] = []
-    # Of the batch that the window before began last: few pairs, which would weigh much in a step.
+    # The batch that the window before began last: few pairs, which would weigh much in a step.
     carried: list[int] = []
     for start in range(0, len(order), _WINDOW):
-        rows = carried + order[start : start + _WINDOW].tolist()
-        room = np.full(len(rows), budget)
-        window: list[list[int]] = []
+        rows = order[start : start + _WINDOW].tolist()
+        window = [carried] if carried else []
+        room = np.full(1 + len(rows), budget)
+        room[0] -= sizes[carried].sum()
         for row in rows:
             # A batch that is not begun has room for every row.
             first = int((room >= sizes[row]).argmax())

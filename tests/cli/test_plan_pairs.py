@@ -143,13 +143,17 @@ def test_what_is_printed(folder, capsys):
     assert "9 pairs (0 dropped for an empty response" in out
     assert "2 with a truncated prompt, 1 with a truncated response" in out
     assert "an epoch: 3 steps of 4 pairs, in a random order (seed 42), with all weights" in out
+    assert f"the step with the most scored tokens: {batch.pairs} pairs on cpu" in out
     first = found.epochs[0]
     for epoch in found.epochs:
         (line,) = [line for line in out.splitlines() if line.startswith(f" {epoch.layout} ")]
         assert f"{epoch.tokens:,} ({epoch.tokens / first.tokens:.2f})" in line
-        assert f"{epoch.operations:.3g}".replace("e+", "e") in line
+        assert f" {epoch.operations:.2e} ".replace("e+0", "e") in line
         shares = [epoch.operations / first.operations, epoch.activations / first.activations]
         assert re.findall(r"\((.*?)\)", line)[1:3] == [f"{share:.2f}" for share in shares]
+    # A batch that no step fills, since the file has fewer pairs.
+    assert cli.main(["plan", *options, "--batch", "1000"]) == 0
+    assert "an epoch: 1 step of 9 pairs, in a random order" in capsys.readouterr().out
     # `prefkern train` and its names; another order has other batches.
     same = [{"--data": "--dataset_name"}.get(each, each) for each in options]
     assert cli.main(["plan", *same]) == 0
@@ -197,6 +201,7 @@ def test_pairs_without_a_prompt_share_nothing():
         (["--max-prompt-length", "0"], "--max-prompt-length must be at least 1, got 0"),
         (["--dataset-num-proc", "0"], "--dataset-num-proc must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--seed", str(2**64)], f"--seed must be below 2**32, got {2**64}"),
         (["--truncation-mode", "none"], "--truncation-mode: invalid choice: 'none'"),
         (["--columns", "question"], "columns must be a mapping"),
         (["--dataset-split", "test[1"], "cannot be loaded"),

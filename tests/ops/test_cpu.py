@@ -13,6 +13,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import prefkern
 from prefkern import reference
@@ -44,6 +45,17 @@ def asked(units, monkeypatch):
     monkeypatch.setattr(cpu, "rounds_when_asked", lambda: True)
     monkeypatch.setattr(torch, "mm", mm)
     return seen
+
+
+def test_the_trial_is_no_part_of_the_first_call(units):
+    """It does not depend on that call's context, and is not counted there."""
+    trial = cpu.rounds_when_asked.__wrapped__
+    expected = trial()
+    with FlopCounterMode(display=False) as counted, torch.autocast("cpu", BF16):
+        assert trial() == expected
+    assert counted.get_total_flops() == 0
+    with torch.device("meta"):
+        assert trial() == expected
 
 
 def problem(

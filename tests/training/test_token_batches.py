@@ -113,6 +113,22 @@ def test_every_pair_once_within_the_budget_in_the_same_number_of_batches(name, s
     assert len(lengths) == 1
 
 
+def test_a_batch_that_takes_all_pairs_is_not_packed_again_by_each_window():
+    """The work of a window is bounded, however many pairs the batch before has already."""
+
+    class Sizes:
+        reads = 0
+
+        def __getitem__(self, rows):
+            self.reads += 1
+            return values[rows]
+
+    values, read = drawn_sizes(20_000), Sizes()
+    order = np.random.default_rng(0).permutation(len(values))
+    assert token_batches.first_fit(order, read, 10**9) == [order.tolist()]  # pyright: ignore[reportArgumentType]
+    assert read.reads < 3 * len(values)
+
+
 def test_epochs_and_seeds_are_shuffled_differently():
     plans = []
     for seed, epoch in ((0, 0), (0, 1), (9, 0)):
@@ -529,6 +545,6 @@ def test_refused(tmp_path, name):
         trainer(tmp_path, **{**BY_TOKENS, **options})
 
 
-def test_reward_models_pad(tmp_path):
+def test_reward_models_have_batches_of_a_number_of_pairs(tmp_path):
     with pytest.raises(TypeError, match="RewardConfig has no argument 'max_tokens_per_batch'"):
         RewardConfig(output_dir=str(tmp_path), max_tokens_per_batch=BUDGET)
