@@ -72,7 +72,7 @@ class TokenBatchTrainer(ObjectiveTrainer):
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Pairs of an optimiser step, for the speeds that Trainer logs: by tokens, on average."""
-        if not self._train_batches:
+        if self._train_batches is None:
             return super().get_total_train_batch_size(args)
         dataset: Any = self.train_dataset
         pairs_a_round = len(dataset) / len(self._train_batches)
