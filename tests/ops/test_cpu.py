@@ -6,9 +6,11 @@ them, though slowly on some.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -252,6 +254,33 @@ def test_the_last_of_several_threads_puts_it_back(units, monkeypatch):
     for thread in threads:
         thread.join(20)
     assert seen == {"between": "bf16", "second": "bf16"}
+    assert SETTING.fp32_precision == "none"
+
+
+def test_what_another_thread_sets_meanwhile_stays(units):
+    try:
+        with cpu._rounded_operands:
+            SETTING.fp32_precision = "ieee"
+        assert SETTING.fp32_precision == "ieee"
+    finally:
+        SETTING.fp32_precision = "none"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked")
+@pytest.mark.parametrize("moment", ["within a product", "while it begins"])
+def test_a_process_forked_meanwhile_begins_anew(units, moment):
+    held = cpu._rounded_operands if moment == "within a product" else cpu._rounded_operands._lock
+    with warnings.catch_warnings():
+        # Other threads of the tests' process may be alive.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with held:
+            child = os.fork()
+            if child == 0:
+                is_unset = SETTING.fp32_precision == "none"
+                is_free = cpu._rounded_operands._lock.acquire(timeout=5)
+                os._exit(0 if is_unset and is_free else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
     assert SETTING.fp32_precision == "none"
 
 
