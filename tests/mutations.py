@@ -935,8 +935,8 @@ MUTATIONS = (
     Mutation(
         "under torch.compile, tokens that only fill the shape have a gradient",
         "prefkern/ops/compiled.py",
-        "return scored.masked(grad)",
-        "return grad",
+        "return scored.masked(grad if rows is None else grad.index_select(0, rows))",
+        "return grad if rows is None else grad.index_select(0, rows)",
         "tests/ops/test_compile.py -k records",
     ),
     # A CPU's products.
@@ -978,8 +978,8 @@ MUTATIONS = (
     Mutation(
         "the first thread puts the setting back",
         "prefkern/ops/cpu.py",
-        "if self._users == 0 and self._was_unset:",
-        "if self._was_unset:",
+        "if self._users == 0:\n                self._put_back()",
+        "self._put_back()",
         "tests/ops/test_cpu.py -k last_of_several",
     ),
     Mutation(
@@ -988,6 +988,27 @@ MUTATIONS = (
         'self._was_unset = _matmul.fp32_precision == "none"',
         "self._was_unset = True",
         "tests/ops/test_cpu.py -k user",
+    ),
+    Mutation(
+        "on a CPU a rounded product adds up all entries",
+        "prefkern/ops/operands.py",
+        "size = min(_ENTRIES_OF_A_PRODUCT, max(vocab_size // 4, 256))",
+        "pass",
+        "tests/ops/test_cpu.py -k sums_that_cancel",
+    ),
+    Mutation(
+        "on a CPU a tile has chosen tokens alone",
+        "prefkern/ops/call.py",
+        "if head.operands.rounds and passes.splits_tokens(made):",
+        "if False:",
+        "tests/ops/test_cpu.py -k sums_that_cancel",
+    ),
+    Mutation(
+        "on a CPU the sums of a divergence's gradient are rounded",
+        "prefkern/ops/operands.py",
+        "return replace(self, rounds=False)",
+        "return self",
+        "tests/ops/test_cpu.py -k near_models",
     ),
     # Objectives.
     Mutation(

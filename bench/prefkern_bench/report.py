@@ -49,9 +49,9 @@ class Row:
     median_ms: float | None = None
     all_ms: list[float] | None = None
     processor_ms: float | None = None  # median of the processor time; None on a GPU
-    # Time divided by the time of a plain product, timed in the same rounds: processor time on a CPU. For product_ratio the
-    # product has as many operations as were counted; for floor_ratio, the fewest that the task
-    # needs (2, 4, 6 NHV, and 2 more with a reference).
+    # Time (on a CPU processor time) divided by the time of a plain product, timed in the same
+    # rounds. For product_ratio the product has as many operations as were counted; for floor_ratio,
+    # the fewest that the task needs (2, 4, 6 NHV, and 2 more with a reference).
     product_ratio: float | None = None
     floor_ratio: float | None = None
     # Errors against float64: nats, and |x - truth| / |truth|.

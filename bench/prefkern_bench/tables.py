@@ -16,7 +16,8 @@ from prefkern_bench.report import Row
 LEGEND = """\
 NHV: counted operations of matrix products. MiB: peak memory beyond the inputs. ms: median, then
 lowest and highest. CPU ms: median of the processor time, summed over threads. x: time (on a CPU
-processor time) as a multiple of a plain product with as many operations. Errors against float64: token, sum: the worst log-prob of a token and of a sequence, in nats; dH, dW: relative.
+processor time) as a multiple of a plain product with as many operations. Errors against float64:
+token, sum: the worst log-prob of a token and of a sequence, in nats; dH, dW: relative.
 -: not measured; a note says why if it is not obvious."""
 CPU_REMARK = "Times on a CPU say little about a GPU; operations and errors are the same there."
 

@@ -14,6 +14,7 @@ import platform
 
 # The numbers of <malloc.h>, and the environment's names for the same.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST = 2**31 - 1
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -27,4 +28,6 @@ def keep_freed_memory(device_type: str) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_MMAP_THRESHOLD, 2**31 - 1)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    # Older versions than 2.35 refuse a threshold above 32 MiB.
+    is_set = any(mallopt(_MMAP_THRESHOLD, size) for size in (_LARGEST, 2**25))
+    return is_set and bool(mallopt(_TRIM_THRESHOLD, _LARGEST))

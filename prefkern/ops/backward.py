@@ -176,12 +176,12 @@ def second_pass(
     if is_pair and has_logits:
         ref_buffers = Buffers(tiles, operands, device, False)
     # Copies of a tile's weights, if a product for logits or for states needs them in float32.
-    raises = has_logits or (dstates is not None and not operands.rounds)
+    raises = has_logits or dstates is not None
     raised = Raised([head] if raises else [], tiles.vocab_tile, device)
     ref_raised = Raised([reference] if is_pair and has_logits else [], tiles.vocab_tile, device)
     factors = _Factors.of(dlogps, dkl, gathered, transform.factor, dtype, has_scratch)
     label_terms = None
-    if operands.rounds and not is_pair:
+    if operands.rounds:
         # Operands are 0 there. These terms are the largest of most rows of dW, and as operands they
         # would be rounded, and the rows of hidden that r scales too.
         assert gathered.label_value is not None
@@ -190,10 +190,9 @@ def second_pass(
 
     for entries in slices(0, plan.vocab_size, tiles.vocab_tile):
         size = entries.stop - entries.start
-        rounded = w = ref_w = None
-        if dstates is not None or has_logits:
-            rounded = head.weight_rows(entries)
-            w = raised.of(rounded) if raises else rounded
+        w = ref_w = None
+        if raises:
+            w = raised.of(head.weight_rows(entries))
         options = {"start": entries.start, **transform.keywords()}
         tile_of_weights = None
         if target is not None:
@@ -241,10 +240,9 @@ def second_pass(
                 assert h is not None
                 add = product if tokens.start == 0 else add_product
                 add(weights.t(), h, tile_of_weights)
-            if dstates is not None and rounded is not None and w is not None:
-                of_states = plan.state_columns.of(operands.for_gradients(rounded, w))
+            if dstates is not None and w is not None:
                 add = product if entries.start == 0 else add_product
-                add(weights, of_states, dstates[tokens])
+                add(weights, plan.state_columns.of(w), dstates[tokens])
             if dbias_tile is not None and scale_of_bias is not None:
                 _add_column_sums(weights, scale_of_bias, dbias_tile)
             elif dbias_tile is not None:
@@ -263,7 +261,7 @@ def second_pass(
                 start = plan.hidden_size - columns.start
                 dlora[entries] = tile_of_weights[:, start : start + dlora.shape[1]]
         # The tile's copies of weights must be freed before the next ones are made.
-        del rounded, w, ref_w
+        del w, ref_w
     if dstates is not None and factors.scale is not None:
         dstates.mul_(factors.scale)
     if label_terms is not None:
@@ -290,7 +288,7 @@ def _add_label_terms(
 
     def add_products(out: Tensor, states: Tensor) -> None:  # (V, W), (M, W)
         # As many columns as half a MiB holds.
-        for columns in slices(0, out.shape[1], max(2**17 // len(labels), 16)):
+        for columns in slices(0, out.shape[1], max(2**17 // len(labels), 1)):
             part = take(states[:, columns], rows, tokens).to(head.operands.compute_dtype)
             add(out[:, columns], part * terms.unsqueeze(1))
 

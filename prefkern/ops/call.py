@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prefkern.ops import memory, plain, plan, sequences, torch_tiles
+from prefkern.ops import memory, passes, plain, plan, sequences, torch_tiles
 from prefkern.ops.autograd import Call, Result, scored_logprobs
 from prefkern.ops.operands import Head, Transform
 from prefkern.ops.tile_ops import TileOps
@@ -39,6 +39,8 @@ def run(
             without one it must be the policy's (`same_head`).
     """
     reference = None if reference is None else reference.detach()
+    if with_divergence and reference is not None:
+        head, reference = head.unrounded(), reference.unrounded()
     gradients = wanted_gradients(head)
     product_row = None
     if backend == "triton" and not (gradients.states or gradients.head or with_stats):
@@ -69,6 +71,9 @@ def run(
     budget = memory.Budget(
         workspace_mb, plan_of, plan.recorder(), retries=not sequences.is_capturing(head.hidden)
     )
+    places = None
+    if head.operands.rounds and passes.splits_tokens(made):
+        scored, places = scored.mixed()
     head = head.through(scored.cleared)
     reference = None if reference is None else reference.through(scored.cleared)
     ref_operands = None if reference is None else reference.operands
@@ -81,6 +86,8 @@ def run(
     result, made = budget.attempt(attempt, made, "forward")
     if scored.live is not None:
         result = result.masked(scored.masked)
+    if places is not None:
+        result = result.masked(lambda values: values.index_select(0, places))
     return result, made
 
 

@@ -110,7 +110,8 @@ class _Inputs(NamedTuple):
 
     def operands(self, compute_dtype: torch.dtype) -> Operands:
         """Operands of a dtype that came with the options: autocast is off when an operator runs."""
-        return operands_for(compute_dtype, self.hidden.device.type)
+        operands = operands_for(compute_dtype, self.hidden.device.type)
+        return operands.unrounded() if self.has_divergence else operands
 
     def room(self, tokens: int, options: Options) -> Gathered:
         """Room for what forward gathers for so many tokens; the number may be a symbol."""
@@ -187,6 +188,9 @@ class _Run:
                 unused = max(x.shape[0] - scored.count, 0)
                 workspace_mb -= unused * x.shape[1] * x.itemsize / plan.MIB
         self.plan = plan_of(workspace_mb=workspace_mb)
+        self.scored = scored
+        if self.head.operands.rounds and passes.splits_tokens(self.plan):
+            self.scored, _ = scored.mixed()
         self.gathered = room.first(scored.count, self.plan.kept_tokens)
         retries = not sequences.is_capturing(inputs.hidden)
         self.budget = memory.Budget(workspace_mb, plan_of, plan.record, retries)
@@ -211,8 +215,8 @@ def _logprobs(*arguments) -> tuple[Tensor, ...]:
         return passes.forward(
             run.head,
             run.reference,
-            scored.rows,
-            scored.labels,
+            run.scored.rows,
+            run.scored.labels,
             options.transform,
             made,
             run.ops,
@@ -224,7 +228,7 @@ def _logprobs(*arguments) -> tuple[Tensor, ...]:
     found = (passed.logps, passed.ref_logps, passed.kl, *(passed.stats or ()))
     for out, value in zip(outputs, found, strict=False):
         if value is not None:
-            out.copy_(call.place(scored.masked(value), scored.rows, labels.shape))
+            out.copy_(call.place(scored.masked(value), run.scored.rows, labels.shape))
     # Fill what is not used, too: an operator's outputs must depend on its inputs alone.
     for name, out in zip(_GATHERED, outputs[_VALUES:], strict=True):
         used = run.plan.kept_tokens if name.endswith("kept") else scored.count
@@ -245,16 +249,16 @@ def _logprobs_backward(*arguments) -> tuple[Tensor, ...]:
 
     def of_scored(grad: Tensor) -> Tensor:  # (M,) -> (N,)
         grad = grad.to(run.head.operands.wide)
-        grad = grad if scored.rows is None else grad.index_select(0, scored.rows)
-        return scored.masked(grad)
+        rows = run.scored.rows
+        return scored.masked(grad if rows is None else grad.index_select(0, rows))
 
     def attempt(made: plan.Plan) -> tuple[Tensor | None, ...]:
         return backward(
             [of_scored(grad) for grad in (dlogps, dkl) if grad is not None],
             run.head,
             run.reference,
-            scored.rows,
-            scored.labels,
+            run.scored.rows,
+            run.scored.labels,
             run.gathered,
             [(x.shape, x.dtype) for x in (inputs.hidden, inputs.lora_hidden) if x is not None],
             options.transform,

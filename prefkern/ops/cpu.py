@@ -9,9 +9,10 @@ faster than float32 ones. torch uses them through oneDNN in two ways:
   and the processor has AMX. Operands are rounded to bfloat16, sums and results are float32. Operands
   that were bfloat16 lose nothing by it.
 
-That setting is one for the whole process. It is made around a single product, and put back. A
-float32 product on another thread in that moment is rounded as well. `PREFKERN_CPU_BF16=0` switches
-both ways off, and a setting of the user's own is left as it is.
+That setting is one for the whole process. It is made around a single product, and put back. In that
+moment a float32 product on another thread is rounded as well, and
+`torch.get_float32_matmul_precision()` raises there, since it cannot name the setting.
+`PREFKERN_CPU_BF16=0` switches both ways off, and a setting of the user's own is left as it is.
 """
 
 from __future__ import annotations
@@ -49,12 +50,25 @@ def has_bfloat16_units() -> bool:
 class _RoundedOperands:
     """A context in which float32 products round their operands to bfloat16, for any thread.
 
-    The first one to enter makes the setting, and the last one to leave puts it back.
+    The first one to enter makes the setting, and the last one to leave puts it back. A process
+    forked in between has no thread that would leave, so it begins anew.
     """
 
     def __init__(self) -> None:
+        self._was_unset = False
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
+        self._put_back()
+
+    def _put_back(self) -> None:
+        # What somebody else has set meanwhile stays.
+        if self._was_unset and _matmul.fp32_precision == "bf16":
+            _matmul.fp32_precision = "none"
         self._was_unset = False
 
     def __enter__(self) -> None:
@@ -69,8 +83,8 @@ class _RoundedOperands:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0 and self._was_unset:
-                _matmul.fp32_precision = "none"
+            if self._users == 0:
+                self._put_back()
 
 
 _rounded_operands = _RoundedOperands()

@@ -11,7 +11,7 @@ For float64 inputs the same passes compute in float64 wherever the text says flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from prefkern.ops import cpu
-from prefkern.ops.plan import Columns, HeadSize, Tiles, padding
+from prefkern.ops.plan import Columns, HeadSize, Tiles, padding, slices
+
+# The most entries of the vocabulary that one rounded product for the gradient of hidden adds up.
+_ENTRIES_OF_A_PRODUCT = 2048
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,17 @@ class Operands:
         """The dtype of tiles, sums and results."""
         return wide_of(self.compute_dtype)
 
+    def unrounded(self) -> Operands:
+        """The same, with products for gradients in float32 as well.
+
+        A divergence needs them: its gradient is a difference of two sums, which are nearly equal
+        where the models are.
+        """
+        return replace(self, rounds=False)
+
     def logits(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """`out = a @ b` in float32, without a rounding to the operands' dtype."""
-        if self.rounds:
+        if self.upcasts and self.compute_dtype == torch.bfloat16 and a.device.type == "cpu":
             cpu.product_of_bfloat16(a, b, out)
         else:
             product(a, b, out)
@@ -82,6 +93,17 @@ class Operands:
     def for_gradients(self, rounded: Tensor, raised: Tensor) -> Tensor:
         """The operand of a product for gradients, of two copies: `Head.rows`' and `for_logits`'."""
         return rounded if self.of_gradients == rounded.dtype else raised
+
+    def parts(self, entries: int, vocab_size: int) -> Iterator[slice]:
+        """A tile's entries, in parts that one product for the gradient of hidden adds up.
+
+        A sum that cancels afterwards (rows of the weight have a common part) would keep the error
+        of one rounded product. The errors of several are independent, and partly cancel.
+        """
+        size = entries
+        if self.rounds:
+            size = min(_ENTRIES_OF_A_PRODUCT, max(vocab_size // 4, 256))
+        return slices(0, entries, max(size, 1))
 
 
 def operands_of(hidden: Tensor) -> Operands:
@@ -155,6 +177,10 @@ class Head:
         """The same without gradients and without an adapter, as for a reference."""
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.hidden.detach(), self.weight.detach(), bias, self.operands)
+
+    def unrounded(self) -> Head:
+        """The same, with all products in float32; see `Operands.unrounded`."""
+        return replace(self, operands=self.operands.unrounded())
 
     def through(self, clear: Callable[[Tensor], Tensor]) -> Head:
         """The same head, with `clear` applied to all states, (M, ...) -> (M, ...)."""

@@ -35,6 +35,7 @@ are bitwise equal.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,18 +185,20 @@ class _Side:
             "ref_weights": weights,
         }
 
-    def gather(self, number: int, weights: Tensor | None, w: Tensor, ops: TileOps) -> None:
+    def gather(
+        self, number: int, weights: Tensor | None, w: Tensor, parts: Iterable[slice], ops: TileOps
+    ) -> None:
         """Add the `number`-th tile's part to A, and store the maximum of its part of u."""
         if self.maxima is not None:
             self.maxima[number] = self.state.maximum
         if self.accumulator is None:
             return
         assert weights is not None
-        if number == 0:
-            product(weights, w, self.accumulator)
-        else:
+        if number > 0:
             ops.rescale_rows(self.accumulator, self.rescale)
-            add_product(weights, w, self.accumulator)
+        for part in parts:
+            add = product if number == 0 and part.start == 0 else add_product
+            add(weights[:, part], w[part], self.accumulator)
 
 
 def _side(
@@ -293,9 +296,10 @@ def forward(
             sums, moments = policy.state.sums(), policy.state.moments()
             ops.fold(tile, y, bias, *sums, policy.rescale, weights, *moments, **pair, **options)
             of_gradients = columns.of(operands.for_gradients(rounded, w))
-            policy.gather(number, weights, of_gradients, ops)
+            parts = list(operands.parts(entries.stop - entries.start, plan.vocab_size))
+            policy.gather(number, weights, of_gradients, parts, ops)
             if ref is not None and plan.has_divergence:
-                ref.gather(number, ref_weights, of_gradients, ops)
+                ref.gather(number, ref_weights, of_gradients, parts, ops)
             # The tile's copies of the weight must be freed before the next ones are made.
             del rounded, w, of_gradients
         if kl is not None and ref is not None:
@@ -409,6 +413,12 @@ def token_slices(plan: Plan, token_tile: int) -> list[slice]:
     """The tokens in tiles; no tile has both kept tokens and others."""
     kept = plan.kept_tokens
     return [*slices(0, kept, token_tile), *slices(kept, plan.tokens, token_tile)]
+
+
+def splits_tokens(plan: Plan) -> bool:
+    """Whether the weight's gradient is a sum of products, of a tile of tokens each."""
+    tiles = plan.backward_tiles
+    return tiles is not None and len(token_slices(plan, tiles.token_tile)) > 1
 
 
 def _joined(

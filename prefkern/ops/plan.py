@@ -447,7 +447,7 @@ class _Sizes:
         scaled = width * (wide + (head.operand_size if head.operand_size != wide else 0))
         token, entry = head.hidden_row + scaled + 16 * wide, head.weight_row
         if self.pairs is not None:
-            token += self.pairs.hidden_row + 16 * wide + head.rounded_row
+            token += self.pairs.hidden_row + 16 * wide
             entry += self.pairs.weight_row
         return choose_tiles(
             self.tokens,

@@ -7,7 +7,8 @@ and in packed batches. `sequence_sums` alone computes a sequence's sum from per-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +41,22 @@ class Scored:
         if self.mask is None:
             return hidden
         return torch.where(self.mask.unsqueeze(1), hidden, hidden.new_zeros(()))
+
+    def mixed(self) -> tuple[Scored, Tensor]:  # and (N,) the place of each token in it
+        """The same tokens in an order of which each run is spread over all of them.
+
+        A tile then has tokens of chosen and of rejected sequences. Gradients of the head from these
+        nearly cancel; apart, their sums would be large, and so would the errors of their rounding.
+        `offsets` do not apply to that order.
+        """
+        # The golden section: multiples of it, modulo 1, leave no large gap.
+        step = max(round(self.count * 0.6180339887), 1)
+        while math.gcd(step, self.count) > 1:
+            step += 1
+        order = torch.arange(self.count, device=self.labels.device) * step % max(self.count, 1)
+        rows = order if self.rows is None else self.rows.index_select(0, order)
+        places = torch.argsort(order)
+        return replace(self, rows=rows, labels=self.labels.index_select(0, order)), places
 
 
 def select(

@@ -61,6 +61,41 @@ def test_the_environment_is_respected():
     assert kept == "False"
 
 
+@pytest.mark.parametrize(
+    ("library", "largest", "expected"),
+    [
+        (("glibc", "2.36"), 2**31 - 1, [2**31 - 1]),
+        (("glibc", "2.31"), 2**25, [2**31 - 1, 2**25]),
+        (("musl", "1.2.4"), None, []),
+        # macOS and Windows.
+        (("", ""), None, []),
+    ],
+)
+def test_what_is_asked_of_each_c_library(library, largest, expected, monkeypatch):
+    asked = []
+
+    class Library:
+        @staticmethod
+        def mallopt(what: int, size: int) -> int:
+            asked.append((what, size))
+            return int(what == -1 or size <= largest)
+
+    for name in allocator._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(platform, "libc_ver", lambda: library)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: Library)
+    assert allocator.keep_freed_memory("cpu") is bool(expected)
+    assert [size for what, size in asked if what == -3] == expected
+    assert [size for what, size in asked if what == -1] == [2**31 - 1] * bool(expected)
+
+
+@pytest.mark.parametrize("variable", ["GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_"])
+def test_no_variable_is_overruled(variable, monkeypatch):
+    monkeypatch.setattr(allocator.ctypes, "CDLL", None)
+    monkeypatch.setenv(variable, "")
+    assert allocator.keep_freed_memory("cpu") is False
+
+
 @pytest.mark.parametrize("command", ["train", "margins"])
 def test_the_commands_ask_for_it(command, tmp_path, monkeypatch):
     """Before anything is loaded: here the dataset cannot be read."""

@@ -6,9 +6,11 @@ them, though slowly on some.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import prefkern
 from prefkern import reference
-from prefkern.ops import cpu, operands, plan
+from prefkern.ops import cpu, operands, passes, plan, sequences
 from support.logprobs import relative
 from support.processes import environment
 
@@ -97,6 +99,67 @@ def test_errors_are_at_most_those_of_logits_in_memory(units, spread, confident, 
         assert relative(mine, true) < 1.02 * relative(theirs, true)
 
 
+def alike(of_states: float = 0.0, of_weight: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States, or rows of the weight, with a common part; chosen tokens first, then rejected ones.
+
+    Their gradients cancel in the sum, but not in one half of it.
+    """
+    hidden, weight, labels, _ = problem(N=512, H=64, V=4096, spread=0.5)
+    hidden = (hidden + of_states * torch.randn(64)).to(BF16)
+    weight = (weight + of_weight * torch.randn(64) / 64**0.5).to(BF16)
+    return hidden, weight, labels, torch.ones(512).index_fill(0, torch.arange(256, 512), -1) / 20
+
+
+@pytest.mark.parametrize("workspace_mb", [64, 2.5, 1, 0.3])
+@pytest.mark.parametrize("case", [{"of_states": 10.0}, {"of_weight": 10.0}])
+def test_sums_that_cancel_are_no_worse_than_with_logits_in_memory(units, case, workspace_mb):
+    case = alike(**case)
+    truth = gradients(reference.linear_logprobs, *case, dtype=torch.float64)
+    eager = gradients(reference.linear_logprobs, *case)
+    ours = gradients(prefkern.linear_logprobs, *case, workspace_mb=workspace_mb, backend="torch")
+    made = prefkern.last_plan()
+    assert passes.splits_tokens(made) == (workspace_mb < 64)
+    compiled = torch.compile(prefkern.linear_logprobs, backend="eager", fullgraph=True)
+    traced = gradients(compiled, *case, workspace_mb=workspace_mb, backend="torch")
+    assert (ours[0] - truth[0]).abs().max() < 2e-5
+    torch.testing.assert_close(traced[0], ours[0], rtol=0, atol=1e-5)
+    for result in (ours, traced):
+        for mine, theirs, true in zip(result[1:], eager[1:], truth[1:], strict=True):
+            assert relative(mine, true) < 1.02 * relative(theirs, true)
+
+
+@pytest.mark.parametrize("workspace_mb", [64, 0.3])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_a_divergence_between_near_models_has_exact_gradients(units, trains_head, workspace_mb):
+    """Its gradient is a small difference of two sums: none of them may be rounded before."""
+    hidden, weight, labels, _ = problem(V=1000)
+    near = (hidden + 0.02 * torch.randn(hidden.shape)).to(BF16)
+
+    def run(function, dtype, **options):
+        h, w, r = (x.to(dtype, copy=True) for x in (hidden, weight, near))
+        leaves = [h.requires_grad_(), w.requires_grad_(trains_head)]
+        out = function(h, w, labels, ref_hidden=r, ref_weight=w.detach(), **options)
+        out.kl.sum().backward()
+        return [x.grad for x in leaves if x.requires_grad]
+
+    truth = run(reference.linear_kl, torch.float64)
+    ours = run(prefkern.linear_kl, BF16, workspace_mb=workspace_mb, backend="torch")
+    for mine, true in zip(ours, truth, strict=True):
+        assert relative(mine, true) < 1.05 * relative(true.to(BF16), true)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 55, 512, 1000])
+def test_a_run_of_mixed_tokens_is_spread_over_all(count):
+    labels = torch.arange(count) % 7
+    mixed, places = sequences.Scored(None, labels, None, count).mixed()
+    assert torch.equal(mixed.rows.sort().values, torch.arange(count))
+    assert torch.equal(mixed.rows[places], torch.arange(count))
+    assert torch.equal(mixed.labels, labels[mixed.rows])
+    is_first = (mixed.rows < count // 2).double()
+    for run in is_first.split(16):
+        assert abs(run.mean() - is_first.mean()) * len(run) <= 3
+
+
 @pytest.mark.parametrize("trained", ["bias", "adapter"])
 def test_the_terms_at_the_labels_reach_every_gradient(units, trained):
     hidden, weight, labels, grad = problem(spread=0.5)
@@ -129,8 +192,8 @@ def test_gradients_are_made_by_products_of_bfloat16(units, monkeypatch):
         torch, "mm", lambda a, b, **k: dtypes.append((a.dtype, b.dtype)) or product(a, b, **k)
     )
     gradients(prefkern.linear_logprobs, *problem(), backend="torch")
-    # Of logits, of hidden's gradient, of the weight's.
-    assert dtypes == [(torch.float32,) * 2, (BF16,) * 2, (BF16,) * 2]
+    # Of logits, of hidden's gradient in four parts of the vocabulary, of the weight's.
+    assert dtypes == [(torch.float32,) * 2, *[(BF16,) * 2] * 4, (BF16,) * 2]
     made = prefkern.last_plan()
     assert made.kept_bytes == 2 * made.tokens * plan.kept_row(made.vocab_size)
 
@@ -203,6 +266,33 @@ def test_the_last_of_several_threads_puts_it_back(units, monkeypatch):
     for thread in threads:
         thread.join(20)
     assert seen == {"between": "bf16", "second": "bf16"}
+    assert SETTING.fp32_precision == "none"
+
+
+def test_what_another_thread_sets_meanwhile_stays(units):
+    try:
+        with cpu._rounded_operands:
+            SETTING.fp32_precision = "ieee"
+        assert SETTING.fp32_precision == "ieee"
+    finally:
+        SETTING.fp32_precision = "none"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked")
+@pytest.mark.parametrize("moment", ["within a product", "while it begins"])
+def test_a_process_forked_meanwhile_begins_anew(units, moment):
+    held = cpu._rounded_operands if moment == "within a product" else cpu._rounded_operands._lock
+    with warnings.catch_warnings():
+        # Other threads of the tests' process may be alive.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with held:
+            child = os.fork()
+            if child == 0:
+                is_unset = SETTING.fp32_precision == "none"
+                is_free = cpu._rounded_operands._lock.acquire(timeout=5)
+                os._exit(0 if is_unset and is_free else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
     assert SETTING.fp32_precision == "none"
 
 
