@@ -55,14 +55,14 @@ class Result:
     ref_logps: Tensor | None = None
     kl: Tensor | None = None
 
-    def masked(self, mask: Callable[[Tensor], Tensor]) -> Result:
-        """The same results, with `mask` applied to each."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> Result:
+        """The same results, with `change` applied to each."""
         stats = None
         if self.stats is not None:
-            entropy, mean_logit, is_top1, collision = map(mask, self.stats)
+            entropy, mean_logit, is_top1, collision = map(change, self.stats)
             stats = entropy, mean_logit, is_top1, collision
-        ref_logps, kl = (None if x is None else mask(x) for x in (self.ref_logps, self.kl))
-        return Result(mask(self.logps), stats, ref_logps, kl)
+        ref_logps, kl = (None if x is None else change(x) for x in (self.ref_logps, self.kl))
+        return Result(change(self.logps), stats, ref_logps, kl)
 
 
 def scored_logprobs(

@@ -72,7 +72,7 @@ def run(
         workspace_mb, plan_of, plan.recorder(), retries=not sequences.is_capturing(head.hidden)
     )
     places = None
-    if head.operands.rounds and passes.splits_tokens(made):
+    if head.operands.rounds and scored.live is None and passes.splits_tokens(made):
         scored, places = scored.mixed()
     head = head.through(scored.cleared)
     reference = None if reference is None else reference.through(scored.cleared)
@@ -85,9 +85,9 @@ def run(
 
     result, made = budget.attempt(attempt, made, "forward")
     if scored.live is not None:
-        result = result.masked(scored.masked)
+        result = result.each(scored.masked)
     if places is not None:
-        result = result.masked(lambda values: values.index_select(0, places))
+        result = result.each(lambda values: values.index_select(0, places))
     return result, made
 
 

@@ -92,7 +92,7 @@ class Operands:
 
     def for_gradients(self, rounded: Tensor, raised: Tensor) -> Tensor:
         """The operand of a product for gradients, of two copies: `Head.rows`' and `for_logits`'."""
-        return rounded if self.of_gradients == rounded.dtype else raised
+        return rounded if self.rounds else raised
 
     def parts(self, entries: int, vocab_size: int) -> Iterator[slice]:
         """A tile's entries, in parts that one product for the gradient of hidden adds up.

@@ -55,6 +55,9 @@ _LEAST_KEPT_TILE = 1024
 _OPERATIONS_A_BYTE = 200
 # Of a CPU's core with bfloat16 units: a second product for the logits costs more than small tiles.
 _OPERATIONS_A_BYTE_OF_CPU = 20
+# The largest block of memory, in bytes, that glibc's allocator hands out twice. It maps a larger one
+# afresh, page by page, at each allocation.
+_LARGEST_BLOCK_OF_CPU = 31 * MIB
 # The share of kept tokens is a multiple of one eighth.
 _EIGHTHS = 8
 
@@ -383,6 +386,12 @@ class _Sizes:
         """Columns of the products that make the logits of a tile, or of a pair."""
         return self.head.width + (0 if self.pairs is None else self.pairs.width)
 
+    def _most_entries(self, tokens: int) -> int:
+        """The widest tile of so many tokens: its logits and its weights are a block each."""
+        if not self.head.rounds:
+            return self.vocab_size
+        return _LARGEST_BLOCK_OF_CPU // (self.head.wide_size * max(tokens, self.head.width))
+
     def kept_bytes(self, kept: int) -> int:
         row = kept_row(self.vocab_size) * self.head.operand_size
         return kept * row * self.tiles_at_once
@@ -426,6 +435,7 @@ class _Sizes:
             # for each vocabulary tile.
             traffic=(2, 8),
             min_vocab_tile=_LEAST_KEPT_TILE if kept else MIN_VOCAB_TILE,
+            most_entries=self._most_entries,
         )
 
     def backward(self, budget: int, kept: int, gradients: Gradients) -> Tiles:
@@ -459,6 +469,7 @@ class _Sizes:
             # The tile of dW is read and written once for each token tile; hidden is read, scaled
             # and read again once for each vocabulary tile.
             traffic=(8, 6),
+            most_entries=self._most_entries,
         )
 
 
@@ -494,13 +505,15 @@ def choose_tiles(
     entry: int,
     traffic: tuple[int, int] = (2, 8),
     min_vocab_tile: int = MIN_VOCAB_TILE,
+    most_entries: Callable[[int], int] | None = None,
 ) -> Tiles:
     """Tile sizes within `budget` bytes, for the least memory traffic.
 
     A tile of n tokens and v entries of the vocabulary costs `n v logit + n token + v entry` bytes.
     A walk over all tiles moves `traffic[0]` bytes an element of the weight for each of its N/n
     token tiles, and `traffic[1]` bytes an element of `[N, H]` for each of its V/v vocabulary tiles.
-    Per NHV this is `traffic[0] / n + traffic[1] / v`; n is tried in powers of two.
+    Per NHV this is `traffic[0] / n + traffic[1] / v`; n is tried in powers of two. `most_entries`
+    bounds the entries of a tile of so many tokens; None: nothing else does.
     """
     smallest = min(MIN_TOKEN_TILE, max(tokens, 1))
     for least in (min_vocab_tile, _NARROWEST_VOCAB_TILE):
@@ -508,6 +521,7 @@ def choose_tiles(
         n = smallest
         while True:
             v = max(budget - n * token, 0) // max(n * logit + entry, 1)
+            v = v if most_entries is None else min(v, most_entries(n))
             v = vocab_size if v >= vocab_size else v // least * least
             if v > 0:
                 moved = traffic[0] / n + (traffic[1] / v if v < vocab_size else 0)
