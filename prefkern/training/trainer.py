@@ -370,6 +370,9 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
     ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
         """The loss, computed inside the policy's forward, and the scalar to differentiate."""
         needs = self._objective_needs
+        if self.accelerator.is_fsdp2:
+            # FSDP2 notes at the first forward what is trained: with the adapter off, that is nothing.
+            head_transform(model)
         options: dict[str, Any] = {"return_stats": self.args.token_metrics}
         # A dataset may carry sums and margins that this objective does not use.
         if needs.distributions:
@@ -389,9 +392,15 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         return outputs, outputs.loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
-        # Autocast wraps a model only once training starts, and sums may be computed before.
-        with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
+        with torch.no_grad(), self._reference() as model, self._autocast():
             return self._sums(model, inputs)
+
+    def _autocast(self) -> Any:
+        """The policy's autocast for the reference: a wrapped model has its own, another has none.
+
+        FSDP2 has none: it casts weights and inputs, of the policy and of a reference that is sharded.
+        """
+        return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
     def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
         """Log-prob sums of a batch's rows under a model, without gradient."""
@@ -430,7 +439,7 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         """The reference's hidden states and head, for objectives that compare distributions."""
         cu_seqlens = inputs.get("cu_seqlens")
         labels = align_labels(inputs["labels"], cu_seqlens)
-        with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
+        with torch.no_grad(), self._reference() as model, self._autocast():
             inputs = {**model_inputs(model, inputs), **RouterLoss().asked_of(model)}
             return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
 

@@ -1,0 +1,213 @@
+"""Runs under FSDP on two ranks, started by torchrun; each rank saves what it saw.
+
+The ranks are gloo processes on a CPU, which torch shards like GPUs and Accelerate refuses by one
+test: `fsdp_on_cpus` makes that test pass, and nothing else of Accelerate is changed. The settings
+are environment variables, as `accelerate launch` sets them. One process gets the same pairs in the
+same order, as joint batches (`outcome_of` with one rank).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate.state
+import datasets
+import peft
+import torch
+from accelerate.utils import DistributedType
+
+from support import tiny
+from support.ddp import torchrun
+from support.training import made, step_logs, trainer
+
+SETTINGS = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_SYNC_MODULE_STATES": "false",
+    "FSDP_USE_ORIG_PARAMS": "true",
+}
+VERSIONS = {
+    1: {"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"},
+    2: {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+}
+
+
+def fsdp_on_cpus() -> None:
+    """Let Accelerate shard over gloo ranks on a CPU; it takes FSDP from GPUs alone."""
+    plain = accelerate.state.AcceleratorState.__init__
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        if not accelerate.state.PartialState._shared_state:
+            accelerate.state.PartialState(True)
+        shared = accelerate.state.PartialState._shared_state
+        if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        plain(self, *args, **kwargs)
+
+    accelerate.state.AcceleratorState.__init__ = init
+    if os.environ["FSDP_VERSION"] == "1":
+        # Accelerate hands over the device "cpu:0", which FSDP1 does not know.
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        wrap = FullyShardedDataParallel.__init__
+
+        def wrapped(self, module, *args: Any, **kwargs: Any) -> None:
+            wrap(self, module, *args, **{**kwargs, "device_id": torch.device("cpu")})
+
+        FullyShardedDataParallel.__init__ = wrapped
+
+
+def lora(**options) -> peft.LoraConfig:
+    options = {"target_modules": ["q_proj", "v_proj", "up_proj"], **options}
+    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+
+
+def carried() -> datasets.Dataset:
+    """Pairs with sums of some reference."""
+    rows = [
+        {**row, "ref_chosen_logps": -10.0 - i, "ref_rejected_logps": -12.0 + i}
+        for i, row in enumerate(tiny.pairs(8))
+    ]
+    return made(rows)
+
+
+def tied(seed: int = 0):
+    return tiny.model(seed=seed, tie_word_embeddings=True)
+
+
+def adapted(**options):
+    """A model with a second, frozen adapter, whose name the reference goes by."""
+    model = peft.get_peft_model(tiny.model(), lora(**options))
+    model.add_adapter("reference", lora(init_lora_weights=False, **options))
+    return model
+
+
+def half_frozen():
+    """A model with an adapter whose first factors stay as they are."""
+    model = peft.get_peft_model(tiny.model(), lora(target_modules=["q_proj", "lm_head"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    return model
+
+
+# Beside these options each run has 8 pairs and a joint batch of 4.
+CASES = {
+    "full, none": lambda: {"objective": "simpo"},
+    "full, carried": lambda: {"train_dataset": carried()},
+    "lora, none": lambda: {"objective": "simpo", "peft_config": lora()},
+    "lora, carried": lambda: {"train_dataset": carried(), "peft_config": lora()},
+    "lora, adapter off": lambda: {"peft_config": lora()},
+    "lora, adapter off, bf16": lambda: {"peft_config": lora(), "bf16": True},
+    "lora, tied head": lambda: {"model": tied(), "peft_config": lora()},
+    "lora on the head": lambda: {"peft_config": lora(target_modules=["q_proj", "lm_head"])},
+    "lora, whole head": lambda: {"peft_config": lora(modules_to_save=["lm_head"])},
+    "lora, whole head, bf16": lambda: {
+        "peft_config": lora(modules_to_save=["lm_head"]),
+        "bf16": True,
+    },
+    "another adapter": lambda: {
+        "model": adapted(modules_to_save=["lm_head"]),
+        "ref_adapter_name": "reference",
+    },
+    "half frozen": lambda: {"model": half_frozen()},
+    "lora, checkpointed, packed, accumulated, clipped": lambda: {
+        "peft_config": lora(),
+        "gradient_checkpointing": True,
+        "padding_free": True,
+        "accumulated": 2,
+        "max_grad_norm": 0.05,
+    },
+    "full, checkpointed, packed, accumulated, clipped": lambda: {
+        "objective": "simpo",
+        "gradient_checkpointing": True,
+        "padding_free": True,
+        "accumulated": 2,
+        "max_grad_norm": 0.05,
+    },
+}
+# What these go through others go through as well.
+LONG = ("full, none", "lora, none", "lora, carried", "lora, tied head")
+
+
+def weights_and_gradients(model: Any, is_sharded: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Of every trained parameter, whole, by its name in one process."""
+    from contextlib import nullcontext
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    whole: Any = nullcontext()
+    if isinstance(model, FullyShardedDataParallel):
+        whole = FullyShardedDataParallel.summon_full_params(model, with_grads=True, writeback=False)
+    found: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "gradients": {}}
+    with whole:
+        for name, parameter in model.named_parameters():
+            for prefix in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+                name = name.replace(prefix, "")
+            if parameter.requires_grad:
+                values = {"weights": parameter.detach(), "gradients": parameter.grad}
+                for kind, value in values.items():
+                    if value is not None:
+                        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                        found[kind][name] = value.clone()
+    return found
+
+
+def record(run: Any) -> list[dict]:
+    """A list that gets what `weights_and_gradients` finds before every optimiser step."""
+    import transformers
+
+    steps = []
+
+    class Record(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **_):
+            steps.append(weights_and_gradients(run.model, run.is_fsdp_enabled))
+
+    run.add_callback(Record())
+    return steps
+
+
+def outcome_of(path: Path, case: str, ranks: int) -> dict:
+    options = CASES[case]()
+    accumulated = options.pop("accumulated", 1)
+    sizes = {"per_device_train_batch_size": 4 // ranks // accumulated}
+    sizes["gradient_accumulation_steps"] = accumulated
+    if ranks == 1:
+        sizes = {"per_device_train_batch_size": 4}
+    run = trainer(
+        path,
+        **{
+            "count": 8,
+            "optim": "sgd",
+            # Large enough for the second step's gradients to depend on the first's.
+            "learning_rate": 0.1,
+            "max_grad_norm": 0.0,
+            "model": None,
+            **sizes,
+            **options,
+        },
+    )
+    steps = record(run)
+    run.train()
+    assert run.args.world_size == ranks and run.is_fsdp_enabled == (ranks > 1)
+    own = run.ref_model is None and "adapter off" in case
+    return {"steps": steps, "logs": step_logs(run), "is_own_reference": own}
+
+
+def launch(folder: Path, version: int, *names: str, **settings: str) -> None:
+    """Run these cases on two ranks; each leaves what it saw in `folder`/rank0.pt or rank1.pt."""
+    given = {**SETTINGS, **VERSIONS[version], **settings}
+    torchrun("support.fsdp", str(folder), *names, **given)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fsdp_on_cpus()
+    folder = Path(sys.argv[1])
+    outcomes = {case: outcome_of(folder / case, case, ranks=2) for case in sys.argv[2:]}
+    torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
