@@ -77,7 +77,7 @@ from prefkern.models.scoring import (
     preference_outputs,
 )
 from prefkern.models.text_inputs import embedding_rows
-from prefkern.models.transform import head_transform
+from prefkern.models.transform import forget_transform, head_transform
 from prefkern.models.vocabulary import check_pad_token, check_reference_words, check_tokens
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops.call import resolve_backend
@@ -95,7 +95,14 @@ from prefkern.training.checks import (
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import reference_states, sums_alone
-from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
+from prefkern.training.reference_cache import (
+    SumsOnDisk,
+    default_folder,
+    description,
+    open_cache,
+    with_sums,
+)
+from prefkern.training.sharding import is_sharded, sharded
 from prefkern.training.token_trainer import TokenBatchTrainer
 from prefkern.training.unsaved import fingerprint
 
@@ -186,6 +193,10 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         self._reference_given = reference_arguments(args, ref_model)
         # Datasets whose sums were computed here, by fingerprint.
         self._computed_sums: set[str] = set()
+        # Of the reference, before it is sharded (rank 0), and a copy of the policy, sharded before
+        # the policy is, which computes sums.
+        self._described: dict[str, Any] | None = None
+        self._sharded_copy: nn.Module | None = None
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, args, name)
         check_liger(args, args.device)
@@ -297,14 +308,14 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         )
         self._sequences_an_item = 2 if is_paired else 1
         # A sharded model has its weights only once it is wrapped: the first batch checks it.
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if not is_sharded:
+        will_shard = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not will_shard:
             # Under the run's autocast: without it, a float32 head refuses bf16 hidden states.
             with self.accelerator.autocast():
                 head_transform(self.model)  # pyright: ignore[reportArgumentType]
                 if args.padding_free:
                     self._require_packing(self.model)
-        if args.padding_free and not is_sharded and self._reads_whole_row():
+        if args.padding_free and not will_shard and self._reads_whole_row():
             logger.warning(WHOLE_ROW)
         self._warned_of_no_mismatch = False
 
@@ -314,7 +325,7 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
             self.ref_model.requires_grad_(False).eval()
             if not hasattr(self.ref_model, "hf_device_map"):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
-            if not is_sharded:
+            if not will_shard:
                 with self.accelerator.autocast():
                     head_transform(self.ref_model)
                     if args.padding_free:
@@ -322,8 +333,9 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         if needs_reference and not carried and args.ref_adapter_name in (None, BASE):
             self._unsaved = {**(self._unsaved or {}), "reference": self._reference_fingerprint()}
         if needs_reference and args.precompute_ref_log_probs:
-            self.train_dataset = self._with_reference(self.train_dataset)
-            self.eval_dataset = self._with_reference(self.eval_dataset)
+            with self._computing_sums():
+                self.train_dataset = self._with_reference(self.train_dataset)
+                self.eval_dataset = self._with_reference(self.eval_dataset)
 
     def _reads_whole_row(self) -> bool:
         model: Any = self.model
@@ -449,20 +461,43 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        model = self.accelerator.unwrap_model(self.model)
-        is_adapted = is_peft_model(model)
-        if not is_adapted and self.state.global_step > 0:
+        self._check_is_initial()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.is_fsdp2 and not is_sharded(model):
+            if self._sharded_copy is None:
+                self._sharded_copy = sharded(copy.deepcopy(model), self.accelerator)
+            model = self._sharded_copy
+        with self._as_reference(model):
+            yield model
+
+    def _check_is_initial(self) -> None:
+        if self.ref_model is not None or self.state.global_step == 0:
+            return
+        if not is_peft_model(self.accelerator.unwrap_model(self.model)):
             raise ValueError(
                 "the reference is the initial model, which training has changed: pass this "
                 "dataset to the constructor, or pass ref_model"
             )
+
+    @contextmanager
+    def _as_reference(self, model: Any) -> Iterator[None]:
+        """The policy, or its copy, as its own reference within the context."""
         in_use: Any = nullcontext()
-        if self._initial_adapter is not None:
+        # A copy is made before training, when the adapter has its initial values.
+        if self._initial_adapter is not None and model is not self._sharded_copy:
             in_use = self._initial_adapter.in_use(model)
-        elif is_adapted:
+        elif self._initial_adapter is None and is_peft_model(model):
             in_use = adapter_in_use(model, self.args.ref_adapter_name)
         with in_use, evaluation_mode(model):
-            yield model
+            yield
+
+    @contextmanager
+    def _computing_sums(self) -> Iterator[None]:
+        """The memory of a copy of the policy, if one computes sums, is free at the end."""
+        try:
+            yield
+        finally:
+            self._sharded_copy = None
 
     def _reference_fingerprint(self) -> dict[str, str]:
         """Of the weights that the reference has and the base model has not."""
@@ -530,7 +565,8 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
                 whose = "model" if model is not self.ref_model else "reference"
                 self._check_positions(dataset, self.args, name, unwrap(model), whose)
         if self._objective_needs.reference and self.args.precompute_ref_log_probs:
-            dataset = self._with_reference(dataset)
+            with self._computing_sums():
+                dataset = self._with_reference(dataset)
         return dataset
 
     def _with_reference(self, dataset: Any) -> Any:
@@ -544,6 +580,7 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         return dataset
 
     def _computed(self, dataset: Any) -> Any:
+        self._check_is_initial()
         args = self.args
         return with_sums(
             dataset,
@@ -564,17 +601,34 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         if self._collates_otherwise:
             logger.warning("reference sums are not kept: a data_collator was given")
             return None
-        with self._reference() as model, self.accelerator.autocast():
-            return open_cache(
-                folder,
-                model,
-                dataset,
-                autocast=self.accelerator.mixed_precision,
-                tf32=self.args.tf32,
-                device=self.args.device.type,
-                backend=resolve_backend(self.args.backend, self.args.device),
-                layout=self._layout,
-            )
+        precision = self.accelerator.mixed_precision
+        if self.accelerator.is_fsdp2 and precision != "no":
+            precision = f"{precision} by FSDP2"
+        return open_cache(
+            folder,
+            self._description(),
+            dataset,
+            autocast=precision,
+            tf32=self.args.tf32,
+            device=self.args.device.type,
+            backend=resolve_backend(self.args.backend, self.args.device),
+            layout=self._layout,
+        )
+
+    def _description(self) -> dict[str, Any] | None:
+        """What sums depend on of the reference; of a sharded one, as it was before."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        in_use: Any = self._as_reference(model)
+        if self.ref_model is not None:
+            model, in_use = self.ref_model, nullcontext()
+        if is_sharded(model):
+            return self._described
+        with in_use, self.accelerator.autocast():
+            self._described = description(model)
+        if self.accelerator.is_fsdp2:
+            # This rank's probe was not in shards: there every rank has to run one.
+            forget_transform(model)
+        return self._described
 
     @property
     def _layout(self) -> str:
@@ -612,8 +666,8 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
                 "copy of the adapter that was given: merge it (merge_and_unload) and give a "
                 f"peft_config, or set ref_adapter_name={BASE!r}"
             )
-        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if is_copied and is_sharded and not self._has_sums:
+        will_shard = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if is_copied and will_shard and not self._has_sums:
             raise ValueError(
                 "a copy of a trained adapter is not supported as the reference yet under FSDP or "
                 f"ZeRO-3: {ALTERNATIVES}"

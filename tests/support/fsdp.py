@@ -16,11 +16,17 @@ from typing import Any
 import accelerate.state
 import datasets
 import peft
+import pytest
 import torch
 from accelerate.utils import DistributedType
 
+from prefkern import PreferenceTrainer
+from prefkern.models import transform
+from prefkern.models.heads import unwrap
 from support import tiny
+from support.adapters import trained
 from support.ddp import torchrun
+from support.reference_sums import sums
 from support.training import made, step_logs, trainer
 
 SETTINGS = {
@@ -95,6 +101,7 @@ def half_frozen():
     return model
 
 
+SUMS = {"precompute_ref_log_probs": True}
 # Beside these options each run has 8 pairs and a joint batch of 4.
 CASES = {
     "full, none": lambda: {"objective": "simpo"},
@@ -115,6 +122,12 @@ CASES = {
         "ref_adapter_name": "reference",
     },
     "half frozen": lambda: {"model": half_frozen()},
+    "full, precomputed": lambda: {**SUMS, "eval_dataset": {"one": tiny.dataset(5, seed=3)}},
+    "full, precomputed, bf16": lambda: {**SUMS, "bf16": True},
+    "full, tied head, precomputed": lambda: {**SUMS, "model": tied()},
+    "lora, precomputed": lambda: {**SUMS, "peft_config": lora()},
+    "lora, precomputed, bf16": lambda: {**SUMS, "peft_config": lora(), "bf16": True},
+    "trained adapter, precomputed": lambda: {**SUMS, "model": trained()},
     "lora, checkpointed, packed, accumulated, clipped": lambda: {
         "peft_config": lora(),
         "gradient_checkpointing": True,
@@ -122,8 +135,8 @@ CASES = {
         "accumulated": 2,
         "max_grad_norm": 0.05,
     },
-    "full, checkpointed, packed, accumulated, clipped": lambda: {
-        "objective": "simpo",
+    "full, precomputed, checkpointed, packed, accumulated, clipped": lambda: {
+        **SUMS,
         "gradient_checkpointing": True,
         "padding_free": True,
         "accumulated": 2,
@@ -131,7 +144,7 @@ CASES = {
     },
 }
 # What these go through others go through as well.
-LONG = ("full, none", "lora, none", "lora, carried", "lora, tied head")
+LONG = ("full, none", "lora, none", "lora, carried", "lora, tied head", "lora, precomputed")
 
 
 def weights_and_gradients(model: Any, is_sharded: bool) -> dict[str, dict[str, torch.Tensor]]:
@@ -194,8 +207,51 @@ def outcome_of(path: Path, case: str, ranks: int) -> dict:
     steps = record(run)
     run.train()
     assert run.args.world_size == ranks and run.is_fsdp_enabled == (ranks > 1)
-    own = run.ref_model is None and "adapter off" in case
-    return {"steps": steps, "logs": step_logs(run), "is_own_reference": own}
+    evaluated = [run.evaluate()] if "eval_dataset" in options else []
+    own = "adapter off" in case or "precomputed" in case
+    return {"steps": steps, "logs": [*step_logs(run), *evaluated], "is_own_reference": own}
+
+
+def _found_again(path: Path) -> dict:
+    """Two runs of one cache: how often each computed sums, and the sums."""
+    made = {"batches": [], "probed": [], "sums": [], "losses": []}
+    for _ in range(2):
+        computed = []
+        with pytest.MonkeyPatch.context() as patch:
+            plain = PreferenceTrainer._reference_logps
+
+            def counting(self, inputs, computed=computed, plain=plain):
+                computed.append(1)
+                return plain(self, inputs)
+
+            patch.setattr(PreferenceTrainer, "_reference_logps", counting)
+            run = trainer(path, peft_config=lora(), padding_free=True, bf16=True, **SUMS)
+        made["batches"].append(len(computed))
+        made["probed"].append(transform._PROBED in vars(unwrap(run.model)))
+        run.train()
+        made["sums"].append(sums(run.train_dataset))
+        made["losses"].append(step_logs(run)[0]["loss"])
+    return made
+
+
+def _later(path: Path) -> dict:
+    """Evaluation before training, and of datasets that come after it."""
+    said, losses = [], []
+    for options in ({}, {"peft_config": lora()}, {"model": trained()}):
+        run = trainer(path, per_device_train_batch_size=2, **SUMS, **options)
+        with pytest.raises(ValueError) as raised:
+            run.evaluate(tiny.dataset(4, seed=3))
+        said.append(str(raised.value))
+        run.train()
+        try:
+            losses.append(run.evaluate(tiny.dataset(4, seed=4))["eval_loss"])
+        except ValueError as error:
+            losses.append(str(error))
+    return {"said": said, "losses": losses}
+
+
+# By name; each is a run of its own on both ranks.
+OTHERS = {"found again": _found_again, "later": _later}
 
 
 def launch(folder: Path, version: int, *names: str, **settings: str) -> None:
@@ -208,6 +264,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     fsdp_on_cpus()
     folder = Path(sys.argv[1])
-    outcomes = {case: outcome_of(folder / case, case, ranks=2) for case in sys.argv[2:]}
+    outcomes = {
+        case: OTHERS[case](folder / case)
+        if case in OTHERS
+        else outcome_of(folder / case, case, ranks=2)
+        for case in sys.argv[2:]
+    }
     torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

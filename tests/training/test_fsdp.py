@@ -14,7 +14,9 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
-from support.fsdp import CASES, LONG, launch, outcome_of
+from support import tiny
+from support.fsdp import CASES, LONG, OTHERS, launch, lora, outcome_of
+from support.training import trainer
 
 LN2 = math.log(2)
 
@@ -22,7 +24,7 @@ LN2 = math.log(2)
 @pytest.fixture(scope="module")
 def ranks(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, 2, *(case for case in CASES if _runs(case, request.config)))
+    launch(folder, 2, *(case for case in CASES if _runs(case, request.config)), *OTHERS)
     return folder
 
 
@@ -53,7 +55,31 @@ def test_gradients_are_those_of_the_joint_batch(ranks, case):
         for mine, joint in zip(outcome["logs"], expected["logs"], strict=True):
             # A count of margins above 0, which rounding decides for a pair in bfloat16.
             counts = {name for name in joint if "bf16" in case and name.endswith("accuracies")}
-            for name in joint.keys() - counts - {"epoch"}:
+            times = {name for name in joint if name.endswith(("epoch", "runtime", "per_second"))}
+            for name in joint.keys() - counts - times:
                 assert mine[name] == pytest.approx(joint[name], rel=tolerance, abs=tolerance), name
     if outcome["is_own_reference"]:
         assert outcome["logs"][0]["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+def test_ranks_find_the_sums_of_an_earlier_run(ranks):
+    """Rank 0 alone hashes the weights, before they are sharded, and forgets the probe it took."""
+    for outcome in outcomes(ranks, "found again"):
+        assert outcome["batches"] == [1, 0]
+        assert outcome["probed"] == [False, False]
+        assert torch.equal(*outcome["sums"])
+        assert outcome["losses"] == [pytest.approx(LN2, abs=1e-6)] * 2
+
+
+def test_evaluation_before_and_after_training(ranks, tmp_path):
+    runs = [trainer(tmp_path, peft_config=lora(), precompute_ref_log_probs=True)]
+    runs[0].train()
+    expected = runs[0].evaluate(tiny.dataset(4, seed=4))["eval_loss"]
+    for outcome in outcomes(ranks, "later"):
+        for message in outcome["said"]:
+            assert message.startswith("evaluation before training is not supported under FSDP2")
+            assert "eval_on_start" in message
+        full, adapted, copied = outcome["losses"]
+        assert "training has changed: pass this dataset to the constructor" in full
+        assert adapted == pytest.approx(expected, rel=1e-5)
+        assert "the adapter's weights are sharded now" in copied
