@@ -102,7 +102,7 @@ from prefkern.training.reference_cache import (
     open_cache,
     with_sums,
 )
-from prefkern.training.sharding import is_sharded, sharded
+from prefkern.training.sharding import check_sharded_reference, is_sharded, mode_of, sharded
 from prefkern.training.token_trainer import TokenBatchTrainer
 from prefkern.training.unsaved import fingerprint
 
@@ -199,6 +199,8 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         self._sharded_copy: nn.Module | None = None
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, args, name)
+        given_datasets = (train_dataset, eval_dataset)
+        self._check_sharded_reference(args, model, ref_model, peft_config, given_datasets)
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
@@ -323,7 +325,7 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
             if args.disable_dropout:
                 disable_dropout(self.ref_model)
             self.ref_model.requires_grad_(False).eval()
-            if not hasattr(self.ref_model, "hf_device_map"):
+            if not (self.accelerator.is_fsdp2 or hasattr(self.ref_model, "hf_device_map")):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
             if not will_shard:
                 with self.accelerator.autocast():
@@ -332,6 +334,10 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
                         self._require_packing(self.ref_model)
         if needs_reference and not carried and args.ref_adapter_name in (None, BASE):
             self._unsaved = {**(self._unsaved or {}), "reference": self._reference_fingerprint()}
+        if self.ref_model is not None and self.accelerator.is_fsdp2:
+            if args.precompute_ref_log_probs and self.is_world_process_zero():
+                self._description()
+            self.ref_model = sharded(self.ref_model, self.accelerator)
         if needs_reference and args.precompute_ref_log_probs:
             with self._computing_sums():
                 self.train_dataset = self._with_reference(self.train_dataset)
@@ -650,6 +656,24 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         if not needs.paired:
             check_labels(dataset, name)
 
+    def _check_sharded_reference(
+        self, args: PreferenceConfig, model: Any, ref_model: Any, peft_config: Any, datasets: Any
+    ) -> None:
+        needs = self._objective_needs
+        parts = [
+            renamed(part, args.columns, name)  # pyright: ignore[reportArgumentType]
+            for dataset, name in zip(datasets, ("train", "eval"), strict=True)
+            for name, part in named(dataset, name)
+        ]
+        is_given = ref_model is not None or args.ref_model_name_or_path is not None
+        is_adapted = peft_config is not None or is_peft_model(model)
+        check_sharded_reference(
+            mode_of(args),
+            needs,
+            is_carried=needs.sums_suffice and carry_sums(*parts),
+            has_own_model=is_given or not (is_adapted or args.precompute_ref_log_probs),
+        )
+
     def _refuse_unsupported_setups(self) -> None:
         super()._refuse_unsupported_setups()
         ref_model = self.ref_model if self._objective_needs.distributions else None
@@ -671,9 +695,4 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
             raise ValueError(
                 "a copy of a trained adapter is not supported as the reference yet under FSDP or "
                 f"ZeRO-3: {ALTERNATIVES}"
-            )
-        if self.ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
-                "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"
             )

@@ -25,7 +25,7 @@ from prefkern.models import transform
 from prefkern.models.heads import unwrap
 from support import tiny
 from support.adapters import trained
-from support.ddp import torchrun
+from support.ddp import MismatchedByRank, single_rows_by_rank, torchrun
 from support.reference_sums import sums
 from support.training import made, step_logs, trainer
 
@@ -128,6 +128,37 @@ CASES = {
     "lora, precomputed": lambda: {**SUMS, "peft_config": lora()},
     "lora, precomputed, bf16": lambda: {**SUMS, "peft_config": lora(), "bf16": True},
     "trained adapter, precomputed": lambda: {**SUMS, "model": trained()},
+    "full, reference": lambda: {"ref_model": tiny.model(seed=1)},
+    "full, copy, bf16": lambda: {"bf16": True},
+    "full, reference, precomputed": lambda: {**SUMS, "ref_model": tiny.model(seed=1)},
+    # A reference of another family is sharded by layers of its own.
+    "lora, reference, evaluated": lambda: {
+        "ref_model": tiny.model("Gemma2", seed=1),
+        "peft_config": lora(),
+        "eval_dataset": tiny.dataset(5, seed=2),
+        "per_device_eval_batch_size": 1,
+    },
+    "lora, reference, bf16": lambda: {
+        "model": tiny.model().bfloat16(),
+        "ref_model": tiny.model().bfloat16(),
+        "peft_config": lora(),
+        "bf16": True,
+    },
+    # Between this policy and this reference KTO's reference point is above 0.
+    "kto": lambda: {
+        "objective": "kto",
+        "model": tiny.model(seed=1),
+        "ref_model": tiny.model(),
+        "train_dataset": single_rows_by_rank(),
+        "train_sampling_strategy": "sequential",
+        "joint": {"data_collator": MismatchedByRank(0)},
+    },
+    "statistics": lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
+    "draws": lambda: {
+        "objective": "betadpo",
+        "objective_options": {"keep": 0.5},
+        "ref_model": tiny.model(seed=1),
+    },
     "lora, checkpointed, packed, accumulated, clipped": lambda: {
         "peft_config": lora(),
         "gradient_checkpointing": True,
@@ -135,8 +166,7 @@ CASES = {
         "accumulated": 2,
         "max_grad_norm": 0.05,
     },
-    "full, precomputed, checkpointed, packed, accumulated, clipped": lambda: {
-        **SUMS,
+    "full, copy, checkpointed, packed, accumulated, clipped": lambda: {
         "gradient_checkpointing": True,
         "padding_free": True,
         "accumulated": 2,
@@ -144,7 +174,17 @@ CASES = {
     },
 }
 # What these go through others go through as well.
-LONG = ("full, none", "lora, none", "lora, carried", "lora, tied head", "lora, precomputed")
+LONG = (
+    "full, none",
+    "lora, none",
+    "lora, carried",
+    "lora, tied head",
+    "lora, precomputed",
+    "full, reference",
+    "lora, reference, bf16",
+    "statistics",
+    "draws",
+)
 
 
 def weights_and_gradients(model: Any, is_sharded: bool) -> dict[str, dict[str, torch.Tensor]]:
@@ -186,11 +226,11 @@ def record(run: Any) -> list[dict]:
 
 def outcome_of(path: Path, case: str, ranks: int) -> dict:
     options = CASES[case]()
-    accumulated = options.pop("accumulated", 1)
+    accumulated, joint = options.pop("accumulated", 1), options.pop("joint", {})
     sizes = {"per_device_train_batch_size": 4 // ranks // accumulated}
     sizes["gradient_accumulation_steps"] = accumulated
     if ranks == 1:
-        sizes = {"per_device_train_batch_size": 4}
+        sizes = {"per_device_train_batch_size": 4, **joint}
     run = trainer(
         path,
         **{
@@ -208,8 +248,9 @@ def outcome_of(path: Path, case: str, ranks: int) -> dict:
     run.train()
     assert run.args.world_size == ranks and run.is_fsdp_enabled == (ranks > 1)
     evaluated = [run.evaluate()] if "eval_dataset" in options else []
-    own = "adapter off" in case or "precomputed" in case
-    return {"steps": steps, "logs": [*step_logs(run), *evaluated], "is_own_reference": own}
+    own = ("adapter off", "precomputed", "copy", "reference, bf16")
+    is_own = any(name in case for name in own) and "reference, precomputed" not in case
+    return {"steps": steps, "logs": [*step_logs(run), *evaluated], "is_own_reference": is_own}
 
 
 def _found_again(path: Path) -> dict:
@@ -250,8 +291,14 @@ def _later(path: Path) -> dict:
     return {"said": said, "losses": losses}
 
 
-# By name; each is a run of its own on both ranks.
-OTHERS = {"found again": _found_again, "later": _later}
+def _refused(path: Path) -> str:
+    with pytest.raises(ValueError) as raised:
+        trainer(path, model="no/model", peft_config=lora())
+    return str(raised.value)
+
+
+# By name; each is a run of its own on both ranks. The first are of FSDP2, the last is of FSDP1.
+OTHERS = {"found again": _found_again, "later": _later, "refused": _refused}
 
 
 def launch(folder: Path, version: int, *names: str, **settings: str) -> None:

@@ -14,9 +14,13 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
+from transformers.training_args import ParallelMode
+
+from prefkern import PreferenceConfig, PreferenceTrainer
+from prefkern.training.sharding import mode_of
 from support import tiny
-from support.fsdp import CASES, LONG, OTHERS, launch, lora, outcome_of
-from support.training import trainer
+from support.fsdp import CASES, LONG, carried, launch, lora, outcome_of
+from support.training import config, trainer
 
 LN2 = math.log(2)
 
@@ -24,7 +28,9 @@ LN2 = math.log(2)
 @pytest.fixture(scope="module")
 def ranks(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, 2, *(case for case in CASES if _runs(case, request.config)), *OTHERS)
+    launch(
+        folder, 2, *(case for case in CASES if _runs(case, request.config)), "found again", "later"
+    )
     return folder
 
 
@@ -36,13 +42,11 @@ def outcomes(folder: Path, case: str) -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt")[case] for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.long(case=[*LONG])
-def test_gradients_are_those_of_the_joint_batch(ranks, case):
-    expected = outcome_of(ranks / "one process", case, ranks=1)
+def assert_same_runs(folder: Path, case: str) -> None:
+    expected = outcome_of(folder / "one process", case, ranks=1)
     # FSDP2 casts weights, autocast casts operands: in bfloat16 the two round at other places.
     tolerance = 0.1 if "bf16" in case else 1e-5
-    for outcome in outcomes(ranks, case):
+    for outcome in outcomes(folder, case):
         assert len(outcome["steps"]) == len(expected["steps"]) == 2
         for mine, joint in zip(outcome["steps"], expected["steps"], strict=True):
             assert mine["gradients"].keys() == joint["gradients"].keys()
@@ -60,6 +64,12 @@ def test_gradients_are_those_of_the_joint_batch(ranks, case):
                 assert mine[name] == pytest.approx(joint[name], rel=tolerance, abs=tolerance), name
     if outcome["is_own_reference"]:
         assert outcome["logs"][0]["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.long(case=[*LONG])
+def test_gradients_are_those_of_the_joint_batch(ranks, case):
+    assert_same_runs(ranks, case)
 
 
 def test_ranks_find_the_sums_of_an_earlier_run(ranks):
@@ -83,3 +93,74 @@ def test_evaluation_before_and_after_training(ranks, tmp_path):
         assert "training has changed: pass this dataset to the constructor" in full
         assert adapted == pytest.approx(expected, rel=1e-5)
         assert "the adapter's weights are sharded now" in copied
+
+
+REFERENCES = {
+    "given": {"ref_model": "no/reference"},
+    "named": {"ref_model_name_or_path": "no/reference"},
+    "copied": {},
+    "adapter off": {"peft_config": lora()},
+    "precomputed": {"precompute_ref_log_probs": True},
+}
+SHARDED = {
+    "FSDP1": ({"fsdp_plugin_args": {"fsdp_version": 1}}, REFERENCES),
+    "DeepSpeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, ("given", "named", "copied")),
+}
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_references_that_a_mode_does_not_compute_are_refused_before_anything_is_loaded(
+    tmp_path, mode
+):
+    given, refused = SHARDED[mode]
+
+    def fails(error, rows=None, ref_model=None, peft_config=None, given=given, **options) -> str:
+        args = config(tmp_path, **{"objective": "dpo", **options})
+        # Given to the constructor, they would have transformers look for other processes.
+        vars(args).update(given)
+        assert mode_of(args) == (mode if given is SHARDED[mode][0] else "FSDP2")
+        with pytest.raises(error) as raised:
+            PreferenceTrainer(
+                "no/model",
+                args,
+                tiny.dataset(4) if rows is None else rows,
+                processing_class=tiny.tokenizer(),
+                ref_model=ref_model,
+                peft_config=peft_config,
+            )
+        return str(raised.value)
+
+    for reference in refused:
+        said = fails(ValueError, **REFERENCES[reference])
+        assert f"under {mode}" in said
+        assert "use FSDP2 (fsdp_config={'version': 2}, or accelerate launch" in said
+    # Of TDPO the sums are no reference.
+    said = fails(ValueError, carried(), objective="tdpo1")
+    assert "TDPO is not supported yet" in said and f"here {mode}" in said
+    # What needs no reference, or has it, goes on to be loaded.
+    fails(OSError, objective="simpo")
+    fails(OSError, carried())
+    fails(OSError, given={"fsdp_plugin_args": {"fsdp_version": 2}})
+
+
+def test_how_a_launcher_shards(tmp_path, monkeypatch):
+    args = config(tmp_path)
+    assert mode_of(args) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert mode_of(args) is None
+    monkeypatch.setattr(PreferenceConfig, "parallel_mode", ParallelMode.DISTRIBUTED)
+    assert mode_of(args) == "FSDP1"
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert mode_of(args) == "FSDP2"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert mode_of(args) == "DeepSpeed"
+
+
+@pytest.mark.long
+def test_fsdp1_without_a_reference_and_with_carried_sums(tmp_path):
+    cases = ("full, none", "full, carried", "lora, none", "lora, carried")
+    launch(tmp_path, 1, *cases, "refused")
+    for case in cases:
+        assert_same_runs(tmp_path, case)
+    for message in outcomes(tmp_path, "refused"):
+        assert message.startswith("no reference is computed under FSDP1")
