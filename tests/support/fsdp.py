@@ -8,6 +8,8 @@ same order, as joint batches (`outcome_of` with one rank).
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -21,12 +23,15 @@ import torch
 from accelerate.utils import DistributedType
 
 from prefkern import PreferenceTrainer
+from prefkern.cli import __main__ as cli
 from prefkern.models import transform
 from prefkern.models.heads import unwrap
 from support import tiny
 from support.adapters import trained
+from support.command_line import flags
 from support.ddp import MismatchedByRank, single_rows_by_rank, torchrun
 from support.reference_sums import sums
+from support.resumed import logs_of, run_of
 from support.training import made, step_logs, trainer
 
 SETTINGS = {
@@ -187,7 +192,7 @@ LONG = (
 )
 
 
-def weights_and_gradients(model: Any, is_sharded: bool) -> dict[str, dict[str, torch.Tensor]]:
+def weights_and_gradients(model: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Of every trained parameter, whole, by its name in one process."""
     from contextlib import nullcontext
 
@@ -218,7 +223,7 @@ def record(run: Any) -> list[dict]:
 
     class Record(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, *args, **_):
-            steps.append(weights_and_gradients(run.model, run.is_fsdp_enabled))
+            steps.append(weights_and_gradients(run.model))
 
     run.add_callback(Record())
     return steps
@@ -291,6 +296,75 @@ def _later(path: Path) -> dict:
     return {"said": said, "losses": losses}
 
 
+COMMANDS = {
+    "full": {"objective": "dpo"},
+    "lora": {"objective": "dpo", "lora_r": 4},
+    "precomputed": {"objective": "dpo", "precompute_ref_log_probs": True, "bf16": True},
+}
+
+
+def command(path: Path, name: str, **given) -> list[str]:
+    """The arguments of a run on the model and the pairs in `path`, with checkpoints."""
+    options = {
+        "model_name_or_path": path / "model",
+        "dataset": path / "pairs.jsonl",
+        "output_dir": path / name,
+        "ref_cache_dir": path / "sums",
+        "use_cpu": True,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "report_to": "none",
+        **COMMANDS[name],
+        **given,
+    }
+    if name != "precomputed":
+        options.pop("ref_cache_dir")
+    return flags(options)
+
+
+def _commands(path: Path) -> dict:
+    """`prefkern train` as `accelerate launch` sets it up: sharded checkpoints, loaded by one rank."""
+    path = path.parent
+    made = {}
+    defaults = {
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in defaults.items():
+            patch.setenv(name, value)
+        for name in COMMANDS:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                status = cli.main(["train", *command(path, name)])
+            made[name] = (status, out.getvalue())
+    return made
+
+
+def _resumed(path: Path) -> dict:
+    """Runs that save after each step, and others that go on from the third, by kind of checkpoint."""
+    made = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        for case in ("alphadpo", "betadpo"):
+            found = []
+            for resumes in (False, True):
+                options = {"save_strategy": "no"} if resumes else {}
+                folder = path / kind / case
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("FSDP_STATE_DICT_TYPE", kind)
+                    run = run_of(folder, case, eval_strategy="no", **options)
+                run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resumes else None)
+                steps = run.state.global_step
+                whole = weights_and_gradients(run.model)["weights"]
+                found.append({"steps": steps, "weights": whole, "logs": logs_of(run)})
+            made[kind, case] = found
+    return made
+
+
 def _refused(path: Path) -> str:
     with pytest.raises(ValueError) as raised:
         trainer(path, model="no/model", peft_config=lora())
@@ -298,7 +372,13 @@ def _refused(path: Path) -> str:
 
 
 # By name; each is a run of its own on both ranks. The first are of FSDP2, the last is of FSDP1.
-OTHERS = {"found again": _found_again, "later": _later, "refused": _refused}
+OTHERS = {
+    "found again": _found_again,
+    "later": _later,
+    "commands": _commands,
+    "resumed": _resumed,
+    "refused": _refused,
+}
 
 
 def launch(folder: Path, version: int, *names: str, **settings: str) -> None:

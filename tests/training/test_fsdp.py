@@ -12,15 +12,19 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
+import transformers
 from transformers.training_args import ParallelMode
 
 from prefkern import PreferenceConfig, PreferenceTrainer
+from prefkern.cli.train import _prepare
 from prefkern.training.sharding import mode_of
 from support import tiny
-from support.fsdp import CASES, LONG, carried, launch, lora, outcome_of
-from support.training import config, trainer
+from support.ddp import RESUMES
+from support.fsdp import CASES, COMMANDS, LONG, carried, command, launch, lora, outcome_of
+from support.resumed import STEPS
+from support.training import assert_same_weights, config, made, trainer, weights
 
 LN2 = math.log(2)
 
@@ -28,9 +32,11 @@ LN2 = math.log(2)
 @pytest.fixture(scope="module")
 def ranks(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    launch(
-        folder, 2, *(case for case in CASES if _runs(case, request.config)), "found again", "later"
-    )
+    tiny.model().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    made(tiny.pairs(8)).to_json(folder / "pairs.jsonl")
+    cases = [case for case in CASES if _runs(case, request.config)]
+    launch(folder, 2, *cases, "found again", "later", "commands")
     return folder
 
 
@@ -93,6 +99,47 @@ def test_evaluation_before_and_after_training(ranks, tmp_path):
         assert "training has changed: pass this dataset to the constructor" in full
         assert adapted == pytest.approx(expected, rel=1e-5)
         assert "the adapter's weights are sharded now" in copied
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_ends_with_what_one_process_loads(ranks, name):
+    first, second = (outcome[name] for outcome in outcomes(ranks, "commands"))
+    assert first[0] == second[0] == 0
+    folder = ranks / name
+    assert f"saved to {folder}" in first[1] and "saved to" not in second[1]
+    # Checkpoints stay in shards.
+    assert [*(folder / "checkpoint-2").glob("pytorch_model_fsdp_0/*.distcp")]
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    if name == "lora":
+        found = peft.PeftModel.from_pretrained(load(ranks / "model"), folder)
+    else:
+        found, info = load(folder, output_loading_info=True)
+        assert not any(info.values())
+        assert found.config.architectures == ["LlamaForCausalLM"]
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    expected = one_process(ranks, name)
+    tolerance = 1e-2 if "precomputed" in name else 1e-5
+    assert_same_weights(weights(found), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not RESUMES, reason="this transformers loads no optimiser on two CPU ranks")
+def test_two_ranks_resume_bit_for_bit(tmp_path):
+    launch(tmp_path, 2, "resumed")
+    for outcome in outcomes(tmp_path, "resumed"):
+        assert len(outcome) == 4
+        for whole, resumed in outcome.values():
+            assert whole["steps"] == resumed["steps"] == STEPS // 2
+            assert_same_weights(whole["weights"], resumed["weights"], atol=0, rtol=0)
+            assert whole["logs"] == resumed["logs"]
+
+
+def one_process(folder: Path, name: str) -> dict:
+    """The weights of the same command on one process."""
+    options = {"output_dir": folder / f"{name}, one process", "per_device_train_batch_size": 4}
+    run, _ = _prepare(command(folder, name, **options))
+    run.train()
+    return weights(run.model)
 
 
 REFERENCES = {
