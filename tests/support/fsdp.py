@@ -394,7 +394,7 @@ if __name__ == "__main__":
     outcomes = {
         case: OTHERS[case](folder / case)
         if case in OTHERS
-        else outcome_of(folder / case, case, ranks=2)
+        else outcome_of(folder / case, case, ranks=int(os.environ["WORLD_SIZE"]))
         for case in sys.argv[2:]
     }
     torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
