@@ -63,7 +63,9 @@ def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
 @contextmanager
 def switches_put_back(model: nn.Module) -> Iterator[None]:
     """At the end, the weights train that trained before, and the same adapters are in use."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trained = {
+        name: (parameter, parameter.requires_grad) for name, parameter in model.named_parameters()
+    }
     found = [
         (module, {name: vars(module)[name] for name in _SWITCHES if name in vars(module)})
         for module in model.modules()
@@ -75,7 +77,11 @@ def switches_put_back(model: nn.Module) -> Iterator[None]:
             for name in vars(module).keys() & {*_SWITCHES} - switches.keys():
                 delattr(module, name)
             vars(module).update(switches)
-        for parameter, requires_grad in trained:
+        # FSDP2 exchanges a parameter for its shard and back: both have to be as before.
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.requires_grad_(trained[name][1])
+        for parameter, requires_grad in trained.values():
             parameter.requires_grad_(requires_grad)
 
 

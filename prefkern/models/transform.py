@@ -35,6 +35,8 @@ _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
 _VOCAB_SIZE = "unpadded_vocab_size"
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+# The attribute of a model that keeps what probes found.
+_PROBED = "_prefkern_head_transform"
 # Each of the probe's four tokens gets a ramp of logits from -p to p; for negative p it falls.
 _PROBE_PEAKS = (100.0, -100.0, 10.0, 1.0)
 
@@ -64,12 +66,17 @@ def head_transform(model: nn.Module) -> HeadTransform:
     """
     base, head = find_head(model)
     candidates = candidate_transforms(base.config)
-    probed = base.__dict__.setdefault("_prefkern_head_transform", {})
+    probed = base.__dict__.setdefault(_PROBED, {})
     # After an edit of the config, or with other adapters on the head, the model is probed again.
     key = (candidates, heads.reading(head))
     if key not in probed:
         probed[key] = _probe(model, base, head, candidates)
     return probed[key]
+
+
+def forget_transform(model: nn.Module) -> None:
+    """Have the model probed again, as where other ranks have not probed it and probes are collective."""
+    find_head(model)[0].__dict__.pop(_PROBED, None)
 
 
 def candidate_transforms(config: Any) -> tuple[HeadTransform, ...]:

@@ -185,6 +185,24 @@ class CheckpointTrainer(Trainer):
         # The upload runs in the background: start it at the checkpoint's final place.
         self._to_push = Path(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A model, or adapter, that from_pretrained loads; every rank of a sharded run calls it.
+
+        Under FSDP with sharded checkpoints Trainer would write nothing. They stay sharded; the
+        model that is saved at the end, or by a caller, is gathered on rank 0.
+        """
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or self._staging is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        from torch.distributed.fsdp import StateDictType
+
+        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.state_dict_type = kind
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         if self._staging is not None or not self.args.should_save:

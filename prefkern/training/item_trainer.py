@@ -20,6 +20,7 @@ from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
+from prefkern.training.sharding import is_sharded
 from prefkern.training.trainable import (
     check_optimizer,
     check_trainable,
@@ -95,7 +96,15 @@ class ItemTrainer(CheckpointTrainer):
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Trainer's loop, with means over items in place of its mean over batches."""
+        """Trainer's loop, with means over items in place of its mean over batches.
+
+        Raises ValueError before training under FSDP2, which shards a model with its optimizer.
+        """
+        if self.accelerator.is_fsdp2 and not is_sharded(self.model):  # pyright: ignore[reportArgumentType]
+            raise ValueError(
+                "evaluation before training is not supported under FSDP2, which shards the model "
+                "when training begins: set eval_on_start, or evaluate on one process or under DDP"
+            )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
         means = self._evaluated(output.predictions)

@@ -67,23 +67,23 @@ def default_folder() -> str:
 
 
 def open_cache(
-    folder: str | Path, model: nn.Module, dataset: Any, **arithmetic: Any
+    folder: str | Path, reference: Mapping[str, Any] | None, dataset: Any, **arithmetic: Any
 ) -> SumsOnDisk | None:
     """The cache of a tokenised dataset's sums under a reference. Without one, warns; returns None.
 
     Args:
         folder: the folder of all caches; it is made if it does not exist.
-        model: the reference as it will run: with its adapter switched off, the base model.
+        reference: from `description`.
         dataset: with the columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
         arithmetic: what else the numbers depend on: autocast, backend, device, ...
     """
-    described = ingredients(model, dataset, **arithmetic)
-    if described is None:
+    if reference is None:
         logger.warning(
             "reference sums are not kept: the reference's weights are sharded, offloaded or "
             "of a kind that cannot be told from others"
         )
         return None
+    described = {**reference, "tokens": hash_tokens(dataset), "arithmetic": arithmetic}
     try:
         return SumsOnDisk(Path(folder).expanduser(), described, len(dataset))
     except OSError as error:
@@ -156,8 +156,11 @@ class SumsOnDisk:
         return sums
 
 
-def ingredients(model: nn.Module, dataset: Any, **arithmetic: Any) -> dict[str, Any] | None:
-    """What sums depend on, as in `open_cache`; None where the weights cannot be hashed."""
+def description(model: nn.Module) -> dict[str, Any] | None:
+    """What sums depend on of a reference; None where the weights cannot be hashed.
+
+    `model` is the reference as it will run: with its adapter switched off, the base model.
+    """
     weights = hash_weights(model)
     if weights is None:
         return None
@@ -174,8 +177,6 @@ def ingredients(model: nn.Module, dataset: Any, **arithmetic: Any) -> dict[str, 
         "adapter": _adapter(model),
         "transform": [transform.logit_scale, transform.softcap],
         "weights": weights,
-        "tokens": hash_tokens(dataset),
-        "arithmetic": arithmetic,
     }
 
 
@@ -186,6 +187,9 @@ def hash_weights(model: nn.Module) -> str | None:
     which loading the same weights in bfloat16 does not. It does not depend on the device, nor on an
     adapter that is switched off. None if some contents are not here: sharded, offloaded or opaque.
     """
+    # Asking FSDP2 for a state_dict on one rank alone would reshard that rank's weights.
+    if any(is_traceable_wrapper_subclass(parameter) for parameter in model.parameters()):
+        return None
     skipped = _switched_off(model)
     digest = xxhash.xxh3_128()
     for name, value in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):

@@ -77,7 +77,7 @@ from prefkern.models.scoring import (
     preference_outputs,
 )
 from prefkern.models.text_inputs import embedding_rows
-from prefkern.models.transform import head_transform
+from prefkern.models.transform import forget_transform, head_transform
 from prefkern.models.vocabulary import check_pad_token, check_reference_words, check_tokens
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops.call import resolve_backend
@@ -95,7 +95,14 @@ from prefkern.training.checks import (
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import reference_states, sums_alone
-from prefkern.training.reference_cache import SumsOnDisk, default_folder, open_cache, with_sums
+from prefkern.training.reference_cache import (
+    SumsOnDisk,
+    default_folder,
+    description,
+    open_cache,
+    with_sums,
+)
+from prefkern.training.sharding import check_sharded_reference, is_sharded, mode_of, sharded
 from prefkern.training.token_trainer import TokenBatchTrainer
 from prefkern.training.unsaved import fingerprint
 
@@ -186,8 +193,14 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         self._reference_given = reference_arguments(args, ref_model)
         # Datasets whose sums were computed here, by fingerprint.
         self._computed_sums: set[str] = set()
+        # Of the reference, before it is sharded (rank 0), and a copy of the policy, sharded before
+        # the policy is, which computes sums.
+        self._described: dict[str, Any] | None = None
+        self._sharded_copy: nn.Module | None = None
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, args, name)
+        given_datasets = (train_dataset, eval_dataset)
+        self._check_sharded_reference(args, model, ref_model, peft_config, given_datasets)
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
@@ -297,14 +310,14 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         )
         self._sequences_an_item = 2 if is_paired else 1
         # A sharded model has its weights only once it is wrapped: the first batch checks it.
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if not is_sharded:
+        will_shard = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not will_shard:
             # Under the run's autocast: without it, a float32 head refuses bf16 hidden states.
             with self.accelerator.autocast():
                 head_transform(self.model)  # pyright: ignore[reportArgumentType]
                 if args.padding_free:
                     self._require_packing(self.model)
-        if args.padding_free and not is_sharded and self._reads_whole_row():
+        if args.padding_free and not will_shard and self._reads_whole_row():
             logger.warning(WHOLE_ROW)
         self._warned_of_no_mismatch = False
 
@@ -312,18 +325,23 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
             if args.disable_dropout:
                 disable_dropout(self.ref_model)
             self.ref_model.requires_grad_(False).eval()
-            if not hasattr(self.ref_model, "hf_device_map"):
+            if not (self.accelerator.is_fsdp2 or hasattr(self.ref_model, "hf_device_map")):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
-            if not is_sharded:
+            if not will_shard:
                 with self.accelerator.autocast():
                     head_transform(self.ref_model)
                     if args.padding_free:
                         self._require_packing(self.ref_model)
         if needs_reference and not carried and args.ref_adapter_name in (None, BASE):
             self._unsaved = {**(self._unsaved or {}), "reference": self._reference_fingerprint()}
+        if self.ref_model is not None and self.accelerator.is_fsdp2:
+            if args.precompute_ref_log_probs and self.is_world_process_zero():
+                self._description()
+            self.ref_model = sharded(self.ref_model, self.accelerator)
         if needs_reference and args.precompute_ref_log_probs:
-            self.train_dataset = self._with_reference(self.train_dataset)
-            self.eval_dataset = self._with_reference(self.eval_dataset)
+            with self._computing_sums():
+                self.train_dataset = self._with_reference(self.train_dataset)
+                self.eval_dataset = self._with_reference(self.eval_dataset)
 
     def _reads_whole_row(self) -> bool:
         model: Any = self.model
@@ -370,6 +388,9 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
     ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor]:
         """The loss, computed inside the policy's forward, and the scalar to differentiate."""
         needs = self._objective_needs
+        if self.accelerator.is_fsdp2:
+            # FSDP2 notes at the first forward what is trained: with the adapter off, that is nothing.
+            head_transform(model)
         options: dict[str, Any] = {"return_stats": self.args.token_metrics}
         # A dataset may carry sums and margins that this objective does not use.
         if needs.distributions:
@@ -389,9 +410,15 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         return outputs, outputs.loss
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
-        # Autocast wraps a model only once training starts, and sums may be computed before.
-        with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
+        with torch.no_grad(), self._reference() as model, self._autocast():
             return self._sums(model, inputs)
+
+    def _autocast(self) -> Any:
+        """The policy's autocast for the reference: a wrapped model has its own, another has none.
+
+        FSDP2 has none: it casts weights and inputs, of the policy and of a reference that is sharded.
+        """
+        return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
     def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
         """Log-prob sums of a batch's rows under a model, without gradient."""
@@ -430,7 +457,7 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         """The reference's hidden states and head, for objectives that compare distributions."""
         cu_seqlens = inputs.get("cu_seqlens")
         labels = align_labels(inputs["labels"], cu_seqlens)
-        with torch.no_grad(), self._reference() as model, self.accelerator.autocast():
+        with torch.no_grad(), self._reference() as model, self._autocast():
             inputs = {**model_inputs(model, inputs), **RouterLoss().asked_of(model)}
             return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
 
@@ -440,20 +467,43 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         if self.ref_model is not None:
             yield self.ref_model
             return
-        model = self.accelerator.unwrap_model(self.model)
-        is_adapted = is_peft_model(model)
-        if not is_adapted and self.state.global_step > 0:
+        self._check_is_initial()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.is_fsdp2 and not is_sharded(model):
+            if self._sharded_copy is None:
+                self._sharded_copy = sharded(copy.deepcopy(model), self.accelerator)
+            model = self._sharded_copy
+        with self._as_reference(model):
+            yield model
+
+    def _check_is_initial(self) -> None:
+        if self.ref_model is not None or self.state.global_step == 0:
+            return
+        if not is_peft_model(self.accelerator.unwrap_model(self.model)):
             raise ValueError(
                 "the reference is the initial model, which training has changed: pass this "
                 "dataset to the constructor, or pass ref_model"
             )
+
+    @contextmanager
+    def _as_reference(self, model: Any) -> Iterator[None]:
+        """The policy, or its copy, as its own reference within the context."""
         in_use: Any = nullcontext()
-        if self._initial_adapter is not None:
+        # A copy is made before training, when the adapter has its initial values.
+        if self._initial_adapter is not None and model is not self._sharded_copy:
             in_use = self._initial_adapter.in_use(model)
-        elif is_adapted:
+        elif self._initial_adapter is None and is_peft_model(model):
             in_use = adapter_in_use(model, self.args.ref_adapter_name)
         with in_use, evaluation_mode(model):
-            yield model
+            yield
+
+    @contextmanager
+    def _computing_sums(self) -> Iterator[None]:
+        """The memory of a copy of the policy, if one computes sums, is free at the end."""
+        try:
+            yield
+        finally:
+            self._sharded_copy = None
 
     def _reference_fingerprint(self) -> dict[str, str]:
         """Of the weights that the reference has and the base model has not."""
@@ -521,7 +571,8 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
                 whose = "model" if model is not self.ref_model else "reference"
                 self._check_positions(dataset, self.args, name, unwrap(model), whose)
         if self._objective_needs.reference and self.args.precompute_ref_log_probs:
-            dataset = self._with_reference(dataset)
+            with self._computing_sums():
+                dataset = self._with_reference(dataset)
         return dataset
 
     def _with_reference(self, dataset: Any) -> Any:
@@ -535,6 +586,7 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         return dataset
 
     def _computed(self, dataset: Any) -> Any:
+        self._check_is_initial()
         args = self.args
         return with_sums(
             dataset,
@@ -555,17 +607,34 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         if self._collates_otherwise:
             logger.warning("reference sums are not kept: a data_collator was given")
             return None
-        with self._reference() as model, self.accelerator.autocast():
-            return open_cache(
-                folder,
-                model,
-                dataset,
-                autocast=self.accelerator.mixed_precision,
-                tf32=self.args.tf32,
-                device=self.args.device.type,
-                backend=resolve_backend(self.args.backend, self.args.device),
-                layout=self._layout,
-            )
+        precision = self.accelerator.mixed_precision
+        if self.accelerator.is_fsdp2 and precision != "no":
+            precision = f"{precision} by FSDP2"
+        return open_cache(
+            folder,
+            self._description(),
+            dataset,
+            autocast=precision,
+            tf32=self.args.tf32,
+            device=self.args.device.type,
+            backend=resolve_backend(self.args.backend, self.args.device),
+            layout=self._layout,
+        )
+
+    def _description(self) -> dict[str, Any] | None:
+        """What sums depend on of the reference; of a sharded one, as it was before."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        in_use: Any = self._as_reference(model)
+        if self.ref_model is not None:
+            model, in_use = self.ref_model, nullcontext()
+        if is_sharded(model):
+            return self._described
+        with in_use, self.accelerator.autocast():
+            self._described = description(model)
+        if self.accelerator.is_fsdp2:
+            # This rank's probe was not in shards: there every rank has to run one.
+            forget_transform(model)
+        return self._described
 
     @property
     def _layout(self) -> str:
@@ -587,6 +656,24 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         if not needs.paired:
             check_labels(dataset, name)
 
+    def _check_sharded_reference(
+        self, args: PreferenceConfig, model: Any, ref_model: Any, peft_config: Any, datasets: Any
+    ) -> None:
+        needs = self._objective_needs
+        parts = [
+            renamed(part, args.columns, name)  # pyright: ignore[reportArgumentType]
+            for dataset, name in zip(datasets, ("train", "eval"), strict=True)
+            for name, part in named(dataset, name)
+        ]
+        is_given = ref_model is not None or args.ref_model_name_or_path is not None
+        is_adapted = peft_config is not None or is_peft_model(model)
+        check_sharded_reference(
+            mode_of(args),
+            needs,
+            is_carried=needs.sums_suffice and carry_sums(*parts),
+            has_own_model=is_given or not (is_adapted or args.precompute_ref_log_probs),
+        )
+
     def _refuse_unsupported_setups(self) -> None:
         super()._refuse_unsupported_setups()
         ref_model = self.ref_model if self._objective_needs.distributions else None
@@ -603,14 +690,9 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
                 "copy of the adapter that was given: merge it (merge_and_unload) and give a "
                 f"peft_config, or set ref_adapter_name={BASE!r}"
             )
-        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if is_copied and is_sharded and not self._has_sums:
+        will_shard = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if is_copied and will_shard and not self._has_sums:
             raise ValueError(
                 "a copy of a trained adapter is not supported as the reference yet under FSDP or "
                 f"ZeRO-3: {ALTERNATIVES}"
-            )
-        if self.ref_model is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "a separate reference model is not supported yet under DeepSpeed or FSDP; use "
-                "LoRA or precomputed sums (ref_chosen_logps and ref_rejected_logps columns)"
             )

@@ -247,11 +247,16 @@ if RESUMES:
     OTHERS["resumed"] = _resumed
 
 
+def torchrun(module: str, *arguments: str, **settings: str) -> None:
+    """Run a module on two ranks, with these environment variables."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = ["--nproc-per-node=2", "-m", module, *arguments]
+    subprocess.run([*launcher, *script], env={**environment(), **settings}, check=True, timeout=400)
+
+
 def launch(folder: Path, *names: str) -> None:
     """Run these cases on two ranks; each leaves what it saw in `folder`/rank0.pt or rank1.pt."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = ["--nproc-per-node=2", "-m", "support.ddp", str(folder), *names]
-    subprocess.run([*torchrun, *script], env=environment(), check=True, timeout=400)
+    torchrun("support.ddp", str(folder), *names)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,401 @@
+"""Runs under FSDP on two ranks, started by torchrun; each rank saves what it saw.
+
+The ranks are gloo processes on a CPU, which torch shards like GPUs and Accelerate refuses by one
+test: `fsdp_on_cpus` makes that test pass, and nothing else of Accelerate is changed. The settings
+are environment variables, as `accelerate launch` sets them. One process gets the same pairs in the
+same order, as joint batches (`outcome_of` with one rank).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate.state
+import datasets
+import peft
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from prefkern import PreferenceTrainer
+from prefkern.cli import __main__ as cli
+from prefkern.models import transform
+from prefkern.models.heads import unwrap
+from support import tiny
+from support.adapters import trained
+from support.command_line import flags
+from support.ddp import MismatchedByRank, single_rows_by_rank, torchrun
+from support.reference_sums import sums
+from support.resumed import logs_of, run_of
+from support.training import made, step_logs, trainer
+
+SETTINGS = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_SYNC_MODULE_STATES": "false",
+    "FSDP_USE_ORIG_PARAMS": "true",
+}
+VERSIONS = {
+    1: {"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"},
+    2: {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+}
+
+
+def fsdp_on_cpus() -> None:
+    """Let Accelerate shard over gloo ranks on a CPU; it takes FSDP from GPUs alone."""
+    plain = accelerate.state.AcceleratorState.__init__
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        if not accelerate.state.PartialState._shared_state:
+            accelerate.state.PartialState(True)
+        shared = accelerate.state.PartialState._shared_state
+        if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        plain(self, *args, **kwargs)
+
+    accelerate.state.AcceleratorState.__init__ = init
+    if os.environ["FSDP_VERSION"] == "1":
+        # Accelerate hands over the device "cpu:0", which FSDP1 does not know.
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        wrap = FullyShardedDataParallel.__init__
+
+        def wrapped(self, module, *args: Any, **kwargs: Any) -> None:
+            wrap(self, module, *args, **{**kwargs, "device_id": torch.device("cpu")})
+
+        FullyShardedDataParallel.__init__ = wrapped
+
+
+def lora(**options) -> peft.LoraConfig:
+    options = {"target_modules": ["q_proj", "v_proj", "up_proj"], **options}
+    return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+
+
+def carried() -> datasets.Dataset:
+    """Pairs with sums of some reference."""
+    rows = [
+        {**row, "ref_chosen_logps": -10.0 - i, "ref_rejected_logps": -12.0 + i}
+        for i, row in enumerate(tiny.pairs(8))
+    ]
+    return made(rows)
+
+
+def tied(seed: int = 0):
+    return tiny.model(seed=seed, tie_word_embeddings=True)
+
+
+def adapted(**options):
+    """A model with a second, frozen adapter, whose name the reference goes by."""
+    model = peft.get_peft_model(tiny.model(), lora(**options))
+    model.add_adapter("reference", lora(init_lora_weights=False, **options))
+    return model
+
+
+def half_frozen():
+    """A model with an adapter whose first factors stay as they are."""
+    model = peft.get_peft_model(tiny.model(), lora(target_modules=["q_proj", "lm_head"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    return model
+
+
+SUMS = {"precompute_ref_log_probs": True}
+# Beside these options each run has 8 pairs and a joint batch of 4.
+CASES = {
+    "full, none": lambda: {"objective": "simpo"},
+    "full, carried": lambda: {"train_dataset": carried()},
+    "lora, none": lambda: {"objective": "simpo", "peft_config": lora()},
+    "lora, carried": lambda: {"train_dataset": carried(), "peft_config": lora()},
+    "lora, adapter off": lambda: {"peft_config": lora()},
+    "lora, adapter off, bf16": lambda: {"peft_config": lora(), "bf16": True},
+    "lora, tied head": lambda: {"model": tied(), "peft_config": lora()},
+    "lora on the head": lambda: {"peft_config": lora(target_modules=["q_proj", "lm_head"])},
+    "lora, whole head": lambda: {"peft_config": lora(modules_to_save=["lm_head"])},
+    "lora, whole head, bf16": lambda: {
+        "peft_config": lora(modules_to_save=["lm_head"]),
+        "bf16": True,
+    },
+    "another adapter": lambda: {
+        "model": adapted(modules_to_save=["lm_head"]),
+        "ref_adapter_name": "reference",
+    },
+    "half frozen": lambda: {"model": half_frozen()},
+    "full, precomputed": lambda: {**SUMS, "eval_dataset": {"one": tiny.dataset(5, seed=3)}},
+    "full, precomputed, bf16": lambda: {**SUMS, "bf16": True},
+    "full, tied head, precomputed": lambda: {**SUMS, "model": tied()},
+    "lora, precomputed": lambda: {**SUMS, "peft_config": lora()},
+    "lora, precomputed, bf16": lambda: {**SUMS, "peft_config": lora(), "bf16": True},
+    "trained adapter, precomputed": lambda: {**SUMS, "model": trained()},
+    "full, reference": lambda: {"ref_model": tiny.model(seed=1)},
+    "full, copy, bf16": lambda: {"bf16": True},
+    "full, reference, precomputed": lambda: {**SUMS, "ref_model": tiny.model(seed=1)},
+    # A reference of another family is sharded by layers of its own.
+    "lora, reference, evaluated": lambda: {
+        "ref_model": tiny.model("Gemma2", seed=1),
+        "peft_config": lora(),
+        "eval_dataset": tiny.dataset(5, seed=2),
+        "per_device_eval_batch_size": 1,
+    },
+    "lora, reference, bf16": lambda: {
+        "model": tiny.model().bfloat16(),
+        "ref_model": tiny.model().bfloat16(),
+        "peft_config": lora(),
+        "bf16": True,
+    },
+    # Between this policy and this reference KTO's reference point is above 0.
+    "kto": lambda: {
+        "objective": "kto",
+        "model": tiny.model(seed=1),
+        "ref_model": tiny.model(),
+        "train_dataset": single_rows_by_rank(),
+        "train_sampling_strategy": "sequential",
+        "joint": {"data_collator": MismatchedByRank(0)},
+    },
+    "statistics": lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
+    "draws": lambda: {
+        "objective": "betadpo",
+        "objective_options": {"keep": 0.5},
+        "ref_model": tiny.model(seed=1),
+    },
+    "lora, checkpointed, packed, accumulated, clipped": lambda: {
+        "peft_config": lora(),
+        "gradient_checkpointing": True,
+        "padding_free": True,
+        "accumulated": 2,
+        "max_grad_norm": 0.05,
+    },
+    "full, copy, checkpointed, packed, accumulated, clipped": lambda: {
+        "gradient_checkpointing": True,
+        "padding_free": True,
+        "accumulated": 2,
+        "max_grad_norm": 0.05,
+    },
+}
+# What these go through others go through as well.
+LONG = (
+    "full, none",
+    "lora, none",
+    "lora, carried",
+    "lora, tied head",
+    "lora, precomputed",
+    "full, reference",
+    "lora, reference, bf16",
+    "statistics",
+    "draws",
+)
+
+
+def weights_and_gradients(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Of every trained parameter, whole, by its name in one process."""
+    from contextlib import nullcontext
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    whole: Any = nullcontext()
+    if isinstance(model, FullyShardedDataParallel):
+        whole = FullyShardedDataParallel.summon_full_params(model, with_grads=True, writeback=False)
+    found: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "gradients": {}}
+    with whole:
+        for name, parameter in model.named_parameters():
+            for prefix in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+                name = name.replace(prefix, "")
+            if parameter.requires_grad:
+                values = {"weights": parameter.detach(), "gradients": parameter.grad}
+                for kind, value in values.items():
+                    if value is not None:
+                        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+                        found[kind][name] = value.clone()
+    return found
+
+
+def record(run: Any) -> list[dict]:
+    """A list that gets what `weights_and_gradients` finds before every optimiser step."""
+    import transformers
+
+    steps = []
+
+    class Record(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **_):
+            steps.append(weights_and_gradients(run.model))
+
+    run.add_callback(Record())
+    return steps
+
+
+def outcome_of(path: Path, case: str, ranks: int) -> dict:
+    options = CASES[case]()
+    accumulated, joint = options.pop("accumulated", 1), options.pop("joint", {})
+    sizes = {"per_device_train_batch_size": 4 // ranks // accumulated}
+    sizes["gradient_accumulation_steps"] = accumulated
+    if ranks == 1:
+        sizes = {"per_device_train_batch_size": 4, **joint}
+    run = trainer(
+        path,
+        **{
+            "count": 8,
+            "optim": "sgd",
+            # Large enough for the second step's gradients to depend on the first's.
+            "learning_rate": 0.1,
+            "max_grad_norm": 0.0,
+            "model": None,
+            **sizes,
+            **options,
+        },
+    )
+    steps = record(run)
+    run.train()
+    assert run.args.world_size == ranks and run.is_fsdp_enabled == (ranks > 1)
+    evaluated = [run.evaluate()] if "eval_dataset" in options else []
+    own = ("adapter off", "precomputed", "copy", "reference, bf16")
+    is_own = any(name in case for name in own) and "reference, precomputed" not in case
+    return {"steps": steps, "logs": [*step_logs(run), *evaluated], "is_own_reference": is_own}
+
+
+def _found_again(path: Path) -> dict:
+    """Two runs of one cache: how often each computed sums, and the sums."""
+    made = {"batches": [], "probed": [], "sums": [], "losses": []}
+    for _ in range(2):
+        computed = []
+        with pytest.MonkeyPatch.context() as patch:
+            plain = PreferenceTrainer._reference_logps
+
+            def counting(self, inputs, computed=computed, plain=plain):
+                computed.append(1)
+                return plain(self, inputs)
+
+            patch.setattr(PreferenceTrainer, "_reference_logps", counting)
+            run = trainer(path, peft_config=lora(), padding_free=True, bf16=True, **SUMS)
+        made["batches"].append(len(computed))
+        made["probed"].append(transform._PROBED in vars(unwrap(run.model)))
+        run.train()
+        made["sums"].append(sums(run.train_dataset))
+        made["losses"].append(step_logs(run)[0]["loss"])
+    return made
+
+
+def _later(path: Path) -> dict:
+    """Evaluation before training, and of datasets that come after it."""
+    said, losses = [], []
+    for options in ({}, {"peft_config": lora()}, {"model": trained()}):
+        run = trainer(path, per_device_train_batch_size=2, **SUMS, **options)
+        with pytest.raises(ValueError) as raised:
+            run.evaluate(tiny.dataset(4, seed=3))
+        said.append(str(raised.value))
+        run.train()
+        try:
+            losses.append(run.evaluate(tiny.dataset(4, seed=4))["eval_loss"])
+        except ValueError as error:
+            losses.append(str(error))
+    return {"said": said, "losses": losses}
+
+
+COMMANDS = {
+    "full": {"objective": "dpo"},
+    "lora": {"objective": "dpo", "lora_r": 4},
+    "precomputed": {"objective": "dpo", "precompute_ref_log_probs": True, "bf16": True},
+}
+
+
+def command(path: Path, name: str, **given) -> list[str]:
+    """The arguments of a run on the model and the pairs in `path`, with checkpoints."""
+    options = {
+        "model_name_or_path": path / "model",
+        "dataset": path / "pairs.jsonl",
+        "output_dir": path / name,
+        "ref_cache_dir": path / "sums",
+        "use_cpu": True,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "report_to": "none",
+        **COMMANDS[name],
+        **given,
+    }
+    if name != "precomputed":
+        options.pop("ref_cache_dir")
+    return flags(options)
+
+
+def _commands(path: Path) -> dict:
+    """`prefkern train` as `accelerate launch` sets it up: sharded checkpoints, loaded by one rank."""
+    path = path.parent
+    made = {}
+    defaults = {
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in defaults.items():
+            patch.setenv(name, value)
+        for name in COMMANDS:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                status = cli.main(["train", *command(path, name)])
+            made[name] = (status, out.getvalue())
+    return made
+
+
+def _resumed(path: Path) -> dict:
+    """Runs that save after each step, and others that go on from the third, by kind of checkpoint."""
+    made = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        for case in ("alphadpo", "betadpo"):
+            found = []
+            for resumes in (False, True):
+                options = {"save_strategy": "no"} if resumes else {}
+                folder = path / kind / case
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setenv("FSDP_STATE_DICT_TYPE", kind)
+                    run = run_of(folder, case, eval_strategy="no", **options)
+                run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resumes else None)
+                steps = run.state.global_step
+                whole = weights_and_gradients(run.model)["weights"]
+                found.append({"steps": steps, "weights": whole, "logs": logs_of(run)})
+            made[kind, case] = found
+    return made
+
+
+def _refused(path: Path) -> str:
+    with pytest.raises(ValueError) as raised:
+        trainer(path, model="no/model", peft_config=lora())
+    return str(raised.value)
+
+
+# By name; each is a run of its own on both ranks. The first are of FSDP2, the last is of FSDP1.
+OTHERS = {
+    "found again": _found_again,
+    "later": _later,
+    "commands": _commands,
+    "resumed": _resumed,
+    "refused": _refused,
+}
+
+
+def launch(folder: Path, version: int, *names: str, **settings: str) -> None:
+    """Run these cases on two ranks; each leaves what it saw in `folder`/rank0.pt or rank1.pt."""
+    given = {**SETTINGS, **VERSIONS[version], **settings}
+    torchrun("support.fsdp", str(folder), *names, **given)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fsdp_on_cpus()
+    folder = Path(sys.argv[1])
+    outcomes = {
+        case: OTHERS[case](folder / case)
+        if case in OTHERS
+        else outcome_of(folder / case, case, ranks=int(os.environ["WORLD_SIZE"]))
+        for case in sys.argv[2:]
+    }
+    torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
