@@ -200,12 +200,17 @@ class FusedPreferenceLoss(nn.Module):
             if vocab is None:
                 is_one_head = reference is not None and same_head(head, reference)
             else:
-                name = type(self.objective).__name__
-                options = (name, self.ignore_index, transform, return_stats)
                 is_one_head &= ref_hidden is not None and ref_hidden.dtype == hidden.dtype
-                of_reference = (reference is not None, is_one_head)
-                facts.update(
-                    shards.facts_of(vocab, head, labels, options=options, ref_weight=of_reference)
+                facts |= shards.facts_of(
+                    vocab,
+                    head,
+                    labels,
+                    objective=type(self.objective).__name__,
+                    ignore_index=self.ignore_index,
+                    return_stats=return_stats,
+                    ref_hidden=reference is not None,
+                    ref_weight="weight itself" if is_one_head else "a head of its own",
+                    **transform.keywords(),
                 )
         assert scored.offsets is not None
         tokens, plan = _score_tokens(

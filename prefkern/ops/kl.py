@@ -94,7 +94,8 @@ def linear_kl(
         backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
         scored = sequences.select(labels.reshape(-1), ignore_index, shards.size_of(vocab, weight))
         if vocab is not None:
-            facts.update(shards.facts_of(vocab, head, labels, options=(ignore_index, transform)))
+            options = {"ignore_index": ignore_index, **transform.keywords()}
+            facts |= shards.facts_of(vocab, head, labels, **options)
     result, _ = call.run(
         head,
         scored,

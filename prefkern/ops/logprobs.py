@@ -108,8 +108,8 @@ def linear_logprobs(
         backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
         scored = sequences.select(labels.reshape(-1), ignore_index, shards.size_of(vocab, weight))
         if vocab is not None:
-            options = (ignore_index, transform, return_stats)
-            facts.update(shards.facts_of(vocab, head, labels, options=options))
+            options = {"ignore_index": ignore_index, "return_stats": return_stats}
+            facts |= shards.facts_of(vocab, head, labels, **options, **transform.keywords())
     result, _ = call.run(
         head, scored, transform, workspace_mb, backend, with_stats=return_stats, shard=vocab
     )

@@ -157,12 +157,18 @@ def facts_of(
     **others: object,
 ) -> dict[str, object]:
     """What ranks must agree upon before they sum anything. One device synchronisation."""
-    rank = 0 if head.low_rank is None else head.low_rank.weight.shape[1]
+
+    def described(states: Tensor) -> str:
+        needs = torch.is_grad_enabled() and states.requires_grad
+        dtype = str(head.operands.compute_dtype).removeprefix("torch.")
+        return f"{list(states.shape)} in {dtype}, {'a' if needs else 'no'} gradient"
+
+    low_rank = head.low_rank
     return {
         "entries": (shard.start, shard.start + head.weight.shape[0]),
         "size": shard.size,
-        "hidden": (*head.hidden.shape, str(head.operands.compute_dtype)),
-        "lora_hidden": rank,
+        "hidden": described(head.hidden),
+        "lora_hidden": None if low_rank is None else described(low_rank.hidden),
         "labels": _checksum(labels),
         **others,
     }

@@ -9,8 +9,23 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
 
 from support.processes import environment
+
+
+@contextmanager
+def group_of_one() -> Iterator[dist.ProcessGroup]:
+    """A process group with this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def run_on_two_ranks(*arguments: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Calls with a head over several ranks: the cases, each as one rank of several or as one process.
 
-`python -m support.vocab_ranks FOLDER NAME...`, started as a rank of several, runs the named cases
-and leaves what it saw in FOLDER/rank0.pt and so on. Without ranks the same functions see the whole
-head (`whole`), for the test to compare with.
+`python -m support.vocab_ranks FOLDER NAME...`, started as a rank of several (`launch`), runs the
+named cases and leaves what it saw in FOLDER/rank0.pt and so on. Without a rank `outcome` has the
+whole head, for a test to compare with.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import prefkern
 from prefkern import objectives
+from support.logprobs import relative
+from support.machine import BACKENDS, DEVICE
+from support.ranks import run_on_ranks
 
 V, H, R, TOKENS = 83, 16, 5, 24
 TRANSFORM = {"logit_scale": 1.3, "softcap": 6.0, "temperature": 0.7}
@@ -31,8 +36,6 @@ CUTS = {
     "first empty": {2: (0, V), 4: (0, 0, 1, V)},
 }
 PARTS = ("weight", "bias", "lora_weight", "ref_weight", "ref_bias")
-OF_HEAD = ("weight", "bias", "lora_weight")
-OF_STATES = ("hidden", "lora_hidden")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def unscored(tensors: dict[str, Tensor]) -> None:
 def ties(tensors: dict[str, Tensor]) -> None:
     """Equal entries on both sides of a cut: top-1 is the first of them."""
     tensors["weight"][60] = tensors["weight"][20]
-    tensors["labels"].view(-1)[:] = torch.tensor([20, 60] * (TOKENS // 2))
+    tensors["labels"].view(-1)[:] = torch.tensor([20, 60] * (TOKENS // 2), device=DEVICE)
     tensors["hidden"].view(-1, H)[:] = tensors["weight"][20] * 5
 
 
@@ -135,7 +138,21 @@ ROUNDED = {
 ROUNDED["autocast"] = Case(
     trains=TRAINED, given=("bias",), dtype=torch.float32, autocast=True, options=TRANSFORM
 )
-ALL = CASES | ROUNDED
+TRITON = {
+    f"{name}, triton": Case(
+        **{
+            **vars(CASES[name]),
+            "dtype": torch.float32,
+            "options": CASES[name].options | {"backend": "triton"},
+        }
+    )
+    for name in (
+        "frozen, transform, statistics", "trained, kept", "trained, recomputed", "an empty shard",
+        "kl, trained, kept",
+    )
+    if "triton" in BACKENDS
+}  # fmt: skip
+ALL = CASES | ROUNDED | TRITON
 
 
 def drawn(case: Case) -> dict[str, Tensor]:
@@ -160,11 +177,14 @@ def drawn(case: Case) -> dict[str, Tensor]:
         "ref_bias": randn(V),
         "grad": randn(3, 4, TOKENS // 4),
     }
+    tensors = {name: x.to(DEVICE) for name, x in tensors.items()}
     if case.spoil is not None:
         case.spoil(tensors)
-    return {
-        name: x.to(case.dtype) if x.is_floating_point() else x for name, x in tensors.items()
-    }
+    return cast(tensors, case.dtype)
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 @dataclass
@@ -177,11 +197,15 @@ class Seen:
     calls: list[tuple[str, int]] = field(default_factory=list)  # collectives, and their bytes
 
 
-def outcome(case: Case, dtype: torch.dtype | None = None, at: tuple[int, int] | None = None) -> Seen:
+def outcome(
+    case: Case, dtype: torch.dtype | None = None, at: tuple[int, int] | None = None
+) -> Seen:
     """Run a case: one rank's part of it, at = (start, stop) of its entries, or None: the whole."""
     tensors = drawn(case)
+    options = dict(case.options)
     if dtype is not None:
-        tensors = {k: x.to(dtype) if x.is_floating_point() else x for k, x in tensors.items()}
+        tensors = cast(tensors, dtype)
+        options.pop("backend", None)
     shard = None
     if at is not None:
         tensors |= {name: tensors[name][slice(*at)].clone() for name in PARTS}
@@ -190,8 +214,8 @@ def outcome(case: Case, dtype: torch.dtype | None = None, at: tuple[int, int] | 
     given = {name: tensors[name] for name in ("hidden", "weight", "labels", *case.given)}
     if case.call not in ("logprobs", "kl") and "ref_weight" not in given:
         given["ref_weight"] = given["weight"]
-    options = {"vocab": shard} | case.options
-    with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast and dtype is None):
+    options["vocab"] = shard
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=case.autocast and dtype is None):
         values, total = _called(case, given, options, tensors["grad"])
     if case.trains:
         total.backward()
@@ -253,6 +277,8 @@ def entries_of(cut: str, rank: int, ranks: int) -> tuple[int, int]:
 
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
+    # Fresh memory holds NaN, as in the tests.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     outcomes: dict[str, Any] = {}
@@ -269,7 +295,243 @@ def main(folder: Path, names: list[str]) -> None:
     dist.destroy_process_group()
 
 
-OTHERS: dict[str, Callable[[], Any]] = {}
+def shard_of(start: int, size: int = V) -> prefkern.VocabShard:
+    return prefkern.VocabShard(dist.group.WORLD, start, size)
+
+
+def _retained() -> dict[str, Any]:
+    """Twice the same backward, and one without the other's gradients."""
+    case = CASES["lora, trained, kept"]
+    tensors = drawn(case)
+    start, stop = entries_of("uneven", dist.get_rank(), dist.get_world_size())
+    tensors |= {name: tensors[name][start:stop].clone() for name in PARTS}
+    leaves = [tensors[name].requires_grad_() for name in case.trains]
+    given = {name: tensors[name] for name in ("hidden", "weight", "labels", *case.given)}
+    logps = prefkern.linear_logprobs(**given, vocab=shard_of(start))
+    return {
+        "gradients": [
+            torch.autograd.grad(logps, leaves, tensors["grad"][0], retain_graph=True)
+            for _ in range(2)
+        ]
+    }
+
+
+def _messages(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
+    """The error of each call. A right call between them shows that the ranks are still in step."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001
+            found[name] = f"{type(error).__name__}: {error}"
+        else:
+            found[name] = "nothing"
+        start, stop = entries_of("uneven", dist.get_rank(), dist.get_world_size())
+        tensors = drawn(CASES["frozen"])
+        logps = prefkern.linear_logprobs(
+            tensors["hidden"], tensors["weight"][start:stop], tensors["labels"],
+            vocab=shard_of(start),
+        )  # fmt: skip
+        assert logps.sum().item() < -1
+    return found
+
+
+def _disagreements() -> dict[str, str]:
+    """What differs between ranks, or is wrong on one of them. Two ranks."""
+    rank, tensors = dist.get_rank(), drawn(CASES["frozen"])
+    hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
+    start, stop = entries_of("uneven", rank, 2)
+    far = labels.clone()
+    far[1, 1] = V
+
+    def call(labels: Tensor = labels, part: slice = slice(start, stop), **change: Any) -> Any:
+        given = {"hidden": hidden, "weight": weight[part], "vocab": shard_of(start)} | change
+        return prefkern.linear_logprobs(labels=labels, **given)
+
+    return _messages(
+        {
+            "labels out of range on one rank": lambda: call(far if rank else labels),
+            "other labels": lambda: call(labels.flip(0) if rank else labels),
+            "another shape": lambda: call(labels if rank else labels[:, :-1]),
+            "other options": lambda: call(temperature=2.0 if rank else 1.0),
+            "a gradient on one rank": lambda: call(
+                hidden=hidden.clone().requires_grad_(rank == 0)
+            ),
+            "other sizes": lambda: call(vocab=shard_of(start, V + rank)),
+            "a gap": lambda: call(part=slice(start, stop - 1) if rank == 0 else slice(start, stop)),
+            "an overlap": lambda: call(
+                part=slice(start, stop) if rank else slice(0, stop + 3)
+            ),
+            "too many rows": lambda: call(part=slice(0, V)),
+        }
+    )  # fmt: skip
+
+
+def _losses() -> dict[str, str]:
+    """The same of a loss."""
+    rank, tensors = dist.get_rank(), drawn(CASES["frozen"])
+    hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
+    start, stop = entries_of("uneven", rank, 2)
+
+    def loss(objective: str = "dpo", on_nonfinite: Any = None, **change: Any) -> Any:
+        made = prefkern.FusedPreferenceLoss(objectives.build(objective), on_nonfinite=on_nonfinite)
+        given = {"weight": weight[start:stop], "vocab": shard_of(start)}
+        if "ref_weight" not in change:
+            given["ref_logps"] = torch.zeros(4, device=DEVICE)
+        return made(hidden=hidden, labels=labels, **(given | change))
+
+    return _messages(
+        {
+            "other objectives": lambda: loss("ipo" if rank else "dpo"),
+            "a wrong argument on one rank": lambda: loss(softcap=-1.0 if rank else None),
+            "a whole reference": lambda: loss(ref_hidden=hidden, ref_weight=weight[:V - start]),
+            "nonfinite": lambda: loss(on_nonfinite="raise"),
+        }
+    )  # fmt: skip
+
+
+def _dtensors() -> dict[str, Any]:
+    """Heads and states as DTensors, with 83 entries and with fewer than torch.chunk's parts."""
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    found = {}
+    for name, entries, placement in (
+        ("83 entries", V, Shard(0)), ("5 entries", 5, Shard(0)), ("whole", V, Replicate()),
+    ):  # fmt: skip
+        tensors = drawn(CASES["lora, trained, kept"])
+        tensors["labels"] = tensors["labels"].where(
+            tensors["labels"] < 0, tensors["labels"] % entries
+        )
+        leaves = {
+            part: distribute_tensor(tensors[part][:entries], mesh, [placement]).requires_grad_()
+            for part in ("weight", "bias", "lora_weight")
+        }
+        leaves["hidden"] = distribute_tensor(tensors["hidden"], mesh, [Replicate()])
+        leaves["lora_hidden"] = tensors["lora_hidden"]
+        for part in ("hidden", "lora_hidden"):
+            leaves[part].requires_grad_()
+        logps = prefkern.linear_logprobs(labels=tensors["labels"], **leaves)
+        logps.backward(tensors["grad"][0])
+        gradients = {part: x.grad for part, x in leaves.items()}
+        placed = {
+            part: str(x.placements) for part, x in gradients.items() if isinstance(x, DTensor)
+        }
+        found[name] = {
+            "logps": logps.detach(),
+            "placed": placed,
+            "gradients": {
+                part: x.full_tensor() if isinstance(x, DTensor) else x
+                for part, x in gradients.items()
+            },
+        }
+    return found
+
+
+def _reference_dtensors() -> list[Tensor]:
+    """Losses with a reference through the policy's head, and through one of its own."""
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    tensors = drawn(CASES["dpo, one head"])
+    weight, ref_weight = (
+        distribute_tensor(tensors[name], mesh, [Shard(0)]) for name in ("weight", "ref_weight")
+    )
+    loss = prefkern.FusedPreferenceLoss(objectives.build("dpo"))
+    given = {name: tensors[name] for name in ("hidden", "labels", "ref_hidden")}
+    return [
+        loss(**given, weight=weight, ref_weight=of_reference).losses
+        for of_reference in (weight, ref_weight)
+    ]
+
+
+def _placements() -> dict[str, str]:
+    """DTensors that are refused."""
+    ranks = dist.get_world_size()
+    mesh, two = init_device_mesh(DEVICE, (ranks,)), init_device_mesh(DEVICE, (ranks, 1))
+    tensors = drawn(CASES["frozen"])
+    hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
+    bias, start = tensors["bias"], entries_of("uneven", dist.get_rank(), ranks)[0]
+    rows = distribute_tensor(weight, mesh, [Shard(0)])
+
+    def call(**change: Any) -> Any:
+        return prefkern.linear_logprobs(**{"hidden": hidden, "labels": labels} | change)
+
+    def kl(**change: Any) -> Any:
+        return prefkern.linear_kl(hidden, labels=labels, ref_hidden=hidden, **change)
+
+    def spread(x: Tensor, *placements: Any) -> DTensor:
+        return distribute_tensor(x, two if len(placements) > 1 else mesh, placements)
+
+    return _messages(
+        {
+            "columns": lambda: call(weight=spread(weight, Shard(1))),
+            "two dimensions": lambda: call(weight=spread(weight, Shard(0), Replicate())),
+            "twice": lambda: call(weight=rows, vocab=shard_of(start)),
+            "tokens": lambda: call(weight=rows, hidden=spread(hidden, Shard(0))),
+            "bias": lambda: call(weight=rows, bias=spread(bias, Replicate())),
+            "a plain weight's bias": lambda: call(weight=weight, bias=spread(bias, Shard(0))),
+            "a reference alone": lambda: kl(weight=weight, ref_weight=rows),
+            "a whole reference": lambda: kl(weight=rows, ref_weight=weight),
+        }
+    )
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "retained": _retained,
+    "disagreements": _disagreements,
+    "losses": _losses,
+    "dtensors": _dtensors,
+    "reference dtensors": _reference_dtensors,
+    "placements": _placements,
+}
+
+
+def launch(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
+    """Run these cases on so many ranks; returns what each saw, by case."""
+    run_on_ranks(ranks, "-m", "support.vocab_ranks", str(folder), *names)
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return [
+        {name: Seen(**seen) if name in ALL else seen for name, seen in each.items()}
+        for each in found
+    ]
+
+
+def joined(parts: list[Seen], name: str) -> Tensor:
+    """A gradient as one process has it: of the rows of all ranks, or of states, equal on all."""
+    gradients = [part.gradients[name] for part in parts]
+    if name in PARTS:
+        return torch.cat(gradients)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    return gradients[0]
+
+
+def assert_exact(parts: list[Seen], case: Case) -> None:
+    """Values and gradients are those of one process, to float64's rounding; equal on all ranks."""
+    whole = outcome(case)
+    for name, value in whole.values.items():
+        assert all(torch.equal(part.values[name], parts[0].values[name]) for part in parts), name
+        torch.testing.assert_close(parts[0].values[name], value, rtol=1e-12, atol=1e-12)
+    assert parts[0].gradients.keys() == whole.gradients.keys()
+    for name, gradient in whole.gradients.items():
+        error = (joined(parts, name) - gradient).norm()
+        # A gradient that cancels is not known better than its terms.
+        assert error <= 1e-12 * gradient.norm() + 1e-15, (name, error / gradient.norm())
+
+
+def assert_as_accurate(parts: list[Seen], case: Case) -> None:
+    """In a dtype that rounds the errors are those of one process, or a little more or less."""
+    one, truth = outcome(case), outcome(case, torch.float64)
+    for name, true in truth.values.items():
+        mine = [part.values[name] for part in parts]
+        assert all(torch.equal(value, mine[0]) for value in mine), name
+        if true.dtype == torch.bool:
+            assert torch.equal(mine[0], one.values[name])
+        else:
+            error, of_one = relative(mine[0], true), relative(one.values[name], true)
+            assert error <= 1.5 * of_one + 1e-7, (name, error, of_one)
+    for name, true in truth.gradients.items():
+        gradient = joined(parts, name)
+        assert gradient.dtype == one.gradients[name].dtype
+        error, of_one = relative(gradient, true), relative(one.gradients[name], true)
+        assert error <= 1.5 * of_one + 1e-7, (name, error, of_one)
+
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
