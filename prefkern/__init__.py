@@ -3,7 +3,7 @@
 Where to begin:
 
 - `linear_logprobs` is the operator: log-probs of labels without logits in memory. `linear_kl` adds
-  the KL to a reference. `plan_for` says what a call costs.
+  the KL to a reference. `plan_for` says what a call costs. `VocabShard` is a rank's part of a head.
 - `FusedPreferenceLoss` is the loss on them, and `objectives` has the formulas of the losses.
 - `reference` has the same calls with logits in memory.
 - `diagnostics` shows how hard the loss pushes each response.
