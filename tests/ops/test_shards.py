@@ -36,7 +36,10 @@ from support.vocab_ranks import (
 
 OPERATOR = {name: case for name, case in CASES.items() if case.call in ("logprobs", "kl")}
 # What two ranks say to one another, and what any number does.
-OTHERS = {2: ["retained", "dtensors", "placements", "disagreements"], 4: ["dtensors", "placements"]}
+OTHERS = {
+    2: ["retained", "dtensors", "placements", "disagreements"],
+    4: ["dtensors", "placements", "two groups"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,19 @@ def test_a_dtensor_is_a_shard(count, name, ranks):
             torch.testing.assert_close(
                 found["gradients"][part], leaf.grad, rtol=1e-11, atol=1e-12, msg=part
             )
+
+
+@pytest.mark.long
+def test_two_groups_of_two(ranks):
+    """Each with tokens of its own, as with data parallelism beside."""
+    whole = outcome(CASES["frozen"])
+    for rank, each in enumerate(ranks(4)):
+        found = each["two groups"]
+        assert found["rolled"] == rank // 2
+        for mine, true in (
+            (found["values"], whole.values["logps"]), (found["gradient"], whole.gradients["hidden"])
+        ):  # fmt: skip
+            torch.testing.assert_close(mine, true.roll(rank // 2, 0), rtol=1e-11, atol=1e-12)
 
 
 # The words of rank 0 and of rank 1.

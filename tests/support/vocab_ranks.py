@@ -65,6 +65,17 @@ def confident(tensors: dict[str, Tensor]) -> None:
     tensors["hidden"].view(-1, H)[::2] = rows[::2] * 30
 
 
+def not_finite(tensors: dict[str, Tensor]) -> None:
+    """A token with a NaN; a label with a logit of +inf, another of -inf; the rest is finite."""
+    tensors["hidden"].view(-1, H)[8] = torch.nan
+    tensors["labels"].view(-1)[9:12] = torch.tensor([2, 70, 60], device=DEVICE)
+    tensors["bias"][70], tensors["bias"][60] = torch.inf, -torch.inf
+
+
+def nan_row(tensors: dict[str, Tensor]) -> None:
+    tensors["weight"][60] = torch.nan
+
+
 def unscored(tensors: dict[str, Tensor]) -> None:
     tensors["labels"].fill_(-100)
 
@@ -103,6 +114,8 @@ CASES = {
     ),
     "an empty shard, frozen": Case(cut="first empty", options=STATS),
     "entries ruled out": Case(trains=TRAINED, given=("bias",), spoil=ruled_out, cut="uneven"),
+    "not finite": Case(given=("bias",), spoil=not_finite, options=STATS),
+    "a row of NaN": Case(trains=("hidden", "weight"), spoil=nan_row, options=STATS),
     "nothing scored": Case(trains=TRAINED, given=("bias",), spoil=unscored, options=STATS),
     "ties": Case(trains=(), options=STATS, spoil=ties),
     "lora, frozen": Case(
@@ -316,6 +329,21 @@ def _retained() -> dict[str, Any]:
     }
 
 
+def _two_groups() -> dict[str, Any]:
+    """Four ranks in two pairs, each with tokens of its own; both have the head."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    tensors = drawn(CASES["frozen"])
+    start, stop = entries_of("uneven", rank % 2, 2)
+    hidden = tensors["hidden"].roll(rank // 2, 0).requires_grad_()
+    logps = prefkern.linear_logprobs(
+        hidden, tensors["weight"][start:stop], tensors["labels"].roll(rank // 2, 0),
+        vocab=prefkern.VocabShard(groups[rank // 2], start, V),
+    )  # fmt: skip
+    logps.backward(tensors["grad"][0].roll(rank // 2, 0))
+    return {"rolled": rank // 2, "values": logps.detach(), "gradient": hidden.grad}
+
+
 def _messages(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
     """The error of each call. A right call between them shows that the ranks are still in step."""
     found = {}
@@ -477,6 +505,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "retained": _retained,
     "disagreements": _disagreements,
     "losses": _losses,
+    "two groups": _two_groups,
     "dtensors": _dtensors,
     "reference dtensors": _reference_dtensors,
     "placements": _placements,
@@ -498,20 +527,30 @@ def joined(parts: list[Seen], name: str) -> Tensor:
     gradients = [part.gradients[name] for part in parts]
     if name in PARTS:
         return torch.cat(gradients)
-    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert_bitwise(gradients)
     return gradients[0]
+
+
+def assert_bitwise(values: list[Tensor]) -> None:
+    """Ranks have the same numbers; a NaN is the same as a NaN."""
+    for value in values:
+        torch.testing.assert_close(value, values[0], rtol=0, atol=0, equal_nan=True)
 
 
 def assert_exact(parts: list[Seen], case: Case) -> None:
     """Values and gradients are those of one process, to float64's rounding; equal on all ranks."""
     whole = outcome(case)
     for name, value in whole.values.items():
-        assert all(torch.equal(part.values[name], parts[0].values[name]) for part in parts), name
-        torch.testing.assert_close(parts[0].values[name], value, rtol=1e-12, atol=1e-12)
+        mine = [part.values[name] for part in parts]
+        assert_bitwise(mine)
+        torch.testing.assert_close(mine[0], value, rtol=1e-12, atol=1e-12, equal_nan=True)
     assert parts[0].gradients.keys() == whole.gradients.keys()
     for name, gradient in whole.gradients.items():
-        error = (joined(parts, name) - gradient).norm()
+        mine = joined(parts, name)
+        assert torch.equal(mine.isfinite(), gradient.isfinite()), name
+        gradient, mine = gradient.nan_to_num(0, 0, 0), mine.nan_to_num(0, 0, 0)
         # A gradient that cancels is not known better than its terms.
+        error = (mine - gradient).norm()
         assert error <= 1e-12 * gradient.norm() + 1e-15, (name, error / gradient.norm())
 
 
@@ -520,7 +559,7 @@ def assert_as_accurate(parts: list[Seen], case: Case) -> None:
     one, truth = outcome(case), outcome(case, torch.float64)
     for name, true in truth.values.items():
         mine = [part.values[name] for part in parts]
-        assert all(torch.equal(value, mine[0]) for value in mine), name
+        assert_bitwise(mine)
         if true.dtype == torch.bool:
             assert torch.equal(mine[0], one.values[name])
         else:
