@@ -163,7 +163,8 @@ class FusedPreferenceLoss(nn.Module):
             ):
                 raise NotImplementedError(
                     f"on_nonfinite={self.on_nonfinite!r} reads a number from the device, which "
-                    "torch.compile and CUDA graphs cannot; leave it None, and check the loss outside"
+                    "torch.compile and CUDA graphs cannot; leave it None, and check the loss "
+                    "outside"
                 )
             if self.on_nonfinite is not None and vocab is not None:
                 raise NotImplementedError(

@@ -11,9 +11,9 @@ workspace that is enough for these tokens, and the allocator's message. accelera
 batch size recognises an out-of-memory error by that message.
 
 A pass returns its results when it ends, all gradients of a call together. So an attempt that fails
-leaves nothing in any `.grad`. Of the ranks of one call with a shard of the vocabulary each, none
-tries again: the others wait for its part of a sum. Any other call has no collective, so a rank can
-try again by itself.
+leaves nothing in any `.grad`. A pass over the whole vocabulary has no collective, so a rank can try
+again by itself. With a shard of the vocabulary it does not: the other ranks wait for its part of a
+sum.
 """
 
 from __future__ import annotations

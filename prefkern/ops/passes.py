@@ -266,8 +266,8 @@ def forward(
             logps.device,
         )
     operands, wide = head.operands, head.operands.wide
-    # A tile of tokens is finished when it is folded. Those of a shard wait for one another, and then
-    # for the other ranks.
+    # A tile of tokens is finished when it is folded. Those of a shard wait for one another, and
+    # then for the other ranks.
     size = tiles.token_tile if shard is None else N
     state = FoldState.empty(size, logps.device, with_stats, wide)
     ref_state = FoldState.empty(size, logps.device, dtype=wide, with_cross=plan.has_divergence)

@@ -3,8 +3,8 @@
 The state of a token (`fold_state`) is a sum over the vocabulary, so ranks add theirs. A call has
 four collectives, whatever its number of tiles:
 
-- `Agreement`, before anything is computed: each rank sends its entries, a checksum of its labels and
-  its options, or that it raised. So all ranks go on, or all raise.
+- `Agreement`, before anything is computed: each rank sends its entries, a checksum of its labels,
+  and its options; or that it raised. So all ranks go on, or all raise.
 - `join`, when a rank has folded all of its entries: one all-reduce with MAX, (N,) maxima, and one
   with SUM, (N,) sums and label logits, float32. `D` stays where it is: each rank brings its own
   part to the common maximum.
@@ -17,7 +17,7 @@ The gradient of a rank's rows stays on that rank. All ranks get the same log-pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def size_of(shard: VocabShard | None, weight: Tensor) -> int:
 
 def refuse_graphs(shard: VocabShard | None, weight: object, labels: object) -> None:
     """Raise NotImplementedError where there are no collectives of ours: in graphs of any kind."""
-    is_sharded = shard is not None or _is_dtensor(weight)
+    is_sharded = shard is not None or is_dtensor(weight)
     is_captured = isinstance(labels, Tensor) and sequences.is_capturing(labels)
     if is_sharded and (torch.compiler.is_compiling() or is_captured):
         raise NotImplementedError(
@@ -232,7 +232,7 @@ def add_up(shard: VocabShard, gradient: Tensor) -> None:  # (N, W) float32, in p
 # torch.distributed.tensor takes a third of a second to import, and a plain call does not need it.
 
 
-def _is_dtensor(value: object) -> bool:
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
     if not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor
@@ -246,7 +246,7 @@ def local_states(**states: Any) -> tuple[Any, ...]:
     Raises TypeError for a DTensor with another placement.
     """
     return tuple(
-        _replicated(name, value) if _is_dtensor(value) else value for name, value in states.items()
+        _replicated(name, value) if is_dtensor(value) else value for name, value in states.items()
     )
 
 
@@ -274,7 +274,7 @@ def local_head(vocab: VocabShard | None, **parts: Any) -> tuple[VocabShard | Non
     if vocab is not None and not isinstance(vocab, VocabShard):
         raise TypeError(f"vocab must be a prefkern.VocabShard or None, got {shown(vocab)}")
     (name_of_weight, weight), *_ = parts.items()
-    if not _is_dtensor(weight):
+    if not is_dtensor(weight):
         return vocab, local_states(**parts)
     from torch.distributed.tensor import Replicate, Shard
 
@@ -299,7 +299,7 @@ def local_head(vocab: VocabShard | None, **parts: Any) -> tuple[VocabShard | Non
     vocab = VocabShard(mesh.get_group(), min(rank * each, size), size)
     local = []
     for name, value in parts.items():
-        if _is_dtensor(value):
+        if is_dtensor(value):
             if value.device_mesh != mesh or value.placements != placements:
                 raise TypeError(
                     f"{name} must be placed as {name_of_weight} is, {placements}, or be the "

@@ -241,7 +241,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_stays_in_the_workspace(kind, shard):
-    """With the states of all tokens, and the maxima of all kept ones, which wait for other ranks."""
+    """With all tokens' states, and all kept ones' maxima, which wait for the other ranks."""
     is_trained, options = KINDS[kind]
     options = {"workspace_mb": 8.0, "vocab": shard(9000), "backend": "torch"} | options
     hidden, weight = torch.randn(2000, 64, device=DEVICE), torch.randn(9000, 64, device=DEVICE)

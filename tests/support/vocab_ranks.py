@@ -110,7 +110,8 @@ CASES = {
     "trained, saturated": Case(trains=("hidden", "weight"), spread=200.0),
     "bias alone": Case(trains=("bias",), given=("bias",)),
     "an empty shard": Case(
-        trains=(*TRAINED, *ADAPTER), given=("bias", *ADAPTER), options=TRANSFORM | STATS, cut="empty"
+        trains=(*TRAINED, *ADAPTER), given=("bias", *ADAPTER), options=TRANSFORM | STATS,
+        cut="empty",
     ),
     "an empty shard, frozen": Case(cut="first empty", options=STATS),
     "entries ruled out": Case(trains=TRAINED, given=("bias",), spoil=ruled_out, cut="uneven"),
