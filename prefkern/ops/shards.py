@@ -73,9 +73,10 @@ def size_of(shard: VocabShard | None, weight: Tensor) -> int:
 
 def refuse_graphs(shard: VocabShard | None, weight: object, labels: object) -> None:
     """Raise NotImplementedError where there are no collectives of ours: in graphs of any kind."""
-    is_sharded = shard is not None or is_dtensor(weight)
+    if shard is None and not is_dtensor(weight):
+        return
     is_captured = isinstance(labels, Tensor) and sequences.is_capturing(labels)
-    if is_sharded and (torch.compiler.is_compiling() or is_captured):
+    if torch.compiler.is_compiling() or is_captured:
         raise NotImplementedError(
             "a head over several ranks (vocab, or weight as a DTensor) runs outside of "
             "torch.compile and CUDA graphs: ranks first agree upon the call, which reads numbers "
@@ -114,7 +115,8 @@ def _compare(shard: VocabShard, facts: dict[str, object]) -> None:
         if "error" in theirs:
             raise RuntimeError(f"rank {rank} of vocab's group refused this call: {theirs['error']}")
     first = everyone[0]
-    for name in facts:
+    # Another call has other names.
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
         for rank, theirs in enumerate(everyone):
             if name != "entries" and theirs.get(name) != first.get(name):
                 raise ValueError(

@@ -167,6 +167,7 @@ DISAGREE = {
         "ValueError: labels must have the shape of hidden",
         "RuntimeError: rank 0 of vocab's group refused this call: ValueError: labels must have",
     ),
+    "other calls": (f"ValueError: return_stats {SAME}",) * 2,
     "other options": (f"ValueError: temperature {SAME}",) * 2,
     "a gradient on one rank": (f"ValueError: hidden {SAME}",) * 2,
     "other sizes": (f"ValueError: size {SAME}",) * 2,

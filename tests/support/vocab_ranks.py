@@ -377,11 +377,16 @@ def _disagreements() -> dict[str, str]:
         given = {"hidden": hidden, "weight": weight[part], "vocab": shard_of(start)} | change
         return prefkern.linear_logprobs(labels=labels, **given)
 
+    def kl() -> Any:
+        part = weight[start:stop]
+        return prefkern.linear_kl(hidden, part, labels, hidden, part, vocab=shard_of(start))
+
     return _messages(
         {
             "labels out of range on one rank": lambda: call(far if rank else labels),
             "other labels": lambda: call(labels.flip(0) if rank else labels),
             "another shape": lambda: call(labels if rank else labels[:, :-1]),
+            "other calls": lambda: call() if rank else kl(),
             "other options": lambda: call(temperature=2.0 if rank else 1.0),
             "a gradient on one rank": lambda: call(
                 hidden=hidden.clone().requires_grad_(rank == 0)
