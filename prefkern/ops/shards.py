@@ -172,6 +172,8 @@ def facts_of(
         "hidden": described(head.hidden),
         "lora_hidden": None if low_rank is None else described(low_rank.hidden),
         "labels": _checksum(labels),
+        # It decides the order of tokens.
+        "PREFKERN_CPU_BF16": head.operands.rounds,
         **others,
     }
 

@@ -110,7 +110,7 @@ CASES = {
     "trained, saturated": Case(trains=("hidden", "weight"), spread=200.0),
     "bias alone": Case(trains=("bias",), given=("bias",)),
     "an empty shard": Case(
-        trains=(*TRAINED, *ADAPTER), given=("bias", *ADAPTER), options=TRANSFORM | STATS,
+        trains=(*TRAINED, *ADAPTER), given=("bias", *ADAPTER), options=TRANSFORM | STATS | SOME,
         cut="empty",
     ),
     "an empty shard, frozen": Case(cut="first empty", options=STATS),
