@@ -3,7 +3,7 @@
 Where to begin:
 
 - `linear_logprobs` is the operator: log-probs of labels without logits in memory. `linear_kl` adds
-  the KL to a reference. `plan_for` says what a call costs.
+  the KL to a reference. `plan_for` says what a call costs. `VocabShard` is a rank's part of a head.
 - `FusedPreferenceLoss` is the loss on them, and `objectives` has the formulas of the losses.
 - `reference` has the same calls with logits in memory.
 - `diagnostics` shows how hard the loss pushes each response.
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prefkern.ops.logprobs import linear_logprobs, plan_for
     from prefkern.ops.outputs import TokenKL, TokenStats
     from prefkern.ops.plan import Plan, last_plan
+    from prefkern.ops.shards import VocabShard
     from prefkern.training.config import PreferenceConfig
     from prefkern.training.trainer import PreferenceTrainer
 
@@ -46,6 +47,7 @@ __all__ = [
     "TokenKL",
     "TokenStats",
     "UnpairedOutput",
+    "VocabShard",
     "diagnostics",
     "last_plan",
     "linear_kl",
@@ -68,6 +70,7 @@ _PLACES = {
     "TokenKL": "ops.outputs",
     "TokenStats": "ops.outputs",
     "UnpairedOutput": "loss.outputs",
+    "VocabShard": "ops.shards",
     "last_plan": "ops.plan",
     "linear_kl": "ops.kl",
     "linear_logprobs": "ops.logprobs",

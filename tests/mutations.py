@@ -89,6 +89,7 @@ class Outcome:
 PASSES = "prefkern/ops/passes.py"
 BACKWARD = "prefkern/ops/backward.py"
 TORCH = "prefkern/ops/torch_tiles.py"
+SHARDS = "prefkern/ops/shards.py"
 KERNELS = "kernels/prefkern_kernels"
 
 MUTATIONS = (
@@ -147,7 +148,7 @@ MUTATIONS = (
     Mutation(
         "a reference through the same head gets the policy's log-probs",
         PASSES,
-        "_finish(ref, head, y, ref_logps[tokens], numbers, plan, transform, ops)",
+        "_finish(ref, head, y, ref_logps[tokens], numbers, plan, transform, ops, is_shard)",
         "ref_logps[tokens] = logps[tokens]",
         "tests/loss/test_loss.py -k shared_head",
     ),
@@ -345,8 +346,8 @@ MUTATIONS = (
     Mutation(
         "a reference's probabilities are kept where the policy's are",
         PASSES,
-        "rooms = ref_state, ref_buffers, gathered.ref_kept, gathered.kl_derivative",
-        "rooms = ref_state, ref_buffers, gathered.kept, gathered.kl_derivative",
+        "rooms = ref_state[part], ref_buffers, gathered.ref_kept, gathered.kl_derivative",
+        "rooms = ref_state[part], ref_buffers, gathered.kept, gathered.kl_derivative",
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
     ),
     Mutation(
@@ -474,30 +475,94 @@ MUTATIONS = (
     Mutation(
         "the spread of a part stays about its own maximum",
         "prefkern/ops/fold_state.py",
-        "shifted = shifted + torch.where(part.total > 0, moved, 0.0)",
-        "shifted = shifted + torch.where(part.total > 0, 0.0, 0.0)",
+        "shifted = (self.shifted + moved) * factor",
+        "shifted = self.shifted * factor",
         "tests/ops/test_fold_state.py",
     ),
     Mutation(
         "a part without a logit makes the spread NaN",
         "prefkern/ops/fold_state.py",
-        "shifted = shifted + torch.where(part.total > 0, moved, 0.0)",
-        "shifted = shifted + moved",
+        "moved = torch.where(self.total > 0, (self.maximum - offset) * self.total, 0.0)",
+        "moved = (self.maximum - offset) * self.total",
         "tests/ops/test_fold_state.py",
     ),
     Mutation(
         "a part's squares move like its sum",
         "prefkern/ops/fold_state.py",
-        "added(self.squares, other.squares, 2)",
-        "added(self.squares, other.squares)",
+        "self.squares * factor * factor",
+        "self.squares * factor",
         "tests/ops/test_fold_state.py",
     ),
     Mutation(
         "parts of a divergence are added in units of their own",
         "prefkern/ops/fold_state.py",
-        "added(self.cross, other.cross)",
-        "_of_both(torch.add, self.cross, other.cross)",
+        "self.cross * factor",
+        "self.cross",
         "tests/ops/test_fold_state.py",
+    ),
+    # A head over several ranks.
+    Mutation(
+        "ranks that do not have the label send -inf for it",
+        SHARDS,
+        "label_logit = torch.where(inside, each.label_logit, 0.0)",
+        "label_logit = each.label_logit",
+        "tests/ops/test_shards.py -k exact",
+    ),
+    Mutation(
+        "a rank's D stays relative to its own maximum",
+        PASSES,
+        "ops.rescale_rows(accumulator, factor)",
+        "ops.rescale_rows(accumulator, torch.ones_like(factor))",
+        "tests/ops/test_shards.py -k exact",
+    ),
+    Mutation(
+        "a label of another rank has the row of an entry of this one",
+        "prefkern/ops/operands.py",
+        "rows.masked_fill_(~are_own(labels, entries).unsqueeze(1), 0.0)",
+        "rows",
+        "tests/ops/test_shards.py -k exact",
+    ),
+    Mutation(
+        "each rank keeps its part of the gradient of hidden",
+        BACKWARD,
+        "add_up(shard, joined)",
+        "pass",
+        "tests/ops/test_shards.py -k exact",
+    ),
+    Mutation(
+        "a shard without entries leaves its state as it was in memory",
+        PASSES,
+        "clear(*state.sums(), *state.moments(), state.cross)",
+        "pass",
+        "tests/ops/test_shards.py -k exact",
+    ),
+    Mutation(
+        "the mean logit of a shard is over its own entries",
+        PASSES,
+        "vocab_size = plan.vocab_size if shard is None else shard.size",
+        "vocab_size = plan.vocab_size",
+        "tests/ops/test_shards.py -k exact",
+    ),
+    Mutation(
+        "shards may overlap",
+        SHARDS,
+        "if start != reached and start != stop:",
+        "if start > reached and start != stop:",
+        "tests/ops/test_shards.py -k disagree",
+    ),
+    Mutation(
+        "ranks may score other tokens",
+        SHARDS,
+        '"labels": _checksum(labels),',
+        "",
+        "tests/ops/test_shards.py -k disagree",
+    ),
+    Mutation(
+        "a rank of several begins again when its memory runs out",
+        "prefkern/ops/call.py",
+        "retries = shard is None and not",
+        "retries = not",
+        "tests/ops/test_memory.py -k ranks_of_one_head",
     ),
     # Tokens, sequences, packing.
     Mutation(

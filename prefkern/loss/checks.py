@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops import checks
+from prefkern.ops.shards import VocabShard
 
 
 def bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor:  # (S + 1,)
@@ -53,12 +54,13 @@ def reference(
     ref_bias: Tensor | None,
     ref_logps: Tensor | None,
     n_sequences: int,
+    shard: VocabShard | None = None,
 ) -> None:
     """Check that a reference is given if needed, once and in full, and has the policy's tokens."""
     name = inner_name(objective)
     if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
         raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
-    reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias, shard)
     needs_kls = isinstance(objective, Objective) and objective.needs_kls
     if needs_kls and ref_hidden is not None and ref_weight is not None:
         checks.same_entries(hidden, weight, ref_hidden, ref_weight)
@@ -82,6 +84,7 @@ def reference_head(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    shard: VocabShard | None = None,
 ) -> None:
     """Check that a reference's head is given in full or not at all, and fits the policy's."""
     if (ref_hidden is None) != (ref_weight is None):
@@ -93,7 +96,12 @@ def reference_head(
         raise ValueError("ref_bias was given without ref_weight")
     if ref_hidden is None or ref_weight is None:
         return
-    checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_", shard=shard)
+    if shard is not None and ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_weight.shape[0]} rows and weight {weight.shape[0]}: with vocab "
+            "both have the rows of the same entries"
+        )
     if ref_weight.shape[0] < weight.shape[0]:
         raise ValueError(
             f"ref_weight has {ref_weight.shape[0]} rows and weight {weight.shape[0]}: the "

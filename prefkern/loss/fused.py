@@ -17,11 +17,12 @@ from prefkern.loss import checks as loss_checks
 from prefkern.loss import nonfinite, pairwise
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
-from prefkern.ops import call, checks, compiled, plain, sequences
+from prefkern.ops import call, checks, compiled, plain, sequences, shards
 from prefkern.ops.autograd import Result
 from prefkern.ops.operands import Head, LowRank, Transform, same_head
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.plan import Plan
+from prefkern.ops.shards import VocabShard
 
 
 class FusedPreferenceLoss(nn.Module):
@@ -92,6 +93,7 @@ class FusedPreferenceLoss(nn.Module):
         mismatched_log_ratios: Tensor | None = None,  # (M,), KTO
         lora_hidden: Tensor | None = None,  # (2B, T, R), or (M, R) with cu_seqlens
         lora_weight: Tensor | None = None,  # (V, R)
+        vocab: VocabShard | None = None,
     ) -> PreferenceOutput | UnpairedOutput:
         """The loss of B pairs: B chosen sequences, then their B rejected ones.
 
@@ -112,58 +114,117 @@ class FusedPreferenceLoss(nn.Module):
                 `prefkern.objectives.Examples`.
             lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
                 `prefkern.linear_logprobs`.
+            vocab: the part of the vocabulary that this rank holds, as in
+                `prefkern.linear_logprobs`; ref_weight and ref_bias then have the same rows as
+                weight. Every rank gets the same loss.
 
         Raises TypeError and ValueError as `prefkern.linear_logprobs` does. Also for an odd number
         of sequences, and for a reference or margins that are missing, incomplete or given twice.
         """
         is_paired = isinstance(self.objective, Objective)
-        checks.head(hidden, weight, bias)
-        checks.low_rank(hidden, weight, lora_hidden, lora_weight)
-        checks.labels(labels, hidden.shape[:-1], hidden.device)
-        checks.transform(logit_scale, softcap, temperature)
-        bounds = loss_checks.bounds(labels, cu_seqlens, is_paired)
-        n_sequences = bounds.shape[0] - 1
-        loss_checks.reference(
-            self.objective, hidden, weight, ref_hidden, ref_weight, ref_bias, ref_logps, n_sequences
+        shards.refuse_graphs(vocab, weight, labels)
+        # Which head is the reference's must not depend on the rows, of which a rank may have none.
+        is_one_head = ref_weight is weight and ref_bias is bias and lora_weight is None
+        vocab, (weight, bias, lora_weight) = shards.local_head(
+            vocab, weight=weight, bias=bias, lora_weight=lora_weight
         )
-        loss_checks.unpaired(self.objective, desirable, mismatched_log_ratios, n_sequences, hidden)
-        loss_checks.margins(self.objective, reward_margins, n_sequences, hidden.device)
-        plain.boolean("return_stats", return_stats)
-        transform = Transform(float(logit_scale), softcap, float(temperature))
-        if self.on_nonfinite is not None and (
-            torch.compiler.is_compiling() or sequences.is_capturing(labels)
-        ):
-            raise NotImplementedError(
-                f"on_nonfinite={self.on_nonfinite!r} reads a number from the device, which "
-                "torch.compile and CUDA graphs cannot; leave it None, and check the loss outside"
+        ref_weight, ref_bias = shards.local_reference(
+            vocab, ref_weight=ref_weight, ref_bias=ref_bias
+        )
+        hidden, labels, lora_hidden, ref_hidden = shards.local_states(
+            hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
+        )
+        with shards.Agreement(vocab) as facts:
+            checks.head(hidden, weight, bias, shard=vocab)
+            checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+            checks.labels(labels, hidden.shape[:-1], hidden.device)
+            checks.transform(logit_scale, softcap, temperature)
+            bounds = loss_checks.bounds(labels, cu_seqlens, is_paired)
+            n_sequences = bounds.shape[0] - 1
+            loss_checks.reference(
+                self.objective,
+                hidden,
+                weight,
+                ref_hidden,
+                ref_weight,
+                ref_bias,
+                ref_logps,
+                n_sequences,
+                vocab,
             )
-        head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
-        reference = None
-        if ref_hidden is not None and ref_weight is not None:
-            reference = Head.of(ref_hidden, ref_weight, ref_bias)
-        if torch.compiler.is_compiling():
-            return self._compiled(
-                head,
-                reference,
-                labels,
+            loss_checks.unpaired(
+                self.objective, desirable, mismatched_log_ratios, n_sequences, hidden
+            )
+            loss_checks.margins(self.objective, reward_margins, n_sequences, hidden.device)
+            plain.boolean("return_stats", return_stats)
+            transform = Transform(float(logit_scale), softcap, float(temperature))
+            if self.on_nonfinite is not None and (
+                torch.compiler.is_compiling() or sequences.is_capturing(labels)
+            ):
+                raise NotImplementedError(
+                    f"on_nonfinite={self.on_nonfinite!r} reads a number from the device, which "
+                    "torch.compile and CUDA graphs cannot; leave it None, and check the loss "
+                    "outside"
+                )
+            if self.on_nonfinite is not None and vocab is not None:
+                raise NotImplementedError(
+                    f"on_nonfinite={self.on_nonfinite!r} looks for the cause in the whole head, of "
+                    "which this rank has a part (vocab); leave it None, and check the loss outside"
+                )
+            head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
+            reference = None
+            if ref_hidden is not None and ref_weight is not None:
+                reference = Head.of(ref_hidden, ref_weight, ref_bias)
+            if torch.compiler.is_compiling():
+                return self._compiled(
+                    head,
+                    reference,
+                    labels,
+                    bounds,
+                    cu_seqlens is not None,
+                    ref_logps,
+                    reward_margins,
+                    transform,
+                    return_stats,
+                    desirable,
+                    mismatched_log_ratios,
+                )
+            workspace_mb = call.resolve_workspace(self.workspace_mb, hidden.device)
+            backend = call.resolve_backend(self.backend, hidden.device, hidden.dtype)
+            scored = sequences.select(
+                labels.reshape(-1),
+                self.ignore_index,
+                shards.size_of(vocab, weight),
                 bounds,
                 cu_seqlens is not None,
-                ref_logps,
-                reward_margins,
-                transform,
-                return_stats,
-                desirable,
-                mismatched_log_ratios,
             )
-        workspace_mb = call.resolve_workspace(self.workspace_mb, hidden.device)
-        backend = call.resolve_backend(self.backend, hidden.device, hidden.dtype)
-
-        scored = sequences.select(
-            labels.reshape(-1), self.ignore_index, weight.shape[0], bounds, cu_seqlens is not None
-        )
+            if vocab is None:
+                is_one_head = reference is not None and same_head(head, reference)
+            else:
+                is_one_head &= ref_hidden is not None and ref_hidden.dtype == hidden.dtype
+                facts |= shards.facts_of(
+                    vocab,
+                    head,
+                    labels,
+                    objective=type(self.objective).__name__,
+                    ignore_index=self.ignore_index,
+                    return_stats=return_stats,
+                    ref_hidden=reference is not None,
+                    ref_weight="weight itself" if is_one_head else "a head of its own",
+                    **transform.keywords(),
+                )
         assert scored.offsets is not None
         tokens, plan = _score_tokens(
-            self.objective, head, reference, scored, transform, workspace_mb, backend, return_stats
+            self.objective,
+            head,
+            reference,
+            is_one_head,
+            scored,
+            transform,
+            workspace_mb,
+            backend,
+            return_stats,
+            vocab,
         )
         if tokens.ref_logps is not None:
             ref_logps = sequences.sequence_sums(tokens.ref_logps, scored.offsets)
@@ -322,20 +383,22 @@ def _score_tokens(
     objective: Objective | UnpairedObjective,
     head: Head,
     reference: Head | None,
+    is_one_head: bool,  # the reference's is the policy's
     scored: sequences.Scored,
     transform: Transform,
     workspace_mb: float,
     backend: str,
     return_stats: bool,
+    shard: VocabShard | None,
 ) -> tuple[Result, Plan]:
     """Log-probs of policy and reference, and what else the objective needs of a token."""
     is_paired = isinstance(objective, Objective)
     needs_kls = is_paired and objective.needs_kls
     given = (scored, transform, workspace_mb, backend)
     ref_logps = ref_plan = None
-    if reference is not None and not needs_kls and not same_head(head, reference):
+    if reference is not None and not needs_kls and not is_one_head:
         with torch.no_grad():
-            result, ref_plan = call.run(reference, *given)
+            result, ref_plan = call.run(reference, *given, shard=shard)
         ref_logps, reference = result.logps, None
     result, plan = call.run(
         head,
@@ -343,6 +406,7 @@ def _score_tokens(
         reference=reference,
         with_stats=return_stats or (is_paired and objective.needs_alignments),
         with_divergence=needs_kls,
+        shard=shard,
     )
     if ref_plan is not None:
         result, plan = replace(result, ref_logps=ref_logps), plan.after(ref_plan)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prefkern.models import heads
 from prefkern.models.calls import replaced_forward, uncalled, undisturbed, without_cache
 from prefkern.models.heads import find_head
+from prefkern.ops import shards
 
 # Name in the config -> the factors by which some family multiplies its raw logits for its value s.
 _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
@@ -144,6 +145,18 @@ def _without_mixed_dtypes(base: Any, device: torch.device) -> Iterator[None]:
         ) from error
 
 
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits of all entries, also of a head over several ranks, which stays where it is."""
+    if not shards.is_dtensor(weight):
+        return F.linear(hidden, weight, bias)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    replicated = DTensor.from_local(hidden, mesh, [Replicate()] * mesh.ndim)
+    logits: Any = F.linear(replicated, weight, bias)
+    return logits.full_tensor()
+
+
 def _probe(
     model: nn.Module,
     base: Any,
@@ -164,7 +177,7 @@ def _probe(
             # Whatever its class, the head must compute the linear map that `heads.read` found.
             seen["raw"] = raw
             read = heads.read(head, hidden)
-            seen["linear"] = F.linear(hidden, read.weight, read.bias)
+            seen["linear"] = _linear(hidden, read.weight, read.bias)
             if read.lora_hidden is not None and read.lora_weight is not None:
                 term = F.linear(read.lora_hidden, read.lora_weight.to(read.lora_hidden.dtype))
                 seen["linear"] = seen["linear"] + term

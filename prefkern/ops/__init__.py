@@ -9,6 +9,7 @@ In reading order, from hidden states to gradients:
   `torch.compile`.
 - `passes` and `backward`: the mathematics and the loops over tiles, with `fold_state` and
   `operands`.
+- `shards`: a head over several ranks.
 - `tile_ops`: the functions on a tile. `prefkern_kernels` has them in Triton, `torch_tiles` in
   torch.
 

@@ -29,6 +29,7 @@ from prefkern.ops.once import anchors, differentiable_once, refuse_tangents
 from prefkern.ops.operands import Head, LowRank, Operands, Transform
 from prefkern.ops.passes import Gathered
 from prefkern.ops.plan import Gradients, Plan
+from prefkern.ops.shards import VocabShard
 from prefkern.ops.tile_ops import TileOps
 
 
@@ -43,6 +44,7 @@ class Call:
     ops: TileOps
     with_stats: bool
     budget: Budget
+    shard: VocabShard | None = None  # of the vocabulary; None: the heads have all of it
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def _gradients(
         plan,
         call.ops,
         Gradients(*ctx.needs_input_grad[:5]),
+        call.shard,
     )
 
 
@@ -210,7 +213,15 @@ def _forward(
 ) -> passes.Passed:
     with without_autocast(head.hidden):
         return passes.forward(
-            head, reference, rows, labels, call.transform, call.plan, call.ops, call.with_stats
+            head,
+            reference,
+            rows,
+            labels,
+            call.transform,
+            call.plan,
+            call.ops,
+            call.with_stats,
+            shard=call.shard,
         )
 
 

@@ -15,9 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.ops.operands import Buffers, Head, Raised, Transform, add_product, product, take
+from prefkern.ops.operands import (
+    Buffers,
+    Head,
+    Raised,
+    Transform,
+    add_product,
+    are_own,
+    product,
+    take,
+)
 from prefkern.ops.passes import Gathered, token_slices
 from prefkern.ops.plan import Gradients, Plan, slices
+from prefkern.ops.shards import VocabShard, add_up
 from prefkern.ops.tile_ops import TileOps
 
 
@@ -33,19 +43,25 @@ def backward(
     plan: Plan,
     ops: TileOps,
     needs: Gradients,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight, bias and an adapter's tensors, in their dtypes; or None."""
     of_head = HeadGradients()
     if plan.trains_head:
         assert head is not None and labels is not None
         dkl = grads[1] if plan.has_divergence else None
-        of_head = second_pass(
-            grads[0], dkl, head, reference, rows, labels, gathered, transform, plan, ops, needs
-        )
+        given = (rows, labels, gathered, transform, plan, ops, needs, shard is not None)
+        of_head = second_pass(grads[0], dkl, head, reference, *given)
     derivatives = [x for x in (gathered.derivative, gathered.kl_derivative) if x is not None]
     terms = list(zip(derivatives, grads, strict=False))
     if of_head.states is not None:
         terms = [(of_head.states, torch.ones_like(grads[0]))]
+    if shard is not None and needs.states and plan.tokens > 0:
+        # Each rank's entries give a part of it: added in float32, and rounded once.
+        shape = terms[0][0].shape
+        joined = scattered(terms, None, shape, terms[0][0].dtype, ops)
+        add_up(shard, joined)
+        terms = [(joined, torch.ones_like(grads[0]))]
 
     def of_states(columns: slice, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         parts = [(values[:, columns], scale) for values, scale in terms]
@@ -138,10 +154,12 @@ def second_pass(
     plan: Plan,
     ops: TileOps,
     gradients: Gradients,
+    is_shard: bool = False,
 ) -> HeadGradients:
     """Gradients of weight, bias and an adapter's weight, in their dtypes; and of the states.
 
-    From all tokens, kept or not. The states' gradient is computed only with a divergence.
+    From all tokens, kept or not. The states' gradient is computed only with a divergence. In a
+    shard of the vocabulary some labels are of another shard.
     """
     assert plan.backward_tiles is not None
     assert gathered.unit is not None and gathered.kept is not None
@@ -156,7 +174,8 @@ def second_pass(
     dstates = None
     if plan.states_in_backward and gradients.states:
         size = (plan.tokens, plan.state_columns.width)
-        dstates = torch.empty(size, dtype=wide, device=device)
+        make_states = torch.empty if plan.vocab_size > 0 else torch.zeros
+        dstates = make_states(size, dtype=wide, device=device)
     if plan.tokens == 0:
         return HeadGradients(dweight, dbias, dlora, dstates)
     walk, target, is_direct = token_slices(plan, tiles.token_tile), None, False
@@ -264,7 +283,11 @@ def second_pass(
         del w, ref_w
     if dstates is not None and factors.scale is not None:
         dstates.mul_(factors.scale)
-    if label_terms is not None:
+    if label_terms is not None and is_shard:
+        own = are_own(labels, plan.vocab_size).nonzero()[:, 0]
+        labels, label_terms = labels[own], label_terms[own]
+        rows = own if rows is None else rows[own]
+    if label_terms is not None and len(labels) > 0:
         _add_label_terms(dweight, dbias, dlora, label_terms, head, rows, labels)
     return HeadGradients(dweight, dbias, dlora, dstates)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from prefkern.ops import memory, passes, plain, plan, sequences, torch_tiles
 from prefkern.ops.autograd import Call, Result, scored_logprobs
 from prefkern.ops.operands import Head, Transform
+from prefkern.ops.shards import VocabShard
 from prefkern.ops.tile_ops import TileOps
 
 
@@ -31,10 +32,13 @@ def run(
     reference: Head | None = None,
     with_stats: bool = False,
     with_divergence: bool = False,
+    shard: VocabShard | None = None,
 ) -> tuple[Result, plan.Plan]:
     """Plan and run checked arguments, twice if memory runs out. Returns the plan that ran, too.
 
     Args:
+        shard: the part of the vocabulary that the heads have. Then the ranks have agreed upon the
+            call, and none tries twice: the others would wait for it.
         reference: a reference's states and head. Its own head is used only with a divergence;
             without one it must be the policy's (`same_head`).
     """
@@ -45,7 +49,7 @@ def run(
     product_row = None
     if backend == "triton" and not (gradients.states or gradients.head or with_stats):
         is_plain = head.operands.of_logits == head.hidden.dtype == head.weight.dtype
-        if is_plain and reference is None and head.low_rank is None:
+        if is_plain and reference is None and head.low_rank is None and shard is None:
             kernels = _kernels()
             assert kernels is not None
             plain = head.bias is None and transform.softcap is None
@@ -65,23 +69,26 @@ def run(
         reference=ref_size,
         with_divergence=with_divergence,
         product_row=product_row,
+        is_shard=shard is not None,
     )
     made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
-    budget = memory.Budget(
-        workspace_mb, plan_of, plan.recorder(), retries=not sequences.is_capturing(head.hidden)
-    )
+    retries = shard is None and not sequences.is_capturing(head.hidden)
+    budget = memory.Budget(workspace_mb, plan_of, plan.recorder(), retries)
     places = None
-    if head.operands.rounds and scored.live is None and passes.splits_tokens(made):
+    # Ranks of one head have plans of their own, and one order of tokens.
+    splits = shard is not None or passes.splits_tokens(made)
+    if head.operands.rounds and scored.live is None and splits:
         scored, places = scored.mixed()
     head = head.through(scored.cleared)
     reference = None if reference is None else reference.through(scored.cleared)
     ref_operands = None if reference is None else reference.operands
     ops = tile_operations(backend)
+    labels = scored.labels if shard is None else scored.labels - shard.start
 
     def attempt(made: plan.Plan) -> Result:
-        call = Call(transform, head.operands, ref_operands, made, ops, with_stats, budget)
-        return scored_logprobs(head, reference, scored.rows, scored.labels, call)
+        call = Call(transform, head.operands, ref_operands, made, ops, with_stats, budget, shard)
+        return scored_logprobs(head, reference, scored.rows, labels, call)
 
     result, made = budget.attempt(attempt, made, "forward")
     if scored.live is not None:

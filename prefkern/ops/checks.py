@@ -7,11 +7,16 @@ synchronisation and take no memory. One check needs values, the range of the lab
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from prefkern.ops import plain
 from prefkern.ops.plain import shown
+
+if TYPE_CHECKING:
+    from prefkern.ops.shards import VocabShard
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATS = "float32, bfloat16, float16 or float64"
@@ -24,8 +29,12 @@ def head(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     prefix: str = "",
+    shard: VocabShard | None = None,
 ) -> None:
-    """Check hidden states against a head; `prefix` is "ref_" for a reference's."""
+    """Check hidden states against a head; `prefix` is "ref_" for a reference's.
+
+    The part of a head that a shard has may be empty.
+    """
     for name, value, shape in (("hidden", hidden, "[..., H]"), ("weight", weight, "[V, H]")):
         if not isinstance(value, Tensor):
             raise TypeError(f"{prefix}{name} must be a tensor {shape}, got {shown(value)}")
@@ -37,7 +46,7 @@ def head(
                 f"{prefix}{name} must hold numbers, got a tensor {list(value.shape)} on meta; "
                 "prefkern.plan_for says what a call of that shape costs"
             )
-    if weight.ndim != 2 or 0 in weight.shape:
+    if weight.ndim != 2 or 0 in weight.shape[0 if shard is None else 1 :]:
         raise ValueError(f"{prefix}weight must have shape [V, H], got {list(weight.shape)}")
     if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -48,6 +57,12 @@ def head(
         raise ValueError(
             f"{prefix}weight is on {weight.device} and {prefix}hidden on {hidden.device}; "
             "they must be on one device"
+        )
+    if shard is not None and shard.start + weight.shape[0] > shard.size:
+        raise ValueError(
+            f"{prefix}weight has {weight.shape[0]} rows, and vocab has "
+            f"{shard.size - shard.start} entries from its start, {shard.start}, to its size, "
+            f"{shard.size}"
         )
     # Autocast leaves float64 as it is.
     autocast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (

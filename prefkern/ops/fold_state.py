@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,33 +72,41 @@ class FoldState:
         not matter.
         """
         maximum = torch.maximum(self.maximum, other.maximum)
-        # If the parts hold no logit but the label's, this is exp(-inf - 0) = 0.
-        offset = torch.where(maximum == -math.inf, 0.0, maximum)
-        factor, other_factor = torch.exp(self.maximum - offset), torch.exp(other.maximum - offset)
-
-        def added(mine: Tensor | None, others: Tensor | None, power: int = 1) -> Tensor | None:
-            """Both parts' sums, each brought to the common maximum."""
-            if mine is None or others is None:
-                return None
-            return mine * factor**power + others * other_factor**power
-
-        shifted = added(self.shifted, other.shifted)
-        if shifted is not None:
-            # z - m' = (z - m) + (m - m'), for a part that has a logit besides the label's.
-            for part, scale in ((self, factor), (other, other_factor)):
-                moved = (part.maximum - offset) * part.total * scale
-                shifted = shifted + torch.where(part.total > 0, moved, 0.0)
+        (mine, _), (others, _) = self.relative_to(maximum), other.relative_to(maximum)
         return FoldState(
             maximum,
-            self.total * factor + other.total * other_factor,
+            mine.total + others.total,
             torch.maximum(self.label_logit, other.label_logit),
             self.label_slope * other.label_slope,
-            shifted,
+            _of_both(torch.add, mine.shifted, others.shifted),
             _of_both(torch.add, self.logit_sum, other.logit_sum),
             _of_both(torch.maximum, self.before, other.before),
-            added(self.squares, other.squares, 2),
-            added(self.cross, other.cross),
+            _of_both(torch.add, mine.squares, others.squares),
+            _of_both(torch.add, mine.cross, others.cross),
         )
+
+    def relative_to(self, maximum: Tensor) -> tuple[FoldState, Tensor]:
+        """The same state with its sums relative to a maximum that is not smaller.
+
+        Also exp(m - maximum), by which the part's `A` is multiplied.
+        """
+        # If the parts hold no logit but the label's, this is exp(-inf - 0) = 0.
+        offset = torch.where(maximum == -math.inf, 0.0, maximum)
+        factor = torch.exp(self.maximum - offset)
+        shifted = None
+        if self.shifted is not None:
+            # z - m' = (z - m) + (m - m'), for a part that has a logit besides the label's.
+            moved = torch.where(self.total > 0, (self.maximum - offset) * self.total, 0.0)
+            shifted = (self.shifted + moved) * factor
+        part = replace(
+            self,
+            maximum=maximum,
+            total=self.total * factor,
+            shifted=shifted,
+            squares=None if self.squares is None else self.squares * factor * factor,
+            cross=None if self.cross is None else self.cross * factor,
+        )
+        return part, factor
 
 
 def _of_both(

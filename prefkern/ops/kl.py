@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefkern.ops import call, checks, compiled, sequences
+from prefkern.ops import call, checks, compiled, sequences, shards
 from prefkern.ops.operands import Head, LowRank, Transform
 from prefkern.ops.outputs import TokenKL
+from prefkern.ops.shards import VocabShard
 
 
 def linear_kl(
@@ -33,6 +34,7 @@ def linear_kl(
     backend: str | None = None,
     lora_hidden: Tensor | None = None,  # (..., R)
     lora_weight: Tensor | None = None,  # (V, R)
+    vocab: VocabShard | None = None,
 ) -> TokenKL:
     """Log-probs of labels, and the forward KL divergence from a reference, in tiles.
 
@@ -50,6 +52,8 @@ def linear_kl(
             `prefkern.linear_logprobs`; the transform is the same for both models.
         lora_hidden, lora_weight: a LoRA adapter on the policy's head, as in
             `prefkern.linear_logprobs`.
+        vocab: as in `prefkern.linear_logprobs`; ref_weight and ref_bias then have the same rows as
+            weight.
 
     Returns:
         TokenKL(logps, ref_logps, kl), [...] float32 each, in nats; 0 where not scored. `logps` and
@@ -60,28 +64,47 @@ def linear_kl(
         TypeError, ValueError, RuntimeError: as `prefkern.linear_logprobs` does, also for the
             reference's arguments.
     """
-    checks.head(hidden, weight, bias)
-    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
-    checks.labels(labels, hidden.shape[:-1], hidden.device)
-    checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    checks.same_entries(hidden, weight, ref_hidden, ref_weight)
-    checks.same_tokens(hidden, ref_hidden)
-    checks.ignore_index(ignore_index)
-    checks.transform(logit_scale, softcap, temperature)
-    transform = Transform(float(logit_scale), softcap, float(temperature))
-    head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
-    ref_head = Head.of(ref_hidden, ref_weight, ref_bias)
-    if torch.compiler.is_compiling():
-        values = compiled.token_logprobs(
-            head, labels, ignore_index, transform, workspace_mb, backend, reference=ref_head
-        )
-        assert values.ref_logps is not None and values.kl is not None
-        return TokenKL(values.logps, values.ref_logps, values.kl)
-    workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
-    backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
-    scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
+    shards.refuse_graphs(vocab, weight, labels)
+    vocab, (weight, bias, lora_weight) = shards.local_head(
+        vocab, weight=weight, bias=bias, lora_weight=lora_weight
+    )
+    ref_weight, ref_bias = shards.local_reference(vocab, ref_weight=ref_weight, ref_bias=ref_bias)
+    hidden, labels, lora_hidden, ref_hidden = shards.local_states(
+        hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
+    )
+    with shards.Agreement(vocab) as facts:
+        checks.head(hidden, weight, bias, shard=vocab)
+        checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+        checks.labels(labels, hidden.shape[:-1], hidden.device)
+        checks.head(ref_hidden, ref_weight, ref_bias, prefix="ref_", shard=vocab)
+        checks.same_entries(hidden, weight, ref_hidden, ref_weight)
+        checks.same_tokens(hidden, ref_hidden)
+        checks.ignore_index(ignore_index)
+        checks.transform(logit_scale, softcap, temperature)
+        transform = Transform(float(logit_scale), softcap, float(temperature))
+        head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
+        ref_head = Head.of(ref_hidden, ref_weight, ref_bias)
+        if torch.compiler.is_compiling():
+            values = compiled.token_logprobs(
+                head, labels, ignore_index, transform, workspace_mb, backend, reference=ref_head
+            )
+            assert values.ref_logps is not None and values.kl is not None
+            return TokenKL(values.logps, values.ref_logps, values.kl)
+        workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
+        backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
+        scored = sequences.select(labels.reshape(-1), ignore_index, shards.size_of(vocab, weight))
+        if vocab is not None:
+            options = {"ignore_index": ignore_index, **transform.keywords()}
+            facts |= shards.facts_of(vocab, head, labels, **options)
     result, _ = call.run(
-        head, scored, transform, workspace_mb, backend, reference=ref_head, with_divergence=True
+        head,
+        scored,
+        transform,
+        workspace_mb,
+        backend,
+        reference=ref_head,
+        with_divergence=True,
+        shard=vocab,
     )
     assert result.ref_logps is not None and result.kl is not None
     found = (result.logps, result.ref_logps, result.kl)

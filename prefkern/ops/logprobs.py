@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefkern.ops import call, checks, compiled, plain, plan, sequences
+from prefkern.ops import call, checks, compiled, plain, plan, sequences, shards
 from prefkern.ops.operands import Head, LowRank, Transform, operands_for
 from prefkern.ops.outputs import TokenStats
+from prefkern.ops.shards import VocabShard
 
 
 def linear_logprobs(
@@ -31,6 +32,7 @@ def linear_logprobs(
     return_stats: bool = False,
     lora_hidden: Tensor | None = None,  # (..., R)
     lora_weight: Tensor | None = None,  # (V, R)
+    vocab: VocabShard | None = None,
 ) -> Tensor | TokenStats:
     """Log-probs of labels under `softmax(transform(hidden @ weight.T + bias))`, in tiles.
 
@@ -52,6 +54,11 @@ def linear_logprobs(
             lora_weight.T` to the raw logits. lora_hidden is scaling * lora_A(hidden) [..., R], and
             lora_weight is lora_B's weight [V, R]. They may have another dtype than hidden, but
             float64 only if hidden is float64.
+        vocab: the part of the vocabulary that this rank holds, if several ranks hold the head:
+            weight, bias and lora_weight have its rows, in place of V. All ranks of its group must
+            make the call, with the same other arguments, and the same backward; all get the same
+            log-probs and gradients of hidden and lora_hidden. A weight that is a DTensor with
+            placement Shard(0) has its own, and gets its gradient as such a DTensor.
 
     Returns:
         [...] float32 (float64 for float64 inputs), in nats; 0 where not scored. Differentiable once
@@ -62,28 +69,50 @@ def linear_logprobs(
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value. Only
             the check of the labels' range needs a device synchronisation, and it shares the one
             that counts the scored tokens.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the backend asked for cannot run here; or another rank raised an error, and so
+            no rank computes.
+        NotImplementedError: vocab under torch.compile or in a CUDA graph.
         torch.OutOfMemoryError: memory ran out twice, the second time with half the workspace. The
             message says what was tried and what would fit. The first time gives a RuntimeWarning.
+            With vocab the first time is an error: the other ranks wait for this one.
     """
-    checks.head(hidden, weight, bias)
-    checks.low_rank(hidden, weight, lora_hidden, lora_weight)
-    checks.labels(labels, hidden.shape[:-1], hidden.device)
-    checks.ignore_index(ignore_index)
-    checks.transform(logit_scale, softcap, temperature)
-    plain.boolean("return_stats", return_stats)
-    transform = Transform(float(logit_scale), softcap, float(temperature))
-    head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
-    if torch.compiler.is_compiling():
-        values = compiled.token_logprobs(
-            head, labels, ignore_index, transform, workspace_mb, backend, with_stats=return_stats
-        )
-        stats = values.stats
-        return values.logps if stats is None else TokenStats(values.logps, *stats[:3])
-    workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
-    backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
-    scored = sequences.select(labels.reshape(-1), ignore_index, weight.shape[0])
-    result, _ = call.run(head, scored, transform, workspace_mb, backend, with_stats=return_stats)
+    shards.refuse_graphs(vocab, weight, labels)
+    vocab, (weight, bias, lora_weight) = shards.local_head(
+        vocab, weight=weight, bias=bias, lora_weight=lora_weight
+    )
+    hidden, labels, lora_hidden = shards.local_states(
+        hidden=hidden, labels=labels, lora_hidden=lora_hidden
+    )
+    with shards.Agreement(vocab) as facts:
+        checks.head(hidden, weight, bias, shard=vocab)
+        checks.low_rank(hidden, weight, lora_hidden, lora_weight)
+        checks.labels(labels, hidden.shape[:-1], hidden.device)
+        checks.ignore_index(ignore_index)
+        checks.transform(logit_scale, softcap, temperature)
+        plain.boolean("return_stats", return_stats)
+        transform = Transform(float(logit_scale), softcap, float(temperature))
+        head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
+        if torch.compiler.is_compiling():
+            values = compiled.token_logprobs(
+                head,
+                labels,
+                ignore_index,
+                transform,
+                workspace_mb,
+                backend,
+                with_stats=return_stats,
+            )
+            stats = values.stats
+            return values.logps if stats is None else TokenStats(values.logps, *stats[:3])
+        workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
+        backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
+        scored = sequences.select(labels.reshape(-1), ignore_index, shards.size_of(vocab, weight))
+        if vocab is not None:
+            options = {"ignore_index": ignore_index, "return_stats": return_stats}
+            facts |= shards.facts_of(vocab, head, labels, **options, **transform.keywords())
+    result, _ = call.run(
+        head, scored, transform, workspace_mb, backend, with_stats=return_stats, shard=vocab
+    )
     logps = call.place(result.logps, scored.rows, labels.shape)
     if result.stats is None:
         return logps

@@ -11,7 +11,9 @@ workspace that is enough for these tokens, and the allocator's message. accelera
 batch size recognises an out-of-memory error by that message.
 
 A pass returns its results when it ends, all gradients of a call together. So an attempt that fails
-leaves nothing in any `.grad`. No pass has a collective, so a rank can try again by itself.
+leaves nothing in any `.grad`. A pass over the whole vocabulary has no collective, so a rank can try
+again by itself. With a shard of the vocabulary it does not: the other ranks wait for its part of a
+sum.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Budget:
     workspace_mb: float
     plan_of: Callable[..., Plan]  # plans the whole call for a `workspace_mb`
     record: Callable[[Plan], None]  # makes the plan of a second attempt `last_plan`'s
-    # A CUDA graph that is being captured would replay the failed attempt as well.
+    # A CUDA graph that is being captured would replay the failed attempt as well; and the other
+    # ranks of a head in shards would wait.
     retries: bool = True
 
     def attempt(

@@ -223,12 +223,29 @@ class Head:
             return self.weight[entries].to(self.operands.compute_dtype)
         return self._side_by_side(self.weight[entries], self.low_rank.weight[entries])
 
-    def label_rows(self, labels: Tensor) -> tuple[Tensor, Tensor]:  # (n,), (V or n, W)
-        """Each label's row of the head: indices, and the rows that they index."""
-        if self.low_rank is None:
+    def label_rows(
+        self, labels: Tensor, is_shard: bool = False
+    ) -> tuple[Tensor, Tensor]:  # (n,), (V or n, W)
+        """Each label's row of the head: indices, and the rows that they index.
+
+        In a shard of the vocabulary a label of another shard has a row of zeros.
+        """
+        if self.low_rank is None and not is_shard:
             return labels, self.weight
-        rows = self._side_by_side(self.weight[labels], self.low_rank.weight[labels])
-        return torch.arange(labels.shape[0], device=labels.device), rows
+        indices = torch.arange(labels.shape[0], device=labels.device)
+        if not is_shard:
+            return indices, self._of_labels(labels)
+        entries = self.weight.shape[0]
+        if entries == 0:
+            dtype = self.operands.compute_dtype
+            return indices, self.hidden.new_zeros((len(labels), self.size.width), dtype=dtype)
+        rows = self._of_labels(labels.clamp(0, entries - 1))
+        return indices, rows.masked_fill_(~are_own(labels, entries).unsqueeze(1), 0.0)
+
+    def _of_labels(self, labels: Tensor) -> Tensor:  # (n, W)
+        if self.low_rank is None:
+            return self.weight[labels]
+        return self._side_by_side(self.weight[labels], self.low_rank.weight[labels])
 
     def bias_of(self, entries: slice) -> Tensor | None:  # (v,)
         return None if self.bias is None else self.bias[entries]
@@ -239,6 +256,11 @@ class Head:
         own, rank = self.hidden.shape[1], self.low_rank.weight.shape[1]
         parts = tuple(part.to(self.operands.compute_dtype) for part in parts)
         return torch.cat([*parts, parts[0].new_zeros(parts[0].shape[0], padding(own + rank))], 1)
+
+
+def are_own(labels: Tensor, entries: int) -> Tensor:  # (N,) -> (N,) bool
+    """Which labels are entries of a shard of the vocabulary, relative to whose start they are."""
+    return (labels >= 0) & (labels < entries)
 
 
 def same_head(head: Head, other: Head) -> bool:

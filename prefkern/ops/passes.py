@@ -29,6 +29,10 @@ u^r_v)`, with `c (g (1 - p_y) + k (p_y - r_y)) t_y` at the label, from both mode
 their logits. It multiplies this tile twice: for dW and for the gradient of hidden. Equal models
 give a divergence and a K of exactly 0.
 
+A shard of the vocabulary (`shards`) folds its entries alone. Then ranks join their states, and
+each finishes its part of D and u from what is joined: a label of another rank has no row here, and
+no term.
+
 All sums are in float32 (float64 for float64 inputs). Nothing is accumulated by atomics, so two runs
 are bitwise equal.
 """
@@ -60,6 +64,7 @@ from prefkern.ops.operands import (
     product,
 )
 from prefkern.ops.plan import Plan, kept_row, slices
+from prefkern.ops.shards import VocabShard, join
 from prefkern.ops.tile_ops import TileOps
 
 _Numbers = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -154,7 +159,6 @@ class Passed:
 class _Side:
     """The policy or the reference in a walk over the vocabulary, for a tile of n tokens."""
 
-    hidden: Tensor  # (n, W), as the product for logits takes it
     state: FoldState  # (n,)
     rescale: Tensor  # (n,)
     buffers: Buffers
@@ -166,7 +170,7 @@ class _Side:
         """The float32 tile of some entries, and what the second product reads."""
         place = self.kept[:, entries] if self.kept is not None else None
         size = entries.stop - entries.start
-        tile, weights = self.buffers.views(self.hidden.shape[0], size, place)
+        tile, weights = self.buffers.views(self.rescale.shape[0], size, place)
         is_read = place is not None or self.accumulator is not None
         return tile, weights if is_read else None
 
@@ -203,23 +207,27 @@ class _Side:
 
 def _side(
     plan: Plan,
-    hidden: Tensor,  # (n, W)
     tokens: slice,
-    state: FoldState,  # room for a tile of tokens
+    state: FoldState,  # (n,)
     buffers: Buffers,
     kept: Tensor | None,  # of all kept tokens
     accumulator: Tensor | None,  # of all N tokens
 ) -> _Side:
     """The part of a tile of tokens in what a walk over all of them shares."""
-    part, maxima = state[: hidden.shape[0]], None
+    maxima = None
     if kept is not None:
         kept = kept[tokens, : plan.vocab_size] if tokens.stop <= plan.kept_tokens else None
     if kept is not None:
         count = -(-plan.vocab_size // plan.forward_tiles.vocab_tile)
-        maxima = state.maximum.new_empty((count, hidden.shape[0]))
-    rescale = torch.empty_like(part.maximum)
+        maxima = state.maximum.new_empty((count, tokens.stop - tokens.start))
+    rescale = torch.empty_like(state.maximum)
     accumulator = None if accumulator is None else accumulator[tokens]
-    return _Side(hidden, part, rescale, buffers, kept, maxima, accumulator)
+    if plan.vocab_size == 0:
+        # A shard without entries: nothing is folded or added.
+        clear(*state.sums(), *state.moments(), state.cross)
+        if accumulator is not None:
+            accumulator.zero_()
+    return _Side(state, rescale, buffers, kept, maxima, accumulator)
 
 
 def forward(
@@ -232,11 +240,13 @@ def forward(
     ops: TileOps,
     with_stats: bool = False,
     gathered: Gathered | None = None,
+    shard: VocabShard | None = None,
 ) -> Passed:
     """Fold all tiles, and gather what the plan's gradients need.
 
     A reference's hidden states go through the policy's head, unless the plan has a divergence from
-    that reference. `gathered` is existing room for what backward needs; None: it is allocated.
+    that reference. `gathered` is existing room for what backward needs; None: it is allocated. With
+    a shard the heads have its rows, and labels are relative to its start.
     """
     if plan.product_in_kernel:
         return _product_in_kernel(head, rows, labels, transform, plan)
@@ -256,8 +266,11 @@ def forward(
             logps.device,
         )
     operands, wide = head.operands, head.operands.wide
-    state = FoldState.empty(tiles.token_tile, logps.device, with_stats, wide)
-    ref_state = FoldState.empty(tiles.token_tile, logps.device, dtype=wide, with_cross=True)
+    # A tile of tokens is finished when it is folded. Those of a shard wait for one another, and
+    # then for the other ranks.
+    size = tiles.token_tile if shard is None else N
+    state = FoldState.empty(size, logps.device, with_stats, wide)
+    ref_state = FoldState.empty(size, logps.device, dtype=wide, with_cross=plan.has_divergence)
     has_second = gathered.derivative is not None or plan.kept_tokens > 0
     buffers = Buffers(tiles, operands, logps.device, has_second, plan.kept_tokens < N)
     ref_buffers = buffers
@@ -268,31 +281,49 @@ def forward(
         ref_buffers = Buffers(tiles, operands, logps.device, has_second, plan.kept_tokens < N)
     heads = [each for each in (head, reference) if each is not None]
     raised = Raised(heads, tiles.vocab_tile, logps.device)
-    stats = []
+    stats, waiting = [], []
+
+    def finish_tile(tokens: slice, policy: _Side, ref: _Side | None) -> None:
+        y, is_shard = labels[tokens], shard is not None
+        if kl is not None and ref is not None:
+            given = (head, y, tokens, gathered, plan, transform, is_shard)
+            kl[tokens] = _finish_pair(policy, ref, *given)
+        numbers = gathered.numbers(tokens)
+        _finish(policy, head, y, logps[tokens], numbers, plan, transform, ops, is_shard)
+        if ref is not None and ref_logps is not None:
+            numbers = gathered.numbers(tokens, of_reference=True)
+            _finish(ref, head, y, ref_logps[tokens], numbers, plan, transform, ops, is_shard)
+        if with_stats:
+            vocab_size = plan.vocab_size if shard is None else shard.size
+            stats.append(statistics(policy.state, finish(policy.state), vocab_size))
 
     for tokens in token_slices(plan, tiles.token_tile):
         y = labels[tokens]
-        rooms = state, buffers, gathered.kept, gathered.derivative
-        policy, ref = _side(plan, head.rows_for_logits(rows, tokens), tokens, *rooms), None
+        part = slice(0, tokens.stop - tokens.start) if shard is None else tokens
+        rooms = state[part], buffers, gathered.kept, gathered.derivative
+        policy, hidden = _side(plan, tokens, *rooms), head.rows_for_logits(rows, tokens)
+        ref = ref_hidden = None
         if reference is not None:
-            rooms = ref_state, ref_buffers, gathered.ref_kept, gathered.kl_derivative
-            ref = _side(plan, reference.rows_for_logits(rows, tokens), tokens, *rooms)
+            rooms = ref_state[part], ref_buffers, gathered.ref_kept, gathered.kl_derivative
+            ref, ref_hidden = _side(plan, tokens, *rooms), reference.rows_for_logits(rows, tokens)
         for number, entries in enumerate(slices(0, plan.vocab_size, tiles.vocab_tile)):
             options = {"start": entries.start, "first": number == 0, **transform.keywords()}
             tile, weights = policy.views(entries)
             pair, ref_weights = {}, None
             if ref is not None and reference is not None and plan.has_divergence:
+                assert ref_hidden is not None
                 ref_tile, ref_weights = ref.views(entries)
                 ref_w = raised.of(reference.weight_rows(entries))
-                reference.operands.logits(ref.hidden, ref_w.t(), ref_tile)
+                reference.operands.logits(ref_hidden, ref_w.t(), ref_tile)
                 pair = ref.as_reference(ref_tile, ref_weights, reference.bias_of(entries))
             rounded, bias = head.weight_rows(entries), head.bias_of(entries)
             w = raised.of(rounded)
             if ref is not None and not plan.has_divergence:
                 # One reading of the policy's weight serves both.
-                operands.logits(ref.hidden, w.t(), tile)
+                assert ref_hidden is not None
+                operands.logits(ref_hidden, w.t(), tile)
                 ops.fold(tile, y, bias, *ref.state.sums(), None, None, **options)
-            operands.logits(policy.hidden, w.t(), tile)
+            operands.logits(hidden, w.t(), tile)
             sums, moments = policy.state.sums(), policy.state.moments()
             ops.fold(tile, y, bias, *sums, policy.rescale, weights, *moments, **pair, **options)
             of_gradients = columns.of(operands.for_gradients(rounded, w))
@@ -302,16 +333,22 @@ def forward(
                 ref.gather(number, ref_weights, of_gradients, parts, ops)
             # The tile's copies of the weight must be freed before the next ones are made.
             del rounded, w, of_gradients
-        if kl is not None and ref is not None:
-            kl[tokens] = _finish_pair(policy, ref, head, y, tokens, gathered, plan, transform)
-        _finish(policy, head, y, logps[tokens], gathered.numbers(tokens), plan, transform, ops)
-        if ref is not None and ref_logps is not None:
-            numbers = gathered.numbers(tokens, of_reference=True)
-            _finish(ref, head, y, ref_logps[tokens], numbers, plan, transform, ops)
-        if with_stats:
-            stats.append(statistics(policy.state, finish(policy.state), plan.vocab_size))
+        if shard is None:
+            finish_tile(tokens, policy, ref)
+        else:
+            waiting.append((tokens, policy, ref))
         # The next tokens' rows are made when these are gone.
-        del policy, ref
+        del policy, ref, hidden, ref_hidden
+    if shard is not None and N > 0:
+        of_reference = None if reference is None else ref_state
+        has_slope = transform.softcap is not None
+        factors = join(shard, labels, plan.vocab_size, has_slope, state, of_reference)
+        accumulators = gathered.derivative, gathered.kl_derivative
+        for accumulator, factor in zip(accumulators, factors, strict=False):
+            if accumulator is not None:
+                ops.rescale_rows(accumulator, factor)
+        for each in waiting:
+            finish_tile(*each)
     joined = _joined(stats, logps) if with_stats else None
     return Passed(logps, ref_logps, kl, joined, gathered)
 
@@ -325,11 +362,12 @@ def _finish(
     plan: Plan,
     transform: Transform,
     ops: TileOps,
+    is_shard: bool,
 ) -> None:
     """Finish a side: log-probs, D from A, and u relative to one unit, with the label's value."""
     indices, label_rows, derivative = labels, None, None
     if side.accumulator is not None and not plan.has_divergence:
-        indices, label_rows = head.label_rows(labels)
+        indices, label_rows = head.label_rows(labels, is_shard)
         derivative, label_rows = side.accumulator, plan.state_columns.of(label_rows)
     ops.finish(
         *side.state.sums(),
@@ -343,7 +381,7 @@ def _finish(
         operand_dtype=head.operands.of_gradients,
     )
     unit, _, label_value = numbers
-    if side.kept is not None and side.maxima is not None:
+    if side.kept is not None and side.maxima is not None and side.kept.numel():
         assert unit is not None and label_value is not None
         vocab_tile = plan.forward_tiles.vocab_tile
         if head.operands.rounds:
@@ -361,6 +399,7 @@ def _finish_pair(
     gathered: Gathered,
     plan: Plan,
     transform: Transform,
+    is_shard: bool,
 ) -> Tensor:  # (n,)
     """The divergence.
 
@@ -377,7 +416,7 @@ def _finish_pair(
         # K = c (a A - a_r A_r + (p_y - r_y) t_y W_y). Both products are rounded before they are
         # subtracted: equal ones give exactly 0.
         torch.sub(d, k, out=k)
-        indices, rows = head.label_rows(labels)
+        indices, rows = head.label_rows(labels, is_shard)
         rows = plan.state_columns.of(rows).index_select(0, indices)
         rows = rows.to(head.operands.compute_dtype).to(d.dtype)
         k.mul_(c).addcmul_(rows, (c * difference).unsqueeze(1))

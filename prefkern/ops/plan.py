@@ -111,6 +111,7 @@ class Plan:
     rank: int = 0  # of a LoRA adapter on the head
     state_columns: Columns = Columns(0, 0)  # those of D
     trained_columns: Columns = Columns(0, 0)  # those of dW
+    shard_bytes: int = 0  # of the states of all tokens, which ranks join; 0: the head is whole
 
     @property
     def states_in_backward(self) -> bool:
@@ -144,7 +145,7 @@ class Plan:
     def workspace_bytes(self) -> int:
         """Most temporary bytes held at once, beyond inputs, outputs and `[N, H]` gradients."""
         backward = self.backward_tiles.bytes if self.backward_tiles else 0
-        return self.kept_bytes + max(self.forward_tiles.bytes, backward)
+        return self.kept_bytes + max(self.forward_tiles.bytes + self.shard_bytes, backward)
 
 
 _local = threading.local()
@@ -297,6 +298,7 @@ def make_plan(
     with_divergence: bool = False,
     product_row: int | None = None,
     kept: int | None = None,
+    is_shard: bool = False,
 ) -> Plan:
     """The plan of one call.
 
@@ -307,11 +309,14 @@ def make_plan(
         product_row: bytes a token of the kernel that makes product and fold in one, if a call
             without gradients shall use it; None: it shall not.
         kept: how many tokens' probabilities a trained head keeps; None: the best number.
+        is_shard: whether the head is one of several ranks' parts, with `vocab_size` entries, or 0.
     """
     pairs = reference if with_divergence else None
     in_backward = pairs is not None and gradients.head
     accumulates = gradients.states and not in_backward
-    size = _Sizes(tokens, vocab_size, head, reference, pairs, backend, has_softcap, with_stats)
+    # A shard without entries has tiles as if it had one, and no walk.
+    given = (head, reference, pairs, backend, has_softcap, with_stats, is_shard)
+    size = _Sizes(tokens, max(vocab_size, 1), *given)
     budget = int(workspace_mb * MIB)
     if not gradients.head:
         kept, forward_tiles, backward_tiles = 0, size.forward(budget, kept=0), None
@@ -361,6 +366,7 @@ def make_plan(
         rank=head.rank,
         state_columns=state_columns,
         trained_columns=trained_columns,
+        shard_bytes=size.shard_bytes,
     )
 
 
@@ -376,6 +382,14 @@ class _Sizes:
     backend: str
     has_softcap: bool
     with_stats: bool
+    is_shard: bool
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard's states of all tokens: they stay until all ranks have folded theirs."""
+        vectors = 4 + 4 * self.with_stats + (self.reference is not None) * (4 + self.tiles_at_once)
+        # As many again relative to the common maximum, and again as one message.
+        return 3 * vectors * self.head.wide_size * self.tokens * self.is_shard
 
     @property
     def tiles_at_once(self) -> int:
@@ -394,7 +408,14 @@ class _Sizes:
 
     def kept_bytes(self, kept: int) -> int:
         row = kept_row(self.vocab_size) * self.head.operand_size
+        # The maxima after each tile (see `forward`) of all kept tokens.
+        row += self._maxima * self.is_shard
         return kept * row * self.tiles_at_once
+
+    @property
+    def _maxima(self) -> int:
+        """Bytes of a token's maximum after each tile."""
+        return self.head.wide_size * (self.vocab_size // _LEAST_KEPT_TILE + 1)
 
     def forward(self, budget: int, kept: int) -> Tiles:
         """The largest tiles of forward, with `kept` tokens' probabilities beside them."""
@@ -421,12 +442,11 @@ class _Sizes:
             token += wide * head.width
         if kept:
             # Its maximum after each tile; no tile is so narrow that these would need much memory.
-            maxima = self.vocab_size // _LEAST_KEPT_TILE + 1
-            token += wide * maxima * self.tiles_at_once
+            token += self._maxima * self.tiles_at_once
         return choose_tiles(
             self.tokens,
             self.vocab_size,
-            budget - self.kept_bytes(kept),
+            budget - self.kept_bytes(kept) - self.shard_bytes,
             logit=logit,
             token=token,
             # One head's rows at a time.
@@ -479,7 +499,7 @@ def _cheapest(size: _Sizes, gradients: Gradients, budget: int) -> tuple[int, Til
     operations_a_byte = _OPERATIONS_A_BYTE_OF_CPU if size.head.rounds else _OPERATIONS_A_BYTE
     for eighths in range(_EIGHTHS, -1, -1):
         kept = size.tokens * eighths // _EIGHTHS
-        rest = budget - size.kept_bytes(kept)
+        rest = budget - size.kept_bytes(kept) - size.shard_bytes
         forward = size.forward(budget, kept)
         backward = size.backward(budget, kept, gradients)
         if kept and max(forward.bytes, backward.bytes) > rest:

@@ -205,7 +205,9 @@ def settle(
         columns.mul_(factor.unsqueeze(1))
     # On a CPU, scatter_ would copy all of `kept` for it.
     tokens = torch.arange(kept.shape[0], device=kept.device)
-    kept[tokens, labels] = label_value.to(kept.dtype)
+    inside, column = _label_columns(kept, labels)
+    place = tokens, column[:, 0]
+    kept[place] = torch.where(inside, label_value.to(kept.dtype), kept[place])
 
 
 def finish(

@@ -27,7 +27,7 @@ from prefkern.ops import memory, sequences
 from support import tiny
 from support.logprobs import relative
 from support.machine import BACKENDS, DEVICE
-from support.ranks import run_on_two_ranks
+from support.ranks import group_of_one, run_on_two_ranks
 
 B, T, H, V = 2, 9, 8, 300
 # A few tiles of tokens and entries, which can be halved.
@@ -466,6 +466,22 @@ def test_a_graph_that_is_captured_is_not_begun_again(monkeypatch):
     monkeypatch.setattr(sequences, "is_capturing", lambda x: True)
     made = call("frozen head")
     _, _, error = attempt(made, refused_once(4 * 16 * 128))
+    assert "Tried: workspace_mb" in str(error) and ", then " not in str(error)
+
+
+def test_ranks_of_one_head_do_not_begin_again():
+    """The others would wait for what this one sends."""
+    made = call("frozen head")
+    with group_of_one() as group:
+        options = {"vocab": prefkern.VocabShard(group, 0, V), "workspace_mb": WORKSPACE_MB}
+        sharded = Call(
+            weighed(prefkern.linear_logprobs, backend="torch", **options),
+            made.oracle, made.trains, **made.tensors,
+        )  # fmt: skip
+        loss, leaves, error = attempt(sharded, Allocator())
+        assert error is None
+        assert_right("a group of one", loss, leaves, made.expected())
+        _, _, error = attempt(sharded, refused_once(4 * 16 * 128))
     assert "Tried: workspace_mb" in str(error) and ", then " not in str(error)
 
 

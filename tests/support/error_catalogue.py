@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import prefkern
 from prefkern import objectives, reference
@@ -119,6 +120,10 @@ MODEL = tiny.model()
 TEXT = torch.randint(5, tiny.VOCAB_SIZE, (2 * B, T))
 
 
+# A shard of it can be made and checked; a call with one needs a group that was started.
+GROUP = dist.ProcessGroup(dist.HashStore(), 0, 1)
+
+
 def loss_of(name: str) -> Callable[..., Any]:
     return prefkern.FusedPreferenceLoss(objectives.build(name))
 
@@ -157,6 +162,7 @@ CALLS: dict[str, Call] = {
     "linear_kl": Call(prefkern.linear_kl, two_heads),
     "reference.linear_kl": Call(reference.linear_kl, two_heads),
     "plan_for": Call(prefkern.plan_for, shape),
+    "VocabShard": Call(prefkern.VocabShard, lambda: {"group": GROUP, "start": 0, "size": V}),
     "FusedPreferenceLoss": Call(
         prefkern.FusedPreferenceLoss, lambda: {"objective": objectives.DPO()}
     ),
@@ -299,6 +305,19 @@ _ADAPTER = [
 _SPARSE_ADAPTER = [
     ({"lora_weight": randn(V, 4).to_sparse(), "lora_hidden": randn(B, T, 4)}, TypeError, "dense"),
     ({"lora_hidden": nested(T, 2, width=4), "lora_weight": randn(V, 4)}, TypeError, "nested"),
+]
+_SHARD = [
+    ({"vocab": 0}, TypeError, "prefkern.VocabShard or None", "0"),
+    ({"vocab": (None, 0, V)}, TypeError, "prefkern.VocabShard or None", "tuple"),
+]
+_VOCAB_SHARD = [
+    ({"group": None}, TypeError, "torch.distributed.ProcessGroup", "None"),
+    ({"group": "world"}, TypeError, "torch.distributed.ProcessGroup", "'world'"),
+    ({"start": 0.0}, TypeError, "an int", "0.0"),
+    ({"start": -1}, ValueError, ">= 0", "-1"),
+    ({"start": V + 1}, ValueError, "[0, 50]", "51"),
+    ({"size": True}, TypeError, "an int", "True"),
+    ({"size": 0}, ValueError, ">= 1", "0"),
 ]
 _DOUBLE = [
     ({"hidden": randn(B, T, H).double()}, TypeError, "hidden is torch.float64", "one dtype"),
@@ -643,6 +662,8 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
         [*_OPERATOR, *_REFERENCE_HEAD, *_ADAPTER, *_SPARSE_ADAPTER],
     ),
     (("linear_logprobs", "linear_kl"), _DOUBLE),
+    (("linear_logprobs", "linear_kl", "loss"), _SHARD),
+    (("VocabShard",), _VOCAB_SHARD),
     (("plan_for",), _PLAN),
     (
         ("FusedPreferenceLoss",),

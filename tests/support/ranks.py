@@ -1,7 +1,7 @@
-"""Runs two connected processes on this machine, for tests of what ranks share.
+"""Runs connected processes on this machine, for tests of what ranks share.
 
 Each process gets the environment variables of torch.distributed (rank, world size, address, port),
-with one OpenMP thread. The helper waits for both and returns their output.
+with one OpenMP thread. The helper waits for all and returns their output.
 """
 
 from __future__ import annotations
@@ -9,21 +9,40 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
 
 from support.processes import environment
 
 
-def run_on_two_ranks(*arguments: str) -> list[str]:
-    """Run Python with these arguments (a script, or -m and a module) as two ranks.
+@contextmanager
+def group_of_one() -> Iterator[dist.ProcessGroup]:
+    """A process group with this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert dist.group.WORLD is not None
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
-    Returns the output of each rank. If a rank fails, raises AssertionError with both outputs.
+
+def run_on_two_ranks(*arguments: str) -> list[str]:
+    return run_on_ranks(2, *arguments)
+
+
+def run_on_ranks(count: int, *arguments: str) -> list[str]:
+    """Run Python with these arguments (a script, or -m and a module) as so many ranks.
+
+    Returns the output of each rank. If a rank fails, raises AssertionError with all outputs.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {
         **environment(),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
@@ -35,7 +54,7 @@ def run_on_two_ranks(*arguments: str) -> list[str]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
@@ -43,5 +62,5 @@ def run_on_two_ranks(*arguments: str) -> list[str]:
         # If one rank fails, the other one would wait for it forever.
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    assert [rank.returncode for rank in ranks] == [0] * count, "\n".join(outputs)
     return outputs

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import tomllib
 from collections.abc import Callable
@@ -94,6 +95,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 OPERATOR = ("docs/operator.md", "The operator", "python")
 LOSS = ("docs/operator.md", "The loss on it", "python")
+RANKS = ("docs/operator.md", "A head over several ranks", "python")
 COMPILE = ("docs/operator.md", "torch.compile and CUDA graphs", "python")
 
 
@@ -124,6 +126,25 @@ def test_the_loss_on_hidden_states(key):
     exec(BLOCKS[key], names)
     assert names["out"].loss.item() == pytest.approx(0.6931472, abs=1e-6)
     assert all(p.grad is not None for p in model.parameters())
+
+
+@runs(RANKS)
+def test_a_head_over_several_ranks(key, monkeypatch):
+    """As torchrun starts it, with one rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in shared.items():
+        monkeypatch.setenv(name, str(value))
+    names: dict[str, Any] = {}
+    try:
+        exec(BLOCKS[key], names)
+    finally:
+        torch.distributed.destroy_process_group()
+    whole = [names["hidden"].detach(), names["weight"].detach(), names["labels"]]
+    assert torch.allclose(names["logps"], prefkern.linear_logprobs(*whole))
+    assert names["weight"].grad.shape == (50257, 512) and names["hidden"].grad.abs().max() > 0
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
