@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation(
         "D is accumulated in half precision",
         PASSES,
-        "add_product(weights, w, self.accumulator)",
-        "add_product(weights, w, self.accumulator)\n"
+        "add(weights[:, part], w[part], self.accumulator)",
+        "add(weights[:, part], w[part], self.accumulator)\n"
         "            self.accumulator.copy_(self.accumulator.half())",
         "tests/ops/test_linear_logprobs.py -k half_precision_gradients",
     ),
@@ -381,15 +381,15 @@ MUTATIONS = (
     Mutation(
         "a divergence's gradient of hidden is of the last tile of the vocabulary",
         BACKWARD,
-        "add = product if entries.start == 0 else add_product\n                add(weights, of_states",
-        "add = product\n                add(weights, of_states",
+        "add = product if entries.start == 0 else add_product\n                add(weights, plan",
+        "add = product\n                add(weights, plan",
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
     ),
     Mutation(
         "a divergence's gradient of an adapter's states is made with the head's own columns",
         BACKWARD,
-        "of_states = plan.state_columns.of(operands.for_gradients(rounded, w))",
-        "of_states = operands.for_gradients(rounded, w)[:, : plan.state_columns.width]",
+        "add(weights, plan.state_columns.of(w), dstates[tokens])",
+        "add(weights, w[:, : plan.state_columns.width], dstates[tokens])",
         "tests/ops/test_kl.py -k 'adapter_on_the_head and torch'",
     ),
     Mutation(
@@ -437,8 +437,8 @@ MUTATIONS = (
     Mutation(
         "divergences are the first tokens', wherever scored, under torch.compile",
         "prefkern/ops/compiled.py",
-        "            out.copy_(call.place(scored.masked(value), scored.rows, labels.shape))",
-        "            out.copy_(call.place(scored.masked(value), scored.rows, labels.shape))\n"
+        "            out.copy_(call.place(scored.masked(value), run.scored.rows, labels.shape))",
+        "            out.copy_(call.place(scored.masked(value), run.scored.rows, labels.shape))\n"
         "            if value is passed.kl:\n"
         "                out.zero_()[: value.shape[0]].copy_(value)",
         "tests/ops/test_compile.py -k 'linear_kl or divergence'",
@@ -446,8 +446,8 @@ MUTATIONS = (
     Mutation(
         "under torch.compile, tokens that only fill the shape have a divergence",
         "prefkern/ops/compiled.py",
-        "call.place(scored.masked(value), scored.rows, labels.shape)",
-        "call.place(value if value is passed.kl else scored.masked(value), scored.rows, labels.shape)",
+        "scored.masked(value), run.scored.rows",
+        "value if value is passed.kl else scored.masked(value), run.scored.rows",
         "tests/ops/test_compile.py -k records",
     ),
     Mutation(
@@ -1064,7 +1064,7 @@ MUTATIONS = (
     Mutation(
         "on a CPU a tile has chosen tokens alone",
         "prefkern/ops/call.py",
-        "if head.operands.rounds and passes.splits_tokens(made):",
+        "if head.operands.rounds and scored.live is None and splits:",
         "if False:",
         "tests/ops/test_cpu.py -k sums_that_cancel",
     ),
