@@ -277,7 +277,7 @@ def demo_tables(name: str) -> str:
             "Log-prob accuracy: pairs whose chosen response has the higher log-prob per token, without a reference."
         ),
         "",
-        f"| its loss step, {step['tokens']} scored tokens | peak MiB | NHV | loss error | dH error | ms |",
+        f"| its loss step, {step['tokens']} scored tokens | peak MiB | NHV | loss error | dH error | CPU ms |",
         "|---|---|---|---|---|---|",
     ]
     for provider, row in step["rows"].items():
