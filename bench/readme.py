@@ -364,7 +364,7 @@ def summary(name: str = "bench-cpu.json") -> str:
     for provider, label in PEERS.items():
         frozen, trained = rows[provider, "frozen"], rows[provider, "trainable"]
         nhv = number(trained["operations_nhv"], "g")
-        if provider == "prefkern":
+        if provider == "prefkern" and nhv != f"{roomy:g}":
             nhv = f"{roomy:g} to {nhv}"
         cells = (
             number(frozen["operations_nhv"], "g"),

@@ -96,7 +96,7 @@ def test_the_readme_s_numbers_are_the_result_s() -> None:
         assert float(trained.split(" to ")[-1]) == pytest.approx(most, abs=0.005)
         if provider == "prefkern":
             least = rows["prefkern-roomy", "trainable"]["operations_nhv"]
-            assert float(trained.split(" to ")[0]) == least < most
+            assert float(trained.split(" to ")[0]) == least <= most
         assert float(mib) == pytest.approx(row["peak_mib"], rel=0.006)
         for ms, task in zip(times, ("frozen", "trainable"), strict=True):
             value = rows[provider, task]["processor_ms"]
