@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -42,8 +39,6 @@ from prefkern.data import (
 from prefkern.data.collate import (
     ExampleCollator,
     PreferenceCollator,
-    first_sequence,
-    sequence_count,
 )
 from prefkern.data.columns import ID_COLUMNS, renamed
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
@@ -57,11 +52,10 @@ from prefkern.models.adapters import (
     is_trained_adapter,
     with_own_rates,
 )
-from prefkern.models.calls import evaluation_mode
 from prefkern.models.heads import find_head, has_low_rank_term, unwrap
 from prefkern.models.liger import apply_liger, check_liger
 from prefkern.models.loading import load_model, load_tokenizer
-from prefkern.models.own_reference import ALTERNATIVES, InitialAdapter, adapter_in_use
+from prefkern.models.own_reference import ALTERNATIVES, InitialAdapter
 from prefkern.models.packing import (
     WHOLE_ROW,
     reads_whole_row,
@@ -71,16 +65,12 @@ from prefkern.models.packing import (
 from prefkern.models.positions import check_positions
 from prefkern.models.routers import RouterLoss
 from prefkern.models.scoring import (
-    MISMATCHED,
-    align_labels,
-    model_inputs,
     preference_outputs,
 )
 from prefkern.models.text_inputs import embedding_rows
-from prefkern.models.transform import forget_transform, head_transform
+from prefkern.models.transform import head_transform
 from prefkern.models.vocabulary import check_pad_token, check_reference_words, check_tokens
 from prefkern.objectives import Objective, UnpairedObjective
-from prefkern.ops.call import resolve_backend
 from prefkern.training.checks import (
     Needs,
     carry_sums,
@@ -94,22 +84,13 @@ from prefkern.training.checks import (
 )
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.names import NamedArguments
-from prefkern.training.objective_trainer import reference_states, sums_alone
-from prefkern.training.reference_cache import (
-    SumsOnDisk,
-    default_folder,
-    description,
-    open_cache,
-    with_sums,
-)
-from prefkern.training.sharding import check_sharded_reference, is_sharded, mode_of, sharded
-from prefkern.training.token_trainer import TokenBatchTrainer
-from prefkern.training.unsaved import fingerprint
+from prefkern.training.reference_trainer import ReferenceTrainer
+from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
+class PreferenceTrainer(NamedArguments, ReferenceTrainer):
     """Trains a causal LM on preference pairs.
 
     Args:
@@ -409,112 +390,6 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
         )
         return outputs, outputs.loss
 
-    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
-        with torch.no_grad(), self._reference() as model, self._autocast():
-            return self._sums(model, inputs)
-
-    def _autocast(self) -> Any:
-        """The policy's autocast for the reference: a wrapped model has its own, another has none.
-
-        FSDP2 has none: it casts weights and inputs, of the policy and of a reference that is sharded.
-        """
-        return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
-
-    def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
-        """Log-prob sums of a batch's rows under a model, without gradient."""
-        options = sums_alone(sequence_count(inputs), inputs["input_ids"].device)
-        with torch.no_grad():
-            outputs = preference_outputs(
-                model, inputs, self._sum_fn, router_loss=RouterLoss(), **options
-            )
-        # Casts that an outer autocast made of the policy's weights here have no gradient.
-        torch.clear_autocast_cache()
-        assert isinstance(outputs, UnpairedOutput)
-        return outputs.logps
-
-    def _mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (M,)
-        """Log policy / reference of the batch's mismatched prompts and responses (KTO)."""
-        rows = {
-            name.removeprefix(MISMATCHED): value
-            for name, value in inputs.items()
-            if name.startswith(MISMATCHED)
-        }
-        count = sequence_count(rows)
-        if count == 0:
-            if not self._warned_of_no_mismatch:
-                self._warned_of_no_mismatch = True
-                logger.warning(
-                    "a batch of %d has one prompt only, so no mismatched pairs: its reference "
-                    "point is 0. Larger batches, or shuffled ones, make it meaningful",
-                    sequence_count(inputs),
-                )
-            # A wrapped forward is collective (DDP's buffers, FSDP's weights): every rank must run
-            # one.
-            rows = first_sequence({name: inputs[name] for name in rows})
-        return (self._sums(model, rows) - self._reference_logps(rows))[:count]
-
-    def _reference_states(self, policy: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The reference's hidden states and head, for objectives that compare distributions."""
-        cu_seqlens = inputs.get("cu_seqlens")
-        labels = align_labels(inputs["labels"], cu_seqlens)
-        with torch.no_grad(), self._reference() as model, self._autocast():
-            inputs = {**model_inputs(model, inputs), **RouterLoss().asked_of(model)}
-            return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
-
-    @contextmanager
-    def _reference(self) -> Iterator[nn.Module]:
-        """The reference model, in evaluation mode."""
-        if self.ref_model is not None:
-            yield self.ref_model
-            return
-        self._check_is_initial()
-        model: Any = self.accelerator.unwrap_model(self.model)
-        if self.accelerator.is_fsdp2 and not is_sharded(model):
-            if self._sharded_copy is None:
-                self._sharded_copy = sharded(copy.deepcopy(model), self.accelerator)
-            model = self._sharded_copy
-        with self._as_reference(model):
-            yield model
-
-    def _check_is_initial(self) -> None:
-        if self.ref_model is not None or self.state.global_step == 0:
-            return
-        if not is_peft_model(self.accelerator.unwrap_model(self.model)):
-            raise ValueError(
-                "the reference is the initial model, which training has changed: pass this "
-                "dataset to the constructor, or pass ref_model"
-            )
-
-    @contextmanager
-    def _as_reference(self, model: Any) -> Iterator[None]:
-        """The policy, or its copy, as its own reference within the context."""
-        in_use: Any = nullcontext()
-        # A copy is made before training, when the adapter has its initial values.
-        if self._initial_adapter is not None and model is not self._sharded_copy:
-            in_use = self._initial_adapter.in_use(model)
-        elif self._initial_adapter is None and is_peft_model(model):
-            in_use = adapter_in_use(model, self.args.ref_adapter_name)
-        with in_use, evaluation_mode(model):
-            yield
-
-    @contextmanager
-    def _computing_sums(self) -> Iterator[None]:
-        """The memory of a copy of the policy, if one computes sums, is free at the end."""
-        try:
-            yield
-        finally:
-            self._sharded_copy = None
-
-    def _reference_fingerprint(self) -> dict[str, str]:
-        """Of the weights that the reference has and the base model has not."""
-        if self._initial_adapter is not None:
-            return fingerprint(self._initial_adapter.items())
-        if self.ref_model is None and is_peft_model(self.model):
-            return {}
-        # With precomputed sums it is the model before training, or before a checkpoint is loaded.
-        initial: Any = self.model if self.ref_model is None else self.ref_model
-        return fingerprint(initial.named_parameters())
-
     def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
         if dataset is None:
             return None
@@ -574,74 +449,6 @@ class PreferenceTrainer(NamedArguments, TokenBatchTrainer):
             with self._computing_sums():
                 dataset = self._with_reference(dataset)
         return dataset
-
-    def _with_reference(self, dataset: Any) -> Any:
-        """The dataset with the reference's sums as columns, computed unless it has them."""
-        if isinstance(dataset, dict):
-            return {key: self._with_reference(value) for key, value in dataset.items()}
-        if not carry_sums(dataset):
-            dataset = self._computed(dataset)
-        if dataset is not None:
-            self._computed_sums.add(dataset._fingerprint)
-        return dataset
-
-    def _computed(self, dataset: Any) -> Any:
-        self._check_is_initial()
-        args = self.args
-        return with_sums(
-            dataset,
-            lambda batch: self._reference_logps(self._prepare_inputs(batch)),
-            self.data_collator,
-            self.accelerator,
-            batch_size=args.precompute_ref_batch_size or args.per_device_eval_batch_size,
-            batches_of=self._token_batches,
-            on_disk=self._reference_cache(dataset) if self.is_world_process_zero() else None,
-            shows_progress=not args.disable_tqdm and self.is_local_process_zero(),
-        )
-
-    def _reference_cache(self, dataset: Any) -> SumsOnDisk | None:
-        folder = self.args.ref_cache_dir
-        folder = default_folder() if folder is None else folder
-        if not folder:
-            return None
-        if self._collates_otherwise:
-            logger.warning("reference sums are not kept: a data_collator was given")
-            return None
-        precision = self.accelerator.mixed_precision
-        if self.accelerator.is_fsdp2 and precision != "no":
-            precision = f"{precision} by FSDP2"
-        return open_cache(
-            folder,
-            self._description(),
-            dataset,
-            autocast=precision,
-            tf32=self.args.tf32,
-            device=self.args.device.type,
-            backend=resolve_backend(self.args.backend, self.args.device),
-            layout=self._layout,
-        )
-
-    def _description(self) -> dict[str, Any] | None:
-        """What sums depend on of the reference; of a sharded one, as it was before."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        in_use: Any = self._as_reference(model)
-        if self.ref_model is not None:
-            model, in_use = self.ref_model, nullcontext()
-        if is_sharded(model):
-            return self._described
-        with in_use, self.accelerator.autocast():
-            self._described = description(model)
-        if self.accelerator.is_fsdp2:
-            # This rank's probe was not in shards: there every rank has to run one.
-            forget_transform(model)
-        return self._described
-
-    @property
-    def _layout(self) -> str:
-        """How batches are laid out: rounding depends on it."""
-        if self.args.share_prompt:
-            return "shared"
-        return "packed" if self.args.padding_free else "padded"
 
     def _save_into(self, folder: str, state_dict: Any) -> None:
         with with_own_rates(self._dropout_of_configs):
