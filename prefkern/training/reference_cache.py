@@ -3,8 +3,9 @@
 A sum depends on the reference and the tokens, and so does the cache's key: a hash of the
 reference's weights, its configuration, adapter and logits transform; a hash of the token ids of all
 pairs (after chat template and truncation); and the arithmetic: autocast's dtype, attention,
-backend, device, and the versions of prefkern, torch and transformers. A run that differs in
-anything else (objective, learning rate, output folder) finds the sums of an earlier run.
+backend, device, whether a CPU has bfloat16 units, and the versions of prefkern, of its sums, of
+torch and of transformers. A run that differs in anything else (objective, learning rate, output
+folder) finds the sums of an earlier run.
 
     <ref_cache_dir>/<key>/key.json                         what the key is made of, for people
     <ref_cache_dir>/<key>/000000000-000000512.safetensors  sums of these pairs, [pairs, 2] float32
@@ -57,6 +58,9 @@ _SHARD_PAIRS = 512
 # Weights are hashed in pieces, so that copies from a GPU need little memory.
 _PIECE_BYTES = 2**26
 # Entries of a model's configuration without effect on log-probs, or in the key already.
+# Raised when prefkern adds in another order, or rounds elsewhere. Kept sums would then differ from
+# those of an equal policy in their last bits, and the first loss from ln 2.
+_SUMS = 2
 _SILENT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 _SILENT_PARTS = ("dropout", "pdrop", "layerdrop", "_token_id")
 
@@ -168,6 +172,7 @@ def description(model: nn.Module) -> dict[str, Any] | None:
     return {
         "versions": {
             "prefkern": VERSION,
+            "sums": _SUMS,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

@@ -27,6 +27,7 @@ from prefkern.models.own_reference import InitialAdapter, adapter_in_use
 from prefkern.models.routers import RouterLoss
 from prefkern.models.scoring import MISMATCHED, align_labels, model_inputs, preference_outputs
 from prefkern.models.transform import forget_transform
+from prefkern.ops import cpu
 from prefkern.ops.call import resolve_backend
 from prefkern.training.checks import carry_sums
 from prefkern.training.objective_trainer import reference_states, sums_alone
@@ -211,6 +212,7 @@ class ReferenceTrainer(TokenBatchTrainer):
             autocast=precision,
             tf32=self.args.tf32,
             device=self.args.device.type,
+            bfloat16_units=self.args.device.type == "cpu" and cpu.has_bfloat16_units(),
             backend=resolve_backend(self.args.backend, self.args.device),
             layout=self._layout,
         )

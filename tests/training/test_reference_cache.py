@@ -17,6 +17,7 @@ peft = pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file
 
+from prefkern.ops import cpu
 from prefkern.training import reference_cache
 from support.reference_sums import PAIRS, Forwards, precomputing, shards, sums, sums_from_logits
 from support.training import assert_same_weights, lora, trainer, weights
@@ -129,6 +130,17 @@ def test_what_sums_depend_on_is_part_of_the_key(tmp_path, what):
 def test_another_version_computes_its_own(tmp_path, monkeypatch):
     precomputing(tmp_path)
     monkeypatch.setattr(reference_cache, "VERSION", "0.0.0")
+    assert precomputing(tmp_path)[1] == 2 * PAIRS
+
+
+def test_another_arithmetic_computes_its_own(tmp_path, monkeypatch):
+    """Sums that were added in another order differ in their last bits."""
+    precomputing(tmp_path)
+    assert precomputing(tmp_path)[1] == 0
+    monkeypatch.setattr(reference_cache, "_SUMS", reference_cache._SUMS + 1)
+    assert precomputing(tmp_path)[1] == 2 * PAIRS
+    has_units = cpu.has_bfloat16_units()
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: not has_units)
     assert precomputing(tmp_path)[1] == 2 * PAIRS
 
 
@@ -264,7 +276,7 @@ def test_key_says_what_it_is_of(tmp_path):
     (file,) = (tmp_path / "reference-sums").glob("*/key.json")
     described = json.loads(file.read_text())
     assert described["model"].endswith("LlamaForCausalLM")
-    assert described["versions"].keys() == {"prefkern", "torch", "transformers"}
+    assert described["versions"].keys() == {"prefkern", "sums", "torch", "transformers"}
     assert described["arithmetic"]["backend"] == "torch"
     assert described["transform"] == [1.0, None]
 
