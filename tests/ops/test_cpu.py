@@ -198,6 +198,20 @@ def test_gradients_are_made_by_products_of_bfloat16(units, monkeypatch):
     assert made.kept_bytes == 2 * made.tokens * plan.kept_row(made.vocab_size)
 
 
+@pytest.mark.parametrize("tokens", [8, 64, 512])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_no_tile_is_a_block_that_the_allocator_maps_afresh(units, trains_head, tokens):
+    """Of logits, or of the weights that are raised: glibc maps what is above 32 MiB each time."""
+    size = {"device": "cpu", "trains_head": trains_head, "workspace_mb": 256}
+    made = prefkern.plan_for(tokens, 576, 49152, dtype=BF16, **size)
+    tiles = [made.forward_tiles, *([made.backward_tiles] if trains_head else [])]
+    for each in tiles:
+        assert 4 * each.vocab_tile * max(each.token_tile, 576) < 2**25
+    # Other dtypes have the tiles that they had.
+    other = prefkern.plan_for(8, 576, 49152, dtype=torch.float32, device="cpu", workspace_mb=256)
+    assert 4 * other.forward_tiles.vocab_tile * 576 > 2**25
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_other_dtypes_are_multiplied_as_everywhere(units, dtype):
     assert operands.operands_for(dtype, "cpu") == operands.Operands(dtype, dtype == torch.float16)
