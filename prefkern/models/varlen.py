@@ -64,6 +64,11 @@ class Layout:
     longest_q: int
     longest_k: int
 
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """As both kernels take them, after queries, keys and values."""
+        return self.bounds_q, self.bounds_k, self.longest_q, self.longest_k
+
     @staticmethod
     def of(
         lengths: Sequence[int], prefixes: Sequence[tuple[int, int]], device: torch.device
@@ -215,10 +220,7 @@ def _torch_varlen(
         queries,
         keys,
         values,
-        layout.bounds_q,
-        layout.bounds_k,
-        layout.longest_q,
-        layout.longest_k,
+        *layout.bounds,
         scale=scale,
         window_size=(reach, 0),
         **options,
@@ -239,10 +241,7 @@ def _flash_attn(
         queries,
         keys,
         values,
-        layout.bounds_q,
-        layout.bounds_k,
-        layout.longest_q,
-        layout.longest_k,
+        *layout.bounds,
         softmax_scale=scale,
         causal=True,
         window_size=(reach, 0),
