@@ -31,7 +31,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 DEMO_SETUP := $(VENV)/.demo $(if $(and $(MODEL),$(DATA)),,$(VENV)/.demo-data)
 
 # glibc returns large blocks to the system at every free and faults them in again at the next
-# allocation; keeping them makes a training step on a CPU several times as fast.
+# allocation; a training step on a CPU that keeps them takes less time.
 export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false

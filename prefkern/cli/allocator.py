@@ -2,8 +2,8 @@
 
 glibc gives a large block back to the system when it is freed, and takes it again, zeroed page by
 page, at the next allocation of that size. The tensors of a training step are such blocks. A process
-that keeps them trains a small model on a CPU up to twice as fast, and holds the memory of its
-largest moment until it ends.
+that keeps them spends less time in the system, and holds the memory of its largest moment until it
+ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a CPU is fast at: products of bfloat16 operands.
 
-Processors with bfloat16 units (AVX512-BF16, AMX) multiply bfloat16 operands two to sixteen times
-faster than float32 ones. torch uses them through oneDNN in two ways:
+Processors with bfloat16 units (AVX512-BF16, AMX) multiply bfloat16 operands faster than float32 ones.
+torch uses them through oneDNN in two ways:
 
 - For bfloat16 tensors. A result is rounded to bfloat16, which is good enough for gradients and not
   for logits.
@@ -35,7 +35,7 @@ _matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAc
 def has_bfloat16_units() -> bool:
     """Whether products of bfloat16 tensors are faster than those of float32 ones.
 
-    A processor without such units would emulate them, a hundred times slower.
+    A processor without such units would emulate them, slower than float32.
     `ONEDNN_MAX_CPU_ISA=AVX2` switches them off, as it does for torch itself.
     """
     if os.environ.get(SWITCH) == "0" or not torch.backends.mkldnn.is_available():
