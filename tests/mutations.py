@@ -1126,6 +1126,20 @@ MUTATIONS = (
         "tests/objectives/test_objectives.py tests/loss/test_loss.py -k 'kto or oracles'",
     ),
     Mutation(
+        "a mixture forgets its weights in torch",
+        "prefkern/objectives/mixture.py",
+        "return results[0]._replace(losses=self.weighted([result.losses for result in results]))",
+        "return results[0]._replace(losses=sum(result.losses for result in results))",
+        "tests/objectives/test_mixture.py -k oracles",
+    ),
+    Mutation(
+        "a mixture's gradient in the pair kernel is its first objective's",
+        "prefkern/loss/pairwise.py",
+        "coefficients=objective.weighted(each.coefficients for each in launched)",
+        "coefficients=out.coefficients",
+        "tests/objectives/test_mixture.py -k one_launch",
+    ),
+    Mutation(
         "the pair kernel's gradient of rejected responses",
         f"{KERNELS}/pair.py",
         "-ddelta * beta * slope_l)",

@@ -2,8 +2,9 @@
 
 All of it works on `[2B]` numbers, in one of two ways. On the triton backend, an objective of the
 pair kernel's form takes one launch, which returns the losses and `d loss / d logps` of each
-sequence. Otherwise the objective's own torch code runs, and autograd differentiates it. Both ways
-return those gradients: they are the push on each response, and `prefkern.diagnostics` reads them.
+sequence; a mixture takes one for each of its objectives. Otherwise the objective's own torch code
+runs, and autograd differentiates it. Both ways return those gradients: they are the push on each
+response, and `prefkern.diagnostics` reads them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prefkern.objectives import Objective, PairLoss, Pairs
+from prefkern.objectives import Mixture, Objective, PairLoss, Pairs
 from prefkern.ops import sequences
 from prefkern.ops.once import anchors, differentiable_once
 from prefkern.ops.operands import as_stored
@@ -47,9 +48,9 @@ class Paired:
 def pair_loss(objective: Objective, scores: Scores, backend: str) -> Paired:
     """The losses of B pairs, the pairs themselves, and the gradients of the log-probs."""
     objective.follow(scores.logps.device)
-    options = objective.pair_kernel_options() if backend == "triton" else None
-    if options is not None:
-        return _by_kernel(objective, scores, options)
+    terms = objective.pair_kernel_terms() if backend == "triton" else None
+    if terms is not None:
+        return _by_kernel(objective, scores, terms)
     return _by_objective(objective, scores)
 
 
@@ -85,7 +86,7 @@ def _by_objective(objective: Objective, scores: Scores) -> Paired:
     return Paired(result, pairs, (chosen, rejected))
 
 
-def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) -> Paired:
+def _by_kernel(objective: Objective, scores: Scores, terms: list[dict[str, Any]]) -> Paired:
     # The kernel would read a missing reference as one of probability 1.
     name = type(objective).__name__
     if objective.needs_reference and scores.ref_logps is None:
@@ -97,19 +98,31 @@ def _by_kernel(objective: Objective, scores: Scores, options: dict[str, Any]) ->
         objective.observe(_pairs(sums, scores))
     from prefkern_kernels import pair_loss as launch
 
-    out: PairLossOutput = launch(
+    given = (
         scores.logps.detach(),
         scores.offsets,
         as_stored(scores.ref_logps),
         as_stored(scores.reward_margins),
-        **options,
     )
+    launched: list[PairLossOutput] = [launch(*given, **options) for options in terms]
+    out = launched[0]
+    if isinstance(objective, Mixture):
+        objective.combined([_result_of(each, each.losses) for each in launched])
+        out = out._replace(
+            losses=objective.weighted(each.losses for each in launched),
+            coefficients=objective.weighted(each.coefficients for each in launched),
+        )
     pairs = _pairs(_Sums.apply(scores.logps, scores.offsets, out), scores)
     logps = (pairs.chosen_logps, pairs.rejected_logps)
     losses = _Losses.apply(*logps, out, anchors(*logps))
     chosen, rejected = out.coefficients.chunk(2)
-    result = PairLoss(losses, out.beta_chosen, out.beta_rejected, *out.rewards.chunk(2))
-    return Paired(result, pairs, (chosen, rejected))
+    return Paired(_result_of(out, losses), pairs, (chosen, rejected))
+
+
+def _result_of(launched: PairLossOutput, losses: Tensor) -> PairLoss:
+    return PairLoss(
+        losses, launched.beta_chosen, launched.beta_rejected, *launched.rewards.chunk(2)
+    )
 
 
 class _Sums(torch.autograd.Function):

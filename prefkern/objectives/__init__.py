@@ -3,8 +3,8 @@
 `docs/objectives.md` has a table of all of them, with formulas, sources and defaults. In reading
 order: `base` (what an objective is), `adaptive` (AdaDPO's coefficient), `contrastive` (the
 methods of AdaDPO's Table 3), `alpha_dpo`, `madpo`, `beta_dpo`, `tdpo`, `kto`, `composed` (options
-that wrap any of them), `registry` (all of them by name). `running` has the statistics that some of
-them keep, `checks` the checks of their arguments.
+that wrap any of them), `mixture` (several as one), `registry` (all of them by name). `running` has
+the statistics that some of them keep, `checks` the checks of their arguments.
 
 To add an objective, write one class, one line in `registry.REGISTRY` and one row in the tests.
 """
@@ -27,6 +27,7 @@ from prefkern.objectives.contrastive import (
 )
 from prefkern.objectives.kto import KTO, ExampleLoss, Examples, UnpairedObjective
 from prefkern.objectives.madpo import MADPO
+from prefkern.objectives.mixture import Mixture
 from prefkern.objectives.registry import REGISTRY, build, names, options
 from prefkern.objectives.tdpo import TDPO1, TDPO2
 
@@ -50,6 +51,7 @@ __all__ = [
     "ExampleLoss",
     "Examples",
     "Hinge",
+    "Mixture",
     "Objective",
     "PairLoss",
     "Pairs",

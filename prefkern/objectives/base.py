@@ -176,6 +176,11 @@ class Objective(nn.Module):
         """Keywords of `prefkern_kernels.pair_loss`; None if it cannot compute this loss."""
         return None
 
+    def pair_kernel_terms(self) -> list[dict[str, Any]] | None:
+        """Keywords of each launch of the pair kernel: one, or one for each part of a `Mixture`."""
+        options = self.pair_kernel_options()
+        return None if options is None else [options]
+
 
 def weighed(factor: Tensor, value: Tensor) -> Tensor:
     """`factor value`, but 0 where a factor of 0 meets an infinite value, and not NaN.

@@ -16,6 +16,7 @@ from prefkern.objectives.composed import WPO, WithNLL
 from prefkern.objectives.contrastive import CPO, DPO, IPO, ORPO, RDPO, Hinge, RobustDPO, SimPO
 from prefkern.objectives.kto import KTO, UnpairedObjective
 from prefkern.objectives.madpo import MADPO
+from prefkern.objectives.mixture import Mixture
 from prefkern.objectives.tdpo import TDPO1, TDPO2
 from prefkern.typos import nearest
 
@@ -79,6 +80,9 @@ def names() -> list[str]:
 
 def options(name: str) -> list[str]:
     """The options that `build` takes for a name. Raises ValueError for an unknown name."""
+    if _is_mixture(name):
+        known = [option for part in name.split("+") for option in options(part)]
+        return [*dict.fromkeys(known), "loss_weights"]
     cls, is_adaptive = _lookup(name)
     own = [p for p in _parameters(cls) if not (is_adaptive and p == "adaptive")]
     adaptive = [field.name for field in fields(Adaptive)] if is_adaptive else []
@@ -96,10 +100,12 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
     pairwise objective takes `use_weighting=True` (`WPO`) and `rpo_alpha` (`WithNLL`, outermost).
     Case, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo". TRL's "sigmoid" is "dpo".
 
+    Names with "+" between them are a `Mixture`: `build("dpo+simpo", loss_weights=[1.0, 0.5])`. Its
+    other options go to every part that has them.
+
     Raises ValueError for an unknown name and TypeError for an unknown option; the message lists the
     known ones.
     """
-    cls, is_adaptive = _lookup(name)
     known = options(name)
     for option in given:
         if option not in known:
@@ -108,6 +114,32 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
                 f"it takes {', '.join(known)}"
             )
     composed = {option: given.pop(option) for option in _COMPOSED if option in given}
+    objective = _mixture(name, given) if _is_mixture(name) else _single(name, given)
+    if isinstance(objective, UnpairedObjective):
+        return objective
+    if require_bool("use_weighting", composed.get("use_weighting", False)):
+        objective = WPO(objective)
+    if composed.get("rpo_alpha") is not None:
+        objective = WithNLL(objective, composed["rpo_alpha"])
+    return objective
+
+
+def _mixture(name: str, given: dict[str, Any]) -> Mixture:
+    loss_weights = given.pop("loss_weights", None)
+    single = [part for part in name.split("+") if not issubclass(_lookup(part)[0], Objective)]
+    if single:
+        raise ValueError(
+            f"{name!r} mixes pairwise objectives; {single[0]!r} is on single responses"
+        )
+    parts: list[Any] = [
+        build(part, **{option: given[option] for option in options(part) if option in given})
+        for part in name.split("+")
+    ]
+    return Mixture(parts, loss_weights)
+
+
+def _single(name: str, given: dict[str, Any]) -> Objective | UnpairedObjective:
+    cls, is_adaptive = _lookup(name)
     if isinstance(given.get("adaptive"), dict):
         # From a command line or a file.
         kept = [field.name for field in fields(Adaptive)]
@@ -121,14 +153,11 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
     if is_adaptive:
         chosen = {f.name: given.pop(f.name) for f in fields(Adaptive) if f.name in given}
         given["adaptive"] = Adaptive(**chosen)
-    objective = cls(**given)
-    if isinstance(objective, UnpairedObjective):
-        return objective
-    if require_bool("use_weighting", composed.get("use_weighting", False)):
-        objective = WPO(objective)
-    if composed.get("rpo_alpha") is not None:
-        objective = WithNLL(objective, composed["rpo_alpha"])
-    return objective
+    return cls(**given)
+
+
+def _is_mixture(name: Any) -> bool:
+    return isinstance(name, str) and "+" in name
 
 
 def _lookup(name: str) -> tuple[type[Objective | UnpairedObjective], bool]:

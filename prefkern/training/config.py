@@ -62,7 +62,10 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
         default=None, metadata={"help": "warmup_steps as a share of all steps, in [0, 1)."}
     )
 
-    objective: str = field(default="adadpo", metadata={"help": "Name of the objective."})
+    objective: str = field(
+        default="adadpo",
+        metadata={"help": 'Name of the objective; "dpo+sft" is the sum of several.'},
+    )
     beta: float | None = field(
         default=None, metadata={"help": "beta of the objective. Default: the objective's own."}
     )

@@ -147,7 +147,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "discopop_tau": _OTHER_LOSS,
     "f_divergence_type": _OTHER_LOSS,
     "f_alpha_divergence_coef": _OTHER_LOSS,
-    "loss_weights": ("rpo_alpha", "an NLL term beside the objective"),
+    "loss_weights": ("objective_options", '{"loss_weights": [...]}, and "+" between the names'),
     "desirable_weight": ("objective_options", _IN_OPTIONS),
     "undesirable_weight": ("objective_options", _IN_OPTIONS),
     "generate_during_eval": ("", _REWARDS + "; nothing is generated"),

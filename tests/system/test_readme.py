@@ -337,6 +337,16 @@ def run(line: str) -> int:
     return cli.main(argv)
 
 
+@runs(("docs/objectives.md", "Several at once", "python"))
+def test_several_objectives_by_name(key):
+    names: dict[str, Any] = {"PreferenceConfig": prefkern.PreferenceConfig}
+    exec(f"config = {BLOCKS[key]}", names)
+    mixture = names["config"].build_objective()
+    assert [type(part).__name__ for part in mixture.objectives] == ["DPO", "SimPO"]
+    assert [part.beta for part in mixture.objectives] == [0.2, 0.2]
+    assert mixture.loss_weights == [1.0, 0.5]
+
+
 @runs(("docs/objectives.md", "Objectives", "python"))
 def test_objectives(key, folder):
     assert "PreferenceConfig(" in BLOCKS[key]

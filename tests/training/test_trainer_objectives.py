@@ -496,6 +496,10 @@ STATEFUL = {
         "use_weighting": True,
         "rpo_alpha": 0.2,
     },
+    "several": {
+        "objective": "dpo+alphadpo+betadpo",
+        "objective_options": {"keep": 0.5, "alpha": 0.5, "loss_weights": [0.5, 1.0, 2.0]},
+    },
 }
 
 
