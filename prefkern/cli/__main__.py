@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model on preference pairs",
     "plan": "show what a step of a model will cost, without loading its weights",
     "margins": "train a reward model and write its margins into the dataset, for MADPO",
+    "env": "show versions, devices and backends of this machine, to paste into a report",
 }
 
 

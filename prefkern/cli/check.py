@@ -11,7 +11,8 @@ inputs after rounding to the dtype. A row shows the worst of its shapes. The bou
   error of the eager path (logits in memory, same dtype and device) on the same inputs.
 
 Without a GPU the Triton kernels run in Triton's interpreter. Exit status 1 if an error is above its
-bound.
+bound. `--quick` takes the cases that contain most of the others: some seconds. Where the output is
+not a terminal, each case is written as it ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from prefkern.cli.arguments import spelled
 
@@ -40,6 +43,14 @@ TRANSFORMS = {
     "softcap": {"softcap": 5.0},
     "all": {"bias": True, "logit_scale": 1.5, "softcap": 20.0, "temperature": 0.7},
 }
+
+
+# Of `--quick`: every transform at once, the KL and the loss, and in the interpreter one dtype.
+QUICK = ("all", "kl", "loss")
+QUICK_INTERPRETED_DTYPE = "bfloat16"
+
+# Backend, device, dtype, case, head.
+Case = tuple[str, str, str, str, str]
 
 
 @dataclasses.dataclass
@@ -83,6 +94,11 @@ def main(argv: list[str]) -> int:
         choices=list(LOGP_BOUND),
         help="only this dtype; may be given more than once",
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the cases that contain most of the others, in some seconds",
+    )
     args = parser.parse_args(spelled(argv, "-"))
 
     import torch
@@ -91,27 +107,53 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
     from rich.console import Console
-    from rich.progress import track
 
     console = Console()
     runs = _backends()
     cases = [
         (backend, device, dtype, name, head)
         for backend, device in runs
-        for dtype in args.dtype or LOGP_BOUND
-        for name in [*TRANSFORMS, "kl", "loss"]
+        for dtype in _dtypes(args, backend, device)
+        for name in (QUICK if args.quick else [*TRANSFORMS, "kl", "loss"])
         for head in HEADS
     ]
-    rows = [
-        _check(*case, seed=args.seed)
-        for case in track(cases, "checking", console=console, transient=True)
-    ]
+    rows = [_check(*case, seed=args.seed, quick=args.quick) for case in _shown(cases, console)]
     for backend in dict.fromkeys(row.backend for row in rows):
         console.print(_table(backend, [row for row in rows if row.backend == backend]))
     console.print(_environment(runs))
     missed = [row for row in rows if not row.passed]
     console.print(f"{len(rows) - len(missed)} of {len(rows)} within bounds")
     return 1 if missed else 0
+
+
+def _dtypes(args: argparse.Namespace, backend: str, device: str) -> Iterable[str]:
+    if args.quick and not args.dtype and _interpreted(backend, device):
+        return [QUICK_INTERPRETED_DTYPE]
+    return args.dtype or LOGP_BOUND
+
+
+def _interpreted(backend: str, device: str) -> bool:
+    return backend == "triton" and device == "cpu"
+
+
+def _shown(cases: list[Case], console: Any) -> Iterator[Case]:
+    """The cases one by one: a bar in a terminal; else a line for each dtype, as it goes."""
+    from rich.progress import track
+
+    if console.is_terminal:
+        yield from track(cases, "checking", console=console, transient=True)
+        return
+    begun: tuple[str, ...] = ()
+    for backend, device, dtype, name, head in cases:
+        if begun[:2] != (f"{backend} on {device}", dtype):
+            end = "\n" if begun else ""
+            print(f"{end}{backend} on {device}, {dtype}:", end="", flush=True)
+            begun = ()
+        yield backend, device, dtype, name, head
+        if begun[2:] != (name,):
+            print(f" {name}", end="", flush=True)
+        begun = (f"{backend} on {device}", dtype, name)
+    print(flush=True)
 
 
 def _backends() -> list[tuple[str, str]]:
@@ -131,11 +173,13 @@ def _backends() -> list[tuple[str, str]]:
     return runs
 
 
-def _check(backend: str, device: str, dtype: str, case: str, head: str, seed: int) -> Row:
+def _check(
+    backend: str, device: str, dtype: str, case: str, head: str, seed: int, quick: bool = False
+) -> Row:
     row = Row(f"{backend} on {device}", dtype, case, head)
     measure = {"loss": _loss_errors, "kl": _kl_errors}.get(case, _operator_errors)
-    interpreted = backend == "triton" and device == "cpu"
-    for N, H, V, small in INTERPRETED_SHAPES if interpreted else SHAPES:
+    shapes = INTERPRETED_SHAPES if _interpreted(backend, device) else SHAPES
+    for N, H, V, small in shapes[:1] if quick else shapes:
         shape = (N, H, V, ROOMY if head == "kept" else small)
         errors, bounds = measure(backend, device, dtype, case, head != "frozen", shape, seed)
         for name, error in errors.items():
@@ -316,6 +360,7 @@ def _table(backend: str, rows: list[Row]):
         title=f"{backend}: error / bound (logp in nats, dH and dW relative)",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
     )
     for column in ("dtype", "case", "head"):
         table.add_column(column)
