@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ pytest.importorskip("trl")
 import datasets
 import peft
 from trl import DPOConfig
+from trl import DPOTrainer as PlainDPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -344,9 +346,29 @@ def test_evaluation_in_training(tmp_path, kind):
     assert "eval_loss" in logged[0] and {"eval_one_loss", "eval_two_loss"} <= logged[1]
 
 
-def test_metrics_of_logits_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="compute_metrics"):
-        made(tmp_path, "trl", compute_metrics=lambda _: {})
+def test_compute_metrics_is_given_what_trl_gives_it(tmp_path):
+    given = {}
+
+    def kept(kind):
+        def compute_metrics(predictions):
+            given[kind] = predictions
+            return {"largest": float(predictions.predictions.max())}
+
+        return compute_metrics
+
+    metrics = {}
+    for kind in (DPOTrainer, PlainDPOTrainer):
+        options = {"compute_metrics": kept(kind), "per_device_eval_batch_size": 2}
+        options["ref_model"] = tiny.model(seed=1)
+        trainer = build(tmp_path, kind, eval_dataset=tiny.dataset(4, seed=5), **options)
+        metrics[kind] = trainer.evaluate()
+    mine, theirs = given[DPOTrainer], given[PlainDPOTrainer]
+    assert mine.predictions.shape == theirs.predictions.shape
+    assert mine.predictions.shape[0] == 8 and mine.predictions.shape[-1] == tiny.model().vocab_size
+    np.testing.assert_allclose(mine.predictions, theirs.predictions, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mine.label_ids, theirs.label_ids)
+    for name in ("eval_largest", "eval_loss"):
+        assert metrics[DPOTrainer][name] == pytest.approx(metrics[PlainDPOTrainer][name], rel=1e-5)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["", "lora"])

@@ -11,7 +11,8 @@ reference that follows the policy, the router's loss, callbacks and model cards.
 - Metrics have TRL's names, and prefkern adds its own. They are means over pairs or tokens since the
   last log; TRL's are means of the batches' means. With several evaluation datasets, the metrics
   carry the name of the dataset; TRL's do not.
-- Rewards are the objective's own (`prefkern.PreferenceOutput`). For DPO they equal TRL's.
+- With an objective, rewards are the objective's own (`prefkern.PreferenceOutput`). For DPO they
+  equal TRL's. With TRL's `loss_type` they are TRL's: beta times log-ratios, whatever the loss.
 - A trained adapter that is passed in has its initial values as the reference, as in TRL, but of
   every kind of adapter and name, and no checkpoint holds them. TRL adds a second adapter, "ref",
   and leaves out what it cannot find by name (IA3, embeddings, single tokens). Under FSDP and ZeRO-3
@@ -69,7 +70,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class,
             callbacks, optimizers, quantization_config, peft_config: as in TRL. Reward margins
             (MADPO) are columns of the datasets, as in `prefkern.data`.
-        compute_metrics: must be None, because there are no logits to compute metrics from.
+        compute_metrics: as in TRL. It is given logits, so that each evaluation batch takes a second
+            forward, whose logits are held in memory, as in TRL.
         objective: an objective of `prefkern.objectives`, or its name. None: the objective that
             `args.loss_type` names ("sigmoid", "hinge", "ipo" or "robust"). An objective by name
             also takes `args.beta` and `args.use_weighting`.
@@ -112,12 +114,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         if not isinstance(args, DPOConfig):
             raise TypeError(f"args must be a trl.DPOConfig, got {type(args).__name__}")
-        if compute_metrics is not None:
-            raise ValueError(
-                "compute_metrics was given, but there are no logits to compute metrics from; read "
-                "the logged metrics in a callback, or name one in args.metric_for_best_model"
-            )
         is_given = isinstance(objective, Objective)
+        self._has_trls_rewards = objective is None
         objective = objective_of(args, objective, objective_options)
         check_reference(args, objective, ref_model)
         if isinstance(args.model_init_kwargs, dict):
@@ -151,6 +149,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
@@ -208,6 +207,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         outputs, zero, router_loss = _scored(
             model, inputs, self.loss_fn, self.aux_loss_enabled, **options
         )
+        if self._has_trls_rewards:
+            outputs = _with_trls_rewards(outputs, self.args.beta)
         if self.aux_loss_enabled:
             assert router_loss is not None
             added = self.router_aux_loss_coef * router_loss
@@ -219,6 +220,22 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             self._total_train_tokens += int(tokens.sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return outputs, outputs.loss + zero
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Any, Any]:
+        """Loss of an evaluation batch; for compute_metrics also its logits, and its tokens."""
+        inputs = self._prepare_inputs(inputs)
+        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**_of_the_model(inputs), use_cache=False).logits
+        return loss, logits, inputs["input_ids"]
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -343,6 +360,15 @@ def _scored(
         model, model_inputs, align_labels(_labels(inputs)), loss_fn, **options
     )
     return outputs, returned.logits.sum(), getattr(returned, "aux_loss", None)
+
+
+def _with_trls_rewards(out: PreferenceOutput, beta: float) -> PreferenceOutput:
+    assert out.ref_chosen_logps is not None and out.ref_rejected_logps is not None
+    return replace(
+        out,
+        chosen_rewards=beta * (out.chosen_logps.detach() - out.ref_chosen_logps),
+        rejected_rewards=beta * (out.rejected_logps.detach() - out.ref_rejected_logps),
+    )
 
 
 def _labels(inputs: dict[str, Any]) -> Tensor:  # (2B, T), not shifted
