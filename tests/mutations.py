@@ -553,7 +553,7 @@ MUTATIONS = (
     Mutation(
         "ranks may score other tokens",
         SHARDS,
-        '"labels": _checksum(labels),',
+        '"labels": checksum(labels),',
         "",
         "tests/ops/test_shards.py -k disagree",
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,17 @@ from prefkern.loss import checks as loss_checks
 from prefkern.loss import nonfinite, pairwise
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
-from prefkern.ops import call, checks, compiled, plain, sequences, shards
+from prefkern.objectives.running import counted_once
+from prefkern.ops import call, checks, compiled, parts, plain, sequences, shards
+from prefkern.ops.agreement import Agreement
 from prefkern.ops.autograd import Result
 from prefkern.ops.operands import Head, LowRank, Transform, same_head
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.plan import Plan
 from prefkern.ops.shards import VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FusedPreferenceLoss(nn.Module):
@@ -37,6 +43,8 @@ class FusedPreferenceLoss(nn.Module):
             reference's sums or the margins are NaN or infinite. The message names the cause and its
             place (`prefkern.diagnostics.explain_nonfinite`). Takes one device synchronisation a
             call, so it is refused under torch.compile and in a CUDA graph. None: no check.
+        sequence_group: the torch.distributed process group whose ranks each hold some tokens of
+            every sequence (context or sequence parallelism); None: this rank has all of them.
 
     Running statistics (alpha-DPO, beta-DPO) move at each forward in training mode. Checkpoint the
     model, not the loss: a recomputation would move them again, and raises RuntimeError. Statistics
@@ -50,6 +58,7 @@ class FusedPreferenceLoss(nn.Module):
         workspace_mb: float | None = None,
         backend: str | None = None,
         on_nonfinite: nonfinite.OnNonfinite | None = None,
+        sequence_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(objective, Objective | UnpairedObjective):
@@ -66,11 +75,13 @@ class FusedPreferenceLoss(nn.Module):
             raise ValueError(
                 f"on_nonfinite must be None or one of {nonfinite.MODES}, got {on_nonfinite!r}"
             )
+        parts.check_group(sequence_group)
         self.objective = objective
         self.ignore_index = ignore_index
         self.workspace_mb = workspace_mb
         self.backend = backend
         self.on_nonfinite: nonfinite.OnNonfinite | None = on_nonfinite
+        self.sequence_group = sequence_group
 
     def forward(
         self,
@@ -118,11 +129,18 @@ class FusedPreferenceLoss(nn.Module):
                 `prefkern.linear_logprobs`; ref_weight and ref_bias then have the same rows as
                 weight. Every rank gets the same loss.
 
+        With a `sequence_group` hidden, labels, ref_hidden, lora_hidden and cu_seqlens are of this
+        rank's tokens: any of them, in any order, aligned before they were split. The number of
+        sequences is the same on all ranks; a rank may have no token of some. ref_logps and all else
+        are of whole sequences. Every rank gets the same loss, and the gradients of its own tokens:
+        those of a weight are to be summed over the group.
+
         Raises TypeError and ValueError as `prefkern.linear_logprobs` does. Also for an odd number
         of sequences, and for a reference or margins that are missing, incomplete or given twice.
         """
         is_paired = isinstance(self.objective, Objective)
         shards.refuse_graphs(vocab, weight, labels)
+        parts.refuse_graphs(self.sequence_group, labels)
         # Which head is the reference's must not depend on the rows, of which a rank may have none.
         is_one_head = ref_weight is weight and ref_bias is bias and lora_weight is None
         vocab, (weight, bias, lora_weight) = shards.local_head(
@@ -134,7 +152,10 @@ class FusedPreferenceLoss(nn.Module):
         hidden, labels, lora_hidden, ref_hidden = shards.local_states(
             hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
         )
-        with shards.Agreement(vocab) as facts:
+        group = self.sequence_group
+        with Agreement(shards.party(vocab), parts.party(group)) as (facts, facts_of_parts):
+            if group is not None and vocab is not None:
+                parts.check_apart(group, vocab)
             checks.head(hidden, weight, bias, shard=vocab)
             checks.low_rank(hidden, weight, lora_hidden, lora_weight)
             checks.labels(labels, hidden.shape[:-1], hidden.device)
@@ -198,6 +219,27 @@ class FusedPreferenceLoss(nn.Module):
                 bounds,
                 cu_seqlens is not None,
             )
+            common = {
+                "objective": " ".join(repr(self.objective).split()),
+                "ignore_index": self.ignore_index,
+                "ref_hidden": reference is not None,
+                **transform.keywords(),
+            }
+            if group is not None:
+                facts_of_parts |= parts.facts_of(
+                    head,
+                    n_sequences,
+                    {
+                        "ref_logps": ref_logps,
+                        "reward_margins": reward_margins,
+                        "desirable": desirable,
+                        "mismatched_log_ratios": mismatched_log_ratios,
+                    },
+                    vocab=None if vocab is None else vocab.size,
+                    training=self.objective.training,
+                    on_nonfinite=self.on_nonfinite,
+                    **common,
+                )
             if vocab is None:
                 is_one_head = reference is not None and same_head(head, reference)
             else:
@@ -206,12 +248,9 @@ class FusedPreferenceLoss(nn.Module):
                     vocab,
                     head,
                     labels,
-                    objective=type(self.objective).__name__,
-                    ignore_index=self.ignore_index,
                     return_stats=return_stats,
-                    ref_hidden=reference is not None,
                     ref_weight="weight itself" if is_one_head else "a head of its own",
-                    **transform.keywords(),
+                    **common,
                 )
         assert scored.offsets is not None
         tokens, plan = _score_tokens(
@@ -226,10 +265,15 @@ class FusedPreferenceLoss(nn.Module):
             return_stats,
             vocab,
         )
-        if tokens.ref_logps is not None:
-            ref_logps = sequences.sequence_sums(tokens.ref_logps, scored.offsets)
-        if ref_logps is not None:
-            ref_logps = ref_logps.detach().to(tokens.logps.dtype)
+        scores = pairwise.scores_of(
+            tokens,
+            scored.offsets,
+            ref_logps,
+            reward_margins,
+            is_paired and self.objective.needs_alignments,
+            group,
+        )
+        ref_logps = scores.ref_logps
         token_stats = None
         if return_stats and tokens.stats is not None:
             token_stats = TokenStats(
@@ -238,28 +282,24 @@ class FusedPreferenceLoss(nn.Module):
                     for x in (tokens.logps.detach(), *tokens.stats[:3])
                 )
             )
-        if isinstance(self.objective, Objective):
-            out = _paired_output(
-                self.objective,
-                tokens,
-                plan,
-                scored,
-                ref_logps,
-                reward_margins,
-                backend,
-                token_stats,
-            )
-        else:
-            out = _unpaired_output(
-                self.objective,
-                sequences.sequence_sums(tokens.logps, scored.offsets),
-                scored.offsets.diff(),
-                ref_logps,
-                desirable,
-                mismatched_log_ratios,
-                token_stats,
-                plan,
-            )
+        # Running statistics are of all ranks' pairs; ranks with the same pairs count them once.
+        with counted_once(group, None if vocab is None else vocab.group):
+            if isinstance(self.objective, Objective):
+                paired = pairwise.pair_loss(self.objective, scores, backend)
+                out = _output_of(
+                    self.objective, paired.pairs, paired.result, token_stats, paired.gradients, plan
+                )
+            else:
+                out = _unpaired_output(
+                    self.objective,
+                    scores.sums(),
+                    scores.lengths,
+                    ref_logps,
+                    desirable,
+                    mismatched_log_ratios,
+                    token_stats,
+                    plan,
+                )
         if self.on_nonfinite is not None:
             ref_logps = ref_logps if self.objective.needs_reference else None
             needs_margins = is_paired and self.objective.needs_reward_margins
@@ -285,6 +325,7 @@ class FusedPreferenceLoss(nn.Module):
                     paired=is_paired,
                 ),
                 (ref_logps, reward_margins, mismatched_log_ratios),
+                is_part=group is not None,
             )
         return out
 
@@ -411,38 +452,6 @@ def _score_tokens(
     if ref_plan is not None:
         result, plan = replace(result, ref_logps=ref_logps), plan.after(ref_plan)
     return result, plan
-
-
-def _paired_output(
-    objective: Objective,
-    tokens: Result,
-    plan: Plan,
-    scored: sequences.Scored,
-    ref_logps: Tensor | None,  # (2B,)
-    reward_margins: Tensor | None,  # (B,)
-    backend: str,
-    token_stats: TokenStats | None,
-) -> PreferenceOutput:
-    offsets = scored.offsets
-    assert offsets is not None
-    alignments = None
-    if objective.needs_alignments:
-        assert tokens.stats is not None
-        per_token = tokens.logps.detach() - tokens.stats[3]
-        alignments = sequences.sequence_sums(per_token, offsets) / offsets.diff().clamp(min=1)
-    paired = pairwise.pair_loss(
-        objective,
-        pairwise.Scores(
-            tokens.logps,
-            offsets,
-            ref_logps,
-            None if reward_margins is None else reward_margins.detach().to(tokens.logps.dtype),
-            alignments,
-            None if tokens.kl is None else sequences.sequence_sums(tokens.kl, offsets),
-        ),
-        backend,
-    )
-    return _output_of(objective, paired.pairs, paired.result, token_stats, paired.gradients, plan)
 
 
 def _output_of(

@@ -148,10 +148,11 @@ def report(
     out: PreferenceOutput | UnpairedOutput,
     explain: Callable[[], str | None],
     given: tuple[Tensor | None, ...] = (),
+    is_part: bool = False,
 ) -> None:
     """Raise FloatingPointError, or warn, if a loss, a log-prob or a given vector is not finite.
 
-    Takes one synchronisation.
+    Takes one synchronisation. `is_part`: other ranks hold tokens of the same sequences.
     """
     if isinstance(out, PreferenceOutput):
         sums = {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
@@ -168,7 +169,12 @@ def report(
         parts = [losses, *(_vector(f"{name} log-probs", value) for name, value in sums.items())]
         found = explain()
         cause = f"These are not finite:\n{found}"
-        if found is None:
+        if found is None and is_part:
+            cause = (
+                "Every input of this rank is finite: another rank of sequence_group names what is "
+                "not finite among its tokens, or a logit or a sum overflowed"
+            )
+        elif found is None:
             dtype = str(out.loss.dtype).removeprefix("torch.")
             cause = (
                 f"Every input is finite, so a logit or a sum overflowed {dtype}, or a label has a "

@@ -1,10 +1,11 @@
 """From per-token log-probs to a pairwise loss: sums of sequences, objective, gradient coefficients.
 
-All of it works on `[2B]` numbers, in one of two ways. On the triton backend, an objective of the
-pair kernel's form takes one launch, which returns the losses and `d loss / d logps` of each
-sequence; a mixture takes one for each of its objectives. Otherwise the objective's own torch code
-runs, and autograd differentiates it. Both ways return those gradients: they are the push on each
-response, and `prefkern.diagnostics` reads them.
+`scores_of` forms the sums, over ranks if each has a part of the tokens. All that follows works on
+`[2B]` numbers, in one of two ways. On the triton backend, an objective of the pair kernel's form
+takes one launch, which returns the losses and `d loss / d logps` of each sequence; a mixture takes
+one for each of its objectives. Otherwise the objective's own torch code runs, and autograd
+differentiates it. Both ways return those gradients: they are the push on each response, and
+`prefkern.diagnostics` reads them.
 """
 
 from __future__ import annotations
@@ -16,24 +17,73 @@ import torch
 from torch import Tensor
 
 from prefkern.objectives import Mixture, Objective, PairLoss, Pairs
-from prefkern.ops import sequences
+from prefkern.ops import parts, sequences
+from prefkern.ops.autograd import Result
 from prefkern.ops.once import anchors, differentiable_once
 from prefkern.ops.operands import as_stored
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from prefkern_kernels.pair import PairLossOutput
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The numbers of 2B sequences that an objective may need, B chosen ones first."""
+    """The numbers of S sequences that an objective may need; of pairs, B chosen ones first."""
 
-    logps: Tensor  # (N,) per scored token, differentiable
-    offsets: Tensor  # (2B + 1,)
-    ref_logps: Tensor | None = None  # (2B,) sums
+    logps: Tensor  # (N,) per scored token, differentiable; of sequences over several ranks, sums
+    offsets: Tensor  # (S + 1,)
+    ref_logps: Tensor | None = None  # (S,) sums
     reward_margins: Tensor | None = None  # (B,)
-    alignments: Tensor | None = None  # (2B,) means over tokens (WPO)
-    kls: Tensor | None = None  # (2B,) sums, differentiable (TDPO)
+    alignments: Tensor | None = None  # (S,) means over tokens (WPO)
+    kls: Tensor | None = None  # (S,) sums, differentiable (TDPO)
+    # (S,) int64 scored tokens, of sequences over several ranks; None: those of offsets
+    lengths_over_ranks: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:  # (S,) int64
+        return self.offsets.diff() if self.lengths_over_ranks is None else self.lengths_over_ranks
+
+    def sums(self) -> Tensor:  # (S,), differentiable
+        return sequences.sequence_sums(self.logps, self.offsets)
+
+
+def scores_of(
+    tokens: Result,
+    offsets: Tensor,  # (S + 1,)
+    ref_logps: Tensor | None,  # (S,) sums that were given; those of tokens come first
+    reward_margins: Tensor | None,  # (B,)
+    needs_alignments: bool,
+    group: ProcessGroup | None,
+) -> Scores:
+    """The numbers of sequences from those of tokens; over the ranks of a group, if there is one."""
+    dtype = tokens.logps.dtype
+    values = {"ref_logps": tokens.ref_logps, "kls": tokens.kl}
+    if needs_alignments:
+        assert tokens.stats is not None
+        values["alignments"] = tokens.logps.detach() - tokens.stats[3]
+    values = {name: x for name, x in values.items() if x is not None}
+    logps, lengths = tokens.logps, None
+    if group is None:
+        sums = {name: sequences.sequence_sums(x, offsets) for name, x in values.items()}
+    else:
+        # From here on a sequence is one token, which has the sum.
+        sums, lengths = parts.whole_sums({"logps": logps, **values}, offsets, group)
+        logps, offsets = sums.pop("logps"), torch.arange(len(offsets), device=offsets.device)
+    ref_logps = sums.get("ref_logps", ref_logps)
+    scores = Scores(
+        logps,
+        offsets,
+        None if ref_logps is None else ref_logps.detach().to(dtype),
+        None if reward_margins is None else reward_margins.detach().to(dtype),
+        kls=sums.get("kls"),
+        lengths_over_ranks=lengths,
+    )
+    if needs_alignments:
+        means = sums["alignments"] / scores.lengths.clamp(min=1)
+        scores = replace(scores, alignments=means)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -48,14 +98,16 @@ class Paired:
 def pair_loss(objective: Objective, scores: Scores, backend: str) -> Paired:
     """The losses of B pairs, the pairs themselves, and the gradients of the log-probs."""
     objective.follow(scores.logps.device)
-    terms = objective.pair_kernel_terms() if backend == "triton" else None
+    # The kernel counts the tokens that it sums.
+    by_kernel = backend == "triton" and scores.lengths_over_ranks is None
+    terms = objective.pair_kernel_terms() if by_kernel else None
     if terms is not None:
         return _by_kernel(objective, scores, terms)
     return _by_objective(objective, scores)
 
 
 def _by_objective(objective: Objective, scores: Scores) -> Paired:
-    sums = sequences.sequence_sums(scores.logps, scores.offsets)
+    sums = scores.sums()
     trains = sums.requires_grad
     if torch.is_inference_mode_enabled():
         # Autograd cannot differentiate tensors made in inference mode: copy them outside of it.
@@ -173,7 +225,7 @@ def _pairs(sums: Tensor, scores: Scores) -> Pairs:  # (2B,) ->
     return Pairs.of_sequences(
         sums,
         scores.ref_logps,
-        scores.offsets.diff(),
+        scores.lengths,
         scores.reward_margins,
         scores.alignments,
         scores.kls,

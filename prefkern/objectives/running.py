@@ -14,7 +14,8 @@ finite are left out: a gradient scaler skips a step that overflows, and so must 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -104,26 +105,59 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+# Groups whose ranks have the same items as this one: of its sequences, and of its vocabulary.
+_sharing: tuple[dist.ProcessGroup | None, dist.ProcessGroup | None] = (None, None)
+
+
+@contextmanager
+def counted_once(
+    sequence_group: dist.ProcessGroup | None, vocab_group: dist.ProcessGroup | None
+) -> Iterator[None]:
+    """In this region the ranks of each group have the same items, which count once.
+
+    They count on the rank that is the first of both groups.
+    """
+    global _sharing
+    before = _sharing
+    _sharing = (sequence_group, vocab_group)
+    try:
+        yield
+    finally:
+        _sharing = before
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def all_sum(values: Tensor) -> Tensor:
     """The sum over ranks; the values themselves in a single process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _has_ranks():
+        if any(group is not None and dist.get_rank(group) for group in _sharing):
+            values = torch.zeros_like(values)
         dist.all_reduce(values)
     return values
 
 
 def gather(values: Tensor) -> tuple[Tensor, slice]:
     """The (B,) values of all ranks in their order, and where this rank's lie among them."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _has_ranks():
         return values, slice(0, len(values))
-    # Ranks may hold different numbers of pairs: exchange the sizes first.
-    size = torch.tensor([len(values)], device=values.device)
-    sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    counts = torch.cat(sizes).tolist()
+    rank = dist.get_rank()
+    # Ranks may hold different numbers of pairs: exchange the sizes first, and with them the first
+    # rank of each group.
+    firsts = [rank if group is None else dist.get_global_rank(group, 0) for group in _sharing]
+    own = torch.tensor([len(values), *firsts], device=values.device)
+    theirs = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, own)
+    sizes, *heads = torch.stack(theirs).unbind(1)
+    # The rank that counts a rank's items: the first of its first one's other group.
+    counting = heads[1][heads[0]].tolist()
+    counts = [size if counting[each] == each else 0 for each, size in enumerate(sizes.tolist())]
     padded = values.new_zeros(max(counts))
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    start = sum(counts[: dist.get_rank()])
+    start = sum(counts[: counting[rank]])
     everything = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
     return everything, slice(start, start + len(values))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefkern.ops import call, checks, compiled, sequences, shards
+from prefkern.ops.agreement import Agreement
 from prefkern.ops.operands import Head, LowRank, Transform
 from prefkern.ops.outputs import TokenKL
 from prefkern.ops.shards import VocabShard
@@ -72,7 +73,7 @@ def linear_kl(
     hidden, labels, lora_hidden, ref_hidden = shards.local_states(
         hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
     )
-    with shards.Agreement(vocab) as facts:
+    with Agreement(shards.party(vocab)) as (facts,):
         checks.head(hidden, weight, bias, shard=vocab)
         checks.low_rank(hidden, weight, lora_hidden, lora_weight)
         checks.labels(labels, hidden.shape[:-1], hidden.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefkern.ops import call, checks, compiled, plain, plan, sequences, shards
+from prefkern.ops.agreement import Agreement
 from prefkern.ops.operands import Head, LowRank, Transform, operands_for
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.shards import VocabShard
@@ -83,7 +84,7 @@ def linear_logprobs(
     hidden, labels, lora_hidden = shards.local_states(
         hidden=hidden, labels=labels, lora_hidden=lora_hidden
     )
-    with shards.Agreement(vocab) as facts:
+    with Agreement(shards.party(vocab)) as (facts,):
         checks.head(hidden, weight, bias, shard=vocab)
         checks.low_rank(hidden, weight, lora_hidden, lora_weight)
         checks.labels(labels, hidden.shape[:-1], hidden.device)

@@ -3,8 +3,8 @@
 The state of a token (`fold_state`) is a sum over the vocabulary, so ranks add theirs. A call has
 four collectives, whatever its number of tiles:
 
-- `Agreement`, before anything is computed: each rank sends its entries, a checksum of its labels,
-  and its options; or that it raised. So all ranks go on, or all raise.
+- `Agreement` (`prefkern.ops.agreement`), before anything is computed: each rank sends its entries, a
+  checksum of its labels, and its options; or that it raised. So all ranks go on, or all raise.
 - `join`, when a rank has folded all of its entries: one all-reduce with MAX, (N,) maxima, and one
   with SUM, (N,) sums and label logits, float32. `D` stays where it is: each rank brings its own
   part to the common maximum.
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prefkern.ops import sequences
+from prefkern.ops.agreement import Party, checksum
 from prefkern.ops.fold_state import FoldState
 from prefkern.ops.operands import Head, are_own
 from prefkern.ops.plain import shown
@@ -84,53 +85,15 @@ def refuse_graphs(shard: VocabShard | None, weight: object, labels: object) -> N
         )
 
 
-class Agreement:
-    """A context of checks that all ranks end together: all go on, or all raise.
+def party(shard: VocabShard | None) -> Party | None:
+    """Those who must agree upon a call: each sends "entries", (first, last + 1) of this rank."""
+    if shard is None:
+        return None
 
-    The body puts what must be the same on all ranks into the dict, by the name of an argument, and
-    "entries", (first, last + 1) of this rank, which must make the vocabulary together. If a rank
-    raises, it raises its own error, and the others a RuntimeError with the text of that error.
-    Without a shard it does nothing.
-    """
+    def check(everyone: list[dict[str, Any]]) -> None:
+        _refuse_gaps(shard, [theirs["entries"] for theirs in everyone])
 
-    def __init__(self, shard: VocabShard | None) -> None:
-        self._shard = shard
-        self._facts: dict[str, object] = {}
-
-    def __enter__(self) -> dict[str, object]:
-        return self._facts
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self._shard is None:
-            return
-        if error is None:
-            _compare(self._shard, self._facts)
-        elif isinstance(error, Exception):
-            _gathered(self._shard, {"error": f"{type(error).__name__}: {error}"})
-
-
-def _compare(shard: VocabShard, facts: dict[str, object]) -> None:
-    everyone = _gathered(shard, facts)
-    for rank, theirs in enumerate(everyone):
-        if "error" in theirs:
-            raise RuntimeError(f"rank {rank} of vocab's group refused this call: {theirs['error']}")
-    first = everyone[0]
-    # Another call has other names.
-    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
-        for rank, theirs in enumerate(everyone):
-            if name != "entries" and theirs.get(name) != first.get(name):
-                raise ValueError(
-                    f"{name} must be the same on all ranks of vocab's group, which score the same "
-                    f"tokens: rank 0 has {first.get(name)}, rank {rank} has {theirs.get(name)}"
-                )
-    _refuse_gaps(shard, [theirs["entries"] for theirs in everyone])
-
-
-def _gathered(shard: VocabShard, facts: dict[str, object]) -> list[dict[str, Any]]:
-    """The facts of all ranks of the group, in their order."""
-    everyone: list[Any] = [None] * dist.get_world_size(shard.group)
-    dist.all_gather_object(everyone, facts, group=shard.group)
-    return everyone
+    return Party("vocab's group", shard.group, "which score the same tokens", ("entries",), check)
 
 
 def _refuse_gaps(shard: VocabShard, parts: list[tuple[int, int]]) -> None:
@@ -171,21 +134,11 @@ def facts_of(
         "size": shard.size,
         "hidden": described(head.hidden),
         "lora_hidden": None if low_rank is None else described(low_rank.hidden),
-        "labels": _checksum(labels),
+        "labels": checksum(labels),
         # It decides the order of tokens.
         "PREFKERN_CPU_BF16": head.operands.rounds,
         **others,
     }
-
-
-def _checksum(labels: Tensor) -> str:
-    """A number that differs if labels do, places included."""
-    flat = labels.reshape(-1)
-    # Sums of int64 wrap around; an odd factor loses no bit.
-    places = torch.arange(flat.shape[0], device=flat.device) * 2 + 0x9E3779B1
-    mixed = (flat + 0x5851F42D) * places
-    number = int((mixed ^ (mixed >> 29)).sum()) & 0xFFFFFFFF
-    return f"{flat.shape[0]} with checksum {number:08x}"
 
 
 def join(
