@@ -270,7 +270,7 @@ class FusedPreferenceLoss(nn.Module):
             scored.offsets,
             ref_logps,
             reward_margins,
-            is_paired and self.objective.needs_alignments,
+            isinstance(self.objective, Objective) and self.objective.needs_alignments,
             group,
         )
         ref_logps = scores.ref_logps

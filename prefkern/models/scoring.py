@@ -32,7 +32,7 @@ IGNORE_INDEX = -100
 # Options of `token_logprobs`: an unknown keyword that is close to one of these is a typing error.
 _OWN_OPTIONS = ("labels", "cu_seqlens", "temperature", "workspace_mb", "backend", "attention_mask")
 # Entries of a batch that the loss reads, not the model.
-_OF_THE_LOSS = ("labels", "ref_logps", "reward_margins", "desirable")
+_OF_THE_LOSS = ("labels", "shift_labels", "ref_logps", "reward_margins", "desirable")
 MISMATCHED = "mismatched_"
 
 
@@ -120,7 +120,9 @@ def preference_outputs(
             `input_ids`, `labels` ([2B, T], not shifted, -100 where not scored; B chosen rows, then
             their B rejected rows), `attention_mask`, and anything else that the model's forward
             takes. Packed, it holds `input_ids` and `labels` [1, M], `cu_seqlens` [2B + 1] and, with
-            shared prompts, `prefixes` [2B, 2].
+            shared prompts, `prefixes` [2B, 2]. For a loss with a `sequence_group` all of these are
+            this rank's part of the rows, with `shift_labels` in place of labels: shifted before
+            they were split. The model's attention must reach the other ranks' tokens.
         loss_fn: a `prefkern.FusedPreferenceLoss` with `ignore_index` -100.
         router_loss: the load-balancing loss of a mixture of experts; None: as the model's config
             says.
@@ -134,23 +136,34 @@ def preference_outputs(
 
     Raises TypeError and ValueError for a batch whose tensors do not fit one another or the model,
     for a model whose head or logits transform cannot be read, and for a `loss_fn` with another
-    `ignore_index`.
+    `ignore_index`. With a `sequence_group` also for a packed batch and for a router's loss.
     """
     if not isinstance(loss_fn, FusedPreferenceLoss):
         raise TypeError(f"loss_fn must be a prefkern.FusedPreferenceLoss, got {loss_fn!r}")
     if router_loss is not None and not isinstance(router_loss, RouterLoss):
         raise TypeError(f"router_loss must be a RouterLoss or None, got {router_loss!r}")
     base, _ = find_head(model)
-    _check_batch(base, batch)
+    is_part = loss_fn.sequence_group is not None
+    _check_batch(base, batch, "shift_labels" if is_part else "labels")
     if loss_fn.ignore_index != IGNORE_INDEX:
         raise ValueError(
             f"loss_fn must have ignore_index={IGNORE_INDEX}, the label of tokens that a model does "
             f"not score; got {loss_fn.ignore_index}"
         )
     router_loss = RouterLoss.of(model) if router_loss is None else router_loss
-    inputs = {**model_inputs(model, batch), **router_loss.asked_of(model)}
     cu_seqlens = batch.get("cu_seqlens")
-    labels = align_labels(batch["labels"], cu_seqlens)
+    if is_part and router_loss.coefficient:
+        raise ValueError(
+            f"router_aux_loss_coef is {router_loss.coefficient}, and with a sequence_group a rank "
+            "sees the experts of its own tokens alone; pass router_loss=RouterLoss(0)"
+        )
+    if is_part and cu_seqlens is not None:
+        raise ValueError(
+            "cu_seqlens was given, and a model's forward does not know the bounds of sequences whose"
+            " tokens other ranks hold; pad the rows for a loss with a sequence_group"
+        )
+    inputs = {**model_inputs(model, batch), **router_loss.asked_of(model)}
+    labels = batch["shift_labels"] if is_part else align_labels(batch["labels"], cu_seqlens)
     is_packed = cu_seqlens is not None
     outputs, returned = forward_scored(
         model, inputs, labels, loss_fn, is_packed, cu_seqlens=cu_seqlens, **options
@@ -203,14 +216,14 @@ def forward_scored(
     return head_forward(model, inputs, scored)
 
 
-def _check_batch(base: Any, batch: Mapping[str, Any]) -> None:
+def _check_batch(base: Any, batch: Mapping[str, Any], name: str) -> None:
     """Raise unless the batch has labels that fit its ids: others would score the wrong tokens."""
     # isinstance(batch, Mapping) is false for transformers' BatchEncoding.
     if not hasattr(batch, "keys"):
         raise TypeError(f"batch must be a mapping of names to tensors, got {batch!r}"[:200])
-    if "labels" not in batch:
-        raise ValueError(f"batch must have labels, got {', '.join(map(str, batch)) or 'nothing'}")
-    labels, ids = batch["labels"], batch.get("input_ids")
+    if name not in batch:
+        raise ValueError(f"batch must have {name}, got {', '.join(map(str, batch)) or 'nothing'}")
+    labels, ids = batch[name], batch.get("input_ids")
     if ids is not None:
         text_inputs.check(base, ids, batch.get("attention_mask"), labels)
 

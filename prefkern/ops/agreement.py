@@ -7,7 +7,7 @@ all of them, or the text of an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class Party:
     special: tuple[str, ...] = ()
     check: Callable[[list[dict[str, Any]]], None] | None = None
 
-    def compare(self, facts: dict[str, object]) -> None:
+    def compare(self, facts: Mapping[str, object]) -> None:
         """Raise, on every rank, if one of them sends an error or other facts than the rest."""
         everyone: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(everyone, facts, group=self.group)
@@ -81,7 +81,9 @@ class Agreement:
         rounds = [(party, facts) for party, facts in pairs if party is not None]
         # Another group of this rank has not heard yet what the last one found.
         for party, facts in rounds + rounds[:-1]:
-            told = facts if found is None else {"error": f"{type(found).__name__}: {found}"}
+            told = facts
+            if found is not None:
+                told = {"error": f"{type(found).__name__}: {found}"}
             try:
                 party.compare(told)
             except (ValueError, RuntimeError) as refusal:

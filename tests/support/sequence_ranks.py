@@ -78,9 +78,11 @@ EVERY = {
 }
 # Twice, so that a second batch meets the statistics of the first.
 OBJECTIVES = {
-    f"{name}{', packed' if packed else ''}": Case(make, needs(make), packed=packed, calls=2)
-    for name, make in EVERY.items()
-    for packed in (False, True)
+    **{name: Case(make, needs(make), calls=2) for name, make in EVERY.items()},
+    **{
+        f"{name}, packed": Case(EVERY[name], needs(EVERY[name]), packed=True, calls=2)
+        for name in ("simpo", "alphadpo", "tdpo2", "wpo", "kto")
+    },
 }
 ADAPTED = ("hidden", "weight", "bias", "lora_hidden", "lora_weight")
 KINDS = {
