@@ -8,6 +8,7 @@ are refused: see `options`, which has the checks.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -170,6 +171,7 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
         if getattr(self, "activation_checkpointing", False) is None:
             # The newer name of gradient_checkpointing, from transformers 5.2x on.
             self.activation_checkpointing = self.gradient_checkpointing
+        refuse_split_sequences(self)
         super().__post_init__()
         refuse_dispatched_rows(self)
         options.check_spreading(self)
@@ -198,6 +200,23 @@ def refuse_dispatched_rows(args: Any) -> None:
             "dispatch_batches cuts a batch by its rows, and under padding_free it has one; "
             "leave dispatch_batches out of accelerator_config"
         )
+
+
+def refuse_split_sequences(args: Any) -> None:
+    """Raise ValueError for context or sequence parallelism, by the arguments or the launcher."""
+    given = args.parallelism_config
+    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        from accelerate.parallelism_config import ParallelismConfig
+
+        given = ParallelismConfig()
+    for name in ("cp_size", "sp_size"):
+        size = getattr(given, name, 1)
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config has {name}={size}: the trainers do not cut sequences over "
+                "ranks yet. A loop of your own can: prefkern.preference_outputs with "
+                "FusedPreferenceLoss(objective, sequence_group=group)"
+            )
 
 
 def training_defaults() -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ObjectiveTrainer(ItemTrainer):
     def _refuse_unsupported_setups(self) -> None:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
-            raise ValueError("tensor, context and sequence parallelism are not supported yet")
+            raise ValueError("tensor parallelism is not supported yet in the trainers")
         needs_kls = getattr(self.loss_fn.objective, "needs_kls", False)
         if needs_kls and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             # The reference's head is freed when its forward ends.

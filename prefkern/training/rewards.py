@@ -54,7 +54,12 @@ from prefkern.models.packing import WHOLE_ROW, reads_whole_row
 from prefkern.models.positions import check_positions
 from prefkern.models.scores import packed_scores, require_packed_scores
 from prefkern.training import options
-from prefkern.training.config import read_json, refuse_dispatched_rows, training_defaults
+from prefkern.training.config import (
+    read_json,
+    refuse_dispatched_rows,
+    refuse_split_sequences,
+    training_defaults,
+)
 from prefkern.training.item_trainer import ItemTrainer
 from prefkern.training.names import NamedArguments
 
@@ -129,6 +134,7 @@ class RewardConfig(NamedArguments, TrainingArguments):
         # The best model must be a saved one.
         self.save_strategy = self.eval_strategy
         self.save_steps = self.eval_steps or self.logging_steps
+        refuse_split_sequences(self)
         super().__post_init__()
         refuse_dispatched_rows(self)
 

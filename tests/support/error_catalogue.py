@@ -674,6 +674,7 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
             *(row for row in _OPERATOR if next(iter(row[0])) in ("ignore_index", "workspace_mb")),
             ({"backend": "cuda"}, ValueError, "'triton', 'torch'", "'cuda'"),
             ({"on_nonfinite": "stop"}, ValueError, "'raise', 'warn'", "'stop'"),
+            ({"sequence_group": 2}, TypeError, "torch.distributed.ProcessGroup", "2"),
         ],
     ),
     (("loss", "reference.preference_loss"), [*_LOSS, *_LOSS_ADAPTER]),

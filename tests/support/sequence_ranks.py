@@ -74,6 +74,7 @@ EVERY = {
     "betadpo, drawn": lambda: BetaDPO(m=0.05, keep=0.7),
     "wpo": lambda: WPO(DPO()),
     "wpo of alphadpo": lambda: WPO(named("alphadpo")()),
+    "a mixture": named("alphadpo+tdpo2"),
     "nll of simpo": lambda: WithNLL(named("simpo")(), 0.7),
 }
 # Twice, so that a second batch meets the statistics of the first.

@@ -12,7 +12,11 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
+from accelerate.parallelism_config import ParallelismConfig
+
 from prefkern.data.collate import PreferenceCollator
+from prefkern.training.config import PreferenceConfig
+from prefkern.training.rewards import RewardConfig
 from support.training import made, single_rows, step_logs, trainer
 
 LN2 = math.log(2)
@@ -59,6 +63,19 @@ def test_nor_in_a_later_evaluation(tmp_path):
     run = trainer(tmp_path, objective="dpo", train_dataset=with_sums(), eval_dataset=with_sums())
     assert run.ref_model is None and run.evaluate()["eval_loss"] > 2
     trainer(tmp_path, objective="simpo", train_dataset=with_sums())
+
+
+@pytest.mark.parametrize("kind", [PreferenceConfig, RewardConfig])
+@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+def test_sequences_over_several_ranks(tmp_path, monkeypatch, kind, name):
+    """By the arguments, and as `accelerate launch` says it; with what works instead."""
+    message = f"parallelism_config has {name}=2: .*A loop of your own can: .*sequence_group=group"
+    with pytest.raises(ValueError, match=message):
+        kind(str(tmp_path), parallelism_config=ParallelismConfig(**{name: 2}))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
+    with pytest.raises(ValueError, match=message):
+        kind(str(tmp_path))
 
 
 # Families with a table of positions, and what makes one of 16; OPT's and RoBERTa's have rows to spare.
