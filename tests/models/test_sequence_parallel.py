@@ -1,8 +1,8 @@
 """A transformers model whose rows are cut over two ranks, against one process with whole rows.
 
-torch's ring attention and DeepSpeed's Ulysses need a GPU. In their place is an attention of ours:
-each rank gathers the keys and values of all ranks, in a load-balanced split as torch's
-context_parallel has it. The model, its positions and its head are transformers' own.
+torch's context_parallel cuts the rows, in its load-balanced order. Its ring attention needs a GPU,
+as DeepSpeed's Ulysses does. In its place is an attention of ours: each rank gathers the keys,
+values and positions of all ranks. The model and its head are transformers' own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 from transformers import AttentionInterface
 
 import prefkern
@@ -72,9 +74,7 @@ class _Gathered(torch.autograd.Function):
         return whole.split(ctx.size, 2)[dist.get_rank()]
 
 
-def places(rank: int) -> Tensor:
-    parts = torch.arange(T).chunk(4)
-    return torch.cat([parts[rank], parts[3 - rank]])
+POSITIONS = torch.arange(T)
 
 
 def gathering_attention(
@@ -83,15 +83,16 @@ def gathering_attention(
     keys, values = _Gathered.apply(key), _Gathered.apply(value)
     repeats = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeats, 1) for x in (keys, values))
-    everywhere = torch.cat([places(rank) for rank in range(2)])
-    is_seen = everywhere <= places(dist.get_rank())[:, None]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, attn_mask=is_seen, scale=scaling
-    )
+    own = POSITIONS.view(1, 1, -1, 1)
+    is_seen = _Gathered.apply(own).view(1, 1, 1, -1) <= own
+    # Products and softmax of our own: context_parallel replaces torch's attention.
+    scores = (query @ keys.transpose(-1, -2) * scaling).masked_fill(~is_seen, -torch.inf)
+    out = scores.softmax(-1) @ values
     return out.transpose(1, 2), None
 
 
 def main(folder: Path) -> None:
+    global POSITIONS
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     AttentionInterface.register("gathering", gathering_attention)
@@ -100,14 +101,20 @@ def main(folder: Path) -> None:
     head_transform(model)
     model.set_attn_implementation("gathering")
     whole = batch()
-    mine = places(dist.get_rank())
-    shift_labels = torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=-100)
     given = {
-        "input_ids": whole["input_ids"][:, mine],
-        "shift_labels": shift_labels[:, mine],
-        "position_ids": mine.expand(4, -1),
+        "input_ids": whole["input_ids"],
+        "shift_labels": torch.nn.functional.pad(whole["labels"][:, 1:], (0, 1), value=-100),
+        "position_ids": torch.arange(T).repeat(4, 1),
     }
-    found = seen_by(model, given, dist.group.WORLD)
+    mesh = init_device_mesh("cpu", (2,))
+    buffers = [*given.values()]
+    with context_parallel(
+        mesh, buffers=buffers, buffer_seq_dims=[1, 1, 1], no_restore_buffers={*buffers}
+    ):
+        POSITIONS = given["position_ids"][0]
+        # Rank 0 has the first and the last quarter, rank 1 what is between.
+        assert POSITIONS[[0, -1]].tolist() == ([0, 15], [4, 11])[dist.get_rank()]
+        found = seen_by(model, given, mesh.get_group())
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

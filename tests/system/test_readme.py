@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 OPERATOR = ("docs/operator.md", "The operator", "python")
 LOSS = ("docs/operator.md", "The loss on it", "python")
 RANKS = ("docs/operator.md", "A head over several ranks", "python")
+PARTS = ("docs/operator.md", "A sequence over several ranks", "python")
+ROWS = ("docs/operator.md", "Rows of a model over several ranks", "python")
 COMPILE = ("docs/operator.md", "torch.compile and CUDA graphs", "python")
 
 
@@ -128,23 +130,55 @@ def test_the_loss_on_hidden_states(key):
     assert all(p.grad is not None for p in model.parameters())
 
 
-@runs(RANKS)
-def test_a_head_over_several_ranks(key, monkeypatch):
-    """As torchrun starts it, with one rank."""
+@pytest.fixture
+def as_one_rank(monkeypatch) -> Iterator[None]:
+    """The environment of torchrun with one rank; its group ends with the test."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in shared.items():
         monkeypatch.setenv(name, str(value))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@runs(RANKS)
+def test_a_head_over_several_ranks(key, as_one_rank):
     names: dict[str, Any] = {}
-    try:
-        exec(BLOCKS[key], names)
-    finally:
-        torch.distributed.destroy_process_group()
+    exec(BLOCKS[key], names)
     whole = [names["hidden"].detach(), names["weight"].detach(), names["labels"]]
     assert torch.allclose(names["logps"], prefkern.linear_logprobs(*whole))
     assert names["weight"].grad.shape == (50257, 512) and names["hidden"].grad.abs().max() > 0
+
+
+@runs(PARTS)
+def test_a_sequence_over_several_ranks(key, as_one_rank):
+    names: dict[str, Any] = {}
+    exec(BLOCKS[key], names)
+    hidden, weight = (names[name].detach().requires_grad_() for name in ("hidden", "weight"))
+    loss_fn = prefkern.FusedPreferenceLoss(prefkern.objectives.build("dpo"))
+    out = loss_fn(hidden, weight, names["labels"], ref_logps=torch.full((4,), -700.0))
+    out.loss.backward()
+    assert torch.allclose(names["out"].loss, out.loss) and out.loss > 0
+    for name, leaf in (("hidden", hidden), ("weight", weight)):
+        assert torch.allclose(names[name].grad, leaf.grad) and leaf.grad.abs().max() > 0
+
+
+@runs(ROWS)
+def test_rows_of_a_model_over_several_ranks(key, as_one_rank):
+    """With one rank, and plain attention: that of context_parallel needs a GPU."""
+    torch.distributed.init_process_group("gloo")
+    models = [tiny.model(attn_implementation="eager") for _ in range(2)]
+    input_ids = torch.randint(5, tiny.VOCAB_SIZE, (4, 8))
+    names: dict[str, Any] = {"torch": torch, "dist": torch.distributed, "prefkern": prefkern}
+    names |= {"model": models[0], "ref_model": models[1]}
+    names |= {"input_ids": input_ids, "labels": input_ids.clone()}
+    exec(BLOCKS[key].replace('"cuda"', '"cpu"'), names)
+    # Equal models.
+    assert names["out"].loss.item() == pytest.approx(0.6931472, abs=1e-6)
+    assert names["ref_logps"].max() < -1
+    assert all(p.grad is not None for p in models[0].parameters())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
