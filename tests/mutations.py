@@ -564,6 +564,56 @@ MUTATIONS = (
         "retries = not",
         "tests/ops/test_memory.py -k ranks_of_one_head",
     ),
+    # A sequence over several ranks.
+    Mutation(
+        "a rank's loss sees its own tokens alone",
+        "prefkern/ops/parts.py",
+        "dist.all_reduce(whole, group=group)",
+        "pass",
+        "tests/loss/test_loss_parts.py -k exact",
+    ),
+    Mutation(
+        "each rank's loss counts in the gradient of a token",
+        "prefkern/ops/parts.py",
+        "return grads[0], None",
+        "return grads[0] * dist.get_world_size(), None",
+        "tests/loss/test_loss_parts.py -k exact",
+    ),
+    Mutation(
+        "sums of a part are rounded before they are added",
+        "prefkern/ops/parts.py",
+        "sequences.sequence_sums(x.double(), offsets) for x",
+        "sequences.sequence_sums(x.bfloat16().double(), offsets) for x",
+        "tests/loss/test_loss_parts.py -k 'exact or accurate'",
+    ),
+    Mutation(
+        "the pair kernel counts one token a sequence",
+        "prefkern/loss/pairwise.py",
+        'backend == "triton" and scores.lengths_over_ranks is None',
+        'backend == "triton"',
+        "tests/loss/test_loss_parts.py -k accurate",
+    ),
+    Mutation(
+        "statistics count a pair once for each rank of its group",
+        "prefkern/objectives/running.py",
+        "values = torch.zeros_like(values)",
+        "pass",
+        "tests/loss/test_loss_parts.py -k count_once",
+    ),
+    Mutation(
+        "a draw is from the pairs of each rank of a group",
+        "prefkern/objectives/running.py",
+        "size if counting[each] == each else 0",
+        "size",
+        "tests/loss/test_loss_parts.py -k 'count_once or drawn'",
+    ),
+    Mutation(
+        "labels that were shifted before they were cut are shifted again",
+        "prefkern/models/scoring.py",
+        'labels = batch["shift_labels"] if is_part',
+        'labels = align_labels(batch["shift_labels"]) if is_part',
+        "tests/models/test_sequence_parallel.py",
+    ),
     # Tokens, sequences, packing.
     Mutation(
         "ignore_index is ignored",

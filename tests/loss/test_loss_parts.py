@@ -39,7 +39,7 @@ from support.sequence_ranks import (
 from support.vocab_ranks import assert_bitwise
 
 OTHERS = {
-    2: ["disagreements", "not finite"],
+    2: ["disagreements", "not finite", "counted once"],
     4: ["with vocab", "averaged", "disagreements with vocab"],
 }
 
@@ -47,13 +47,13 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> Any:
     """What each of so many ranks saw, by case; they start at the first use."""
-    found: dict[Any, list[dict[str, Any]]] = {}
+    found: dict[int, list[dict[str, Any]]] = {}
 
-    def of(count: int, others: bool = False) -> list[dict[str, Any]]:
-        if (count, others) not in found:
-            names = OTHERS[count] if others else list(CASES)
-            found[count, others] = launch(tmp_path_factory.mktemp("ranks"), count, names)
-        return found[count, others]
+    def of(count: int) -> list[dict[str, Any]]:
+        if count not in found:
+            names = [*CASES, *OTHERS[count]]
+            found[count] = launch(tmp_path_factory.mktemp(f"ranks{count}"), count, names)
+        return found[count]
 
     return of
 
@@ -147,7 +147,7 @@ def test_with_a_head_over_other_ranks(name, ranks):
     """Sequences over the columns of four ranks, the head over their rows."""
     case = WITH_VOCAB[name]
     (true,) = truth(case)
-    four = [each["with vocab"][name] for each in ranks(4, others=True)]
+    four = [each["with vocab"][name] for each in ranks(4)]
     parts = []
     for left, right in (four[:2], four[2:]):
         for leaf in STATES:
@@ -167,7 +167,7 @@ def test_with_a_head_over_other_ranks(name, ranks):
 def test_with_data_parallelism(name, ranks):
     """DDP's mean over four ranks, times the ranks of a group: one process on both batches."""
     case = AVERAGED[name]
-    found = [each["averaged"][name] for each in ranks(4, others=True)]
+    found = [each["averaged"][name] for each in ranks(4)]
     batches = [drawn(case, batch) for batch in range(2)]
 
     def both(each: str) -> Tensor:
@@ -218,7 +218,7 @@ DISAGREE = {
 
 
 def test_ranks_that_disagree_all_raise(ranks):
-    found = [each["disagreements"] for each in ranks(2, others=True)]
+    found = [each["disagreements"] for each in ranks(2)]
     assert found[0].keys() == found[1].keys() == DISAGREE.keys()
     for name, expected in DISAGREE.items():
         expected = (expected, expected) if isinstance(expected, str) else expected
@@ -228,7 +228,7 @@ def test_ranks_that_disagree_all_raise(ranks):
 
 @pytest.mark.long
 def test_ranks_of_two_groups_all_raise(ranks):
-    found = [each["disagreements with vocab"] for each in ranks(4, others=True)]
+    found = [each["disagreements with vocab"] for each in ranks(4)]
     assert len(found[0]) == 3
     for name in found[0]:
         assert "nothing" not in [each[name] for each in found], name
@@ -237,10 +237,21 @@ def test_ranks_of_two_groups_all_raise(ranks):
 
 
 def test_a_token_that_is_not_finite(ranks):
-    first, second = (each["not finite"]["a token"] for each in ranks(2, others=True))
+    first, second = (each["not finite"]["a token"] for each in ranks(2))
     assert first.startswith("FloatingPointError: the loss is nan;")
     assert "Every input of this rank is finite: another rank of sequence_group names" in first
     assert "hidden: 1 of" in second and "token 15 of sequence 0" in second
+
+
+def test_items_that_ranks_share_count_once(ranks):
+    """In statistics, and in draws; a mean over ranks of equal groups would not show it."""
+    items = torch.tensor([1.0, 2.0, 4.0])
+    for rank, each in enumerate(found["counted once"] for found in ranks(2)):
+        for group in ("sequence", "vocab"):
+            assert all(torch.equal(x, items) for x in each[group])
+        total, everyone, mine = each["neither"]
+        assert torch.equal(total, 2 * items) and torch.equal(mine, items + rank)
+        assert torch.equal(everyone, torch.cat([items, items + 1]))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prefkern
 from prefkern import objectives, reference
 from prefkern.objectives import DPO, WPO, BetaDPO, Objective, WithNLL
+from prefkern.objectives.running import all_sum, counted_once, gather
 from support.machine import BACKENDS, DEVICE
 from support.ranks import run_on_ranks
 from support.vocab_ranks import counted
@@ -461,12 +462,28 @@ def _not_finite() -> dict[str, str]:
     return messages(dist.group.WORLD, {"a token": lambda: of_rank(case, dist.group.WORLD)})
 
 
+def _counted_once() -> dict[str, Any]:
+    """Two ranks with the same items, by the one group or the other, and with items of their own."""
+    items = torch.tensor([1.0, 2.0, 4.0])
+    found = {}
+    for name, groups in (
+        ("sequence", (dist.group.WORLD, None)),
+        ("vocab", (None, dist.group.WORLD)),
+        ("neither", (None, None)),
+    ):
+        with counted_once(*groups):
+            everyone, mine = gather(items + (dist.get_rank() if name == "neither" else 0))
+            found[name] = (all_sum(items.clone()), everyone, everyone[mine])
+    return found
+
+
 OTHERS: dict[str, Callable[[], Any]] = {
     "with vocab": _with_vocab,
     "averaged": _averaged,
     "disagreements": _disagreements,
     "disagreements with vocab": _disagreements_with_vocab,
     "not finite": _not_finite,
+    "counted once": _counted_once,
 }
 
 
