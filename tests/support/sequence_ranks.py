@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prefkern
 from prefkern import objectives, reference
-from prefkern.objectives import DPO, WPO, BetaDPO, Objective, WithNLL
+from prefkern.objectives import DPO, WPO, Objective, WithNLL
 from prefkern.objectives.running import all_sum, counted_once, gather
 from support.machine import BACKENDS, DEVICE
 from support.ranks import run_on_ranks
-from support.vocab_ranks import counted
+from support.vocab_ranks import counted, drawing
 
 V, H, R, T, S = 83, 16, 5, 24, 6
 TRANSFORM = {"logit_scale": 1.3, "softcap": 6.0, "temperature": 0.7}
@@ -72,7 +72,7 @@ def needs(make: Callable[[], Any]) -> tuple[str, ...]:
 
 EVERY = {
     **{name: named(name) for name in objectives.names()},
-    "betadpo, drawn": lambda: BetaDPO(m=0.05, keep=0.7),
+    "betadpo, drawn": drawing,
     "wpo": lambda: WPO(DPO()),
     "wpo of alphadpo": lambda: WPO(named("alphadpo")()),
     "a mixture": named("alphadpo+tdpo2"),

@@ -35,6 +35,21 @@ CUTS = {
     "empty": {2: (V, V), 4: (0, 40, 40, V)},
     "first empty": {2: (0, V), 4: (0, 0, 1, V)},
 }
+
+
+def drawing() -> objectives.Objective:
+    """beta-DPO that draws about every second pair, whatever its margin."""
+    objective = objectives.BetaDPO(m=0.05, keep=0.7)
+    objective.statistics.variance.fill_(1e6)
+    objective.manual_seed(1)
+    return objective
+
+
+# Objectives that have no name of their own.
+MADE = {
+    "wpo": lambda: objectives.WPO(objectives.DPO(), alignment=True),
+    "betadpo, drawn": drawing,
+}
 PARTS = ("weight", "bias", "lora_weight", "ref_weight", "ref_bias")
 
 
@@ -136,6 +151,8 @@ CASES = {
     "dpo, one head, an empty shard": Case("dpo", given=("ref_hidden",), cut="empty"),
     "alphadpo": Case("alphadpo", TRAINED, (*REFERENCE, "bias"), STATS),
     "tdpo2": Case("tdpo2", TRAINED, (*REFERENCE, "bias"), SOME),
+    # A draw from the pairs of all ranks, which have the same ones.
+    "betadpo, drawn": Case("betadpo, drawn", TRAINED, (*REFERENCE, "bias")),
     "wpo": Case("wpo", given=("ref_hidden",), options=TRANSFORM),
 }  # fmt: skip
 # Of the same kinds, in dtypes that round.
@@ -251,9 +268,7 @@ def _called(
     if case.call == "kl":
         result = prefkern.linear_kl(**given, **options)
         return result._asdict(), (result.logps * grad[0] + result.kl * grad[1]).sum()
-    objective = objectives.build("dpo" if case.call == "wpo" else case.call)
-    if case.call == "wpo":
-        objective = objectives.WPO(objective, alignment=True)
+    objective = MADE[case.call]() if case.call in MADE else objectives.build(case.call)
     workspace_mb = options.pop("workspace_mb", None)
     out = prefkern.FusedPreferenceLoss(objective, workspace_mb=workspace_mb)(**given, **options)
     names = ("losses", "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
