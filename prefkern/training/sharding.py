@@ -45,9 +45,7 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def check_sharded_reference(
-    mode: str | None, needs: Needs, *, is_carried: bool
-) -> None:
+def check_sharded_reference(mode: str | None, needs: Needs, *, is_carried: bool) -> None:
     """Raise ValueError for a reference that a sharded run does not compute.
 
     Args:

@@ -18,11 +18,14 @@ all weights of a module at once.
 from __future__ import annotations
 
 import copy
+import zipfile
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 # Parts of a configuration that are of training alone.
 _OF_TRAINING = (
@@ -32,8 +35,8 @@ _OF_TRAINING = (
     "gradient_clipping",
     "train_batch_size",
 )
-# Where DeepSpeed's script that joins the shards is, and where its shards are, in a checkpoint.
-SCRIPT, LATEST = "zero_to_fp32.py", "latest"
+# In a checkpoint: the script that joins the shards, and the name of the folder that has them.
+_SCRIPT, _LATEST = "zero_to_fp32.py", "latest"
 
 
 def configuration(args: Any) -> dict[str, Any] | None:
@@ -119,6 +122,47 @@ def _without_auto(config: Any) -> Any:
     return {name: _without_auto(value) for name, value in config.items() if value != "auto"}
 
 
+def gathered(model: nn.Module, without: AbstractSet[int]) -> dict[str, Tensor]:
+    """A model's parameters on rank 0, whole and on the CPU, but for those with these ids.
+
+    Every rank calls it; the others get nothing.
+    """
+    import deepspeed
+
+    state = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in without:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if torch.distributed.get_rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    return state
+
+
 def joining_command(folder: Path) -> str:
     """The command that makes a model of the shards in a folder."""
-    return f"python {folder / SCRIPT} {folder} {folder} --safe_serialization"
+    return f"python {folder / _SCRIPT} {folder} {folder} --safe_serialization"
+
+
+def problem(checkpoint: Path) -> str | None:
+    """What is missing or damaged of DeepSpeed's state in a checkpoint; None if nothing is.
+
+    DeepSpeed's files are pickles of more than tensors. Nothing in them is read here.
+    """
+    if not [*checkpoint.glob("global_step*")]:
+        return None
+    # DeepSpeed writes it last.
+    latest = checkpoint / _LATEST
+    if not latest.exists():
+        return f"{checkpoint} is incomplete: it has no {_LATEST}, which DeepSpeed writes last"
+    folder = checkpoint / latest.read_text(encoding="utf-8").strip()
+    files = [*folder.glob("*.pt")]
+    if not files:
+        return f"{checkpoint} is incomplete: {folder}, which {_LATEST} names, has no files"
+    for file in sorted(files):
+        try:
+            with zipfile.ZipFile(file):
+                pass
+        except (zipfile.BadZipFile, OSError) as error:
+            return f"{file} is damaged or was not written to its end ({error})"
+    return None
