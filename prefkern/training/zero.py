@@ -54,6 +54,12 @@ def check_zero(args: Any) -> None:
     config = configuration(args)
     if config is None:
         return
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} is not supported under DeepSpeed, whose weights it would cast: leave it "
+                "out, and set bf16"
+            )
     zero = config.get("zero_optimization", {})
     for name in ("offload_param", "offload_optimizer"):
         device = (zero.get(name) or {}).get("device", "none")

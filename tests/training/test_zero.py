@@ -76,7 +76,10 @@ def outcomes(folder: Path, case: str) -> list:
     ("stage", "case"), [(stage, case) for stage in STAGES for case in cases_of(stage)]
 )
 def test_gradients_are_those_of_the_joint_batch(runs, one_process, stage, case):
-    folder = runs(stage, *cases_of(stage))
+    cases = cases_of(stage)
+    # Two launches, neither of which takes long.
+    half = cases[: len(cases) // 2]
+    folder = runs(stage, *(half if case in half else cases[len(half) :]))
     # DeepSpeed casts weights, autocast casts operands: in bfloat16 the two round at other places.
     tolerance = 0.1 if "bf16" in case else 1e-5
     for found in outcomes(folder, case):
