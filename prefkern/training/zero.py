@@ -89,7 +89,7 @@ def gather_whole(module: nn.Module) -> None:
 
     Call it before DeepSpeed has made an engine of the model.
     """
-    from deepspeed.utils import set_z3_leaf_module
+    from deepspeed.utils import set_z3_leaf_module  # pyright: ignore[reportMissingImports]
 
     set_z3_leaf_module(module, any(True for _ in module.children()))
 
@@ -99,7 +99,7 @@ def forward_engine(model: nn.Module, accelerator: Accelerator) -> Any:
 
     Under ZeRO-3 the model's weights are then sharded, for good; below they are whole on each rank.
     """
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     plugin: Any = accelerator.state.deepspeed_plugin
     config = _without_auto(copy.deepcopy(plugin.deepspeed_config))
@@ -133,7 +133,7 @@ def gathered(model: nn.Module, without: AbstractSet[int]) -> dict[str, Tensor]:
 
     Every rank calls it; the others get nothing.
     """
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]
 
     state = {}
     for name, parameter in model.named_parameters():
