@@ -125,7 +125,11 @@ def _run(trainer: PreferenceTrainer, config: PreferenceConfig) -> None:
         width = max(map(len, metrics))
         for name, value in metrics.items():
             print(f"{name:<{width}}  {value:.6g}")
-        print(f"saved to {config.output_dir}")
+        if trainer.joining_command is None:
+            print(f"saved to {config.output_dir}")
+        else:
+            print(f"saved in shards to {config.output_dir}; this makes a model of them:")
+            print(trainer.joining_command)
 
 
 def parse(

@@ -46,7 +46,8 @@ def unwrap(model: Any) -> Any:
             model = model._orig_mod
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif not hasattr(model, "get_output_embeddings") and hasattr(model, "module"):
+        elif not hasattr(type(model), "get_output_embeddings") and hasattr(model, "module"):
+            # The class is asked: DeepSpeed's engine answers for the model that it holds.
             model = model.module
         else:
             return model

@@ -34,28 +34,34 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
 
 from prefkern.models.own_reference import switches_put_back
+from prefkern.training import zero
 from prefkern.training.files import remove, replacing, sync, write_json
 from prefkern.training.finished import OF_STEPS, Progress
+from prefkern.training.saving import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    CONFIG,
+    INDICES,
+    UNFINISHED,
+    WEIGHTS,
+    SavingTrainer,
+)
 from prefkern.training.unsaved import UNSAVED_FILE, Fingerprints, save_fingerprints, warn_of_others
 
 logger = logging.getLogger(__name__)
 
-_UNFINISHED, _FINISHED = ".unfinished", ".finished"
+_FINISHED = ".finished"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.json"
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _JSON = (
     _STATE,
-    _CONFIG,
-    _ADAPTER_CONFIG,
+    CONFIG,
+    ADAPTER_CONFIG,
     UNSAVED_FILE,
-    *(f"{name}.index.json" for name in _WEIGHTS),
+    *INDICES,
 )
 # A pickle of more than tensors, for people. No run opens it.
 _UNREAD = ("training_args.bin",)
@@ -67,10 +73,9 @@ class CheckpointError(ValueError):
     """A checkpoint that a run cannot resume from; the message names the file and what to do."""
 
 
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(SavingTrainer):
     """transformers' Trainer, with checkpoints and models that are complete or absent."""
 
-    _staging: Path | None = None
     _to_push: Path | None = None
     _resumed_from: Path | None = None
     # That of the checkpoint that the run was resumed from.
@@ -149,9 +154,9 @@ class CheckpointTrainer(Trainer):
         writes = self.args.should_save
         if writes:
             _take_places(folder)
-            remove(folder / _UNFINISHED)
+            remove(folder / UNFINISHED)
         self.accelerator.wait_for_everyone()
-        self._staging, self._to_push = folder / _UNFINISHED, None
+        self._staging, self._to_push = folder / UNFINISHED, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -184,51 +189,6 @@ class CheckpointTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The upload runs in the background: start it at the checkpoint's final place.
         self._to_push = Path(checkpoint_folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A model, or adapter, that from_pretrained loads; every rank of a sharded run calls it.
-
-        Under FSDP with sharded checkpoints Trainer would write nothing. They stay sharded; the
-        model that is saved at the end, or by a caller, is gathered on rank 0.
-        """
-        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or self._staging is not None:
-            super().save_model(output_dir, _internal_call)
-            return
-        from torch.distributed.fsdp import StateDictType
-
-        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            plugin.state_dict_type = kind
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or ".")
-        if self._staging is not None or not self.args.should_save:
-            self._save_into(str(folder), state_dict)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{_UNFINISHED}-model"
-        remove(temporary)
-        temporary.mkdir()
-        # PEFT extends a card that is there already.
-        card = folder / "README.md"
-        if card.exists():
-            (temporary / card.name).write_bytes(card.read_bytes())
-        self._save_into(str(temporary), state_dict)
-        sync(temporary)
-        written = [path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file()]
-        _remove_other_weights(folder, written)
-        _set_other_base_aside(folder, temporary, written)
-        for path in written:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / path).replace(folder / path)
-        remove(temporary)
-
-    def _save_into(self, folder: str, state_dict: Any) -> None:
-        """Write all files of a model into a folder that no one reads yet."""
-        super()._save(folder, state_dict)
 
     def save_state(self) -> None:
         """Trainer's state in the output folder."""
@@ -315,9 +275,9 @@ class CheckpointTrainer(Trainer):
                 _check_adapter(folder, model, name)
             return False
         expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-        found = _shapes(folder, _WEIGHTS)
+        found = _shapes(folder, WEIGHTS)
         if not found:
-            what = "an adapter" if _shapes(folder, _ADAPTERS) else "no weights"
+            what = "an adapter" if _shapes(folder, ADAPTERS) else "no weights"
             raise CheckpointError(
                 f"{folder} holds {what}, and the model is a {type(model).__name__} without an "
                 "adapter: resume with the peft_config (--lora_r) that it was trained with"
@@ -386,13 +346,16 @@ def problem(checkpoint: Path) -> str | None:
         if found is not None:
             return f"{path} is damaged or was not written to its end ({found})"
     for adapter in adapters:
-        if not any((adapter / name).exists() for name in _ADAPTERS):
-            return f"{adapter} is incomplete: it has no {_ADAPTERS[0]}"
+        if not any((adapter / name).exists() for name in ADAPTERS):
+            return f"{adapter} is incomplete: it has no {ADAPTERS[0]}"
+    found = zero.problem(checkpoint)
+    if found is not None:
+        return found
     folders = _is_sharded(checkpoint)
-    known = {*_WEIGHTS, *_ADAPTERS, *_JSON[-2:]}
+    known = {*WEIGHTS, *ADAPTERS, *INDICES}
     if not folders and not adapters and not known & names:
-        return f"{checkpoint} is incomplete: it has no weights ({_WEIGHTS[0]} or {_ADAPTERS[0]})"
-    for index in _JSON[-2:]:
+        return f"{checkpoint} is incomplete: it has no weights ({WEIGHTS[0]} or {ADAPTERS[0]})"
+    for index in INDICES:
         if index in names:
             shards = set(json.loads((checkpoint / index).read_text())["weight_map"].values())
             for shard in sorted(shards - names):
@@ -406,7 +369,7 @@ def problem(checkpoint: Path) -> str | None:
 
 def _adapter_folders(checkpoint: Path) -> list[Path]:
     """Folders of adapters that are not called "default"."""
-    return [path.parent for path in checkpoint.glob(f"*/{_ADAPTER_CONFIG}")]
+    return [path.parent for path in checkpoint.glob(f"*/{ADAPTER_CONFIG}")]
 
 
 def _is_sharded(checkpoint: Path) -> bool:
@@ -506,59 +469,11 @@ def _delete_oldest(folder: Path, limit: int | None, keep: Iterable[Path]) -> Non
 def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint if it exists. It is renamed first, so that none is seen half deleted."""
     if checkpoint.exists():
-        waste = checkpoint.parent / _UNFINISHED
+        waste = checkpoint.parent / UNFINISHED
         remove(waste)
         waste.mkdir()
         checkpoint.rename(waste / checkpoint.name)
         remove(waste)
-
-
-def _remove_other_weights(folder: Path, written: Iterable[Path]) -> None:
-    """Delete files of an earlier save that would be read first: other parts, another adapter."""
-    new = {path.name for path in written if path.parent == Path()}
-    for stems in ("model|pytorch_model", "adapter_model"):
-        weights = re.compile(rf"({stems})(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-        is_new = any(weights.fullmatch(name) for name in new)
-        is_behind = stems == "adapter_model" and _is_behind_an_adapter(folder, written)
-        if not (is_new or is_behind):
-            continue
-        if is_behind:
-            logger.warning("%s held an adapter, which would be loaded: it is deleted", folder)
-            (folder / _ADAPTER_CONFIG).unlink()
-        for path in folder.iterdir():
-            if weights.fullmatch(path.name) and path.name not in new:
-                path.unlink()
-
-
-def _is_behind_an_adapter(folder: Path, written: Iterable[Path]) -> bool:
-    """Whether an adapter of an earlier save would be loaded in place of the new files."""
-    weights = {*_WEIGHTS, *_ADAPTERS, *_JSON[-2:]}
-    is_model = any(path.name in weights for path in written)
-    has_adapter = (folder / _ADAPTER_CONFIG).exists()
-    return is_model and has_adapter and Path(_ADAPTER_CONFIG) not in written
-
-
-def _set_other_base_aside(folder: Path, temporary: Path, written: Iterable[Path]) -> None:
-    """Rename an earlier model's config when an adapter of another base is saved in its folder.
-
-    transformers takes a model next to an adapter for its base, whatever base the adapter names. The
-    model's weights stay: they may be the result of a training.
-    """
-    config = folder / _CONFIG
-    adapters = [path for path in written if path.name == _ADAPTER_CONFIG]
-    if not adapters or not config.exists() or Path(_CONFIG) in written:
-        return
-    base = json.loads((temporary / adapters[0]).read_text()).get("base_model_name_or_path")
-    if base and Path(base).resolve() != folder.resolve():
-        aside = folder / f"{_CONFIG}.earlier"
-        config.replace(aside)
-        logger.warning(
-            "%s holds a model that is not %s, the base of the adapter that is saved there: its "
-            "config.json is renamed to %s, so that it is not loaded in its place",
-            folder,
-            base,
-            aside.name,
-        )
 
 
 def _shapes(folder: Path, files: Iterable[str]) -> dict[str, list[int]]:
@@ -616,9 +531,9 @@ def _check_adapter(folder: Path, model: Any, active: str) -> None:
     from peft import get_peft_model_state_dict
 
     own = _of_adapter(active, folder)
-    found = _shapes(own, _ADAPTERS)
+    found = _shapes(own, ADAPTERS)
     if not found:
-        what = "a whole model" if _shapes(folder, _WEIGHTS) else "no adapter"
+        what = "a whole model" if _shapes(folder, WEIGHTS) else "no adapter"
         raise CheckpointError(
             f"{own} holds {what}, and the model has an adapter ({active!r}): resume without "
             "peft_config (--lora_r 0), as it was trained"
@@ -634,7 +549,7 @@ def _check_adapter(folder: Path, model: Any, active: str) -> None:
             f"{found.get(wrong[0], 'none')} there and {expected.get(wrong[0], 'none')} here; resume "
             "with the peft_config and the model that the run began with"
         )
-    config = own / _ADAPTER_CONFIG
+    config = own / ADAPTER_CONFIG
     saved = json.loads(config.read_text()) if config.exists() else {}
     for name in _ADAPTER_SETTINGS:
         ours = getattr(model.peft_config[active], name, None)

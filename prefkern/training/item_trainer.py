@@ -20,7 +20,7 @@ from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
-from prefkern.training.sharding import is_sharded
+from prefkern.training.sharding import is_sharded, mode_of
 from prefkern.training.trainable import (
     check_optimizer,
     check_trainable,
@@ -98,11 +98,13 @@ class ItemTrainer(CheckpointTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, with means over items in place of its mean over batches.
 
-        Raises ValueError before training under FSDP2, which shards a model with its optimizer.
+        Raises ValueError before training under FSDP2 and DeepSpeed, which shard a model with its
+        optimizer.
         """
-        if self.accelerator.is_fsdp2 and not is_sharded(self.model):  # pyright: ignore[reportArgumentType]
+        is_before = self.accelerator.is_fsdp2 and not is_sharded(self.model)  # pyright: ignore[reportArgumentType]
+        if is_before or (self.is_deepspeed_enabled and self.deepspeed is None):
             raise ValueError(
-                "evaluation before training is not supported under FSDP2, which shards the model "
+                f"evaluation before training is not supported under {mode_of(self.args)}, which shards the model "
                 "when training begins: set eval_on_start, or evaluate on one process or under DDP"
             )
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -120,6 +122,12 @@ class ItemTrainer(CheckpointTrainer):
         sequences = sum(sequence_count(batch) for batch in batch_samples)
         items = torch.tensor(sequences / self._sequences_an_item, device=device)
         return self.accelerator.reduce(items, "sum")
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Under DeepSpeed Trainer casts them to the model's dtype: sums and margins lose digits.
+        if isinstance(data, Tensor) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         # Without a mask Trainer leaves out every pad token, and a text may end with that token.

@@ -193,14 +193,16 @@ def hash_weights(model: nn.Module) -> str | None:
     adapter that is switched off. None if some contents are not here: sharded, offloaded or opaque.
     """
     # Asking FSDP2 for a state_dict on one rank alone would reshard that rank's weights.
-    if any(is_traceable_wrapper_subclass(parameter) for parameter in model.parameters()):
+    # ZeRO-3's parameters are empty outside of a forward.
+    parameters = [*model.parameters()]
+    if any(is_traceable_wrapper_subclass(each) or hasattr(each, "ds_id") for each in parameters):
         return None
     skipped = _switched_off(model)
     digest = xxhash.xxh3_128()
     for name, value in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
         if any(part.startswith(skipped) for part in name.split(".")):
             continue
-        if not isinstance(value, Tensor) or value.is_meta or hasattr(value, "ds_id"):
+        if not isinstance(value, Tensor) or value.is_meta:
             return None
         if is_traceable_wrapper_subclass(value):
             return None

@@ -4,7 +4,8 @@ The reference is a model of its own (`ref_model`), or the policy itself: with th
 another adapter, with the initial values of a trained one, or before the first step. Its forward goes
 through the policy's code, in the same precision, so that equal models give equal sums. Sums that are
 computed before training go into the datasets, and to disk (`prefkern.training.reference_cache`).
-Under FSDP2 a sharded copy of the policy computes them (`prefkern.training.sharding`).
+Under FSDP2 a sharded copy of the policy computes them (`prefkern.training.sharding`), under DeepSpeed
+an engine around the policy (`prefkern.training.zero`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from prefkern.training.reference_cache import (
 from prefkern.training.sharding import is_sharded, sharded
 from prefkern.training.token_trainer import TokenBatchTrainer
 from prefkern.training.unsaved import fingerprint
+from prefkern.training.zero import destroy, forward_engine
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +61,10 @@ class ReferenceTrainer(TokenBatchTrainer):
     _warned_of_no_mismatch: bool
     # Datasets whose sums were computed here, by fingerprint.
     _computed_sums: set[str]
-    # Of the reference, before it is sharded (rank 0), and a copy of the policy, sharded before the
-    # policy is, which computes sums.
+    # Of the reference, before it is sharded (rank 0), and what computes sums before training: a copy
+    # of the policy (FSDP2), or an engine around it (DeepSpeed).
     _described: dict[str, Any] | None
-    _sharded_copy: nn.Module | None
+    _for_sums: Any
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
         with torch.no_grad(), self._reference() as model, self._autocast():
@@ -72,6 +74,7 @@ class ReferenceTrainer(TokenBatchTrainer):
         """The policy's autocast for the reference: a wrapped model has its own, another has none.
 
         FSDP2 has none: it casts weights and inputs, of the policy and of a reference that is sharded.
+        DeepSpeed casts weights.
         """
         return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
@@ -125,9 +128,12 @@ class ReferenceTrainer(TokenBatchTrainer):
         self._check_is_initial()
         model: Any = self.accelerator.unwrap_model(self.model)
         if self.accelerator.is_fsdp2 and not is_sharded(model):
-            if self._sharded_copy is None:
-                self._sharded_copy = sharded(copy.deepcopy(model), self.accelerator)
-            model = self._sharded_copy
+            if self._for_sums is None:
+                self._for_sums = sharded(copy.deepcopy(model), self.accelerator)
+            model = self._for_sums
+        elif self.is_deepspeed_enabled and self.deepspeed is None and self._for_sums is None:
+            # The module has hooks now, which do as the engine that trains.
+            self._for_sums = forward_engine(model, self.accelerator)
         with self._as_reference(model):
             yield model
 
@@ -144,8 +150,8 @@ class ReferenceTrainer(TokenBatchTrainer):
     def _as_reference(self, model: Any) -> Iterator[None]:
         """The policy, or its copy, as its own reference within the context."""
         in_use: Any = nullcontext()
-        # A copy is made before training, when the adapter has its initial values.
-        if self._initial_adapter is not None and model is not self._sharded_copy:
+        # Before training the adapter has its initial values.
+        if self._initial_adapter is not None and self._for_sums is None:
             in_use = self._initial_adapter.in_use(model)
         elif self._initial_adapter is None and is_peft_model(model):
             in_use = adapter_in_use(model, self.args.ref_adapter_name)
@@ -154,11 +160,13 @@ class ReferenceTrainer(TokenBatchTrainer):
 
     @contextmanager
     def _computing_sums(self) -> Iterator[None]:
-        """The memory of a copy of the policy, if one computes sums, is free at the end."""
+        """What computes sums, if it is not the policy itself, is gone at the end."""
         try:
             yield
         finally:
-            self._sharded_copy = None
+            engine, self._for_sums = self._for_sums, None
+            if engine is not None and self.is_deepspeed_enabled:
+                destroy(engine)
 
     def _reference_fingerprint(self) -> dict[str, str]:
         """Of the weights that the reference has and the base model has not."""
@@ -203,8 +211,8 @@ class ReferenceTrainer(TokenBatchTrainer):
             logger.warning("reference sums are not kept: a data_collator was given")
             return None
         precision = self.accelerator.mixed_precision
-        if self.accelerator.is_fsdp2 and precision != "no":
-            precision = f"{precision} by FSDP2"
+        if self._shards_reference and precision != "no":
+            precision = f"{precision} by {'FSDP2' if self.accelerator.is_fsdp2 else 'DeepSpeed'}"
         return open_cache(
             folder,
             self._description(),
@@ -223,14 +231,19 @@ class ReferenceTrainer(TokenBatchTrainer):
         in_use: Any = self._as_reference(model)
         if self.ref_model is not None:
             model, in_use = self.ref_model, nullcontext()
-        if is_sharded(model):
+        if is_sharded(model) or self._for_sums is not None:
             return self._described
         with in_use, self.accelerator.autocast():
             self._described = description(model)
-        if self.accelerator.is_fsdp2:
+        if self._shards_reference:
             # This rank's probe was not in shards: there every rank has to run one.
             forget_transform(model)
         return self._described
+
+    @property
+    def _shards_reference(self) -> bool:
+        """Whether what computes the reference is made as what computes the policy (FSDP2, DeepSpeed)."""
+        return self.accelerator.is_fsdp2 or self.is_deepspeed_enabled
 
     @property
     def _layout(self) -> str:

@@ -62,6 +62,7 @@ from prefkern.training.config import (
 )
 from prefkern.training.item_trainer import ItemTrainer
 from prefkern.training.names import NamedArguments
+from prefkern.training.zero import check_zero
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,7 @@ class RewardTrainer(ItemTrainer):
             args.eval_strategy = IntervalStrategy.NO
         else:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+        check_zero(args)
         check_liger(args, args.device)
         apply_liger(args, model)
         # Not given to Trainer, which would replace the model's pad token by the tokenizer's.

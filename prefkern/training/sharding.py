@@ -1,10 +1,11 @@
 """Sharded runs: what they cannot do is refused before anything is loaded; their reference is sharded.
 
-A reference is sharded as the policy is, and computes in the same mixed precision (FSDP2).
+A reference is sharded as the policy is, and computes in the same mixed precision.
 
 FSDP2 casts weights and inputs by its own policy, where autocast casts the operands of products. So
 a reference outside of it would round at other places than the policy, and equal models would not
-have equal log-probs. `sharded` makes its units of the same layers, over the same ranks.
+have equal log-probs. `sharded` makes its units of the same layers, over the same ranks. Under
+DeepSpeed a reference has an engine of its own (`prefkern.training.zero`).
 
 A model that is sharded answers `state_dict()` with a change: FSDP2 first puts the shards back. On
 one rank alone that leaves the ranks with different collectives to run. What one rank needs of all
@@ -19,15 +20,17 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from prefkern.training import zero
 from prefkern.training.checks import Needs
 
 _FSDP2 = "use FSDP2 (fsdp_config={'version': 2}, or accelerate launch --fsdp_version 2)"
 
 
 def mode_of(args: Any) -> str | None:
-    """How a run is sharded, by its arguments or its launcher: "FSDP1", "FSDP2", "DeepSpeed", None."""
-    if args.deepspeed or _is_on("ACCELERATE_USE_DEEPSPEED"):
-        return "DeepSpeed"
+    """How a run is sharded, by its arguments or its launcher: "FSDP1", "FSDP2", "ZeRO-3", ... None."""
+    config = zero.configuration(args)
+    if config is not None:
+        return f"ZeRO-{zero.stage_of(config)}"
     # transformers writes these; older ones set the launcher's variables instead.
     given = getattr(args, "fsdp_plugin_args", None)
     if given:
@@ -42,16 +45,13 @@ def _is_on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def check_sharded_reference(
-    mode: str | None, needs: Needs, *, is_carried: bool, has_own_model: bool
-) -> None:
+def check_sharded_reference(mode: str | None, needs: Needs, *, is_carried: bool) -> None:
     """Raise ValueError for a reference that a sharded run does not compute.
 
     Args:
         mode: from `mode_of`.
         needs: what the objective needs.
         is_carried: whether all datasets carry the reference's sums.
-        has_own_model: whether the reference is a model of its own, given or copied.
     """
     if mode is None or not needs.reference or is_carried:
         return
@@ -66,22 +66,19 @@ def check_sharded_reference(
             f"off or before training: {_FSDP2}, or carry its sums in the dataset "
             "(ref_chosen_logps and ref_rejected_logps columns)"
         )
-    if mode == "DeepSpeed" and has_own_model:
-        raise ValueError(
-            f"a separate reference model is not supported yet under DeepSpeed: {_FSDP2}, or LoRA, "
-            "or carry its sums in the dataset (ref_chosen_logps and ref_rejected_logps columns)"
-        )
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 holds a model's weights."""
+    """Whether FSDP2 or ZeRO-3 holds a model's weights."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or zero.is_partitioned(model)
 
 
 def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
     """The model for forwards alone, sharded in place as `accelerator` shards the policy."""
+    if accelerator.state.deepspeed_plugin is not None:
+        return zero.forward_engine(model.requires_grad_(False).eval(), accelerator)
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     plugin: Any = accelerator.state.fsdp_plugin

@@ -86,6 +86,7 @@ from prefkern.training.config import PreferenceConfig
 from prefkern.training.names import NamedArguments
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
+from prefkern.training.zero import check_zero, gather_whole, is_partitioned
 
 logger = logging.getLogger(__name__)
 
@@ -174,20 +175,20 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         self._reference_given = reference_arguments(args, ref_model)
         # Datasets whose sums were computed here, by fingerprint.
         self._computed_sums: set[str] = set()
-        # Of the reference, before it is sharded (rank 0), and a copy of the policy, sharded before
-        # the policy is, which computes sums.
+        # Of the reference, before it is sharded (rank 0), and what computes sums before training.
         self._described: dict[str, Any] | None = None
-        self._sharded_copy: nn.Module | None = None
+        self._for_sums: nn.Module | None = None
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, args, name)
-        given_datasets = (train_dataset, eval_dataset)
-        self._check_sharded_reference(args, model, ref_model, peft_config, given_datasets)
+        self._check_sharded_reference(args, (train_dataset, eval_dataset))
+        check_zero(args)
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
         init_kwargs: Any = args.model_init_kwargs or {}
         # It is not known how a model that is given was loaded.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
+        name = model if isinstance(model, str) else None
         model = load_model(model, init_kwargs) if isinstance(model, str) else model
         processing_class = processing_class or load_tokenizer(
             model.config._name_or_path, own_kwargs
@@ -259,7 +260,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 )
         has_reference = ref_model is not None or carried or is_adapted
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
-            ref_model = copy.deepcopy(model)
+            ref_model = self._second_copy(model, name, init_kwargs)
         casts = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)]
         is_cast_too = is_adapted and ref_model is None
         is_cast_too = is_cast_too and not (carried or args.precompute_ref_log_probs)
@@ -292,6 +293,9 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         self._sequences_an_item = 2 if is_paired else 1
         # A sharded model has its weights only once it is wrapped: the first batch checks it.
         will_shard = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        for each in (self.model, self.ref_model) if is_deepspeed_zero3_enabled() else ():
+            if each is not None:
+                gather_whole(find_head(each)[1])  # pyright: ignore[reportArgumentType]
         if not will_shard:
             # Under the run's autocast: without it, a float32 head refuses bf16 hidden states.
             with self.accelerator.autocast():
@@ -306,7 +310,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             if args.disable_dropout:
                 disable_dropout(self.ref_model)
             self.ref_model.requires_grad_(False).eval()
-            if not (self.accelerator.is_fsdp2 or hasattr(self.ref_model, "hf_device_map")):
+            if not (self._shards_reference or hasattr(self.ref_model, "hf_device_map")):
                 self.ref_model.to(args.device)  # pyright: ignore[reportCallIssue]
             if not will_shard:
                 with self.accelerator.autocast():
@@ -315,7 +319,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                         self._require_packing(self.ref_model)
         if needs_reference and not carried and args.ref_adapter_name in (None, BASE):
             self._unsaved = {**(self._unsaved or {}), "reference": self._reference_fingerprint()}
-        if self.ref_model is not None and self.accelerator.is_fsdp2:
+        if self.ref_model is not None and self._shards_reference:
             if args.precompute_ref_log_probs and self.is_world_process_zero():
                 self._description()
             self.ref_model = sharded(self.ref_model, self.accelerator)
@@ -463,23 +467,28 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         if not needs.paired:
             check_labels(dataset, name)
 
-    def _check_sharded_reference(
-        self, args: PreferenceConfig, model: Any, ref_model: Any, peft_config: Any, datasets: Any
-    ) -> None:
+    def _check_sharded_reference(self, args: PreferenceConfig, datasets: Any) -> None:
         needs = self._objective_needs
         parts = [
             renamed(part, args.columns, name)  # pyright: ignore[reportArgumentType]
             for dataset, name in zip(datasets, ("train", "eval"), strict=True)
             for name, part in named(dataset, name)
         ]
-        is_given = ref_model is not None or args.ref_model_name_or_path is not None
-        is_adapted = peft_config is not None or is_peft_model(model)
         check_sharded_reference(
-            mode_of(args),
-            needs,
-            is_carried=needs.sums_suffice and carry_sums(*parts),
-            has_own_model=is_given or not (is_adapted or args.precompute_ref_log_probs),
+            mode_of(args), needs, is_carried=needs.sums_suffice and carry_sums(*parts)
         )
+
+    def _second_copy(self, model: Any, name: str | None, init_kwargs: Any) -> Any:
+        """A copy of the model that is trained, to be its reference."""
+        if not is_partitioned(model):
+            return copy.deepcopy(model)
+        if name is None:
+            raise ValueError(
+                "ZeRO-3 holds the weights of the model that was given, so that they cannot be copied "
+                "for the reference: give the model by its name, pass ref_model, or set "
+                "precompute_ref_log_probs"
+            )
+        return load_model(name, {"dtype": model.dtype, **init_kwargs})
 
     def _refuse_unsupported_setups(self) -> None:
         super()._refuse_unsupported_setups()

@@ -229,8 +229,9 @@ def record(run: Any) -> list[dict]:
     return steps
 
 
-def outcome_of(path: Path, case: str, ranks: int) -> dict:
-    options = CASES[case]()
+def outcome_of(path: Path, case: str, ranks: int, cases=CASES, record=record, **sharding) -> dict:
+    """A run of two steps; `sharding` are options of the run if there are several ranks."""
+    options = {**cases[case](), **(sharding if ranks > 1 else {})}
     accumulated, joint = options.pop("accumulated", 1), options.pop("joint", {})
     sizes = {"per_device_train_batch_size": 4 // ranks // accumulated}
     sizes["gradient_accumulation_steps"] = accumulated
@@ -251,7 +252,8 @@ def outcome_of(path: Path, case: str, ranks: int) -> dict:
     )
     steps = record(run)
     run.train()
-    assert run.args.world_size == ranks and run.is_fsdp_enabled == (ranks > 1)
+    assert run.args.world_size == ranks
+    assert (run.is_fsdp_enabled or run.is_deepspeed_enabled) == (ranks > 1)
     evaluated = [run.evaluate()] if "eval_dataset" in options else []
     own = ("adapter off", "precomputed", "copy", "reference, bf16")
     is_own = any(name in case for name in own) and "reference, precomputed" not in case

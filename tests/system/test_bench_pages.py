@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 import families
 import plans
 import readme
+import zero
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,15 @@ def test_a_broken_bound_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(json.loads(file.read_text())["rows"]) == 3
     monkeypatch.setattr(plans, "MOST", {"frozen": 3})
     assert plans.main(["--json", str(file)]) == 1
+
+
+def test_the_page_of_zero_is_of_its_record() -> None:
+    result = json.loads(zero.RESULT.read_text())
+    assert zero.PAGE.read_text() == zero.page(result)
+    assert zero.misses(result) == []
+    assert {mode for row in result["rows"].values() for mode in row} == {"ZeRO-2", "ZeRO-3"}
+    result["rows"]["full, none"]["ZeRO-3"]["gradients"] = math.nan
+    assert zero.misses(result) == ["ZeRO-3, full, none: gradients nan"]
 
 
 def test_the_results_page_s_numbers_are_the_result_s() -> None:
