@@ -25,6 +25,7 @@ from prefkern.objectives import (
     AlphaDPO,
     APODown,
     DiscoPOP,
+    Objective,
     OmniDPO,
     SimPO,
     build,
@@ -258,7 +259,11 @@ def test_a_vocabulary_of_262144(structure, backend, device):
         assert (error <= 5e-6 * true[3]).all()
 
 
-WITH_KERNEL = [name for name in names() if name not in ("kto", "tdpo1", "tdpo2", "betadpo")]
+WITH_KERNEL = [
+    name
+    for name in names()
+    if isinstance(objective := build(name), Objective) and objective.pair_kernel_options()
+]
 
 
 @pytest.fixture
