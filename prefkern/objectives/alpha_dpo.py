@@ -80,7 +80,7 @@ class AlphaDPO(Contrastive):
         stop_gradient: bool = True,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             gamma=require_number("gamma", gamma),
             alpha=require_not_negative("alpha", alpha),

@@ -59,6 +59,7 @@ class Contrastive(Objective):
     length_penalty: float = 0.0
     f_divergence_type: Divergence = "reverse_kl"
     f_alpha_divergence_coef: float | None = None
+    _options: tuple[str, ...] = ()
 
     @property
     def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -178,6 +179,20 @@ class Contrastive(Objective):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
 
+    def set_options(self, **options: Any) -> None:
+        """Keep hyper-parameters under their own names: attributes, and what `repr` shows.
+
+        `adaptive` must be an Adaptive or None; without a reference its space is the policy's.
+        """
+        adaptive = options.get("adaptive")
+        if not (adaptive is None or isinstance(adaptive, Adaptive)):
+            raise TypeError(f"adaptive must be an Adaptive or None, got {adaptive!r}")
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+        if adaptive is not None and not self._scores_ratios:
+            self.adaptive = replace(adaptive, space="policy")
+
     @property
     def _name(self) -> str:
         return type(self).__name__
@@ -193,17 +208,6 @@ class Contrastive(Objective):
         if self.adaptive is None or not self.counts_lengths:
             return False
         return self.adaptive.exponents != (0.0, 0.0)
-
-    def _set(self, **options: Any) -> None:
-        """Keep checked hyper-parameters under their own names."""
-        adaptive = options.get("adaptive")
-        if not (adaptive is None or isinstance(adaptive, Adaptive)):
-            raise TypeError(f"adaptive must be an Adaptive or None, got {adaptive!r}")
-        self._options = tuple(options)
-        for name, value in options.items():
-            setattr(self, name, value)
-        if adaptive is not None and not self._scores_ratios:
-            self.adaptive = replace(adaptive, space="policy")
 
 
 class DPO(Contrastive):
@@ -227,7 +231,7 @@ class DPO(Contrastive):
         f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             label_smoothing=require_below("label_smoothing", label_smoothing, 0.5),
             adaptive=adaptive,
@@ -258,7 +262,7 @@ class LNDPO(Contrastive):
         f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             adaptive=adaptive,
             **divergence_options(f_divergence_type, f_alpha_divergence_coef),
@@ -288,7 +292,7 @@ class RobustDPO(Contrastive):
         f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             label_smoothing=require_below("label_smoothing", label_smoothing, 0.5),
             adaptive=adaptive,
@@ -315,7 +319,7 @@ class Hinge(Contrastive):
         f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             adaptive=adaptive,
             **divergence_options(f_divergence_type, f_alpha_divergence_coef),
@@ -345,7 +349,7 @@ class IPO(Contrastive):
         f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             tau=require_positive("tau", tau),
             length_normalized=require_bool("length_normalized", length_normalized),
             adaptive=adaptive,
@@ -379,7 +383,7 @@ class RDPO(Contrastive):
         self, beta: float = 0.1, alpha: float = -0.05, adaptive: Adaptive | None = None
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             alpha=require_number("alpha", alpha),
             adaptive=adaptive,
@@ -413,7 +417,7 @@ class EXO(Contrastive):
         f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             label_smoothing=require_between("label_smoothing", label_smoothing, 0.5),
             adaptive=adaptive,
@@ -445,7 +449,7 @@ class DiscoPOP(Contrastive):
         f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             tau=require_positive("tau", tau),
             adaptive=adaptive,

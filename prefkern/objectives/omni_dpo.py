@@ -52,7 +52,7 @@ class OmniDPO(Contrastive):
         adaptive: Adaptive | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             eta=require_not_negative("eta", eta),
             tau=require_number("tau", tau),

@@ -42,7 +42,7 @@ class CPO(Contrastive):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             nll_weight=require_not_negative("nll_weight", nll_weight),
             adaptive=adaptive,
@@ -69,7 +69,7 @@ class ORPO(Contrastive):
         self, beta: float = 0.1, nll_weight: float = 1.0, adaptive: Adaptive | None = None
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             nll_weight=require_not_negative("nll_weight", nll_weight),
             adaptive=adaptive,
@@ -111,7 +111,7 @@ class SimPO(Contrastive):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             gamma=require_number("gamma", gamma),
             adaptive=adaptive,
@@ -138,7 +138,7 @@ class SFT(Contrastive):
 
     def __init__(self, token_mean: bool = False) -> None:
         super().__init__()
-        self._set(token_mean=require_bool("token_mean", token_mean))
+        self.set_options(token_mean=require_bool("token_mean", token_mean))
 
     def nll(self, pairs: Pairs) -> Tensor:
         if not self.token_mean:

@@ -72,13 +72,15 @@ ELSEWHERE = {
     "cdpo": "here it is 'dpo' with label_smoothing",
     "kto_pair": "'kto' also takes pairs, whose two responses count one by one",
     "slic": "'hinge' is that loss with a reference, as in TRL",
+    "tpo": "with the chosen response as the gold one, here it is 'cpo'",
+    "tpo-l": "with the chosen response as the gold one, here it is 'simpo' with rpo_alpha",
     "tdpo": "here it is 'tdpo1' or 'tdpo2'",
     "wpo": "here it is use_weighting, an option of every pairwise objective",
     "rpo": "here it is rpo_alpha, an option of every pairwise objective",
     **dict.fromkeys(
         (
-            *("alphapo", "aot", "aot_pair", "aot_unpaired", "apo_zero_unpaired", "bco"),
-            *("bco_pair", "dpop", "rso"),
+            *("alphapo", "aot", "aot_pair", "aot_unpaired", "apo_zero_unpaired", "balanced_dpo"),
+            *("bco", "bco_pair", "dpop", "rso", "sgdpo"),
         ),
         "it is not here yet",
     ),
@@ -114,7 +116,7 @@ def options(name: str) -> list[str]:
     own = [p for p in _parameters(cls) if not (is_adaptive and p == "adaptive")]
     adaptive = [field.name for field in fields(Adaptive)] if is_adaptive else []
     if is_adaptive and not cls().needs_reference:
-        # Without a reference there are no ratios to it: see Contrastive._set.
+        # Without a reference there are no ratios to it: see Contrastive.set_options.
         adaptive.remove("space")
     return [*own, *adaptive, *(_COMPOSED if issubclass(cls, Objective) else ())]
 

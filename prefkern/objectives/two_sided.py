@@ -18,7 +18,7 @@ class _TwoSided(Contrastive):
 
     def __init__(self, beta: float = 0.1, adaptive: Adaptive | None = None) -> None:
         super().__init__()
-        self._set(beta=require_positive("beta", beta), adaptive=adaptive)
+        self.set_options(beta=require_positive("beta", beta), adaptive=adaptive)
 
 
 class NCA(_TwoSided):

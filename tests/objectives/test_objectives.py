@@ -844,7 +844,7 @@ class _Minimal(Contrastive):
 
     def __init__(self, beta: float = 0.3, adaptive: Adaptive | None = None) -> None:
         super().__init__()
-        self._set(beta=beta, adaptive=adaptive)
+        self.set_options(beta=beta, adaptive=adaptive)
 
 
 class _MinimalRatio(_Minimal):
