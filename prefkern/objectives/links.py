@@ -120,7 +120,7 @@ class _APODown(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         chosen, rejected = ctx.saved_tensors
         gap = chosen - rejected
         # sigmoid'(a) - sigmoid'(a - b) is 4 sigmoid'(a) sigmoid'(a - b) times this product, whose
