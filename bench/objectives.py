@@ -81,7 +81,8 @@ def row_of(case: Case) -> dict[str, Any]:
         "launches": None,
     }
     for samples in GROUPS.values():
-        bounded = sum(case.is_bounded(truth) for truth in case.expected(samples))
+        truths = zip(case.expected(samples), samples, strict=True)
+        bounded = sum(case.is_bounded(truth, sample.pair) for truth, sample in truths)
         row["bounded"] += bounded
         row["pairs"] += len(samples) - bounded
     for path, dtype in PATHS.items():

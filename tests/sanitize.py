@@ -91,7 +91,7 @@ def drive(device: str = "cuda") -> set[str]:
             kernels.product_fold(**product(*sizes, dtype, device), config=config, **options)
     offsets = torch.tensor([0, 0, 1, 1026, 1030], device=device)
     logps = -torch.rand(1030, device=device)
-    for name in ("adadpo", "orpo", "alphadpo", "madpo"):
+    for name in ("adadpo", "orpo", "alphadpo", "madpo", "adaomnidpo", "apodown", "discopop"):
         objective = build(name).to(device)
         vectors = -torch.rand(4, device=device), torch.randn(2, device=device)
         form = objective.pair_kernel_options()

@@ -5,18 +5,20 @@ the reference's sums R and the lengths n it computes an objective of AdaDPO's Eq
 
     s            = rho, rho / n, L, L / n or log-odds     rho = L - R, log-odds of P = exp(L / n)
     ratio        = exp(alpha_w x_w - alpha_l x_l)         Eq. 7; x = rho, L, or log P (1 - P)
-    beta_chosen  = beta k min(ratio, clip),   beta_rejected = beta
-    delta        = beta_chosen s_w - beta_rejected s_l - margin
-    loss         = weight link(delta) - nll_weight L_w / n_w
+    a            = beta k min(ratio, clip) s_w,   b = beta s_l
+    delta        = a - b - margin
+    loss         = weight link(a, b, delta) - nll_weight L_w / n_w
 
-The margin may hold a z-score (alpha-DPO's Eq. 12), and the weight may be MADPO's Eq. 4.
-Coefficients, margin and weight are constants to the gradient, so
+In place of rho there may be the f' of another divergence. The margin may hold a gap of log-probs
+(alpha-DPO's Eq. 12), and the weight may be MADPO's Eq. 4 or Omni-DPO's. Coefficients are constants
+to the gradient, and where margin and weight are, too,
 
-    d loss / d L_w =  weight link'(delta) beta_chosen ds_w/dL_w - nll_weight / n_w
-    d loss / d L_l = -weight link'(delta) beta_rejected ds_l/dL_l
+    d loss / d L_w = weight (d link / d a) beta_chosen ds_w/dL_w - nll_weight / n_w
+    d loss / d L_l = weight (d link / d b) beta_rejected ds_l/dL_l
 
 This is one number a sequence, the same for every token. The kernel is the twin of
 `prefkern.objectives.Contrastive`, whose declarations are its options. Tests compare the two.
+`pair_links` has the scores and the links.
 """
 
 from __future__ import annotations
@@ -28,7 +30,10 @@ import triton
 import triton.language as tl
 
 from .launches import count
-from .primitives import log1p, on_device_of, one_minus_exp
+from .pair_links import least, log_sigmoid, sigmoid, times, within
+from .pair_links import link as _link
+from .pair_links import score as _score
+from .primitives import on_device_of
 
 
 class PairLossOutput(NamedTuple):
@@ -56,6 +61,15 @@ class MarginWeight(TypedDict):
     damps: bool  # False: weight 1 where |h| >= tau
 
 
+class FocalWeight(TypedDict):
+    """Omni-DPO's weight of a reward margin h and of the policy's own margin."""
+
+    eta: float
+    tau: float
+    gamma: float
+    max_margin: float
+
+
 @triton.jit
 def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
     """The sum of logps[begin:end], added in float64 and rounded once: no order shows."""
@@ -64,79 +78,6 @@ def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
         offsets = begin + block + tl.arange(0, BLOCK_T)
         total += tl.load(logps_ptr + offsets, mask=offsets < end, other=0.0).to(tl.float64)
     return tl.sum(total, axis=0).to(tl.float32)
-
-
-@triton.jit
-def _least(x, bound):
-    # A GPU's own minimum of NaN and a number is the number; but a NaN must stay visible.
-    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _largest(x, bound):
-    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _times(x, factor):
-    """x factor, but 0 for a factor of 0, also if x is a log-prob of -inf."""
-    return tl.where(factor == 0.0, 0.0, x * factor)
-
-
-@triton.jit
-def _log_sigmoid(x):
-    # log sigmoid(x) = -log(1 + exp(-x)); exp of a negative number cannot overflow.
-    return tl.minimum(x, 0.0) - log1p(tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _score(logp, ref_logp, length, least_miss, SCORE: tl.constexpr):
-    """A response's score s, ds/dL, and log P (1 - P) if the score is log-odds."""
-    value = logp
-    if SCORE == "log_ratio" or SCORE == "mean_log_ratio":
-        value = logp - ref_logp
-    slope = 1.0
-    extra = 0.0
-    if SCORE == "mean_log_ratio" or SCORE == "mean_log_prob":
-        value = value / length
-        slope = 1.0 / length
-    if SCORE == "log_odds":
-        # o = log P - log(1 - P), d o / d log P = 1 / (1 - P)
-        log_p = _least(value / length, -least_miss)
-        miss = one_minus_exp(log_p)
-        slope = tl.where(value / length <= -least_miss, 1.0 / miss / length, 0.0)
-        value = log_p - tl.log(miss)
-        extra = log_p + tl.log(miss)
-    return value, slope, extra
-
-
-@triton.jit
-def _link(delta, label_smoothing, max_squared, LINK: tl.constexpr):
-    """The link of delta, and its derivative."""
-    if LINK == "hinge":
-        loss = _largest(1.0 - delta, 0.0)
-        ddelta = tl.where(delta < 1.0, -1.0, 0.0)
-    elif LINK == "square":
-        bounded = _least(_largest(delta, -max_squared), max_squared)
-        loss = bounded * bounded
-        ddelta = tl.where(tl.abs(delta) <= max_squared, 2.0 * bounded, 0.0)
-    else:
-        tail = tl.exp(-tl.abs(delta))
-        kept = -_log_sigmoid(delta)
-        flipped = -_log_sigmoid(-delta)
-        below = tl.where(delta >= 0, tail, 1.0) / (1.0 + tail)  # sigmoid(-delta)
-        above = tl.where(delta >= 0, 1.0, tail) / (1.0 + tail)  # sigmoid(delta)
-        if LINK == "robust":
-            scale = 1.0 - 2.0 * label_smoothing
-            loss = ((1.0 - label_smoothing) * kept - label_smoothing * flipped) / scale
-            ddelta = -((1.0 - label_smoothing) * below + label_smoothing * above) / scale
-        else:
-            # If delta overflows, the flipped loss is inf, and 0 times it would be NaN. So would be
-            # kept + label_smoothing * (flipped - kept).
-            smoothed = (1.0 - label_smoothing) * kept + label_smoothing * flipped
-            loss = tl.where(label_smoothing > 0, smoothed, kept)
-            ddelta = label_smoothing * above - (1.0 - label_smoothing) * below
-    return loss, ddelta
 
 
 @triton.jit
@@ -156,7 +97,8 @@ def _pair_loss_kernel(
     coefficients_ptr,
     n_pairs,
     beta,
-    label_smoothing,
+    shape,
+    divergence_power,
     margin,
     length_penalty,
     nll_weight,
@@ -176,8 +118,11 @@ def _pair_loss_kernel(
     c_range,
     log_k,
     lam,
+    eta,
+    gamma,
     max_margin,
     SCORE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     LINK: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     RATIO_SPACE: tl.constexpr,
@@ -185,9 +130,13 @@ def _pair_loss_kernel(
     COUNTS_LENGTHS: tl.constexpr,
     HAS_CLIP: tl.constexpr,
     HAS_GAP: tl.constexpr,
+    GAP_IS_SCORED: tl.constexpr,
+    GAP_TRAINS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     AMPLIFIES: tl.constexpr,
     DAMPS: tl.constexpr,
+    HAS_FOCAL: tl.constexpr,
+    NLL_BELOW_REFERENCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """One pair."""
@@ -206,8 +155,12 @@ def _pair_loss_kernel(
     if HAS_REFERENCE:
         ref_w = tl.load(ref_logps_ptr + chosen)
         ref_l = tl.load(ref_logps_ptr + rejected)
-    s_w, slope_w, extra_w = _score(sum_w, ref_w, n_w, least_miss, SCORE)
-    s_l, slope_l, extra_l = _score(sum_l, ref_l, n_l, least_miss, SCORE)
+    s_w, slope_w, extra_w = _score(
+        sum_w, ref_w, n_w, divergence_power, max_log_ratio, least_miss, SCORE, DIVERGENCE
+    )
+    s_l, slope_l, extra_l = _score(
+        sum_l, ref_l, n_l, divergence_power, max_log_ratio, least_miss, SCORE, DIVERGENCE
+    )
 
     if SCORE == "log_odds":
         x_w, x_l = extra_w, extra_l
@@ -216,45 +169,54 @@ def _pair_loss_kernel(
     else:
         x_w, x_l = sum_w, sum_l
     if not BY_LENGTH:
-        x_w = _times(x_w, alpha_chosen)
-        x_l = _times(x_l, alpha_rejected)
+        x_w = times(x_w, alpha_chosen)
+        x_l = times(x_l, alpha_rejected)
     elif SCORE != "log_odds":
         x_w = x_w / n_w
         x_l = x_l / n_l
     log_ratio = x_w - x_l
     if COUNTS_LENGTHS:
         log_ratio += tl.log(n_w) - tl.log(n_l)
-    ratio = tl.exp(_least(log_ratio, max_log_ratio))
+    ratio = tl.exp(least(log_ratio, max_log_ratio))
     if HAS_CLIP:
-        ratio = _least(ratio, clip)
+        ratio = least(ratio, clip)
     beta_w = beta * (k * ratio)
 
     offset = margin + length_penalty * (
         (end_w - begin_w).to(tl.float32) - (end_l - begin_l).to(tl.float32)
     )
+    # What a gap that trains takes off the slope of delta, of either side.
+    held_back = 0.0
     if HAS_GAP:
-        gap_w = _times(sum_w, gap_policy) + _times(ref_w, gap_reference)
-        gap_l = _times(sum_l, gap_policy) + _times(ref_l, gap_reference)
+        gap_w = times(sum_w, gap_policy) + times(ref_w, gap_reference)
+        gap_l = times(sum_l, gap_policy) + times(ref_l, gap_reference)
         if SCORE == "mean_log_prob":
             gap_w = gap_w / n_w
             gap_l = gap_l / n_l
-        mean = tl.load(gap_mean_ptr).to(tl.float32)
-        spread = tl.sqrt(tl.load(gap_variance_ptr).to(tl.float32))
-        has_spread = spread > least_spread * tl.abs(mean)
-        z = (gap_w - gap_l - mean) / tl.where(has_spread, spread, 1.0)
-        offset += _times(tl.where(has_spread, z, 0.0), gap_scale)
+        z = gap_w - gap_l
+        held_back = gap_scale * gap_policy
+        if GAP_IS_SCORED:
+            mean = tl.load(gap_mean_ptr).to(tl.float32)
+            spread = tl.sqrt(tl.load(gap_variance_ptr).to(tl.float32))
+            has_spread = spread > least_spread * tl.abs(mean)
+            z = tl.where(has_spread, (z - mean) / tl.where(has_spread, spread, 1.0), 0.0)
+            held_back = tl.where(has_spread, held_back / tl.where(has_spread, spread, 1.0), 0.0)
+        offset += times(z, gap_scale)
     # A ratio of 0 belongs to a log-prob of -inf, and falls faster than the log-prob grows.
     weighed_w = tl.where((beta_w == 0.0) & (tl.abs(s_w) == float("inf")), 0.0, beta_w * s_w)
-    delta = weighed_w - beta * s_l - offset
-    loss, ddelta = _link(delta, label_smoothing, max_squared, LINK)
+    weighed_l = beta * s_l
+    delta = weighed_w - weighed_l - offset
+    loss, dchosen, drejected = _link(
+        weighed_w, weighed_l, delta, shape, max_squared, max_log_ratio, LINK
+    )
 
     if HAS_WEIGHT:
         h = tl.load(reward_margins_ptr + chosen).to(tl.float32)
-        h = _least(_largest(h, -max_margin), max_margin)
+        h = within(h, max_margin)
         size = tl.abs(h)
         # 1 / (1 + K exp(lam (|h| - tau))) = exp(log sigmoid(-(lam (|h| - tau) + log K)))
-        c = c_min + c_range * tl.exp(_log_sigmoid(-(lam * (size - tau) + log_k)))
-        weight = tl.exp(_log_sigmoid(c * h) - _log_sigmoid(h))
+        c = c_min + c_range * tl.exp(log_sigmoid(-(lam * (size - tau) + log_k)))
+        weight = tl.exp(log_sigmoid(c * h) - log_sigmoid(h))
         unweighted = h <= -tau
         if not AMPLIFIES:
             unweighted = unweighted | (size < tau)
@@ -262,9 +224,24 @@ def _pair_loss_kernel(
             unweighted = unweighted | (size >= tau)
         weight = tl.where(unweighted, 1.0, weight)
         loss *= weight
-        ddelta *= weight
+        dchosen *= weight
+        drejected *= weight
+    # d loss / d (L_w / n_w) through the weight.
+    push = 0.0
+    if HAS_FOCAL:
+        h = within(tl.load(reward_margins_ptr + chosen).to(tl.float32), max_margin)
+        gap = beta * (sum_w / n_w - sum_l / n_l)
+        # (1 - sigmoid(x))^gamma = exp(gamma log sigmoid(-x))
+        weight = tl.exp(log_sigmoid(eta * h) + gamma * log_sigmoid(tau - gap))
+        push = -least(loss, max_squared) * (weight * gamma * sigmoid(gap - tau) * beta)
+        loss *= weight
+        dchosen *= weight
+        drejected *= weight
+    nll = nll_weight
+    if NLL_BELOW_REFERENCE:
+        nll = tl.where(sum_w >= ref_w, 0.0, nll_weight)
 
-    tl.store(losses_ptr + chosen, loss - _times(sum_w / n_w, nll_weight))
+    tl.store(losses_ptr + chosen, loss - times(sum_w / n_w, nll))
     tl.store(sums_ptr + chosen, sum_w)
     tl.store(sums_ptr + rejected, sum_l)
     tl.store(lengths_ptr + chosen, end_w - begin_w)
@@ -272,9 +249,18 @@ def _pair_loss_kernel(
     tl.store(beta_chosen_ptr + chosen, beta_w)
     tl.store(beta_rejected_ptr + chosen, beta)
     tl.store(rewards_ptr + chosen, weighed_w)
-    tl.store(rewards_ptr + rejected, beta * s_l)
-    tl.store(coefficients_ptr + chosen, ddelta * beta_w * slope_w - nll_weight / n_w)
-    tl.store(coefficients_ptr + rejected, -ddelta * beta * slope_l)
+    tl.store(rewards_ptr + rejected, weighed_l)
+    push_w = dchosen * beta_w * slope_w
+    push_l = drejected * beta * slope_l
+    if GAP_TRAINS:
+        if SCORE == "mean_log_prob":
+            push_w -= dchosen * (held_back / n_w)
+            push_l -= drejected * (held_back / n_l)
+        else:
+            push_w -= dchosen * held_back
+            push_l -= drejected * held_back
+    tl.store(coefficients_ptr + chosen, push_w + (push - nll) / n_w)
+    tl.store(coefficients_ptr + rejected, push_l - push / n_l)
 
 
 def pair_loss(
@@ -284,9 +270,11 @@ def pair_loss(
     reward_margins: torch.Tensor | None = None,  # (B,), with margin_weight
     *,
     score: str,  # "log_ratio", "mean_log_ratio", "log_prob", "mean_log_prob" or "log_odds"
-    link: str,  # "logistic", "robust", "hinge" or "square"
+    divergence: str,  # "log", "js" or "power": the form of f'
+    divergence_power: float,
+    link: str,  # see `pair_links`
+    shape: float,  # the link's own number
     beta: float,
-    label_smoothing: float,
     margin: float,
     length_penalty: float,
     nll_weight: float,
@@ -302,7 +290,10 @@ def pair_loss(
     gap_scale: float = 0.0,
     gap_statistics: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean, variance: () float64
     least_spread: float = 0.0,  # relative to the mean
+    gap_trains: bool = False,
     margin_weight: MarginWeight | None = None,
+    focal_weight: FocalWeight | None = None,
+    nll_below_reference: bool = False,  # an NLL term only where L_w < R_w
 ) -> PairLossOutput:
     """Loss, coefficients and gradients of B pairs; one launch."""
     n_sequences = offsets.shape[0] - 1
@@ -333,6 +324,9 @@ def pair_loss(
         amplifies=True,
         damps=True,
     )
+    focal = focal_weight or FocalWeight(
+        eta=0.0, tau=weight["tau"], gamma=0.0, max_margin=weight["max_margin"]
+    )
     count("pair_loss")
     with on_device_of(logps):
         _pair_loss_kernel[(n_pairs,)](
@@ -345,7 +339,8 @@ def pair_loss(
             *out,
             n_pairs,
             float(beta),
-            float(label_smoothing),
+            float(shape),
+            float(divergence_power),
             float(margin),
             float(length_penalty),
             float(nll_weight),
@@ -360,13 +355,16 @@ def pair_loss(
             float(gap_reference),
             float(gap_scale),
             float(least_spread),
-            float(weight["tau"]),
+            float(focal["tau"]),
             float(weight["c_min"]),
             float(weight["c_range"]),
             float(weight["log_k"]),
             float(weight["lam"]),
-            float(weight["max_margin"]),
+            float(focal["eta"]),
+            float(focal["gamma"]),
+            float(focal["max_margin"]),
             SCORE=score,
+            DIVERGENCE=divergence,
             LINK=link,
             HAS_REFERENCE=ref_logps is not None,
             RATIO_SPACE=ratio_space,
@@ -374,9 +372,13 @@ def pair_loss(
             COUNTS_LENGTHS=counts_lengths,
             HAS_CLIP=clip is not None,
             HAS_GAP=gap is not None,
+            GAP_IS_SCORED=gap_statistics is not None,
+            GAP_TRAINS=gap_trains,
             HAS_WEIGHT=margin_weight is not None,
             AMPLIFIES=weight["amplifies"],
             DAMPS=weight["damps"],
+            HAS_FOCAL=focal_weight is not None,
+            NLL_BELOW_REFERENCE=nll_below_reference,
             BLOCK_T=1024,
             num_warps=4,
         )

@@ -62,7 +62,7 @@ def load_logits(
 
 @triton.jit
 def log1p(y):
-    """log(1 + y) for y >= 0, without losing a small y."""
+    """log(1 + y) for y > -1, without losing a small y."""
     u = 1.0 + y
     # log(u) / (u - 1) varies so slowly that the rounding of u cancels in it.
     return tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))

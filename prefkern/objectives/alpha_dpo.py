@@ -1,9 +1,9 @@
 """alpha-DPO: SimPO with a margin for each pair, a z-score of how far the policy has moved.
 
-The stop-gradient in Eq. 12 makes the margin a constant; `AlphaDPO(alpha=0)` is SimPO. Of the
-ablations in Table 2, gamma = 0 is an argument. "w/o sg" and "w/o normalization" are not offered:
-they change the method. Without both, Eq. 9 is `-logsigmoid((1 - alpha) u + alpha u_ref - gamma)`,
-SimPO with a reference mixed in.
+The stop-gradient in Eq. 12 makes the margin a constant; `AlphaDPO(alpha=0)` is SimPO. The
+ablations in Table 2 are arguments: gamma = 0, `normalize=False` and `stop_gradient=False`. The
+paper reports lower scores for each. Without both of the latter, Eq. 9 is
+`-logsigmoid((1 - alpha) u + alpha u_ref - gamma)`, SimPO with a reference mixed in.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class AlphaDPO(Contrastive):
         momentum: weight of earlier batches in the statistics, in [0, 1).
         scale_by_beta: s = beta, as in the authors' code, for which the paper gives its
             hyper-parameters; False: s = 1, as Eq. 12 is printed.
+        normalize: False is Table 2's "w/o Normalization": the gap itself in place of its z-score.
+        stop_gradient: False is Table 2's "w/o sg": the margin carries a gradient (that of the
+            statistics is left out).
     """
 
     gamma: float
@@ -61,6 +64,8 @@ class AlphaDPO(Contrastive):
     implicit_reference: str
     momentum: float
     scale_by_beta: bool
+    normalize: bool
+    stop_gradient: bool
 
     def __init__(
         self,
@@ -71,9 +76,11 @@ class AlphaDPO(Contrastive):
         implicit_reference: Literal["ratio", "policy", "reference", "inverse_reference"] = "ratio",
         momentum: float = 0.9,
         scale_by_beta: bool = True,
+        normalize: bool = True,
+        stop_gradient: bool = True,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             gamma=require_number("gamma", gamma),
             alpha=require_not_negative("alpha", alpha),
@@ -83,6 +90,8 @@ class AlphaDPO(Contrastive):
             ),
             momentum=require_below("momentum", momentum, 1),
             scale_by_beta=require_bool("scale_by_beta", scale_by_beta),
+            normalize=require_bool("normalize", normalize),
+            stop_gradient=require_bool("stop_gradient", stop_gradient),
         )
         self.statistics = RunningStatistics(self.momentum)
 
@@ -100,7 +109,7 @@ class AlphaDPO(Contrastive):
 
     @property
     def observes(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.training
+        return self.training and self.normalize
 
     def forward(self, pairs: Pairs) -> PairLoss:
         require_kind("pairs", pairs, Pairs)
@@ -109,10 +118,10 @@ class AlphaDPO(Contrastive):
             self.observe(pairs)
         return super().forward(pairs)
 
+    @torch.no_grad()
     def observe(self, pairs: Pairs) -> None:
         self.statistics.update(self.gap(pairs))
 
-    @torch.no_grad()
     def gap(self, pairs: Pairs) -> Tensor:  # (B,)
         """The number whose z-score is Z."""
         policy, reference = _GAPS[self.implicit_reference]
@@ -129,27 +138,33 @@ class AlphaDPO(Contrastive):
             chosen, rejected = chosen / n_chosen, rejected / n_rejected
         return chosen - rejected
 
-    @torch.no_grad()
     def margin(self, pairs: Pairs) -> Tensor:
         if not self.alpha:
             # Z may be infinite, and 0 times that is NaN.
             return torch.full_like(pairs.chosen_logps, self.fixed_margin)
-        spread = self.statistics.spread()
-        z = (self.gap(pairs) - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
-        return self.fixed_margin + self._gap_scale * torch.where(spread > 0, z, 0.0)
+        z = self.gap(pairs)
+        if self.normalize:
+            spread = self.statistics.spread()
+            z = (z - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
+            z = torch.where(spread > 0, z, 0.0)
+        if self.stop_gradient:
+            z = z.detach()
+        return self.fixed_margin + self._gap_scale * z
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
-        return {"alpha_dpo/margin": self.margin(pairs)}
+        return {"alpha_dpo/margin": self.margin(pairs).detach()}
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
         options = super().pair_kernel_options()
         assert options is not None
+        statistics = self.statistics.mean, self.statistics.variance
         return {
             **options,
             "gap": _GAPS[self.implicit_reference],
             "gap_scale": self._gap_scale,
-            "gap_statistics": (self.statistics.mean, self.statistics.variance),
+            "gap_statistics": statistics if self.normalize else None,
             "least_spread": LEAST_SPREAD,
+            "gap_trains": not self.stop_gradient,
         }
 
     @property

@@ -56,6 +56,13 @@ def require_below(name: str, value: Any, end: float) -> float:
     return float(value)
 
 
+def require_between(name: str, value: Any, end: float) -> float:
+    """A number in (0, end), not below the least one that float32 keeps."""
+    if not (is_number(value) and LEAST <= value < end):
+        raise ValueError(f"{name} must be in (0, {end:g}), from {LEAST:g} on, got {shown(value)}")
+    return float(value)
+
+
 def require_int(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {shown(value)}")

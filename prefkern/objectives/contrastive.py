@@ -1,11 +1,14 @@
-"""The contrastive objectives: a link of `delta`, AdaDPO's Eq. 8, for each of its Table 3's methods.
+"""The contrastive objectives: AdaDPO's Eq. 8 for each of its Table 3's methods, and their kin.
 
-    delta = beta_chosen s_w - beta_rejected s_l - margin
-    loss  = weight link(delta) - nll_weight L_w / n_w
+    a = beta_chosen s_w,   b = beta_rejected s_l,   delta = a - b - margin
+    loss = weight link(delta) - nll_weight L_w / n_w          some links read a and b instead
 
-A class declares what distinguishes it: the score s that a coefficient multiplies, the link, the
-margin and the weight. The Triton pair kernel reads the same declarations (`pair_kernel_options`),
-so that an objective of this form is one class here and one row of tests.
+A class declares what distinguishes it: the score s that a coefficient multiplies (`scores`), the
+link (`links`), the margin and the weight. The Triton pair kernel reads the same declarations
+(`pair_kernel_options`), so that an objective of this form is one class and one row of tests.
+
+Here are the form and the methods of a log-ratio's difference; `two_sided` has those whose link
+reads both sides, `reference_free` those without a reference.
 
 Letters: L a response's summed log-prob, R the reference's, rho = L - R, n its length in tokens,
 P = exp(L/n) its probability per token, o = log P/(1 - P) its log-odds.
@@ -13,32 +16,32 @@ P = exp(L/n) its probability per token, o = log P/(1 - P) its log-odds.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prefkern.objectives.adaptive import MAX_LOG_RATIO, Adaptive
 from prefkern.objectives.base import Objective, PairLoss, Pairs, weighed
 from prefkern.objectives.checks import (
     require_below,
+    require_between,
     require_bool,
     require_kind,
-    require_not_negative,
     require_number,
     require_positive,
 )
-
-Score = Literal["log_ratio", "mean_log_ratio", "log_prob", "mean_log_prob", "log_odds"]
-Link = Literal["logistic", "robust", "hinge", "square"]
-
-# Log-odds are taken at P <= 1 - 1e-20, so that they and their slope 1 / (1 - P) stay finite.
-LEAST_MISS = 1e-20
-# IPO's delta is clamped to this, so that its square stays finite in float32.
-MAX_SQUARED = 1e18
+from prefkern.objectives.links import MAX_SQUARED, Link, linked, product
+from prefkern.objectives.scores import (
+    LEAST_MISS,
+    Divergence,
+    Score,
+    derivative,
+    divergence_options,
+    log_odds,
+    ratio_score,
+)
 
 
 class Contrastive(Objective):
@@ -46,17 +49,27 @@ class Contrastive(Objective):
 
     score: Score = "log_ratio"
     link: ClassVar[Link] = "logistic"
+    # Whether Eq. 7's ratio is one of n P: the slope of a mean log-prob is 1 / n.
+    counts_lengths: ClassVar[bool] = False
     # The coefficient where there is no beta to tune (IPO).
     beta: float = 1.0
     label_smoothing: float = 0.0
     nll_weight: float = 0.0
     fixed_margin: float = 0.0
     length_penalty: float = 0.0
+    f_divergence_type: Divergence = "reverse_kl"
+    f_alpha_divergence_coef: float | None = None
+    _options: tuple[str, ...] = ()
 
     @property
     def needs_reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         uses_ratio = self.adaptive is not None and self.adaptive.space == "ratio"
         return self._scores_ratios or uses_ratio
+
+    @property
+    def shape(self) -> float:
+        """The link's own number: see `links`."""
+        return self.label_smoothing
 
     def forward(self, pairs: Pairs) -> PairLoss:
         require_kind("pairs", pairs, Pairs)
@@ -65,20 +78,16 @@ class Contrastive(Objective):
         weighed_chosen = beta_chosen * chosen
         if self.adaptive is not None:
             weighed_chosen = weighed(beta_chosen, chosen)
-        delta = weighed_chosen - beta_rejected * rejected - self.margin(pairs)
-        losses = _linked(self.link, delta, self.label_smoothing)
+        weighed_rejected = beta_rejected * rejected
+        delta = weighed_chosen - weighed_rejected - self.margin(pairs)
+        losses = linked(self.link, delta, self.shape, (weighed_chosen, weighed_rejected))
         weight = self.weight(pairs)
         if weight is not None:
-            losses = weight * losses
+            losses = product(weight, losses) if weight.requires_grad else weight * losses
         if self.nll_weight:
-            lengths, _ = pairs.lengths(f"{self._name}'s NLL term")
-            losses = losses - self.nll_weight * (pairs.chosen_logps / lengths)
+            losses = losses + self.nll(pairs)
         return PairLoss(
-            losses,
-            beta_chosen,
-            beta_rejected,
-            weighed_chosen.detach(),
-            (beta_rejected * rejected).detach(),
+            losses, beta_chosen, beta_rejected, weighed_chosen.detach(), weighed_rejected.detach()
         )
 
     def scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -87,13 +96,13 @@ class Contrastive(Objective):
         if self._scores_ratios:
             ref_chosen, ref_rejected = pairs.reference(self._name)
             chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
+            form, power = derivative(self.f_divergence_type, self.f_alpha_divergence_coef)
+            chosen, rejected = (ratio_score(rho, form, power) for rho in (chosen, rejected))
         if self.score not in ("log_ratio", "log_prob"):
             n_chosen, n_rejected = pairs.lengths(self._name)
             chosen, rejected = chosen / n_chosen, rejected / n_rejected
         if self.score == "log_odds":
-            # o = log P - log(1 - P)
-            chosen, rejected = _below_one(chosen), _below_one(rejected)
-            return chosen - log1mexp(chosen), rejected - log1mexp(rejected)
+            return log_odds(chosen), log_odds(rejected)
         return chosen, rejected
 
     @torch.no_grad()
@@ -112,14 +121,19 @@ class Contrastive(Objective):
             chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
         if adaptive.exponents is None:
             n_chosen, n_rejected = pairs.lengths('exponent="length"')
-            return chosen / n_chosen - rejected / n_rejected
-        # An exponent of 0 leaves a log-prob out even where it is -inf.
-        terms = zip(adaptive.exponents, (chosen, rejected), strict=True)
-        powers = [alpha * x if alpha else torch.zeros_like(x) for alpha, x in terms]
-        return powers[0] - powers[1]
+            powers = [chosen / n_chosen, rejected / n_rejected]
+        else:
+            # An exponent of 0 leaves a log-prob out even where it is -inf.
+            terms = zip(adaptive.exponents, (chosen, rejected), strict=True)
+            powers = [alpha * x if alpha else torch.zeros_like(x) for alpha, x in terms]
+        log_ratio = powers[0] - powers[1]
+        if not self._counts_lengths:
+            return log_ratio
+        n_chosen, n_rejected = (n.to(log_ratio.dtype) for n in pairs.lengths(self._name))
+        return log_ratio + (n_chosen.log() - n_rejected.log())
 
     def margin(self, pairs: Pairs) -> Tensor | float:
-        """What is subtracted from delta: a number, or (B,), a constant to autograd."""
+        """What is subtracted from delta: a number, or (B,)."""
         if not self.length_penalty:
             return self.fixed_margin
         if pairs.chosen_lengths is None or pairs.rejected_lengths is None:
@@ -128,25 +142,33 @@ class Contrastive(Objective):
         return self.fixed_margin + self.length_penalty * difference
 
     def weight(self, pairs: Pairs) -> Tensor | None:
-        """The factor of each pair's loss, (B,), a constant to autograd; None for 1."""
+        """The factor of each pair's loss, (B,); None for 1."""
         return None
+
+    def nll(self, pairs: Pairs) -> Tensor:  # (B,)
+        """The chosen response's negative log-likelihood per token, times its weight."""
+        lengths, _ = pairs.lengths(f"{self._name}'s NLL term")
+        return -self.nll_weight * (pairs.chosen_logps / lengths)
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
         adaptive = self.adaptive
         if adaptive is None:
             # Exponents of 0 and no clip: the plain objective.
             adaptive = Adaptive(space="policy", exponent=0.0, clip=None)
+        form, power = derivative(self.f_divergence_type, self.f_alpha_divergence_coef)
         return {
             "score": self.score,
+            "divergence": form,
+            "divergence_power": power,
             "link": self.link,
+            "shape": self.shape,
             "beta": self.beta,
-            "label_smoothing": self.label_smoothing,
             "margin": self.fixed_margin,
             "length_penalty": self.length_penalty,
             "nll_weight": self.nll_weight,
             "ratio_space": adaptive.space == "ratio",
             "exponents": adaptive.exponents,
-            "counts_lengths": False,
+            "counts_lengths": self._counts_lengths,
             "clip": adaptive.clip,
             "k": adaptive.k,
             "max_log_ratio": MAX_LOG_RATIO,
@@ -157,6 +179,20 @@ class Contrastive(Objective):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
 
+    def set_options(self, **options: Any) -> None:
+        """Keep hyper-parameters under their own names: attributes, and what `repr` shows.
+
+        `adaptive` must be an Adaptive or None; without a reference its space is the policy's.
+        """
+        adaptive = options.get("adaptive")
+        if not (adaptive is None or isinstance(adaptive, Adaptive)):
+            raise TypeError(f"adaptive must be an Adaptive or None, got {adaptive!r}")
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+        if adaptive is not None and not self._scores_ratios:
+            self.adaptive = replace(adaptive, space="policy")
+
     @property
     def _name(self) -> str:
         return type(self).__name__
@@ -166,16 +202,12 @@ class Contrastive(Objective):
         """Whether the score is of log-ratios to the reference, and not of the policy alone."""
         return self.score in ("log_ratio", "mean_log_ratio")
 
-    def _set(self, **options: Any) -> None:
-        """Keep checked hyper-parameters under their own names."""
-        adaptive = options.get("adaptive")
-        if not (adaptive is None or isinstance(adaptive, Adaptive)):
-            raise TypeError(f"adaptive must be an Adaptive or None, got {adaptive!r}")
-        self._options = tuple(options)
-        for name, value in options.items():
-            setattr(self, name, value)
-        if adaptive is not None and not self._scores_ratios:
-            self.adaptive = replace(adaptive, space="policy")
+    @property
+    def _counts_lengths(self) -> bool:
+        """Whether lengths enter the ratio: exponents of 0 leave the plain objective."""
+        if self.adaptive is None or not self.counts_lengths:
+            return False
+        return self.adaptive.exponents != (0.0, 0.0)
 
 
 class DPO(Contrastive):
@@ -187,16 +219,53 @@ class DPO(Contrastive):
         beta: strength of the pull to the reference, > 0.
         label_smoothing: probability that a preference is flipped (cDPO, Mitchell 2023), in [0, 0.5).
         adaptive: per-pair coefficients; None is plain DPO.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
     def __init__(
-        self, beta: float = 0.1, label_smoothing: float = 0.0, adaptive: Adaptive | None = None
+        self,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        adaptive: Adaptive | None = None,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             label_smoothing=require_below("label_smoothing", label_smoothing, 0.5),
             adaptive=adaptive,
+            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
+        )
+
+
+class LNDPO(Contrastive):
+    """Length-normalised DPO (Lambert et al. 2024, Tulu 3): DPO on log-ratios per token.
+
+    `-logsigmoid(b_w rho_w / n_w - b_l rho_l / n_l)`. As in SimPO, the adaptive ratio counts tokens,
+    `n_w / n_l` times that of DPO.
+
+    Args:
+        beta: scale of the log-ratios per token, > 0.
+        adaptive: per-pair coefficients.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
+    """
+
+    score = "mean_log_ratio"
+    counts_lengths = True
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        adaptive: Adaptive | None = None,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.set_options(
+            beta=require_positive("beta", beta),
+            adaptive=adaptive,
+            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
         )
 
 
@@ -209,18 +278,25 @@ class RobustDPO(Contrastive):
         beta: as in DPO, > 0.
         label_smoothing: e, the rate at which preferences were flipped, in [0, 0.5).
         adaptive: per-pair coefficients.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
     link = "robust"
 
     def __init__(
-        self, beta: float = 0.1, label_smoothing: float = 0.1, adaptive: Adaptive | None = None
+        self,
+        beta: float = 0.1,
+        label_smoothing: float = 0.1,
+        adaptive: Adaptive | None = None,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             label_smoothing=require_below("label_smoothing", label_smoothing, 0.5),
             adaptive=adaptive,
+            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
         )
 
 
@@ -230,13 +306,24 @@ class Hinge(Contrastive):
     Args:
         beta: as in DPO, > 0.
         adaptive: per-pair coefficients.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
     link = "hinge"
 
-    def __init__(self, beta: float = 0.1, adaptive: Adaptive | None = None) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,
+        adaptive: Adaptive | None = None,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float | None = None,
+    ) -> None:
         super().__init__()
-        self._set(beta=require_positive("beta", beta), adaptive=adaptive)
+        self.set_options(
+            beta=require_positive("beta", beta),
+            adaptive=adaptive,
+            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
+        )
 
 
 class IPO(Contrastive):
@@ -246,6 +333,7 @@ class IPO(Contrastive):
         tau: strength of the regularisation, > 0 (TRL calls it beta).
         length_normalized: rho / n in place of rho, as TRL does.
         adaptive: per-pair coefficients b.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
     link = "square"
@@ -257,12 +345,15 @@ class IPO(Contrastive):
         tau: float = 0.1,
         length_normalized: bool = False,
         adaptive: Adaptive | None = None,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             tau=require_positive("tau", tau),
             length_normalized=require_bool("length_normalized", length_normalized),
             adaptive=adaptive,
+            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
         )
 
     @property
@@ -292,7 +383,7 @@ class RDPO(Contrastive):
         self, beta: float = 0.1, alpha: float = -0.05, adaptive: Adaptive | None = None
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             alpha=require_number("alpha", alpha),
             adaptive=adaptive,
@@ -303,132 +394,68 @@ class RDPO(Contrastive):
         return self.alpha
 
 
-class CPO(Contrastive):
-    """CPO (Xu et al. 2024; AdaDPO, Table 3): `-logsigmoid(b_w L_w - b_l L_l) - nll_weight L_w / n_w`.
+class EXO(Contrastive):
+    """EXO on pairs (Ji et al. 2024, Eq. 16): the reverse KL between policy and preference.
+
+    `KL(q || p)`, q = (sigmoid(delta), sigmoid(-delta)) and p = (1 - e, e), delta as in DPO.
 
     Args:
-        beta: scale of the log-probs, > 0.
-        nll_weight: weight of the chosen response's NLL per token, >= 0.
-        adaptive: per-pair coefficients, in policy space.
+        beta: as in DPO, > 0.
+        label_smoothing: e, the preference's probability of the rejected response, in (0, 0.5).
+        adaptive: per-pair coefficients.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
-    score = "log_prob"
+    link = "exo"
 
     def __init__(
-        self, beta: float = 0.1, nll_weight: float = 1.0, adaptive: Adaptive | None = None
+        self,
+        beta: float = 0.1,
+        label_smoothing: float = 1e-3,
+        adaptive: Adaptive | None = None,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
-            nll_weight=require_not_negative("nll_weight", nll_weight),
+            label_smoothing=require_between("label_smoothing", label_smoothing, 0.5),
             adaptive=adaptive,
+            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
         )
 
 
-class ORPO(Contrastive):
-    """ORPO (Hong et al. 2024; AdaDPO's Table 3 puts beta inside the sigmoid).
+class DiscoPOP(Contrastive):
+    """DiscoPOP (Lu et al. 2024, Eq. 5): a mixture of the logistic and the exponential loss.
 
-    `-nll_weight log P_w - logsigmoid(b_w o_w - b_l o_l)`. The adaptive ratio is
-    `P_w (1 - P_w) / (P_l (1 - P_l))` to the exponent; P is a probability per token already, so
-    exponents "length" and 1 are the same.
+    `-(1 - m) logsigmoid(delta) + m exp(-delta)`, m = sigmoid(delta / tau), delta as in DPO.
 
     Args:
-        beta: scale of the log-odds, > 0.
-        nll_weight: weight of the chosen response's NLL per token, >= 0.
-        adaptive: per-pair coefficients, in policy space.
+        beta: as in DPO, > 0.
+        tau: temperature of the mixture, > 0 (TRL and Liger call it discopop_tau).
+        adaptive: per-pair coefficients.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
-    score = "log_odds"
+    link = "discopop"
+    tau: float
 
     def __init__(
-        self, beta: float = 0.1, nll_weight: float = 1.0, adaptive: Adaptive | None = None
+        self,
+        beta: float = 0.1,
+        tau: float = 0.05,
+        adaptive: Adaptive | None = None,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float | None = None,
     ) -> None:
         super().__init__()
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
-            nll_weight=require_not_negative("nll_weight", nll_weight),
+            tau=require_positive("tau", tau),
             adaptive=adaptive,
-        )
-
-    def log_ratio(self, pairs: Pairs, adaptive: Adaptive) -> Tensor:
-        # A balance on P has to cancel d o / d P = 1 / (P (1 - P)).
-        n_chosen, n_rejected = pairs.lengths(self._name)
-        chosen = _below_one(pairs.chosen_logps / n_chosen)
-        rejected = _below_one(pairs.rejected_logps / n_rejected)
-        alpha_chosen, alpha_rejected = adaptive.exponents or (1.0, 1.0)
-        return alpha_chosen * (chosen + log1mexp(chosen)) - alpha_rejected * (
-            rejected + log1mexp(rejected)
-        )
-
-
-class SimPO(Contrastive):
-    """SimPO (Meng et al. 2024; alpha-DPO, Eq. 5): `-logsigmoid(b_w L_w / n_w - b_l L_l / n_l - gamma)`.
-
-    Adaptive: `n_w exp(alpha_w L_w) / (n_l exp(alpha_l L_l))` (Table 3). With exponents of 0 on both
-    sides the lengths drop out too: plain SimPO.
-
-    Args:
-        beta: scale of the log-probs per token, > 0.
-        gamma: target margin, any number (the SimPO paper's gamma, not gamma / beta).
-        adaptive: per-pair coefficients, in policy space.
-    """
-
-    score = "mean_log_prob"
-    gamma: float
-
-    def __init__(
-        self, beta: float = 2.0, gamma: float = 1.0, adaptive: Adaptive | None = None
-    ) -> None:
-        super().__init__()
-        self._set(
-            beta=require_positive("beta", beta),
-            gamma=require_number("gamma", gamma),
-            adaptive=adaptive,
+            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
         )
 
     @property
-    def fixed_margin(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.gamma
-
-    def log_ratio(self, pairs: Pairs, adaptive: Adaptive) -> Tensor:
-        log_ratio = super().log_ratio(pairs, adaptive)
-        if adaptive.exponents == (0.0, 0.0):
-            return log_ratio
-        n_chosen, n_rejected = pairs.lengths(self._name)
-        counts = n_chosen.to(log_ratio.dtype).log() - n_rejected.to(log_ratio.dtype).log()
-        return log_ratio + counts
-
-    def pair_kernel_options(self) -> dict[str, Any] | None:
-        options = super().pair_kernel_options()
-        assert options is not None
-        counts = self.adaptive is not None and self.adaptive.exponents != (0.0, 0.0)
-        return {**options, "counts_lengths": counts}
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """`log(1 - exp(x))` for x < 0, without cancellation at either end (Maechler 2012)."""
-    is_small = x > -math.log(2)
-    # Each branch gets only arguments that suit it: a NaN in the other one would reach autograd.
-    near = torch.where(is_small, x, -1.0)
-    far = torch.where(is_small, -1.0, x)
-    return torch.where(is_small, (-torch.expm1(near)).log(), torch.log1p(-far.exp()))
-
-
-def _below_one(log_probability: Tensor) -> Tensor:
-    return log_probability.clamp(max=-LEAST_MISS)
-
-
-def _linked(link: Link, delta: Tensor, label_smoothing: float) -> Tensor:
-    if link == "hinge":
-        return F.relu(1 - delta)
-    if link == "square":
-        return delta.clamp(-MAX_SQUARED, MAX_SQUARED).square()
-    losses = -F.logsigmoid(delta)
-    if not label_smoothing:
-        return losses
-    flipped = -F.logsigmoid(-delta)
-    if link == "robust":
-        kept = 1 - label_smoothing
-        return (kept * losses - label_smoothing * flipped) / (1 - 2 * label_smoothing)
-    # Not `losses + label_smoothing (flipped - losses)`: where delta overflows, that is inf - inf.
-    return (1 - label_smoothing) * losses + label_smoothing * flipped
+    def shape(self) -> float:
+        return self.tau

@@ -62,7 +62,7 @@ class MADPO(Contrastive):
             )
         if c_min is not None and not (is_number(c_min) and 0 <= c_min < 1):
             raise ValueError(f"c_min must be None or in [0, 1), got {shown(c_min)}")
-        self._set(
+        self.set_options(
             beta=require_positive("beta", beta),
             tau=require_positive("tau", tau),
             c_max=float(c_max),

@@ -13,46 +13,74 @@ from prefkern.objectives.base import Objective
 from prefkern.objectives.beta_dpo import BetaDPO
 from prefkern.objectives.checks import require_bool
 from prefkern.objectives.composed import WPO, WithNLL
-from prefkern.objectives.contrastive import CPO, DPO, IPO, ORPO, RDPO, Hinge, RobustDPO, SimPO
+from prefkern.objectives.contrastive import (
+    DPO,
+    EXO,
+    IPO,
+    LNDPO,
+    RDPO,
+    DiscoPOP,
+    Hinge,
+    RobustDPO,
+)
 from prefkern.objectives.kto import KTO, UnpairedObjective
 from prefkern.objectives.madpo import MADPO
 from prefkern.objectives.mixture import Mixture
+from prefkern.objectives.omni_dpo import OmniDPO
+from prefkern.objectives.reference_free import CPO, ORPO, SFT, SimPO
 from prefkern.objectives.tdpo import TDPO1, TDPO2
+from prefkern.objectives.two_sided import NCA, SPPO, APODown, APOZero
 from prefkern.typos import nearest
 
 REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
     "dpo": DPO,
+    "lndpo": LNDPO,
     "robust": RobustDPO,
     "hinge": Hinge,
     "ipo": IPO,
     "rdpo": RDPO,
+    "exo": EXO,
+    "discopop": DiscoPOP,
+    "nca": NCA,
+    "sppo": SPPO,
+    "apozero": APOZero,
+    "apodown": APODown,
     "cpo": CPO,
     "orpo": ORPO,
     "simpo": SimPO,
+    "sft": SFT,
     "alphadpo": AlphaDPO,
     "madpo": MADPO,
+    "omnidpo": OmniDPO,
     "betadpo": BetaDPO,
     "tdpo1": TDPO1,
     "tdpo2": TDPO2,
     "kto": KTO,
 }
-# Other names of an objective that is exactly the same.
-SAME = {"sigmoid": "dpo"}
+# Other names of an objective that is exactly the same; "-" and "_" are left out.
+SAME = {
+    "exopair": "exo",
+    "ncapair": "nca",
+    "nll": "sft",
+    "sigmoid": "dpo",
+    "sigmoidnorm": "lndpo",
+    "sppohard": "sppo",
+    "unidpo": "omnidpo",
+}
 # Losses of TRL, Liger and others that have no name here, and what is here instead.
 ELSEWHERE = {
     "cdpo": "here it is 'dpo' with label_smoothing",
     "kto_pair": "'kto' also takes pairs, whose two responses count one by one",
     "slic": "'hinge' is that loss with a reference, as in TRL",
+    "tpo": "with the chosen response as the gold one, here it is 'cpo'",
+    "tpo-l": "with the chosen response as the gold one, here it is 'simpo' with rpo_alpha",
     "tdpo": "here it is 'tdpo1' or 'tdpo2'",
     "wpo": "here it is use_weighting, an option of every pairwise objective",
     "rpo": "here it is rpo_alpha, an option of every pairwise objective",
-    "sft": "rpo_alpha adds it to a pairwise objective",
-    "nll": "rpo_alpha adds it to a pairwise objective",
     **dict.fromkeys(
         (
-            *("alphapo", "aot", "aot_pair", "aot_unpaired", "apo_down", "apo_zero"),
-            *("apo_zero_unpaired", "bco", "bco_pair", "discopop", "dpop", "exo_pair", "nca_pair"),
-            *("rso", "sigmoid_norm", "sppo", "sppo_hard"),
+            *("alphapo", "aot", "aot_pair", "aot_unpaired", "apo_zero_unpaired", "balanced_dpo"),
+            *("bco", "bco_pair", "dpop", "rso", "sgdpo"),
         ),
         "it is not here yet",
     ),
@@ -60,6 +88,7 @@ ELSEWHERE = {
 # Options by their names elsewhere.
 _OPTIONS_ELSEWHERE = {
     "beta": "tau",
+    "discopop_tau": "tau",
     "dpo_beta": "beta",
     "pref_beta": "beta",
     "simpo_gamma": "gamma",
@@ -87,7 +116,7 @@ def options(name: str) -> list[str]:
     own = [p for p in _parameters(cls) if not (is_adaptive and p == "adaptive")]
     adaptive = [field.name for field in fields(Adaptive)] if is_adaptive else []
     if is_adaptive and not cls().needs_reference:
-        # Without a reference there are no ratios to it: see Contrastive._set.
+        # Without a reference there are no ratios to it: see Contrastive.set_options.
         adaptive.remove("space")
     return [*own, *adaptive, *(_COMPOSED if issubclass(cls, Objective) else ())]
 
@@ -98,7 +127,8 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
     An adaptive objective also takes the options of `Adaptive` (space, exponent, clip, k):
     `build("adadpo", beta=0.1, clip=3.0)` is `DPO(beta=0.1, adaptive=Adaptive(clip=3.0))`. Every
     pairwise objective takes `use_weighting=True` (`WPO`) and `rpo_alpha` (`WithNLL`, outermost).
-    Case, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo". TRL's "sigmoid" is "dpo".
+    Case, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo". TRL's names are names, too:
+    "sigmoid" is "dpo" and "ada_sigmoid" is "adadpo".
 
     Names with "+" between them are a `Mixture`: `build("dpo+simpo", loss_weights=[1.0, 0.5])`. Its
     other options go to every part that has them.
@@ -165,7 +195,9 @@ def _lookup(name: str) -> tuple[type[Objective | UnpairedObjective], bool]:
     if not isinstance(name, str):
         raise TypeError(f"the name of an objective must be a string, got {name!r}")
     plain = _plain(name)
-    plain = SAME.get(plain, plain)
+    stem = plain.removeprefix("ada")
+    if stem in SAME:
+        plain = plain.removesuffix(stem) + SAME[stem]
     if plain not in names():
         instead = {_plain(each): text for each, text in ELSEWHERE.items()}.get(plain)
         near = _nearest(plain, [*names(), *SAME]) if instead is None else f": {instead}"

@@ -39,10 +39,11 @@ def _form(case: Case) -> tuple:
     """The options that the kernel is compiled for, and which of its terms exist."""
     objective = case.make()
     options = objective.pair_kernel_options()
-    present = ("margin", "length_penalty", "nll_weight", "label_smoothing", "gap_scale")
+    present = ("margin", "length_penalty", "nll_weight", "shape", "gap_scale")
     weight = options.get("margin_weight") or {}
     return (
         options["score"],
+        options["divergence"],
         options["link"],
         objective.needs_reference,
         options["ratio_space"],
@@ -51,6 +52,9 @@ def _form(case: Case) -> tuple:
         options["counts_lengths"],
         options["clip"] is None,
         options.get("gap"),
+        options.get("gap_statistics") is None,
+        options.get("gap_trains"),
+        options.get("nll_below_reference"),
         weight.get("amplifies"),
         weight.get("damps"),
         *(bool(options.get(term)) for term in present),
@@ -64,13 +68,15 @@ FORMS = list({_form(case): name for name, case in reversed(KERNEL_CASES.items())
 def test_what_has_a_kernel():
     """Named one by one, so that no objective drops out of the tests unnoticed."""
     assert {case.objective for case in KERNEL_CASES.values()} == {
-        "dpo", "robust", "hinge", "ipo", "rdpo", "cpo", "orpo", "simpo", "alphadpo", "madpo", "nll",
+        "dpo", "lndpo", "robust", "hinge", "ipo", "rdpo", "exo", "discopop", "nca", "sppo", "apozero",
+        "apodown", "cpo", "orpo", "simpo", "sft", "alphadpo", "madpo", "omnidpo", "nll",
     }  # fmt: skip
     nlls = {name for name in KERNEL_CASES if name.startswith("nll: ")}
     inner = ("dpo", "dpo: adaptive", "cpo", "cpo: adaptive", "alphadpo")
     assert nlls == {f"nll: {name}" for name in inner}
     without = {name for name, cls in REGISTRY.items() if name not in {*_names(KERNEL_CASES)}}
     assert without == {"betadpo", "tdpo1", "tdpo2", "kto"}
+    assert objectives.build("sft", token_mean=True).pair_kernel_options() is None
     assert WPO(objectives.build("dpo")).pair_kernel_options() is None
     assert WithNLL(WPO(objectives.build("dpo"))).pair_kernel_options() is None
 

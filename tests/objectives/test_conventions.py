@@ -40,6 +40,8 @@ from prefkern.data import truncate
 from prefkern.data.collate import PreferenceCollator
 from prefkern.integrations.trl import DPOTrainer
 from support.liger_cases import CASES, SHAPES, batch, liger, run, sums
+from support.oracles import Pair
+from support.trl_loss import trl_dpo
 from support.trl_runs import build
 
 PAGE = Path(__file__).parent.parent.parent / "docs/objectives.md"
@@ -140,8 +142,10 @@ def test_sums_or_means(tmp_path):
     loss_fn = prefkern.FusedPreferenceLoss(objectives.SimPO(0.1, gamma=0.0))
     torch.testing.assert_close(loss_fn(data.hidden, data.weight, data.labels).loss, of_means)
     # The mean's loss of TRL, with a reference.
-    with pytest.raises(ValueError, match="sigmoid_norm"):
-        build(tmp_path, loss_type=["sigmoid_norm"])
+    given = {"ref_model": tiny.model(seed=1)}
+    theirs = first_log(tmp_path, PlainDPOTrainer, loss_type=["sigmoid_norm"], beta=2.0, **given)
+    mine = of_ours(tmp_path, "sigmoid_norm", {"beta": 2.0}, **given)
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
 @row("IPO")
@@ -275,18 +279,57 @@ def test_label_smoothing(tmp_path):
         for smoothing in (0.0, 0.2)
     ]
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and abs(ours[1] - ours[0]) > 1e-3
-    # Of CPO and SimPO it is the peers' own.
-    smoothed = LigerFusedLinearCPOLoss(label_smoothing=0.2, compiled=False)
+    # Of CPO and SimPO it is the same everywhere.
     call = (data.weight, data.hidden, data.labels)
-    assert smoothed(*call)[0] != LigerFusedLinearCPOLoss(compiled=False)(*call)[0]
-    smoothed = LigerFusedLinearSimPOLoss(label_smoothing=0.2, compiled=False)
-    assert smoothed(*call)[0] != LigerFusedLinearSimPOLoss(compiled=False)(*call)[0]
+    for make, mine in (
+        (LigerFusedLinearCPOLoss, objectives.CPO(0.1, nll_weight=0.0, label_smoothing=0.2)),
+        (LigerFusedLinearSimPOLoss, objectives.SimPO(0.1, gamma=0.5, label_smoothing=0.2)),
+    ):
+        options = {"compute_nll_loss": False, "compiled": False}
+        theirs = make(label_smoothing=0.2, **options)(*call)[0]
+        assert theirs != make(**options)(*call)[0]
+        loss_fn = prefkern.FusedPreferenceLoss(mine)
+        torch.testing.assert_close(loss_fn(data.hidden, data.weight, data.labels).loss, theirs)
     trainer = build(tmp_path, CPOTrainer, CPOConfig, label_smoothing=0.2, beta=1.0)
     losses, *_ = trainer.cpo_loss(torch.tensor([-1.0]), torch.tensor([-3.0]))
-    margin = torch.tensor([2.0])
-    torch.testing.assert_close(losses, -0.8 * F.logsigmoid(margin) - 0.2 * F.logsigmoid(-margin))
-    with pytest.raises(TypeError, match="no option 'label_smoothing'"):
-        objectives.build("cpo", label_smoothing=0.2)
+    mine = objectives.CPO(1.0, nll_weight=0.0, label_smoothing=0.2)
+    pair = prefkern.Pairs(torch.tensor([-1.0]), torch.tensor([-3.0]))
+    torch.testing.assert_close(losses, mine(pair).losses)
+
+
+@row("f-divergences")
+def test_f_divergences_hold_their_exponents(tmp_path):
+    """TRL's alpha-divergence holds an exponent below 80, its forward KL none; here it is 60."""
+    far = torch.tensor([-70.0])
+    pairs = prefkern.Pairs(far, torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    loss = objectives.DPO(0.1, f_divergence_type="forward_kl")(pairs).losses.item()
+    assert loss == pytest.approx(0.1 * (math.exp(60) - 1), rel=1e-5)
+    near = prefkern.Pairs(far / 2, torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    loss = objectives.DPO(0.1, f_divergence_type="forward_kl")(near).losses.item()
+    assert loss == pytest.approx(0.1 * (math.exp(35) - 1), rel=1e-5)
+
+    def theirs(rho: float, kind: str) -> float:
+        pair = Pair(rho, 0.0)
+        w, l = torch.tensor(pair[:2])
+        return trl_dpo(pair, w, l, {"sigmoid": 1.0}, 0.1, f_divergence_type=kind).item()
+
+    assert theirs(-70.0, "forward_kl") == pytest.approx(0.1 * math.exp(70), rel=1e-4)
+    # (t^-0.5 - 1) / -0.5
+    assert theirs(-170.0, "alpha_divergence") == pytest.approx(0.2 * math.exp(80), rel=1e-4)
+
+
+@row("SFT")
+def test_sft_is_a_mean_over_pairs_or_over_tokens(tmp_path):
+    data = uneven()
+    chosen, _, n, _ = halves(data)
+    for token_mean, expected in ((False, -(chosen / n).mean()), (True, -chosen.sum() / n.sum())):
+        loss_fn = prefkern.FusedPreferenceLoss(objectives.SFT(token_mean=token_mean))
+        loss = loss_fn(data.hidden, data.weight, data.labels).loss
+        torch.testing.assert_close(loss, expected)
+    given = {"ref_model": tiny.model(seed=1)}
+    theirs = first_log(tmp_path, PlainDPOTrainer, loss_type=["sft"], **given)["loss"]
+    ours = of_ours(tmp_path, "sft", {"token_mean": True})["loss"]
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @row("rewards")

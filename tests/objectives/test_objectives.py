@@ -17,23 +17,32 @@ from prefkern import Pairs, objectives
 from prefkern.objectives import (
     CPO,
     DPO,
+    EXO,
     IPO,
     KTO,
+    LNDPO,
     MADPO,
     MAX_LOG_RATIO,
+    NCA,
     ORPO,
     RDPO,
     REGISTRY,
+    SFT,
+    SPPO,
     TDPO1,
     TDPO2,
     WPO,
     Adaptive,
     AlphaDPO,
+    APODown,
+    APOZero,
     BetaDPO,
     Contrastive,
+    DiscoPOP,
     Examples,
     Hinge,
     Objective,
+    OmniDPO,
     RobustDPO,
     SimPO,
     WithNLL,
@@ -45,6 +54,7 @@ from support.objective_cases import (
     ADAPTIVES,
     BOUNDS,
     CASES,
+    DIVERGENCES,
     GROUPS,
     MISMATCHED,
     ORDINARY,
@@ -55,17 +65,30 @@ from support.objective_cases import (
 )
 
 PAIRED = {name: case for name, case in CASES.items() if case.oracle != "kto"}
-# What the contrastive objectives take beside `adaptive`, chosen so that nothing is in the way of
+# What the objectives of a difference take beside `adaptive`, chosen so that nothing is in the way of
 # a balance: no NLL term.
-ADAPTABLE = {
+DIFFERENCES = {
     "dpo": (DPO, {}),
+    "lndpo": (LNDPO, {}),
     "robust": (RobustDPO, {"label_smoothing": 0.2}),
     "hinge": (Hinge, {}),
     "ipo": (IPO, {}),
     "rdpo": (RDPO, {}),
+    "exo": (EXO, {}),
+    "discopop": (DiscoPOP, {}),
     "cpo": (CPO, {"nll_weight": 0.0}),
     "orpo": (ORPO, {"nll_weight": 0.0}),
     "simpo": (SimPO, {}),
+}
+# With those whose link has a slope for each side, and the one whose weight trains.
+ADAPTABLE = {
+    **{name: DIFFERENCES[name] for name in [*DIFFERENCES][:8]},
+    "nca": (NCA, {}),
+    "sppo": (SPPO, {}),
+    "apozero": (APOZero, {}),
+    "apodown": (APODown, {}),
+    **{name: DIFFERENCES[name] for name in [*DIFFERENCES][8:]},
+    "omnidpo": (OmniDPO, {"nll_weight": 0.0}),
 }
 
 
@@ -81,6 +104,7 @@ def random_pairs(B=16, spread=20.0, dtype=torch.float64, seed=0) -> Pairs:
         ref_rejected.to(dtype),
         lengths[0],
         lengths[1],
+        torch.randn(B, generator=generator, dtype=torch.float64),
     )
 
 
@@ -126,14 +150,15 @@ def test_pairs_beyond_the_bounds_hold_them():
         for samples in GROUPS.values():
             answer = evaluate(case, samples)
             for row, truth in enumerate(case.expected(samples)):
-                if case.is_bounded(truth):
-                    adaptive = case.options["adaptive"]
+                if case.is_bounded(truth, samples[row].pair):
+                    assert all(column[row].isfinite() for column in answer)
+                    adaptive = case.options.get("adaptive") or Adaptive()
                     bound = truth[4] * adaptive.k * math.exp(MAX_LOG_RATIO)
                     expected = pytest.approx(min(truth[3], bound), rel=1e-12)
                     assert answer.beta_chosen[row].item() == expected
-                    assert all(column[row].isfinite() for column in answer)
-                    seen.add(case.objective)
-    assert seen == set(ADAPTABLE)
+                    seen.add((case.objective, case.variant))
+    assert {name for name, _ in seen} == set(ADAPTABLE)
+    assert {("dpo", "forward KL"), ("dpo", "forward KL, adaptive")} < seen
 
 
 @pytest.mark.parametrize("name", ["tdpo1: plain", "tdpo2: plain", "wpo: tdpo2", "nll: tdpo2"])
@@ -209,10 +234,10 @@ def test_exponent_0_without_a_clip_is_plain(name, space):
 
 @pytest.mark.parametrize("clip", [None, 1e6], ids=["no clip", "below the clip"])
 @pytest.mark.parametrize("k", [1.0, 3.0])
-@pytest.mark.parametrize("name", ADAPTABLE)
+@pytest.mark.parametrize("name", DIFFERENCES)
 def test_proposition_1(name, k, clip):
     """Policy space, exponent 1: |dL/dP_w| = k |dL/dP_l|, P of a sequence (ORPO: of a token)."""
-    cls, options = ADAPTABLE[name]
+    cls, options = DIFFERENCES[name]
     chosen = [-3.0, -6.0, -0.5, -2.0, -11.0]
     rejected = [-5.0, -5.5, -4.0, -2.0, -9.0]
     n_w, n_l = torch.tensor([2, 5, 1, 4, 30]), torch.tensor([4, 3, 1, 4, 25])
@@ -276,7 +301,97 @@ SAME = {
     "robust DPO of no flips is DPO": (lambda: RobustDPO(0.2, 0.0), lambda: DPO(0.2)),
     "R-DPO of no penalty is DPO": (lambda: RDPO(0.2, 0.0), lambda: DPO(0.2)),
     "beta-DPO that nothing moves is DPO": (lambda: BetaDPO(0.2, m=0.0), lambda: DPO(0.2)),
+    "a forward KL is the alpha-divergence of 0": (
+        lambda: DPO(0.2, f_divergence_type="forward_kl"),
+        lambda: DPO(0.2, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.0),
+    ),
+    "the alpha-divergence of 1 is the reverse KL": (
+        lambda: DPO(0.2, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1.0),
+        lambda: DPO(0.2),
+    ),
 }
+
+
+def test_alpha_dpo_without_both_mixes_the_reference_in():
+    """Table 2's two ablations at once: Eq. 9 is SimPO with a share of the reference."""
+    values = columns(ORDINARY)
+    pairs = Pairs(**values)
+    leaves = [values["chosen_logps"], values["rejected_logps"]]
+    objective = AlphaDPO(2.0, 0.7, 0.3, normalize=False, stop_gradient=False)
+    assert not objective.observes
+    n, m = pairs.chosen_lengths, pairs.rejected_lengths
+    u = 2.0 * (pairs.chosen_logps / n - pairs.rejected_logps / m)
+    of_reference = 2.0 * (pairs.ref_chosen_logps / n - pairs.ref_rejected_logps / m)
+    expected = -torch.nn.functional.logsigmoid(0.7 * u + 0.3 * of_reference - 0.7)
+    losses = objective(pairs).losses
+    torch.testing.assert_close(losses, expected, rtol=1e-14, atol=0)
+    for mine, true in zip(
+        *(torch.autograd.grad(x.sum(), leaves) for x in (losses, expected)), strict=True
+    ):
+        torch.testing.assert_close(mine, true, rtol=1e-13, atol=0)
+    assert objective.statistics.batches == 0
+
+
+def test_omni_dpo_without_its_weights_is_half_of_lndpo():
+    values = columns(ORDINARY)
+    halved = OmniDPO(2.0, eta=0.0, gamma=0.0, nll_weight=0.0)(Pairs(**values)).losses
+    torch.testing.assert_close(2 * halved, LNDPO(2.0)(Pairs(**values)).losses, rtol=1e-14, atol=0)
+
+
+def test_omni_dpo_counts_what_is_hard_and_clear():
+    """w_qual rises with the margin, w_perf falls with the policy's own, and the NLL term is one of
+    chosen responses below the reference."""
+    objective = OmniDPO(gamma=3.0, nll_weight=0.5)
+    floats = {name: torch.tensor([-2.0, -2.0, -2.0]) for name in columns(ORDINARY[:3])}
+    ones = {f"{side}_lengths": torch.ones(3) for side in ("chosen", "rejected")}
+    given = {**floats, **ones, "reward_margins": torch.tensor([-1.0, 0.0, 1.0])}
+    assert (objective.weight(Pairs(**given)).diff() > 0).all()
+    given = {**floats, **ones, "rejected_logps": torch.tensor([-1.0, -2.0, -3.0])}
+    assert (objective.weight(Pairs(**given)).diff() < 0).all()
+    given = {**floats, **ones, "ref_chosen_logps": torch.tensor([-1.0, -2.0, -3.0])}
+    assert objective.nll(Pairs(**given)).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_sft_over_tokens_is_the_mean_of_the_batchs_tokens():
+    values = columns(ORDINARY)
+    pairs = Pairs(**values)
+    expected = -pairs.chosen_logps.sum() / pairs.chosen_lengths.sum()
+    torch.testing.assert_close(SFT(token_mean=True)(pairs).losses.mean(), expected)
+    by_pair = SFT()(pairs).losses
+    torch.testing.assert_close(by_pair, -pairs.chosen_logps / pairs.chosen_lengths)
+    assert SFT(token_mean=True).pair_kernel_options() is None
+    empty = Pairs(*torch.zeros(4, 2), torch.zeros(2), torch.ones(2))
+    assert (SFT(token_mean=True)(empty).losses == 0).all()
+
+
+# One of each link and each form of a score.
+DIFFERENTIABLE = [
+    *(f"{name}: plain" for name, cls in REGISTRY.items() if issubclass(cls, Contrastive)),
+    *(f"dpo: {name}, adaptive" for name in DIVERGENCES),
+    "apodown: adaptive",
+    "nca: adaptive",
+    "omnidpo: adaptive",
+    "alphadpo: ratio, no stop-gradient",
+]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradcheck(name):
+    """Finite differences of the whole loss, wherever no coefficient is held constant."""
+    case = CASES[name]
+    objective = case.make()
+    if objective.adaptive is not None:
+        objective.adaptive = Adaptive(exponent=0.0, clip=None, k=1.5)
+    values = columns(ORDINARY[:2] + ORDINARY[3:])
+
+    def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        pairs = Pairs(**{**values, "chosen_logps": chosen, "rejected_logps": rejected})
+        if isinstance(objective, AlphaDPO) and objective.stop_gradient:
+            # A margin that is held constant has no differences.
+            objective.alpha = 0.0
+        return objective(pairs).losses
+
+    assert torch.autograd.gradcheck(losses, (values["chosen_logps"], values["rejected_logps"]))
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -426,7 +541,10 @@ SECOND = {
     "c_min": [0.8],
     "clip": [1.02, None],
     "desirable_weight": [0.3],
+    "eta": [0.2],
     "exponent": [0.05, (0.01, 0.2)],
+    "f_alpha_divergence_coef": [0.3, 1.5],
+    "f_divergence_type": ["forward_kl", "js_divergence", "alpha_divergence"],
     "gamma": [0.15],
     "implicit_reference": ["policy", "reference", "inverse_reference"],
     "k": [2.0],
@@ -438,10 +556,13 @@ SECOND = {
     "mode": ["amplify", "regularize"],
     "momentum": [0.2],
     "nll_weight": [0.2],
+    "normalize": [False],
     "rpo_alpha": [0.5],
     "scale_by_beta": [False],
     "space": ["policy"],
+    "stop_gradient": [False],
     "tau": [3.0],
+    "token_mean": [True],
     "undesirable_weight": [0.3],
     "use_weighting": [True],
 }
@@ -449,13 +570,16 @@ SECOND = {
 
 # Where a default is so strong on these pairs that it puts another option out of play.
 WEAKER = {"betadpo": {"m": 0.02}}
+# What an option is of.
+WITH = {"f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"}}
 
 
 def _two_batches(name: str, **options: Any) -> torch.Tensor:
-    """Losses of a second training batch, which depend on the statistics of the first."""
+    """Losses and gradients of a second training batch, which depend on the statistics of the first."""
     objective = objectives.build(name, **{**WEAKER.get(name, {}), **options})
     for samples in (ORDINARY[:2], ORDINARY):
         values = columns(samples)
+        leaves = [values["chosen_logps"], values["rejected_logps"]]
         if isinstance(objective, Objective):
             losses = objective(Pairs(**values)).losses
             continue
@@ -463,16 +587,18 @@ def _two_batches(name: str, **options: Any) -> torch.Tensor:
         ref = torch.cat([values["ref_chosen_logps"], values["ref_rejected_logps"]])
         half = torch.arange(len(logps)) < len(samples)
         losses = objective(Examples(logps, half, ref, torch.tensor(MISMATCHED))).losses
-    return losses.detach()
+    slopes = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+    return torch.cat([losses.detach(), *slopes])
 
 
 @pytest.mark.parametrize("name", objectives.names())
 def test_every_option_changes_the_loss(name):
     """No option is accepted without an effect."""
-    default = _two_batches(name)
-    assert torch.equal(default, _two_batches(name))
+    assert torch.equal(_two_batches(name), _two_batches(name))
     for option in objectives.options(name):
-        others = [_two_batches(name, **{option: value}) for value in SECOND[option]]
+        beside = WITH.get(option, {})
+        default = _two_batches(name, **beside)
+        others = [_two_batches(name, **beside, **{option: value}) for value in SECOND[option]]
         changed = [not torch.allclose(x, default, rtol=1e-6, atol=0) for x in others]
         # Of True and False, one is the default.
         assert sum(changed) == len(changed) - (option == "length_normalized"), option
@@ -524,7 +650,7 @@ def test_lengths_are_needed_by_what_divides_or_counts():
             case.make()(Pairs(**{**columns(ORDINARY), "rejected_lengths": None}))
         except ValueError:
             needing.add(case.id)
-    plain = {"rdpo", "cpo", "orpo", "simpo", "alphadpo"}
+    plain = {"lndpo", "rdpo", "cpo", "orpo", "simpo", "sft", "alphadpo", "omnidpo"}
     assert needing == {f"{n}: plain" for n in plain} | {f"{n}: adaptive" for n in ADAPTABLE}
 
 
@@ -535,6 +661,8 @@ KINDS = {
     "not negative": ("must be a finite number >= 0", [-1e-9, *NOT_NUMBERS]),
     "number": ("must be a finite number", NOT_NUMBERS),
     "below 1/2": ("must be in [0, 0.5)", [-0.1, 0.5, 1.0, *NOT_NUMBERS]),
+    "between": ("must be in (0, 0.5)", [-0.1, 0, 1e-13, 0.5, 1.0, *NOT_NUMBERS]),
+    "of another": ("is of f_divergence_type='alpha_divergence'", [0.5, 1, "x", math.nan]),
     "below 1": ("must be in [0, 1)", [-0.1, 1, 2.0, *NOT_NUMBERS]),
     "below 1 or None": ("must be None or in [0, 1)", [-0.1, 1.0, math.nan, True, "0.1"]),
     "above 1": ("must be a finite number > 1", [1, 0.5, -3.0, *NOT_NUMBERS]),
@@ -547,13 +675,26 @@ KINDS = {
     "clip": ("must be a finite number > 0", [0, -1.0, math.nan, math.inf, True, "2"]),
     "k": ("must be", [0, -1, 1e20, *NOT_NUMBERS]),
 }
+# Those whose score TRL takes an f-divergence for.
+DIVERGING = (DPO, LNDPO, RobustDPO, Hinge, IPO, EXO, DiscoPOP)
 REFUSING = [
-    *((cls, "beta", "positive") for cls in REGISTRY.values() if cls is not IPO),
+    *((cls, "beta", "positive") for cls in REGISTRY.values() if cls not in (IPO, SFT)),
     *((cls, "adaptive", "adaptive") for cls, _ in ADAPTABLE.values()),
+    *((cls, "f_divergence_type", "choice") for cls in DIVERGING),
+    *((cls, "f_alpha_divergence_coef", "of another") for cls in DIVERGING),
     (IPO, "tau", "positive"),
     (IPO, "length_normalized", "switch"),
     (DPO, "label_smoothing", "below 1/2"),
     (RobustDPO, "label_smoothing", "below 1/2"),
+    (EXO, "label_smoothing", "between"),
+    (CPO, "label_smoothing", "below 1/2"),
+    (SimPO, "label_smoothing", "below 1/2"),
+    (DiscoPOP, "tau", "positive"),
+    (SFT, "token_mean", "switch"),
+    (OmniDPO, "eta", "not negative"),
+    (OmniDPO, "tau", "number"),
+    (OmniDPO, "gamma", "not negative"),
+    (OmniDPO, "nll_weight", "not negative"),
     (RDPO, "alpha", "number"),
     (CPO, "nll_weight", "not negative"),
     (ORPO, "nll_weight", "not negative"),
@@ -564,6 +705,8 @@ REFUSING = [
     (AlphaDPO, "implicit_reference", "choice"),
     (AlphaDPO, "momentum", "below 1"),
     (AlphaDPO, "scale_by_beta", "switch"),
+    (AlphaDPO, "normalize", "switch"),
+    (AlphaDPO, "stop_gradient", "switch"),
     (MADPO, "tau", "positive"),
     (MADPO, "c_max", "above 1"),
     (MADPO, "c_min", "below 1 or None"),
@@ -604,6 +747,12 @@ def test_no_hyperparameter_is_unchecked():
     ("make", "message"),
     [
         (lambda: KTO(desirable_weight=0, undesirable_weight=0), "both 0"),
+        (
+            lambda: DPO(f_divergence_type="alpha_divergence", f_alpha_divergence_coef="0.5"),
+            "f_alpha_divergence_coef must be a finite number",
+        ),
+        (lambda: OmniDPO()(Pairs(*torch.zeros(6, 2))), "OmniDPO needs reward_margins"),
+        (lambda: SFT()(Pairs(*torch.zeros(2, 2))), "SFT's NLL term needs chosen_lengths"),
         (lambda: WithNLL(DPO(), 0), "rpo_alpha must be a finite number > 0"),
         (lambda: WithNLL(KTO()), "objective must be a pairwise objective"),
         (lambda: WPO("dpo"), "objective must be a pairwise objective"),
@@ -648,14 +797,27 @@ def test_an_unknown_name_lists_all():
 
 
 def test_losses_by_their_names_elsewhere():
-    """TRL's "sigmoid" is DPO; other names say what is here instead, and none takes a name's place."""
+    """TRL's names build; other names say what is here instead, and none takes a name's place."""
     assert repr(objectives.build("sigmoid", beta=0.2)) == repr(objectives.DPO(beta=0.2))
+    for name, cls in {
+        "sigmoid": DPO, "sigmoid_norm": LNDPO, "hinge": Hinge, "ipo": IPO, "robust": RobustDPO,
+        "exo_pair": EXO, "nca_pair": NCA, "sppo_hard": SPPO, "apo_zero": APOZero,
+        "apo_down": APODown, "discopop": DiscoPOP, "sft": SFT,
+    }.items():  # fmt: skip
+        assert type(objectives.build(name)) is cls
+        if cls is not SFT:
+            assert objectives.build(f"ada_{name}").adaptive == Adaptive()
+            assert repr(objectives.build(f"ada_{name}")) == repr(cls(adaptive=Adaptive()))
     assert not registry.ELSEWHERE.keys() & {*objectives.names(), *registry.SAME}
     for name, said in registry.ELSEWHERE.items():
         assert all(quoted in objectives.names() for quoted in re.findall("'(.*?)'", said)), name
         with pytest.raises(ValueError, match=f"unknown objective '{name}': .*; known: dpo, "):
             objectives.build(name)
-    for name, option, ours in (("ipo", "beta", "tau"), ("simpo", "simpo_gamma", "gamma")):
+    for name, option, ours in (
+        ("ipo", "beta", "tau"),
+        ("simpo", "simpo_gamma", "gamma"),
+        ("discopop", "discopop_tau", "tau"),
+    ):
         with pytest.raises(TypeError, match=rf"no option '{option}' \(here it is '{ours}'\)"):
             objectives.build(name, **{option: 0.5})
     for theirs, ours in registry._OPTIONS_ELSEWHERE.items():
@@ -682,7 +844,7 @@ class _Minimal(Contrastive):
 
     def __init__(self, beta: float = 0.3, adaptive: Adaptive | None = None) -> None:
         super().__init__()
-        self._set(beta=beta, adaptive=adaptive)
+        self.set_options(beta=beta, adaptive=adaptive)
 
 
 class _MinimalRatio(_Minimal):
@@ -745,6 +907,10 @@ def test_a_case_is_not_shared():
         (lambda: AlphaDPO().eval(), "gamma", 2.0),
         (lambda: DPO(), "beta", 0.7),
         (lambda: MADPO(), "tau", 1.0),
+        (lambda: DiscoPOP(), "tau", 1.0),
+        (lambda: SPPO(), "beta", 1.0),
+        (lambda: OmniDPO(), "gamma", 1.0),
+        (lambda: EXO(), "f_divergence_type", "js_divergence"),
     ],
 )
 def test_a_hyperparameter_that_is_changed_later_counts(make, name, value):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +23,7 @@ from support.oracles import (
     value_and_gradient,
     wpo_weight,
 )
+from support.trl_loss import per_token, trl_dpo, trl_state
 
 PAIRS = [
     Pair(-35.2, -41.7, -36.0, -40.1, 12, 15),
@@ -32,6 +32,15 @@ PAIRS = [
     Pair(-1200.0, -2600.0, -1500.0, -2400.0, 700, 900),
 ]
 IDEAL = Adaptive(space="policy", exponent=1.0, clip=None)
+
+
+@pytest.fixture(autouse=True)
+def doubles():
+    """EXO's smoothing, in both peers, is a tensor of the default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 def leaves(pair):
@@ -113,6 +122,39 @@ PEERS = [
     ("ipo", {"tau": 0.2, "length_normalized": True}, mean_rho, trl_cpo("ipo", 0.2), 0),
     ("cpo", {"beta": 0.3, "nll_weight": 0.5}, logps, liger("cpo", 0.3), 0.5),
     ("cpo", {"beta": 0.3}, logps, trl_cpo("sigmoid", 0.3), 1),
+    (
+        "cpo",
+        {"beta": 0.3, "nll_weight": 0.0, "label_smoothing": 0.2},
+        logps,
+        liger("cpo", 0.3, label_smoothing=0.2),
+        0,
+    ),
+    (
+        "simpo",
+        {"beta": 2.0, "gamma": 1.4, "label_smoothing": 0.2},
+        mean,
+        liger("simpo", 2.0, gamma=1.4, label_smoothing=0.2),
+        0,
+    ),
+    (
+        "exo",
+        {"beta": 0.3, "label_smoothing": 0.01},
+        rho,
+        liger("dpo", 0.3, loss_type="exo_pair", label_smoothing=0.01),
+        0,
+    ),
+    ("nca", {"beta": 0.3}, rho, liger("dpo", 0.3, loss_type="nca_pair"), 0),
+    ("sppo", {"beta": 0.3}, rho, liger("dpo", 0.3, loss_type="sppo_hard"), 0),
+    ("apozero", {"beta": 0.3}, rho, liger("dpo", 0.3, loss_type="apo_zero"), 0),
+    ("apodown", {"beta": 0.3}, rho, liger("dpo", 0.3, loss_type="apo_down"), 0),
+    (
+        "discopop",
+        {"beta": 0.03, "tau": 0.2},
+        rho,
+        liger("dpo", 0.03, loss_type="discopop", discopop_tau=0.2),
+        0,
+    ),
+    ("lndpo", {"beta": 2.0}, mean_rho, liger("dpo", 2.0), 0),
     ("simpo", {"beta": 2.0, "gamma": 1.4}, mean, liger("simpo", 2.0, gamma=1.4), 0),
     ("simpo", {"beta": 2.0, "gamma": 1.4}, mean, trl_cpo("simpo", 2.0, simpo_gamma=1.4), 0),
     ("orpo", {"beta": 0.3, "nll_weight": 0.5}, log_odds, liger("cpo", 0.3), 0.5),
@@ -148,61 +190,6 @@ def test_liger_orpo(pair):
     )
 
 
-def per_token(pair, w, l):
-    """Rows of equal log-probabilities that sum to w and l; [2, T], zero past each length."""
-    mask = torch.arange(max(pair.n_w, pair.n_l)) < torch.tensor([[pair.n_w], [pair.n_l]])
-    return torch.stack([w / pair.n_w, l / pair.n_l])[:, None] * mask, mask
-
-
-def trl_state(tokens, mask, log_sum_sq, **options):
-    """The attributes, model output and batch that TRL's trainers read."""
-    outputs = SimpleNamespace(
-        log_probs=tokens,
-        log_sum_sq_probs=log_sum_sq,
-        entropy=torch.zeros_like(tokens),
-        mean_logits=torch.zeros_like(tokens),
-        is_top1=mask,
-    )
-    accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
-    state = SimpleNamespace(
-        model=SimpleNamespace(training=False),
-        accelerator=accelerator,
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
-        _total_train_tokens=0,
-        _metrics={"eval": defaultdict(list)},
-        **options,
-    )
-    # The prompt is one token.
-    completion_mask = torch.nn.functional.pad(mask.long(), (1, 0))
-    batch = {
-        "input_ids": torch.zeros_like(completion_mask),
-        "attention_mask": torch.ones_like(completion_mask),
-        "completion_mask": completion_mask,
-    }
-    return state, lambda **_: outputs, batch
-
-
-def trl_dpo(pair, w, l, loss_types, beta, log_sum_sq=None, label_smoothing=0.0):
-    trainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
-    tokens, mask = per_token(pair, w, l)
-    state, model, batch = trl_state(
-        tokens,
-        mask,
-        log_sum_sq,
-        beta=beta,
-        loss_types=list(loss_types),
-        loss_weights=list(loss_types.values()),
-        label_smoothing=label_smoothing,
-        use_weighting=log_sum_sq is not None,
-        f_divergence_type="reverse_kl",
-        ld_alpha=None,
-    )
-    reference = torch.tensor(pair[2:4], dtype=torch.float64)
-    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = reference.chunk(2)
-    return trainer._compute_loss(state, model, batch, return_outputs=False)
-
-
 # TRL's trainer, whole, on one pair: aot sorts a batch of one, so that it is cDPO; sft is the NLL.
 TRL = [
     ({"sigmoid": 1.0}, "dpo", {"beta": 0.3}),
@@ -211,6 +198,14 @@ TRL = [
     ({"robust": 1.0}, "robust", {"beta": 0.3, "label_smoothing": 0.2}),
     ({"hinge": 1.0}, "hinge", {"beta": 0.3}),
     ({"ipo": 1.0}, "ipo", {"tau": 0.3, "length_normalized": True}),
+    ({"exo_pair": 1.0}, "exo", {"beta": 0.3, "label_smoothing": 0.2}),
+    ({"nca_pair": 1.0}, "nca", {"beta": 0.3}),
+    ({"sppo_hard": 1.0}, "sppo", {"beta": 0.3}),
+    ({"apo_zero": 1.0}, "apozero", {"beta": 0.3}),
+    ({"apo_down": 1.0}, "apodown", {"beta": 0.3}),
+    ({"discopop": 1.0}, "discopop", {"beta": 0.3, "tau": 0.05}),
+    ({"sft": 1.0}, "sft", {}),
+    ({"sigmoid_norm": 1.0}, "lndpo", {"beta": 0.3}),
     # A margin of the reference alone, not normalised by statistics, is DPO on means.
     (
         {"sigmoid_norm": 1.0},
@@ -237,6 +232,10 @@ TRL = [
 def test_trl_trainer(weighted, loss_types, name, options, pair):
     w, l = leaves(pair)
     smoothing = options.get("label_smoothing", 0.0)
+    if name == "discopop":
+        # TRL's exp(-delta) overflows beyond 709, where its weight vanishes.
+        pair = pair._replace(L_w=max(pair.L_w, pair.R_w - 9), L_l=min(pair.L_l, pair.R_l + 9))
+        w, l = leaves(pair)
     weight, log_sum_sq = 1.0, None
     if weighted:
         tokens, mask = per_token(pair, w.detach(), l.detach())
@@ -249,6 +248,63 @@ def test_trl_trainer(weighted, loss_types, name, options, pair):
         weight = wpo_weight(*rows, clamp=False)
     expected = trl_dpo(pair, w, l, loss_types, 0.3, log_sum_sq, smoothing)
     agree(value_and_gradient(name, pair, **options, weight=weight), expected, w, l)
+
+
+# The losses that TRL takes an f-divergence for; `sft` accepts one and ignores it.
+DIVERGING = [
+    ("sigmoid", "dpo", {"beta": 0.3}),
+    ("sigmoid_norm", "lndpo", {"beta": 0.3}),
+    ("hinge", "hinge", {"beta": 0.3}),
+    ("ipo", "ipo", {"tau": 0.3, "length_normalized": True}),
+    ("exo_pair", "exo", {"beta": 0.3, "label_smoothing": 0.2}),
+    ("robust", "robust", {"beta": 0.3, "label_smoothing": 0.2}),
+    ("discopop", "discopop", {"beta": 0.3, "tau": 0.05}),
+]
+
+
+@pytest.mark.parametrize("pair", [*PAIRS[:1], PAIRS[2], Pair(-9.0, -11.0, -10.5, -9.5, 3, 4)])
+@pytest.mark.parametrize(
+    "divergence",
+    [("forward_kl", None), ("js_divergence", None), ("alpha_divergence", 0.5),
+     ("alpha_divergence", 1.75), ("alpha_divergence", 1.0)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("loss_type, name, options", DIVERGING)
+def test_trl_divergences(loss_type, name, options, divergence, pair):
+    kind, alpha = divergence
+    # TRL's alpha-divergence refuses float64.
+    dtype = torch.float32 if kind == "alpha_divergence" else torch.float64
+    w, l = (torch.tensor(v, dtype=dtype, requires_grad=True) for v in pair[:2])
+    given = {"f_divergence_type": kind}
+    if alpha is not None:
+        given["f_alpha_divergence_coef"] = alpha
+    smoothing = options.get("label_smoothing", 0.0)
+    expected = trl_dpo(pair, w, l, {loss_type: 1.0}, 0.3, label_smoothing=smoothing, **given)
+    expected.backward()
+    if alpha == 1.0:
+        # The limit.
+        given = {}
+    got = value_and_gradient(name, pair, **options, **given)
+    exact = dtype == torch.float64
+    theirs = expected.item(), w.grad.item(), l.grad.item()
+    assert got[:3] == pytest.approx(
+        theirs, rel=1e-10 if exact else 1e-4, abs=1e-14 if exact else 1e-6
+    )
+
+
+@pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[2], Pair(-9.0, -11.0, -10.5, -9.5, 3, 4, h=-1.5)])
+def test_omni_dpo(pair):
+    """Peng et al.'s parts, by autograd: two weights, LN-DPO, and the NLL below the reference."""
+    w, l = leaves(pair)
+    mean_w, mean_l = mean(pair, w, l)
+    logsigmoid = torch.nn.functional.logsigmoid
+    learnt = torch.sigmoid(2.0 * (mean_w - mean_l) - 0.8)
+    quality = 1 / (1 + math.exp(-0.7 * pair.h))
+    d = 2.0 * ((mean_w - pair.R_w / pair.n_w) - (mean_l - pair.R_l / pair.n_l))
+    below = max(math.copysign(1.0, pair.R_w - pair.L_w) * (pair.R_w != pair.L_w), 0.0)
+    expected = -quality * (1 - learnt) ** 3 * logsigmoid(d) - 0.1 * below * mean_w
+    options = {"beta": 2.0, "eta": 0.7, "tau": 0.8, "gamma": 3.0, "nll_weight": 0.1}
+    agree(value_and_gradient("omnidpo", pair, **options), expected, w, l)
 
 
 def test_wpo_weight_is_clamped_as_a_product():
@@ -316,6 +372,9 @@ BALANCED = {
     "hinge": {"beta": 0.1},
     "ipo": {"tau": 0.1},
     "rdpo": {"beta": 0.1, "alpha": 0.02},
+    "lndpo": {"beta": 2.0},
+    "exo": {"beta": 0.1, "label_smoothing": 0.01},
+    "discopop": {"beta": 0.1, "tau": 0.05},
     "cpo": {"beta": 0.1, "nll_weight": 0.0},
     "simpo": {"beta": 2.0, "gamma": 0.5},
     "orpo": {"beta": 0.1, "nll_weight": 0.0},
@@ -335,7 +394,7 @@ def test_proposition_1(name, pair, k):
     else:
         got = balance(name, pair, **options)
     assert got == pytest.approx(k, rel=1e-12)
-    if name in ("dpo", "ipo", "rdpo", "robust", "hinge"):
+    if name in ("dpo", "lndpo", "ipo", "rdpo", "robust", "hinge", "exo", "discopop"):
         # The ratio space balances dL/d(P/R) instead.
         options["adaptive"] = IDEAL._replace(space="ratio", k=k)
         reference = math.exp(pair.R_w - pair.R_l)
@@ -364,6 +423,9 @@ def test_exponents(name, pair):
     ratio = {
         "cpo": math.exp(x_w - x_l),
         "simpo": math.exp(x_w - x_l) * pair.n_w / pair.n_l,
+        "lndpo": math.exp(x_w - pair.R_w / pair.n_w - x_l + pair.R_l / pair.n_l)
+        * pair.n_w
+        / pair.n_l,
         "orpo": math.exp(x_w - x_l) * math.expm1(x_w) / math.expm1(x_l),
     }.get(name, math.exp(x_w - pair.R_w / pair.n_w - x_l + pair.R_l / pair.n_l))
     beta = BALANCED[name].get("beta", 1.0)

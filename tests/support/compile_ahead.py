@@ -44,14 +44,28 @@ TARGETS = {
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 # One objective for each variant of the pair kernel, and options that change its constexprs. R-DPO
-# has the same variant as DPO.
-WITHOUT_A_KERNEL = ("betadpo", "tdpo1", "tdpo2", "kto")
+# has the same variant as DPO; an adaptive coefficient has one with each score, not with each link.
+SAME_VARIANT = ("rdpo", *(f"ada{name}" for name in (
+    "robust", "hinge", "ipo", "rdpo", "exo", "discopop", "nca", "sppo", "apozero", "apodown"
+)))  # fmt: skip
+
+
+def has_kernel(name: str) -> bool:
+    objective = build(name)
+    return isinstance(objective, Objective) and objective.pair_kernel_options() is not None
+
+
 OBJECTIVES = [
-    *(build(name) for name in names() if name not in (*WITHOUT_A_KERNEL, "rdpo", "adardpo")),
+    *(build(name) for name in names() if name not in SAME_VARIANT and has_kernel(name)),
     build("ipo", length_normalized=True),
+    build("dpo", f_divergence_type="js_divergence"),
+    build("lndpo", f_divergence_type="forward_kl"),
     build("adadpo", space="policy", exponent=1.0, clip=None),
     build("adasimpo", exponent=0.0, clip=None),
     build("alphadpo", length_normalized=False, implicit_reference="policy"),
+    build("alphadpo", normalize=False),
+    build("alphadpo", stop_gradient=False),
+    build("alphadpo", length_normalized=False, normalize=False, stop_gradient=False),
     build("madpo", mode="amplify"),
     build("madpo", mode="regularize"),
 ]

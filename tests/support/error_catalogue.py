@@ -451,19 +451,55 @@ _ADAPTIVE = [
     ({"adaptive": True}, TypeError, "Adaptive or None", "True"),
     ({"adaptive": {"clip": 2.0}}, TypeError, "Adaptive or None", "'clip'"),
 ]
+_DIVERGENCE = [
+    ({"f_divergence_type": "kl"}, ValueError, "'reverse_kl', 'forward_kl'", "'kl'"),
+    ({"f_alpha_divergence_coef": 0.5}, ValueError, "f_divergence_type='alpha_divergence'", "0.5"),
+    *(
+        (
+            {"f_alpha_divergence_coef": value, "f_divergence_type": "alpha_divergence"},
+            ValueError,
+            "finite number",
+            repr(value),
+        )
+        for value in (True, "0.1", nan)
+    ),
+]
 _INNER = [
     ({"objective": None}, TypeError, "pairwise objective", "None"),
     ({"objective": objectives.KTO()}, TypeError, "pairwise objective", "KTO"),
 ]
 _OBJECTIVES: dict[str, list[Any]] = {
-    "dpo": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE],
-    "robust": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE],
-    "hinge": [*_positive("beta"), *_ADAPTIVE],
-    "ipo": [*_positive("tau"), *_bool("length_normalized"), *_ADAPTIVE],
+    "dpo": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE, *_DIVERGENCE],
+    "lndpo": [*_positive("beta"), *_ADAPTIVE, *_DIVERGENCE],
+    "robust": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE, *_DIVERGENCE],
+    "hinge": [*_positive("beta"), *_ADAPTIVE, *_DIVERGENCE],
+    "ipo": [*_positive("tau"), *_bool("length_normalized"), *_ADAPTIVE, *_DIVERGENCE],
     "rdpo": [*_positive("beta"), *_number("alpha"), *_ADAPTIVE],
-    "cpo": [*_positive("beta"), *_not_negative("nll_weight"), *_ADAPTIVE],
+    "exo": [
+        *_positive("beta"),
+        *(
+            ({"label_smoothing": value}, ValueError, "(0, 0.5)", repr(value))
+            for value in (True, "0.1", None, nan, 0, 0.5)
+        ),
+        *_ADAPTIVE,
+        *_DIVERGENCE,
+    ],
+    "discopop": [*_positive("beta"), *_positive("tau"), *_ADAPTIVE, *_DIVERGENCE],
+    **{name: [*_positive("beta"), *_ADAPTIVE] for name in ("nca", "sppo", "apozero", "apodown")},
+    "cpo": [
+        *_positive("beta"),
+        *_not_negative("nll_weight"),
+        *_below("label_smoothing", "0.5"),
+        *_ADAPTIVE,
+    ],
     "orpo": [*_positive("beta"), *_not_negative("nll_weight"), *_ADAPTIVE],
-    "simpo": [*_positive("beta"), *_number("gamma"), *_ADAPTIVE],
+    "simpo": [
+        *_positive("beta"),
+        *_number("gamma"),
+        *_below("label_smoothing", "0.5"),
+        *_ADAPTIVE,
+    ],
+    "sft": _bool("token_mean"),
     "alphadpo": [
         *_positive("beta"),
         *_number("gamma"),
@@ -472,6 +508,8 @@ _OBJECTIVES: dict[str, list[Any]] = {
         ({"implicit_reference": "both"}, ValueError, "'ratio', 'policy'", "'both'"),
         *_below("momentum", "1"),
         *_bool("scale_by_beta"),
+        *_bool("normalize"),
+        *_bool("stop_gradient"),
     ],
     "madpo": [
         *_positive("beta"),
@@ -483,6 +521,14 @@ _OBJECTIVES: dict[str, list[Any]] = {
         ),
         *_positive("lam"),
         ({"mode": "half"}, ValueError, "'full', 'amplify', 'regularize'", "'half'"),
+    ],
+    "omnidpo": [
+        *_positive("beta"),
+        *_not_negative("eta"),
+        *_number("tau"),
+        *_not_negative("gamma"),
+        *_not_negative("nll_weight"),
+        *_ADAPTIVE,
     ],
     "betadpo": [
         *_positive("beta"),

@@ -23,28 +23,37 @@ from prefkern.loss import pairwise
 from prefkern.objectives import (
     CPO,
     DPO,
+    EXO,
     IPO,
     KTO,
+    LNDPO,
     MADPO,
     MAX_LOG_RATIO,
+    NCA,
     ORPO,
     RDPO,
+    SFT,
+    SPPO,
     TDPO1,
     TDPO2,
     WPO,
     Adaptive,
     AlphaDPO,
+    APODown,
+    APOZero,
     BetaDPO,
+    DiscoPOP,
     Examples,
     Hinge,
     Objective,
+    OmniDPO,
     Pairs,
     RobustDPO,
     SimPO,
     UnpairedObjective,
     WithNLL,
 )
-from prefkern.objectives.contrastive import MAX_SQUARED
+from prefkern.objectives.links import MAX_SQUARED
 from support import oracles
 from support.oracles import Pair
 
@@ -119,10 +128,13 @@ class Case:
         """The oracle's loss, d/dL_w, d/dL_l, beta_w and beta_l for each sample."""
         return [_truth(self.oracle, s.pair, self.options_for(s, samples)) for s in samples]
 
-    def is_bounded(self, expected: tuple[float, ...]) -> bool:
+    def is_bounded(self, expected: tuple[float, ...], pair: Pair) -> bool:
         """Whether the library bounds a value against overflow here; no paper has such a bound."""
-        if self.oracle == "ipo" and expected[0] > MAX_SQUARED**2:
+        if self.oracle in ("ipo", "sppo") and expected[0] > MAX_SQUARED**2:
             return True
+        if self.options.get("f_divergence_type") == "forward_kl":
+            # 1 - exp(-rho)
+            return min(pair.L_w - pair.R_w, pair.L_l - pair.R_l) < -MAX_LOG_RATIO
         adaptive = self.options.get("adaptive")
         if adaptive is None or adaptive.clip is not None:
             return False
@@ -175,13 +187,25 @@ def _adaptable() -> Iterable[Case]:
     """The methods of AdaDPO's Table 3 and similar ones, plain and adaptive."""
     for name, cls, options in (
         ("dpo", DPO, {"beta": 0.1}),
+        ("lndpo", LNDPO, {"beta": 2.0}),
         ("robust", RobustDPO, {"beta": 0.2, "label_smoothing": 0.2}),
         ("hinge", Hinge, {"beta": 0.05}),
         ("ipo", IPO, {"tau": 0.1}),
         ("rdpo", RDPO, {"beta": 0.1, "alpha": 0.05}),
+        ("exo", EXO, {"beta": 0.1, "label_smoothing": 0.02}),
+        ("discopop", DiscoPOP, {"beta": 0.1, "tau": 0.05}),
+        ("nca", NCA, {"beta": 0.1}),
+        ("sppo", SPPO, {"beta": 0.05}),
+        ("apozero", APOZero, {"beta": 0.1}),
+        ("apodown", APODown, {"beta": 0.1}),
         ("cpo", CPO, {"beta": 0.1, "nll_weight": 0.7}),
         ("orpo", ORPO, {"beta": 0.4, "nll_weight": 1.3}),
         ("simpo", SimPO, {"beta": 2.0, "gamma": 0.8}),
+        (
+            "omnidpo",
+            OmniDPO,
+            {"beta": 2.0, "eta": 0.7, "tau": 0.8, "gamma": 3.0, "nll_weight": 0.01},
+        ),
     ):
         yield _row(name, "plain", cls, **options)
         for variant, adaptive in ADAPTIVES.items():
@@ -195,12 +219,51 @@ def _adaptable() -> Iterable[Case]:
         "ipo", "by length, adaptive", IPO, tau=0.5, length_normalized=True, adaptive=Adaptive()
     )
     yield _row("cpo", "no NLL", CPO, beta=0.1, nll_weight=0.0)
+    smoothing = {"label_smoothing": 0.2}
+    yield _row("cpo", "smoothed", CPO, beta=0.1, nll_weight=0.7, **smoothing)
+    yield _row("cpo", "smoothed, adaptive", CPO, beta=0.1, **smoothing, adaptive=Adaptive())
+    yield _row("simpo", "smoothed", SimPO, beta=2.0, gamma=0.8, **smoothing)
+    yield _row("simpo", "smoothed, adaptive", SimPO, beta=2.0, gamma=0.8, **smoothing,
+               adaptive=Adaptive())  # fmt: skip
+    yield _row("exo", "smoothed by 1e-3", EXO, beta=0.3, label_smoothing=1e-3)
+    yield _row("discopop", "warm", DiscoPOP, beta=0.1, tau=0.7)
+    yield _row("discopop", "beyond 1", DiscoPOP, beta=0.1, tau=2.5)
+    omni = {"beta": 2.0, "eta": 0.7, "tau": 0.8}
+    yield _row("omnidpo", "no NLL", OmniDPO, **omni, gamma=3.0, nll_weight=0.0)
+    yield _row("omnidpo", "no weight of the policy", OmniDPO, **omni, gamma=0.0, nll_weight=0.01)
     yield _row("orpo", "no NLL", ORPO, beta=0.1, nll_weight=0.0)
     yield _row("orpo", "no NLL, adaptive", ORPO, beta=0.1, nll_weight=0.0, adaptive=Adaptive())
 
 
+DIVERGENCES = {
+    "forward KL": {"f_divergence_type": "forward_kl"},
+    "Jensen-Shannon": {"f_divergence_type": "js_divergence"},
+    "alpha 0.5": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+    "alpha 1.25": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.25},
+}
+
+
+def _divergences() -> Iterable[Case]:
+    """The losses that TRL takes an f-divergence for."""
+    for variant, divergence in DIVERGENCES.items():
+        yield _row("dpo", variant, DPO, beta=0.1, **divergence)
+        yield _row("dpo", f"{variant}, adaptive", DPO, beta=0.1, **divergence, adaptive=Adaptive())
+    few = {name: DIVERGENCES[name] for name in ("Jensen-Shannon", "alpha 0.5")}
+    for name, cls, options in (
+        ("lndpo", LNDPO, {"beta": 2.0}),
+        ("robust", RobustDPO, {"beta": 0.2, "label_smoothing": 0.2}),
+        ("hinge", Hinge, {"beta": 0.05}),
+        ("ipo", IPO, {"tau": 0.3, "length_normalized": True}),
+        ("exo", EXO, {"beta": 0.1, "label_smoothing": 0.02}),
+        ("discopop", DiscoPOP, {"beta": 0.1, "tau": 0.05}),
+    ):
+        for variant, divergence in few.items():
+            yield _row(name, variant, cls, **options, **divergence)
+
+
 def _others() -> Iterable[Case]:
     statistics = {"mean": MEAN, "std": STD}
+    yield _row("sft", "plain", SFT)
     for reference, by_length, by_beta in itertools.product(
         ("ratio", "policy", "reference", "inverse_reference"), (True, False), (True, False)
     ):
@@ -218,6 +281,26 @@ def _others() -> Iterable[Case]:
             implicit_reference=reference,
             scale_by_beta=by_beta,
         )
+    for reference, normalize, stop_gradient in itertools.product(
+        ("ratio", "policy", "reference"), (True, False), (True, False)
+    ):
+        if normalize and stop_gradient:
+            continue
+        ablated = "not normalised" * (not normalize), "no stop-gradient" * (not stop_gradient)
+        for by_length in (True, False) if reference == "ratio" else (True,):
+            yield _row(
+                "alphadpo",
+                ", ".join((reference, *filter(None, ablated), *(() if by_length else ("sums",)))),
+                AlphaDPO,
+                statistics,
+                beta=2.5 if by_length else 0.1,
+                gamma=0.6,
+                alpha=0.2,
+                length_normalized=by_length,
+                implicit_reference=reference,
+                normalize=normalize,
+                stop_gradient=stop_gradient,
+            )
     for mode, c_min in itertools.product(("full", "amplify", "regularize"), (None, 0.0, 0.4)):
         yield _row(
             "madpo",
@@ -291,7 +374,7 @@ def _composed(rows: list[Case]) -> Iterable[Case]:
 
 
 def _all() -> list[Case]:
-    rows = [*_adaptable(), *_others()]
+    rows = [*_adaptable(), *_divergences(), *_others()]
     rows += list(_composed(rows))
     first = list(dict.fromkeys(row.objective for row in rows))
     return sorted(rows, key=lambda row: first.index(row.objective))
@@ -362,7 +445,7 @@ def evaluate(
         losses = sum(objective(examples).losses.chunk(2))
         betas = (torch.full_like(losses, objective.beta),) * 2
     assert losses.dtype == dtype
-    gradients = torch.autograd.grad(losses.sum(), [chosen, rejected])
+    gradients = torch.autograd.grad(losses.sum(), [chosen, rejected], materialize_grads=True)
     return Answer(*(x.detach().cpu().double() for x in (losses, *gradients, *betas)))
 
 
@@ -429,7 +512,7 @@ def errors(case: Case, samples: list[Sample], answer: Answer, dtype: torch.dtype
     """
     worst = [0.0, 0.0, 0.0]
     for row, truth in enumerate(case.expected(samples)):
-        if case.is_bounded(truth):
+        if case.is_bounded(truth, samples[row].pair):
             continue
         mine = [column[row].item() for column in answer]
         relative = [

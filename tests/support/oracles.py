@@ -1,8 +1,10 @@
 """Preference objectives in textbook form, one pair at a time: the oracles of the vectorised ones.
 
 Each objective follows its paper: AdaDPO (Eq. 7, Table 3), alpha-DPO (Eq. 8-12), MADPO (Eq. 4, 5),
-beta-DPO, IPO, R-DPO, CPO, ORPO, SimPO, robust DPO (arXiv 2403.00409), TDPO (2404.11999), KTO
-(2402.01306) and WPO (2406.11827). Nothing here uses tensors, batches or autograd.
+beta-DPO, IPO, R-DPO, CPO, ORPO, SimPO, robust DPO (arXiv 2403.00409), EXO (2402.00856, Eq. 16),
+DiscoPOP (2406.08414, Eq. 5), NCA (2402.05369), SPPO (2405.00675, Eq. 4.7), APO (2408.06266, Eq. 7,
+8), f-DPO (2309.16240), Omni-DPO (2506.10054), TDPO (2404.11999), KTO (2402.01306) and WPO
+(2406.11827). Nothing here uses tensors, batches or autograd.
 
 Numbers are decimals with at least 150 digits, so that formulas can be used as printed. 1 - P keeps
 its digits at P = 1 - 1e-12, and exp(1e4) does not overflow. A central difference with a step of
@@ -64,13 +66,14 @@ def log1p(x: Decimal) -> Decimal:
     return x - x * x / 2 + x**3 / 3 if abs(x) < Decimal("1e-40") else (1 + x).ln()
 
 
-def sigmoid(x: Decimal) -> Decimal:
-    return 1 / (1 + (-x).exp())
-
-
 def nll(x: Decimal) -> Decimal:
     """-log sigmoid(x)."""
     return max(-x, Decimal(0)) + log1p((-abs(x)).exp())
+
+
+def sigmoid(x: Decimal) -> Decimal:
+    # exp(-x) may overflow, with an unclipped coefficient.
+    return (-nll(x)).exp()
 
 
 # Adaptive coefficients
@@ -98,12 +101,19 @@ def cpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
     return eq_7(p, adaptive._replace(space="policy"))
 
 
-def simpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
-    """log of n_w P_w^a_w / (n_l P_l^a_l). With exponents of 0 this is SimPO, without lengths."""
+def mean_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
+    """Eq. 7 of a score that is a mean: log of n_w P_w^a_w / (n_l P_l^a_l), or of P/R.
+
+    Exponents of 0 leave the plain objective, without lengths.
+    """
     a_w, a_l = exponents(adaptive, (1 / p.n_w, 1 / p.n_l))
     if a_w == a_l == 0:
         return Decimal(0)
-    return (p.n_w / p.n_l).ln() + a_w * p.L_w - a_l * p.L_l
+    return (p.n_w / p.n_l).ln() + eq_7(p, adaptive)
+
+
+def simpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
+    return mean_ratio(p, adaptive._replace(space="policy"))
 
 
 def orpo_ratio(p: Pair, adaptive: Adaptive) -> Decimal:
@@ -125,38 +135,162 @@ def betas(p: Pair, beta: Decimal, adaptive: Adaptive | None, log_ratio=eq_7) -> 
 # Objectives: the coefficients, which are constant, and the loss as a function of the pair
 
 
-def rho_margin(p: Pair, c: Coefficients) -> Decimal:
-    return c.beta_w * (p.L_w - p.R_w) - c.beta_l * (p.L_l - p.R_l) - c.offset
+def f_prime(rho: Decimal, f: str, alpha: Decimal | None) -> Decimal:
+    """f'(t) of an f-divergence at t = P/R (f-DPO); TRL's form of the alpha-divergence."""
+    t = rho.exp()
+    return {
+        "reverse_kl": lambda: rho,
+        "forward_kl": lambda: 1 - 1 / t,
+        "js_divergence": lambda: (2 * t / (1 + t)).ln(),
+        "alpha_divergence": lambda: (t ** (alpha - 1) - 1) / (alpha - 1),
+    }[f]()
+
+
+class F(NamedTuple):
+    """An f-divergence."""
+
+    kind: str = "reverse_kl"
+    alpha: Decimal | None = None
+
+
+F_DPO = F()
+
+
+def f_scores(p: Pair, f: F) -> tuple[Decimal, Decimal]:
+    return f_prime(p.L_w - p.R_w, *f), f_prime(p.L_l - p.R_l, *f)
+
+
+def rho_margin(p: Pair, c: Coefficients, f: F = F_DPO) -> Decimal:
+    s_w, s_l = f_scores(p, f)
+    return c.beta_w * s_w - c.beta_l * s_l - c.offset
+
+
+def divergence(options: dict) -> F:
+    alpha = options.pop("f_alpha_divergence_coef", None)
+    return F(options.pop("f_divergence_type", "reverse_kl"), alpha)
 
 
 def token_nll(p: Pair) -> Decimal:
     return -p.L_w / p.n_w
 
 
-def dpo(p: Pair, *, beta, label_smoothing=Decimal(0), adaptive=None) -> Objective:
+def dpo(p: Pair, *, beta, label_smoothing=Decimal(0), adaptive=None, **f) -> Objective:
+    f = divergence(f)
+
     def loss(p: Pair, c: Coefficients) -> Decimal:
-        d = rho_margin(p, c)
+        d = rho_margin(p, c, f)
         return (1 - label_smoothing) * nll(d) + label_smoothing * nll(-d)
 
     return betas(p, beta, adaptive), loss
 
 
-def robust(p: Pair, *, beta, label_smoothing=Decimal(0), adaptive=None) -> Objective:
+def lndpo(p: Pair, *, beta, adaptive=None, **f) -> Objective:
+    f = divergence(f)
+
     def loss(p: Pair, c: Coefficients) -> Decimal:
-        d, e = rho_margin(p, c), label_smoothing
+        s_w, s_l = f_scores(p, f)
+        return nll(c.beta_w * s_w / p.n_w - c.beta_l * s_l / p.n_l)
+
+    return betas(p, beta, adaptive, mean_ratio), loss
+
+
+def robust(p: Pair, *, beta, label_smoothing=Decimal(0), adaptive=None, **f) -> Objective:
+    f = divergence(f)
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        d, e = rho_margin(p, c, f), label_smoothing
         return ((1 - e) * nll(d) - e * nll(-d)) / (1 - 2 * e)
 
     return betas(p, beta, adaptive), loss
 
 
-def hinge(p: Pair, *, beta, adaptive=None) -> Objective:
+def hinge(p: Pair, *, beta, adaptive=None, **f) -> Objective:
     # At exactly d = 1 a central difference gives half the slope, so do not test there.
-    return betas(p, beta, adaptive), lambda p, c: max(Decimal(0), 1 - rho_margin(p, c))
+    f = divergence(f)
+    return betas(p, beta, adaptive), lambda p, c: max(Decimal(0), 1 - rho_margin(p, c, f))
 
 
-def ipo(p: Pair, *, tau, length_normalized=False, adaptive=None) -> Objective:
+def exo(p: Pair, *, beta, label_smoothing, adaptive=None, **f) -> Objective:
+    """The KL of two probabilities: q of the policy, 1 - e and e of the preference."""
+    f = divergence(f)
+
     def loss(p: Pair, c: Coefficients) -> Decimal:
-        rho_w, rho_l = p.L_w - p.R_w, p.L_l - p.R_l
+        d, e = rho_margin(p, c, f), label_smoothing
+        kept = sigmoid(d) * (-nll(d) - (1 - e).ln())
+        return kept + sigmoid(-d) * (-nll(-d) - e.ln())
+
+    return betas(p, beta, adaptive), loss
+
+
+def discopop(p: Pair, *, beta, tau, adaptive=None, **f) -> Objective:
+    f = divergence(f)
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        d = rho_margin(p, c, f)
+        # The second term is sigmoid(d / tau) exp(-d), whose second factor may overflow.
+        return sigmoid(-d / tau) * nll(d) + (-nll(d / tau) - d).exp()
+
+    return betas(p, beta, adaptive), loss
+
+
+def nca(p: Pair, *, beta, adaptive=None) -> Objective:
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        a, b = c.beta_w * (p.L_w - p.R_w), c.beta_l * (p.L_l - p.R_l)
+        return nll(a) + nll(-a) / 2 + nll(-b) / 2
+
+    return betas(p, beta, adaptive), loss
+
+
+def sppo(p: Pair, *, beta, adaptive=None) -> Objective:
+    """Eq. 4.7, eta = 1 / beta: log-ratios of eta (P - 1/2), P the probability to win, 1 and 0."""
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        eta = 1 / beta
+        chosen = c.beta_w / beta * (p.L_w - p.R_w) - eta * (1 - Decimal("0.5"))
+        rejected = c.beta_l / beta * (p.L_l - p.R_l) - eta * (0 - Decimal("0.5"))
+        return chosen**2 + rejected**2
+
+    return betas(p, beta, adaptive), loss
+
+
+def apozero(p: Pair, *, beta, adaptive=None) -> Objective:
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits.
+        return sigmoid(-c.beta_w * (p.L_w - p.R_w)) + sigmoid(c.beta_l * (p.L_l - p.R_l))
+
+    return betas(p, beta, adaptive), loss
+
+
+def apodown(p: Pair, *, beta, adaptive=None) -> Objective:
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        return sigmoid(c.beta_w * (p.L_w - p.R_w)) + sigmoid(-rho_margin(p, c))
+
+    return betas(p, beta, adaptive), loss
+
+
+def sft(p: Pair) -> Objective:
+    return Coefficients(Decimal(1), Decimal(1)), lambda p, c: token_nll(p)
+
+
+def omnidpo(p: Pair, *, beta, eta, tau, gamma, nll_weight, adaptive=None) -> Objective:
+    """The authors' `uni_dpo_loss`, with averaged log-probs and every chosen score good enough."""
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        w, l = p.L_w / p.n_w, p.L_l / p.n_l
+        d = c.beta_w * (w - p.R_w / p.n_w) - c.beta_l * (l - p.R_l / p.n_l)
+        weight = sigmoid(eta * p.h) * sigmoid(tau - beta * (w - l)) ** gamma
+        return weight * nll(d) - c.offset * w
+
+    # A sign has no gradient.
+    gated = nll_weight if p.R_w > p.L_w else Decimal(0)
+    return betas(p, beta, adaptive, mean_ratio)._replace(offset=gated), loss
+
+
+def ipo(p: Pair, *, tau, length_normalized=False, adaptive=None, **f) -> Objective:
+    f = divergence(f)
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        rho_w, rho_l = f_scores(p, f)
         if length_normalized:
             rho_w, rho_l = rho_w / p.n_w, rho_l / p.n_l
         return (c.beta_w * rho_w - c.beta_l * rho_l - 1 / (2 * tau)) ** 2
@@ -171,9 +305,12 @@ def rdpo(p: Pair, *, beta, alpha, adaptive=None) -> Objective:
     return c, lambda p, c: nll(rho_margin(p, c))
 
 
-def cpo(p: Pair, *, beta, nll_weight=Decimal(1), adaptive=None) -> Objective:
+def cpo(
+    p: Pair, *, beta, nll_weight=Decimal(1), adaptive=None, label_smoothing=Decimal(0)
+) -> Objective:
     def loss(p: Pair, c: Coefficients) -> Decimal:
-        return nll(c.beta_w * p.L_w - c.beta_l * p.L_l) + nll_weight * token_nll(p)
+        d, e = c.beta_w * p.L_w - c.beta_l * p.L_l, label_smoothing
+        return (1 - e) * nll(d) + e * nll(-d) + nll_weight * token_nll(p)
 
     return betas(p, beta, adaptive, cpo_ratio), loss
 
@@ -189,9 +326,14 @@ def orpo(p: Pair, *, beta, nll_weight=Decimal(1), adaptive=None) -> Objective:
     return betas(p, beta, adaptive, orpo_ratio), loss
 
 
-def simpo(p: Pair, *, beta, gamma, adaptive=None) -> Objective:
+def simpo(p: Pair, *, beta, gamma, adaptive=None, label_smoothing=Decimal(0)) -> Objective:
     c = betas(p, beta, adaptive, simpo_ratio)._replace(offset=gamma)
-    return c, lambda p, c: nll(c.beta_w * p.L_w / p.n_w - c.beta_l * p.L_l / p.n_l - c.offset)
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        d, e = c.beta_w * p.L_w / p.n_w - c.beta_l * p.L_l / p.n_l - c.offset, label_smoothing
+        return (1 - e) * nll(d) + e * nll(-d)
+
+    return c, loss
 
 
 def implicit_gap(p: Pair, implicit_reference: str = "ratio", length_normalized: bool = True):
@@ -218,16 +360,21 @@ def alphadpo(
     length_normalized=True,
     implicit_reference="ratio",
     scale_by_beta=True,
+    normalize=True,
+    stop_gradient=True,
 ) -> Objective:
-    gap = implicit_gap(p, implicit_reference, length_normalized)
-    z = (gap - mean) / std if std else Decimal(0)
-    offset = gamma + alpha * (beta if scale_by_beta else 1) * z
+    def offset(p: Pair) -> Decimal:
+        z = implicit_gap(p, implicit_reference, length_normalized)
+        if normalize:
+            z = (z - mean) / std if std else Decimal(0)
+        return gamma + alpha * (beta if scale_by_beta else 1) * z
 
     def loss(p: Pair, c: Coefficients) -> Decimal:
         n_w, n_l = (p.n_w, p.n_l) if length_normalized else (1, 1)
-        return nll(c.beta_w * p.L_w / n_w - c.beta_l * p.L_l / n_l - c.offset)
+        u = c.beta_w * p.L_w / n_w - c.beta_l * p.L_l / n_l
+        return nll(u - (c.offset if stop_gradient else offset(p)))
 
-    return Coefficients(beta, beta, offset), loss
+    return Coefficients(beta, beta, offset(p)), loss
 
 
 def madpo_c(h, tau, c_max, c_min=None, lam=1):
@@ -306,8 +453,9 @@ def kto(p: Pair, *, beta, z0, lambda_d=Decimal(1), lambda_u=Decimal(1)) -> Objec
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     f.__name__: f
     for f in (
-        dpo, robust, hinge, ipo, rdpo, cpo, orpo, simpo, alphadpo, madpo, betadpo, tdpo1, tdpo2,
-        kto_desirable, kto_undesirable, kto,
+        dpo, lndpo, robust, hinge, ipo, rdpo, exo, discopop, nca, sppo, apozero, apodown, cpo, orpo,
+        simpo, sft, alphadpo, madpo, omnidpo, betadpo, tdpo1, tdpo2, kto_desirable,
+        kto_undesirable, kto,
     )
 }  # fmt: skip
 

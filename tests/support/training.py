@@ -134,7 +134,8 @@ def made(rows: list[dict]) -> datasets.Dataset:
 
 
 def rows_of(name: str, count: int = 8) -> list[dict]:
-    return margin_rows(count) if name == "madpo" else tiny.pairs(count)
+    needs_margins = name in ("madpo", "omnidpo", "adaomnidpo")
+    return margin_rows(count) if needs_margins else tiny.pairs(count)
 
 
 def first_dpo_loss(model, batch: dict, coefficient: float = 0.0):

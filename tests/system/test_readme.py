@@ -26,6 +26,7 @@ import prefkern
 from prefkern.cli import __main__ as cli
 from prefkern.data import load_preference_dataset, tokenize_preferences
 from prefkern.data.collate import PreferenceCollator
+from prefkern.objectives import REGISTRY
 from support import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -369,6 +370,36 @@ def run(line: str) -> int:
     command, *argv = shlex.split(line, comments=True)
     assert command == "prefkern"
     return cli.main(argv)
+
+
+@runs(("docs/objectives.md", "Your own", "python"))
+def test_an_objective_of_one_s_own(key, monkeypatch):
+    """Its formula, its adaptive form by name, and the pair kernel's form without another line."""
+    monkeypatch.setattr(prefkern.objectives.registry, "REGISTRY", registry := dict(REGISTRY))
+    monkeypatch.setattr(prefkern.objectives, "REGISTRY", registry)
+    names: dict[str, Any] = {"PreferenceConfig": prefkern.PreferenceConfig}
+    exec(BLOCKS[key], names)
+    built = names["config"].build_objective()
+    assert type(built).__name__ == "HingedSimPO" and built.adaptive.clip == 1.5
+    logps = torch.tensor([[-6.0, -9.0], [-8.0, -4.0]]).requires_grad_()
+    lengths = torch.tensor([[3, 4], [2, 5]])
+    pairs = prefkern.Pairs(*logps, None, None, *lengths)
+    result = built(pairs)
+    means = (logps / lengths).detach()
+    ratio = (lengths[0] / lengths[1] * (means[0] - means[1]).exp()).clamp(max=1.5)
+    torch.testing.assert_close(result.beta_chosen, 2.0 * ratio)
+    delta = 2.0 * (ratio * means[0] - means[1]) - 0.3
+    torch.testing.assert_close(result.losses.detach(), (1 - delta).clamp(min=0))
+    assert (result.losses > 0).any()
+    plain = prefkern.objectives.build("hinged-simpo", beta=1.0)
+    torch.testing.assert_close(
+        plain(pairs).losses.detach(), (1 - (means[0] - means[1] - 0.5)).clamp(min=0)
+    )
+    assert built.pair_kernel_options()["link"] == "hinge"
+    data = {"hidden": torch.randn(4, 5, 8), "weight": torch.randn(32, 8).requires_grad_()}
+    loss_fn = prefkern.FusedPreferenceLoss(built)
+    loss_fn(**data, labels=torch.randint(32, (4, 5))).loss.backward()
+    assert data["weight"].grad.isfinite().all()
 
 
 @runs(("docs/objectives.md", "Several at once", "python"))

@@ -88,6 +88,16 @@ def simpo_loss(pairs, beta: float, gamma: float) -> float:
     )
 
 
+def omnidpo_loss(pairs) -> float:
+    """Its two weights at the defaults; a model that is its reference is not below it."""
+    weights = (
+        1 / (1 + math.exp(-0.7 * h))
+        / (1 + math.exp(2.0 * (w["logp"] / w["n"] - r["logp"] / r["n"]) - 0.8)) ** 3
+        for h, (w, r) in zip(MARGINS, pairs, strict=False)
+    )  # fmt: skip
+    return LN2 * mean(weights)
+
+
 def madpo_weight(h: float, tau: float = 7.0, c_max: float = 4.0, c_min: float = 0.25) -> float:
     """MADPO's Eq. 4 and 5 as they are printed."""
     if h <= -tau:
@@ -111,24 +121,38 @@ OPTIONS = {
 # in ways that `test_one_step_against_float64_logits` is about.
 FIRST_LOSS = {
     "dpo": lambda pairs: LN2,
+    "lndpo": lambda pairs: LN2,
     "robust": lambda pairs: LN2,
     "hinge": lambda pairs: 1.0,
     "ipo": lambda pairs: 25.0,  # (1 / (2 tau))^2 at tau = 0.1
     "rdpo": lambda pairs: mean(softplus(0.05 * (w["n"] - r["n"])) for w, r in pairs),
+    # KL((1/2, 1/2) || (1 - e, e)), e = 1e-3
+    "exo": lambda pairs: -LN2 - math.log(0.999e-3) / 2,
+    "discopop": lambda pairs: (LN2 + 1) / 2,
+    "nca": lambda pairs: 2 * LN2,
+    "sppo": lambda pairs: 50.0,  # 2 (1 / (2 beta))^2 at beta = 0.1
+    "apozero": lambda pairs: 1.0,
+    "apodown": lambda pairs: 1.0,
     "cpo": None,
     "orpo": None,
     "simpo": lambda pairs: simpo_loss(pairs, 2.0, 1.0),
+    "sft": lambda pairs: mean(-w["logp"] / w["n"] for w, _ in pairs),
     # Gaps of 0 have no spread, and so no z-score.
     "alphadpo": lambda pairs: simpo_loss(pairs, 10.0, 3.0),
     "madpo": lambda pairs: LN2 * mean(map(madpo_weight, MARGINS[:4])),
+    "omnidpo": omnidpo_loss,
     "betadpo": lambda pairs: LN2,
     "tdpo1": lambda pairs: LN2,
     "tdpo2": lambda pairs: LN2,
     "kto": lambda pairs: 0.5,
 }
-FIRST_LOSS |= {
-    f"ada{name}": FIRST_LOSS[name] for name in ("dpo", "robust", "hinge", "ipo", "rdpo")
-} | dict.fromkeys(("adacpo", "adaorpo", "adasimpo"))
+# Ratios of 1, or scores of 0.
+OF_RATIOS = (
+    *("dpo", "lndpo", "robust", "hinge", "ipo", "rdpo", "exo", "discopop", "nca", "sppo"),
+    *("apozero", "apodown", "omnidpo"),
+)
+FIRST_LOSS |= {f"ada{name}": FIRST_LOSS[name] for name in OF_RATIOS}
+FIRST_LOSS |= dict.fromkeys(("adacpo", "adaorpo", "adasimpo"))
 
 
 def trained(run: PreferenceTrainer) -> list[dict]:
