@@ -9,6 +9,9 @@ well. `accelerator_config={"even_batches": False}` or `dataloader_drop_last` avo
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
-from prefkern.training.sharding import is_sharded
+from prefkern.training.sharding import is_sharded, sharded
 from prefkern.training.trainable import (
     check_optimizer,
     check_trainable,
@@ -96,20 +99,33 @@ class ItemTrainer(CheckpointTrainer):
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Trainer's loop, with means over items in place of its mean over batches.
-
-        Raises ValueError before training under FSDP2, which shards a model with its optimizer.
-        """
-        if self.accelerator.is_fsdp2 and not is_sharded(self.model):  # pyright: ignore[reportArgumentType]
-            raise ValueError(
-                "evaluation before training is not supported under FSDP2, which shards the model "
-                "when training begins: set eval_on_start, or evaluate on one process or under DDP"
-            )
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        """Trainer's loop, with means over items in place of its mean over batches."""
+        with self._sharded_by_now():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
         means = self._evaluated(output.predictions)
         output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
         return output
+
+    @contextmanager
+    def _sharded_by_now(self) -> Iterator[None]:
+        """Before training under FSDP2, a sharded copy of the model in its place.
+
+        The model itself is sharded with its optimizer, when training begins: Accelerate takes the
+        two together alone.
+        """
+        whole: Any = self.model
+        if not self.accelerator.is_fsdp2 or is_sharded(whole):
+            yield
+            return
+        self.model = sharded(copy.deepcopy(whole), self.accelerator)
+        # Trainer prepares a model, for evaluation, if there is none here.
+        self.accelerator._models.append(self.model)
+        try:
+            yield
+        finally:
+            self.accelerator._models.pop()
+            self.model = whole
 
     def _evaluated(self, predictions: Any) -> dict[str, float]:
         """The metrics of an evaluation, from what `prediction_step` returned for all items."""

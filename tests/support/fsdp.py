@@ -27,6 +27,7 @@ from prefkern.cli import __main__ as cli
 from prefkern.models import transform
 from prefkern.models.heads import unwrap
 from support import tiny
+from support.adapters import lora as adapter
 from support.adapters import trained
 from support.command_line import flags
 from support.ddp import MismatchedByRank, single_rows_by_rank, torchrun
@@ -106,6 +107,7 @@ def half_frozen():
     return model
 
 
+TDPO = {"objective": "tdpo2"}
 SUMS = {"precompute_ref_log_probs": True}
 # Beside these options each run has 8 pairs and a joint batch of 4.
 CASES = {
@@ -149,6 +151,36 @@ CASES = {
         "peft_config": lora(),
         "bf16": True,
     },
+    "trained adapter": lambda: {"model": trained()},
+    "trained adapter, whole head, checkpointed, bf16": lambda: {
+        "model": trained(adapter(modules_to_save=["lm_head"])),
+        "bf16": True,
+        "gradient_checkpointing": True,
+    },
+    "tdpo, adapter off": lambda: {**TDPO, "peft_config": lora()},
+    "tdpo, adapter off, tied head": lambda: {**TDPO, "model": tied(), "peft_config": lora()},
+    "tdpo, adapter off, lora on the head": lambda: {
+        **TDPO,
+        "peft_config": lora(target_modules=["q_proj", "lm_head"]),
+    },
+    "tdpo, adapter off, whole head, bf16": lambda: {
+        **TDPO,
+        "peft_config": lora(modules_to_save=["lm_head"]),
+        "bf16": True,
+    },
+    "tdpo, trained adapter, whole head": lambda: {
+        **TDPO,
+        "model": trained(adapter(modules_to_save=["lm_head"])),
+    },
+    "tdpo, reference": lambda: {**TDPO, "ref_model": tiny.model(seed=1)},
+    "tdpo, reference, packed, checkpointed": lambda: {
+        **TDPO,
+        "ref_model": tiny.model(seed=1),
+        "peft_config": lora(),
+        "padding_free": True,
+        "gradient_checkpointing": True,
+    },
+    "tdpo, copy, bf16": lambda: {**TDPO, "bf16": True},
     # Between this policy and this reference KTO's reference point is above 0.
     "kto": lambda: {
         "objective": "kto",
@@ -253,7 +285,7 @@ def outcome_of(path: Path, case: str, ranks: int) -> dict:
     run.train()
     assert run.args.world_size == ranks and run.is_fsdp_enabled == (ranks > 1)
     evaluated = [run.evaluate()] if "eval_dataset" in options else []
-    own = ("adapter off", "precomputed", "copy", "reference, bf16")
+    own = ("adapter off", "precomputed", "copy", "reference, bf16", "trained adapter")
     is_own = any(name in case for name in own) and "reference, precomputed" not in case
     return {"steps": steps, "logs": [*step_logs(run), *evaluated], "is_own_reference": is_own}
 
