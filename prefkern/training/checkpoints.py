@@ -150,6 +150,9 @@ class CheckpointTrainer(Trainer):
         if writes:
             _take_places(folder)
             remove(folder / _UNFINISHED)
+            # Every rank looks whether it is there, and takes it for the best checkpoint; of a
+            # sharded model nothing is in it by then.
+            (folder / _UNFINISHED / f"checkpoint-{self.state.global_step}").mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._staging, self._to_push = folder / _UNFINISHED, None
         try:
