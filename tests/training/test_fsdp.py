@@ -35,7 +35,7 @@ from support.fsdp import (
     outcome_of,
 )
 from support.resumed import STEPS
-from support.training import assert_same_weights, config, made, trainer, weights
+from support.training import assert_same_weights, config, made, weights
 
 LN2 = math.log(2)
 
