@@ -23,6 +23,7 @@ from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
+from prefkern.training.launched import warn_of_missing_processes
 from prefkern.training.sharding import is_sharded, sharded
 from prefkern.training.trainable import (
     check_optimizer,
@@ -49,6 +50,7 @@ class ItemTrainer(CheckpointTrainer):
         had_cache = hasattr(config, "use_cache")
         use_cache = getattr(config, "use_cache", None)
         super().__init__(*args, model=model, **kwargs)
+        warn_of_missing_processes(self.args.world_size)
         # Trainer switches the cache off for good, and saves that. Forwards here run without it. The
         # config of a model of several parts had no such entry.
         if had_cache:
