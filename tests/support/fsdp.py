@@ -309,10 +309,12 @@ def outcome_of(path: Path, case: str, ranks: int) -> dict:
     evaluated = [run.evaluate()] if "eval_dataset" in options else []
     own = ("adapter off", "precomputed", "copy", "reference, bf16", "trained adapter")
     is_own = any(name in case for name in own) and "reference, precomputed" not in case
+    meshes = {p.device_mesh for p in run.model.parameters() if hasattr(p, "device_mesh")}
     return {
         "steps": steps,
         "logs": [*step_logs(run), *evaluated, *first],
         "is_own_reference": is_own,
+        "mesh": next((tuple(mesh.shape) for mesh in meshes), None),
     }
 
 
