@@ -902,9 +902,23 @@ MUTATIONS = (
     Mutation(
         "a trained adapter's reference is what it is now",
         "prefkern/models/own_reference.py",
-        "                own.data = value.to(own.dtype)",
-        "                own.data = own.data.clone()",
+        "                parameter.data = value.to(parameter.dtype)",
+        "                parameter.data = parameter.data.clone()",
         "tests/training/test_initial_adapter.py tests/models/test_own_reference.py",
+    ),
+    Mutation(
+        "a trained adapter's reference in shards is what it is now",
+        "prefkern/models/own_reference.py",
+        "                shard.copy_(self._values[name].to_local())",
+        "                shard.copy_(trained[name])",
+        "tests/training/test_fsdp.py -k trained",
+    ),
+    Mutation(
+        "a reference model's head is used after FSDP2 has freed it",
+        "prefkern/training/objective_trainer.py",
+        "        return values.detach().clone() if copies_head else values.detach()",
+        "        return values.detach()",
+        "tests/training/test_fsdp.py -k tdpo",
     ),
     Mutation(
         "a model in which nothing can move is trained",

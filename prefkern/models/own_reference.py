@@ -10,7 +10,8 @@ switch on layers that were off, and leave the forward of a prompt's model replac
 is noted before and restored after, also after an exception.
 
 An initial adapter is not another adapter of the model: its values stand in for the trained ones
-during the pass. So it works for every kind of adapter, and no checkpoint holds it.
+during the pass. So it works for every kind of adapter, and no checkpoint holds it. Under FSDP2 each
+rank keeps its shard of the values.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _SWITCHES = (
     "forward",
     "prepare_inputs_for_generation",
 )
+_CHECKPOINTED = "_checkpoint_wrapped_module."
 # What to do where an initial adapter cannot be the reference.
 ALTERNATIVES = (
     "set precompute_ref_log_probs, or load the adapter a second time under a name of its own "
@@ -103,26 +105,77 @@ class InitialAdapter:
     def in_use(self, model: nn.Module) -> Iterator[None]:
         """These values in the model's parameters within the context; then its own again.
 
-        Raises ValueError if the parameters are sharded by now.
+        Raises ValueError if the parameters are sharded by now in another way than FSDP2's.
         """
-        parameters = dict(model.named_parameters())
+        units = [module for module in model.modules() if _is_fsdp2(module)]
+        _reshard(units)
+        # FSDP's checkpointing puts a module between.
+        parameters = {
+            name.replace(_CHECKPOINTED, ""): parameter
+            for name, parameter in model.named_parameters()
+        }
         for name, value in self._values.items():
             own = parameters.get(name)
-            if own is None or own.shape != value.shape or is_traceable_wrapper_subclass(own.data):
+            is_other = own is not None and not units and is_traceable_wrapper_subclass(own.data)
+            if own is None or own.shape != value.shape or is_other:
                 raise ValueError(
                     "the reference is the adapter before training, and the adapter's weights are "
                     f"sharded now ({name}): {ALTERNATIVES}"
                 )
-        trained = {name: parameters[name].data for name in self._values}
+        own = {name: parameters[name] for name in self._values}
         # An autocast around the whole run keeps its cast of a parameter, whatever the values are.
         torch.clear_autocast_cache()
+        exchanged = self._in_shards(own) if units else self._in_data(own)
         try:
-            for name, value in self._values.items():
-                own = parameters[name]
-                self._values[name] = value = value.to(own.device)
-                own.data = value.to(own.dtype)
+            with exchanged:
+                yield
+        finally:
+            # What is gathered and cast is of these values.
+            _reshard(units)
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def _in_data(self, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+        trained = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                self._values[name] = value = self._values[name].to(parameter.device)
+                parameter.data = value.to(parameter.dtype)
             yield
         finally:
             for name, value in trained.items():
                 parameters[name].data = value
-            torch.clear_autocast_cache()
+
+    @contextmanager
+    def _in_shards(self, parameters: dict[str, Any]) -> Iterator[None]:
+        """In place, since FSDP2 gathers from memory of its own, of which a shard is a view."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        for name, parameter in parameters.items():
+            value = self._values[name]
+            if not isinstance(value, DTensor):
+                # From rank 0: where one rank alone loads the weights, the others' are of no use.
+                mesh, placements = parameter.device_mesh, parameter.placements
+                whole = value.to(mesh.device_type, parameter.dtype)
+                self._values[name] = distribute_tensor(whole, mesh, placements)
+        locals_ = {name: parameter.detach().to_local() for name, parameter in parameters.items()}
+        trained = {name: shard.clone() for name, shard in locals_.items()}
+        try:
+            for name, shard in locals_.items():
+                shard.copy_(self._values[name].to_local())
+            yield
+        finally:
+            for name, shard in locals_.items():
+                shard.copy_(trained[name])
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _reshard(units: list[Any]) -> None:
+    """Free what FSDP2 has gathered of these units, and has not freed itself."""
+    for unit in units:
+        unit.reshard()

@@ -155,6 +155,9 @@ class CheckpointTrainer(SavingTrainer):
         if writes:
             _take_places(folder)
             remove(folder / UNFINISHED)
+            # Every rank looks whether it is there, and takes it for the best checkpoint; of a
+            # sharded model nothing is in it by then.
+            (folder / UNFINISHED / f"checkpoint-{self.state.global_step}").mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         self._staging, self._to_push = folder / UNFINISHED, None
         try:

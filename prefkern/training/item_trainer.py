@@ -9,6 +9,9 @@ well. `accelerator_config={"even_batches": False}` or `dataloader_drop_last` avo
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ from prefkern.data.columns import COLUMNS
 from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.training.checkpoints import CheckpointTrainer
-from prefkern.training.sharding import is_sharded, mode_of
+from prefkern.training.launched import warn_of_missing_processes
+from prefkern.training.sharding import is_sharded, mode_of, sharded
 from prefkern.training.trainable import (
     check_optimizer,
     check_trainable,
@@ -46,6 +50,7 @@ class ItemTrainer(CheckpointTrainer):
         had_cache = hasattr(config, "use_cache")
         use_cache = getattr(config, "use_cache", None)
         super().__init__(*args, model=model, **kwargs)
+        warn_of_missing_processes(self.args.world_size)
         # Trainer switches the cache off for good, and saves that. Forwards here run without it. The
         # config of a model of several parts had no such entry.
         if had_cache:
@@ -98,20 +103,40 @@ class ItemTrainer(CheckpointTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, with means over items in place of its mean over batches.
 
-        Raises ValueError before training under FSDP2 and DeepSpeed, which shard a model with its
-        optimizer.
+        Raises ValueError before training under DeepSpeed, which shards a model with its optimizer.
         """
-        is_before = self.accelerator.is_fsdp2 and not is_sharded(self.model)  # pyright: ignore[reportArgumentType]
-        if is_before or (self.is_deepspeed_enabled and self.deepspeed is None):
+        if self.is_deepspeed_enabled and self.deepspeed is None:
             raise ValueError(
-                f"evaluation before training is not supported under {mode_of(self.args)}, which shards the model "
-                "when training begins: set eval_on_start, or evaluate on one process or under DDP"
+                f"evaluation before training is not supported under {mode_of(self.args)}, which "
+                "shards the model when training begins: set eval_on_start, or evaluate on one "
+                "process or under DDP or FSDP2"
             )
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._sharded_by_now():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
         means = self._evaluated(output.predictions)
         output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in means.items()})
         return output
+
+    @contextmanager
+    def _sharded_by_now(self) -> Iterator[None]:
+        """Before training under FSDP2, a sharded copy of the model in its place.
+
+        The model itself is sharded with its optimizer, when training begins: Accelerate takes the
+        two together alone.
+        """
+        whole: Any = self.model
+        if not self.accelerator.is_fsdp2 or is_sharded(whole):
+            yield
+            return
+        self.model = sharded(copy.deepcopy(whole), self.accelerator)
+        # Trainer prepares a model, for evaluation, if there is none here.
+        self.accelerator._models.append(self.model)
+        try:
+            yield
+        finally:
+            self.accelerator._models.pop()
+            self.model = whole
 
     def _evaluated(self, predictions: Any) -> dict[str, float]:
         """The metrics of an evaluation, from what `prediction_step` returned for all items."""

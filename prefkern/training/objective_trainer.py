@@ -66,9 +66,10 @@ class ObjectiveTrainer(ItemTrainer):
         if parallelism is not None and parallelism.non_data_parallel_size > 1:
             raise ValueError("tensor parallelism is not supported yet in the trainers")
         needs_kls = getattr(self.loss_fn.objective, "needs_kls", False)
-        if needs_kls and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        will_shard = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if needs_kls and will_shard and not self.accelerator.is_fsdp2:
             # The reference's head is freed when its forward ends.
-            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP")
+            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP1: use FSDP2")
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -194,12 +195,18 @@ def reference_states(
     inputs: dict[str, Any],
     labels: Tensor,  # (2B, T), aligned
     is_packed: bool = False,
+    copies_head: bool = False,
 ) -> dict[str, Any]:
     """The reference's hidden states and head, for objectives that compare distributions (TDPO).
 
-    Call it without gradients. Raises ValueError if the two models transform their logits
+    Call it without gradients. `copies_head`: the head's memory is freed, or gets other values, when
+    the reference's forward ends. Raises ValueError if the two models transform their logits
     differently.
     """
+
+    def kept(values: Tensor) -> Tensor:
+        return values.detach().clone() if copies_head else values.detach()
+
     if head_transform(reference) != head_transform(policy):
         raise ValueError(
             "policy and reference transform their logits differently "
@@ -212,8 +219,8 @@ def reference_states(
             raise ValueError("LoRA on the output head of the reference is not supported for TDPO")
         states = {
             "ref_hidden": head.of_tokens(labels, is_packed).hidden.detach(),
-            "ref_weight": head.weight.detach(),
-            "ref_bias": None if head.bias is None else head.bias.detach(),
+            "ref_weight": kept(head.weight),
+            "ref_bias": None if head.bias is None else kept(head.bias),
         }
         return states, head.hidden
 

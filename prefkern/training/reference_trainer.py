@@ -115,9 +115,15 @@ class ReferenceTrainer(TokenBatchTrainer):
         """The reference's hidden states and head, for objectives that compare distributions."""
         cu_seqlens = inputs.get("cu_seqlens")
         labels = align_labels(inputs["labels"], cu_seqlens)
+        # FSDP2 frees a head when its forward ends. That of an adapter's base is gathered again, into
+        # the same memory, with the policy's own head, for its forward and for its backward.
+        is_base = self.ref_model is None and self._initial_adapter is None
+        copies_head = self.accelerator.is_fsdp2 and not is_base
         with torch.no_grad(), self._reference() as model, self._autocast():
             inputs = {**model_inputs(model, inputs), **RouterLoss().asked_of(model)}
-            return reference_states(model, policy, inputs, labels, cu_seqlens is not None)
+            return reference_states(
+                model, policy, inputs, labels, cu_seqlens is not None, copies_head
+            )
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:

@@ -55,10 +55,10 @@ def check_sharded_reference(mode: str | None, needs: Needs, *, is_carried: bool)
     """
     if mode is None or not needs.reference or is_carried:
         return
-    if needs.distributions:
+    if needs.distributions and mode != "FSDP2":
         raise ValueError(
-            f"TDPO is not supported yet under DeepSpeed or FSDP (here {mode}); train it under DDP, "
-            "or take an objective that needs sums alone"
+            f"TDPO is not supported yet under {mode}: {_FSDP2} or DDP, or take an objective that "
+            "needs sums alone"
         )
     if mode == "FSDP1":
         raise ValueError(

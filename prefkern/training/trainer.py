@@ -506,9 +506,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 "copy of the adapter that was given: merge it (merge_and_unload) and give a "
                 f"peft_config, or set ref_adapter_name={BASE!r}"
             )
-        will_shard = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if is_copied and will_shard and not self._has_sums:
+        if is_copied and is_deepspeed_zero3_enabled() and not self._has_sums:
             raise ValueError(
-                "a copy of a trained adapter is not supported as the reference yet under FSDP or "
-                f"ZeRO-3: {ALTERNATIVES}"
+                "a copy of a trained adapter is not supported as the reference yet under ZeRO-3: "
+                f"{ALTERNATIVES}"
             )

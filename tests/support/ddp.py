@@ -247,10 +247,10 @@ if RESUMES:
     OTHERS["resumed"] = _resumed
 
 
-def torchrun(module: str, *arguments: str, **settings: str) -> None:
-    """Run a module on two ranks, with these environment variables."""
+def torchrun(module: str, *arguments: str, count: int = 2, **settings: str) -> None:
+    """Run a module on so many ranks, with these environment variables."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = ["--nproc-per-node=2", "-m", module, *arguments]
+    script = [f"--nproc-per-node={count}", "-m", module, *arguments]
     subprocess.run([*launcher, *script], env={**environment(), **settings}, check=True, timeout=400)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prefkern.cli import __main__ as cli
 from prefkern.models import transform
 from prefkern.models.heads import unwrap
 from support import tiny
+from support.adapters import lora as adapter
 from support.adapters import trained
 from support.command_line import flags
 from support.ddp import MismatchedByRank, single_rows_by_rank, torchrun
@@ -106,7 +108,14 @@ def half_frozen():
     return model
 
 
+TDPO = {"objective": "tdpo2"}
 SUMS = {"precompute_ref_log_probs": True}
+# Evaluated before training as well; the ranks' last batch is uneven.
+FIRST = {
+    "eval_dataset": tiny.dataset(5, seed=3),
+    "per_device_eval_batch_size": 2,
+    "first": True,
+}
 # Beside these options each run has 8 pairs and a joint batch of 4.
 CASES = {
     "full, none": lambda: {"objective": "simpo"},
@@ -136,6 +145,19 @@ CASES = {
     "full, reference": lambda: {"ref_model": tiny.model(seed=1)},
     "full, copy, bf16": lambda: {"bf16": True},
     "full, reference, precomputed": lambda: {**SUMS, "ref_model": tiny.model(seed=1)},
+    "full, reference, evaluated first": lambda: {
+        **FIRST,
+        "ref_model": tiny.model(seed=1),
+        "learning_rate": 0.02,
+    },
+    "lora, none, bf16, evaluated first": lambda: {
+        **FIRST,
+        "objective": "simpo",
+        "peft_config": lora(),
+        "bf16": True,
+    },
+    "trained adapter, evaluated first": lambda: {**FIRST, "model": trained()},
+    "lora, precomputed, evaluated first": lambda: {**FIRST, **SUMS, "peft_config": lora()},
     # A reference of another family is sharded by layers of its own.
     "lora, reference, evaluated": lambda: {
         "ref_model": tiny.model("Gemma2", seed=1),
@@ -149,6 +171,36 @@ CASES = {
         "peft_config": lora(),
         "bf16": True,
     },
+    "trained adapter": lambda: {"model": trained()},
+    "trained adapter, whole head, checkpointed, bf16": lambda: {
+        "model": trained(adapter(modules_to_save=["lm_head"])),
+        "bf16": True,
+        "gradient_checkpointing": True,
+    },
+    "tdpo, adapter off": lambda: {**TDPO, "peft_config": lora()},
+    "tdpo, adapter off, tied head": lambda: {**TDPO, "model": tied(), "peft_config": lora()},
+    "tdpo, adapter off, lora on the head": lambda: {
+        **TDPO,
+        "peft_config": lora(target_modules=["q_proj", "lm_head"]),
+    },
+    "tdpo, adapter off, whole head, bf16": lambda: {
+        **TDPO,
+        "peft_config": lora(modules_to_save=["lm_head"]),
+        "bf16": True,
+    },
+    "tdpo, trained adapter, whole head": lambda: {
+        **TDPO,
+        "model": trained(adapter(modules_to_save=["lm_head"])),
+    },
+    "tdpo, reference": lambda: {**TDPO, "ref_model": tiny.model(seed=1)},
+    "tdpo, reference, packed, checkpointed": lambda: {
+        **TDPO,
+        "ref_model": tiny.model(seed=1),
+        "peft_config": lora(),
+        "padding_free": True,
+        "gradient_checkpointing": True,
+    },
+    "tdpo, copy, bf16": lambda: {**TDPO, "bf16": True},
     # Between this policy and this reference KTO's reference point is above 0.
     "kto": lambda: {
         "objective": "kto",
@@ -233,6 +285,7 @@ def outcome_of(path: Path, case: str, ranks: int, cases=CASES, record=record, **
     """A run of two steps; `sharding` are options of the run if there are several ranks."""
     options = {**cases[case](), **(sharding if ranks > 1 else {})}
     accumulated, joint = options.pop("accumulated", 1), options.pop("joint", {})
+    is_evaluated_first = options.pop("first", False)
     sizes = {"per_device_train_batch_size": 4 // ranks // accumulated}
     sizes["gradient_accumulation_steps"] = accumulated
     if ranks == 1:
@@ -251,13 +304,20 @@ def outcome_of(path: Path, case: str, ranks: int, cases=CASES, record=record, **
         },
     )
     steps = record(run)
+    first = [run.evaluate()] if is_evaluated_first else []
     run.train()
     assert run.args.world_size == ranks
     assert (run.is_fsdp_enabled or run.is_deepspeed_enabled) == (ranks > 1)
     evaluated = [run.evaluate()] if "eval_dataset" in options else []
-    own = ("adapter off", "precomputed", "copy", "reference, bf16")
+    own = ("adapter off", "precomputed", "copy", "reference, bf16", "trained adapter")
     is_own = any(name in case for name in own) and "reference, precomputed" not in case
-    return {"steps": steps, "logs": [*step_logs(run), *evaluated], "is_own_reference": is_own}
+    meshes = {p.device_mesh for p in run.model.parameters() if hasattr(p, "device_mesh")}
+    return {
+        "steps": steps,
+        "logs": [*step_logs(run), *evaluated, *first],
+        "is_own_reference": is_own,
+        "mesh": next((tuple(mesh.shape) for mesh in meshes), None),
+    }
 
 
 def _found_again(path: Path) -> dict:
@@ -282,20 +342,26 @@ def _found_again(path: Path) -> dict:
     return made
 
 
-def _later(path: Path) -> dict:
-    """Evaluation before training, and of datasets that come after it."""
-    said, losses = [], []
-    for options in ({}, {"peft_config": lora()}, {"model": trained()}):
-        run = trainer(path, per_device_train_batch_size=2, **SUMS, **options)
-        with pytest.raises(ValueError) as raised:
-            run.evaluate(tiny.dataset(4, seed=3))
-        said.append(str(raised.value))
-        run.train()
-        try:
-            losses.append(run.evaluate(tiny.dataset(4, seed=4))["eval_loss"])
-        except ValueError as error:
-            losses.append(str(error))
-    return {"said": said, "losses": losses}
+def _later(path: Path) -> list[float | str]:
+    """Evaluation of datasets that come after training."""
+    return [later(path, case) for case in LATER]
+
+
+LATER = {
+    "full": dict,
+    "lora": lambda: {"peft_config": lora()},
+    "trained adapter": lambda: {"model": trained()},
+}
+
+
+def later(path: Path, case: str, **sizes: int) -> float | str:
+    """The loss, or why there is none."""
+    run = trainer(path, **{"per_device_train_batch_size": 2, **SUMS, **LATER[case](), **sizes})
+    run.train()
+    try:
+        return run.evaluate(tiny.dataset(4, seed=4))["eval_loss"]
+    except ValueError as error:
+        return str(error)
 
 
 COMMANDS = {
@@ -383,21 +449,42 @@ OTHERS = {
 }
 
 
-def launch(folder: Path, version: int, *names: str, **settings: str) -> None:
-    """Run these cases on two ranks; each leaves what it saw in `folder`/rank0.pt or rank1.pt."""
+def launch(
+    folder: Path, version: int, *names: str, module: str = "fsdp", count: int = 2, **settings: str
+) -> None:
+    """Run these cases on ranks; each leaves what it saw in `folder`/rank0.pt, rank1.pt, ...
+
+    Args:
+        folder: of the runs.
+        version: of FSDP.
+        names: of the cases.
+        module: of this folder; it calls `run_cases`.
+        count: how many ranks.
+        settings: environment variables.
+    """
     given = {**SETTINGS, **VERSIONS[version], **settings}
-    torchrun("support.fsdp", str(folder), *names, **given)
+    torchrun(f"support.{module}", str(folder), *names, count=count, **given)
+
+
+def run_cases(outcome: Callable[[Path, str, int], Any]) -> None:
+    """What a rank does: `outcome(folder, case, ranks)` of each case, saved."""
+    torch.set_num_threads(1)
+    fsdp_on_cpus()
+    folder, ranks = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    outcomes = {}
+    for case in sys.argv[2:]:
+        outcomes[case] = outcome(folder, case, ranks)
+        # A case may read what rank 0 has written in the one before.
+        torch.distributed.barrier()
+    torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _outcome(folder: Path, case: str, ranks: int) -> Any:
+    if case in OTHERS:
+        return OTHERS[case](folder / case)
+    return outcome_of(folder / case, case, ranks)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    fsdp_on_cpus()
-    folder = Path(sys.argv[1])
-    outcomes = {
-        case: OTHERS[case](folder / case)
-        if case in OTHERS
-        else outcome_of(folder / case, case, ranks=int(os.environ["WORLD_SIZE"]))
-        for case in sys.argv[2:]
-    }
-    torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    run_cases(_outcome)

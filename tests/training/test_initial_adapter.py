@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prefkern.models.adapters import BASE
+from prefkern.training import trainer as module_of_trainer
 from support import tiny
 
 pytest.importorskip("accelerate")
@@ -168,7 +169,7 @@ def test_a_run_resumed_with_another_reference_is_noticed(tmp_path, caplog):
     assert "without an adapter, and is weights of its own now" in resumed(own)
 
 
-def test_what_cannot_have_a_copy_as_reference_says_what_to_do(tmp_path, caplog):
+def test_what_cannot_have_a_copy_as_reference_says_what_to_do(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.ERROR)
     model = trained(lora(target_modules=["lm_head", "q_proj"]))
     message = r"copy of the adapter that was given: merge it .*ref_adapter_name='__base__'"
@@ -176,11 +177,12 @@ def test_what_cannot_have_a_copy_as_reference_says_what_to_do(tmp_path, caplog):
         trainer(tmp_path, model=model, objective="tdpo1")
     run = trainer(tmp_path, model=trained(), objective="dpo")
     run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="under FSDP or ZeRO-3: set precompute_ref_log_probs, or"):
+    run._refuse_unsupported_setups()
+    monkeypatch.setattr(module_of_trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="yet under ZeRO-3: set precompute_ref_log_probs, or"):
         run._refuse_unsupported_setups()
     given = {"objective": "dpo", "precompute_ref_log_probs": True}
     run = trainer(tmp_path, model=trained(), **given)
     carried = trainer(tmp_path, model=trained(), objective="dpo", train_dataset=run.train_dataset)
     for each in (run, carried):
-        each.is_fsdp_enabled = True
         each._refuse_unsupported_setups()
