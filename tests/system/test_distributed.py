@@ -70,7 +70,9 @@ def report(said: str) -> dict:
     return json.loads(line)
 
 
-def assert_trained_as_on_one_process(folder: Path, name: str, **given) -> None:
+def assert_trained_as_on_one_process(
+    folder: Path, name: str, rounding: float = 0.0, **given
+) -> None:
     """Within the rounding of bfloat16, in which the files train."""
     load = transformers.AutoModelForCausalLM.from_pretrained
     if "lora_r" in given:
@@ -85,7 +87,8 @@ def assert_trained_as_on_one_process(folder: Path, name: str, **given) -> None:
     moved = []
     for weight, expected in weights(run.model).items():
         moved.append((expected - before[weight]).norm())
-        assert (weights_found[weight] - expected).norm() <= 0.1 * moved[-1] + 1e-4, weight
+        allowed = 0.1 * moved[-1] + 1e-4 + rounding * expected.norm()
+        assert (weights_found[weight] - expected).norm() <= allowed, weight
     assert max(moved) > 1e-2
 
 
@@ -154,7 +157,8 @@ def test_zero(files, stage):
     said = ran([*launch, *options(files, name, 2, lora_r=4, bf16=True)], DS_ACCELERATOR="cpu")
     found = report(said)
     assert (found["ranks"], found["stage"], found["bf16"]) == (2, stage, True)
-    assert_trained_as_on_one_process(files, name, lora_r=4)
+    # DeepSpeed saves its weights in bfloat16.
+    assert_trained_as_on_one_process(files, name, rounding=2.0**-8, lora_r=4)
 
 
 def test_the_page_and_the_files_name_one_another():
