@@ -121,6 +121,7 @@ def preference_loss(
     temperature: float = 1.0,
     *,
     ignore_index: int = -100,
+    ld_alpha: float | None = None,
     return_stats: bool = False,
     desirable: Tensor | None = None,  # (S,), KTO
     mismatched_log_ratios: Tensor | None = None,  # (M,), KTO
@@ -139,6 +140,7 @@ def preference_loss(
     plain.boolean("return_stats", return_stats)
     sequences = loss_checks.bounds(labels, cu_seqlens, isinstance(objective, Objective))
     count = len(sequences) - 1
+    loss_checks.ld_alpha(ld_alpha, objective)
     loss_checks.reference(
         objective, hidden, weight, ref_hidden, ref_weight, ref_bias, ref_logps, count
     )
@@ -174,11 +176,25 @@ def preference_loss(
         **adapter,
     )
     assert isinstance(stats, TokenStats)
-    sums = sequence_sums(stats.logps)
     lengths = sequence_sums(scored.long())
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2) if ld_alpha is not None else None
+
+    def discounted(logps: Tensor) -> Tensor:  # (tokens) or (2B, T) -> (2B,)
+        """Sums in which tokens beyond the shorter response's length weigh ld_alpha (LD-DPO)."""
+        if shared is None:
+            return sequence_sums(logps)
+        weights = torch.full((logps.numel(),), ld_alpha, dtype=logps.dtype, device=logps.device)
+        for first, last, count in zip(found, found[1:], shared.tolist(), strict=False):
+            weights[first:last][scored.reshape(-1)[first:last].cumsum(0) <= count] = 1
+        # A weight of 0 leaves a token out, even one of -inf.
+        weights = weights.view(logps.shape)
+        return sequence_sums(torch.where(weights == 0, 0.0, weights * logps))
+
+    sums = discounted(stats.logps)
+    whole = None if ld_alpha is None else sequence_sums(stats.logps)
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
-            ref_logps = sequence_sums(
+            ref_logps = discounted(
                 linear_logprobs(
                     ref_hidden, ref_weight, labels, ref_bias, ignore_index=ignore_index, **transform
                 )  # pyright: ignore[reportArgumentType]
@@ -211,7 +227,7 @@ def preference_loss(
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1).detach()
         per_token = _divergence(log_p, log_r)
         kls = sequence_sums(torch.where(scored, per_token, 0.0))
-    given = (ref_logps, lengths, reward_margins, alignments, kls)
+    given = (ref_logps, lengths, reward_margins, alignments, kls, whole)
     if torch.is_inference_mode_enabled():
         # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
         with torch.inference_mode(False):

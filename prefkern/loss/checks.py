@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefkern.objectives import Objective, UnpairedObjective
-from prefkern.ops import checks
+from prefkern.ops import checks, plain
 from prefkern.ops.shards import VocabShard
 
 
@@ -75,6 +75,31 @@ def reference(
         raise ValueError(
             f"{name} needs a reference: give ref_hidden and ref_weight, or ref_logps, "
             "sums computed earlier"
+        )
+
+
+def ld_alpha(
+    value: float | None, objective: Objective | UnpairedObjective, over_ranks: bool = False
+) -> None:
+    """Check the weight of tokens beyond the shorter response's length (LD-DPO)."""
+    if value is None:
+        return
+    plain.share("ld_alpha", value)
+    is_paired = isinstance(objective, Objective)
+    if not is_paired:
+        raise ValueError(
+            f"ld_alpha is {value!r}, and {type(objective).__name__} has no pairs, whose shorter "
+            "response tells which tokens to weigh less; leave it out"
+        )
+    if objective.needs_kls:
+        raise ValueError(
+            f"ld_alpha is {value!r}, and {inner_name(objective)}'s divergences are sums over all "
+            "tokens; leave it out"
+        )
+    if over_ranks:
+        raise ValueError(
+            f"ld_alpha is {value!r}, and with sequence_group a rank has some tokens of a response: "
+            "which of them are beyond the shorter one's length is not known there; leave it out"
         )
 
 

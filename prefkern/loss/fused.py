@@ -43,6 +43,9 @@ class FusedPreferenceLoss(nn.Module):
             reference's sums or the margins are NaN or infinite. The message names the cause and its
             place (`prefkern.diagnostics.explain_nonfinite`). Takes one device synchronisation a
             call, so it is refused under torch.compile and in a CUDA graph. None: no check.
+        ld_alpha: weight of the tokens beyond the length of a pair's shorter response, in [0, 1], in
+            the sums of policy and reference (LD-DPO); None: 1. Lengths stay whole, and so do NLL
+            terms and WPO's weights. Not for KTO, which has no pairs, TDPO, and sequence_group.
         sequence_group: the torch.distributed process group whose ranks each hold some tokens of
             every sequence (context or sequence parallelism); None: this rank has all of them.
 
@@ -59,6 +62,7 @@ class FusedPreferenceLoss(nn.Module):
         backend: str | None = None,
         on_nonfinite: nonfinite.OnNonfinite | None = None,
         sequence_group: ProcessGroup | None = None,
+        ld_alpha: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(objective, Objective | UnpairedObjective):
@@ -76,12 +80,14 @@ class FusedPreferenceLoss(nn.Module):
                 f"on_nonfinite must be None or one of {nonfinite.MODES}, got {on_nonfinite!r}"
             )
         parts.check_group(sequence_group)
+        loss_checks.ld_alpha(ld_alpha, objective, sequence_group is not None)
         self.objective = objective
         self.ignore_index = ignore_index
         self.workspace_mb = workspace_mb
         self.backend = backend
         self.on_nonfinite: nonfinite.OnNonfinite | None = on_nonfinite
         self.sequence_group = sequence_group
+        self.ld_alpha = ld_alpha
 
     def forward(
         self,
@@ -113,8 +119,8 @@ class FusedPreferenceLoss(nn.Module):
                 `prefkern.linear_logprobs`; labels[t] is the token that hidden[t] predicts.
             ref_hidden, ref_weight, ref_bias: the reference's hidden states and head; no gradient
                 reaches them. Labels and transform are the policy's.
-            ref_logps: instead, sums computed earlier, [2B], chosen first. Not for TDPO, which needs
-                the reference's distributions.
+            ref_logps: instead, sums computed earlier, [2B], chosen first, with the same ld_alpha.
+                Not for TDPO, which needs the reference's distributions.
             reward_margins: [B], for objectives that need them; others ignore them.
             cu_seqlens: [2B + 1] int32 or int64, where each sequence of a packed batch begins.
             return_stats: also return per-token statistics, in the labels' shape.
@@ -222,6 +228,7 @@ class FusedPreferenceLoss(nn.Module):
             common = {
                 "objective": " ".join(repr(self.objective).split()),
                 "ignore_index": self.ignore_index,
+                "ld_alpha": self.ld_alpha,
                 "ref_hidden": reference is not None,
                 **transform.keywords(),
             }
@@ -272,6 +279,7 @@ class FusedPreferenceLoss(nn.Module):
             reward_margins,
             isinstance(self.objective, Objective) and self.objective.needs_alignments,
             group,
+            self.ld_alpha,
         )
         ref_logps = scores.ref_logps
         token_stats = None
@@ -358,9 +366,17 @@ class FusedPreferenceLoss(nn.Module):
             backend=self.backend,
             bounds=unchecked,
         )
+        mask = labels != self.ignore_index
+
+        def sums_of(logps: Tensor) -> tuple[Tensor, Tensor | None]:  # labels' shape -> (2B,)
+            if self.ld_alpha is None:
+                return compiled.sequence_sums(logps, bounds), None
+            two = compiled.pair_parts(mask, bounds)
+            return sequences.part_sums(logps.reshape(-1), two, self.ld_alpha)
+
         if reference is not None and not needs_kls:
             with torch.no_grad():
-                ref_logps = compiled.sequence_sums(token_logprobs(reference).logps, bounds)
+                ref_logps, _ = sums_of(token_logprobs(reference).logps)
         needs_alignments = is_paired and objective.needs_alignments
         tokens = token_logprobs(
             head,
@@ -374,9 +390,8 @@ class FusedPreferenceLoss(nn.Module):
             kls = compiled.sequence_sums(tokens.kl, bounds)
         if ref_logps is not None:
             ref_logps = ref_logps.detach().to(logps.dtype)
-        mask = labels != self.ignore_index
         lengths = compiled.sequence_sums(mask, bounds)
-        sums = compiled.sequence_sums(logps, bounds)
+        sums, whole = sums_of(logps)
         token_stats = None
         if return_stats and stats is not None:
             token_stats = TokenStats(logps.detach(), *stats[:3])
@@ -389,7 +404,7 @@ class FusedPreferenceLoss(nn.Module):
             per_token = (logps.detach() - stats[3]) * mask
             alignments = compiled.sequence_sums(per_token, bounds) / lengths.clamp(min=1)
         margins = None if reward_margins is None else reward_margins.detach().to(logps.dtype)
-        pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments, kls)
+        pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments, kls, whole)
         return _output_of(objective, pairs, objective(pairs), token_stats)
 
 

@@ -40,6 +40,8 @@ class Scores:
     kls: Tensor | None = None  # (S,) sums, differentiable (TDPO)
     # (S,) int64 scored tokens, of sequences over several ranks; None: those of offsets
     lengths_over_ranks: Tensor | None = None
+    # The weight of tokens beyond the length of a pair's shorter response (LD-DPO); None: 1.
+    ld_alpha: float | None = None
 
     @property
     def lengths(self) -> Tensor:  # (S,) int64
@@ -56,6 +58,7 @@ def scores_of(
     reward_margins: Tensor | None,  # (B,)
     needs_alignments: bool,
     group: ProcessGroup | None,
+    ld_alpha: float | None = None,
 ) -> Scores:
     """The numbers of sequences from those of tokens; over the ranks of a group, if there is one."""
     dtype = tokens.logps.dtype
@@ -67,6 +70,8 @@ def scores_of(
     logps, lengths = tokens.logps, None
     if group is None:
         sums = {name: sequences.sequence_sums(x, offsets) for name, x in values.items()}
+        if "ref_logps" in values:
+            sums["ref_logps"], _ = sums_of(values["ref_logps"], offsets, ld_alpha)
     else:
         # From here on a sequence is one token, which has the sum.
         sums, lengths = parts.whole_sums({"logps": logps, **values}, offsets, group)
@@ -79,6 +84,7 @@ def scores_of(
         None if reward_margins is None else reward_margins.detach().to(dtype),
         kls=sums.get("kls"),
         lengths_over_ranks=lengths,
+        ld_alpha=ld_alpha,
     )
     if needs_alignments:
         means = sums["alignments"] / scores.lengths.clamp(min=1)
@@ -98,8 +104,9 @@ class Paired:
 def pair_loss(objective: Objective, scores: Scores, backend: str) -> Paired:
     """The losses of B pairs, the pairs themselves, and the gradients of the log-probs."""
     objective.follow(scores.logps.device)
-    # The kernel counts the tokens that it sums.
+    # The kernel counts the tokens that it sums, and sums them with one weight.
     by_kernel = backend == "triton" and scores.lengths_over_ranks is None
+    by_kernel &= scores.ld_alpha is None
     terms = objective.pair_kernel_terms() if by_kernel else None
     if terms is not None:
         return _by_kernel(objective, scores, terms)
@@ -107,20 +114,20 @@ def pair_loss(objective: Objective, scores: Scores, backend: str) -> Paired:
 
 
 def _by_objective(objective: Objective, scores: Scores) -> Paired:
-    sums = scores.sums()
+    sums, whole = sums_of(scores.logps, scores.offsets, scores.ld_alpha)
     trains = sums.requires_grad
     if torch.is_inference_mode_enabled():
         # Autograd cannot differentiate tensors made in inference mode: copy them outside of it.
         with torch.inference_mode(False):
             values: dict[str, Any] = {
-                name: None if value is None else value.detach().clone()
+                name: value.detach().clone() if isinstance(value, Tensor) else value
                 for name, value in vars(scores).items()
             }
             return _by_objective(objective, Scores(**values))
     with torch.enable_grad():
         # Evaluation has no graph, but wants these gradients as well.
         sums = sums if trains else sums.detach().requires_grad_()
-        pairs = _pairs(sums, scores)
+        pairs = _pairs(sums, scores, whole)
         result = objective(pairs)
         gradients = torch.zeros_like(sums)
         if result.losses.requires_grad:
@@ -221,7 +228,18 @@ class _Losses(torch.autograd.Function):
         return chosen, rejected, None, None
 
 
-def _pairs(sums: Tensor, scores: Scores) -> Pairs:  # (2B,) ->
+def sums_of(
+    logps: Tensor,  # (N,)
+    offsets: Tensor,  # (2B + 1,)
+    ld_alpha: float | None,
+) -> tuple[Tensor, Tensor | None]:  # (2B,)
+    """The log-prob of each response; if `ld_alpha` weighs tokens less, also with a weight of 1."""
+    if ld_alpha is None:
+        return sequences.sequence_sums(logps, offsets), None
+    return sequences.part_sums(logps, sequences.pair_parts(offsets), ld_alpha)
+
+
+def _pairs(sums: Tensor, scores: Scores, whole: Tensor | None = None) -> Pairs:  # (2B,) ->
     return Pairs.of_sequences(
         sums,
         scores.ref_logps,
@@ -229,4 +247,5 @@ def _pairs(sums: Tensor, scores: Scores) -> Pairs:  # (2B,) ->
         scores.reward_margins,
         scores.alignments,
         scores.kls,
+        whole,
     )

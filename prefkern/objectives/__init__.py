@@ -3,16 +3,18 @@
 `docs/objectives.md` has a table of all of them, with formulas, sources and defaults. In reading
 order: `base` (what an objective is), `adaptive` (AdaDPO's coefficient), `scores`, `links` and
 `contrastive` (the common form), `two_sided` and `reference_free` (more of that form), `alpha_dpo`,
-`madpo`, `omni_dpo`, `beta_dpo`, `tdpo`, `kto`, `composed` (options that wrap any of them),
-`mixture` (several as one), `registry` (all of them by name). `running` has the statistics that some
-of them keep, `checks` the checks of their arguments.
+`madpo`, `omni_dpo`, `beta_dpo`, `bco` and `aot` (of the whole batch), `tdpo`, `kto`, `composed`
+(options that wrap any of them), `mixture` (several as one), `registry` (all of them by name).
+`running` has the statistics that some of them keep, `checks` the checks of their arguments.
 
 To add an objective, write one class, one line in `registry.REGISTRY` and one row in the tests.
 """
 
 from prefkern.objectives.adaptive import MAX_LOG_RATIO, Adaptive
 from prefkern.objectives.alpha_dpo import AlphaDPO
+from prefkern.objectives.aot import AOT, AOTUnpaired
 from prefkern.objectives.base import Objective, PairLoss, Pairs
+from prefkern.objectives.bco import BCO
 from prefkern.objectives.beta_dpo import BetaDPO
 from prefkern.objectives.composed import WPO, WithNLL
 from prefkern.objectives.contrastive import (
@@ -36,6 +38,8 @@ from prefkern.objectives.tdpo import TDPO1, TDPO2
 from prefkern.objectives.two_sided import NCA, SPPO, APODown, APOZero
 
 __all__ = [
+    "AOT",
+    "BCO",
     "CPO",
     "DPO",
     "EXO",
@@ -53,6 +57,7 @@ __all__ = [
     "TDPO1",
     "TDPO2",
     "WPO",
+    "AOTUnpaired",
     "APODown",
     "APOZero",
     "Adaptive",

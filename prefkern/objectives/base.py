@@ -30,6 +30,8 @@ class Pairs:
             `log p(token) - log sum_v p(v)^2`, nats (WPO); constants.
         chosen_kls, rejected_kls: (B,) sums over a response's tokens of KL(reference || policy),
             nats (TDPO); differentiable.
+        chosen_whole_logps, rejected_whole_logps: (B,) sums of all tokens, where the log-probs above
+            weigh some of them less (`ld_alpha`); None: the same. NLL terms read them.
 
     Half-precision inputs are raised to float32; margins and lengths may be integers. Raises
     TypeError for anything but a tensor of such numbers, and ValueError for shapes other than (B,).
@@ -46,6 +48,8 @@ class Pairs:
     rejected_alignments: Tensor | None = None
     chosen_kls: Tensor | None = None
     rejected_kls: Tensor | None = None
+    chosen_whole_logps: Tensor | None = None
+    rejected_whole_logps: Tensor | None = None
 
     def __post_init__(self) -> None:
         names = [field.name for field in fields(self)]
@@ -60,6 +64,7 @@ class Pairs:
         reward_margins: Tensor | None = None,  # (B,)
         alignments: Tensor | None = None,  # (2B,)
         kls: Tensor | None = None,
+        whole_logps: Tensor | None = None,
     ) -> Pairs:
         """The pairs of a batch, whose chosen sequences come first."""
 
@@ -82,6 +87,7 @@ class Pairs:
             reward_margins,
             *halves(alignments),
             *halves(kls),
+            *halves(whole_logps),
         )
 
     def reference(self, who: str) -> tuple[Tensor, Tensor]:
@@ -98,6 +104,14 @@ class Pairs:
 
     def alignments(self, who: str) -> tuple[Tensor, Tensor]:
         return self._both("chosen_alignments", "rejected_alignments", who)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The log-probs of all tokens, with a weight of 1 each."""
+        chosen, rejected = self.chosen_whole_logps, self.rejected_whole_logps
+        return (
+            self.chosen_logps if chosen is None else chosen,
+            self.rejected_logps if rejected is None else rejected,
+        )
 
     def margins(self, who: str) -> Tensor:
         if self.reward_margins is None:
@@ -136,7 +150,8 @@ class Objective(nn.Module):
     - `needs_kls`: `chosen_kls` and `rejected_kls`, so hidden states and head of the reference.
 
     `observes` means that the module trains and keeps statistics. The pair kernel then needs a call
-    of `observe` before it; `forward` makes that call itself.
+    of `observe` before it; `forward` makes that call itself. `weighs_pairs` is False where terms of
+    a loss are of two pairs, so that no weight is a pair's (WPO).
     """
 
     needs_reference: bool = True
@@ -144,6 +159,7 @@ class Objective(nn.Module):
     needs_alignments: bool = False
     needs_kls: bool = False
     observes: bool = False
+    weighs_pairs: bool = True
     adaptive: Adaptive | None = None
     beta: float
 

@@ -63,6 +63,13 @@ def require_between(name: str, value: Any, end: float) -> float:
     return float(value)
 
 
+def require_share(name: str, value: Any) -> float:
+    """A number in [0, 1]."""
+    if not (is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name} must be in [0, 1], got {shown(value)}")
+    return float(value)
+
+
 def require_int(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {shown(value)}")

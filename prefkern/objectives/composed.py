@@ -28,6 +28,7 @@ class Wrapper(Objective):
     needs_alignments = _inner("needs_alignments")
     needs_kls = _inner("needs_kls")
     observes = _inner("observes")
+    weighs_pairs = _inner("weighs_pairs")
     adaptive = _inner("adaptive")
     beta = _inner("beta")
 
@@ -68,7 +69,7 @@ class WithNLL(Wrapper):
         # Before the objective runs: if lengths are missing, its statistics must not have moved.
         lengths, _ = pairs.lengths("rpo_alpha")
         result = self.objective(pairs)
-        nll = -pairs.chosen_logps / lengths
+        nll = -pairs.whole()[0] / lengths
         return result._replace(losses=result.losses + self.rpo_alpha * nll)
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
@@ -97,6 +98,11 @@ class WPO(Wrapper):
 
     def __init__(self, objective: Objective, alignment: bool = True) -> None:
         super().__init__(objective)
+        if not self.weighs_pairs:
+            raise ValueError(
+                "use_weighting (WPO) weighs pairs, and the terms of AOT compare responses of "
+                "different pairs; leave it out"
+            )
         self.alignment = require_bool("alignment", alignment)
 
     @property
@@ -115,7 +121,8 @@ class WPO(Wrapper):
             chosen, rejected = pairs.alignments("WPO")
         else:
             n_chosen, n_rejected = pairs.lengths("WPO")
-            chosen, rejected = pairs.chosen_logps / n_chosen, pairs.rejected_logps / n_rejected
+            chosen, rejected = pairs.whole()
+            chosen, rejected = chosen / n_chosen, rejected / n_rejected
         return (chosen + rejected).clamp(max=MAX_LOG_RATIO).exp()
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:

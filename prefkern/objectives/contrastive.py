@@ -148,7 +148,7 @@ class Contrastive(Objective):
     def nll(self, pairs: Pairs) -> Tensor:  # (B,)
         """The chosen response's negative log-likelihood per token, times its weight."""
         lengths, _ = pairs.lengths(f"{self._name}'s NLL term")
-        return -self.nll_weight * (pairs.chosen_logps / lengths)
+        return -self.nll_weight * (pairs.whole()[0] / lengths)
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
         adaptive = self.adaptive

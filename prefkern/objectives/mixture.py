@@ -44,6 +44,7 @@ class Mixture(Objective):
     needs_alignments = _any("needs_alignments")
     needs_kls = _any("needs_kls")
     observes = _any("observes")
+    weighs_pairs: bool = property(lambda mixture: all(each.weighs_pairs for each in mixture.parts))  # pyright: ignore[reportAssignmentType]
     # Of the first objective.
     adaptive: Adaptive | None = property(lambda mixture: mixture.parts[0].adaptive)  # pyright: ignore[reportAssignmentType]
     beta: float = property(lambda mixture: mixture.parts[0].beta)  # pyright: ignore[reportAssignmentType]

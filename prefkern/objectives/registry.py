@@ -9,7 +9,9 @@ from typing import Any
 
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.alpha_dpo import AlphaDPO
+from prefkern.objectives.aot import AOT, AOTUnpaired
 from prefkern.objectives.base import Objective
+from prefkern.objectives.bco import BCO
 from prefkern.objectives.beta_dpo import BetaDPO
 from prefkern.objectives.checks import require_bool
 from prefkern.objectives.composed import WPO, WithNLL
@@ -53,12 +55,17 @@ REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
     "madpo": MADPO,
     "omnidpo": OmniDPO,
     "betadpo": BetaDPO,
+    "bco": BCO,
+    "aot": AOT,
+    "aotunpaired": AOTUnpaired,
     "tdpo1": TDPO1,
     "tdpo2": TDPO2,
     "kto": KTO,
 }
 # Other names of an objective that is exactly the same; "-" and "_" are left out.
 SAME = {
+    "aotpair": "aot",
+    "bcopair": "bco",
     "exopair": "exo",
     "ncapair": "nca",
     "nll": "sft",
@@ -78,10 +85,7 @@ ELSEWHERE = {
     "wpo": "here it is use_weighting, an option of every pairwise objective",
     "rpo": "here it is rpo_alpha, an option of every pairwise objective",
     **dict.fromkeys(
-        (
-            *("alphapo", "aot", "aot_pair", "aot_unpaired", "apo_zero_unpaired", "balanced_dpo"),
-            *("bco", "bco_pair", "dpop", "rso", "sgdpo"),
-        ),
+        (*("alphapo", "apo_zero_unpaired", "balanced_dpo", "dpop", "rso", "sgdpo"),),
         "it is not here yet",
     ),
 }
@@ -118,7 +122,10 @@ def options(name: str) -> list[str]:
     if is_adaptive and not cls().needs_reference:
         # Without a reference there are no ratios to it: see Contrastive.set_options.
         adaptive.remove("space")
-    return [*own, *adaptive, *(_COMPOSED if issubclass(cls, Objective) else ())]
+    composed = _COMPOSED if issubclass(cls, Objective) else ()
+    if issubclass(cls, Objective) and not cls.weighs_pairs:
+        composed = tuple(option for option in _COMPOSED if option != "use_weighting")
+    return [*own, *adaptive, *composed]
 
 
 def build(name: str, **given: Any) -> Objective | UnpairedObjective:

@@ -30,7 +30,8 @@ class RunningStatistics(nn.Module):
     """Mean and variance over the batches of all ranks, in float64.
 
     Args:
-        momentum: weight of earlier batches, in [0, 1).
+        momentum: weight of earlier batches, in [0, 1); 1, if bias-corrected, is its limit: each
+            batch so far has the same weight.
         mean, variance: the values before the first batch.
         bias_corrected: the first batch replaces those values (w as above); False: it is merged into
             them (w = 1 - momentum).
@@ -74,7 +75,9 @@ class RunningStatistics(nn.Module):
         variance = all_sum(distances.square().sum()) / count.clamp(min=1)
         self.batches += count > 0
         weight = torch.full_like(mean, 1 - self.momentum)
-        if self.bias_corrected:
+        if self.bias_corrected and self.momentum == 1:
+            weight = 1 / self.batches.clamp(min=1).double()
+        elif self.bias_corrected:
             weight = weight / (1 - torch.pow(self.momentum, self.batches.clamp(min=1).double()))
         weight = torch.where(count > 0, weight, 0.0)
         step = mean - self.mean
@@ -140,7 +143,7 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 def gather(values: Tensor) -> tuple[Tensor, slice]:
-    """The (B,) values of all ranks in their order, and where this rank's lie among them."""
+    """The (B, ...) values of all ranks in their order, and where this rank's lie among them."""
     if not _has_ranks():
         return values, slice(0, len(values))
     rank = dist.get_rank()
@@ -154,7 +157,7 @@ def gather(values: Tensor) -> tuple[Tensor, slice]:
     # The rank that counts a rank's items: the first of its first one's other group.
     counting = heads[1][heads[0]].tolist()
     counts = [size if counting[each] == each else 0 for each, size in enumerate(sizes.tolist())]
-    padded = values.new_zeros(max(counts))
+    padded = values.new_zeros(max(counts), *values.shape[1:])
     padded[: len(values)] = values
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)

@@ -33,6 +33,12 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
+def share(name: str, value: float) -> None:
+    number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+
+
 def shown(value: object) -> str:
     """A value as an error message shows it: its type, and at most 80 characters in all."""
     return f"{type(value).__name__} {value!r}"[:80]

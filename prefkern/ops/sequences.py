@@ -158,17 +158,59 @@ class _SequenceSums(torch.autograd.Function):
     def forward(ctx, values: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.count = values.shape[0]
-        if values.shape[0] == 0:
-            return values.new_zeros(offsets.shape[0] - 1)
-        sums = torch.segment_reduce(
-            values.double(), "sum", offsets=offsets, initial=0.0, unsafe=True
-        )
-        return sums.to(values.dtype)
+        return _sums(values, offsets).to(values.dtype)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         (offsets,) = ctx.saved_tensors
         return spread(grads[0], offsets, ctx.count), None
+
+
+def _sums(values: Tensor, offsets: Tensor) -> Tensor:  # (N,), (S + 1,) -> (S,) float64
+    if values.shape[0] == 0:
+        return values.new_zeros(offsets.shape[0] - 1, dtype=torch.float64)
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0.0, unsafe=True)
+
+
+def pair_parts(offsets: Tensor) -> Tensor:  # (2B + 1,) -> (4B + 1,)
+    """Where the two parts of each sequence begin: as many tokens as both of its pair have; the rest.
+
+    The first B sequences are chosen responses, the others their rejected ones, in the same order.
+    """
+    shared = torch.minimum(*offsets.diff().chunk(2)).repeat(2)
+    cuts = torch.stack([offsets[:-1], offsets[:-1] + shared], dim=1)
+    return torch.cat([cuts.flatten(), offsets[-1:]])
+
+
+def part_sums(
+    values: Tensor,  # (N,) float32
+    parts: Tensor,  # (2S + 1,) int64, from `pair_parts`
+    alpha: float,
+) -> tuple[Tensor, Tensor]:  # (S,) each
+    """The sums of each sequence's values: with weight `alpha` on the second part, and with 1.
+
+    As `sequence_sums`. A token's gradient is one of two numbers of its sequence.
+    """
+    return _PartSums.apply(values, parts, alpha)
+
+
+class _PartSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, parts: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(parts)
+        ctx.count, ctx.alpha = values.shape[0], alpha
+        first, second = _sums(values, parts).view(-1, 2).unbind(1)
+        # A weight of 0 leaves the second part out, even where it is -inf.
+        weighed = first + alpha * second if alpha else first
+        return weighed.to(values.dtype), (first + second).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (parts,) = ctx.saved_tensors
+        weighed, whole = grads
+        # d weighed / d value = 1 in the first part and alpha in the second; d whole / d value = 1.
+        per_part = torch.stack([weighed + whole, ctx.alpha * weighed + whole], dim=1)
+        return spread(per_part.flatten(), parts, ctx.count), None, None
 
 
 def spread(values: Tensor, offsets: Tensor, count: int) -> Tensor:  # (S,) -> (N,)

@@ -75,17 +75,29 @@ def reference_arguments(args: PreferenceConfig, ref_model: Any) -> dict[str, Any
         "ref_model_name_or_path": args.ref_model_name_or_path,
         "ref_adapter_name": args.ref_adapter_name,
         "precompute_ref_log_probs": args.precompute_ref_log_probs or None,
+        "sync_ref_model": args.sync_ref_model or None,
     }
     return {name: value for name, value in given.items() if value is not None}
 
 
-def check_carried_sums(dataset: Any, name: str, needs: Needs, given: dict[str, Any]) -> None:
+def check_carried_sums(
+    dataset: Any, name: str, needs: Needs, given: dict[str, Any], ld_alpha: float | None
+) -> None:
     """Raise ValueError if a dataset carries reference sums and arguments name a reference.
 
     The sums would be used, whatever reference they are of, and the arguments would have no effect.
+    Nor is it known which weights of tokens they are of.
     """
     carried = [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
-    if not (carried and given and needs.reference and needs.sums_suffice):
+    if not (carried and needs.reference and needs.sums_suffice):
+        return
+    if ld_alpha is not None:
+        raise ValueError(
+            f"dataset {name!r} carries reference sums ({' and '.join(carried)}), which do not tell "
+            f"the weights of their tokens, and ld_alpha is {ld_alpha!r}: remove the columns "
+            f"(dataset.remove_columns({carried!r})) to have sums with these weights computed"
+        )
+    if not given:
         return
     argument, value = next(iter(given.items()))
     raise ValueError(

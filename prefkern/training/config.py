@@ -77,6 +77,13 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
     rpo_alpha: float | None = field(
         default=None, metadata={"help": "Weight of an NLL term on chosen responses. Default: none."}
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of tokens beyond the length of a pair's shorter response, in [0, 1] "
+            "(LD-DPO). Default: 1."
+        },
+    )
     use_weighting: bool = field(
         default=False, metadata={"help": "Weight pairs as WPO does, alignment included."}
     )
@@ -135,6 +142,17 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
             "help": "Adapter of the model that is the reference; __base__: the model without "
             "adapter. Default: the adapter before training."
         },
+    )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={"help": "Let the reference model follow the policy during training (TR-DPO)."},
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={"help": "The share of the way that it moves to the policy, in (0, 1]."},
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata={"help": "It moves every so many optimiser steps."}
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keywords of from_pretrained, as JSON."}

@@ -85,9 +85,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "ref_model_path": ("ref_model_name_or_path", ""),
     "reference_model": ("ref_model_name_or_path", ""),
     "model_adapter_name": ("", "the active adapter of the model is trained"),
-    "sync_ref_model": ("", "the reference does not change during training"),
-    "ref_model_mixup_alpha": ("", "the reference does not change during training"),
-    "ref_model_sync_steps": ("", "the reference does not change during training"),
     "reference_free": ("objective", "simpo, cpo and orpo need no reference"),
     "precompute_ref_logprobs": ("precompute_ref_log_probs", ""),
     # The data.
@@ -143,7 +140,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "cpo_alpha": ("objective_options", '{"nll_weight": ...}'),
     "alpha": ("objective_options", _IN_OPTIONS),
     "tau": ("objective_options", _IN_OPTIONS),
-    "ld_alpha": _OTHER_LOSS,
     "discopop_tau": _OTHER_LOSS,
     "f_divergence_type": _OTHER_LOSS,
     "f_alpha_divergence_coef": _OTHER_LOSS,

@@ -22,7 +22,7 @@ from prefkern.models.head_forward import forward_with_head
 from prefkern.models.heads import HeadInputs
 from prefkern.models.scoring import IGNORE_INDEX
 from prefkern.models.transform import head_transform
-from prefkern.objectives import KTO, Objective, UnpairedObjective
+from prefkern.objectives import DPO, KTO, Objective, UnpairedObjective
 from prefkern.training.item_trainer import ItemTrainer
 from prefkern.training.metrics import item_values, means, per_item
 from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
@@ -47,16 +47,19 @@ class ObjectiveTrainer(ItemTrainer):
         workspace_mb: float | None,
         backend: str | None,
         seed: int | None,
+        ld_alpha: float | None = None,
     ) -> None:
         """Make `loss_fn`, and `_sum_fn` for log-prob sums alone; call it before Trainer's __init__.
 
         `seed` starts the draws of an objective. None for one that was given: it may have drawn
         before.
         """
-        self.loss_fn = FusedPreferenceLoss(objective, IGNORE_INDEX, workspace_mb, backend)
+        given = (IGNORE_INDEX, workspace_mb, backend)
+        self.loss_fn = FusedPreferenceLoss(objective, *given, ld_alpha=ld_alpha)
         # The reference's sums go through the policy's own code. KTO takes any number of responses,
-        # and in evaluation it does not wait for other ranks.
-        self._sum_fn = FusedPreferenceLoss(KTO(), IGNORE_INDEX, workspace_mb, backend).eval()
+        # and in evaluation it does not wait for other ranks. Weights of tokens need pairs.
+        sums: Objective | UnpairedObjective = KTO() if ld_alpha is None else DPO()
+        self._sum_fn = FusedPreferenceLoss(sums, *given, ld_alpha=ld_alpha).eval()
         for module in self.loss_fn.modules():
             if seed is not None and hasattr(module, "manual_seed"):
                 module.manual_seed(seed)  # pyright: ignore[reportCallIssue]
@@ -183,10 +186,19 @@ def add_to(sums: dict[str, Tensor], name: str, total: Tensor) -> None:  # (2,)
     sums[name] = sums[name] + total if name in sums else total
 
 
-def sums_alone(count: int, device: torch.device) -> dict[str, Tensor]:
+def sums_alone(sum_fn: FusedPreferenceLoss, count: int, device: torch.device) -> dict[str, Tensor]:
     """The keywords of `_sum_fn` for the log-prob sums of S responses alone."""
     zeros = torch.zeros(count, device=device)
+    if isinstance(sum_fn.objective, Objective):
+        return {"ref_logps": zeros}
     return {"ref_logps": zeros, "desirable": zeros.bool(), "mismatched_log_ratios": zeros}
+
+
+def sums_of(outputs: PreferenceOutput | UnpairedOutput) -> Tensor:  # (S,)
+    """The log-prob sums of what `_sum_fn` returned."""
+    if isinstance(outputs, UnpairedOutput):
+        return outputs.logps
+    return torch.cat([outputs.chosen_logps, outputs.rejected_logps])
 
 
 def reference_states(

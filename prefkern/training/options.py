@@ -70,6 +70,8 @@ _WITHOUT_EFFECT_ON_REWARDS = (
     "length_column_name",
     "prediction_loss_only",
 )
+# How far and how often a reference moves, TRL's defaults.
+MOVING_REFERENCE = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 _BOOLS = (
     "use_weighting",
     "padding_free",
@@ -77,6 +79,7 @@ _BOOLS = (
     "precompute_ref_log_probs",
     "disable_dropout",
     "token_metrics",
+    "sync_ref_model",
     "gradient_checkpointing",
 )
 
@@ -111,11 +114,14 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be a string or None, got {value!r}")
     if args.workspace_mb is not None:
         plain.positive("workspace_mb", args.workspace_mb)
+    if args.ld_alpha is not None:
+        plain.share("ld_alpha", args.ld_alpha)
     if args.router_aux_loss_coef is not None:
         plain.not_negative("router_aux_loss_coef", args.router_aux_loss_coef)
     if args.backend is not None and args.backend not in plain.BACKENDS:
         known = ", ".join(map(repr, plain.BACKENDS))
         raise ValueError(f"backend must be None or one of {known}, got {args.backend!r}")
+    _check_moving_reference(args)
     check_mode(args.truncation_mode)
     refuse_batches_by_length(args)
     _refuse_without_effect(args, _WITHOUT_EFFECT, "preference pairs", defaults)
@@ -192,6 +198,26 @@ def check_spreading(args: Any) -> None:
             raise ValueError(
                 f"accelerator_config's {name} is {value!r}, which has no effect under "
                 "max_tokens_per_batch: each process has as many batches; leave it out"
+            )
+
+
+def _check_moving_reference(args: Any) -> None:
+    plain.share("ref_model_mixup_alpha", args.ref_model_mixup_alpha)
+    if args.ref_model_mixup_alpha == 0:
+        raise ValueError("ref_model_mixup_alpha must be > 0, got 0: the reference would stay")
+    steps = args.ref_model_sync_steps
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"ref_model_sync_steps must be an int >= 1, got {steps!r}")
+    if args.sync_ref_model and args.precompute_ref_log_probs:
+        raise ValueError(
+            "precompute_ref_log_probs keeps the sums of a reference that stays, and under "
+            "sync_ref_model it moves; give one of them"
+        )
+    for name, default in MOVING_REFERENCE.items():
+        if not args.sync_ref_model and getattr(args, name) != default:
+            raise ValueError(
+                f"{name} is {getattr(args, name)!r}, which has no effect without sync_ref_model; "
+                "set sync_ref_model, or leave it out"
             )
 
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from prefkern.data.collate import first_sequence, sequence_count
 from prefkern.loss.fused import FusedPreferenceLoss
-from prefkern.loss.outputs import UnpairedOutput
 from prefkern.models.adapters import is_peft_model
 from prefkern.models.calls import evaluation_mode
 from prefkern.models.own_reference import InitialAdapter, adapter_in_use
@@ -31,7 +30,7 @@ from prefkern.models.transform import forget_transform
 from prefkern.ops import cpu
 from prefkern.ops.call import resolve_backend
 from prefkern.training.checks import carry_sums
-from prefkern.training.objective_trainer import reference_states, sums_alone
+from prefkern.training.objective_trainer import reference_states, sums_alone, sums_of
 from prefkern.training.reference_cache import (
     SumsOnDisk,
     default_folder,
@@ -80,15 +79,14 @@ class ReferenceTrainer(TokenBatchTrainer):
 
     def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
         """Log-prob sums of a batch's rows under a model, without gradient."""
-        options = sums_alone(sequence_count(inputs), inputs["input_ids"].device)
+        options = sums_alone(self._sum_fn, sequence_count(inputs), inputs["input_ids"].device)
         with torch.no_grad():
             outputs = preference_outputs(
                 model, inputs, self._sum_fn, router_loss=RouterLoss(), **options
             )
         # Casts that an outer autocast made of the policy's weights here have no gradient.
         torch.clear_autocast_cache()
-        assert isinstance(outputs, UnpairedOutput)
-        return outputs.logps
+        return sums_of(outputs)
 
     def _mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (M,)
         """Log policy / reference of the batch's mismatched prompts and responses (KTO)."""
@@ -219,6 +217,8 @@ class ReferenceTrainer(TokenBatchTrainer):
         precision = self.accelerator.mixed_precision
         if self._shards_reference and precision != "no":
             precision = f"{precision} by {'FSDP2' if self.accelerator.is_fsdp2 else 'DeepSpeed'}"
+        # Without it, keys stay what they were.
+        ld_alpha = {} if self._sum_fn.ld_alpha is None else {"ld_alpha": self._sum_fn.ld_alpha}
         return open_cache(
             folder,
             self._description(),
@@ -229,6 +229,7 @@ class ReferenceTrainer(TokenBatchTrainer):
             bfloat16_units=self.args.device.type == "cpu" and cpu.has_bfloat16_units(),
             backend=resolve_backend(self.args.backend, self.args.device),
             layout=self._layout,
+            **ld_alpha,
         )
 
     def _description(self) -> dict[str, Any] | None:

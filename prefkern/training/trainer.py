@@ -13,7 +13,7 @@ have TRL's names and are means over pairs (or tokens) since the last log, over a
 The reference is one of: `ref_model`; for PEFT, the adapter switched off, another adapter, or the
 initial values of a trained adapter that was given; sums from the dataset, or computed once before
 training (`precompute_ref_log_probs`, kept by `prefkern.training.reference_cache`); else a copy of
-the initial model.
+the initial model. A model of its own may follow the policy (`prefkern.training.moving_reference`).
 """
 
 from __future__ import annotations
@@ -83,6 +83,13 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.moving_reference import (
+    MovesReference,
+    check_can_follow,
+    load_reference,
+    refuse_moved_reference,
+    save_reference,
+)
 from prefkern.training.names import NamedArguments
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
@@ -163,7 +170,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)
         )
-        self._make_losses(objective, args.workspace_mb, args.backend, seed)
+        self._make_losses(objective, args.workspace_mb, args.backend, seed, args.ld_alpha)
         is_paired = isinstance(objective, Objective)
         self._objective_needs = Needs(
             paired=is_paired,
@@ -180,6 +187,11 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         self._for_sums: nn.Module | None = None
         for name, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
             self._check_columns(dataset, args, name)
+        if args.sync_ref_model and mode_of(args) is not None:
+            raise ValueError(
+                f"sync_ref_model is not supported yet under {mode_of(args)}, which shards weights; "
+                "train under DDP, or leave it out"
+            )
         self._check_sharded_reference(args, (train_dataset, eval_dataset))
         check_zero(args)
         check_liger(args, args.device)
@@ -243,6 +255,12 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 check_tokens(part, ID_COLUMNS, embedding_rows(unwrap(ref_model)), each, "reference")
                 self._check_positions(part, args, each, unwrap(ref_model), "reference")
         is_adapted = is_peft_model(model)
+        if is_adapted and args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model moves a reference model of its own to the policy's weights, and with "
+                "an adapter these are the base's and the adapter's; leave it out, or train all "
+                "weights"
+            )
         needs_reference = objective.needs_reference
         self._initial_adapter: InitialAdapter | None = None
         is_given = is_adapted and peft_config is None
@@ -317,6 +335,9 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                     head_transform(self.ref_model)
                     if args.padding_free:
                         self._require_packing(self.ref_model)
+        if args.sync_ref_model:
+            check_can_follow(self.ref_model, self.model)  # pyright: ignore[reportArgumentType]
+            self.add_callback(MovesReference(self))
         if needs_reference and not carried and args.ref_adapter_name in (None, BASE):
             self._unsaved = {**(self._unsaved or {}), "reference": self._reference_fingerprint()}
         if self.ref_model is not None and self._shards_reference:
@@ -454,6 +475,29 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 dataset = self._with_reference(dataset)
         return dataset
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.sync_ref_model and self.args.should_save:
+            save_reference(self.ref_model, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_reference(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        # A checkpoint of weights alone has no reference.
+        if best is not None and not self.args.save_only_model:
+            self._load_reference(best)
+
+    def _load_reference(self, checkpoint: str) -> None:
+        if self.args.sync_ref_model:
+            load_reference(self.ref_model, checkpoint)
+        else:
+            refuse_moved_reference(checkpoint)
+
     def _save_into(self, folder: str, state_dict: Any) -> None:
         with with_own_rates(self._dropout_of_configs):
             super()._save_into(folder, state_dict)
@@ -463,7 +507,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
         check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
         if dataset._fingerprint not in self._computed_sums:
-            check_carried_sums(dataset, name, needs, self._reference_given)
+            check_carried_sums(dataset, name, needs, self._reference_given, args.ld_alpha)
         if not needs.paired:
             check_labels(dataset, name)
 

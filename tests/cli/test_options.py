@@ -217,7 +217,7 @@ def test_a_dtype_of_a_file_is_not_shadowed_by_the_flags_default(files, capsys) -
         ("--overwrite_output_dir", "transformers 5 removed it: leave it out"),
         ("--template", "the tokenizer's own chat template is used"),
         ("--beta1", "here it is --adam_beta1"),
-        ("--ld_alpha", "no objective here has it"),
+        ("--f_divergence_type", "no objective here has it"),
         ("--use_dora", "in Python, give a LoraConfig to PreferenceTrainer as peft_config"),
         ("--padding_side", "it makes no difference here: leave it out"),
         ("--dataset_num_workers", "here it is --dataset_num_proc"),

@@ -75,7 +75,7 @@ def test_what_has_a_kernel():
     inner = ("dpo", "dpo: adaptive", "cpo", "cpo: adaptive", "alphadpo")
     assert nlls == {f"nll: {name}" for name in inner}
     without = {name for name, cls in REGISTRY.items() if name not in {*_names(KERNEL_CASES)}}
-    assert without == {"betadpo", "tdpo1", "tdpo2", "kto"}
+    assert without == {"betadpo", "bco", "aot", "aotunpaired", "tdpo1", "tdpo2", "kto"}
     assert objectives.build("sft", token_mean=True).pair_kernel_options() is None
     assert WPO(objectives.build("dpo")).pair_kernel_options() is None
     assert WithNLL(WPO(objectives.build("dpo"))).pair_kernel_options() is None

@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from prefkern import Pairs
-from prefkern.objectives import KTO, WPO, AlphaDPO, BetaDPO, Examples, WithNLL
+from prefkern.objectives import BCO, KTO, WPO, AlphaDPO, BetaDPO, Examples, WithNLL
 from prefkern.objectives.running import RunningStatistics, gather
 from support.ranks import run_on_two_ranks
 
@@ -66,7 +66,19 @@ def test_statistics_are_the_running_moments(momentum, start):
         assert statistics.batches.item() == step + 1
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.9999])
+def test_a_momentum_of_1_is_the_mean_of_all_batches():
+    statistics = RunningStatistics(1.0)
+    for step, batch in enumerate(BATCHES):
+        statistics.update(batch)
+        means = [x.double().mean() for x in BATCHES[: step + 1]]
+        squares = [x.double().square().mean() for x in BATCHES[: step + 1]]
+        mean = sum(means) / len(means)
+        torch.testing.assert_close(statistics.mean, mean, rtol=1e-14, atol=0)
+        variance = sum(squares) / len(squares) - mean**2
+        torch.testing.assert_close(statistics.variance, variance, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.9999, 1.0])
 def test_the_first_batch_is_its_own_mean_and_variance(momentum):
     statistics = RunningStatistics(momentum)
     statistics.update(BATCHES[0])
@@ -123,6 +135,7 @@ def test_alpha_dpo_scores_by_what_it_has_seen(sizes):
 
 STATEFUL = {
     "alphadpo": lambda: AlphaDPO(momentum=0.7),
+    "bco": BCO,
     "betadpo": lambda: BetaDPO(momentum=0.7, keep=0.5),
     "wpo of nll of betadpo": lambda: WPO(WithNLL(BetaDPO(momentum=0.7, keep=0.5)), alignment=False),
 }
@@ -141,7 +154,7 @@ def test_evaluation_moves_nothing(name):
     objective(pairs_with_gaps(BATCHES[0]))
     assert torch.equal(objective(pairs_with_gaps(BATCHES[2])).losses, first)
     kept = objective.metrics(pairs, result).get("beta_dpo/kept")
-    assert (kept is None) == (name == "alphadpo") and (kept is None or (kept == 1).all())
+    assert (kept is None) == ("betadpo" not in name) and (kept is None or (kept == 1).all())
     after = objective.state_dict()
     assert before.keys() == after.keys() and len(after) >= 3
     assert all(
@@ -276,6 +289,8 @@ def everything(part) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     makes = {
         "alphadpo": lambda: AlphaDPO(2.0, 0.5, 0.25),
+        "bco": lambda: BCO(0.3),
+        "bco, momentum": lambda: BCO(0.3, momentum=0.6),
         "betadpo": lambda: BetaDPO(0.1, m=0.3, keep=1.0),
         "betadpo, a share": lambda: BetaDPO(0.1, m=0.3, keep=0.6),
     }
@@ -347,7 +362,7 @@ def test_what_overflowed_leaves_statistics_alone(name, bad):
     for mine, true in zip(spoilt.buffers(), clean.buffers(), strict=True):
         torch.testing.assert_close(mine, true)
     # With a share kept, another pair changes the draw.
-    if name == "alphadpo":
+    if "betadpo" not in name:
         torch.testing.assert_close(losses[:-1], expected)
 
 

@@ -102,6 +102,24 @@ CASES = {
     "ipo, bf16": (8, 2, 1, lambda: {"objective": "ipo", "bf16": True, "peft_config": lora()}),
     "statistics": (8, 2, 1, lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}}),
     "draws": (8, 2, 1, lambda: {"objective": "betadpo", "objective_options": {"keep": 0.5}}),
+    # Sorted over both ranks' pairs, the last batch uneven.
+    "uneven, sorted": (
+        7,
+        2,
+        1,
+        lambda: {**UNEVEN, "objective": "adaaotunpaired", "ref_model": tiny.model(seed=1)},
+    ),
+    "moving reference": (
+        8,
+        1,
+        1,
+        lambda: {
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 1,
+            "ref_model": tiny.model(seed=1),
+            "ld_alpha": 0.4,
+        },
+    ),
     # Between this policy and this reference KTO's reference point is above 0.
     "kto": (
         8,

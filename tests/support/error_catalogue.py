@@ -537,6 +537,16 @@ _OBJECTIVES: dict[str, list[Any]] = {
         *_below("momentum", "1"),
         *_positive("beta_min"),
     ],
+    "bco": [
+        *_positive("beta"),
+        *_bool("reward_shift"),
+        *(
+            ({"momentum": value}, ValueError, "in [0, 1]", repr(value))
+            for value in (-0.1, 1.5, True, nan)
+        ),
+    ],
+    "aot": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE],
+    "aotunpaired": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE],
     "tdpo1": _positive("beta"),
     "tdpo2": [*_positive("beta"), *_not_negative("alpha")],
     "kto": [
@@ -721,6 +731,16 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
             ({"backend": "cuda"}, ValueError, "'triton', 'torch'", "'cuda'"),
             ({"on_nonfinite": "stop"}, ValueError, "'raise', 'warn'", "'stop'"),
             ({"sequence_group": 2}, TypeError, "torch.distributed.ProcessGroup", "2"),
+        ],
+    ),
+    (
+        ("FusedPreferenceLoss", "reference.preference_loss"),
+        [
+            ({"ld_alpha": 1.5}, ValueError, "in [0, 1]", "1.5"),
+            ({"ld_alpha": nan}, ValueError, "finite", "nan"),
+            ({"ld_alpha": True}, TypeError, "a number", "True"),
+            ({"ld_alpha": 0.5, "objective": objectives.KTO()}, ValueError, "KTO has no pairs"),
+            ({"ld_alpha": 0.5, "objective": objectives.TDPO1()}, ValueError, "TDPO1's divergences"),
         ],
     ),
     (("loss", "reference.preference_loss"), [*_LOSS, *_LOSS_ADAPTER]),

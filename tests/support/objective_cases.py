@@ -21,6 +21,8 @@ from torch import Tensor
 
 from prefkern.loss import pairwise
 from prefkern.objectives import (
+    AOT,
+    BCO,
     CPO,
     DPO,
     EXO,
@@ -39,6 +41,7 @@ from prefkern.objectives import (
     WPO,
     Adaptive,
     AlphaDPO,
+    AOTUnpaired,
     APODown,
     APOZero,
     BetaDPO,
@@ -152,6 +155,8 @@ class Case:
         if self.oracle == "betadpo":
             gaps = [(p.L_w - p.R_w) - (p.L_l - p.R_l) for p, *_ in samples]
             options["mean_gap"] = math.fsum(gaps) / len(gaps)
+        if self.oracle in ("aot", "aotunpaired"):
+            options |= _sorted_with(self.oracle, sample, samples, self.options)
         return tuple(sorted(options.items()))
 
 
@@ -160,7 +165,46 @@ def _truth(name: str, pair: Pair, options: tuple[tuple[str, Any], ...]) -> tuple
     return oracles.value_and_gradient(name, pair, **dict(options))
 
 
-def _with_statistics(objective: AlphaDPO | BetaDPO) -> Objective:
+def _sorted_with(
+    oracle: str, sample: Sample, samples: list[Sample], options: dict[str, Any]
+) -> dict[str, Any]:
+    """AOT's partners of a pair: what the batch has at the same place of the other order."""
+    pairs = [Pair(*map(oracles.exact, each.pair)) for each in samples]
+    own = samples.index(sample)
+    given = {name: options[name] for name in ("beta", "adaptive") if name in options}
+    with oracles.precisely():
+
+        def betas(pair: Pair) -> tuple[Any, Any]:
+            beta_w, beta_l = oracles.coefficients("dpo", pair, **given)[:2]
+            return min(beta_w, beta_l * _largest_coefficient(given.get("adaptive"))), beta_l
+
+        def order(values: list[Any]) -> list[int]:
+            return sorted(range(len(values)), key=values.__getitem__)
+
+        if oracle == "aot":
+            margins = []
+            for p in pairs:
+                beta_w, beta_l = betas(p)
+                policy, reference = (beta_w * w - beta_l * l for w, l in (p[:2], p[2:4]))
+                margins.append((policy, reference))
+            place = order([policy for policy, _ in margins]).index(own)
+            return {"quantile": sorted(reference for _, reference in margins)[place]}
+        by_chosen = order([p.L_w - p.R_w for p in pairs])
+        by_rejected = order([p.L_l - p.R_l for p in pairs])
+        rejected = pairs[by_rejected[by_chosen.index(own)]]
+        chosen = pairs[by_chosen[by_rejected.index(own)]]
+        second = pairs[own]._replace(L_w=chosen.L_w, R_w=chosen.R_w, n_w=chosen.n_w)
+        return {"rejected": rejected, "chosen": chosen, "lent": betas(second)[0]}
+
+
+def _largest_coefficient(adaptive: oracles.Adaptive | None) -> Any:
+    """Of beta_w / beta_l: the library's bound, which no paper has."""
+    if adaptive is None:
+        return 1
+    return oracles.exact(adaptive.k) * oracles.exact(MAX_LOG_RATIO).exp()
+
+
+def _with_statistics(objective: AlphaDPO | BCO | BetaDPO) -> Objective:
     objective.statistics.mean.fill_(MEAN)
     objective.statistics.variance.fill_(STD**2)
     return objective.eval()
@@ -174,7 +218,7 @@ def _row(
     adaptive = theirs.get("adaptive")
     if adaptive is not None:
         theirs["adaptive"] = oracles.Adaptive(*dataclasses.astuple(adaptive))
-    has_statistics = cls in (AlphaDPO, BetaDPO)
+    has_statistics = cls in (AlphaDPO, BCO, BetaDPO)
 
     def make() -> Objective | UnpairedObjective:
         made = cls(**options)
@@ -206,12 +250,18 @@ def _adaptable() -> Iterable[Case]:
             OmniDPO,
             {"beta": 2.0, "eta": 0.7, "tau": 0.8, "gamma": 3.0, "nll_weight": 0.01},
         ),
+        ("aot", AOT, {"beta": 0.1}),
+        ("aotunpaired", AOTUnpaired, {"beta": 0.1}),
     ):
         yield _row(name, "plain", cls, **options)
         for variant, adaptive in ADAPTIVES.items():
             yield _row(name, variant, cls, **options, adaptive=adaptive)
     yield _row("dpo", "smoothed", DPO, beta=0.3, label_smoothing=0.2)
     yield _row("dpo", "smoothed, adaptive", DPO, beta=0.3, label_smoothing=0.2, adaptive=Adaptive())
+    yield _row("aot", "smoothed", AOT, beta=0.02, label_smoothing=0.2, adaptive=Adaptive())
+    yield _row(
+        "aotunpaired", "smoothed", AOTUnpaired, beta=0.02, label_smoothing=0.2, adaptive=Adaptive()
+    )
     yield _row("robust", "no flips", RobustDPO, beta=0.2, label_smoothing=0.0)
     yield _row("rdpo", "length preferred", RDPO, beta=0.1, alpha=-0.05)
     yield _row("ipo", "by length", IPO, tau=0.5, length_normalized=True)
@@ -317,6 +367,8 @@ def _others() -> Iterable[Case]:
     # beta-DPO depends on the batch's mean gap. In the second row beta is at its floor.
     yield _row("betadpo", "plain", BetaDPO, {"h0": MEAN}, beta=0.1, m=0.03)
     yield _row("betadpo", "floor", BetaDPO, {"h0": MEAN}, beta=0.1, m=1e-9, beta_min=0.2)
+    yield _row("bco", "plain", BCO, {"mean": MEAN}, beta=0.1)
+    yield _row("bco", "no shift", BCO, {"mean": MEAN}, beta=0.3, reward_shift=False)
     yield _row("tdpo1", "plain", TDPO1, beta=0.1)
     yield _row("tdpo2", "plain", TDPO2, beta=0.1, alpha=0.5)
     yield _row("tdpo2", "alpha 0", TDPO2, beta=0.1, alpha=0.0)

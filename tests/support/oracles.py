@@ -3,8 +3,8 @@
 Each objective follows its paper: AdaDPO (Eq. 7, Table 3), alpha-DPO (Eq. 8-12), MADPO (Eq. 4, 5),
 beta-DPO, IPO, R-DPO, CPO, ORPO, SimPO, robust DPO (arXiv 2403.00409), EXO (2402.00856, Eq. 16),
 DiscoPOP (2406.08414, Eq. 5), NCA (2402.05369), SPPO (2405.00675, Eq. 4.7), APO (2408.06266, Eq. 7,
-8), f-DPO (2309.16240), Omni-DPO (2506.10054), TDPO (2404.11999), KTO (2402.01306) and WPO
-(2406.11827). Nothing here uses tensors, batches or autograd.
+8), f-DPO (2309.16240), Omni-DPO (2506.10054), TDPO (2404.11999), KTO (2402.01306), BCO (2404.04656),
+AOT (2406.05882) and WPO (2406.11827). Nothing here uses tensors, batches or autograd.
 
 Numbers are decimals with at least 150 digits, so that formulas can be used as printed. 1 - P keeps
 its digits at P = 1 - 1e-12, and exp(1e4) does not overflow. A central difference with a step of
@@ -408,6 +408,58 @@ def betadpo(p: Pair, *, beta, m, mean_gap, h0, beta_min=1e-3) -> Objective:
     return dpo(p, beta=betadpo_beta(beta, m, mean_gap, h0, beta_min))
 
 
+def bco(p: Pair, *, beta, mean, reward_shift=True) -> Objective:
+    """`mean` is that of the log-ratios of both responses so far, which shifts the rewards."""
+    delta = beta * mean if reward_shift else Decimal(0)
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        return nll(beta * (p.L_w - p.R_w) - c.offset) + nll(c.offset - beta * (p.L_l - p.R_l))
+
+    return Coefficients(beta, beta, offset=delta), loss
+
+
+def smoothed(d: Decimal, label_smoothing: Decimal) -> Decimal:
+    return (1 - label_smoothing) * nll(d) + label_smoothing * nll(-d)
+
+
+def aot(p: Pair, *, beta, quantile, label_smoothing=Decimal(0), adaptive=None) -> Objective:
+    """`quantile` is the batch's reference margin of the same place as this pair's policy margin."""
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        return smoothed(c.beta_w * p.L_w - c.beta_l * p.L_l - c.offset, label_smoothing)
+
+    return betas(p, beta, adaptive)._replace(offset=quantile), loss
+
+
+def aotunpaired(
+    p: Pair, *, beta, rejected, chosen, lent, label_smoothing=Decimal(0), adaptive=None
+) -> Objective:
+    """A pair whose two responses may be compared with responses of other pairs.
+
+    Its loss is the term of its chosen response, and the batch's gradient in its rejected response
+    is of another term. That term is added here less its value.
+
+    Args:
+        rejected: the pair whose rejected response is compared with this chosen one.
+        chosen: the pair whose chosen response is compared with this rejected one.
+        lent: beta_w of that second term.
+    """
+    rejected, chosen, at = Pair(*rejected), Pair(*chosen), p
+    term = p._replace(L_l=rejected.L_l, R_l=rejected.R_l, n_l=rejected.n_l)
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        def second(l: Decimal) -> Decimal:
+            x = lent * (chosen.L_w - chosen.R_w) - beta * (l - at.R_l)
+            return smoothed(x, label_smoothing)
+
+        if rejected[:6] == at[:6]:
+            return smoothed(rho_margin(p, c), label_smoothing)
+        first = rho_margin(term._replace(L_w=p.L_w), c)
+        return smoothed(first, label_smoothing) + second(p.L_l) - second(at.L_l)
+
+    return betas(term, beta, adaptive), loss
+
+
 def tdpo1(p: Pair, *, beta) -> Objective:
     return Coefficients(beta, beta), lambda p, c: nll(rho_margin(p, c) - beta * (p.K_l - p.K_w))
 
@@ -454,8 +506,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     f.__name__: f
     for f in (
         dpo, lndpo, robust, hinge, ipo, rdpo, exo, discopop, nca, sppo, apozero, apodown, cpo, orpo,
-        simpo, sft, alphadpo, madpo, omnidpo, betadpo, tdpo1, tdpo2, kto_desirable,
-        kto_undesirable, kto,
+        simpo, sft, alphadpo, madpo, omnidpo, betadpo, bco, aot, aotunpaired, tdpo1, tdpo2,
+        kto_desirable, kto_undesirable, kto,
     )
 }  # fmt: skip
 

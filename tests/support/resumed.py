@@ -50,6 +50,8 @@ CASES = {
     "bf16 weights": lambda: {"model": llama().bfloat16()},
     "checkpointed blocks": lambda: {"gradient_checkpointing": True},
     "precomputed": lambda: {"precompute_ref_log_probs": True},
+    # Moved at steps 2, 4, 6 and 8: before and after the steps that are resumed from.
+    "moving reference": lambda: {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "alphadpo": lambda: {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
     "betadpo": lambda: {
         "objective": "betadpo",
@@ -85,4 +87,7 @@ def assert_same_runs(resumed, whole) -> None:
     assert resumed.state.global_step == whole.state.global_step == STEPS
     assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
     assert logs_of(resumed) == logs_of(whole)
+    if whole.ref_model is not None:
+        references = (weights(run.ref_model) for run in (resumed, whole))
+        assert_same_weights(*references, atol=0, rtol=0)
     assert str(resumed.loss_fn.objective.state_dict()) == str(whole.loss_fn.objective.state_dict())

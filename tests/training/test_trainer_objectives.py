@@ -142,6 +142,9 @@ FIRST_LOSS = {
     "madpo": lambda pairs: LN2 * mean(map(madpo_weight, MARGINS[:4])),
     "omnidpo": omnidpo_loss,
     "betadpo": lambda pairs: LN2,
+    "bco": lambda pairs: 2 * LN2,
+    "aot": lambda pairs: LN2,
+    "aotunpaired": lambda pairs: LN2,
     "tdpo1": lambda pairs: LN2,
     "tdpo2": lambda pairs: LN2,
     "kto": lambda pairs: 0.5,
@@ -149,10 +152,10 @@ FIRST_LOSS = {
 # Ratios of 1, or scores of 0.
 OF_RATIOS = (
     *("dpo", "lndpo", "robust", "hinge", "ipo", "rdpo", "exo", "discopop", "nca", "sppo"),
-    *("apozero", "apodown", "omnidpo"),
+    *("apozero", "apodown", "omnidpo", "aotunpaired"),
 )
 FIRST_LOSS |= {f"ada{name}": FIRST_LOSS[name] for name in OF_RATIOS}
-FIRST_LOSS |= dict.fromkeys(("adacpo", "adaorpo", "adasimpo"))
+FIRST_LOSS |= dict.fromkeys(("adacpo", "adaorpo", "adasimpo", "adaaot"))
 
 
 def trained(run: PreferenceTrainer) -> list[dict]:
@@ -312,6 +315,9 @@ ORACLES = {
     "alphadpo": ({"objective": "alphadpo", "objective_options": {"alpha": 0.5}}, tiny.pairs),
     "madpo": ({"objective": "madpo", "beta": 0.5}, margin_rows),
     "betadpo": ({"objective": "betadpo", "objective_options": {"keep": 0.5}}, tiny.pairs),
+    "bco": ({"objective": "bco"}, tiny.pairs),
+    "aot": ({"objective": "adaaot"}, tiny.pairs),
+    "aotunpaired": ({"objective": "aot_unpaired"}, tiny.pairs),
     "wpo": ({"objective": "dpo", "use_weighting": True}, tiny.pairs),
     "wpo, tdpo2, rpo_alpha": (
         {"objective": "tdpo2", "use_weighting": True, "rpo_alpha": 0.3},
@@ -421,6 +427,20 @@ TRL_LOSSES = {
         {"objective": "robust", "objective_options": {"label_smoothing": 0.1}},
         "",
     ),
+    # What both configs have is given to both.
+    "ld_alpha": ({}, {"objective": "dpo", "ld_alpha": 0.3}, ""),
+    # Adam would divide rounding errors by small gradients, and the reference adds them up.
+    "a moving reference": (
+        {},
+        {
+            "objective": "dpo",
+            "sync_ref_model": True,
+            "ref_model_sync_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 0.3,
+        },
+        "",
+    ),
     "wpo": ({"use_weighting": True}, {"objective": "dpo", "use_weighting": True}, ""),
     # TRL's NLL is a mean over the tokens of a batch, ours over those of a response.
     "rpo, one pair a batch": (
@@ -452,6 +472,8 @@ def test_pairs_train_as_in_trl(tmp_path, name):
     assert_same_runs(
         ours, theirs, {n for n in names if not (different and n.startswith(different))}
     )
+    references = (weights(run.ref_model) for run in (ours, theirs))
+    assert_same_weights(*references, atol=1e-6, rtol=1e-5)
 
 
 def test_kto_trains_as_trls_does(tmp_path):
@@ -512,6 +534,7 @@ def test_cpo_and_simpo_train_as_in_trl(tmp_path, name):
 
 
 STATEFUL = {
+    "bco": {"objective": "bco_pair"},
     "alphadpo": {"objective": "alphadpo", "objective_options": {"alpha": 0.5}},
     "betadpo": {"objective": "betadpo", "objective_options": {"keep": 0.5}},
     "betadpo, composed": {

@@ -53,7 +53,12 @@ from prefkern.models.heads import find_head
 from prefkern.models.own_reference import InitialAdapter, adapter_in_use
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.objectives import DPO, Objective
-from prefkern.training.objective_trainer import ObjectiveTrainer, reference_states, sums_alone
+from prefkern.training.objective_trainer import (
+    ObjectiveTrainer,
+    reference_states,
+    sums_alone,
+    sums_of,
+)
 from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -73,8 +78,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         compute_metrics: as in TRL. It is given logits, so that each evaluation batch takes a second
             forward, whose logits are held in memory, as in TRL.
         objective: an objective of `prefkern.objectives`, or its name. None: the objective that
-            `args.loss_type` names ("sigmoid", "hinge", "ipo" or "robust"). An objective by name
-            also takes `args.beta` and `args.use_weighting`.
+            `args.loss_type` names ("sigmoid", "hinge", "ipo", "robust", "bco_pair", "aot" or
+            "aot_unpaired"). An objective by name also takes `args.beta` and `args.use_weighting`.
         objective_options: further options of an objective by name.
         workspace_mb, backend: as in `prefkern.linear_logprobs`.
 
@@ -138,7 +143,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             self._initial_adapter = InitialAdapter(model)
             logger.warning("the reference is a frozen copy of the adapter that was given")
         # TRL's constructor may compute the reference's log-probs already.
-        self._make_losses(objective, workspace_mb, backend, None if is_given else args.seed)
+        seed = None if is_given else args.seed
+        self._make_losses(objective, workspace_mb, backend, seed, args.ld_alpha)
         super().__init__(
             model=model,
             ref_model=_NoReference()
@@ -177,10 +183,10 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     ) -> tuple[Tensor, Tensor]:
         """The reference's log-prob sums of the chosen and rejected responses, (B,) float32 each."""
         ids = inputs["input_ids"]
-        options = sums_alone(len(ids), ids.device)
+        options = sums_alone(self._sum_fn, len(ids), ids.device)
         with self._as_reference():
             outputs, _, _ = _scored(model, inputs, self._sum_fn, with_router=False, **options)
-        chosen, rejected = outputs.logps.chunk(2)
+        chosen, rejected = sums_of(outputs).chunk(2)
         return chosen, rejected
 
     def _preference_outputs(
@@ -256,11 +262,11 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # TRL's cache key has only the data and the weights. But sums also depend on the code that
-        # computes them (TRL's or ours), on the precision, and on the truncation, which TRL's
-        # collator does after the data is read. So the key must name these too.
+        # computes them (TRL's or ours), on the precision, on the weights of tokens, and on the
+        # truncation, which TRL's collator does after the data is read. So the key must name these.
         self._check_reference()
         weights = self._precompute_model_hash
-        cut = self.args.max_length, self.args.truncation_mode
+        cut = self.args.max_length, self.args.truncation_mode, self.args.ld_alpha
         self._precompute_model_hash = (
             f"{weights} prefkern {VERSION} {self.accelerator.mixed_precision} {cut}"
         )

@@ -23,11 +23,14 @@ _LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "hinge": ("hinge", {}),
     "ipo": ("ipo", {"length_normalized": True}),
     "robust": ("robust", {}),
+    # TRL 1.16 has no shift.
+    "bco_pair": ("bco", {"reward_shift": False}),
+    "aot": ("aot", {}),
+    "aot_unpaired": ("aotunpaired", {}),
 }
 # Arguments that have no effect on an objective, and why.
 _WITHOUT_EFFECT = {
     "loss_weights": "weights several losses of TRL, but an objective is one loss",
-    "ld_alpha": "weights tokens, but an objective sees only sums over responses",
     "f_divergence_type": "changes only TRL's own losses",
     "f_alpha_divergence_coef": "changes only TRL's own losses",
     "discopop_tau": "changes only TRL's own losses",
@@ -106,11 +109,13 @@ def _trls_own(args: DPOConfig) -> Any:
         )
     name, options = _LOSSES[loss_type]
     options = {**options, "tau" if name == "ipo" else "beta": args.beta}
-    if name == "robust":
+    if "label_smoothing" in objectives.options(name) and name != "dpo":
         options["label_smoothing"] = args.label_smoothing
     else:
         _refuse_smoothing(args)
-    return objectives.build(name, use_weighting=args.use_weighting, **options)
+    if args.use_weighting:
+        options["use_weighting"] = True
+    return objectives.build(name, **options)
 
 
 def _named_options(args: DPOConfig, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def _refuse_smoothing(args: DPOConfig) -> None:
     if args.label_smoothing:
         raise ValueError(
             f"args.label_smoothing is {args.label_smoothing!r}, which TRL uses only in its robust "
-            'loss (loss_type="robust"); if the objective has the option, use '
+            'and AOT losses (loss_type="robust", "aot"); if the objective has the option, use '
             'objective_options={"label_smoothing": ...}'
         )
 
