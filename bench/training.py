@@ -251,6 +251,7 @@ def page(result: dict[str, Any], twins: dict[str, Any]) -> str:
         (twin["name"], step, f"{row['trl_loss']:.7f}", f"{row['prefkern_loss']:.7f}",
          f"{row['worst_gradient']:.0e}")
         for twin in twins["rows"]
+        if ":" not in twin["name"]
         for step, row in enumerate(twin["steps"], 1)
     ]  # fmt: skip
     worst = [
@@ -300,8 +301,9 @@ head's product.
 ## TRL's trainers and their twins
 
 TRL's trainer and its twin get the same model and the same pairs in the same order. The twin is
-`DPOTrainer` of `prefkern.integrations.trl` with `DPO(beta)`, or TRL's own trainer after
-`fuse_head`. Both run 6 steps of AdamW in float32. The difference of a gradient is relative to its
+`DPOTrainer` of `prefkern.integrations.trl` with TRL's own arguments, or TRL's own trainer after
+`fuse_head`. "DPO: ipo" is TRL's `loss_type` of that name; "several" is `sigmoid`, `bco_pair` and
+`sft` with weights. Both run 6 steps of AdamW in float32. The difference of a gradient is relative to its
 largest entry. {made(twins)}
 
 {_table(("twin", "worst loss difference", "worst gradient", "worst metric"), worst)}

@@ -12,6 +12,7 @@ are never synchronised, so a difference in one step would grow in the next steps
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -180,6 +181,33 @@ def lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
 
 
+# Each of TRL's losses but `sigmoid`, which is "DPO", with its options; and several at once.
+LOSSES: dict[str, dict[str, Any]] = {
+    **{
+        f"DPO: {loss_type}": {"loss_type": [loss_type], **options}
+        for loss_type, options in {
+            "hinge": {"beta": 0.5},
+            "ipo": {"beta": 0.3},
+            "exo_pair": {"label_smoothing": 0.01},
+            "nca_pair": {},
+            "robust": {"label_smoothing": 0.2},
+            "bco_pair": {},
+            "sppo_hard": {"beta": 0.5},
+            "aot": {"label_smoothing": 0.1},
+            "aot_unpaired": {},
+            "apo_zero": {},
+            "apo_down": {},
+            "discopop": {"discopop_tau": 0.1},
+            "sft": {},
+            "sigmoid_norm": {"beta": 2.0},
+        }.items()
+    },
+    "DPO: several": {
+        "loss_type": ["sigmoid", "bco_pair", "sft"],
+        "loss_weights": [0.8, 0.2, 1.0],
+    },
+}
+
 # One batch in each log, so that metrics over tokens can be compared too.
 WHOLE = {
     "per_device_train_batch_size": 4,
@@ -193,6 +221,7 @@ CASES: dict[str, Callable[[], Twin]] = {
     "DPO, reference beforehand": lambda: dpo(
         "DPO, reference beforehand", precompute_ref_log_probs=True
     ),
+    **{name: functools.partial(dpo, name, **options) for name, options in LOSSES.items()},
     "CPO": lambda: fused("CPO", CPOTrainer, CPOConfig),
     "SimPO": lambda: fused("SimPO", CPOTrainer, CPOConfig, loss_type="simpo", cpo_alpha=0.0),
     "ORPO": lambda: fused("ORPO", ORPOTrainer, ORPOConfig),

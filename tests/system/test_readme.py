@@ -14,12 +14,16 @@ import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import peft
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 from torch.utils.data import DataLoader
 
 import prefkern
@@ -27,6 +31,8 @@ from prefkern.cli import __main__ as cli
 from prefkern.data import load_preference_dataset, tokenize_preferences
 from prefkern.data.collate import PreferenceCollator
 from prefkern.objectives import REGISTRY
+from prefkern.training import zero
+from prefkern.training.sharding import mode_of
 from support import tiny
 
 ROOT = Path(__file__).parent.parent.parent
@@ -479,6 +485,44 @@ def test_installation(key, monkeypatch):
             assert dry.stdout
         else:
             assert run(line) == 0 and checked.pop() in ([], ["--quick"])
+
+
+@runs(
+    ("docs/distributed.md", "One machine", "sh"),
+    ("docs/distributed.md", "Without a file", "sh"),
+    ("docs/distributed.md", "Several machines", "sh"),
+    ("docs/distributed.md", "What each machine runs", "sh"),
+)
+def test_launches(key):
+    """Their launchers take them; test_distributed.py starts each."""
+    given = "SLURM_JOB_NUM_NODES=2 GPUS=8 SLURM_NODEID=1 MAIN=here PORT=29500"
+    for line in BLOCKS[key].splitlines():
+        words = f"{given}; set -- {line}; printf '%s\\n' \"$@\""
+        done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=True)
+        launcher, *argv = done.stdout.splitlines()
+        if launcher == "sbatch":
+            assert argv[0::3] == ["--nodes", "run.yaml"] and (ROOT / argv[2]).is_file()
+            continue
+        is_torchrun = launcher == "torchrun"
+        parsed = (torchrun_parser() if is_torchrun else launch_command_parser()).parse_args(
+            argv if is_torchrun else argv[1:]
+        )
+        assert parsed.module and parsed.training_script == "prefkern.cli"
+        assert parsed.training_script_args[0] == "train"
+        if is_torchrun:
+            assert "full_shard auto_wrap" in parsed.training_script_args
+        else:
+            assert load_config_from_file(str(ROOT / parsed.config_file)).num_processes in (8, 16)
+
+
+@runs(("docs/trainer.md", "DeepSpeed", "json"))
+def test_deepspeeds_configuration(key, tmp_path):
+    """What prefkern reads of it; `make test-zero` trains with one like it."""
+    config = json.loads(BLOCKS[key])
+    args = prefkern.PreferenceConfig(str(tmp_path), use_cpu=True)
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
+    zero.check_zero(args)
+    assert mode_of(args) == "ZeRO-3"
 
 
 def test_every_block_is_run():

@@ -52,7 +52,7 @@ from prefkern.models.calls import without_checkpointing
 from prefkern.models.heads import find_head
 from prefkern.models.own_reference import InitialAdapter, adapter_in_use
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
-from prefkern.objectives import DPO, Objective
+from prefkern.objectives import Objective
 from prefkern.training.objective_trainer import (
     ObjectiveTrainer,
     reference_states,
@@ -77,9 +77,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             (MADPO) are columns of the datasets, as in `prefkern.data`.
         compute_metrics: as in TRL. It is given logits, so that each evaluation batch takes a second
             forward, whose logits are held in memory, as in TRL.
-        objective: an objective of `prefkern.objectives`, or its name. None: the objective that
-            `args.loss_type` names ("sigmoid", "hinge", "ipo", "robust", "bco_pair", "aot" or
-            "aot_unpaired"). An objective by name also takes `args.beta` and `args.use_weighting`.
+        objective: an objective of `prefkern.objectives`, or its name. None: the loss that
+            `args.loss_type` and its options describe, any of TRL's. An objective by name also takes
+            `args.beta` and `args.use_weighting`.
         objective_options: further options of an objective by name.
         workspace_mb, backend: as in `prefkern.linear_logprobs`.
 
@@ -120,7 +120,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if not isinstance(args, DPOConfig):
             raise TypeError(f"args must be a trl.DPOConfig, got {type(args).__name__}")
         is_given = isinstance(objective, Objective)
-        self._has_trls_rewards = objective is None
+        self._has_trls_losses = objective is None
         objective = objective_of(args, objective, objective_options)
         check_reference(args, objective, ref_model)
         if isinstance(args.model_init_kwargs, dict):
@@ -129,10 +129,10 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if objective.needs_reward_margins:
             for where, dataset in _named(train=train_dataset, eval=eval_dataset):
                 _check_margins(dataset, where)
-        # The tags and names that TRL writes into models and their cards.
-        name = type(objective).__name__
+        # The tags and names that TRL writes into models and their cards; for its own losses "DPO".
+        name = "DPO" if self._has_trls_losses else type(objective).__name__
         self._tag_names = ["trl", "prefkern", name.lower()]
-        if not isinstance(objective, DPO):
+        if name != "DPO":
             self._name, self._paper = name, {}
         is_own_reference = is_peft_model(model) and ref_model is None and objective.needs_reference
         # Sharded weights cannot be exchanged for a pass: TRL's second adapter can be.
@@ -213,7 +213,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         outputs, zero, router_loss = _scored(
             model, inputs, self.loss_fn, self.aux_loss_enabled, **options
         )
-        if self._has_trls_rewards:
+        if self._has_trls_losses:
             outputs = _with_trls_rewards(outputs, self.args.beta)
         if self.aux_loss_enabled:
             assert router_loss is not None

@@ -1,14 +1,15 @@
 """TRL's arguments for an objective: each one has TRL's effect, or is an error that names it.
 
-If no objective is given, it is built from TRL's `loss_type`, `beta`, `label_smoothing` and
-`use_weighting`, if prefkern has that loss. An objective given by name takes `beta` and
-`use_weighting` from the arguments and its other options from `objective_options`. An objective
-given as an object takes nothing from the arguments.
+If no objective is given, it is built from TRL's `loss_type` and its options: `loss_weights`, `beta`,
+`label_smoothing`, `f_divergence_type`, `discopop_tau`, `use_weighting`. An objective given by name
+takes `beta` and `use_weighting` from the arguments and its other options from `objective_options`.
+An objective given as an object takes nothing from the arguments.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from trl.trainer.dpo_config import DPOConfig
@@ -17,23 +18,57 @@ from prefkern import objectives
 from prefkern.objectives import Objective
 from prefkern.training.options import refuse_batches_by_length
 
-# TRL's losses that prefkern has: the name and the options of the objective.
-_LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sigmoid": ("dpo", {}),
-    "hinge": ("hinge", {}),
-    "ipo": ("ipo", {"length_normalized": True}),
-    "robust": ("robust", {}),
-    # TRL 1.16 has no shift.
-    "bco_pair": ("bco", {"reward_shift": False}),
-    "aot": ("aot", {}),
-    "aot_unpaired": ("aotunpaired", {}),
+
+class _SFT(objectives.SFT):
+    """SFT beside a reference, which TRL's rewards compare with."""
+
+    needs_reference = True
+
+
+def _beta(args: DPOConfig) -> dict[str, Any]:
+    return {"beta": args.beta}
+
+
+def _smoothed(args: DPOConfig) -> dict[str, Any]:
+    return {"beta": args.beta, "label_smoothing": args.label_smoothing}
+
+
+def _diverging(args: DPOConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"f_divergence_type": args.f_divergence_type}
+    if args.f_divergence_type == "alpha_divergence":
+        options["f_alpha_divergence_coef"] = args.f_alpha_divergence_coef
+    return options
+
+
+# TRL's losses: the objective, and its options from TRL's arguments.
+_LOSSES: dict[str, Callable[[DPOConfig], Objective]] = {
+    "sigmoid": lambda args: objectives.DPO(**_beta(args), **_diverging(args)),
+    "sigmoid_norm": lambda args: objectives.LNDPO(**_beta(args), **_diverging(args)),
+    "hinge": lambda args: objectives.Hinge(**_beta(args), **_diverging(args)),
+    "ipo": lambda args: objectives.IPO(args.beta, True, **_diverging(args)),
+    "exo_pair": lambda args: objectives.EXO(**_smoothed(args), **_diverging(args)),
+    "robust": lambda args: objectives.RobustDPO(**_smoothed(args), **_diverging(args)),
+    "nca_pair": lambda args: objectives.NCA(**_beta(args)),
+    "bco_pair": lambda args: objectives.BCO(args.beta, reward_shift=False),
+    "sppo_hard": lambda args: objectives.SPPO(**_beta(args)),
+    "aot": lambda args: objectives.AOT(**_smoothed(args)),
+    "aot_unpaired": lambda args: objectives.AOTUnpaired(**_smoothed(args)),
+    "apo_zero": lambda args: objectives.APOZero(**_beta(args)),
+    "apo_down": lambda args: objectives.APODown(**_beta(args)),
+    "discopop": lambda args: objectives.DiscoPOP(
+        **_beta(args), tau=args.discopop_tau, **_diverging(args)
+    ),
+    "sft": lambda args: _SFT(token_mean=True),
 }
-# Arguments that have no effect on an objective, and why.
+# The losses for which TRL takes another divergence than the reverse KL.
+_DIVERGING = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+# Arguments that some of TRL's losses take, and which.
+_OF_LOSSES = {
+    "label_smoothing": ("robust", "exo_pair", "aot", "aot_unpaired"),
+    "discopop_tau": ("discopop",),
+}
+# Arguments that have no effect, and why.
 _WITHOUT_EFFECT = {
-    "loss_weights": "weights several losses of TRL, but an objective is one loss",
-    "f_divergence_type": "changes only TRL's own losses",
-    "f_alpha_divergence_coef": "changes only TRL's own losses",
-    "discopop_tau": "changes only TRL's own losses",
     "padding_free": "TRL itself has switched off: batches are padded. prefkern.PreferenceTrainer packs",
     "torch_compile": "is not supported yet",
     "label_smoothing_factor": "has no effect on preference pairs",
@@ -54,11 +89,8 @@ def objective_of(
         if getattr(args, name) != _default(name):
             raise ValueError(f"args.{name} is {getattr(args, name)!r}, which {why}; leave it out")
     refuse_batches_by_length(args)
-    if objective is not None and list(args.loss_type) != _default("loss_type"):
-        raise ValueError(
-            f"args.loss_type is {args.loss_type!r}, but objective was given too: leave one of them "
-            "out"
-        )
+    if objective is not None:
+        _refuse_trls_losses(args)
     if options and not isinstance(objective, str):
         raise ValueError(
             f"objective_options is {options!r}, but it needs an objective by name, "
@@ -100,27 +132,37 @@ def check_reference(args: DPOConfig, objective: Objective, ref_model: Any) -> No
 
 def _trls_own(args: DPOConfig) -> Any:
     """The objective that TRL's own arguments describe."""
-    known = ", ".join(_LOSSES)
-    loss_type = args.loss_type[0]
-    if len(args.loss_type) != 1 or loss_type not in _LOSSES:
+    for loss_type in args.loss_type:
+        if loss_type not in _LOSSES:
+            known = ", ".join(_LOSSES)
+            raise ValueError(f"args.loss_type is {args.loss_type!r}, but TRL's losses are {known}")
+    diverges = args.f_divergence_type != _default("f_divergence_type")
+    if diverges and not set(args.loss_type) <= set(_DIVERGING):
         raise ValueError(
-            f"args.loss_type is {args.loss_type!r}, but of TRL's losses prefkern has {known}; pass "
-            "another one as objective, or train with trl.DPOTrainer"
+            f"args.f_divergence_type is {args.f_divergence_type!r}, but args.loss_type is "
+            f"{args.loss_type!r}; TRL takes it for {', '.join(_DIVERGING)}"
         )
-    name, options = _LOSSES[loss_type]
-    options = {**options, "tau" if name == "ipo" else "beta": args.beta}
-    if "label_smoothing" in objectives.options(name) and name != "dpo":
-        options["label_smoothing"] = args.label_smoothing
-    else:
-        _refuse_smoothing(args)
-    if args.use_weighting:
-        options["use_weighting"] = True
-    return objectives.build(name, **options)
+    is_alpha = args.f_divergence_type == "alpha_divergence"
+    if args.f_alpha_divergence_coef != _default("f_alpha_divergence_coef") and not is_alpha:
+        raise ValueError(
+            f"args.f_alpha_divergence_coef is {args.f_alpha_divergence_coef!r}, but "
+            f"args.f_divergence_type is {args.f_divergence_type!r}, not 'alpha_divergence'"
+        )
+    for name, losses in _OF_LOSSES.items():
+        if getattr(args, name) != _default(name) and not set(args.loss_type) & set(losses):
+            raise ValueError(
+                f"args.{name} is {getattr(args, name)!r}, but args.loss_type is "
+                f"{args.loss_type!r}; it is an option of {', '.join(losses)}"
+            )
+    parts = [_LOSSES[loss_type](args) for loss_type in args.loss_type]
+    objective = parts[0]
+    if args.loss_weights is not None or len(parts) > 1:
+        objective = objectives.Mixture(parts, args.loss_weights)
+    return objectives.WPO(objective) if args.use_weighting else objective
 
 
 def _named_options(args: DPOConfig, name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options of an objective by name, including those from TRL's arguments."""
-    _refuse_smoothing(args)
     known = objectives.options(name)
     if args.use_weighting and "use_weighting" in known:
         options["use_weighting"] = True
@@ -150,7 +192,6 @@ def _named_options(args: DPOConfig, name: str, options: dict[str, Any]) -> dict[
 
 def _given(args: DPOConfig, objective: Any) -> Any:
     """An objective passed as an object: args must not describe another one."""
-    _refuse_smoothing(args)
     if args.use_weighting:
         raise ValueError(
             "args.use_weighting has no effect on an objective passed as an object; wrap it: "
@@ -168,13 +209,16 @@ def _given(args: DPOConfig, objective: Any) -> Any:
     return objective
 
 
-def _refuse_smoothing(args: DPOConfig) -> None:
-    if args.label_smoothing:
-        raise ValueError(
-            f"args.label_smoothing is {args.label_smoothing!r}, which TRL uses only in its robust "
-            'and AOT losses (loss_type="robust", "aot"); if the objective has the option, use '
-            'objective_options={"label_smoothing": ...}'
-        )
+def _refuse_trls_losses(args: DPOConfig) -> None:
+    """Raise ValueError for an argument of TRL's losses beside an objective of prefkern."""
+    names = ("loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef")
+    for name in (*names, *_OF_LOSSES):
+        value = getattr(args, name)
+        if (list(value) if name == "loss_type" else value) != _default(name):
+            raise ValueError(
+                f"args.{name} is {value!r}, but objective was given too, and takes its options from "
+                "objective_options: leave one of them out"
+            )
 
 
 def _default(name: str) -> Any:
