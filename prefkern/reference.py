@@ -181,7 +181,7 @@ def preference_loss(
 
     def discounted(logps: Tensor) -> Tensor:  # (tokens) or (2B, T) -> (2B,)
         """Sums in which tokens beyond the shorter response's length weigh ld_alpha (LD-DPO)."""
-        if shared is None:
+        if shared is None or ld_alpha is None:
             return sequence_sums(logps)
         weights = torch.full((logps.numel(),), ld_alpha, dtype=logps.dtype, device=logps.device)
         for first, last, count in zip(found, found[1:], shared.tolist(), strict=False):

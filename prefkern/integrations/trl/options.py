@@ -22,7 +22,7 @@ from prefkern.training.options import refuse_batches_by_length
 class _SFT(objectives.SFT):
     """SFT beside a reference, which TRL's rewards compare with."""
 
-    needs_reference = True
+    needs_reference = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 def _beta(args: DPOConfig) -> dict[str, Any]:
