@@ -614,6 +614,20 @@ MUTATIONS = (
         'labels = align_labels(batch["shift_labels"]) if is_part',
         "tests/models/test_sequence_parallel.py",
     ),
+    Mutation(
+        "ranks may have margins of other signs",
+        "prefkern/ops/agreement.py",
+        "& 0xFFFFFFFFFFFFFFFF",
+        "& 0xFFFFFFF",
+        "tests/ops/test_shards.py -k checksum",
+    ),
+    Mutation(
+        "ranks of a sequence wait for one whose head is placed otherwise",
+        "prefkern/loss/fused.py",
+        "facts = ranks.admit(shards.party(vocab))",
+        "facts = {}",
+        "tests/loss/test_loss_shards.py",
+    ),
     # Tokens, sequences, packing.
     Mutation(
         "ignore_index is ignored",
