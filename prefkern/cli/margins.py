@@ -331,14 +331,14 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
 
 
 def _check_scoring(config: RewardConfig) -> None:
-    """Raise ValueError under a launcher that shards a model when its training begins."""
+    """Raise ValueError under DeepSpeed, which shards a model when its training begins."""
+    from prefkern.training import zero
     from prefkern.training.sharding import mode_of
 
-    mode = mode_of(config)
-    if mode not in (None, "FSDP1"):
+    if zero.configuration(config) is not None:
         raise ValueError(
-            f"--reward_model is not supported under {mode}, which shards a model when its training "
-            "begins: start one process, or several without DeepSpeed and FSDP"
+            f"--reward_model is not supported under {mode_of(config)}, which shards a model when its "
+            "training begins: start one process, or several without DeepSpeed"
         )
 
 

@@ -643,8 +643,9 @@ def test_options_of_training_have_no_effect_on_scoring(files, capsys):
     assert "so --eval_fraction, --learning_rate, --lora_r has no effect" in message
 
 
-def test_scoring_under_a_launcher_that_shards_is_refused(files, capsys, monkeypatch):
-    monkeypatch.setattr("prefkern.training.sharding.mode_of", lambda args: "ZeRO-3")
+def test_scoring_under_deepspeed_is_refused(files, capsys, monkeypatch):
+    settings = {"zero_optimization": {"stage": 3}}
+    monkeypatch.setattr("prefkern.training.zero.configuration", lambda args: settings)
     message = error(flags(scoring(files, "x")), capsys)
     assert "--reward_model is not supported under ZeRO-3, which shards a model when" in message
 
