@@ -617,16 +617,16 @@ MUTATIONS = (
     Mutation(
         "ranks may have margins of other signs",
         "prefkern/ops/agreement.py",
-        "& 0xFFFFFFFFFFFFFFFF",
-        "& 0xFFFFFFF",
+        "return integers ^ (integers >> 32 & 0xFFFFFFFF)",
+        "return integers",
         "tests/ops/test_shards.py -k checksum",
     ),
     Mutation(
-        "ranks of a sequence wait for one whose head is placed otherwise",
-        "prefkern/loss/fused.py",
-        "facts = ranks.admit(shards.party(vocab))",
-        "facts = {}",
-        "tests/loss/test_loss_shards.py",
+        "ranks of a sequence may have heads of other sizes",
+        "prefkern/ops/parts.py",
+        '"weight": f"{entries} vocabulary entries",',
+        "",
+        "tests/loss/test_loss_parts.py -k disagree",
     ),
     # Tokens, sequences, packing.
     Mutation(
