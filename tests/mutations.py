@@ -614,6 +614,20 @@ MUTATIONS = (
         'labels = align_labels(batch["shift_labels"]) if is_part',
         "tests/models/test_sequence_parallel.py",
     ),
+    Mutation(
+        "ranks may have margins of other signs",
+        "prefkern/ops/agreement.py",
+        "return integers ^ (integers >> 32 & 0xFFFFFFFF)",
+        "return integers",
+        "tests/ops/test_shards.py -k checksum",
+    ),
+    Mutation(
+        "ranks of a sequence may have heads of other sizes",
+        "prefkern/ops/parts.py",
+        '"weight": f"{entries} vocabulary entries",',
+        "",
+        "tests/loss/test_loss_parts.py -k disagree",
+    ),
     # Tokens, sequences, packing.
     Mutation(
         "ignore_index is ignored",

@@ -264,6 +264,7 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     is_new = model.reward_model is None
     if not is_new:
         config.output_dir = scratch
+        _check_scoring(config)
 
     from datasets import concatenate_datasets
     from transformers import set_seed
@@ -327,6 +328,18 @@ def _prepare(argv: list[str], scratch: str) -> _Run:
     if config.process_index == 0:
         show(reports)
     return _Run(trainer, dataset, tokens, held_out, output)
+
+
+def _check_scoring(config: RewardConfig) -> None:
+    """Raise ValueError under DeepSpeed, which shards a model when its training begins."""
+    from prefkern.training import zero
+    from prefkern.training.sharding import mode_of
+
+    if zero.configuration(config) is not None:
+        raise ValueError(
+            f"--reward_model is not supported under {mode_of(config)}, which shards a model when its "
+            "training begins: start one process, or several without DeepSpeed"
+        )
 
 
 def _check_output(path: Path, overwrite: bool) -> None:

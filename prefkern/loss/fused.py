@@ -149,17 +149,19 @@ class FusedPreferenceLoss(nn.Module):
         parts.refuse_graphs(self.sequence_group, labels)
         # Which head is the reference's must not depend on the rows, of which a rank may have none.
         is_one_head = ref_weight is weight and ref_bias is bias and lora_weight is None
-        vocab, (weight, bias, lora_weight) = shards.local_head(
-            vocab, weight=weight, bias=bias, lora_weight=lora_weight
-        )
-        ref_weight, ref_bias = shards.local_reference(
-            vocab, ref_weight=ref_weight, ref_bias=ref_bias
-        )
-        hidden, labels, lora_hidden, ref_hidden = shards.local_states(
-            hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
-        )
         group = self.sequence_group
-        with Agreement(shards.party(vocab), parts.party(group)) as (facts, facts_of_parts):
+        ranks = Agreement(parts.party(group))
+        with ranks as (facts_of_parts,):
+            vocab, (weight, bias, lora_weight) = shards.local_head(
+                vocab, weight=weight, bias=bias, lora_weight=lora_weight
+            )
+            facts = ranks.admit(shards.party(vocab))
+            ref_weight, ref_bias = shards.local_reference(
+                vocab, ref_weight=ref_weight, ref_bias=ref_bias
+            )
+            hidden, labels, lora_hidden, ref_hidden = shards.local_states(
+                hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
+            )
             if group is not None and vocab is not None:
                 parts.check_apart(group, vocab)
             checks.head(hidden, weight, bias, shard=vocab)
@@ -236,6 +238,7 @@ class FusedPreferenceLoss(nn.Module):
                 facts_of_parts |= parts.facts_of(
                     head,
                     n_sequences,
+                    shards.size_of(vocab, weight),
                     {
                         "ref_logps": ref_logps,
                         "reward_margins": reward_margins,

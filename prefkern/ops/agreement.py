@@ -70,6 +70,12 @@ class Agreement:
         self._parties = parties
         self._facts: tuple[dict[str, object], ...] = tuple({} for _ in parties)
 
+    def admit(self, party: Party | None) -> dict[str, object]:
+        """Add a party that the body has found, before the others; returns its dict."""
+        facts: dict[str, object] = {}
+        self._parties, self._facts = (party, *self._parties), (facts, *self._facts)
+        return facts
+
     def __enter__(self) -> tuple[dict[str, object], ...]:
         return self._facts
 
@@ -95,8 +101,14 @@ class Agreement:
 def checksum(integers: Tensor) -> str:  # (...) int64
     """A text that differs if numbers do, places included. One device synchronisation."""
     flat = integers.reshape(-1)
-    # Sums of int64 wrap around; an odd factor loses no bit.
+    # Sums and products of int64 wrap around; an odd factor loses no bit, and moves none down. So
+    # the upper half, with a float64's sign and exponent, goes into the lower one before each product.
     places = torch.arange(flat.shape[0], device=flat.device) * 2 + 0x9E3779B1
-    mixed = (flat + 0x5851F42D) * places
-    number = int((mixed ^ (mixed >> 29)).sum()) & 0xFFFFFFFF
-    return f"{flat.shape[0]} with checksum {number:08x}"
+    mixed = _folded((_folded(flat) + 0x5851F42D) * places)
+    number = int(_folded(mixed * 0x5851F42D4C957F2D).sum()) & 0xFFFFFFFFFFFFFFFF
+    return f"{flat.shape[0]} with checksum {number:016x}"
+
+
+def _folded(integers: Tensor) -> Tensor:  # (n,) int64
+    """One to one: the upper half, added to the lower one bit by bit."""
+    return integers ^ (integers >> 32 & 0xFFFFFFFF)

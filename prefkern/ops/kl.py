@@ -69,11 +69,13 @@ def linear_kl(
     vocab, (weight, bias, lora_weight) = shards.local_head(
         vocab, weight=weight, bias=bias, lora_weight=lora_weight
     )
-    ref_weight, ref_bias = shards.local_reference(vocab, ref_weight=ref_weight, ref_bias=ref_bias)
-    hidden, labels, lora_hidden, ref_hidden = shards.local_states(
-        hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
-    )
     with Agreement(shards.party(vocab)) as (facts,):
+        ref_weight, ref_bias = shards.local_reference(
+            vocab, ref_weight=ref_weight, ref_bias=ref_bias
+        )
+        hidden, labels, lora_hidden, ref_hidden = shards.local_states(
+            hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
+        )
         checks.head(hidden, weight, bias, shard=vocab)
         checks.low_rank(hidden, weight, lora_hidden, lora_weight)
         checks.labels(labels, hidden.shape[:-1], hidden.device)

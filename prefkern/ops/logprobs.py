@@ -81,10 +81,10 @@ def linear_logprobs(
     vocab, (weight, bias, lora_weight) = shards.local_head(
         vocab, weight=weight, bias=bias, lora_weight=lora_weight
     )
-    hidden, labels, lora_hidden = shards.local_states(
-        hidden=hidden, labels=labels, lora_hidden=lora_hidden
-    )
     with Agreement(shards.party(vocab)) as (facts,):
+        hidden, labels, lora_hidden = shards.local_states(
+            hidden=hidden, labels=labels, lora_hidden=lora_hidden
+        )
         checks.head(hidden, weight, bias, shard=vocab)
         checks.low_rank(hidden, weight, lora_hidden, lora_weight)
         checks.labels(labels, hidden.shape[:-1], hidden.device)

@@ -76,6 +76,7 @@ def check_apart(group: ProcessGroup, shard: VocabShard) -> None:
 def facts_of(
     head: Head,
     n_sequences: int,
+    entries: int,  # of the vocabulary
     whole: dict[str, Tensor | None],  # of sequences or pairs, by the name of the argument
     **others: object,
 ) -> dict[str, object]:
@@ -83,6 +84,7 @@ def facts_of(
     return {
         "the number of sequences": n_sequences,
         "hidden": f"size {head.hidden.shape[-1]} in {head.operands.compute_dtype}",
+        "weight": f"{entries} vocabulary entries",
         **{name: None if x is None else _described(x) for name, x in whole.items()},
         **others,
     }

@@ -110,6 +110,7 @@ class CheckpointTrainer(SavingTrainer):
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._progress = None
         if self._resumed_from is not None:
+            _check_ranks(self._resumed_from, self.args)
             _warn_of_weights_alone(self._resumed_from)
             warn_of_others(self._unsaved or {}, self._resumed_from)
             self._progress = Progress.of(self._resumed_from / _STATE)
@@ -561,6 +562,16 @@ def _check_adapter(folder: Path, model: Any, active: str) -> None:
                 f"{config}: {name} is {saved[name]!r} there and {ours!r} here; resume with the "
                 "peft_config that the run began with"
             )
+
+
+def _check_ranks(checkpoint: Path, args: Any) -> None:
+    """Raise CheckpointError for DeepSpeed's parts of another number of processes."""
+    saved = zero.saved_by(checkpoint) if zero.configuration(args) is not None else None
+    if saved not in (None, args.world_size):
+        raise CheckpointError(
+            f"{checkpoint} was saved by {saved} processes and is resumed by {args.world_size}, and "
+            f"DeepSpeed does not share out its optimizer's state anew: resume with {saved}"
+        )
 
 
 def _warn_of_other_ranks(checkpoint: Path, world_size: int) -> None:

@@ -32,6 +32,7 @@ from prefkern.training.trainable import (
     unreached,
 )
 from prefkern.training.unsaved import fingerprint
+from prefkern.training.zero import cast_added, configuration
 
 
 class ItemTrainer(CheckpointTrainer):
@@ -60,6 +61,9 @@ class ItemTrainer(CheckpointTrainer):
         if self.args.n_gpu > 1:
             raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
         check_no_native_adapter(self.model)
+        sharding = configuration(self.args)
+        if sharding is not None:
+            cast_added(self.model, sharding)  # pyright: ignore[reportArgumentType]
         if self.optimizer is not None:
             check_optimizer(self.model, self.optimizer)  # pyright: ignore[reportArgumentType]
         if is_peft_model(self.model):

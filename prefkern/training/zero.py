@@ -13,6 +13,9 @@ reference is an engine of DeepSpeed too:
 ZeRO-3 gathers the weights of a module when that module is called. A head is not called as a module
 inside of its adapter: prefkern reads the weights of its layers. `gather_whole` has ZeRO-3 gather
 all weights of a module at once.
+
+ZeRO-3 casts a model as it loads it, and not what is added to it later. `cast_added` casts an
+adapter as ZeRO-2 does.
 """
 
 from __future__ import annotations
@@ -84,6 +87,19 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def cast_added(model: nn.Module, config: dict[str, Any]) -> None:
+    """Cast what was added to a model that ZeRO-3 loaded in shards: adapters, copies of modules.
+
+    DeepSpeed's optimizer takes parameters of one dtype alone: a copy of a module has the model's, a
+    new adapter float32.
+    """
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if (config.get(name) or {}).get("enabled") is True and is_partitioned(model):
+            for parameter in model.parameters():
+                if not hasattr(parameter, "ds_id") and parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+
+
 def gather_whole(module: nn.Module) -> None:
     """Have ZeRO-3 gather all weights of a module, and of what is inside, when it is called.
 
@@ -103,6 +119,7 @@ def forward_engine(model: nn.Module, accelerator: Accelerator) -> Any:
 
     plugin: Any = accelerator.state.deepspeed_plugin
     config = _without_auto(copy.deepcopy(plugin.deepspeed_config))
+    cast_added(model, config)
     for name in _OF_TRAINING:
         config.pop(name, None)
     zero = config["zero_optimization"]
@@ -148,6 +165,15 @@ def gathered(model: nn.Module, without: AbstractSet[int]) -> dict[str, Tensor]:
 def joining_command(folder: Path) -> str:
     """The command that makes a model of the shards in a folder."""
     return f"python {folder / _SCRIPT} {folder} {folder} --safe_serialization"
+
+
+def saved_by(checkpoint: Path) -> int | None:
+    """The processes whose parts of the optimizer's state a checkpoint has; None without DeepSpeed."""
+    latest = checkpoint / _LATEST
+    if not latest.exists():
+        return None
+    folder = checkpoint / latest.read_text(encoding="utf-8").strip()
+    return len([*folder.glob("*_optim_states.pt")]) or None
 
 
 def problem(checkpoint: Path) -> str | None:

@@ -643,6 +643,13 @@ def test_options_of_training_have_no_effect_on_scoring(files, capsys):
     assert "so --eval_fraction, --learning_rate, --lora_r has no effect" in message
 
 
+def test_scoring_under_deepspeed_is_refused(files, capsys, monkeypatch):
+    settings = {"zero_optimization": {"stage": 3}}
+    monkeypatch.setattr("prefkern.training.zero.configuration", lambda args: settings)
+    message = error(flags(scoring(files, "x")), capsys)
+    assert "--reward_model is not supported under ZeRO-3, which shards a model when" in message
+
+
 def test_rewards_that_are_not_finite_are_not_written(files, tmp_path, capsys):
     model = classifier()
     with torch.no_grad():

@@ -213,6 +213,11 @@ DISAGREE = {
         f"{REFUSED}ValueError: softcap must be > 0", "ValueError: softcap must be > 0"
     ),
     "a reference on one rank": f"ValueError: ref_logps {SAME}rank 0 has 6",
+    "other entries": f"ValueError: weight {SAME}rank 0 has 83 vocabulary entries, rank 1 has 84",
+    "a sign of a margin": f"ValueError: reward_margins {SAME}rank 0 has 3 with checksum",
+    "what no part is on one rank": (
+        f"{REFUSED}TypeError: vocab must be", "TypeError: vocab must be a prefkern.VocabShard"
+    ),
     "one group twice": "ValueError: sequence_group and vocab's group share the ranks 0, 1: ranks of",
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import prefkern
 from prefkern.ops import sequences
+from prefkern.ops.agreement import checksum
 from prefkern_bench.measure import Meter
 from support.machine import DEVICE
 from support.ranks import group_of_one
@@ -40,6 +41,16 @@ OTHERS = {
     2: ["retained", "dtensors", "placements", "disagreements"],
     4: ["dtensors", "placements", "two groups"],
 }
+
+
+def test_a_checksum_sees_every_bit():
+    """Of one number, and of all: a sign is a float64's highest bit."""
+    numbers = torch.tensor([1.5, -2.0, 0.0, 700.25], dtype=torch.float64).view(torch.int64)
+    flipped = [numbers ^ (1 << bit if bit < 63 else -(1 << 63)) for bit in range(64)]
+    for place in range(4):
+        flipped += [torch.where(torch.arange(4) == place, each, numbers) for each in flipped[:64]]
+    assert len({checksum(each) for each in [numbers, *flipped]}) == 1 + 5 * 64
+    assert checksum(numbers.flip(0)) != checksum(numbers)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +187,10 @@ DISAGREE = {
     "too many rows": (
         "RuntimeError: rank 1 of vocab's group refused this call: ValueError: weight has 83 rows",
         "ValueError: weight has 83 rows, and vocab has 33 entries from its start, 50, to its size",
+    ),
+    "a state in parts on one rank": (
+        "RuntimeError: rank 1 of vocab's group refused this call: TypeError: hidden must be a tensor",
+        "TypeError: hidden must be a tensor, or a DTensor with placement Replicate",
     ),
 }
 

@@ -422,6 +422,13 @@ def _disagreements() -> dict[str, str]:
                 **({"ref_logps": None, "ref_hidden": tensors["hidden"],
                     "ref_weight": tensors["weight"]} if rank else {})
             ),
+            "other entries": lambda: call(
+                weight=torch.cat([tensors["weight"], tensors["weight"][:rank]])
+            ),
+            "a sign of a margin": lambda: call(
+                objectives.build("madpo"), reward_margins=torch.tensor([1.0, 1.0 - 2 * rank, 3.0])
+            ),
+            "what no part is on one rank": lambda: call(vocab=3 if rank else None),
             "one group twice": lambda: call(vocab=prefkern.VocabShard(group, 0, V)),
         },
     )  # fmt: skip

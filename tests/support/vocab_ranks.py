@@ -387,6 +387,8 @@ def _disagreements() -> dict[str, str]:
     start, stop = entries_of("uneven", rank, 2)
     far = labels.clone()
     far[1, 1] = V
+    mesh = init_device_mesh(DEVICE, (2,))
+    in_parts = DTensor.from_local(hidden, mesh, [Shard(0)], run_check=False)
 
     def call(labels: Tensor = labels, part: slice = slice(start, stop), **change: Any) -> Any:
         given = {"hidden": hidden, "weight": weight[part], "vocab": shard_of(start)} | change
@@ -412,6 +414,7 @@ def _disagreements() -> dict[str, str]:
                 part=slice(start, stop) if rank else slice(0, stop + 3)
             ),
             "too many rows": lambda: call(part=slice(0, V)),
+            "a state in parts on one rank": lambda: call(hidden=in_parts if rank else hidden),
         }
     )  # fmt: skip
 

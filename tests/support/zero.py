@@ -23,6 +23,7 @@ from prefkern import PreferenceTrainer
 from prefkern.cli import __main__ as cli
 from support import tiny
 from support.adapters import trained
+from support.command_line import flags
 from support.ddp import torchrun
 from support.fsdp import CASES as FSDP_CASES
 from support.fsdp import COMMANDS, SUMS, command, half_frozen, lora, outcome_of, tied
@@ -269,8 +270,58 @@ def _commands(path: Path, stage: int) -> dict:
     return made
 
 
+def _added(path: Path, stage: int) -> dict:
+    """An adapter and a whole head on a model that is given, and on one that is loaded by name."""
+    made = {}
+    for kind, model in (("given", tiny.model), ("named", lambda: str(path.parent / "model"))):
+        options = {"count": 4, "bf16": True, "peft_config": lora(modules_to_save=["lm_head"])}
+        run = _run(path, stage, model=model, **options)
+        run.train()
+        dtypes = {each.dtype for each in run.model.parameters()}
+        made[kind] = {"weights": weights(run.model), "logs": step_logs(run), "dtypes": dtypes}
+    return made
+
+
+MARGINS = {"lora": {"lora_r": 4}, "lora, bf16": {"lora_r": 4, "bf16": True}, "full": {"lora_r": 0}}
+
+
+def margins(path: Path, name: str, **options: Any) -> list[str]:
+    """The arguments of a reward model's training on the model and the pairs in `path`."""
+    return flags(
+        {
+            "model_name_or_path": path / "model",
+            "dataset": path / "pairs.jsonl",
+            "use_cpu": True,
+            "max_steps": 4,
+            "eval_steps": 2,
+            # Ranks would repeat a pair of an odd number.
+            "eval_fraction": 0.25,
+            "per_device_train_batch_size": 1,
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "report_to": "none",
+            **MARGINS[name],
+            **options,
+        }
+    )
+
+
+def _margins(path: Path, stage: int) -> dict:
+    """`prefkern margins`, which ends with the best checkpoint; the file is in `path`'s folder."""
+    path, made = path.parent, {}
+    for name in MARGINS:
+        unset_hf_deepspeed_config()
+        file = path / f"margins-{os.environ['RANK']}.json"
+        file.write_text(json.dumps(configuration(stage)))
+        place = {"output_dir": path / f"{name}, rewards", "output": path / f"{name}.jsonl"}
+        made[name] = cli.main(["margins", *margins(path, name, deepspeed=file, **place)])
+    return made
+
+
 # By name; each is a run of its own on both ranks.
 OTHERS = {
+    "added": _added,
+    "margins": _margins,
     "found again": _found_again,
     "later": _later,
     "resumed": _resumed,

@@ -22,12 +22,23 @@ peft = pytest.importorskip("peft")
 
 import transformers
 
+from prefkern.cli import __main__ as cli
 from prefkern.cli.train import _prepare
 from support import tiny
+from support.command_line import flags
 from support.fsdp import command, half_frozen, lora
 from support.resumed import STEPS
 from support.training import assert_same_weights, made, trainer, weights
-from support.zero import OTHERS, cases_of, commands_of, errors, launch, outcome
+from support.zero import (
+    MARGINS,
+    OTHERS,
+    cases_of,
+    commands_of,
+    errors,
+    launch,
+    margins,
+    outcome,
+)
 
 pytestmark = pytest.mark.long
 
@@ -117,6 +128,43 @@ def test_evaluation_before_and_after_training(runs, tmp_path, stage):
             assert "not supported as the reference yet under FSDP or ZeRO-3" in found["copied"]
         else:
             assert copied > 0 and not found["copied"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_added_to_a_model_by_name_trains_as_on_one_that_is_given(runs, stage):
+    for found in outcomes(runs(stage, *OTHERS), "added"):
+        given, named = found["given"], found["named"]
+        assert given["dtypes"] == named["dtypes"] == {torch.bfloat16}
+        assert given["logs"][0]["loss"] == pytest.approx(LN2, abs=1e-6)
+        assert given["logs"] == named["logs"]
+        assert_same_weights(given["weights"], named["weights"], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_margins_are_those_of_one_process(runs, tmp_path, stage, name):
+    folder = runs(stage, *OTHERS)
+    assert [each[name] for each in outcomes(folder, "margins")] == [0, 0]
+    place = {"output_dir": tmp_path / "rewards", "output": tmp_path / "one.jsonl"}
+    joint = {"per_device_train_batch_size": 2}
+    assert cli.main(["margins", *margins(folder, name, **place, **joint)]) == 0
+    mine, one = (
+        [json.loads(line)["margin"] for line in path.open()]
+        for path in (folder / f"{name}.jsonl", tmp_path / "one.jsonl")
+    )
+    # A margin of bfloat16 is a difference of two scores with 8 bits each.
+    assert mine == pytest.approx(one, abs=0.1 if "bf16" in name else 1e-4)
+    if "bf16" not in name:
+        again = scores(folder / f"{name}, rewards", folder / "pairs.jsonl", tmp_path)
+        assert mine == pytest.approx(again, abs=1e-4)
+
+
+def scores(model: Path, pairs: Path, folder: Path) -> list[float]:
+    """The margins of a saved reward model on one process."""
+    file = folder / "again.jsonl"
+    options = {"reward_model": model, "dataset": pairs, "output": file, "use_cpu": True}
+    assert cli.main(["margins", *flags(options)]) == 0
+    return [json.loads(line)["margin"] for line in file.open()]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from prefkern import PreferenceTrainer
 from prefkern.models.heads import unwrap
 from prefkern.training import zero
-from prefkern.training.checkpoints import CheckpointError, require_complete
+from prefkern.training.checkpoints import CheckpointError, _check_ranks, require_complete
 from prefkern.training.reference_cache import hash_weights
 from support import tiny
 from support.fsdp import carried, lora
@@ -48,7 +48,7 @@ def test_every_reference_but_that_of_tdpo_goes_on_to_be_loaded(tmp_path, stage):
     ):
         fails(OSError, arguments(tmp_path, stage), **options)
     said = fails(ValueError, arguments(tmp_path, stage, "tdpo1"), carried())
-    assert "TDPO is not supported yet" in said and f"here ZeRO-{stage}" in said
+    assert f"TDPO is not supported yet under ZeRO-{stage}: use FSDP2" in said
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,45 @@ def test_a_damaged_state_of_deepspeed_is_named(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     assert f"{file} is damaged or was not written to its end" in problem()
+
+
+def test_parts_of_another_number_of_processes_are_refused(tmp_path):
+    state = tmp_path / "global_step2"
+    state.mkdir()
+    args = arguments(tmp_path)
+    # Weights alone, or another sharding, have no such parts.
+    _check_ranks(tmp_path, args)
+    (tmp_path / "latest").write_text("global_step2")
+    _check_ranks(tmp_path, args)
+    for rank in range(2):
+        _check_ranks(tmp_path, args)
+        (state / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(CheckpointError, match="by 2 processes and is resumed by 1, and DeepSpeed"):
+        _check_ranks(tmp_path, args)
+    _check_ranks(tmp_path, config(tmp_path))
+
+
+def partitioned_in_bfloat16() -> torch.nn.Module:
+    """As ZeRO-3 loads a model in bfloat16; an adapter and a whole head are added."""
+    import peft
+
+    model = tiny.model().bfloat16()
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    return peft.get_peft_model(model, lora(modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_is_added_to_a_model_in_shards_has_the_dtype_of_the_run(enabled):
+    model = partitioned_in_bfloat16()
+    before = {name: each.dtype for name, each in model.named_parameters() if each.requires_grad}
+    assert {*before.values()} == {torch.float32, torch.bfloat16}
+    zero.cast_added(model, {"bf16": {"enabled": enabled}})
+    after = {name: each.dtype for name, each in model.named_parameters() if each.requires_grad}
+    assert after == (dict.fromkeys(before, torch.bfloat16) if enabled else before)
+    whole = tiny.model()
+    zero.cast_added(whole, {"bf16": {"enabled": True}})
+    assert {each.dtype for each in whole.parameters()} == {torch.float32}
 
 
 def test_auto_is_left_to_deepspeed():
