@@ -37,7 +37,7 @@ from torch import nn
 from transformers.trainer_pt_utils import safe_globals
 
 from prefkern.models.own_reference import switches_put_back
-from prefkern.training import zero
+from prefkern.training import fsdp_files, zero
 from prefkern.training.files import remove, replacing, sync, write_json
 from prefkern.training.finished import OF_STEPS, Progress
 from prefkern.training.saving import (
@@ -217,6 +217,11 @@ class CheckpointTrainer(SavingTrainer):
             save_fingerprints(self._unsaved, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        kind = "" if plugin is None else plugin.state_dict_type.name
+        wrong = fsdp_files.other_kind(Path(resume_from_checkpoint), kind)
+        if wrong is not None:
+            raise CheckpointError(wrong)
         # Loading an adapter would make its frozen weights trainable.
         with switches_put_back(self.model):  # pyright: ignore[reportArgumentType]
             if not self._load_converted(Path(resume_from_checkpoint), model):
@@ -352,7 +357,7 @@ def problem(checkpoint: Path) -> str | None:
     for adapter in adapters:
         if not any((adapter / name).exists() for name in ADAPTERS):
             return f"{adapter} is incomplete: it has no {ADAPTERS[0]}"
-    found = zero.problem(checkpoint)
+    found = zero.problem(checkpoint) or fsdp_files.problem(checkpoint)
     if found is not None:
         return found
     folders = _is_sharded(checkpoint)

@@ -20,8 +20,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from prefkern.data.collate import sequence_count
 from prefkern.data.columns import COLUMNS
-from prefkern.models.adapters import base_parameters, check_no_native_adapter, is_peft_model
+from prefkern.models.adapters import (
+    base_parameters,
+    check_no_native_adapter,
+    is_peft_model,
+)
 from prefkern.models.heads import ONE_PROCESS_PER_GPU
+from prefkern.models.ties import own_ties, untie_originals
 from prefkern.training.checkpoints import CheckpointTrainer
 from prefkern.training.launched import warn_of_missing_processes
 from prefkern.training.sharding import is_sharded, mode_of, sharded
@@ -64,6 +69,8 @@ class ItemTrainer(CheckpointTrainer):
         sharding = configuration(self.args)
         if sharding is not None:
             cast_added(self.model, sharding)  # pyright: ignore[reportArgumentType]
+        if self.accelerator.is_fsdp2:
+            untie_originals(self.model)  # pyright: ignore[reportArgumentType]
         if self.optimizer is not None:
             check_optimizer(self.model, self.optimizer)  # pyright: ignore[reportArgumentType]
         if is_peft_model(self.model):
@@ -82,6 +89,10 @@ class ItemTrainer(CheckpointTrainer):
         check_trainable(self.model)
         self._reaches_parameters = False
         return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with own_ties(self.model):  # pyright: ignore[reportArgumentType]
+            return super()._prepare_for_training(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's. Raises ValueError if the first backward reaches nothing that is trained."""

@@ -20,6 +20,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from prefkern.models.ties import own_ties, untie_originals
 from prefkern.training import zero
 from prefkern.training.checks import Needs
 
@@ -86,8 +87,14 @@ def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
     # policy, and the two may be of different families.
     layers = (plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap)
     model.requires_grad_(False).eval()
+    untie_originals(model)
     try:
+        with own_ties(model):
+            prepared: Any = fsdp2_prepare_model(accelerator, model)
+        # Accelerate keeps the head whole after a forward, and the layers too if it was asked to, for
+        # the backward that frees them. Here none follows.
+        prepared.set_reshard_after_forward(True)
         # Loading may set new parameters.
-        return fsdp2_prepare_model(accelerator, model).requires_grad_(False).eval()
+        return prepared.requires_grad_(False).eval()
     finally:
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = layers

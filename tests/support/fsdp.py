@@ -27,6 +27,7 @@ from prefkern import PreferenceTrainer
 from prefkern.cli import __main__ as cli
 from prefkern.models import transform
 from prefkern.models.heads import unwrap
+from prefkern.training.checkpoints import CheckpointError
 from support import tiny
 from support.adapters import lora as adapter
 from support.adapters import trained
@@ -230,6 +231,35 @@ CASES = {
         "max_grad_norm": 0.05,
     },
 }
+EFFICIENT = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+# A tied head inside of an adapter, which Accelerate and transformers do not see, and settings of the
+# launch that change what is gathered and who loads.
+SETTINGS_CASES = {
+    "whole tied head": lambda: {"model": tied(), "peft_config": lora(modules_to_save=["lm_head"])},
+    "tdpo, whole tied embedding": lambda: {
+        **TDPO,
+        "model": tied(),
+        "peft_config": lora(modules_to_save=["embed_tokens"]),
+        "settings": EFFICIENT,
+    },
+    "trained adapter, whole tied head, one rank loads": lambda: {
+        **FIRST,
+        "model": trained(adapter(modules_to_save=["lm_head"]), tied()),
+        "settings": EFFICIENT,
+    },
+    "lora on a tied head, reference with a whole one, one rank loads": lambda: {
+        "model": tied(),
+        "ref_model": trained(adapter(modules_to_save=["lm_head"]), tied()),
+        "peft_config": lora(target_modules=["q_proj", "lm_head"]),
+        "settings": EFFICIENT,
+    },
+    "tdpo, reference, layers stay gathered": lambda: {
+        **TDPO,
+        "ref_model": tiny.model(seed=1),
+        "accumulated": 2,
+        "settings": {"FSDP_RESHARD_AFTER_FORWARD": "false"},
+    },
+}
 # What these go through others go through as well.
 LONG = (
     "full, none",
@@ -281,9 +311,17 @@ def record(run: Any) -> list[dict]:
     return steps
 
 
-def outcome_of(path: Path, case: str, ranks: int, cases=CASES, record=record, **sharding) -> dict:
+def outcome_of(path: Path, case: str, ranks: int, cases=None, record=record, **sharding) -> dict:
     """A run of two steps; `sharding` are options of the run if there are several ranks."""
+    cases = {**CASES, **SETTINGS_CASES} if cases is None else cases
     options = {**cases[case](), **(sharding if ranks > 1 else {})}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.pop("settings", {}).items():
+            patch.setenv(name, value)
+        return _outcome_with(path, case, ranks, options, record)
+
+
+def _outcome_with(path: Path, case: str, ranks: int, options: dict, record: Callable) -> dict:
     accumulated, joint = options.pop("accumulated", 1), options.pop("joint", {})
     is_evaluated_first = options.pop("first", False)
     sizes = {"per_device_train_batch_size": 4 // ranks // accumulated}
@@ -311,11 +349,13 @@ def outcome_of(path: Path, case: str, ranks: int, cases=CASES, record=record, **
     evaluated = [run.evaluate()] if "eval_dataset" in options else []
     own = ("adapter off", "precomputed", "copy", "reference, bf16", "trained adapter")
     is_own = any(name in case for name in own) and "reference, precomputed" not in case
+    reference = () if run.ref_model is None or ranks == 1 else run.ref_model.named_parameters()
     meshes = {p.device_mesh for p in run.model.parameters() if hasattr(p, "device_mesh")}
     return {
         "steps": steps,
         "logs": [*step_logs(run), *evaluated, *first],
         "is_own_reference": is_own,
+        "gathered": [name for name, p in reference if not hasattr(p, "device_mesh")],
         "mesh": next((tuple(mesh.shape) for mesh in meshes), None),
     }
 
@@ -433,6 +473,23 @@ def _resumed(path: Path) -> dict:
     return made
 
 
+def _other_kind(path: Path) -> list[str]:
+    """Why checkpoints are refused that were saved otherwise than this run saves them."""
+    saves = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "peft_config": lora()}
+    made = []
+    kinds = ["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+    for kind, other in (kinds, kinds[::-1]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FSDP_STATE_DICT_TYPE", kind)
+            trainer(path / kind, **saves).train()
+            patch.setenv("FSDP_STATE_DICT_TYPE", other)
+            run = trainer(path / kind, **saves)
+            with pytest.raises(CheckpointError) as raised:
+                run.train(resume_from_checkpoint=True)
+        made.append(str(raised.value))
+    return made
+
+
 def _refused(path: Path) -> str:
     with pytest.raises(ValueError) as raised:
         trainer(path, model="no/model", peft_config=lora())
@@ -444,6 +501,7 @@ OTHERS = {
     "found again": _found_again,
     "later": _later,
     "commands": _commands,
+    "other kind": _other_kind,
     "resumed": _resumed,
     "refused": _refused,
 }

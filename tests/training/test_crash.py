@@ -7,13 +7,11 @@ script forks all of these processes, so that packages are imported once.
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,89 +22,23 @@ pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
 from prefkern.training import checkpoints
+from support.killed import (
+    BEFORE,
+    LAST,
+    SAVING,
+    after_the_rename,
+    at_step,
+    before_all_files,
+    before_the_rename,
+    between_weights_and_optimizer,
+    in_torch_file,
+    in_trainer_state,
+    in_weights,
+    kill,
+    on_call,
+)
 from support.processes import PYTHONPATH
-from support.resumed import OPTIONS, assert_same_runs, run_of
-
-LAST = 4  # the step whose checkpoint is being saved
-BEFORE = 2  # that of the last complete one
-SAVING = {
-    **OPTIONS,
-    "save_steps": 2,
-    "save_total_limit": 1,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "rewards/margins",
-    "greater_is_better": True,
-}
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def at_step(trainer) -> bool:
-    return trainer.state.global_step == LAST
-
-
-# Each takes a trainer and arranges that the process dies while it saves.
-
-
-def before_all_files(trainer):
-    on_call(trainer, "save_model", lambda *_: at_step(trainer) and kill())
-
-
-def in_weights(trainer):
-    """Kill when the file of weights has half of its bytes."""
-    save = trainer._save_into
-
-    def save_half(folder, state_dict):
-        save(folder, state_dict)
-        if at_step(trainer):
-            [path] = Path(folder).glob("*model.safetensors")
-            os.truncate(path, path.stat().st_size // 2)
-            kill()
-
-    trainer._save_into = save_half
-
-
-def between_weights_and_optimizer(trainer):
-    on_call(trainer, "_save_optimizer_and_scheduler", lambda *_: at_step(trainer) and kill())
-
-
-def in_torch_file(name: str) -> Callable:
-    def arrange(trainer):
-        save = torch.save
-
-        def save_half(value, path, *args, **kwargs):
-            if at_step(trainer) and Path(path).name == name:
-                content = io.BytesIO()
-                save(value, content)
-                Path(path).write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
-                kill()
-            save(value, path, *args, **kwargs)
-
-        torch.save = save_half
-
-    return arrange
-
-
-def in_trainer_state(trainer):
-    save = transformers.TrainerState.save_to_json
-
-    def save_half(state, path):
-        save(state, path)
-        if at_step(trainer):
-            os.truncate(path, os.path.getsize(path) // 2)
-            kill()
-
-    transformers.TrainerState.save_to_json = save_half
-
-
-def before_the_rename(trainer):
-    checkpoints.sync = lambda _: at_step(trainer) and kill()
-
-
-def after_the_rename(trainer):
-    on_call(checkpoints, "_delete_oldest", lambda *_: at_step(trainer) and kill())
+from support.resumed import assert_same_runs, run_of
 
 
 def while_deleting(trainer):
@@ -148,16 +80,6 @@ def between_two_renames(trainer):
 def folder_of(moment: str) -> str:
     """A folder named by the moment's number, since names are long and have an apostrophe."""
     return str([*MOMENTS].index(moment))
-
-
-def on_call(owner, name: str, also: Callable) -> None:
-    original = getattr(owner, name)
-
-    def called(*args, **kwargs):
-        also(*args)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, called)
 
 
 # What happens, to which run, and the step that it is resumed from.

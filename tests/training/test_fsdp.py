@@ -28,6 +28,7 @@ from support.fsdp import (
     COMMANDS,
     LATER,
     LONG,
+    SETTINGS_CASES,
     carried,
     command,
     later,
@@ -39,6 +40,7 @@ from support.resumed import STEPS
 from support.training import assert_same_weights, config, made, weights
 
 LN2 = math.log(2)
+KINDS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def ranks(request, tmp_path_factory) -> Path:
     tiny.tokenizer().save_pretrained(folder / "model")
     made(tiny.pairs(8)).to_json(folder / "pairs.jsonl")
     cases = [case for case in CASES if _runs(case, request.config)]
-    launch(folder, 2, *cases, "found again", "later", "commands")
+    launch(folder, 2, *cases, *SETTINGS_CASES, "found again", "later", "commands", "other kind")
     return folder
 
 
@@ -66,6 +68,8 @@ def assert_same_runs(folder: Path, case: str) -> None:
     tolerance = 0.1 if "bf16" in case else 1e-5
     for outcome in outcomes(folder, case):
         assert len(outcome["steps"]) == len(expected["steps"]) == 2
+        # Between steps no rank holds more of a reference than its shards.
+        assert outcome["gathered"] == []
         for mine, joint in zip(outcome["steps"], expected["steps"], strict=True):
             assert mine["gradients"].keys() == joint["gradients"].keys()
             pushed = 0
@@ -84,7 +88,7 @@ def assert_same_runs(folder: Path, case: str) -> None:
         assert outcome["logs"][0]["loss"] == pytest.approx(LN2, abs=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *SETTINGS_CASES])
 @pytest.mark.long(case=[*LONG])
 def test_gradients_are_those_of_the_joint_batch(ranks, case):
     assert_same_runs(ranks, case)
@@ -107,6 +111,14 @@ def test_evaluation_of_datasets_that_come_after_training(ranks, tmp_path):
         for case, loss in found.items():
             expected = later(tmp_path / case, case, per_device_train_batch_size=4)
             assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_checkpoints_of_the_other_kind_are_refused_on_every_rank(ranks):
+    """Where rank 0 alone misses a file, the others would wait for it."""
+    for refused in outcomes(ranks, "other kind"):
+        for message, saved, wanted in zip(refused, KINDS, KINDS[::-1], strict=True):
+            assert f"was saved with fsdp_state_dict_type {saved}" in message
+            assert message.endswith(f"this run has {wanted}: set {saved}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
