@@ -173,7 +173,7 @@ def section(result: dict[str, Any]) -> str:
             *sizes
         ),
         "",
-        "| run | one process | 2 ranks | 4 ranks | 4 ranks, sum |",
+        "| run | one process | a rank of 2 | a rank of 4 | a rank of 4, in all |",
         "|---|---|---|---|---|",
     ]
     for case, row in result["rows"].items():

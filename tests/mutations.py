@@ -928,6 +928,27 @@ MUTATIONS = (
         "tests/training/test_fsdp.py -k trained",
     ),
     Mutation(
+        "a reference's head stays gathered between steps",
+        "prefkern/training/sharding.py",
+        "        prepared.set_reshard_after_forward(True)",
+        "        prepared.set_reshard_after_forward(False)",
+        "tests/training/test_fsdp.py -k reference",
+    ),
+    Mutation(
+        "a tied weight stays in two units of FSDP2",
+        "prefkern/models/ties.py",
+        "            if id(parameter) in tied and not parameter.requires_grad:",
+        "            if id(parameter) in tied and parameter.requires_grad:",
+        "tests/training/test_fsdp.py -k tied",
+    ),
+    Mutation(
+        "a truncated shard of FSDP2 passes for whole",
+        "prefkern/training/fsdp_files.py",
+        "            if size < end:",
+        "            if size < end // 2:",
+        "tests/training/test_fsdp_files.py",
+    ),
+    Mutation(
         "a reference model's head is used after FSDP2 has freed it",
         "prefkern/training/objective_trainer.py",
         "        return values.detach().clone() if copies_head else values.detach()",

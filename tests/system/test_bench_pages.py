@@ -49,6 +49,26 @@ def test_a_broken_bound_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert plans.main(["--json", str(file)]) == 1
 
 
+def test_the_bytes_that_a_rank_holds_are_of_their_record(tmp_path: Path) -> None:
+    import fsdp_memory
+
+    result = json.loads(fsdp_memory.RESULT.read_text())
+    text = fsdp_memory.PAGE.read_text()
+    assert fsdp_memory.page(text, result) == text
+    assert fsdp_memory.misses(result) == []
+    assert result["rows"].keys() == fsdp_memory.CASES.keys()
+    # The script still counts what was recorded: bytes do not depend on the machine.
+    case = "LoRA, reference model"
+    assert fsdp_memory.counted(tmp_path, case) == result["rows"][case]["1"]
+    for part, ranks in (("reference", "4"), ("optimizer", "2")):
+        result["rows"][case][ranks][part] *= 2
+    missed = fsdp_memory.misses(result)
+    assert [miss.split(" bytes")[0].split(": ")[0] for miss in missed] == [
+        f"{case}, 2 ranks",
+        f"{case}, 4 ranks",
+    ]
+
+
 def test_the_page_of_zero_is_of_its_record() -> None:
     result = json.loads(zero.RESULT.read_text())
     assert zero.PAGE.read_text() == zero.page(result)
