@@ -149,6 +149,10 @@ ELSEWHERE = {
         "test_corrupt",
         "is of another model",
     ),
+    ("prefkern/training/checkpoints.py", "CheckpointError(wrong)"): (
+        "test_fsdp",
+        "was saved with fsdp_state_dict_type",
+    ),
     ("prefkern/training/checkpoints.py", "_first_line(error)"): ("test_corrupt", "it would call"),
     ("prefkern/training/checkpoints.py", "{config}: {name} is"): (
         "test_corrupt",
