@@ -5,10 +5,10 @@
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
 #   MODEL    demo, study: a model folder or hub name instead of SmolLM2-135M
-#   DATA     demo, study: a JSONL file of prompt, chosen, rejected instead of the movie reviews
+#   DATA     demo: a JSONL file of prompt, chosen, rejected instead of the movie reviews
 #   WORKERS  test, test-all: processes                                    (default: 2)
 #   TESTS    test, test-all: folders or files, e.g. TESTS=tests/kernels   (default: all)
-#   STUDY    study: further options, e.g. STUDY="--seeds 5 --steps 100"
+#   STUDY    study: further options, e.g. STUDY="--parts clip --seeds 5"
 
 PYTHON ?= python3
 TORCH ?=
@@ -41,7 +41,7 @@ export TOKENIZERS_PARALLELISM = false
 
 help:
 	@echo "make demo      train SmolLM2-135M with AdaDPO and show what changed (MODEL=, DATA= for your own)"
-	@echo "make study     train five objectives side by side and draw their curves (MODEL=, DATA=, STUDY=)"
+	@echo "make study     try what the papers claim, on a small model and movie reviews (MODEL=, STUDY=)"
 	@echo "make test      the tests"
 	@echo "make test-all  the tests and their long versions (TESTS=tests/kernels for those of a folder)"
 	@echo "make test-oldest, make test-newest"
@@ -57,8 +57,8 @@ help:
 demo: $(DEMO_SETUP)
 	@$(BIN)/python examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
-study: $(DEMO_SETUP)
-	@$(BIN)/python bench/study.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(STUDY)
+study: $(VENV)/.demo-data
+	@$(BIN)/python bench/study.py $(if $(MODEL),--model "$(MODEL)") $(STUDY)
 
 # One thread: the tests' tensors are tiny, and threads that wait for a core that another process
 # holds double the time.

@@ -7,7 +7,7 @@ weights on a CPU in float32, through the trainers' own `training_step`. It is co
 timed: matrix-product operations (attention included, see `prefkern_bench.measure`), the peak of
 bytes beyond the weights (gradients are counted), and processor time of one thread, the least of
 interleaved rounds. Lengths are drawn from three log-normal distributions. Then the same for the
-model, the adapter and the pairs of `make demo` and of bench/study.py, which need its packages.
+model, the adapter and the pairs of `make demo`, which need its packages.
 
 Batches by tokens (`max_tokens_per_batch`) are counted as well: how full they are, beside batches of a
 number of pairs. That takes seconds and no model.
@@ -55,11 +55,11 @@ sys.path.append(str(ROOT / "examples"))
 import movie_pairs
 import smollm2
 
-from study import LORA
-
 PAGE = ROOT / "bench/SHARING.md"
 RESULT = ROOT / "bench/results/sharing-cpu.json"
 PICTURE = ROOT / "bench/results/sharing.png"
+# The demo's adapter.
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 WEIGHTS = ROOT / ".demo/smollm2-135m-instruct"
 VOCAB = 4096
 MODEL = {
@@ -307,7 +307,7 @@ def page(report: dict[str, Any]) -> str:
     prompt, response = report["demo"]["prompt"], report["demo"]["response"]
     norms = spread(report["rows"], [DEMO], "gradient_norms")
     demo = (
-        "A step as in `make demo`, and in `bench/study.py` with AdaDPO: SmolLM2-135M-Instruct in bf16, "
+        "A step as in `make demo`: SmolLM2-135M-Instruct in bf16, "
         f"LoRA of rank {LORA['r']}, reference sums computed before, at the first step's weights, on "
         f"{DEMO_PAIRS} pairs of movie reviews from `examples/movie_pairs.py`. A pair "
         f'is the prompt "{movie_pairs.PROMPT}" of {prompt} tokens and two sentences of '
@@ -315,7 +315,7 @@ def page(report: dict[str, Any]) -> str:
         f"{prompt - 1}: nearly all of the gain is that of packing. Norms of gradients agree within "
         f"{norms:.0e} of each other."
     )
-    lines += ["", agreement, "", "## The data of the demo and of the study", "", demo, ""]
+    lines += ["", agreement, "", "## The data of the demo", "", demo, ""]
     lines += table(report["rows"], DEMO)
     lines += [
         "",

