@@ -82,7 +82,7 @@ test-zero:
 zero: $(VENV)/.zero
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu \
 	  $(BIN)/python -m pytest -q --long tests/training/test_zero.py
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu $(BIN)/python bench/zero.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu $(BIN)/python bench/sharded.py
 
 mutate: $(VENV)/.test
 	@$(BIN)/python tests/mutations.py --workers $(WORKERS)

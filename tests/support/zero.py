@@ -172,7 +172,7 @@ def errors(case: str, found: dict, expected: dict) -> dict[str, float]:
     for mine, joint in zip(found["logs"], expected["logs"], strict=True):
         # A count of margins above 0, which rounding decides for a pair in bfloat16.
         counts = {name for name in joint if "bf16" in case and name.endswith("accuracies")}
-        times = {name for name in joint if name.endswith(("epoch", "runtime", "per_second"))}
+        times = {name for name in joint if name.endswith(("epoch", "time", "per_second"))}
         for name in joint.keys() - counts - times:
             error = abs(mine[name] - joint[name]) / max(1.0, abs(joint[name]))
             worst["logs"] = max(worst["logs"], error)

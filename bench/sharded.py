@@ -1,9 +1,9 @@
-"""Measures how far training under DeepSpeed's ZeRO is from one process on the joint batch.
+"""Measures how far training under FSDP2 and DeepSpeed's ZeRO is from one process on the joint batch.
 
-usage: python bench/zero.py [--page]     (make test-zero; exit status 1 if a bound is missed)
+usage: python bench/sharded.py [--page]     (make test-zero; exit status 1 if a bound is missed)
 
-The cases are those of `tests/support/zero.py`, on two gloo ranks of a CPU, with tiny models. This
-writes bench/results/zero-cpu.json, and from that the page bench/ZERO.md. With --page it writes only
+The cases are those of `tests/support/{fsdp,zero}.py`, on two gloo ranks of a CPU, with tiny models. This
+writes bench/results/sharded-cpu.json, and from that the page bench/SHARDED.md. With --page it writes only
 the page, from an existing result.
 """
 
@@ -24,46 +24,52 @@ import torch
 
 from prefkern_bench import environment
 
-PAGE = ROOT / "bench/ZERO.md"
-RESULT = ROOT / "bench/results/zero-cpu.json"
-STAGES = (2, 3)
+PAGE = ROOT / "bench/SHARDED.md"
+RESULT = ROOT / "bench/results/sharded-cpu.json"
+MODES = ("FSDP2", "ZeRO-2", "ZeRO-3")
 BOUND, BOUND_BF16 = 1e-5, 0.1
 HEAD = """\
-# ZeRO-2 and ZeRO-3 against one process
+# FSDP2, ZeRO-2 and ZeRO-3 against one process
 
-Two gloo ranks of a CPU under DeepSpeed, and one process on the joint batch: tiny models, two steps
+Two gloo ranks of a CPU, sharded, and one process on the joint batch: tiny models, two steps
 of SGD. *gradient*: the worst difference of a parameter's gradient before an optimiser step, relative
 to its norm. *weight*: the worst difference of a weight. *log*: the worst difference of a logged
 number, relative where that is above 1. *first loss*: of the two ranks. DPO between equal models
-starts at ln 2 = 0.693147. In bfloat16 DeepSpeed casts weights, and one process, by autocast, the
-operands of products: the two round at other places.
+starts at ln 2 = 0.693147. In bfloat16 FSDP2 and DeepSpeed cast weights, and one process, by
+autocast, the operands of products: the two round at other places. A dash: refused before anything
+is loaded, or a case of the other mode's own.
 """
 
 
 def measured(command: str) -> dict[str, Any]:
-    from support import zero
+    from support import fsdp, zero
 
-    rows: dict[str, dict[str, Any]] = {}
+    cases = {
+        "FSDP2": list(fsdp.CASES),
+        **{f"ZeRO-{stage}": zero.cases_of(stage) for stage in (2, 3)},
+    }
+    rows: dict[str, dict[str, Any]] = {case: {} for case in {**fsdp.CASES, **zero.CASES}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for stage in STAGES:
-            cases = zero.cases_of(stage)
-            for part in (cases[::2], cases[1::2]):
-                zero.launch(folder, stage, *part)
+        for mode, names in cases.items():
+            for part in (names[::2], names[1::2]):
+                launch = fsdp.launch if mode == "FSDP2" else zero.launch
+                launch(folder, int(mode[-1]), *part)
                 for case in part:
-                    rows.setdefault(case, {})[f"ZeRO-{stage}"] = worst(folder, case)
+                    rows[case][mode] = worst(folder, case)
     report = environment(torch.device("cpu"), command)
     report["versions"] |= {name: metadata.version(name) for name in ("accelerate", "deepspeed")}
-    return report | {"rows": {case: rows[case] for case in zero.CASES if case in rows}}
+    return report | {"rows": rows}
 
 
 def worst(folder: Path, case: str) -> dict[str, float]:
     """The worst errors of both ranks, and the first loss."""
-    from support import zero
+    from support import fsdp, zero
 
     kept = folder / f"one process, {case}.pt"
     if not kept.exists():
-        torch.save(zero.outcome(folder / kept.stem, case, ranks=1), kept)
+        cases = {**fsdp.CASES, **zero.CASES}
+        torch.save(fsdp.outcome_of(folder / kept.stem, case, 1, cases=cases), kept)
     expected = torch.load(kept)
     ranks = [torch.load(folder / f"rank{rank}.pt")[case] for rank in range(2)]
     errors = [zero.errors(case, found, expected) for found in ranks]
@@ -88,26 +94,26 @@ def page(result: dict[str, Any]) -> str:
         HEAD,
         f"`{result['command']}` on {result['device']}; {versions}; {result['date'][:10]}.",
         "",
-        "| case | ZeRO-2: gradient | weight | log | ZeRO-3: gradient | weight | log | first loss |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| case | {' | '.join(f'{mode}: gradient | weight | log' for mode in MODES)} | first loss |",
+        f"|---|{'---|' * (3 * len(MODES) + 1)}",
     ]
     for case, row in result["rows"].items():
         cells = []
-        for stage in STAGES:
-            errors = row.get(f"ZeRO-{stage}")
+        for mode in MODES:
+            errors = row.get(mode)
             names = ("gradients", "weights", "logs")
-            cells += [f"{errors[name]:.0e}" for name in names] if errors else ["refused", "-", "-"]
+            cells += [f"{errors[name]:.0e}" for name in names] if errors else ["-", "-", "-"]
         losses = sorted({f"{errors['loss']:.6f}" for errors in row.values()})
         lines.append(f"| {case} | {' | '.join(cells)} | {', '.join(losses)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Measures training under DeepSpeed's ZeRO.")
+    parser = argparse.ArgumentParser(description="Measures sharded training.")
     parser.add_argument("--page", action="store_true", help="only write the page, from old results")
     arguments = parser.parse_args(argv)
     if not arguments.page:
-        RESULT.write_text(json.dumps(measured("python bench/zero.py"), indent=1) + "\n")
+        RESULT.write_text(json.dumps(measured("python bench/sharded.py"), indent=1) + "\n")
     result = json.loads(RESULT.read_text())
     PAGE.write_text(page(result))
     missed = misses(result)
