@@ -73,7 +73,7 @@ class BCO(Objective):
         return mean.to(pairs.chosen_logps.dtype).expand_as(pairs.chosen_logps)
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
-        return {"bco/delta": self.beta * self.shift(pairs)}
+        return {"bco/delta": self.beta * self.shift(pairs)} if self.reward_shift else {}
 
     def extra_repr(self) -> str:
         names = ("beta", "reward_shift", "momentum")

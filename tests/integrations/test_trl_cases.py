@@ -176,6 +176,21 @@ def test_a_models_dtype_is_kept(tmp_path, kind, name):
     assert all(moved.values())
 
 
+@pytest.mark.parametrize("kind", [PlainDPOTrainer, DPOTrainer])
+def test_weights_that_an_optimiser_spoils_stop_the_run(tmp_path, kind):
+    """Adam's epsilon is 0 in float16: TRL trains on, and every weight ends as NaN."""
+    options = {"optim": "adamw_torch", "max_steps": 4}
+    trainer = build(
+        tmp_path, kind, model=tiny.model().half(), ref_model=tiny.model(seed=1).half(), **options
+    )
+    if kind is PlainDPOTrainer:
+        trainer.train()
+        assert all(weight.isnan().any() for weight in trainer.model.parameters())
+        return
+    with pytest.raises(FloatingPointError, match="an earlier optimiser step has spoilt it"):
+        trainer.train()
+
+
 ADAPTERS = {
     "config": lambda: {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM")},
     "model": lambda: {"model": peft.get_peft_model(tiny.model(), peft.LoraConfig())},

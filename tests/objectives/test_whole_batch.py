@@ -145,7 +145,8 @@ def test_bco_shifts_by_the_running_mean(momentum):
 
 def test_bco_without_a_shift_keeps_no_statistics():
     objective = BCO(reward_shift=False)
-    objective(drawn(4))
+    pairs = drawn(4)
+    assert objective.metrics(pairs, objective(pairs)) == {}
     assert objective.statistics.batches == 0
 
 

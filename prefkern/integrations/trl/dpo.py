@@ -192,6 +192,20 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[PreferenceOutput, Tensor]:
+        try:
+            return self._scored_pairs(model, inputs)
+        except ValueError as error:
+            length = self.args.max_length
+            if length is None or "Image features and image tokens do not match" not in str(error):
+                raise
+            raise ValueError(
+                f"max_length is {length}, which cuts placeholders of an image from a prompt; "
+                "raise it, or set it to None"
+            ) from error
+
+    def _scored_pairs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[PreferenceOutput, Tensor]:
         objective: Any = self.loss_fn.objective
         mode = "train" if model.training else "eval"
         options: dict[str, Any] = {"return_stats": True}
