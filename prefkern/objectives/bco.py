@@ -34,7 +34,8 @@ class BCO(Objective):
         self.beta = require_positive("beta", beta)
         self.reward_shift = require_bool("reward_shift", reward_shift)
         self.momentum = require_share("momentum", momentum)
-        self.statistics = RunningStatistics(self.momentum)
+        if self.reward_shift:
+            self.statistics = RunningStatistics(self.momentum)
 
     def forward(self, pairs: Pairs) -> PairLoss:
         require_kind("pairs", pairs, Pairs)
@@ -69,8 +70,10 @@ class BCO(Objective):
     @torch.no_grad()
     def shift(self, pairs: Pairs) -> Tensor:  # (B,)
         """delta / beta, the same for all pairs."""
-        mean = self.statistics.mean if self.reward_shift else torch.zeros_like(self.statistics.mean)
-        return mean.to(pairs.chosen_logps.dtype).expand_as(pairs.chosen_logps)
+        logps = pairs.chosen_logps
+        if not self.reward_shift:
+            return torch.zeros_like(logps)
+        return self.statistics.mean.to(logps.dtype).expand_as(logps)
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
         return {"bco/delta": self.beta * self.shift(pairs)} if self.reward_shift else {}

@@ -57,6 +57,7 @@ from prefkern.objectives import (
     WithNLL,
 )
 from prefkern.objectives.links import MAX_SQUARED
+from prefkern.objectives.running import RunningStatistics
 from support import oracles
 from support.oracles import Pair
 
@@ -205,8 +206,11 @@ def _largest_coefficient(adaptive: oracles.Adaptive | None) -> Any:
 
 
 def _with_statistics(objective: AlphaDPO | BCO | BetaDPO) -> Objective:
-    objective.statistics.mean.fill_(MEAN)
-    objective.statistics.variance.fill_(STD**2)
+    # Options may leave an objective without any.
+    for statistics in objective.modules():
+        if isinstance(statistics, RunningStatistics):
+            statistics.mean.fill_(MEAN)
+            statistics.variance.fill_(STD**2)
     return objective.eval()
 
 
