@@ -1314,8 +1314,8 @@ MUTATIONS = (
     Mutation(
         "a second derivative does not see both factors of a product",
         "prefkern/objectives/links.py",
-        "is_finite = loss <= MAX_SQUARED",
-        "is_finite = loss < loss",
+        "factor * torch.where(is_finite, loss, 0.0), bounded)",
+        "held * loss + (factor - held) * loss.detach(), bounded)",
         "tests/objectives/test_declarations.py -k second_derivatives",
     ),
     Mutation(
