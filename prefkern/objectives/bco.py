@@ -76,9 +76,8 @@ class BCO(Contrastive):
         # The rewards over beta, which may be changed later.
         chosen, rejected = self.scores(pairs)
         if self.adaptive is not None:
-            chosen = weighed(
-                self.adaptive.coefficient(self.log_ratio(pairs, self.adaptive)), chosen
-            )
+            # 0 times an infinite log-ratio is NaN here, and is left out.
+            chosen = self.adaptive.coefficient(self.log_ratio(pairs, self.adaptive)) * chosen
         # A pair's mean: if one response overflowed, both are left out.
         self.statistics.update((chosen.double() + rejected.double()) / 2)
 

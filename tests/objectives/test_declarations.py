@@ -107,10 +107,10 @@ def test_omni_dpo_without_its_policys_weight_takes_infinite_log_probs():
 
 
 def test_adaptive_bco_without_numbers_moves_nothing():
-    """An infinite reward is left out of the mean, and a pair of a coefficient of 0 is not NaN."""
+    """An infinite log-ratio is left out of the mean, and a coefficient of 0 gives no NaN."""
     objective = objectives.build("ada_bco_pair", clip=1.5)
     assert isinstance(objective, BCO)
     chosen, rejected = torch.tensor([-torch.inf] * 3), torch.tensor([-7.0, -3.0, -torch.inf])
     result = objective(pairs_of(chosen, rejected))
-    assert objective.statistics.batches == 1 and objective.statistics.mean == 0
+    assert objective.statistics.batches == 0 and objective.statistics.mean == 0
     assert result.losses[:2].isfinite().all() and (result.beta_chosen[:2] == 0).all()
