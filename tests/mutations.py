@@ -1227,9 +1227,9 @@ MUTATIONS = (
     Mutation(
         "Omni-DPO's weight of the policy is a constant",
         "prefkern/objectives/links.py",
-        "(factor - held) * loss.detach()",
-        "(held - held) * loss.detach()",
-        "tests/objectives/test_objectives.py -k oracles",
+        "factor * torch.where(is_finite",
+        "held * torch.where(is_finite",
+        "tests/objectives/test_objectives.py -k 'oracles and omnidpo'",
     ),
     Mutation(
         "alpha-DPO's margin keeps its stop-gradient",
@@ -1315,6 +1315,29 @@ MUTATIONS = (
         "weight = 1 / self.batches.clamp(min=1).double()",
         "weight = (self.batches == 1).double()",
         "tests/objectives/test_whole_batch.py -k bco_shifts",
+    ),
+    Mutation(
+        "adaptive BCO's shift is the mean of plain rewards",
+        "prefkern/objectives/bco.py",
+        """        if self.adaptive is not None:
+            chosen =""",
+        """        if self.adaptive is not None and not self.training:
+            chosen =""",
+        "tests/objectives/test_whole_batch.py -k bco_shifts",
+    ),
+    Mutation(
+        "under ld_alpha the push on a response has no NLL term",
+        "prefkern/loss/pairwise.py",
+        "gradients = sum(others, gradients)",
+        "del others",
+        "tests/loss/test_ld_alpha.py -k pushes",
+    ),
+    Mutation(
+        "a second derivative does not see both factors of a product",
+        "prefkern/objectives/links.py",
+        "factor * torch.where(is_finite, loss, 0.0), bounded)",
+        "held * loss + (factor - held) * loss.detach(), bounded)",
+        "tests/objectives/test_declarations.py -k second_derivatives",
     ),
     Mutation(
         "AOT sorts each rank's pairs by themselves",

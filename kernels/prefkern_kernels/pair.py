@@ -232,7 +232,7 @@ def _pair_loss_kernel(
         h = within(tl.load(reward_margins_ptr + chosen).to(tl.float32), max_margin)
         gap = beta * (sum_w / n_w - sum_l / n_l)
         # (1 - sigmoid(x))^gamma = exp(gamma log sigmoid(-x))
-        weight = tl.exp(log_sigmoid(eta * h) + gamma * log_sigmoid(tau - gap))
+        weight = tl.exp(log_sigmoid(eta * h) + times(log_sigmoid(tau - gap), gamma))
         push = -least(loss, max_squared) * (weight * gamma * sigmoid(gap - tau) * beta)
         loss *= weight
         dchosen *= weight

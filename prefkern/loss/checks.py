@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefkern.objectives import Objective, UnpairedObjective
+from prefkern.objectives import Mixture, Objective, UnpairedObjective
 from prefkern.ops import checks, plain
 from prefkern.ops.shards import VocabShard
 
@@ -57,7 +57,6 @@ def reference(
     shard: VocabShard | None = None,
 ) -> None:
     """Check that a reference is given if needed, once and in full, and has the policy's tokens."""
-    name = inner_name(objective)
     if ref_hidden is not None and ref_logps is not None and ref_weight is not None:
         raise ValueError("give either ref_hidden and ref_weight, or ref_logps, not both")
     reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias, shard)
@@ -68,13 +67,13 @@ def reference(
         checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
     if needs_kls and ref_hidden is None:
         raise ValueError(
-            f"{name} needs the reference's distributions: give ref_hidden and ref_weight, "
-            "ref_logps are not enough"
+            f"{inner_name(objective, 'needs_kls')} needs the reference's distributions: give "
+            "ref_hidden and ref_weight, ref_logps are not enough"
         )
     if objective.needs_reference and ref_hidden is None and ref_logps is None:
         raise ValueError(
-            f"{name} needs a reference: give ref_hidden and ref_weight, or ref_logps, "
-            "sums computed earlier"
+            f"{inner_name(objective, 'needs_reference')} needs a reference: give ref_hidden and "
+            "ref_weight, or ref_logps, sums computed earlier"
         )
 
 
@@ -93,8 +92,8 @@ def ld_alpha(
         )
     if objective.needs_kls:
         raise ValueError(
-            f"ld_alpha is {value!r}, and {inner_name(objective)}'s divergences are sums over all "
-            "tokens; leave it out"
+            f"ld_alpha is {value!r}, and {inner_name(objective, 'needs_kls')}'s divergences are "
+            "sums over all tokens; leave it out"
         )
     if over_ranks:
         raise ValueError(
@@ -179,12 +178,14 @@ def margins(
         checks.vector("reward_margins", reward_margins, n_sequences // 2, device)
     elif isinstance(objective, Objective) and objective.needs_reward_margins:
         raise ValueError(
-            f"{inner_name(objective)} needs reward_margins, [B] margins of a reward model, got None"
+            f"{inner_name(objective, 'needs_reward_margins')} needs reward_margins, [B] margins of a "
+            "reward model, got None"
         )
 
 
-def inner_name(objective: Objective | UnpairedObjective) -> str:
-    """The name of the innermost objective, without its wrappers."""
-    while isinstance(getattr(objective, "objective", None), Objective):
-        objective = objective.objective  # pyright: ignore[reportAssignmentType]
-    return type(objective).__name__
+def inner_name(objective: Objective | UnpairedObjective, need: str) -> str:
+    """The name of the innermost objective with a need, without its wrappers and its mixture."""
+    if isinstance(objective, Mixture):
+        return inner_name(next(x for x in objective.objectives if getattr(x, need)), need)
+    inner = getattr(objective, "objective", None)
+    return inner_name(inner, need) if isinstance(inner, Objective) else type(objective).__name__

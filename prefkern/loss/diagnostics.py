@@ -81,10 +81,18 @@ def objective_balance(objective: Objective, pairs: Pairs) -> GradientBalance:
             name: None if value is None else value.detach().clone()
             for name, value in vars(pairs).items()
         }
-        leaves = [values[name].requires_grad_() for name in ("chosen_logps", "rejected_logps")]
+        # Of a token of weight 1: with `ld_alpha` it is in two sums of its response.
+        names = ("chosen_logps", "rejected_logps", "chosen_whole_logps", "rejected_whole_logps")
+        read = [name for name in names if values[name] is not None]
+        leaves = [values[name].requires_grad_() for name in read]
         # A copy: an objective remembers its last batch, and each module has a mode to keep.
         losses = copy.deepcopy(objective).eval()(Pairs(**values)).losses
-        chosen, rejected = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        slopes = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+        of = dict(zip(read, slopes, strict=True))
+        chosen, rejected = (
+            of[f"{side}_logps"] + of.get(f"{side}_whole_logps", 0.0)
+            for side in ("chosen", "rejected")
+        )
     return _balance(chosen, rejected, pairs.chosen_logps.detach(), pairs.rejected_logps.detach())
 
 

@@ -19,9 +19,9 @@ class PreferenceOutput:
 
     `loss`, `losses`, `chosen_logps` and `rejected_logps` are differentiable, so that you can add
     terms of your own. The rest is detached. Log-probs are sums over the scored tokens of a
-    sequence, in nats, of which `ld_alpha` may weigh some less. A reward is the coefficient in force times the objective's score of a
-    response (DPO: the log-ratio). Gradients are those of `losses` with respect to the log-probs:
-    the push on a sequence.
+    sequence, in nats, of which `ld_alpha` may weigh some less. A reward is the coefficient in force
+    times the objective's score of a response (DPO: the log-ratio). Gradients are those of `losses`
+    with respect to the log-probs: the push on a sequence, and on each token of weight 1 in it.
     """
 
     loss: Tensor  # scalar, mean over pairs

@@ -126,14 +126,21 @@ def _by_objective(objective: Objective, scores: Scores) -> Paired:
             return _by_objective(objective, Scores(**values))
     with torch.enable_grad():
         # Evaluation has no graph, but wants these gradients as well.
-        sums = sums if trains else sums.detach().requires_grad_()
+        if not trains:
+            sums, whole = (
+                None if x is None else x.detach().requires_grad_() for x in (sums, whole)
+            )
+            assert sums is not None
         pairs = _pairs(sums, scores, whole)
         result = objective(pairs)
         gradients = torch.zeros_like(sums)
         if result.losses.requires_grad:
-            (gradients,) = torch.autograd.grad(
-                result.losses.sum(), sums, retain_graph=trains, materialize_grads=True
+            # With `ld_alpha`, those of tokens of weight 1: they are in both sums.
+            read = [sums] if whole is None else [sums, whole]
+            gradients, *others = torch.autograd.grad(
+                result.losses.sum(), read, retain_graph=trains, materialize_grads=True
             )
+            gradients = sum(others, gradients)
     if not trains:
         result = PairLoss(*(value.detach() for value in result))
         pairs = replace(

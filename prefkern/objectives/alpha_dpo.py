@@ -93,7 +93,8 @@ class AlphaDPO(Contrastive):
             normalize=require_bool("normalize", normalize),
             stop_gradient=require_bool("stop_gradient", stop_gradient),
         )
-        self.statistics = RunningStatistics(self.momentum)
+        if self.normalize:
+            self.statistics = RunningStatistics(self.momentum)
 
     @property
     def score(self) -> Score:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -157,12 +158,14 @@ class AlphaDPO(Contrastive):
     def pair_kernel_options(self) -> dict[str, Any] | None:
         options = super().pair_kernel_options()
         assert options is not None
-        statistics = self.statistics.mean, self.statistics.variance
+        statistics = None
+        if self.normalize:
+            statistics = self.statistics.mean, self.statistics.variance
         return {
             **options,
             "gap": _GAPS[self.implicit_reference],
             "gap_scale": self._gap_scale,
-            "gap_statistics": statistics if self.normalize else None,
+            "gap_statistics": statistics,
             "least_spread": LEAST_SPREAD,
             "gap_trains": not self.stop_gradient,
         }

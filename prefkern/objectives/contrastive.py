@@ -17,7 +17,7 @@ P = exp(L/n) its probability per token, o = log P/(1 - P) its log-odds.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -30,9 +30,18 @@ from prefkern.objectives.checks import (
     require_bool,
     require_kind,
     require_number,
+    require_one_of,
     require_positive,
 )
-from prefkern.objectives.links import MAX_SQUARED, Link, linked, product
+from prefkern.objectives.links import (
+    LINKS_WITH_A_SHAPE,
+    LINKS_WITH_SMOOTHING,
+    LINKS_WITHOUT_A_MARGIN,
+    MAX_SQUARED,
+    Link,
+    linked,
+    product,
+)
 from prefkern.objectives.scores import (
     LEAST_MISS,
     Divergence,
@@ -190,8 +199,26 @@ class Contrastive(Objective):
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
+        self._check_declarations()
         if adaptive is not None and not self._scores_ratios:
             self.adaptive = replace(adaptive, space="policy")
+
+    def _check_declarations(self) -> None:
+        """What a class declares: a score or link of another name would be taken for one of ours."""
+        require_one_of("score", self.score, get_args(Score))
+        require_one_of("link", self.link, get_args(Link))
+        if self.link in LINKS_WITH_A_SHAPE:
+            require_positive(f"shape of the link {self.link!r}", self.shape)
+        if self.link in LINKS_WITHOUT_A_MARGIN and (self.fixed_margin or self.length_penalty):
+            raise ValueError(
+                f"the link {self.link!r} reads no margin, got fixed_margin {self.fixed_margin!r} "
+                f"and length_penalty {self.length_penalty!r}; leave them 0"
+            )
+        if self.link not in LINKS_WITH_SMOOTHING and self.label_smoothing:
+            raise ValueError(
+                f"the link {self.link!r} has no label smoothing, got label_smoothing "
+                f"{self.label_smoothing!r}; leave it 0"
+            )
 
     @property
     def _name(self) -> str:

@@ -28,7 +28,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prefkern.objectives.adaptive import MAX_LOG_RATIO
 
@@ -45,6 +44,11 @@ Link = Literal[
     "apo_down",
     "none",
 ]
+
+# Those that read label smoothing, are undefined at a shape of 0, or are no functions of delta.
+LINKS_WITH_SMOOTHING = ("logistic", "robust", "exo")
+LINKS_WITH_A_SHAPE = ("exo", "discopop", "squares")
+LINKS_WITHOUT_A_MARGIN = ("nca", "squares", "apo_zero", "apo_down", "none")
 
 # What is squared is clamped to this, so that its square stays finite in float32. So is the delta of
 # a link whose terms would be 0 times infinity.
@@ -87,8 +91,11 @@ def product(factor: Tensor, loss: Tensor) -> Tensor:
 
     For factors that saturate, exponentially, where the loss grows linearly.
     """
+    # Only where the loss is that large: elsewhere a second derivative must see both factors.
+    is_finite = loss <= MAX_SQUARED
     held = factor.detach()
-    return held * loss + (factor - held) * loss.detach().clamp(max=MAX_SQUARED)
+    bounded = held * loss + (factor - held) * MAX_SQUARED
+    return torch.where(is_finite, factor * torch.where(is_finite, loss, 0.0), bounded)
 
 
 def _logistic(link: Link, delta: Tensor, smoothing: float) -> Tensor:
@@ -111,7 +118,10 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 
 class _APODown(torch.autograd.Function):
-    """`sigmoid(a) + sigmoid(b - a)`; autograd's own slope in a would cancel for a small b."""
+    """`sigmoid(a) + sigmoid(b - a)`; autograd's own slope in a would cancel for a small b.
+
+    The slopes are differentiable in turn.
+    """
 
     @staticmethod
     def forward(ctx: Any, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -119,7 +129,6 @@ class _APODown(torch.autograd.Function):
         return _sigmoid(chosen) + _sigmoid(rejected - chosen)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         chosen, rejected = ctx.saved_tensors
         gap = chosen - rejected
@@ -134,7 +143,10 @@ class _APODown(torch.autograd.Function):
 
 def _signed_miss(x: Tensor) -> Tensor:
     """`1 - exp(-|x|)`, with the sign of x."""
-    return -torch.expm1(-x.abs()) * x.sign()
+    # Two branches with a slope of 1 each at 0, where that of |x| is 0.
+    is_negative = x < 0
+    below = torch.expm1(torch.where(is_negative, x, 0.0))
+    return torch.where(is_negative, below, -torch.expm1(-torch.where(is_negative, 0.0, x)))
 
 
 def _exo(delta: Tensor, smoothing: float) -> Tensor:

@@ -64,12 +64,13 @@ class OmniDPO(Contrastive):
     def weight(self, pairs: Pairs) -> Tensor:
         h = pairs.margins(self._name).detach().to(pairs.chosen_logps.dtype)
         n_chosen, n_rejected = pairs.lengths(self._name)
-        gap = self.beta * (pairs.chosen_logps / n_chosen - pairs.rejected_logps / n_rejected)
-        # (1 - sigmoid(x))^gamma = exp(gamma logsigmoid(-x))
-        return (
-            F.logsigmoid(self.eta * h.clamp(-MAX_MARGIN, MAX_MARGIN))
-            + self.gamma * F.logsigmoid(self.tau - gap)
-        ).exp()
+        log_weight = F.logsigmoid(self.eta * h.clamp(-MAX_MARGIN, MAX_MARGIN))
+        # A gamma of 0 leaves the policy's margin out even where it is infinite.
+        if self.gamma:
+            gap = self.beta * (pairs.chosen_logps / n_chosen - pairs.rejected_logps / n_rejected)
+            # (1 - sigmoid(x))^gamma = exp(gamma logsigmoid(-x))
+            log_weight = log_weight + self.gamma * F.logsigmoid(self.tau - gap)
+        return log_weight.exp()
 
     def nll(self, pairs: Pairs) -> Tensor:
         ref_chosen, _ = pairs.reference(self._name)

@@ -134,7 +134,7 @@ def build(name: str, **given: Any) -> Objective | UnpairedObjective:
     An adaptive objective also takes the options of `Adaptive` (space, exponent, clip, k):
     `build("adadpo", beta=0.1, clip=3.0)` is `DPO(beta=0.1, adaptive=Adaptive(clip=3.0))`. Every
     pairwise objective takes `use_weighting=True` (`WPO`) and `rpo_alpha` (`WithNLL`, outermost).
-    Case, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo". TRL's names are names, too:
+    Case, spaces, "-" and "_" in names do not matter: "alpha-DPO" is "alphadpo". TRL's names are names, too:
     "sigmoid" is "dpo" and "ada_sigmoid" is "adadpo".
 
     Names with "+" between them are a `Mixture`: `build("dpo+simpo", loss_weights=[1.0, 0.5])`. Its
@@ -205,16 +205,27 @@ def _lookup(name: str) -> tuple[type[Objective | UnpairedObjective], bool]:
     stem = plain.removeprefix("ada")
     if stem in SAME:
         plain = plain.removesuffix(stem) + SAME[stem]
+    if not plain:
+        raise ValueError(f"the name of an objective is empty, got {name!r}; {_known()}")
     if plain not in names():
+        if plain.removeprefix("ada") in REGISTRY:
+            raise ValueError(
+                f"unknown objective {name!r}: {plain.removeprefix('ada')!r} has no adaptive form; "
+                f"{_known()}"
+            )
         instead = {_plain(each): text for each, text in ELSEWHERE.items()}.get(plain)
         near = _nearest(plain, [*names(), *SAME]) if instead is None else f": {instead}"
-        raise ValueError(f"unknown objective {name!r}{near}; known: {', '.join(names())}")
+        raise ValueError(f"unknown objective {name!r}{near}; {_known()}")
     is_adaptive = plain not in REGISTRY
     return REGISTRY[plain.removeprefix("ada") if is_adaptive else plain], is_adaptive
 
 
+def _known() -> str:
+    return f"known: {', '.join(names())}"
+
+
 def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -426,38 +426,6 @@ def test_margins_are_numbers(tmp_path, rows, message):
         build(tmp_path, train_dataset=rows.to_iterable_dataset(), **options).train()
 
 
-def test_a_merged_adapter_is_refused(tmp_path):
-    model = peft.get_peft_model(tiny.model(), twins.lora())
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged into its weights"):
-        build(tmp_path, model=model, objective="simpo", objective_options={"beta": 2.0})
-
-
-@pytest.mark.parametrize("precompute", [False, True])
-def test_adapters_that_change_the_reference_are_refused(tmp_path, precompute):
-    options = {"objective": "dpo", "precompute_ref_log_probs": precompute}
-    pissa = peft.LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
-        build(tmp_path, peft_config=pissa, **options)
-    model = peft.get_peft_model(tiny.model(), twins.lora())
-    model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="embed_tokens.weight would be trained"):
-        build(tmp_path, model=model, **options)
-    trainer = build(tmp_path, peft_config=pissa, ref_model=tiny.model(), objective="dpo")
-    trainer.train()
-    assert step_logs(trainer)[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
-
-
-def test_an_adapter_that_transformers_loaded_is_refused(tmp_path):
-    for objective in ("dpo", "simpo"):
-        model = tiny.model()
-        model.add_adapter(twins.lora())
-        reference = {"ref_model": tiny.model()} if objective == "dpo" else {}
-        beta = {"objective_options": {"beta": 2.0}} if objective == "simpo" else {}
-        with pytest.raises(ValueError, match="holds an adapter .* that transformers loaded"):
-            build(tmp_path, model=model, objective=objective, **reference, **beta)
-
-
 REFUSED = [
     ({"loss_type": ["ipo"], "objective": "adadpo"}, "args.loss_type .* objective was given"),
     ({"ld_alpha": 0.5, "objective": "tdpo1"}, "ld_alpha is 0.5, and TDPO1's divergences"),

@@ -1,4 +1,7 @@
-"""TRL's trainer with prefkern: a trained adapter that is given is its own reference, of any kind."""
+"""TRL's trainer with prefkern: a trained adapter that is given is its own reference, of any kind.
+
+Adapters that would change the reference are refused.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 
+import twins
 from support import tiny
 from support.adapters import ADAPTERS, lora, trained
 from support.trl_runs import build
@@ -86,3 +90,35 @@ def test_checkpointed_blocks_stay_checkpointed(tmp_path):
     run.compute_ref_log_probs(run.model, batch)
     assert [block.gradient_checkpointing for block in blocks] == [True, False]
     assert tiny.SIZES["num_hidden_layers"] == len(blocks)
+
+
+def test_a_merged_adapter_is_refused(tmp_path):
+    model = peft.get_peft_model(tiny.model(), twins.lora())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into its weights"):
+        build(tmp_path, model=model, objective="simpo", objective_options={"beta": 2.0})
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_adapters_that_change_the_reference_are_refused(tmp_path, precompute):
+    options = {"objective": "dpo", "precompute_ref_log_probs": precompute}
+    pissa = peft.LoraConfig(r=4, init_lora_weights="pissa", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base"):
+        build(tmp_path, peft_config=pissa, **options)
+    model = peft.get_peft_model(tiny.model(), twins.lora())
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="embed_tokens.weight would be trained"):
+        build(tmp_path, model=model, **options)
+    trainer = build(tmp_path, peft_config=pissa, ref_model=tiny.model(), objective="dpo")
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_an_adapter_that_transformers_loaded_is_refused(tmp_path):
+    for objective in ("dpo", "simpo"):
+        model = tiny.model()
+        model.add_adapter(twins.lora())
+        reference = {"ref_model": tiny.model()} if objective == "dpo" else {}
+        beta = {"objective_options": {"beta": 2.0}} if objective == "simpo" else {}
+        with pytest.raises(ValueError, match="holds an adapter .* that transformers loaded"):
+            build(tmp_path, model=model, objective=objective, **reference, **beta)

@@ -191,6 +191,27 @@ def test_weights_that_an_optimiser_spoils_stop_the_run(tmp_path, kind):
         trainer.train()
 
 
+@pytest.mark.parametrize("loss_type", [["bco_pair"], long(["sigmoid", "sft"])], ids=str)
+def test_a_run_goes_on_in_the_other_trainer(tmp_path, caplog, loss_type):
+    """With TRL's losses a checkpoint of one trainer is one of the other."""
+    options = {"loss_type": loss_type, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+    def losses(kind, checkpoint=None):
+        path = tmp_path / kind.__module__
+        trainer = build(path, kind, ref_model=tiny.model(seed=1), **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+    kinds = [PlainDPOTrainer, DPOTrainer]
+    expected = losses(PlainDPOTrainer)
+    assert losses(DPOTrainer) == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != expected[1]
+    for kind, other in zip(kinds, reversed(kinds), strict=True):
+        went_on = losses(kind, str(tmp_path / other.__module__ / "checkpoint-1"))
+        assert went_on == pytest.approx(expected, rel=1e-5)
+    assert "objective.pt is missing" not in caplog.text
+
+
 ADAPTERS = {
     "config": lambda: {"peft_config": peft.LoraConfig(task_type="CAUSAL_LM")},
     "model": lambda: {"model": peft.get_peft_model(tiny.model(), peft.LoraConfig())},

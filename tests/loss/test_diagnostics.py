@@ -13,7 +13,7 @@ import prefkern
 from prefkern import Pairs, objectives, reference
 from prefkern.loss import diagnostics
 from prefkern.loss.diagnostics import gradient_balance, objective_balance
-from prefkern.objectives import CPO, DPO, Adaptive, AlphaDPO, BetaDPO, Hinge, Objective
+from prefkern.objectives import CPO, DPO, Adaptive, AlphaDPO, BetaDPO, Hinge, Objective, WithNLL
 from support.objective_cases import CASES, ORDINARY, columns
 
 STABLE = Adaptive("policy", 1.0, 2.0)
@@ -116,7 +116,7 @@ def test_of_every_objective(name):
     assert before == {key: str(value) for key, value in objective.state_dict().items()}
     leaves = [values["chosen_logps"], values["rejected_logps"]]
     losses = objective.eval()(Pairs(**values)).losses
-    slopes = torch.autograd.grad(losses.sum(), leaves)
+    slopes = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
     assert torch.equal(balance.chosen_gradients, slopes[0])
     assert torch.equal(balance.rejected_gradients, slopes[1])
     assert not any(value.requires_grad for value in balance)
@@ -126,6 +126,17 @@ def test_of_every_objective(name):
         again = objective_balance(objective, Pairs(**values))
     torch.testing.assert_close(again, balance, rtol=0, atol=0, equal_nan=True)
     assert not objective.training
+
+
+def test_sums_of_all_tokens_are_read_too():
+    """Where some tokens weigh less (`ld_alpha`), an NLL term is of the other sums."""
+    pairs = Pairs(**columns(ORDINARY))
+    whole = replace(
+        pairs, chosen_whole_logps=pairs.chosen_logps, rejected_whole_logps=pairs.rejected_logps
+    )
+    objective = WithNLL(DPO(), 0.5)
+    expected, balance = (objective_balance(objective, each) for each in (pairs, whole))
+    torch.testing.assert_close(balance, expected, rtol=1e-14, atol=0, equal_nan=True)
 
 
 def batch(device: str, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ import torch
 import torch._dynamo.testing
 
 import prefkern
-from prefkern import objectives, reference
-from prefkern.objectives import CPO, DPO, IPO, KTO, TDPO1, WPO, Adaptive, WithNLL
+from prefkern import FusedPreferenceLoss, objectives, reference
+from prefkern.objectives import CPO, DPO, IPO, KTO, SFT, TDPO1, WPO, Adaptive, Mixture, WithNLL
 from prefkern.ops import sequences
 from support.machine import BACKENDS
 from support.ranks import group_of_one
@@ -339,6 +339,10 @@ def test_a_weight_that_is_none(value):
     [
         (KTO(), "ld_alpha is 0.5, and KTO has no pairs.*leave it out"),
         (WithNLL(TDPO1()), "ld_alpha is 0.5, and TDPO1's divergences are sums over all tokens"),
+        (
+            WithNLL(Mixture([DPO(), WPO(TDPO1())])),
+            "ld_alpha is 0.5, and TDPO1's divergences are sums over all tokens",
+        ),
     ],
 )
 def test_objectives_without_it(objective, message):
@@ -366,3 +370,25 @@ if "triton" in BACKENDS:
             loss_fn = prefkern.FusedPreferenceLoss(DPO(0.3), backend="triton", ld_alpha=alpha)
             loss_fn(**given)
             assert kernels.launches["pair_loss"] - before == expected
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize(
+    "objective", [CPO(), WithNLL(DPO(), 0.5), SFT()], ids=lambda x: repr(x)[:7]
+)
+def test_a_weight_of_1_pushes_as_none_does(objective, trains):
+    """Every field of the output: the push on a response has its NLL term, too."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((4, 6, 8), (16, 8)))
+    labels = torch.randint(0, 16, (4, 6), generator=generator)
+    labels[0, 3:] = labels[3, 2:] = -100
+    outs = [
+        FusedPreferenceLoss(objective, ld_alpha=alpha)(
+            hidden.clone().requires_grad_(trains), weight, labels, ref_logps=torch.full((4,), -9.0)
+        )
+        for alpha in (None, 1.0)
+    ]
+    for name, expected in vars(outs[0]).items():
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(getattr(outs[1], name), expected, msg=name)
+    assert outs[1].chosen_gradients.abs().min() > 0.1

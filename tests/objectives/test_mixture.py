@@ -210,7 +210,7 @@ def test_by_name():
             "mixes pairwise objectives; 'kto' is on single responses",
         ),
         (lambda: objectives.build("dpo+nope"), ValueError, "unknown objective 'nope'"),
-        (lambda: objectives.build("dpo+"), ValueError, "unknown objective ''"),
+        (lambda: objectives.build("dpo+"), ValueError, "name of an objective is empty, got ''"),
         (
             lambda: objectives.build("dpo+ipo", gamma=1.0),
             TypeError,

@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from prefkern import Pairs
-from prefkern.objectives import BCO, KTO, WPO, AlphaDPO, BetaDPO, Examples, WithNLL
+from prefkern.objectives import BCO, KTO, WPO, Adaptive, AlphaDPO, BetaDPO, Examples, WithNLL
 from prefkern.objectives.running import RunningStatistics, gather
 from support.ranks import run_on_two_ranks
 
@@ -136,6 +136,7 @@ def test_alpha_dpo_scores_by_what_it_has_seen(sizes):
 STATEFUL = {
     "alphadpo": lambda: AlphaDPO(momentum=0.7),
     "bco": BCO,
+    "adabco": lambda: BCO(adaptive=Adaptive()),
     "betadpo": lambda: BetaDPO(momentum=0.7, keep=0.5),
     "wpo of nll of betadpo": lambda: WPO(WithNLL(BetaDPO(momentum=0.7, keep=0.5)), alignment=False),
 }
@@ -291,6 +292,7 @@ def everything(part) -> dict[str, torch.Tensor]:
         "alphadpo": lambda: AlphaDPO(2.0, 0.5, 0.25),
         "bco": lambda: BCO(0.3),
         "bco, momentum": lambda: BCO(0.3, momentum=0.6),
+        "adabco": lambda: BCO(0.3, adaptive=Adaptive("policy", 0.1)),
         "betadpo": lambda: BetaDPO(0.1, m=0.3, keep=1.0),
         "betadpo, a share": lambda: BetaDPO(0.1, m=0.3, keep=0.6),
     }

@@ -114,14 +114,16 @@ def test_a_batch_is_trls(name, smoothing, size):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("adaptive", [None, Adaptive(), Adaptive("policy", 0.1, None, 1.5)])
 @pytest.mark.parametrize("momentum", [1.0, 0.6])
-def test_bco_shifts_by_the_running_mean(momentum):
+def test_bco_shifts_by_the_running_mean(momentum, adaptive):
     """As TRL did before 1.16: the batch's mean reward is merged before the batch is scored."""
-    objective = BCO(0.3, momentum=momentum)
+    objective = BCO(0.3, momentum=momentum, adaptive=adaptive)
     total = weights = 0.0
     for step, size in enumerate((5, 1, 8)):
         pairs = drawn(size, step)
-        rewards = 0.3 * torch.stack(
+        betas = torch.stack(DPO(0.3, adaptive=adaptive)(pairs)[1:3])
+        rewards = betas * torch.stack(
             [
                 (pairs.chosen_logps - pairs.ref_chosen_logps).detach(),
                 (pairs.rejected_logps - pairs.ref_rejected_logps).detach(),
@@ -136,8 +138,9 @@ def test_bco_shifts_by_the_running_mean(momentum):
         result = objective(pairs)
         torch.testing.assert_close(result.losses, expected, rtol=1e-12, atol=0)
         (slope,) = torch.autograd.grad(expected.sum(), leaf)
-        for mine, true in zip(slopes(result.losses, pairs), slope, strict=True):
-            torch.testing.assert_close(mine, 0.3 * true, rtol=1e-12, atol=0)
+        for mine, true in zip(slopes(result.losses, pairs), betas * slope, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-12, atol=0)
+        assert torch.equal(torch.stack(result[1:3]), betas)
         torch.testing.assert_close(result.chosen_rewards, rewards[0])
         assert (objective.metrics(pairs, result)["bco/delta"] - delta).abs().max() < 1e-12
         assert objective.metrics(pairs, result)["bco/delta"].shape == (size,)
@@ -147,7 +150,7 @@ def test_bco_without_a_shift_keeps_no_statistics():
     objective = BCO(reward_shift=False)
     pairs = drawn(4)
     assert objective.metrics(pairs, objective(pairs)) == {}
-    assert objective.statistics.batches == 0
+    assert objective.state_dict() == {}
 
 
 def test_bcos_shift_follows_a_beta_that_is_changed_later():

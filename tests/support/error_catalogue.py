@@ -544,6 +544,7 @@ _OBJECTIVES: dict[str, list[Any]] = {
             ({"momentum": value}, ValueError, "in [0, 1]", repr(value))
             for value in (-0.1, 1.5, True, nan)
         ),
+        *_ADAPTIVE,
     ],
     "aot": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE],
     "aotunpaired": [*_positive("beta"), *_below("label_smoothing", "0.5"), *_ADAPTIVE],

@@ -57,6 +57,7 @@ from prefkern.objectives import (
     WithNLL,
 )
 from prefkern.objectives.links import MAX_SQUARED
+from prefkern.objectives.running import RunningStatistics
 from support import oracles
 from support.oracles import Pair
 
@@ -205,8 +206,11 @@ def _largest_coefficient(adaptive: oracles.Adaptive | None) -> Any:
 
 
 def _with_statistics(objective: AlphaDPO | BCO | BetaDPO) -> Objective:
-    objective.statistics.mean.fill_(MEAN)
-    objective.statistics.variance.fill_(STD**2)
+    # Options may leave an objective without any.
+    for statistics in objective.modules():
+        if isinstance(statistics, RunningStatistics):
+            statistics.mean.fill_(MEAN)
+            statistics.variance.fill_(STD**2)
     return objective.eval()
 
 
@@ -368,6 +372,8 @@ def _others() -> Iterable[Case]:
     yield _row("betadpo", "plain", BetaDPO, {"h0": MEAN}, beta=0.1, m=0.03)
     yield _row("betadpo", "floor", BetaDPO, {"h0": MEAN}, beta=0.1, m=1e-9, beta_min=0.2)
     yield _row("bco", "plain", BCO, {"mean": MEAN}, beta=0.1)
+    for variant, adaptive in ADAPTIVES.items():
+        yield _row("bco", variant, BCO, {"mean": MEAN}, beta=0.1, adaptive=adaptive)
     yield _row("bco", "no shift", BCO, {"mean": MEAN}, beta=0.3, reward_shift=False)
     yield _row("tdpo1", "plain", TDPO1, beta=0.1)
     yield _row("tdpo2", "plain", TDPO2, beta=0.1, alpha=0.5)

@@ -408,14 +408,15 @@ def betadpo(p: Pair, *, beta, m, mean_gap, h0, beta_min=1e-3) -> Objective:
     return dpo(p, beta=betadpo_beta(beta, m, mean_gap, h0, beta_min))
 
 
-def bco(p: Pair, *, beta, mean, reward_shift=True) -> Objective:
-    """`mean` is that of the log-ratios of both responses so far, which shifts the rewards."""
+def bco(p: Pair, *, beta, mean, reward_shift=True, adaptive=None) -> Objective:
+    """`mean` is that of the rewards of both responses so far, over beta; it shifts the rewards."""
     delta = beta * mean if reward_shift else Decimal(0)
 
     def loss(p: Pair, c: Coefficients) -> Decimal:
-        return nll(beta * (p.L_w - p.R_w) - c.offset) + nll(c.offset - beta * (p.L_l - p.R_l))
+        a, b = c.beta_w * (p.L_w - p.R_w), c.beta_l * (p.L_l - p.R_l)
+        return nll(a - c.offset) + nll(c.offset - b)
 
-    return Coefficients(beta, beta, offset=delta), loss
+    return betas(p, beta, adaptive)._replace(offset=delta), loss
 
 
 def smoothed(d: Decimal, label_smoothing: Decimal) -> Decimal:
