@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 import families
 import plans
 import readme
-import zero
+import sharded
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_the_bytes_that_a_rank_holds_are_of_their_record(tmp_path: Path) -> None
     ]
 
 
-def test_the_page_of_zero_is_of_its_record() -> None:
-    result = json.loads(zero.RESULT.read_text())
-    assert zero.PAGE.read_text() == zero.page(result)
-    assert zero.misses(result) == []
-    assert {mode for row in result["rows"].values() for mode in row} == {"ZeRO-2", "ZeRO-3"}
+def test_the_page_of_sharded_training_is_of_its_record() -> None:
+    result = json.loads(sharded.RESULT.read_text())
+    assert sharded.PAGE.read_text() == sharded.page(result)
+    assert sharded.misses(result) == []
+    assert {mode for row in result["rows"].values() for mode in row} == {*sharded.MODES}
     result["rows"]["full, none"]["ZeRO-3"]["gradients"] = math.nan
-    assert zero.misses(result) == ["ZeRO-3, full, none: gradients nan"]
+    assert sharded.misses(result) == ["ZeRO-3, full, none: gradients nan"]
 
 
 def test_the_results_page_s_numbers_are_the_result_s() -> None:
