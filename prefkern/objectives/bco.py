@@ -74,10 +74,10 @@ class BCO(Contrastive):
 
     @torch.no_grad()
     def observe(self, pairs: Pairs) -> None:
-        # The rewards over beta, which may be changed later.
+        # The rewards over beta, which may be changed later. 0 times an infinite log-ratio is NaN
+        # here, and is left out.
         chosen, rejected = self.scores(pairs)
         if self.adaptive is not None:
-            # 0 times an infinite log-ratio is NaN here, and is left out.
             chosen = self.adaptive.coefficient(self.log_ratio(pairs, self.adaptive)) * chosen
         # A pair's mean: if one response overflowed, both are left out.
         self.statistics.update((chosen.double() + rejected.double()) / 2)

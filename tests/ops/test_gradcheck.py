@@ -110,7 +110,11 @@ def held(objective: Objective | UnpairedObjective) -> Objective | UnpairedObject
 
         def kept_from_first(*arguments: Any) -> Any:
             if not kept:
-                kept.append(function(*arguments))
+                value = function(*arguments)
+                # Omni-DPO's weight and alpha-DPO's ablation have a gradient: no constants.
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return value
+                kept.append(value)
             return kept[0]
 
         return kept_from_first

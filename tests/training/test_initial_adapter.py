@@ -178,11 +178,13 @@ def test_what_cannot_have_a_copy_as_reference_says_what_to_do(tmp_path, caplog, 
     run = trainer(tmp_path, model=trained(), objective="dpo")
     run.is_fsdp_enabled = True
     run._refuse_unsupported_setups()
+    given = {"objective": "dpo", "precompute_ref_log_probs": True}
+    computed = trainer(tmp_path, model=trained(), **given)
+    carrying = {"objective": "dpo", "train_dataset": computed.train_dataset}
+    carried = trainer(tmp_path, model=trained(), **carrying)
+    # DeepSpeed need not be there: nothing is loaded from here on.
     monkeypatch.setattr(module_of_trainer, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="yet under ZeRO-3: set precompute_ref_log_probs, or"):
         run._refuse_unsupported_setups()
-    given = {"objective": "dpo", "precompute_ref_log_probs": True}
-    run = trainer(tmp_path, model=trained(), **given)
-    carried = trainer(tmp_path, model=trained(), objective="dpo", train_dataset=run.train_dataset)
-    for each in (run, carried):
+    for each in (computed, carried):
         each._refuse_unsupported_setups()

@@ -155,6 +155,7 @@ OF_RATIOS = (
     *("apozero", "apodown", "omnidpo", "aotunpaired"),
 )
 FIRST_LOSS |= {f"ada{name}": FIRST_LOSS[name] for name in OF_RATIOS}
+FIRST_LOSS["adabco"] = FIRST_LOSS["bco"]
 FIRST_LOSS |= dict.fromkeys(("adacpo", "adaorpo", "adasimpo", "adaaot"))
 
 
