@@ -292,6 +292,18 @@ def test_a_claim_needs_every_seed_more_than_the_spread_and_most_cells(cells, wor
     assert claims.word_of(cells) == word
 
 
+def test_less_than_the_best_of_several_decides_nothing():
+    """Of equal things each is below the best of the others, by their noise."""
+    assert claims.word_of([[-0.3], [-0.31]], with_extreme=True) == claims.UNDECIDED
+    assert claims.word_of([[0.3], [0.31]], with_extreme=True) == claims.SEEN
+    several = {claim.text for claim in claims.CLAIMS if claim.with_extreme}
+    assert several == {
+        "C = 2 is the best clip",
+        "MADPO has the highest reward of the four methods",
+        "IPO is the worst of the four methods",
+    }
+
+
 @pytest.mark.parametrize(
     ("numbers", "word"),
     [
