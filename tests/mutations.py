@@ -1549,7 +1549,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the best checkpoint is deleted where the folder is spelt otherwise",
-        "prefkern/training/checkpoints.py",
+        "prefkern/training/checkpoint_files.py",
         "kept = {path.resolve() for path in keep}",
         "kept = {*keep}",
         "tests/training/test_resume.py -k best_checkpoint",

@@ -87,7 +87,7 @@ def check_best_metric(trainer: PreferenceTrainer) -> None:
 
 def interrupted(command: str, config: TrainingArguments | None) -> int:
     """Print the checkpoint that an interrupted run can resume from; returns the status 130."""
-    from prefkern.training.checkpoints import CheckpointError, last_complete
+    from prefkern.training.checkpoint_files import CheckpointError, last_complete
 
     state = "nothing was saved"
     if config is not None:

@@ -160,7 +160,7 @@ def main(argv: list[str]) -> int:
         except (ValueError, TypeError, OSError, ImportError) as error:
             return fail("margins", str(error))
         from prefkern.cli.before_training import interrupted
-        from prefkern.training.checkpoints import CheckpointError
+        from prefkern.training.checkpoint_files import CheckpointError
 
         is_writer = run.trainer.args.process_index == 0
         if run.held_out:

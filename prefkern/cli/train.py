@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
             trainer, config = _prepare(argv)
         except (ValueError, TypeError, OSError, ImportError) as error:
             return fail("train", str(error))
-        from prefkern.training.checkpoints import CheckpointError
+        from prefkern.training.checkpoint_files import CheckpointError
 
         try:
             _run(trainer, config)

@@ -266,20 +266,8 @@ class DPO(Contrastive):
         )
 
 
-class LNDPO(Contrastive):
-    """Length-normalised DPO (Lambert et al. 2024, Tulu 3): DPO on log-ratios per token.
-
-    `-logsigmoid(b_w rho_w / n_w - b_l rho_l / n_l)`. As in SimPO, the adaptive ratio counts tokens,
-    `n_w / n_l` times that of DPO.
-
-    Args:
-        beta: scale of the log-ratios per token, > 0.
-        adaptive: per-pair coefficients.
-        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
-    """
-
-    score = "mean_log_ratio"
-    counts_lengths = True
+class _OfLogRatios(Contrastive):
+    """What LNDPO and Hinge have in common: a beta and a divergence, and nothing else."""
 
     def __init__(
         self,
@@ -294,6 +282,22 @@ class LNDPO(Contrastive):
             adaptive=adaptive,
             **divergence_options(f_divergence_type, f_alpha_divergence_coef),
         )
+
+
+class LNDPO(_OfLogRatios):
+    """Length-normalised DPO (Lambert et al. 2024, Tulu 3): DPO on log-ratios per token.
+
+    `-logsigmoid(b_w rho_w / n_w - b_l rho_l / n_l)`. As in SimPO, the adaptive ratio counts tokens,
+    `n_w / n_l` times that of DPO.
+
+    Args:
+        beta: scale of the log-ratios per token, > 0.
+        adaptive: per-pair coefficients.
+        f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
+    """
+
+    score = "mean_log_ratio"
+    counts_lengths = True
 
 
 class RobustDPO(Contrastive):
@@ -327,7 +331,7 @@ class RobustDPO(Contrastive):
         )
 
 
-class Hinge(Contrastive):
+class Hinge(_OfLogRatios):
     """Hinge loss on DPO's margin (SLiC, Zhao et al. 2023; RSO, Liu et al. 2024): `max(0, 1 - delta)`.
 
     Args:
@@ -337,20 +341,6 @@ class Hinge(Contrastive):
     """
 
     link = "hinge"
-
-    def __init__(
-        self,
-        beta: float = 0.1,
-        adaptive: Adaptive | None = None,
-        f_divergence_type: Divergence = "reverse_kl",
-        f_alpha_divergence_coef: float | None = None,
-    ) -> None:
-        super().__init__()
-        self.set_options(
-            beta=require_positive("beta", beta),
-            adaptive=adaptive,
-            **divergence_options(f_divergence_type, f_alpha_divergence_coef),
-        )
 
 
 class IPO(Contrastive):

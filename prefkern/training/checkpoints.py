@@ -21,56 +21,46 @@ names.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import re
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers.trainer_pt_utils import safe_globals
 
 from prefkern.models.own_reference import switches_put_back
 from prefkern.training import fsdp_files, zero
-from prefkern.training.files import remove, replacing, sync, write_json
+from prefkern.training.checkpoint_files import (
+    STATE,
+    CheckpointError,
+    checkpoints_of,
+    delete_oldest,
+    keeps_state_in_folders,
+    last_complete,
+    put_in_place,
+    read_tensors,
+    require_complete,
+    take_places,
+)
+from prefkern.training.files import remove, replacing, write_json
 from prefkern.training.finished import OF_STEPS, Progress
 from prefkern.training.saving import (
     ADAPTER_CONFIG,
     ADAPTERS,
-    CONFIG,
-    INDICES,
     UNFINISHED,
     WEIGHTS,
     SavingTrainer,
 )
-from prefkern.training.unsaved import UNSAVED_FILE, Fingerprints, save_fingerprints, warn_of_others
+from prefkern.training.unsaved import Fingerprints, save_fingerprints, warn_of_others
 
 logger = logging.getLogger(__name__)
 
-_FINISHED = ".finished"
-_NAME = re.compile(r"checkpoint-(\d+)")
-_STATE = "trainer_state.json"
-_JSON = (
-    _STATE,
-    CONFIG,
-    ADAPTER_CONFIG,
-    UNSAVED_FILE,
-    *INDICES,
-)
-# A pickle of more than tensors, for people. No run opens it.
-_UNREAD = ("training_args.bin",)
 # Settings that scale a LoRA adapter and are not among its weights.
 _ADAPTER_SETTINGS = ("r", "lora_alpha", "use_rslora", "alpha_pattern")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that a run cannot resume from; the message names the file and what to do."""
 
 
 class CheckpointTrainer(SavingTrainer):
@@ -93,19 +83,19 @@ class CheckpointTrainer(SavingTrainer):
         """
         folder = Path(self.args.output_dir or ".")
         if self.args.should_save:
-            _take_places(folder)
+            take_places(folder)
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_complete(folder))
         elif resume_from_checkpoint:
             require_complete(Path(resume_from_checkpoint))
-        elif self.args.should_save and self.args.save_strategy != "no" and _checkpoints(folder):
+        elif self.args.should_save and self.args.save_strategy != "no" and checkpoints_of(folder):
             logger.warning(
                 "%s holds checkpoints of an earlier run (%s), and this one starts anew: resuming "
                 "would take the largest number of either. Give it another output_dir, or delete "
                 "them",
                 folder,
-                ", ".join(each.name for each in _checkpoints(folder)),
+                ", ".join(each.name for each in checkpoints_of(folder)),
             )
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._progress = None
@@ -113,7 +103,7 @@ class CheckpointTrainer(SavingTrainer):
             _check_ranks(self._resumed_from, self.args)
             _warn_of_weights_alone(self._resumed_from)
             warn_of_others(self._unsaved or {}, self._resumed_from)
-            self._progress = Progress.of(self._resumed_from / _STATE)
+            self._progress = Progress.of(self._resumed_from / STATE)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if not self._is_over():
             return output
@@ -154,7 +144,7 @@ class CheckpointTrainer(SavingTrainer):
         folder = Path(super()._get_output_dir(trial))
         writes = self.args.should_save
         if writes:
-            _take_places(folder)
+            take_places(folder)
             remove(folder / UNFINISHED)
             # Every rank looks whether it is there, and takes it for the best checkpoint; of a
             # sharded model nothing is in it by then.
@@ -171,15 +161,15 @@ class CheckpointTrainer(SavingTrainer):
         if best is not None and Path(best) == staging / name:
             self.state.best_model_checkpoint = str(folder / name)
             if writes:
-                self.state.save_to_json(str(staging / name / _STATE))
+                self.state.save_to_json(str(staging / name / STATE))
         if writes:
-            _put_in_place(staging / name, folder)
+            put_in_place(staging / name, folder)
         self.accelerator.wait_for_everyone()
         if self._to_push is not None:
             super()._push_from_checkpoint(str(folder / name))
         if writes:
             kept = [folder / name, Path(self.state.best_model_checkpoint or folder / name)]
-            _delete_oldest(folder, self.args.save_total_limit, kept)
+            delete_oldest(folder, self.args.save_total_limit, kept)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # With a limit of 1 Trainer would delete the last checkpoint and keep the best alone: the
@@ -197,7 +187,7 @@ class CheckpointTrainer(SavingTrainer):
     def save_state(self) -> None:
         """Trainer's state in the output folder."""
         if self.is_world_process_zero():
-            with replacing(Path(self.args.output_dir or ".") / _STATE) as temporary:
+            with replacing(Path(self.args.output_dir or ".") / STATE) as temporary:
                 self.state.save_to_json(str(temporary))
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
@@ -232,7 +222,7 @@ class CheckpointTrainer(SavingTrainer):
         # here: the folder may be spelt differently, or have been moved.
         super()._load_callback_state()
         if self._resumed_from is not None:
-            state = json.loads((self._resumed_from / _STATE).read_text(encoding="utf-8"))
+            state = json.loads((self._resumed_from / STATE).read_text(encoding="utf-8"))
             best = state["best_model_checkpoint"]
             if best is not None and not Path(best).is_dir():
                 beside = self._resumed_from.parent / Path(best).name
@@ -306,183 +296,6 @@ class CheckpointTrainer(SavingTrainer):
             raise _of_another_model(folder, model, expected, found)
         model.load_state_dict(loaded.state_dict())
         return True
-
-
-def last_complete(folder: Path) -> Path:
-    """The complete checkpoint with the largest number; warns of incomplete ones that it skips.
-
-    Raises CheckpointError if there is none.
-    """
-    passed = []
-    for checkpoint in reversed(_checkpoints(folder)):
-        found = problem(checkpoint)
-        if found is None:
-            for each in passed:
-                logger.warning("resuming from %s: %s", checkpoint, each)
-            return checkpoint
-        passed.append(found)
-    reasons = "".join(f"; {each}" for each in passed)
-    raise CheckpointError(
-        f"resume_from_checkpoint is True, and {folder} holds no complete checkpoint{reasons}; "
-        "leave it out to start anew"
-    )
-
-
-def require_complete(checkpoint: Path) -> None:
-    """Raise CheckpointError for a checkpoint that is missing, incomplete or damaged."""
-    if not checkpoint.is_dir():
-        raise CheckpointError(
-            f"resume_from_checkpoint must be a folder, True or None, got {str(checkpoint)!r}, "
-            "which is no folder"
-        )
-    found = problem(checkpoint)
-    if found is not None:
-        others = [each for each in _checkpoints(checkpoint.parent) if each != checkpoint]
-        whole = [str(each) for each in others if problem(each) is None]
-        remedy = f"resume from {whole[-1]}" if whole else "start anew, without it"
-        raise CheckpointError(f"{found}; {remedy}")
-
-
-def problem(checkpoint: Path) -> str | None:
-    """What is missing or damaged in a checkpoint, naming the file; None if it is complete."""
-    names = {path.name for path in checkpoint.iterdir()}
-    if _STATE not in names:
-        # transformers writes it last.
-        return f"{checkpoint} is incomplete: it has no {_STATE}, which is written last"
-    adapters = _adapter_folders(checkpoint)
-    for path in sorted(chain(checkpoint.iterdir(), *(each.iterdir() for each in adapters))):
-        found = _damage(path)
-        if found is not None:
-            return f"{path} is damaged or was not written to its end ({found})"
-    for adapter in adapters:
-        if not any((adapter / name).exists() for name in ADAPTERS):
-            return f"{adapter} is incomplete: it has no {ADAPTERS[0]}"
-    found = zero.problem(checkpoint) or fsdp_files.problem(checkpoint)
-    if found is not None:
-        return found
-    folders = _is_sharded(checkpoint)
-    known = {*WEIGHTS, *ADAPTERS, *INDICES}
-    if not folders and not adapters and not known & names:
-        return f"{checkpoint} is incomplete: it has no weights ({WEIGHTS[0]} or {ADAPTERS[0]})"
-    for index in INDICES:
-        if index in names:
-            shards = set(json.loads((checkpoint / index).read_text())["weight_map"].values())
-            for shard in sorted(shards - names):
-                return f"{checkpoint} is incomplete: it has no {shard}, which {index} names"
-    has_optimizer = folders or any(name.startswith("optimizer") for name in names)
-    if not folders and has_optimizer != ("scheduler.pt" in names):
-        missing = "scheduler.pt" if has_optimizer else "optimizer.pt"
-        return f"{checkpoint} is incomplete: it has no {missing}"
-    return None
-
-
-def _adapter_folders(checkpoint: Path) -> list[Path]:
-    """Folders of adapters that are not called "default"."""
-    return [path.parent for path in checkpoint.glob(f"*/{ADAPTER_CONFIG}")]
-
-
-def _is_sharded(checkpoint: Path) -> bool:
-    """Whether the state is in folders, as DeepSpeed and FSDP write it."""
-    adapters = _adapter_folders(checkpoint)
-    return any(path.is_dir() and path not in adapters for path in checkpoint.iterdir())
-
-
-def _damage(path: Path) -> str | None:
-    """Why a file cannot be read; None if it can, or if no run reads it."""
-    try:
-        if path.name in _JSON:
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                pass
-        elif path.suffix in (".pt", ".pth", ".bin") and path.name not in _UNREAD and path.is_file():
-            read_tensors(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        return _first_line(error)
-    return None
-
-
-def read_tensors(path: Path) -> Any:
-    """Read tensors and plain values that torch.save wrote; nothing in the file is executed.
-
-    Numbers stay on disk until they are needed. Raises ValueError, with a reason, for other files,
-    truncated ones, and objects of other types.
-    """
-    try:
-        with safe_globals():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # The errors of the reader and of the unpickler have no common type.
-        raise ValueError(_first_line(error)) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    # torch first explains weights_only and how to switch it off: take the cause alone.
-    unsafe = re.search(r"unsupported GLOBAL (\S+)", text, re.IGNORECASE)
-    if unsafe is not None:
-        return f"it would call {unsafe[1]}, which is not done"
-    return f"{type(error).__name__}: {next(iter(text.splitlines()), '')[:200]}"
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Folders called checkpoint-N, in the order of N."""
-    if not folder.is_dir():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir()]
-    return [path for _, path in sorted((int(name[1]), path) for name, path in found if name)]
-
-
-def _put_in_place(checkpoint: Path, folder: Path) -> None:
-    """Move a finished checkpoint to its final place."""
-    sync(checkpoint)
-    final = folder / checkpoint.name
-    if final.exists():
-        # A rename cannot replace a folder with contents.
-        waiting = folder / _FINISHED / checkpoint.name
-        waiting.parent.mkdir(exist_ok=True)
-        checkpoint.rename(waiting)
-        _take_places(folder)
-    else:
-        checkpoint.rename(final)
-    remove(checkpoint.parent)
-
-
-def _take_places(folder: Path) -> None:
-    """Replace checkpoints by finished ones of the same name, also after a kill in between."""
-    waiting = folder / _FINISHED
-    for checkpoint in _checkpoints(waiting):
-        _delete(folder / checkpoint.name)
-        checkpoint.rename(folder / checkpoint.name)
-    with contextlib.suppress(OSError):
-        waiting.rmdir()
-
-
-def _delete_oldest(folder: Path, limit: int | None, keep: Iterable[Path]) -> None:
-    """Delete checkpoints beyond a limit, but never the one just saved, nor the best.
-
-    Trainer would keep the largest number, which may be an earlier run's, if it cannot compare ages.
-    """
-    if limit is None or limit <= 0:
-        return
-    found = sorted(_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
-    # The paths may be spelt differently, since the run may have been resumed with another spelling.
-    kept = {path.resolve() for path in keep}
-    surplus = max(len(found) - max(limit, len(kept)), 0)
-    for checkpoint in [path for path in found if path.resolve() not in kept][:surplus]:
-        _delete(checkpoint)
-
-
-def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint if it exists. It is renamed first, so that none is seen half deleted."""
-    if checkpoint.exists():
-        waste = checkpoint.parent / UNFINISHED
-        remove(waste)
-        waste.mkdir()
-        checkpoint.rename(waste / checkpoint.name)
-        remove(waste)
 
 
 def _shapes(folder: Path, files: Iterable[str]) -> dict[str, list[int]]:
@@ -595,7 +408,7 @@ def _warn_of_other_ranks(checkpoint: Path, world_size: int) -> None:
 def _warn_of_weights_alone(checkpoint: Path) -> None:
     """Warn that a resumed run starts over what save_only_model left out."""
     has_optimizer = any(path.name.startswith("optimizer") for path in checkpoint.iterdir())
-    if not (has_optimizer or _is_sharded(checkpoint)):
+    if not (has_optimizer or keeps_state_in_folders(checkpoint)):
         logger.warning(
             "%s holds weights alone (save_only_model): optimiser, learning rate schedule, random "
             "states and statistics of the objective start over, so the run goes on, but not as it "

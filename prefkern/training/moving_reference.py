@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from prefkern.training.checkpoints import CheckpointError
+from prefkern.training.checkpoint_files import CheckpointError
 
 REFERENCE_FILE = "moved_reference.safetensors"
 

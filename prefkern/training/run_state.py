@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from prefkern.training.checkpoints import CheckpointError, read_tensors
+from prefkern.training.checkpoint_files import CheckpointError, read_tensors
 
 logger = logging.getLogger(__name__)
 

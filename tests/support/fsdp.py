@@ -27,7 +27,7 @@ from prefkern import PreferenceTrainer
 from prefkern.cli import __main__ as cli
 from prefkern.models import transform
 from prefkern.models.heads import unwrap
-from prefkern.training.checkpoints import CheckpointError
+from prefkern.training.checkpoint_files import CheckpointError
 from support import tiny
 from support.adapters import lora as adapter
 from support.adapters import trained

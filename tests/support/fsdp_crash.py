@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch.distributed.checkpoint import FileSystemWriter
 
-from prefkern.training import checkpoints
+from prefkern.training import checkpoint_files, checkpoints
 from support.fsdp import SETTINGS, VERSIONS, fsdp_on_cpus, weights_and_gradients
 from support.killed import (
     BEFORE,
@@ -97,7 +97,7 @@ def while_deleting(trainer: Any) -> None:
         if at_step(trainer):
             shutil.rmtree = delete
 
-    on_call(checkpoints, "_delete_oldest", arrange)
+    on_call(checkpoints, "delete_oldest", arrange)
 
 
 BOTH = range(RANKS)
@@ -249,7 +249,7 @@ def main(folder: Path, moments: list[str]) -> None:
         assert 0 not in statuses, (moment, statuses)
         # As it was found, before another run.
         problems = {
-            path.name: checkpoints.problem(path) for path in sorted(left.glob("checkpoint-*"))
+            path.name: checkpoint_files.problem(path) for path in sorted(left.glob("checkpoint-*"))
         }
         torch.save(problems, left / "problems.pt")
         assert on_ranks(finished, left, case, kind, True) == [0] * RANKS, moment

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from prefkern.training import checkpoints
+from prefkern.training import checkpoint_files, checkpoints
 from support.resumed import OPTIONS
 
 LAST = 4  # the step whose checkpoint is being saved
@@ -89,11 +89,11 @@ def in_trainer_state(trainer):
 
 
 def before_the_rename(trainer):
-    checkpoints.sync = lambda _: at_step(trainer) and kill()
+    checkpoint_files.sync = lambda _: at_step(trainer) and kill()
 
 
 def after_the_rename(trainer):
-    on_call(checkpoints, "_delete_oldest", lambda *_: at_step(trainer) and kill())
+    on_call(checkpoints, "delete_oldest", lambda *_: at_step(trainer) and kill())
 
 
 def on_call(owner, name: str, also: Callable) -> None:

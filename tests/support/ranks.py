@@ -11,7 +11,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from support.processes import environment
@@ -30,6 +33,12 @@ def group_of_one() -> Iterator[dist.ProcessGroup]:
 
 def run_on_two_ranks(*arguments: str) -> list[str]:
     return run_on_ranks(2, *arguments)
+
+
+def outcomes(module: str, folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
+    """Run cases of a module of `support` on so many ranks; returns what each saved, by case."""
+    run_on_ranks(ranks, "-m", f"support.{module}", str(folder), *names)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def run_on_ranks(count: int, *arguments: str) -> list[str]:

@@ -24,7 +24,7 @@ from prefkern import objectives, reference
 from prefkern.objectives import DPO, WPO, Objective, WithNLL
 from prefkern.objectives.running import all_sum, counted_once, gather
 from support.machine import BACKENDS, DEVICE
-from support.ranks import run_on_ranks
+from support.ranks import outcomes
 from support.vocab_ranks import counted, drawing
 
 V, H, R, T, S = 83, 16, 5, 24, 6
@@ -496,8 +496,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
 
 def launch(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
     """Run these cases on so many ranks; returns what each saw, by case."""
-    run_on_ranks(ranks, "-m", "support.sequence_ranks", str(folder), *names)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return outcomes("sequence_ranks", folder, ranks, names)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import prefkern
 from prefkern import objectives
 from support.logprobs import relative
 from support.machine import BACKENDS, DEVICE
-from support.ranks import run_on_ranks
+from support.ranks import outcomes
 
 V, H, R, TOKENS = 83, 16, 5, 24
 TRANSFORM = {"logit_scale": 1.3, "softcap": 6.0, "temperature": 0.7}
@@ -538,11 +538,9 @@ OTHERS: dict[str, Callable[[], Any]] = {
 
 def launch(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
     """Run these cases on so many ranks; returns what each saw, by case."""
-    run_on_ranks(ranks, "-m", "support.vocab_ranks", str(folder), *names)
-    found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
     return [
         {name: Seen(**seen) if name in ALL else seen for name, seen in each.items()}
-        for each in found
+        for each in outcomes("vocab_ranks", folder, ranks, names)
     ]
 
 

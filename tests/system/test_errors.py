@@ -141,7 +141,7 @@ def phrases(node: ast.Raise) -> set[str]:
 # test that reaches it, by what that has of the message.
 ELSEWHERE = {
     ("prefkern/__init__.py", "module 'prefkern' has no attribute"): ("test_errors", "no attribute"),
-    ("prefkern/training/checkpoints.py", "{found}; {remedy}"): (
+    ("prefkern/training/checkpoint_files.py", "{found}; {remedy}"): (
         "test_corrupt",
         "start anew, without it",
     ),
@@ -153,7 +153,10 @@ ELSEWHERE = {
         "test_fsdp",
         "was saved with fsdp_state_dict_type",
     ),
-    ("prefkern/training/checkpoints.py", "_first_line(error)"): ("test_corrupt", "it would call"),
+    ("prefkern/training/checkpoint_files.py", "_first_line(error)"): (
+        "test_corrupt",
+        "it would call",
+    ),
     ("prefkern/training/checkpoints.py", "{config}: {name} is"): (
         "test_corrupt",
         "lora_alpha is 8 there",

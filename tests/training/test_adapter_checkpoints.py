@@ -16,8 +16,8 @@ from support import tiny
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-from prefkern.training import checkpoints
-from prefkern.training.checkpoints import CheckpointError
+from prefkern.training import checkpoint_files
+from prefkern.training.checkpoint_files import CheckpointError
 from support.training import lora, trainer, weights
 
 BEST_IS_EARLY = {
@@ -99,20 +99,20 @@ def test_a_damaged_adapter_is_named_whatever_it_is_called(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "count": 4}
     trainer(tmp_path, model=adapted("policy"), **options).train()
     checkpoint = tmp_path / "checkpoint-1"
-    assert checkpoints.problem(checkpoint) is None
+    assert checkpoint_files.problem(checkpoint) is None
     file = checkpoint / "policy" / "adapter_model.safetensors"
     whole = file.read_bytes()
     os.truncate(file, len(whole) // 2)
     with pytest.raises(CheckpointError, match="policy/adapter_model.safetensors is damaged"):
-        checkpoints.require_complete(checkpoint)
+        checkpoint_files.require_complete(checkpoint)
     file.unlink()
     with pytest.raises(CheckpointError, match="policy is incomplete: it has no adapter_model.safe"):
-        checkpoints.require_complete(checkpoint)
+        checkpoint_files.require_complete(checkpoint)
     file.write_bytes(whole)
     # Its folder is not taken for a sharded optimiser's.
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match="it has no optimizer.pt"):
-        checkpoints.require_complete(checkpoint)
+        checkpoint_files.require_complete(checkpoint)
 
 
 # What is saved into a folder that holds something

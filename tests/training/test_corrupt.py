@@ -26,8 +26,8 @@ peft = pytest.importorskip("peft")
 
 import prefkern.cli.__main__ as cli
 from prefkern import PreferenceTrainer, data
-from prefkern.training import checkpoints, files
-from prefkern.training.checkpoints import CheckpointError
+from prefkern.training import checkpoint_files, files
+from prefkern.training.checkpoint_files import CheckpointError
 from support.training import config, lora, trainer, weights
 
 RUN = {"count": 8, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named(folder, name, caplog):
     assert "is damaged or was not written to its end" in str(error.value)
     assert reason in str(error.value)
     # And passed over where the last complete one is asked for.
-    assert checkpoints.last_complete(folder) == folder / "checkpoint-1"
+    assert checkpoint_files.last_complete(folder) == folder / "checkpoint-1"
     assert f"resuming from {folder / 'checkpoint-1'}: {file} is damaged" in caplog.text
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named(folder, name, caplog):
 def test_a_missing_file_is_named(folder, missing, message):
     (folder / "checkpoint-2" / missing).unlink()
     with pytest.raises(CheckpointError, match=f"checkpoint-2 is incomplete: {message}"):
-        checkpoints.require_complete(folder / "checkpoint-2")
+        checkpoint_files.require_complete(folder / "checkpoint-2")
 
 
 def test_a_missing_shard_is_named(folder):
@@ -127,7 +127,7 @@ def test_a_missing_shard_is_named(folder):
     weight_map = {name: part for part, own in parts.items() for name in own}
     index = checkpoint / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert checkpoints.problem(checkpoint) is None
+    assert checkpoint_files.problem(checkpoint) is None
     run = full(folder)
     run._load_from_checkpoint(str(checkpoint))
     torch.testing.assert_close(
@@ -137,7 +137,7 @@ def test_a_missing_shard_is_named(folder):
     with pytest.raises(
         CheckpointError, match="no model-00002-of-00002.safetensors, which model.saf"
     ):
-        checkpoints.require_complete(checkpoint)
+        checkpoint_files.require_complete(checkpoint)
 
 
 def test_no_complete_checkpoint(folder, tmp_path):

@@ -21,7 +21,7 @@ import transformers
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-from prefkern.training import checkpoints
+from prefkern.training import checkpoint_files, checkpoints
 from support.killed import (
     BEFORE,
     LAST,
@@ -53,12 +53,12 @@ def while_deleting(trainer):
         if at_step(trainer):
             shutil.rmtree = delete
 
-    on_call(checkpoints, "_delete_oldest", arrange)
+    on_call(checkpoints, "delete_oldest", arrange)
 
 
 def between_two_renames(trainer):
     """An earlier run has left a folder of that name; kill after it was moved away."""
-    delete = checkpoints._delete
+    delete = checkpoint_files._delete
 
     def delete_and_die(path):
         delete(path)
@@ -74,7 +74,7 @@ def between_two_renames(trainer):
             (earlier / "model.safetensors").write_bytes(b"another run's")
 
     on_call(trainer, "_save_checkpoint", make_earlier)
-    checkpoints._delete = delete_and_die
+    checkpoint_files._delete = delete_and_die
 
 
 def folder_of(moment: str) -> str:
@@ -165,14 +165,14 @@ def test_killed_and_resumed(killed, whole, moment):
     left = sorted(path.name for path in folder.iterdir() if path.name.startswith((".", "check")))
     kept = {resumed.state.best_global_step, resumed.state.global_step}
     assert left == sorted(f"checkpoint-{step}" for step in kept)
-    assert not any(checkpoints.problem(folder / each) for each in left)
+    assert not any(checkpoint_files.problem(folder / each) for each in left)
 
 
 def test_what_reading_the_killed_runs_shows(moments, killed):
     """A folder has a checkpoint's name only if it is complete."""
     for moment in moments:
         for path in (killed / folder_of(moment)).glob("checkpoint-*"):
-            assert checkpoints.problem(path) is None, (moment, path)
+            assert checkpoint_files.problem(path) is None, (moment, path)
 
 
 if __name__ == "__main__":

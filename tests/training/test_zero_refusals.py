@@ -14,7 +14,8 @@ pytest.importorskip("peft")
 from prefkern import PreferenceTrainer
 from prefkern.models.heads import unwrap
 from prefkern.training import zero
-from prefkern.training.checkpoints import CheckpointError, _check_ranks, require_complete
+from prefkern.training.checkpoint_files import CheckpointError, require_complete
+from prefkern.training.checkpoints import _check_ranks
 from prefkern.training.reference_cache import hash_weights
 from support import tiny
 from support.fsdp import carried, lora
