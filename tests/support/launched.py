@@ -61,6 +61,8 @@ def main() -> int:
     train._run = reporting
     status = cli.main(sys.argv[1:])
     if torch.distributed.is_initialized():
+        # No rank leaves while another one still needs it.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return status
 

@@ -110,7 +110,8 @@ def test_fsdp2(files, given):
 def test_several_nodes_by_slurm_with_hsdp(files, tmp_path):
     """Two machines of two ranks: Slurm's commands are stand-ins, and the script is run as it is."""
     fakes = {
-        "scontrol": '[ "$*" = "show hostnames two-nodes" ] && printf "127.0.0.1\\nother\\n"',
+        # Line by line: a script that stops reading after the first one must not end by that.
+        "scontrol": '[ "$*" = "show hostnames two-nodes" ] && echo 127.0.0.1 && sleep 0.5 && echo other',
         # A task on each machine.
         "srun": 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
         "accelerate": f'shift; exec {" ".join(ACCELERATE)} "${{@/prefkern.cli/support.launched}}"',
