@@ -137,8 +137,8 @@ class ItemTrainer(CheckpointTrainer):
     def _sharded_by_now(self) -> Iterator[None]:
         """Before training under FSDP2, a sharded copy of the model in its place.
 
-        The model itself is sharded with its optimizer, when training begins: Accelerate takes the
-        two together alone.
+        The model itself is sharded with its optimizer, when training begins: Accelerate shards them
+        only together.
         """
         whole: Any = self.model
         if not self.accelerator.is_fsdp2 or is_sharded(whole):

@@ -84,7 +84,7 @@ class SavingTrainer(Trainer):
     def _save_shards(self, engine: Any, folder: Path) -> None:
         self._save(str(folder), state_dict={})
         if self.args.should_save:
-            # It has no weights inside.
+            # What was just written has no weights inside.
             for name in WEIGHTS:
                 (folder / name).unlink(missing_ok=True)
         if self._staging is not None and not self.args.save_only_model:
