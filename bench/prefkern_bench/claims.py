@@ -16,6 +16,7 @@ line, to paste into a report. Neither needs torch, so a page can be written anyw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -166,11 +167,11 @@ def _errors(shape: Mapping[str, Any], rows: Rows) -> Iterator[Verdict]:
 
 def _worst(errors: Iterable[float]) -> float:
     """The largest; a NaN is larger than any number."""
-    return max(errors, key=lambda error: float("inf") if error != error else error)
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
 def _part(error: float, bound: float) -> float:
-    return float("inf") if error != error or not bound else error / bound
+    return math.inf if math.isnan(error) or not bound else error / bound
 
 
 def line(report: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -88,10 +89,10 @@ class Row:
 
 
 def _part(error: float, bound: float) -> float:
-    if error != error or bound != bound:
-        return float("inf")
+    if math.isnan(error) or math.isnan(bound):
+        return math.inf
     if not bound:
-        return float("inf") if error else 0.0
+        return math.inf if error else 0.0
     return error / bound
 
 
@@ -140,7 +141,9 @@ def main(argv: list[str]) -> int:
     missed = [row for row in rows if not row.passed]
     console.print(f"{len(rows) - len(missed)} of {len(rows)} within bounds")
     pasted = _line(rows, runs)
-    console.print(f"To paste into a report:\n{pasted}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"To paste into a report:\n{pasted}", markup=False, highlight=False, soft_wrap=True
+    )
     if args.json:
         from prefkern.training.files import write_json
 
