@@ -12,6 +12,7 @@ it is killed with all processes that it began. The record is what JSON takes:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -61,7 +62,7 @@ def run(part: Part, limit: float, environment: dict[str, str]) -> dict[str, Any]
     elif status == part.absent:
         record |= {"status": "absent", "error": said[-1] if said else f"exit status {status}"}
     elif status != 0 or unread:
-        why = unread or f"exit status {status}"
+        why = f"exit status {status}" if status else unread
         record |= {"status": "failed", "error": "\n".join([why, *said[-8:]])}
     return record
 
@@ -83,17 +84,13 @@ def _watched(
         return process.wait(max(limit - GRACE, limit / 2))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(GRACE, limit / 2))
-        except subprocess.TimeoutExpired:
-            pass
         return None
     finally:
         # What it began, and what is left of it.
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

@@ -91,9 +91,7 @@ def real() -> list[Stage]:
                 _own("layouts", 40, "gpu_day.layouts"),
             ],
         ),
-        Stage(
-            "profile", "one call, kernel by kernel", 25, [_own("kernels", 25, "gpu_day.profile")]
-        ),
+        Stage("profile", "one call, kernel by kernel", 25, [_own("calls", 25, "gpu_day.profile")]),
         Stage("memcheck", "compute-sanitizer's memcheck", 45, [_memcheck(60)]),
         Stage(
             "modes",
@@ -165,7 +163,7 @@ def dry() -> list[Stage]:
             "profile",
             "one call, kernel by kernel",
             200,
-            [_own("kernels", 200, "gpu_day.profile", "--dry")],
+            [_own("calls", 200, "gpu_day.profile", "--dry")],
         ),
         Stage("memcheck", "compute-sanitizer's memcheck", 100, [_memcheck(100)]),
         Stage(
@@ -214,4 +212,4 @@ def _own(name: str, seconds: float, module: str, *options: str) -> Part:
 
 
 def _memcheck(seconds: float) -> Part:
-    return Part("kernels", ["tests/sanitize.py", "--tools", "memcheck"], seconds, "", absent=2)
+    return Part("memcheck", ["tests/sanitize.py", "--tools", "memcheck"], seconds, "", absent=2)

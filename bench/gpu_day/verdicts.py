@@ -7,6 +7,7 @@ the others are here.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -165,7 +166,7 @@ def _less(
 ) -> Iterator[Verdict]:
     """Padded is less than logits in memory, packed less than padded, shared less than packed."""
     order = [("logits in memory", eager), *((way, ways.get(way)) for way in ways)]
-    for (other, more), (way, less) in zip(order, order[1:], strict=False):
+    for (other, more), (way, less) in itertools.pairwise(order):
         values = [None if row is None else row.get(key) for row in (less, more)]
         if None not in values:
             mine, theirs = values
@@ -178,7 +179,7 @@ def _way(name: str) -> str:
 
 
 def _profile(record: Mapping[str, Any] | None, model: dict[str, Any] | None) -> Iterator[Verdict]:
-    result, why = _part(record, "kernels")
+    result, why = _part(record, "calls")
     if result is None:
         yield Verdict("one call, kernel by kernel", why, None)
         return
@@ -211,7 +212,7 @@ def milliseconds(model: Mapping[str, Any], shape: str, call: str) -> float | Non
 
 def _memcheck(record: Mapping[str, Any] | None) -> Iterator[Verdict]:
     claim = "memcheck finds nothing in any kernel"
-    part = None if record is None else record["parts"].get("kernels")
+    part = None if record is None else record["parts"].get("memcheck")
     if part is None:
         yield Verdict(claim, "the stage was not run", None)
         return
@@ -219,7 +220,7 @@ def _memcheck(record: Mapping[str, Any] | None) -> Iterator[Verdict]:
     if part["status"] in ("done", "failed") and status in (0, 1):
         yield Verdict(claim, "errors found" if status else "nothing found", not status)
         return
-    yield Verdict(claim, _part(record, "kernels")[1], None)
+    yield Verdict(claim, _part(record, "memcheck")[1], None)
 
 
 def _size(value: float) -> float:
@@ -278,7 +279,7 @@ def page(records: Records, found: list[Verdict]) -> str:
 
 
 def _kernels(records: Records) -> list[str]:
-    result, _ = _part(records.get("profile"), "kernels")
+    result, _ = _part(records.get("profile"), "calls")
     if result is None:
         return []
     sizes = (f"{result[key]:,}" for key in ("tokens", "hidden_size", "vocab_size"))

@@ -71,10 +71,10 @@ def rows_of(report: Mapping[str, Any]) -> Rows:
 
 
 def _failures(shape: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Verdict]:
+    ours = ("operator", shape["name"], "prefkern")
     for row in report["rows"]:
-        if (row["suite"], row["shape"], row["provider"]) == ("operator", shape["name"], "prefkern"):
-            if row["failure"]:
-                yield Verdict(f"{shape['name']}, {row['task']}: runs", row["failure"], False)
+        if (row["suite"], row["shape"], row["provider"]) == ours and row["failure"]:
+            yield Verdict(f"{shape['name']}, {row['task']}: runs", row["failure"], False)
 
 
 def _times(shape: Mapping[str, Any], rows: Rows) -> Iterator[Verdict]:
