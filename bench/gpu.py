@@ -166,10 +166,11 @@ def show(folder: Path) -> int:
     if not found:
         print(f"gpu: there are no results in {folder}", file=sys.stderr)
         return 2
-    judged = verdicts.judged(found, model_of(RESULTS))
+    model = model_of(RESULTS)
+    judged = verdicts.judged(found, model)
     print(verdicts.text(found, judged))
     path = PAGE if folder.resolve() == RESULTS.resolve() else folder / "gpu.md"
-    write_atomically(path, verdicts.page(found, judged))
+    write_atomically(path, verdicts.page(found, judged, model))
     print(f"wrote {path}")
     complete = len(found) == len(records) and all(map(verdicts.is_complete, found.values()))
     return int(not complete or any(each.holds is False for each in judged))

@@ -1,7 +1,7 @@
 """One call of the operator, kernel by kernel: `python -m gpu_day.profile --json FILE`.
 
-Log-probs at the head of Llama-3-8B, forward; with a frozen head; with a trained one in one pass. For
-each call: its time between events, and of every kernel the launches and the microseconds that
+Log-probs at the head of Llama-3-8B, forward; with a frozen head; with a trained one, also in one
+pass; and forward with the product in the kernel. For each call: its time between events, and of every kernel the launches and the microseconds that
 torch's profiler saw. What the kernels do not account for is launching and waiting.
 
 `--dry`: a tiny shape on a CPU, where the profiler sees operators in place of kernels.
@@ -78,7 +78,8 @@ def main() -> None:
     ways = {
         "forward": ("forward", Prefkern()),
         "frozen": ("frozen", Prefkern()),
-        "trainable": ("trainable", PrefkernInOnePass()),
+        "trained": ("trainable", Prefkern()),
+        "trained, in one pass": ("trainable", PrefkernInOnePass()),
     }
     if not arguments.dry:
         ways["forward, product in the kernel"] = ("forward", PrefkernInOneKernel(None, device))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpu_day import model
 from prefkern_bench import claims
 from prefkern_bench.claims import Verdict
 
@@ -27,14 +28,14 @@ DRY = "A dry run: the commands ran on a CPU with tiny shapes, and its figures me
 TITLE = "# A day with a GPU"
 
 
-def judged(records: Records, model: dict[str, Any] | None = None) -> list[Verdict]:
+def judged(records: Records, costs: dict[str, Any] | None = None) -> list[Verdict]:
     """Every claim that the stages were to measure, in their order."""
     found: list[Verdict] = []
     found += _check(records.get("check"))
     found += _tests(records.get("tests"), "on the device")
     found += _operator(records.get("operator"))
     found += _step(records.get("step"))
-    found += _profile(records.get("profile"), model)
+    found += _profile(records.get("profile"), costs)
     found += _memcheck(records.get("memcheck"))
     found += _tests(records.get("modes"), "")
     found += _check(records.get("modes"), "check, all cases", "every case")
@@ -178,36 +179,34 @@ def _way(name: str) -> str:
     return name if name == "logits in memory" else f"{name} rows"
 
 
-def _profile(record: Mapping[str, Any] | None, model: dict[str, Any] | None) -> Iterator[Verdict]:
+def _profile(record: Mapping[str, Any] | None, costs: dict[str, Any] | None) -> Iterator[Verdict]:
     result, why = _part(record, "calls")
-    if result is None:
+    if record is None or result is None:
         yield Verdict("one call, kernel by kernel", why, None)
         return
     for call in result["calls"]:
-        yield modelled(result["shape"], call, model)
+        claim = f"{call['call']}: within {MODEL_SLACK:g} times of the model's time"
+        of_model = model.call_of(costs, record["device"], result["shape"], call["call"])
+        if of_model is None:
+            why = "no model" if costs is None else "the model has no such call"
+            yield Verdict(claim, why, None)
+            continue
+        ratio = call["ms"] / of_model["total"]["ms"]
+        measured = f"{call['ms']:.2f} ms, the model {of_model['total']['ms']:.2f}"
+        slowest = _furthest(call, of_model)
+        holds = 1 / MODEL_SLACK <= ratio <= MODEL_SLACK
+        yield Verdict(claim, f"{measured}; {slowest}" if slowest else measured, holds)
 
 
-def modelled(shape: str, call: Mapping[str, Any], model: dict[str, Any] | None) -> Verdict:
-    """A call's time against the model's."""
-    claim = f"{call['call']}: within {MODEL_SLACK:g} times of the model's time"
-    said = None if model is None else milliseconds(model, shape, call["call"])
-    if said is None:
-        why = "no model" if model is None else "the model has no such call"
-        return Verdict(claim, why, None)
-    ratio = call["ms"] / said
-    return Verdict(
-        claim,
-        f"{call['ms']:.2f} ms, the model {said:.2f}",
-        1 / MODEL_SLACK <= ratio <= MODEL_SLACK,
-    )
-
-
-def milliseconds(model: Mapping[str, Any], shape: str, call: str) -> float | None:
-    """The model's time of a call: the sum over its kernels."""
-    rows = [
-        row for row in model.get("rows", []) if (row.get("shape"), row.get("call")) == (shape, call)
-    ]
-    return sum(row["ms"] for row in rows) if rows else None
+def _furthest(call: Mapping[str, Any], of_model: Mapping[str, Any]) -> str | None:
+    """The kernel that takes most beyond what the model says."""
+    said = model.modelled(of_model)
+    over = {
+        name: group.ms - said.get(name, model.Group(0, 0.0)).ms
+        for name, group in model.measured(call["kernels"]).items()
+    }
+    name = max(over, key=lambda name: over[name], default=None)
+    return f"{name} {over[name]:+.2f} ms" if name is not None and over[name] > 0 else None
 
 
 def _memcheck(record: Mapping[str, Any] | None) -> Iterator[Verdict]:
@@ -259,7 +258,7 @@ def _dry(records: Records) -> list[str]:
     return [DRY] if any(record["dry"] for record in records.values()) else []
 
 
-def page(records: Records, found: list[Verdict]) -> str:
+def page(records: Records, found: list[Verdict], costs: dict[str, Any] | None = None) -> str:
     """The page in Markdown: the verdicts, what ran and how long, and each call's kernels."""
     lines = [TITLE, "", f"Written by `python bench/gpu.py --page`. {about(records)}.", ""]
     lines += [line for each in _dry(records) for line in (each, "")]
@@ -274,33 +273,44 @@ def page(records: Records, found: list[Verdict]) -> str:
             seconds = part.get("seconds")
             cells = [stage, name, part["status"], "-" if seconds is None else f"{seconds:.0f}"]
             lines.append(f"| {' | '.join([*cells, _cell(error[-1] if error else '')])} |")
-    lines += [*_kernels(records), *_tiles(records)]
+    lines += [*_kernels(records, costs), *_tiles(records)]
     return "\n".join(lines) + "\n"
 
 
-def _kernels(records: Records) -> list[str]:
+def _kernels(records: Records, costs: dict[str, Any] | None) -> list[str]:
+    """Each call's kernels in groups, beside the model's if there is one; and the longest ones."""
     result, _ = _part(records.get("profile"), "calls")
     if result is None:
         return []
     sizes = (f"{result[key]:,}" for key in ("tokens", "hidden_size", "vocab_size"))
-    lines = [
-        "",
-        "## One call, kernel by kernel",
-        "",
-        f"{result['shape']}: N, H, V = {', '.join(sizes)}.",
-    ]
+    title = f"{result['shape']}: N, H, V = {', '.join(sizes)}. Model: `launch-costs.json`, if there is one."
+    lines = ["", "## One call, kernel by kernel", "", title]
     for call in result["calls"]:
-        busy = sum(kernel["us"] for kernel in call["kernels"]) / 1e3
+        groups = model.measured(call["kernels"])
+        of_model = model.call_of(costs, records["profile"]["device"], result["shape"], call["call"])
+        said = {} if of_model is None else model.modelled(of_model)
+        busy = sum(group.ms for group in groups.values())
         title = f"{call['call']}: {call['ms']:.2f} ms, of which kernels run {busy:.2f}"
-        lines += ["", f"**{title}**", "", "| kernel | launches | ms |", "|---|---|---|"]
-        for kernel in call["kernels"][:LISTED]:
-            cells = (
-                _cell(kernel["kernel"][:80]),
-                str(kernel["launches"]),
-                f"{kernel['us'] / 1e3:.3f}",
-            )
+        lines += [
+            "",
+            f"**{title}**",
+            "",
+            "| kernels | launches | ms | model's launches | model's ms |",
+        ]
+        lines += ["|---|---|---|---|---|"]
+        for name in dict.fromkeys([*groups, *said]):
+            cells = [name, *_launches(groups.get(name)), *_launches(said.get(name))]
             lines.append(f"| {' | '.join(cells)} |")
+        longest = [
+            f"`{kernel['kernel'][:60]}` {kernel['us'] / 1e3:.3f}"
+            for kernel in call["kernels"][:LISTED]
+        ]
+        lines += ["", f"Longest, ms: {'; '.join(longest)}."]
     return lines
+
+
+def _launches(group: model.Group | None) -> tuple[str, str]:
+    return ("-", "-") if group is None else (str(group.launches), f"{group.ms:.3f}")
 
 
 def _tiles(records: Records) -> list[str]:

@@ -58,8 +58,10 @@ def test_rows(name, size, blocks_of_a_gpu, device):
     assert ours.keys() == twins.keys()
     for key, mine in ours.items():
         tolerance = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}[mine.dtype]
+        # A sum of logits of both signs is uncertain by the rounding of each of them.
+        atol = 2e-7 * size + 5e-6 if key == "logit_sum" else 5e-6
         torch.testing.assert_close(
-            mine, twins[key], rtol=tolerance, atol=5e-6, msg=lambda m, key=key: f"{key}: {m}"
+            mine, twins[key], rtol=tolerance, atol=atol, msg=lambda m, key=key: f"{key}: {m}"
         )
 
 

@@ -384,6 +384,44 @@ def test_verdicts_of_a_step_that_is_wrong() -> None:
     assert found["step, full: the first loss is ln 2"] is False
 
 
+def test_a_profile_beside_the_model() -> None:
+    """Kernels in the model's groups; the device's own call; what takes more than the model says."""
+    kernels = {"product": 10.0, "fold": 2.0, "torch copy": 0.5, "torch mul": 0.25}
+    cost = {name: {"launches": 4, "ms": ms} for name, ms in kernels.items()}
+    call = {"shape": "S", "task": "forward", "kernels": cost, "total": {"ms": 13.0}}
+    costs = {"reports": [{"calls": [{**call, "device": "A100 SXM"}]}, {"triton": "3.9"}]}
+    given = records()
+    part = given["profile"]["parts"]["calls"]["result"]["calls"][0]
+    part["ms"] = 14.0
+    part["kernels"] = [
+        {"kernel": "nvjet_sm90_tst_128x256", "launches": 4, "us": 9000.0},
+        {"kernel": "_fold_kernel", "launches": 4, "us": 4500.0},
+        {"kernel": "void at::native::elementwise_kernel<4>", "launches": 3, "us": 250.0},
+    ]
+    given["profile"]["device"] = "NVIDIA A100 80GB"
+
+    def of(costs: dict[str, Any]) -> Verdict:
+        (found,) = (v for v in verdicts.judged(given, costs) if "model's time" in v.claim)
+        return found
+
+    assert (of(costs).measured, of(costs).holds) == (
+        "14.00 ms, the model 13.00; fold +2.50 ms",
+        True,
+    )
+    part["ms"] = 20.0
+    assert of(costs).holds is False
+    page = verdicts.page(given, [], costs)
+    for line in (
+        "| product | 4 | 9.000 | 4 | 10.000 |",
+        "| fold | 4 | 4.500 | 4 | 2.000 |",
+        "| torch | 3 | 0.250 | 8 | 0.750 |",
+        "**forward: 20.00 ms, of which kernels run 13.75**",
+    ):
+        assert line in page
+    given["profile"]["device"] = "NVIDIA H200"
+    assert (of(costs).measured, of(costs).holds) == ("the model has no such call", None)
+
+
 @pytest.mark.parametrize(("exit_status", "holds"), [(0, True), (1, False), (3, None)])
 def test_verdict_of_memcheck(exit_status: int, holds: bool | None) -> None:
     """Found nothing, found errors, did not get to the end."""
