@@ -146,9 +146,7 @@ def run(
         limit = min(part.seconds, deadline - time.monotonic())
         if limit < min(LEAST, part.seconds):
             # An earlier outcome says more.
-            outcome = kept.setdefault(
-                part.name, {"status": "no time", "error": None, "result": None}
-            )
+            outcome = kept.setdefault(part.name, runs.not_begun(part))
             print(f"  {part.name}: {outcome['status']}", flush=True)
         else:
             kept[part.name] = outcome = runs.run(part, limit, environment)

@@ -4,7 +4,8 @@ Nothing that the command does reaches the caller: it may fail, end without a res
 limit it is interrupted, so that it can still write what it has (pytest does), and soon after that
 it is killed with all processes that it began. The record is what JSON takes:
 
-    status   "done" | "failed" | "out of time" | "absent": this machine lacks what the part needs
+    status   "done" | "failed" | "out of time" | "no time" | "absent": this machine lacks what the
+             part needs
     error    why there is no result, or only a part of one, in some lines; None when it is done
     result   what the command wrote; None if it wrote nothing
     seconds, limit, exit_status, command
@@ -53,7 +54,7 @@ def run(part: Part, limit: float, environment: dict[str, str]) -> dict[str, Any]
         "seconds": round(time.monotonic() - begin, 1),
         "limit": round(limit, 1),
         "exit_status": status,
-        "command": shlex.join(["python", *part.command]),
+        "command": _shown(part),
         "result": found,
         "output": said,
     }
@@ -65,6 +66,15 @@ def run(part: Part, limit: float, environment: dict[str, str]) -> dict[str, Any]
         why = f"exit status {status}" if status else unread
         record |= {"status": "failed", "error": "\n".join([why, *said[-8:]])}
     return record
+
+
+def not_begun(part: Part) -> dict[str, Any]:
+    """The record of a part that found no time."""
+    return {"status": "no time", "error": None, "command": _shown(part), "result": None}
+
+
+def _shown(part: Part) -> str:
+    return shlex.join(["python", *part.command])
 
 
 def _watched(

@@ -22,6 +22,8 @@ LN2_SLACK = 1e-6
 NORM_SLACK = 0.05  # of bfloat16's attention in another order
 # Of a kernel's time, what the model of time may be off by.
 MODEL_SLACK = 1.5
+# Parts of stage "operator" that only compare.
+COMPARED = ("tiles", "Liger and CCE", "loss", "compile")
 # Kernels that the page lists of each call.
 LISTED = 8
 DRY = "A dry run: the commands ran on a CPU with tiny shapes, and its figures mean nothing."
@@ -102,7 +104,7 @@ def _operator(record: Mapping[str, Any] | None) -> Iterator[Verdict]:
     parts = {} if record is None else record["parts"]
     for name, part in parts.items():
         report = part["result"]
-        if name in ("tiles", "loss", "compile"):
+        if name in COMPARED:
             continue
         if report is None:
             yield Verdict(
@@ -111,6 +113,8 @@ def _operator(record: Mapping[str, Any] | None) -> Iterator[Verdict]:
             continue
         yield from claims.verdicts(report)
         yield from _fold(report)
+        if not report["finished"]:
+            yield Verdict(f"{name}: the claims of its other tasks", _part(record, name)[1], None)
     if record is None:
         yield Verdict(
             "log-probs: the claims of time, memory and error", "the stage was not run", None

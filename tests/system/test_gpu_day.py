@@ -324,6 +324,19 @@ def records() -> dict[str, dict[str, Any]]:
     failing["result"]["failed"] = ["tests.kernels.test_fold"]
     only_skips = copy.deepcopy(tests)
     only_skips["result"] = {"passed": 0, "failed": [], "skipped": {"no GPU": 2}}
+    late = {**copy.deepcopy(tests), "status": "no time", "result": None}
+    shapes_of = {"dtype": "bfloat16", "device_type": "cuda", "shapes": [{"name": "S"}], "rows": []}
+    times = {"prefkern": 5.0, "prefkern-fold": 4.0}
+    for name, ms in times.items():
+        row = {"suite": "operator", "shape": "S", "task": "forward", "provider": name}
+        row |= {"failure": None, "median_ms": ms}
+        row |= dict.fromkeys(("peak_mib", "plan", "token_logp_error", "dhidden_error"))
+        shapes_of["rows"].append({**row, "floor_ratio": 1.1, "dweight_error": None})
+    shapes_of["shapes"][0] |= {"hidden_size": 4096}
+    whole = {"result": {**shapes_of, "finished": True}}
+    cut = {"status": "out of time", "error": "stopped after 9 s"}
+    cut["result"] = {**copy.deepcopy(shapes_of), "finished": False}
+    cut["result"]["rows"] = []
     stopped = {**copy.deepcopy(tests), "status": "out of time", "error": "stopped after 9 s"}
     way = {"task": "full", "failure": None, "loss": verdicts.LN2, "gradient_norm": 2.0}
     sizes = {"logits in memory": 100.0, "padded": 50.0, "packed": 40.0, "shared": 45.0}
@@ -335,7 +348,8 @@ def records() -> dict[str, dict[str, Any]]:
         "check": record(
             quick={"result": {"rows": [{**case, "passed": True}, {**case, "passed": False}]}}
         ),
-        "tests": record(kernels=tests, guards=failing, gradients=stopped),
+        "tests": record(kernels=tests, guards=failing, gradients=stopped, late=late),
+        "operator": record(S=whole, T=cut, U={**cut, "result": None}, tiles=cut),
         "step": record(layouts={"result": {"rows": ways}}),
         "profile": record(calls={"result": profile}),
         "memcheck": record(
@@ -363,7 +377,14 @@ def test_verdicts() -> None:
     assert of("device: guards") == (False, "9 passed, 1 failed, 0 skipped: test_fold")
     assert of("device: gradients")[0] is None
     assert of("tests: CUDA graph") == (None, "0 passed, 0 failed, 2 skipped")
-    assert of("log-probs: the claims") == (None, "the stage was not run")
+    assert of("device: late") == (None, "no time")
+    assert of("S, forward: at least 85%") == (True, "91%")
+    assert of("`product_fold` is faster") == (True, "4.0 ms against 5.0")
+    assert of("T: the claims of its other tasks") == (None, "out of time: stopped after 9 s")
+    assert of("U: the claims of time, memory and error") == (None, "out of time: stopped after 9 s")
+    assert not any(claim.startswith("tiles") for claim in found)
+    (none,) = (v for v in verdicts.judged({}) if v.claim.startswith("log-probs"))
+    assert (none.holds, none.measured) == (None, "the stage was not run")
     assert of("first loss is ln 2")[0] is True and of("norms are the same")[0] is True
     assert of("less memory padded than with logits in memory") == (True, "50 MiB against 100")
     assert of("less time shared than with packed rows") == (False, "45 ms against 40")
