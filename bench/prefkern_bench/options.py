@@ -35,7 +35,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--claims",
         action="store_true",
-        help="only what prefkern claims of log-probs, in two minutes, with a line for a report",
+        help="only what prefkern claims of log-probs: two shapes, with a line for a report",
     )
     parser.add_argument(
         "--suite",

@@ -6,6 +6,7 @@ that all configurations run, at sizes next to those of their blocks.
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -344,3 +345,27 @@ def test_what_is_sanitized_is_everything(device, capsys):
     if sanitize.missing() is not None:
         assert sanitize.main() == 2
         assert "nothing was checked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"), [((0, 0), 0), ((86, 0), 1), ((0, 86), 1), ((1, 0), 3), ((255, 86), 1)]
+)
+def test_what_a_tool_s_end_means(statuses, expected, monkeypatch, capsys):
+    """Nothing found, errors found, or a tool that did not get to its end."""
+    import sanitize
+
+    commands = []
+
+    def ran(command, **keywords):
+        commands.append(command)
+        return types.SimpleNamespace(returncode=([0, *statuses])[len(commands) - 1])
+
+    monkeypatch.setattr(sanitize, "missing", lambda: None)
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(sanitize.subprocess, "run", ran)
+    assert sanitize.main() == expected
+    assert [command[2] for command in commands[1:]] == ["memcheck", "racecheck"]
+    assert all(command[-1] == "--drive" for command in commands)
+    commands.clear()
+    assert sanitize.main(["memcheck"]) == {0: 0, 86: 1}.get(statuses[0], 3)
+    assert len(commands) == 2
