@@ -1,5 +1,5 @@
-# make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make lint,
-# make docs: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest
+# make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make gpu,
+# make lint, make docs: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest
 # and make test-zero into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
@@ -9,12 +9,14 @@
 #   WORKERS  test, test-all: processes                                    (default: 2)
 #   TESTS    test, test-all: folders or files, e.g. TESTS=tests/kernels   (default: all)
 #   STUDY    study: further options, e.g. STUDY="--parts clip --seeds 5"
+#   GPU      gpu: further options, e.g. GPU="--again operator"
 
 PYTHON ?= python3
 TORCH ?=
 MODEL ?=
 DATA ?=
 STUDY ?=
+GPU ?=
 WORKERS ?= 2
 TESTS ?=
 
@@ -36,7 +38,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all test-oldest test-newest test-zero zero record mutate check sanitize lint docs clean
+.PHONY: help demo study test test-all test-oldest test-newest test-zero zero record mutate check sanitize gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -50,6 +52,7 @@ help:
 	@echo "make mutate    break the source line by line and see that the tests notice"
 	@echo "make check     every backend of this machine against float64"
 	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
+	@echo "make gpu       all that is asked of a GPU, in eight minutes, and a page of verdicts (GPU=\"--dry\" on a CPU)"
 	@echo "make lint      ruff, the layers that may import one another, pyright"
 	@echo "make docs      the pages and the API as a site, in site/; a broken link is an error"
 	@echo "make clean     remove .venv, .demo and caches"
@@ -92,6 +95,10 @@ check: $(VENV)/.core
 
 sanitize: $(VENV)/.test
 	@$(BIN)/python tests/sanitize.py
+
+# Without make, or a network: python bench/gpu.py.
+gpu: $(VENV)/.gpu
+	@$(BIN)/python bench/gpu.py $(GPU)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -136,6 +143,11 @@ $(VENV)/.core: $(VENV)/.torch
 $(VENV)/.test: $(VENV)/.torch
 	@echo "set-up: prefkern and what its tests need"
 	@$(PIP) -e ".[train,dev]"
+	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.test
+	@echo "set-up: the peers of prefkern bench"
+	@$(PIP) -e ".[train,dev,bench]"
 	@touch $@
 
 $(VENV)/.zero: $(VENV)/.test

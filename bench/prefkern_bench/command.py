@@ -14,10 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from prefkern_bench import group, pictures, shapes, step, suites, tables
+from prefkern_bench import claims, group, pictures, shapes, step, suites, tables
 from prefkern_bench.group import Group, Settings
 from prefkern_bench.report import Report, environment
 from prefkern_bench.timing import release
+
+# A line that is pasted is not wrapped, and its brackets are its own.
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def measure(arguments: Any, command: str) -> int:
@@ -57,10 +60,14 @@ def measure(arguments: Any, command: str) -> int:
     if device.type != "cuda":
         console.print(tables.CPU_REMARK)
     report.write(finished=True)
+    measured = report.as_dict(finished=True)
+    if judged := claims.verdicts(measured):
+        console.print(tables.claims_table(judged))
+        console.print(f"To paste into a report:\n{claims.line(measured)}", **PLAIN)
     if arguments.pictures:
         arguments.pictures.mkdir(parents=True, exist_ok=True)
         prefix = arguments.json.stem if arguments.json else "bench"
-        for path in pictures.draw(report.as_dict(finished=True), arguments.pictures, prefix):
+        for path in pictures.draw(measured, arguments.pictures, prefix):
             console.print(f"wrote {path}")
     return int(any(row.failure and row.provider == "prefkern" for row in report.rows))
 

@@ -20,7 +20,7 @@ import torch
 from rich.progress import Progress
 
 from prefkern_bench.measure import Meter, cuda_peak_bytes
-from prefkern_bench.providers import IN_ONE_PASS, PROVIDERS, Provider
+from prefkern_bench.providers import ONLY, PROVIDERS, Provider
 from prefkern_bench.report import PLAIN_PRODUCT, Row
 from prefkern_bench.timing import Step, Time, describe_failure, release, time_in_turns
 
@@ -66,9 +66,9 @@ def measure(group: Group, settings: Settings, progress: Progress) -> list[Row]:
     """One row for each provider, and one for the plain product."""
     rounds = settings.warm_up + settings.rounds
     some = group.blank("")
-    # A larger workspace changes nothing for a frozen head; suite "step" uses the default only.
-    has_roomy = some.suite != "step" and some.task == "trainable"
-    names = [name for name in settings.providers if name != IN_ONE_PASS or has_roomy]
+    # A larger workspace changes nothing for a frozen head, and a kernel with the product in it
+    # has no backward; suite "step" uses the default only.
+    names = [name for name in settings.providers if ONLY.get(name, some.task) == some.task]
     rows = {name: group.blank(name) for name in names}
     task = progress.add_task(f"{some.suite}: {some.shape}, {some.task}", total=len(names) + rounds)
     steps: dict[str, Step] = {}

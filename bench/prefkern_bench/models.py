@@ -50,6 +50,15 @@ _LLAMA32_1B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
+_LLAMA3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
 QUICK = [
     Model(
         "tiny model",
@@ -72,7 +81,9 @@ GPU = [
     Model("Qwen3-0.6B model", "qwen3", _QWEN3_06B, 8, 1024),
     Model("Llama-3.2-1B model", "llama", _LLAMA32_1B, 8, 1024),
 ]
-KNOWN = {model.name: model for model in QUICK + CPU + GPU}
+# The widths of Llama-3-8B, and so few layers that a step of full training fits in seconds.
+STACK = Model("Llama-3-8B, 2 layers", "llama", _LLAMA3_8B | {"num_hidden_layers": 2}, 8, 1024)
+KNOWN = {model.name: model for model in [*QUICK, *CPU, *GPU, STACK]}
 
 
 def default_models(is_gpu: bool, quick: bool) -> list[Model]:

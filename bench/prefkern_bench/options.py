@@ -15,7 +15,14 @@ from prefkern_bench import models, shapes
 DTYPES = ("bfloat16", "float16", "float32")
 SUITES = ("operator", "loss", "step")
 TASKS = ("forward", "frozen", "trainable", "lora", "full")
-PROVIDERS = ("prefkern", "prefkern-roomy", "eager", "compile", "torch-lce", "liger", "trl", "cce")
+PROVIDERS = (
+    *("prefkern", "prefkern-roomy", "prefkern-fold", "eager", "compile"),
+    *("torch-lce", "liger", "trl", "cce"),
+)
+# What `--claims` measures: two shapes of a GPU, one of a CPU.
+CLAIMED = ("Llama-3-8B", "Qwen3-0.6B")
+CLAIMED_ON_CPU = ("SmolLM2-135M",)
+CLAIMED_PROVIDERS = ("prefkern", "prefkern-roomy", "eager", "trl")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -26,10 +33,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few repeats")
     parser.add_argument(
+        "--claims",
+        action="store_true",
+        help="only what prefkern claims of log-probs: two shapes, with a line for a report",
+    )
+    parser.add_argument(
         "--suite",
         nargs="+",
         choices=SUITES,
-        default=list(SUITES),
         help="operator: log-probs; loss: a DPO step on them; step: a model's training step",
     )
     parser.add_argument(
@@ -43,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="skip the runs with fewer tokens, which the pictures need",
     )
     parser.add_argument(
-        "--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), metavar="NAME",
+        "--providers", nargs="+", choices=PROVIDERS, metavar="NAME",
         help=f"one of {', '.join(PROVIDERS)}",
     )  # fmt: skip
     parser.add_argument(
@@ -71,6 +82,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse impossible options before any run."""
+    if arguments.claims:
+        for name in ("quick", "suite", "shapes", "providers", "tasks"):
+            if getattr(arguments, name) not in (None, False, list(TASKS)):
+                parser.error(f"--claims says what is measured; leave out --{name}")
     known = [*shapes.KNOWN, *models.KNOWN]
     if unknown := set(arguments.shapes or ()) - set(known):
         parser.error(f"unknown shape {', '.join(unknown)}; known: {', '.join(known)}")
@@ -92,6 +107,12 @@ def _resolve(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     if is_gpu and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device}: there is no CUDA device here")
 
+    if arguments.claims:
+        arguments.suite, arguments.sweep = ["operator"], False
+        arguments.providers = list(CLAIMED_PROVIDERS)
+        arguments.shapes = list(CLAIMED if is_gpu else CLAIMED_ON_CPU)
+    arguments.suite = arguments.suite or list(SUITES)
+    arguments.providers = arguments.providers or list(PROVIDERS)
     names, quick = arguments.shapes, arguments.quick
     arguments.models = models.default_models(is_gpu, quick)
     arguments.shapes = shapes.default_shapes(is_gpu, quick)

@@ -24,6 +24,7 @@ class Style(NamedTuple):
 STYLES = {
     "prefkern": Style("#0072B2", "o"),
     "prefkern-roomy": Style("#56B4E9", "p"),
+    "prefkern-fold": Style("#56B4E9", "*"),
     "eager": Style("#000000", "s"),
     "compile": Style("#999999", "D"),
     "torch-lce": Style("#E69F00", "^"),

@@ -3,6 +3,7 @@
 | name | what |
 |---|---|
 | prefkern | `linear_logprobs`, `FusedPreferenceLoss` |
+| prefkern-fold | log-probs alone, by the kernel that has the product in it |
 | eager | logits in memory, log-softmax in float32, autograd |
 | compile | the same through `torch.compile` |
 | torch-lce | `torch.nn.functional.linear_cross_entropy`, chunked, torch >= 2.13 |
@@ -36,6 +37,11 @@ from prefkern_bench.problem import BETA, IGNORE_INDEX, Problem, dpo_loss
 
 # The provider with a workspace large enough for one pass; it differs only for a trained head.
 IN_ONE_PASS = "prefkern-roomy"
+# The provider with product and fold in one kernel, which has no backward.
+IN_ONE_KERNEL = "prefkern-fold"
+# The one task that such a provider is for; in suite "step" it has none.
+ONLY = {IN_ONE_PASS: "trainable", IN_ONE_KERNEL: "forward"}
+_SWITCH = "PREFKERN_PRODUCT_FOLD"
 
 
 class Scores(NamedTuple):
@@ -135,6 +141,33 @@ class PrefkernInOnePass(Prefkern):
             problem.hidden, problem.weight, scored, problem.softcap
         )
         return super().loss(problem)
+
+
+class PrefkernInOneKernel(Prefkern):
+    """The other way of a forward: its product is in the kernel, and no logit is written."""
+
+    is_visible = False
+
+    def __init__(self, workspace_mb: float | None, device: torch.device) -> None:
+        super().__init__(workspace_mb)
+        if device.type != "cuda":
+            raise NotImplementedError("has its product in a Triton kernel, which needs a GPU")
+
+    def token_logps(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None
+    ) -> Tensor:
+        before = os.environ.get(_SWITCH)
+        os.environ[_SWITCH] = "1"
+        try:
+            logps = super().token_logps(hidden, weight, labels, softcap)
+        finally:
+            del os.environ[_SWITCH]
+            if before is not None:
+                os.environ[_SWITCH] = before
+        made = prefkern.last_plan()
+        if made is None or not made.product_in_kernel:
+            raise RuntimeError("ran another kernel than the one with the product in it")
+        return logps
 
 
 def enough_for_one_pass(
@@ -299,6 +332,7 @@ def _refuse_softcap(softcap: float | None) -> None:
 PROVIDERS: dict[str, Callable[[float | None, torch.device], Provider]] = {
     "prefkern": lambda workspace_mb, device: Prefkern(workspace_mb),
     IN_ONE_PASS: lambda workspace_mb, device: PrefkernInOnePass(),
+    IN_ONE_KERNEL: PrefkernInOneKernel,
     "eager": lambda workspace_mb, device: Eager(),
     "compile": lambda workspace_mb, device: Compiled(device),
     "torch-lce": lambda workspace_mb, device: TorchLinearCrossEntropy(),

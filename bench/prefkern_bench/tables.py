@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE
 from rich.table import Table
 
+from prefkern_bench.claims import Verdict
 from prefkern_bench.report import Row
 
 LEGEND = """\
@@ -33,6 +34,16 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     for row in rows:
         # After a failure the row is empty; numbers measured before it are in the JSON only.
         table.add_row(row.provider, *([] if row.failure else _cells(row, is_step)))
+    return table
+
+
+def claims_table(judged: Sequence[Verdict]) -> Table:
+    """A line for each claim: what was measured, and whether it holds."""
+    table = Table(title="claims", title_justify="left", title_style="bold", box=SIMPLE)
+    for column in ("", "measured", ""):
+        table.add_column(column, overflow="fold")
+    for each in judged:
+        table.add_row(each.claim, each.measured, "holds" if each.holds else "MISS")
     return table
 
 

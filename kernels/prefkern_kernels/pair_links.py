@@ -67,13 +67,15 @@ def score(
         if DIVERGENCE != "log":
             value, slope = _ratio_score(value, power, max_log_ratio, DIVERGENCE)
     if SCORE == "mean_log_ratio" or SCORE == "mean_log_prob":
-        value = value / length
+        # A GPU's own quotient is off by 2 ulp, and an exponential makes 1e-5 of that.
+        value = tl.div_rn(value, length)
         slope = slope / length
     if SCORE == "log_odds":
         # o = log P - log(1 - P), d o / d log P = 1 / (1 - P)
-        log_p = least(value / length, -least_miss)
+        mean = tl.div_rn(value, length)
+        log_p = least(mean, -least_miss)
         miss = one_minus_exp(log_p)
-        slope = tl.where(value / length <= -least_miss, 1.0 / miss / length, 0.0)
+        slope = tl.where(mean <= -least_miss, 1.0 / miss / length, 0.0)
         value = log_p - tl.log(miss)
         extra = log_p + tl.log(miss)
     return value, slope, extra

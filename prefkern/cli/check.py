@@ -12,16 +12,18 @@ inputs after rounding to the dtype. A row shows the worst of its shapes. The bou
 
 Without a GPU the Triton kernels run in Triton's interpreter. Exit status 1 if an error is above its
 bound. `--quick` takes the cases that contain most of the others: some seconds. Where the output is
-not a terminal, each case is written as it ends.
+not a terminal, each case is written as it ends. The last line is one to paste into a report.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from prefkern.cli.arguments import spelled
@@ -70,16 +72,28 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        # All comparisons are <=, so that a NaN fails.
-        return (
-            self.logp <= self.logp_bound
-            and self.dhidden <= self.dhidden_bound
-            and (
-                self.dweight is None
-                or self.dweight_bound is None
-                or self.dweight <= self.dweight_bound
-            )
-        )
+        return all(part <= 1 for part in self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Each error as a part of its bound; a NaN is infinite, and so is any error without one."""
+        pairs = {
+            "logp": (self.logp, self.logp_bound),
+            "dH": (self.dhidden, self.dhidden_bound),
+            "dW": (self.dweight, self.dweight_bound),
+        }
+        return {
+            name: _part(error, bound)
+            for name, (error, bound) in pairs.items()
+            if error is not None and bound is not None
+        }
+
+
+def _part(error: float, bound: float) -> float:
+    if math.isnan(error) or math.isnan(bound):
+        return math.inf
+    if not bound:
+        return math.inf if error else 0.0
+    return error / bound
 
 
 def main(argv: list[str]) -> int:
@@ -99,7 +113,10 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="the cases that contain most of the others, in some seconds",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     args = parser.parse_args(spelled(argv, "-"))
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")
 
     import torch
 
@@ -123,6 +140,15 @@ def main(argv: list[str]) -> int:
     console.print(_environment(runs))
     missed = [row for row in rows if not row.passed]
     console.print(f"{len(rows) - len(missed)} of {len(rows)} within bounds")
+    pasted = _line(rows, runs)
+    console.print(
+        f"To paste into a report:\n{pasted}", markup=False, highlight=False, soft_wrap=True
+    )
+    if args.json:
+        from prefkern.training.files import write_json
+
+        rows_of = [dataclasses.asdict(row) | {"passed": row.passed} for row in rows]
+        write_json(args.json, {"line": pasted, "rows": rows_of}, indent=1)
     return 1 if missed else 0
 
 
@@ -390,6 +416,45 @@ _SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 def _short(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-")
+
+
+def _line(rows: list[Row], runs: list[tuple[str, str]]) -> str:
+    """The verdict, the device, the versions and the error that uses most of its bound."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    import prefkern
+
+    missed = [row for row in rows if not row.passed]
+    parts = [f"{len(rows) - len(missed)} of {len(rows)} within bounds"]
+    device = f"no GPU, {platform.machine()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = [f"torch {torch.__version__}", f"python {platform.python_version()}"]
+    if any(backend == "triton" for backend, _ in runs):
+        versions.insert(1, f"triton {importlib.metadata.version('triton')}")
+    if ("triton", "cpu") in runs:
+        versions.append("Triton's interpreter")
+    parts.append(", ".join([device, *versions]))
+    part, name, row = max(
+        ((part, name, row) for row in rows for name, part in row.parts().items()),
+        key=lambda each: each[0],
+    )
+    parts.append(f"nearest its bound: {name} at {part:.2f} of it ({_named(row)})")
+    if missed:
+        some = [_named(row) for row in missed[:_NAMED]]
+        some += [f"and {len(missed) - _NAMED} more"] * (len(missed) > _NAMED)
+        parts.append("misses: " + "; ".join(some))
+    return f"prefkern check {prefkern.__version__}: " + " | ".join(parts)
+
+
+_NAMED = 3  # misses that a line names
+
+
+def _named(row: Row) -> str:
+    return f"{row.backend}, {_SHORT_DTYPES[row.dtype]}, {row.case}, {row.head}"
 
 
 def _environment(runs: list[tuple[str, str]]) -> str:
