@@ -67,8 +67,10 @@ def traced(case: Any, inject: contextlib.AbstractContextManager | None = None) -
         promised += expected.of_plan(plan, runs_backward, case.product_parts, case.sums_bias)
     promised.launches += Counter({"_pair_loss_kernel": case.pair_losses})
     findings += expected.differences(promised, seen)
-    if dict(seen.waits) != case.waits:
-        findings.append(f"waits for the device: {dict(seen.waits)}, promised {case.waits}")
+    for where in {**case.waits, **seen.waits}:
+        got, want = seen.waits[where], case.waits.get(where, 0)
+        if got != want:
+            findings.append(f"waits for the device {got} times, promised {want}: {where}")
     if sum(seen.collectives.values()) != case.collectives:
         findings.append(f"all-reduces: {dict(seen.collectives)}, promised {case.collectives}")
     return {

@@ -53,7 +53,6 @@ class Case:
         context: around the call.
         collectives: all-reduces over ranks.
         plans: which plans make the promise: "all" that were made, or the "last" of them.
-        wide_products: whether products of half-precision operands are asked for a float32 result.
         prepare: runs before, outside of the pretended machine.
         reads: what places other than `select` read.
     """
@@ -74,7 +73,6 @@ class Case:
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     collectives: int = 0
     plans: str = "all"
-    wide_products: bool = True
     prepare: Callable[[], None] = lambda: None
 
     reads: dict[str, list[Any]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Heads and sequences over several ranks, what `torch.compile` runs, and devices that lack a thing.
+"""Heads and sequences over several ranks, what `torch.compile` runs, and GPUs that lack a product.
 
 Collectives are recorded and not made: a rank of a fake process group goes on with its own numbers.
 Ranks agree upon a call by objects of the host, which is left out; the checksum that they exchange is
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 import prefkern
-from prefkern import devices
 from prefkern.objectives import build
 from prefkern.ops import compiled, wide_products
 from prefkern.ops.agreement import Party
@@ -171,23 +170,13 @@ def compiled_cases() -> Iterator[Case]:
             )
 
 
-# Devices that lack something
+# Devices that lack a product
 
 
 @contextlib.contextmanager
 def without_wide_products() -> Iterator[None]:
     """A GPU whose library does not make float32 of half-precision operands, as older ROCm's."""
     with mock.patch.object(wide_products, "refusal", lambda *_: "refused"):
-        yield
-
-
-@contextlib.contextmanager
-def without_float64() -> Iterator[None]:
-    """A device without float64 and Triton, as MPS."""
-    with (
-        mock.patch.object(devices, "_WITHOUT_FLOAT64", ("cuda",)),
-        mock.patch.object(wide_products, "refusal", lambda *_: "refused"),
-    ):
         yield
 
 
@@ -207,7 +196,6 @@ def lacking_cases() -> Iterator[Case]:
                 scored=n,
                 backward=options.get("hidden", True),
                 context=without_wide_products,
-                wide_products=False,
             )
     yield Case(
         "no products with a float32 result",
@@ -215,7 +203,6 @@ def lacking_cases() -> Iterator[Case]:
         lambda: cases.divergence(torch.bfloat16, head=True),
         scored=n,
         context=without_wide_products,
-        wide_products=False,
     )
 
 
