@@ -142,7 +142,7 @@ def misses(result: dict[str, Any]) -> list[str]:
 HEAD = """\
 # The CUDA path, traced without a GPU
 
-Written by `make trace-cuda` on {date} with {versions}. Each call runs on fake CUDA tensors: they have a
+Written by `python bench/trace_cuda.py` (`make trace-cuda` sets it up) on {date} with {versions}. Each call runs on fake CUDA tensors: they have a
 device, a dtype, a shape and strides, and no memory. Launches of Triton kernels are recorded and not run.
 So this shows no number and no time. It shows, for {count} calls:
 
