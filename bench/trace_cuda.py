@@ -3,7 +3,8 @@
 usage: python bench/trace_cuda.py [--only TEXT] [--check]        (make trace-cuda sets it all up)
 
 Needs a CUDA build of torch, no GPU and no driver. `--only` traces the cases whose names contain a
-text; `--check` compares with the record and writes nothing.
+text, and writes nothing. `--check` compares another version of torch with the record, and adds to
+it how that went.
 """
 
 from __future__ import annotations
@@ -157,6 +158,22 @@ otherwise. *Starts* are the launches and operators that start something on the d
 """
 
 
+def differences(result: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    """What a result has otherwise than the record: launches, products, waits and all-reduces."""
+    names = ("launches", "products", "operations", "waits", "all_reduces")
+    before = {(row["group"], row["case"]): row for row in record["cases"]}
+    after = {(row["group"], row["case"]): row for row in result["cases"]}
+    found = [
+        f"{group}: {case}: in one of them alone" for group, case in before.keys() ^ after.keys()
+    ]
+    for key in before.keys() & after.keys():
+        for name in names:
+            if before[key][name] != after[key][name]:
+                was, now = before[key][name], after[key][name]
+                found.append(f"{key[0]}: {key[1]}: {name} {now}, recorded {was}")
+    return sorted(found)
+
+
 def page(result: dict[str, Any]) -> str:
     """The page of a result."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -171,6 +188,12 @@ def page(result: dict[str, Any]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in result["cases"]:
         groups.setdefault(row["group"].partition(",")[0], []).append(row)
+    for version, row in result.get("checked", {}).items():
+        lines.append(
+            f"Torch {version} with Triton {row['triton']}, on {row['date']}: {row['calls']} calls, "
+            f"{row['faults']} faults, {len(row['misses'])} misses, {len(row['differences'])} "
+            "differences."
+        )
     for name, rows in groups.items():
         lines += [
             f"\n## {name[0].upper()}{name[1:]}\n",
@@ -210,15 +233,29 @@ def _cell(text: str | None) -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
-    parser.add_argument("--check", action="store_true", help="compare with the record")
+    parser.add_argument("--check", action="store_true", help="compare, and add to the record")
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     result = report(arguments.only)
     missed = misses(result)
     print(f"{len(result['cases'])} calls, {len(result['faults'])} faults, {len(missed)} misses")
-    if not arguments.only and not arguments.check:
-        RESULT.write_text(json.dumps(result).replace('{"group"', '\n{"group"') + "\n")
-        PAGE.write_text(page(result))
+    if arguments.only:
+        return int(bool(missed))
+    if arguments.check:
+        record = json.loads(RESULT.read_text())
+        differing = differences(result, record)
+        print("\n".join(differing) or "no difference from the record")
+        record.setdefault("checked", {})[result["versions"]["torch"]] = {
+            "triton": result["versions"]["triton"],
+            "date": result["date"],
+            "calls": len(result["cases"]),
+            "faults": len(result["faults"]),
+            "misses": missed,
+            "differences": differing,
+        }
+        result, missed = record, [*missed, *differing]
+    RESULT.write_text(json.dumps(result).replace('{"group"', '\n{"group"') + "\n")
+    PAGE.write_text(page(result))
     return int(bool(missed))
 
 
