@@ -126,7 +126,7 @@ def pretended(scored: int):
     """Meta tensors in place of MPS: what reads their numbers gets some."""
 
     def select(labels, ignore_index, vocab_size, bounds=None, checks_bounds=True):
-        facts = [scored, 0, vocab_size - 1, 0, 0, labels.shape[0]]
+        facts = [scored, 0, V - 1, 0, 0, labels.shape[0]]
         with mock.patch.object(Tensor, "tolist", lambda x: facts[: len(x)]):
             return original(labels, ignore_index, vocab_size, bounds, checks_bounds)
 
@@ -176,6 +176,33 @@ def test_no_float64_on_the_device(name, options, without_float64):
     assert all(x.device == META for x in found)
     assert all(buffer.device.type == "cpu" for buffer in loss_fn.buffers())
     assert {"aten::mm", "aten::index_select"} <= {x.partition(".")[0] for x in seen.operators}
+    assert not seen.operators - operators_of_mps() - {"aten::lift_fresh"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", ["plain", "all", "adapter", "frozen"])
+def test_the_operator_s_operators(given, dtype, without_float64):
+    """Bias, softcap, statistics and an adapter, in little memory: all that MPS has, by torch's list."""
+    without_float64("meta")
+    n, v = 96, 600
+
+    def empty(*shape: int, grad: bool = True) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META, requires_grad=grad)
+
+    hidden, weight = empty(n, H), empty(v, H, grad=given != "frozen")
+    options = {"backend": "torch", "workspace_mb": 0.2}
+    if given == "all":
+        options |= {"bias": empty(v), "softcap": 9.0, "temperature": 2.0, "return_stats": True}
+    if given == "adapter":
+        options |= {"lora_hidden": empty(n, 3), "lora_weight": empty(v, 3)}
+    labels = torch.empty(n, dtype=torch.int64, device=META)
+    with pretended(n - 5) as seen:
+        out = prefkern.linear_logprobs(hidden, weight, labels, **options)
+        logps = out.logps if given == "all" else out
+        logps.sum().backward()
+    tiles = prefkern.last_plan().forward_tiles
+    assert tiles.token_tile < n - 5 or tiles.vocab_tile < v
+    assert hidden.grad.dtype == dtype and not seen.wide
     assert not seen.operators - operators_of_mps() - {"aten::lift_fresh"}
 
 
