@@ -240,3 +240,15 @@ def test_sums_over_ranks(without_float64, monkeypatch):
     assert (sums["logps"].device, sums["logps"].dtype) == (META, torch.float32)
     assert (lengths.device, lengths.dtype) == (META, torch.int64)
     assert (gradient.device, gradient.shape) == (META, (6,))
+
+
+def test_only_a_gpu_gets_numbers_from_pinned_memory():
+    """The host does not wait then; `make trace-cuda` counts where it does."""
+    for kind in ("cuda:1", "mps", "cpu"):
+        x, device = mock.Mock(spec=Tensor), torch.device(kind)
+        devices.sent(x, device)
+        if device.type == "cuda":
+            x.pin_memory.return_value.to.assert_called_once_with(device, non_blocking=True)
+        else:
+            x.to.assert_called_once_with(device)
+            x.pin_memory.assert_not_called()
