@@ -86,7 +86,8 @@ zero: $(VENV)/.zero
 	  $(BIN)/python -m pytest -q --long tests/training/test_zero.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu $(BIN)/python bench/sharded.py
 
-# The default build, which on Linux is one for CUDA: it needs neither a GPU nor a driver here.
+# The default build, which on Linux is one for CUDA: it needs neither a GPU nor a driver here. For
+# another version: make trace-cuda TORCH=torch==2.11.0 CONSTRAINTS=constraints-oldest.txt.
 trace-cuda:
 	@$(MAKE) trace VENV=.venv-cuda TORCH="$(or $(TORCH),torch==$(TORCH_VERSION))"
 

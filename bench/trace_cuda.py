@@ -235,6 +235,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--check", action="store_true", help="compare, and add to the record")
     arguments = parser.parse_args(argv)
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        parser.error(
+            f"this torch, {torch.__version__}, is no CUDA build; make trace-cuda TORCH=... takes "
+            "another version or the address of a wheel"
+        )
     warnings.simplefilter("ignore")
     result = report(arguments.only)
     missed = misses(result)
