@@ -1,6 +1,6 @@
 # make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make gpu,
-# make lint, make docs: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest
-# and make test-zero into a folder of their own.
+# make lint, make docs: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest,
+# make test-zero and make trace-cuda into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
@@ -38,7 +38,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all test-oldest test-newest test-zero zero record mutate check sanitize gpu lint docs clean
+.PHONY: help demo study test test-all test-oldest test-newest test-zero zero trace-cuda trace record mutate check sanitize gpu lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,6 +49,8 @@ help:
 	@echo "make test-oldest, make test-newest"
 	@echo "               the tests on the oldest and newest versions (constraints-*.txt), and a record"
 	@echo "make test-zero the tests of DeepSpeed's ZeRO, on gloo ranks, and a record"
+	@echo "make trace-cuda"
+	@echo "               the CUDA path on fake tensors, without a GPU, and a record (a CUDA build of torch: 5 GB)"
 	@echo "make mutate    break the source line by line and see that the tests notice"
 	@echo "make check     every backend of this machine against float64"
 	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
@@ -86,6 +88,14 @@ zero: $(VENV)/.zero
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu \
 	  $(BIN)/python -m pytest -q --long tests/training/test_zero.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu $(BIN)/python bench/sharded.py
+
+# The default build, which on Linux is one for CUDA: it needs neither a GPU nor a driver here. For
+# another version: make trace-cuda TORCH=torch==2.11.0 CONSTRAINTS=constraints-oldest.txt.
+trace-cuda:
+	@$(MAKE) trace VENV=.venv-cuda TORCH="$(or $(TORCH),torch==$(TORCH_VERSION))"
+
+trace: $(VENV)/.train
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=bench $(BIN)/python bench/trace_cuda.py
 
 mutate: $(VENV)/.test
 	@$(BIN)/python tests/mutations.py --workers $(WORKERS)
@@ -148,6 +158,11 @@ $(VENV)/.test: $(VENV)/.torch
 $(VENV)/.gpu: $(VENV)/.test
 	@echo "set-up: the peers of prefkern bench"
 	@$(PIP) -e ".[train,dev,bench]"
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch
+	@echo "set-up: prefkern and what training needs"
+	@$(PIP) -e ".[train]"
 	@touch $@
 
 $(VENV)/.zero: $(VENV)/.test

@@ -582,8 +582,8 @@ MUTATIONS = (
     Mutation(
         "sums of a part are rounded before they are added",
         "prefkern/ops/parts.py",
-        "sequences.sequence_sums(x.double(), offsets) for x",
-        "sequences.sequence_sums(x.bfloat16().double(), offsets) for x",
+        "sequences.sequence_sums(as_double(x), bounds) for x",
+        "sequences.sequence_sums(as_double(x.bfloat16()), bounds) for x",
         "tests/loss/test_loss_parts.py -k 'exact or accurate'",
     ),
     Mutation(
@@ -647,9 +647,37 @@ MUTATIONS = (
     Mutation(
         "a sequence's sum is added in float32",
         "prefkern/ops/sequences.py",
-        'values.double(), "sum"',
-        'values.float(), "sum"',
+        'segment_reduce(values, "sum"',
+        'segment_reduce(values.float(), "sum"',
         "tests/ops/test_sequences.py",
+    ),
+    Mutation(
+        "a sequence is summed in float64 on a device that lacks it",
+        "prefkern/devices.py",
+        "return x.double() if has_float64(x.device) else x.cpu().double()",
+        "return x.double()",
+        "tests/loss/test_without_float64.py -k no_float64",
+    ),
+    Mutation(
+        "running statistics follow a loss to a device without float64",
+        "prefkern/objectives/running.py",
+        "if not has_float64(fn(self.batches).device):",
+        "if fn is None:",
+        "tests/loss/test_without_float64.py -k statistics",
+    ),
+    Mutation(
+        "a library that rounds its products passes for one that does not",
+        "prefkern/ops/wide_products.py",
+        "if bool((once == _SUM).all()) and bool((out == 2 * _SUM).all()):",
+        "if once is not None:",
+        "tests/ops/test_wide_products.py -k rounds",
+    ),
+    Mutation(
+        "ROCm is asked for products that it was not tried with",
+        "prefkern/ops/wide_products.py",
+        'return device_type == "cuda" and torch.version.hip is None',
+        'return device_type == "cuda"',
+        "tests/ops/test_wide_products.py -k not_here",
     ),
     Mutation(
         "the pair kernel adds a sequence in float32",
@@ -683,8 +711,8 @@ MUTATIONS = (
     Mutation(
         "packed positions run on",
         "prefkern/models/paths.py",
-        "return torch.arange(sum(self.lengths), device=device) - self.of_tokens(begins)",
-        "return torch.arange(sum(self.lengths), device=device)",
+        "return places - self.of_tokens(sent(begins, places.device))",
+        "return places",
         "tests/models/test_packing.py -k token_logprobs",
     ),
     Mutation(

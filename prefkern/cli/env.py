@@ -58,7 +58,7 @@ def facts() -> list[tuple[str, str]]:
     found[3] = ("torch", f"{torch.__version__}{_libraries()}")
     found.append(("processor", _processor()))
     found += _gpus() or [("GPU", "none that torch can use")]
-    found += _backends()
+    found += _backends() + _products()
     found += [(name, os.environ[name]) for name in _VARIABLES if name in os.environ]
     return found
 
@@ -115,4 +115,25 @@ def _backends() -> list[tuple[str, str]]:
             names.append(resolve_backend("triton", device))
         default = resolve_backend(None, device)
         found.append((f"backends on {kind}", f"{', '.join(names)}; {default} by default"))
+    return found
+
+
+def _products() -> list[tuple[str, str]]:
+    """Whether a GPU's library makes float32 of half-precision operands, as it was tried there."""
+    from prefkern.ops import wide_products
+
+    found: list[tuple[str, str]] = []
+    for kind in ("cuda", "xpu", "mps"):
+        if not wide_products.can_try(kind):
+            continue
+        said = []
+        for dtype in wide_products.HALVES:
+            name = str(dtype).removeprefix("torch.")
+            refusal = wide_products.refusal(kind, dtype)
+            said.append(
+                f"float32 from {name}"
+                if refusal is None
+                else f"{name} is raised to float32 first ({refusal})"
+            )
+        found.append((f"products on {kind}", "; ".join(said)))
     return found

@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from prefkern.devices import sent
 from prefkern.models import varlen
 
 IMPLEMENTATION = "sdpa"
@@ -75,7 +76,7 @@ class Paths:
 
     def of_tokens(self, values: Tensor) -> Tensor:  # (S,) -> (M,)
         """Each token's sequence's value."""
-        lengths = torch.tensor(self.lengths, device=values.device)
+        lengths = sent(torch.tensor(self.lengths), values.device)
         return values.repeat_interleave(lengths, output_size=sum(self.lengths))
 
     def numbers(self, device: torch.device) -> Tensor:  # (M,)
@@ -86,20 +87,21 @@ class Paths:
         """The place of each token along its path."""
         ends = itertools.accumulate(self.lengths)
         shapes = zip(ends, self.lengths, self.prefixes, strict=True)
-        begins = torch.tensor([end - n - before for end, n, (_, before) in shapes], device=device)
-        return torch.arange(sum(self.lengths), device=device) - self.of_tokens(begins)
+        begins = torch.tensor([end - n - before for end, n, (_, before) in shapes])
+        places = torch.arange(sum(self.lengths), device=device)
+        return places - self.of_tokens(sent(begins, places.device))
 
     def counts(self, device: torch.device) -> Tensor:  # (M,)
         """The number of paths that each token is on."""
         counts = torch.ones(sum(self.lengths), dtype=torch.int64)
         for start, length in self.prefixes:
             counts[start : start + length] += 1
-        return counts.to(device)
+        return sent(counts, device)
 
     def visible(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         """Whether the token at index q is on a path with the token at k: `visible(q, k)`."""
         sequence = self.numbers(device)
-        starts, sizes = torch.tensor(self.prefixes, device=device).unbind(1)
+        starts, sizes = sent(torch.tensor(self.prefixes), sequence.device).unbind(1)
         low, high = starts[sequence], (starts + sizes)[sequence]
 
         def function(q: Tensor, k: Tensor) -> Tensor:

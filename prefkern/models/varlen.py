@@ -38,6 +38,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from prefkern.devices import sent
+
 _DEVICES = ("cuda",)
 _DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256
@@ -87,7 +89,7 @@ class Layout:
         keys = [n + before for n, (_, before) in zip(lengths, prefixes, strict=True)]
 
         def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+            return sent(torch.tensor(values, dtype=torch.int32), device)
 
         return Layout(
             sizes=tuple(b - a for a, b in itertools.pairwise(cuts)),

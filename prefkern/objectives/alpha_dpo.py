@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prefkern.devices import back
 from prefkern.objectives.base import PairLoss, Pairs
 from prefkern.objectives.checks import (
     require_below,
@@ -145,8 +146,8 @@ class AlphaDPO(Contrastive):
             return torch.full_like(pairs.chosen_logps, self.fixed_margin)
         z = self.gap(pairs)
         if self.normalize:
-            spread = self.statistics.spread()
-            z = (z - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
+            mean, spread = back(self.statistics.mean, z), back(self.statistics.spread(), z)
+            z = (z - mean) / torch.where(spread > 0, spread, 1.0)
             z = torch.where(spread > 0, z, 0.0)
         if self.stop_gradient:
             z = z.detach()

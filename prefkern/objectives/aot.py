@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from prefkern.devices import as_double, back
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import PairLoss, Pairs, weighed
 from prefkern.objectives.checks import require_below, require_kind, require_positive
@@ -57,11 +58,10 @@ class _Sorted(Contrastive):
 
     def forward(self, pairs: Pairs) -> PairLoss:
         require_kind("pairs", pairs, Pairs)
-        dtype = pairs.chosen_logps.dtype
         pairs.reference(self._name)
         values = {name: getattr(pairs, name) for name in _COLUMNS}
-        wide = replace(pairs, **{name: x.double() for name, x in values.items() if x is not None})
-        return PairLoss(*(value.to(dtype) for value in self._terms(wide)))
+        wide = replace(pairs, **{name: as_double(x) for name, x in values.items() if x is not None})
+        return PairLoss(*(back(value, pairs.chosen_logps) for value in self._terms(wide)))
 
     def _terms(self, pairs: Pairs) -> PairLoss:
         raise NotImplementedError

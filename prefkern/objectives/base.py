@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefkern.devices import of_doubles
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.checks import require_vectors
 
@@ -178,7 +179,9 @@ class Objective(nn.Module):
         """Move running statistics to the device of a batch.
 
         A loss has no weights, so nobody thinks of moving it, and its few numbers cost one copy.
+        They are float64: a device without it leaves them on the CPU.
         """
+        device = of_doubles(device)
         if any(buffer.device != device for buffer in self.buffers()):
             # A buffer made in inference mode could not be updated outside of it.
             with torch.inference_mode(False):

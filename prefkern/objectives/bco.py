@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.devices import as_double, back
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import PairLoss, Pairs, weighed
 from prefkern.objectives.checks import require_bool, require_kind, require_positive, require_share
@@ -80,7 +81,7 @@ class BCO(Contrastive):
         if self.adaptive is not None:
             chosen = self.adaptive.coefficient(self.log_ratio(pairs, self.adaptive)) * chosen
         # A pair's mean: if one response overflowed, both are left out.
-        self.statistics.update((chosen.double() + rejected.double()) / 2)
+        self.statistics.update((as_double(chosen) + as_double(rejected)) / 2)
 
     @torch.no_grad()
     def shift(self, pairs: Pairs) -> Tensor:  # (B,)
@@ -88,7 +89,7 @@ class BCO(Contrastive):
         logps = pairs.chosen_logps
         if not self.reward_shift:
             return torch.zeros_like(logps)
-        return (self.beta * self.statistics.mean).to(logps.dtype).expand_as(logps)
+        return back(self.beta * self.statistics.mean, logps).expand_as(logps)
 
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
         return {"bco/delta": self.shift(pairs)} if self.reward_shift else {}

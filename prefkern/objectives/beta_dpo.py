@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.devices import as_double, back, sent
 from prefkern.objectives.base import Objective, PairLoss, Pairs
 from prefkern.objectives.checks import (
     is_number,
@@ -126,7 +127,7 @@ class BetaDPO(Objective):
             share = kept * (len(kept) / kept.sum())
             counted = counted & (kept > 0)
         mean = torch.where(counted, everyone, 0.0).sum() / counted.sum().clamp(min=1)
-        beta = self.beta * (1 + self.m * (mean - self.statistics.mean.to(h.dtype)))
+        beta = self.beta * (1 + self.m * (mean - back(self.statistics.mean, h)))
         return beta.clamp(min=self.beta_min), None if share is None else share[mine]
 
     def _draw(self, h: Tensor) -> Tensor:  # (B of all ranks,) -> the same, 1 where kept
@@ -136,8 +137,8 @@ class BetaDPO(Objective):
         uniform = torch.rand(len(h), generator=generator, dtype=torch.float64)
         gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
         spread = self.statistics.spread()
-        z = (h - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
-        keys = (-0.5 * z.double().square()).nan_to_num(nan=-math.inf) + gumbel.to(h.device)
+        z = (as_double(h) - self.statistics.mean) / torch.where(spread > 0, spread, 1.0)
+        keys = (-0.5 * z.square()).nan_to_num(nan=-math.inf) + sent(gumbel, z.device)
         # The 1e-6 makes 0.29 of 100 pairs 29, and not 28.
         count = max(int(self.keep * len(h) + 1e-6), 1)
-        return torch.zeros_like(h).index_fill(0, keys.topk(count).indices, 1.0)
+        return torch.zeros_like(h).index_fill(0, keys.topk(count).indices.to(h.device), 1.0)

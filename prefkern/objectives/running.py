@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from prefkern.devices import as_double, has_float64
+
 # Relative to the mean. Numbers whose differences are below float32's precision have no spread:
 # their z-scores would be rounding errors of size 1.
 LEAST_SPREAD = 1e-6
@@ -67,8 +69,9 @@ class RunningStatistics(nn.Module):
                 "move twice, and the gradient would be of another loss. Checkpoint the model, "
                 "not the loss"
             )
+        values = as_double(values.detach())
         finite = values.isfinite()
-        values = torch.where(finite, values.detach().double(), 0.0)
+        values = torch.where(finite, values, 0.0)
         count, total = all_sum(torch.stack([finite.sum(dtype=torch.float64), values.sum()]))
         mean = total / count.clamp(min=1)
         distances = torch.where(finite, values - mean, 0.0)
@@ -93,6 +96,9 @@ class RunningStatistics(nn.Module):
         return torch.where(spread > LEAST_SPREAD * self.mean.abs(), spread, 0.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
+        # They stay where there is float64; see `prefkern.devices`.
+        if not has_float64(fn(self.batches).device):
+            return self
         # The device may change, the dtype may not: in half precision a running mean stops moving.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)

@@ -1,7 +1,7 @@
 """The parts of the passes over tiles: operands, products with a float32 result, tile buffers.
 
 Products of half-precision operands have a float32 result: a GPU's library has such a product
-(`out_dtype`), elsewhere the operands of a tile are raised to float32 first. On a CPU with bfloat16
+(`wide_products`), elsewhere the operands of a tile are raised to float32 first. On a CPU with bfloat16
 units (`cpu`) that is only needed for the logits. The products for gradients take bfloat16 operands
 as they are; such a product adds in float32 inside, and its result is rounded to bfloat16.
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prefkern.ops import cpu
 from prefkern.ops.plan import Columns, HeadSize, Tiles, padding, slices
+from prefkern.ops.wide_products import HALVES, has_wide_product
 
 # The most entries of the vocabulary that one rounded product for the gradient of hidden adds up.
 _ENTRIES_OF_A_PRODUCT = 2048
@@ -116,11 +117,9 @@ def operands_of(hidden: Tensor) -> Operands:
 
 
 def operands_for(dtype: torch.dtype, device_type: str) -> Operands:
-    # Only CUDA's libraries have products of half-precision operands with a float32 result.
-    has_wide_product = device_type == "cuda" and torch.version.hip is None
-    is_half = dtype in (torch.bfloat16, torch.float16)
     rounds = device_type == "cpu" and dtype == torch.bfloat16 and cpu.has_bfloat16_units()
-    return Operands(dtype, upcasts=is_half and not has_wide_product, rounds=rounds)
+    upcasts = dtype in HALVES and not has_wide_product(device_type, dtype)
+    return Operands(dtype, upcasts, rounds)
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:

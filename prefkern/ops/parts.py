@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prefkern.devices import as_double, back, of_doubles
 from prefkern.ops import sequences
 from prefkern.ops.agreement import Party, checksum
 from prefkern.ops.operands import Head
@@ -91,7 +92,7 @@ def facts_of(
 
 
 def _described(numbers: Tensor) -> str:  # (...)
-    return checksum(numbers.detach().double().view(torch.int64))
+    return checksum(as_double(numbers.detach()).view(torch.int64))
 
 
 def whole_sums(
@@ -103,10 +104,11 @@ def whole_sums(
 
     Differentiable in this rank's values: every rank differentiates the same number.
     """
-    own = [sequences.sequence_sums(x.double(), offsets) for x in values.values()]
-    *sums, lengths = _Joined.apply(torch.stack([*own, offsets.diff().double()]), group)
-    rounded = [x.to(value.dtype) for x, value in zip(sums, values.values(), strict=True)]
-    return dict(zip(values, rounded, strict=True)), lengths.detach().long()
+    bounds = offsets.to(of_doubles(offsets.device))
+    own = [sequences.sequence_sums(as_double(x), bounds) for x in values.values()]
+    *sums, lengths = _Joined.apply(torch.stack([*own, bounds.diff().double()]), group)
+    rounded = [back(x, value) for x, value in zip(sums, values.values(), strict=True)]
+    return dict(zip(values, rounded, strict=True)), back(lengths.detach(), offsets)
 
 
 class _Joined(torch.autograd.Function):

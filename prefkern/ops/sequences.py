@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prefkern.devices import as_double, back
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -158,7 +160,7 @@ class _SequenceSums(torch.autograd.Function):
     def forward(ctx, values: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.count = values.shape[0]
-        return _sums(values, offsets).to(values.dtype)
+        return back(_sums(values, offsets), values)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
@@ -167,9 +169,11 @@ class _SequenceSums(torch.autograd.Function):
 
 
 def _sums(values: Tensor, offsets: Tensor) -> Tensor:  # (N,), (S + 1,) -> (S,) float64
+    values = as_double(values)
     if values.shape[0] == 0:
-        return values.new_zeros(offsets.shape[0] - 1, dtype=torch.float64)
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0.0, unsafe=True)
+        return values.new_zeros(offsets.shape[0] - 1)
+    offsets = offsets.to(values.device)
+    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0, unsafe=True)
 
 
 def pair_parts(offsets: Tensor) -> Tensor:  # (2B + 1,) -> (4B + 1,)
@@ -202,7 +206,7 @@ class _PartSums(torch.autograd.Function):
         first, second = _sums(values, parts).view(-1, 2).unbind(1)
         # A weight of 0 leaves the second part out, even where it is -inf.
         weighed = first + alpha * second if alpha else first
-        return weighed.to(values.dtype), (first + second).to(values.dtype)
+        return back(weighed, values), back(first + second, values)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:

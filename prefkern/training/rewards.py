@@ -43,6 +43,7 @@ from prefkern.data.columns import (
     renamed,
 )
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
+from prefkern.devices import as_double
 from prefkern.keywords import current_names
 from prefkern.models import score_head
 from prefkern.models.adapters import check_no_native_adapter
@@ -159,7 +160,7 @@ def pair_rewards(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:  # (B, 2
 
 def pair_metrics(rewards: Tensor) -> dict[str, float]:  # (pairs, 2)
     """Mean Bradley-Terry loss, share of pairs with r_w > r_l, and mean margin."""
-    chosen, rejected = rewards.double().T
+    chosen, rejected = as_double(rewards).T
     return {
         "loss": bradley_terry_loss(chosen, rejected).mean().item(),
         "accuracy": (chosen > rejected).double().mean().item(),
