@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.base import PairLoss, Pairs
 from prefkern.objectives.checks import (
     require_below,
@@ -58,6 +59,7 @@ class AlphaDPO(Contrastive):
             statistics is left out).
     """
 
+    papers = (citations.ALPHA_DPO,)
     gamma: float
     alpha: float
     length_normalized: bool

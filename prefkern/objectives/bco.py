@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import PairLoss, Pairs, weighed
 from prefkern.objectives.checks import require_bool, require_kind, require_positive, require_share
@@ -31,6 +32,7 @@ class BCO(Contrastive):
         adaptive: per-pair coefficients.
     """
 
+    papers = (citations.BCO,)
     reward_shift: bool
     momentum: float
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.base import Objective, PairLoss, Pairs
 from prefkern.objectives.checks import (
     is_number,
@@ -42,6 +43,8 @@ class BetaDPO(Objective):
         momentum: weight of earlier batches in the statistics, in [0, 1).
         beta_min: lower bound of beta_batch, > 0.
     """
+
+    papers = (citations.BETA_DPO,)
 
     def __init__(
         self,
