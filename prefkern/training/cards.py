@@ -231,8 +231,11 @@ class CardTrainer(ItemTrainer):
             config = model.peft_config[model.active_adapter]
             for name in _LISTED_OF_ADAPTERS:
                 value = getattr(config, name, None)
+                if isinstance(value, set | list | tuple):
+                    # "all-linear" has become the full name of every layer.
+                    value = sorted({each.split(".")[-1] for each in value})
                 if value is not None and value is not False:
-                    yield name, sorted(value) if isinstance(value, set) else value
+                    yield name, value
 
 
 def is_hub_id(name: str | None) -> bool:
