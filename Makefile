@@ -1,5 +1,5 @@
 # make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make gpu,
-# make lint, make docs: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest,
+# make lint, make docs, make notebook: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest,
 # make test-zero and make trace-cuda into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
@@ -38,7 +38,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all test-oldest test-newest test-zero zero trace-cuda trace record mutate check sanitize gpu lint docs clean
+.PHONY: help demo study test test-all test-oldest test-newest test-zero zero trace-cuda trace record mutate check sanitize gpu lint docs notebook clean
 .DELETE_ON_ERROR:
 
 help:
@@ -57,6 +57,7 @@ help:
 	@echo "make gpu       all that is asked of a GPU, in eight minutes, and a page of verdicts (GPU=\"--dry\" on a CPU)"
 	@echo "make lint      ruff, the layers that may import one another, pyright"
 	@echo "make docs      the pages and the API as a site, in site/; a broken link is an error"
+	@echo "make notebook  run examples/quickstart.ipynb and keep its outputs in the file"
 	@echo "make clean     remove .venv, .demo and caches"
 
 demo: $(DEMO_SETUP)
@@ -120,6 +121,9 @@ lint: $(VENV)/.test
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+notebook: $(VENV)/.notebook
+	@$(BIN)/python tests/support/notebook.py
+
 clean:
 	rm -rf .venv .venv-* .demo site .pytest_cache .ruff_cache build *.egg-info
 
@@ -173,6 +177,11 @@ $(VENV)/.zero: $(VENV)/.test
 $(VENV)/.docs: $(VENV)/.torch
 	@echo "set-up: what builds the site"
 	@$(PIP) -e ".[docs]"
+	@touch $@
+
+$(VENV)/.notebook: $(VENV)/.torch
+	@echo "set-up: prefkern and what runs a notebook"
+	@$(PIP) -e ".[train,notebook]"
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch

@@ -243,6 +243,7 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
         eval_dataset=evaluation,
         peft_config=lora_config(lora, "CAUSAL_LM", lora_dropout=lora.lora_dropout),
     )
+    trainer.dataset_name = data.dataset
     check_optimizer(config, trainer.model)
     check_best_metric(trainer)
     return trainer, config

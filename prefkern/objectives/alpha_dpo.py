@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefkern.devices import back
+from prefkern.objectives import citations
 from prefkern.objectives.base import PairLoss, Pairs
 from prefkern.objectives.checks import (
     require_below,
@@ -59,6 +60,7 @@ class AlphaDPO(Contrastive):
             statistics is left out).
     """
 
+    papers = (citations.ALPHA_DPO,)
     gamma: float
     alpha: float
     length_normalized: bool

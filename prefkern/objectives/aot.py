@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from prefkern.devices import as_double, back
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import PairLoss, Pairs, weighed
 from prefkern.objectives.checks import require_below, require_kind, require_positive
@@ -89,6 +90,8 @@ class AOT(_Sorted):
         adaptive: coefficients of each pair's two margins.
     """
 
+    papers = (citations.AOT,)
+
     def _terms(self, pairs: Pairs) -> PairLoss:
         ref_chosen, ref_rejected = pairs.reference(self._name)
         beta_chosen, beta_rejected = self.coefficients(pairs)
@@ -121,6 +124,8 @@ class AOTUnpaired(_Sorted):
         label_smoothing: probability that a preference is flipped, in [0, 0.5).
         adaptive: coefficients of the two responses that are compared.
     """
+
+    papers = (citations.AOT,)
 
     def _terms(self, pairs: Pairs) -> PairLoss:
         own = {name: getattr(pairs, name) for name in _COLUMNS}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prefkern.devices import of_doubles
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.checks import require_vectors
+from prefkern.objectives.citations import ADADPO, Paper, without_repeats
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,11 @@ class Objective(nn.Module):
 
     `observes` means that the module trains and keeps statistics. The pair kernel then needs a call
     of `observe` before it; `forward` makes that call itself. `weighs_pairs` is False where terms of
-    a loss are of two pairs, so that no weight is a pair's (WPO).
+    a loss are of two pairs, so that no weight is a pair's (WPO). `papers` are what a model card
+    cites.
     """
 
+    papers: tuple[Paper, ...] = ()
     needs_reference: bool = True
     needs_reward_margins: bool = False
     needs_alignments: bool = False
@@ -171,6 +174,15 @@ class Objective(nn.Module):
     def moves_beta(self) -> bool:
         """Whether pairs train with other coefficients than the `beta` that was given."""
         return self.adaptive is not None
+
+    @property
+    def title(self) -> str:
+        """Its name in text: "DPO", and "AdaDPO" with adaptive coefficients."""
+        return ("" if self.adaptive is None else "Ada") + type(self).__name__
+
+    def citations(self) -> tuple[Paper, ...]:
+        """The papers that it is from; an adaptive objective names AdaDPO first."""
+        return without_repeats([*([] if self.adaptive is None else [ADADPO]), *self.papers])
 
     def observe(self, pairs: Pairs) -> None:
         """Update running statistics with a batch."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefkern.devices import as_double, back
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import PairLoss, Pairs, weighed
 from prefkern.objectives.checks import require_bool, require_kind, require_positive, require_share
@@ -32,6 +33,7 @@ class BCO(Contrastive):
         adaptive: per-pair coefficients.
     """
 
+    papers = (citations.BCO,)
     reward_shift: bool
     momentum: float
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefkern.devices import as_double, back, sent
+from prefkern.objectives import citations
 from prefkern.objectives.base import Objective, PairLoss, Pairs
 from prefkern.objectives.checks import (
     is_number,
@@ -43,6 +44,8 @@ class BetaDPO(Objective):
         momentum: weight of earlier batches in the statistics, in [0, 1).
         beta_min: lower bound of beta_batch, > 0.
     """
+
+    papers = (citations.BETA_DPO,)
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import MAX_LOG_RATIO
 from prefkern.objectives.base import Objective, PairLoss, Pairs, weighed
 from prefkern.objectives.checks import require_bool, require_kind, require_positive
@@ -31,6 +32,8 @@ class Wrapper(Objective):
     weighs_pairs = _inner("weighs_pairs")
     adaptive = _inner("adaptive")
     beta = _inner("beta")
+    # What it adds to the title of the wrapped objective.
+    _adds: str
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
@@ -41,6 +44,13 @@ class Wrapper(Objective):
     @property
     def moves_beta(self) -> bool:
         return self.objective.moves_beta
+
+    @property
+    def title(self) -> str:
+        return f"{self.objective.title}, with {self._adds}"
+
+    def citations(self) -> tuple[citations.Paper, ...]:
+        return citations.without_repeats([*self.objective.citations(), *self.papers])
 
     def observe(self, pairs: Pairs) -> None:
         self.objective.observe(pairs)
@@ -59,6 +69,9 @@ class WithNLL(Wrapper):
         objective: any pairwise objective.
         rpo_alpha: weight of the term, > 0.
     """
+
+    papers = (citations.RPO,)
+    _adds = "an NLL term"
 
     def __init__(self, objective: Objective, rpo_alpha: float = 1.0) -> None:
         super().__init__(objective)
@@ -95,6 +108,9 @@ class WPO(Wrapper):
         alignment: compare a token's log-prob with its mean under sampling, so that responses of
             the policy itself have weights around 1.
     """
+
+    papers = (citations.WPO,)
+    _adds = "WPO's weights"
 
     def __init__(self, objective: Objective, alignment: bool = True) -> None:
         super().__init__(objective)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import MAX_LOG_RATIO, Adaptive
 from prefkern.objectives.base import Objective, PairLoss, Pairs, weighed
 from prefkern.objectives.checks import (
@@ -141,6 +142,11 @@ class Contrastive(Objective):
         n_chosen, n_rejected = (n.to(log_ratio.dtype) for n in pairs.lengths(self._name))
         return log_ratio + (n_chosen.log() - n_rejected.log())
 
+    def citations(self) -> tuple[citations.Paper, ...]:
+        papers = super().citations()
+        is_plain = self.f_divergence_type == "reverse_kl"
+        return papers if is_plain else citations.without_repeats([*papers, citations.F_DPO])
+
     def margin(self, pairs: Pairs) -> Tensor | float:
         """What is subtracted from delta: a number, or (B,)."""
         if not self.length_penalty:
@@ -249,6 +255,8 @@ class DPO(Contrastive):
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
+    papers = (citations.DPO,)
+
     def __init__(
         self,
         beta: float = 0.1,
@@ -296,6 +304,7 @@ class LNDPO(_OfLogRatios):
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
+    papers = (citations.TULU3, citations.DPO)
     score = "mean_log_ratio"
     counts_lengths = True
 
@@ -312,6 +321,7 @@ class RobustDPO(Contrastive):
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
+    papers = (citations.ROBUST_DPO,)
     link = "robust"
 
     def __init__(
@@ -340,6 +350,7 @@ class Hinge(_OfLogRatios):
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
+    papers = (citations.SLIC, citations.RSO)
     link = "hinge"
 
 
@@ -353,6 +364,7 @@ class IPO(Contrastive):
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
+    papers = (citations.IPO,)
     link = "square"
     tau: float
     length_normalized: bool
@@ -394,6 +406,7 @@ class RDPO(Contrastive):
         adaptive: per-pair coefficients.
     """
 
+    papers = (citations.RDPO,)
     alpha: float
 
     def __init__(
@@ -423,6 +436,7 @@ class EXO(Contrastive):
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
+    papers = (citations.EXO,)
     link = "exo"
 
     def __init__(
@@ -454,6 +468,7 @@ class DiscoPOP(Contrastive):
         f_divergence_type, f_alpha_divergence_coef: the divergence from the reference: see `scores`.
     """
 
+    papers = (citations.DISCOPOP,)
     link = "discopop"
     tau: float
 

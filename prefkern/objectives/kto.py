@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prefkern.objectives import citations
 from prefkern.objectives.checks import (
     require_kind,
     require_not_negative,
@@ -67,8 +68,18 @@ class ExampleLoss(NamedTuple):
 class UnpairedObjective(nn.Module):
     """An objective on single responses: `forward(Examples) -> ExampleLoss`."""
 
+    papers: tuple[citations.Paper, ...] = ()
     needs_reference: bool = True
     beta: float
+
+    @property
+    def title(self) -> str:
+        """Its name in text."""
+        return type(self).__name__
+
+    def citations(self) -> tuple[citations.Paper, ...]:
+        """The papers that it is from."""
+        return self.papers
 
     def forward(self, examples: Examples) -> ExampleLoss:
         raise NotImplementedError(f"{type(self).__name__} does not define forward(examples)")
@@ -88,6 +99,8 @@ class KTO(UnpairedObjective):
         desirable_weight: lambda_D, >= 0.
         undesirable_weight: lambda_U, >= 0, not both 0.
     """
+
+    papers = (citations.KTO,)
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.base import PairLoss, Pairs
 from prefkern.objectives.checks import (
     LARGEST,
@@ -39,6 +40,7 @@ class MADPO(Contrastive):
         mode: "full"; "amplify", w = 1 for |h| >= tau; "regularize", w = 1 for |h| < tau (Figure 3).
     """
 
+    papers = (citations.MADPO,)
     needs_reward_margins = True
     tau: float
     c_max: float

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import Objective, PairLoss, Pairs
 from prefkern.objectives.checks import require_kind, require_positive, shown
@@ -39,6 +40,7 @@ class Mixture(Objective):
     weights, or for one that is not positive.
     """
 
+    papers = (citations.MPO,)
     needs_reference = _any("needs_reference")
     needs_reward_margins = _any("needs_reward_margins")
     needs_alignments = _any("needs_alignments")
@@ -80,6 +82,14 @@ class Mixture(Objective):
     @property
     def moves_beta(self) -> bool:
         return self.objectives[0].moves_beta
+
+    @property
+    def title(self) -> str:
+        return " + ".join(part.title for part in self.objectives)
+
+    def citations(self) -> tuple[citations.Paper, ...]:
+        cited = [paper for part in self.objectives for paper in part.citations()]
+        return citations.without_repeats([*cited, *self.papers])
 
     def forward(self, pairs: Pairs) -> PairLoss:
         require_kind("pairs", pairs, Pairs)

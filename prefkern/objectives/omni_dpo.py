@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import PairLoss, Pairs, weighed
 from prefkern.objectives.checks import require_not_negative, require_number, require_positive
@@ -35,6 +36,7 @@ class OmniDPO(Contrastive):
         adaptive: per-pair coefficients of the log-ratios.
     """
 
+    papers = (citations.OMNI_DPO,)
     score = "mean_log_ratio"
     counts_lengths = True
     needs_reward_margins = True

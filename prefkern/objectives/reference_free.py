@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.base import Pairs
 from prefkern.objectives.checks import (
@@ -32,6 +33,7 @@ class CPO(Contrastive):
         label_smoothing: probability that a preference is flipped, in [0, 0.5), as in Liger.
     """
 
+    papers = (citations.CPO,)
     score = "log_prob"
 
     def __init__(
@@ -63,6 +65,7 @@ class ORPO(Contrastive):
         adaptive: per-pair coefficients, in policy space.
     """
 
+    papers = (citations.ORPO,)
     score = "log_odds"
 
     def __init__(
@@ -99,6 +102,7 @@ class SimPO(Contrastive):
         label_smoothing: probability that a preference is flipped, in [0, 0.5), as in Liger.
     """
 
+    papers = (citations.SIMPO,)
     score = "mean_log_prob"
     counts_lengths = True
     gamma: float
@@ -131,6 +135,7 @@ class SFT(Contrastive):
             place of the mean over pairs of each response's mean.
     """
 
+    papers = (citations.TRL,)
     score = "log_prob"
     link = "none"
     nll_weight = 1.0

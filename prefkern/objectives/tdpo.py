@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefkern.objectives import citations
 from prefkern.objectives.base import Objective, PairLoss, Pairs
 from prefkern.objectives.checks import require_kind, require_not_negative, require_positive
 
@@ -26,6 +27,7 @@ class TDPO1(Objective):
         beta: strength of the pull to the reference, > 0.
     """
 
+    papers = (citations.TDPO,)
     needs_kls = True
 
     def __init__(self, beta: float = 0.1) -> None:
@@ -67,6 +69,8 @@ class TDPO2(TDPO1):
         beta: strength of the pull to the reference, > 0.
         alpha: weight of the divergences, >= 0; 0 is DPO.
     """
+
+    papers = (citations.TDPO,)
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.5) -> None:
         super().__init__(beta)

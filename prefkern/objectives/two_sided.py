@@ -8,6 +8,7 @@ balanced only as far as these are equal.
 
 from __future__ import annotations
 
+from prefkern.objectives import citations
 from prefkern.objectives.adaptive import Adaptive
 from prefkern.objectives.checks import require_positive
 from prefkern.objectives.contrastive import Contrastive
@@ -31,6 +32,7 @@ class NCA(_TwoSided):
         adaptive: per-pair coefficients.
     """
 
+    papers = (citations.NCA,)
     link = "nca"
 
 
@@ -45,6 +47,7 @@ class SPPO(_TwoSided):
         adaptive: per-pair coefficients.
     """
 
+    papers = (citations.SPPO,)
     link = "squares"
 
     @property
@@ -63,6 +66,7 @@ class APOZero(_TwoSided):
         adaptive: per-pair coefficients.
     """
 
+    papers = (citations.APO,)
     link = "apo_zero"
 
 
@@ -77,4 +81,5 @@ class APODown(_TwoSided):
         adaptive: per-pair coefficients.
     """
 
+    papers = (citations.APO,)
     link = "apo_down"

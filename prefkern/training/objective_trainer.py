@@ -23,13 +23,13 @@ from prefkern.models.heads import HeadInputs
 from prefkern.models.scoring import IGNORE_INDEX
 from prefkern.models.transform import head_transform
 from prefkern.objectives import DPO, KTO, Objective, UnpairedObjective
-from prefkern.training.item_trainer import ItemTrainer
+from prefkern.training.cards import CardTrainer
 from prefkern.training.metrics import item_values, means, per_item
 from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
 
 
-class ObjectiveTrainer(ItemTrainer):
-    """ItemTrainer with a `loss_fn`; a subclass defines `_preference_outputs`."""
+class ObjectiveTrainer(CardTrainer):
+    """CardTrainer with a `loss_fn`; a subclass defines `_preference_outputs`."""
 
     loss_fn: FusedPreferenceLoss
 

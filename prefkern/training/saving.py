@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 
 from prefkern.models.adapters import base_parameters, is_peft_model
@@ -33,6 +34,10 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 INDICES = tuple(f"{name}.index.json" for name in WEIGHTS)
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+README = "README.md"
+# What generated cards have: transformers' and TRL's tag, and text of PEFT's blank one.
+GENERATED = "generated_from_trainer"
+_BLANK = "[More Information Needed]"
 
 
 class SavingTrainer(Trainer):
@@ -110,9 +115,9 @@ class SavingTrainer(Trainer):
         temporary = folder / f"{UNFINISHED}-model"
         remove(temporary)
         temporary.mkdir()
-        # PEFT extends a card that is there already.
-        card = folder / "README.md"
-        if card.exists():
+        # PEFT extends a card that is there already, and replaces its tags.
+        card = folder / README
+        if card.exists() and not is_generated(card):
             (temporary / card.name).write_bytes(card.read_bytes())
         self._save_into(str(temporary), state_dict)
         sync(temporary)
@@ -127,6 +132,17 @@ class SavingTrainer(Trainer):
     def _save_into(self, folder: str, state_dict: Any) -> None:
         """Write all files of a model into a folder that no one reads yet."""
         super()._save(folder, state_dict)
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a card is a trainer's, or PEFT's blank one: such a card may be replaced."""
+    text = path.read_text("utf-8", errors="replace")
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    if head is not None and GENERATED in head.group(1):
+        return True
+    # Someone who fills PEFT's card in leaves fewer of these.
+    blank = ModelCard.from_template(ModelCardData()).text
+    return text.count(_BLANK) >= blank.count(_BLANK)
 
 
 def _remove_other_weights(folder: Path, written: Iterable[Path]) -> None:

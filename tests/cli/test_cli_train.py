@@ -22,6 +22,7 @@ yaml = pytest.importorskip("yaml")
 from prefkern.cli import __main__ as cli
 from prefkern.cli import train
 from prefkern.models.loading import load_adapted
+from support.cards import card, run_quick_start
 from support.command_line import error, flags
 
 
@@ -38,6 +39,19 @@ def test_lora_run_from_flags(files, tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(files["output_dir"]).chat_template
     metrics = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_the_folder_has_a_model_card(files, tmp_path, monkeypatch, rank):
+    monkeypatch.chdir(tmp_path)
+    options = {**files, "model_name_or_path": "model", "output_dir": "out", "lora_r": rank}
+    assert cli.main(["train", *flags({**options, "beta": 0.2})]) == 0
+    text = card(tmp_path / "out").content
+    assert "trained with AdaDPO" in text and "| `beta` | 0.2 |" in text
+    # One of the twelve rows has equal responses, and is still a pair.
+    assert "trained on 12 pairs of `pairs.jsonl`" in text and str(tmp_path) not in text
+    assert ("| `r` | 4 |" in text) == bool(rank)
+    run_quick_start(text, tmp_path)
 
 
 def test_batches_by_tokens(files):

@@ -357,7 +357,7 @@ def test_statistics_are_checkpointed_and_still_in_evaluation(tmp_path):
     straight = trainer()
     straight.train()
     card = (tmp_path / "README.md").read_text()
-    assert "AlphaDPO" in card and "Direct Preference Optimization" not in card
+    assert "trained with AlphaDPO" in card and "Secretly a Reward Model" not in card
     evaluated = trainer(callbacks=[Still()])
     evaluated.train()
     resumed = trainer()

@@ -18,6 +18,8 @@ import compatibility
 # Neither linters, nor what builds the site, nor what no test runs.
 UNTESTED = {"import-linter", "pyright", "ruff", "gguf", "cut-cross-entropy"}
 UNTESTED |= {"mkdocs-material", "mkdocstrings-python"}
+# `make notebook` runs them.
+UNTESTED |= {"ipykernel", "nbclient"}
 # `make test-zero` runs it, in the version of constraints.txt.
 UNTESTED |= {"deepspeed"}
 

@@ -278,7 +278,7 @@ def test_the_best_checkpoint_is_kept_wherever_it_is_resumed(tmp_path, monkeypatc
     first.add_callback(_NoEnd())
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    assert sorted(os.listdir("out")) == ["checkpoint-1", "checkpoint-3"]
+    assert sorted(os.listdir("out")) == ["README.md", "checkpoint-1", "checkpoint-3"]
     folder = tmp_path / "out"
     if where == "from another folder":
         (tmp_path / "elsewhere").mkdir()

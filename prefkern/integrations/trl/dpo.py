@@ -27,7 +27,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -36,6 +36,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
 from prefkern.integrations.trl.options import check_reference, objective_of
@@ -52,7 +53,8 @@ from prefkern.models.calls import without_checkpointing
 from prefkern.models.heads import find_head
 from prefkern.models.own_reference import InitialAdapter, adapter_in_use
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
-from prefkern.objectives import Objective
+from prefkern.objectives import Objective, citations
+from prefkern.training.cards import objective_tags
 from prefkern.training.objective_trainer import (
     ObjectiveTrainer,
     reference_states,
@@ -93,6 +95,8 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     # compute_loss counts the pairs of a step itself: Trainer must not divide by its batches too.
     loss_is_scaled_for_ga = True
+    _with_packages: ClassVar = {"TRL": citations.TRL.link}
+    _more_papers = (citations.TRL,)
 
     def __init__(
         self,
@@ -129,11 +133,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if objective.needs_reward_margins:
             for where, dataset in _named(train=train_dataset, eval=eval_dataset):
                 _check_margins(dataset, where)
-        # The tags and names that TRL writes into models and their cards; for its own losses "DPO".
-        name = "DPO" if self._has_trls_losses else type(objective).__name__
-        self._tag_names = ["trl", "prefkern", name.lower()]
-        if name != "DPO":
-            self._name, self._paper = name, {}
+        # What TRL writes into models, besides the card, which is `prefkern.training.cards`'.
+        self._tag_names = ["trl", "prefkern", *objective_tags(objective)]
+        self._name = objective.title
         is_own_reference = is_peft_model(model) and ref_model is None and objective.needs_reference
         # Sharded weights cannot be exchanged for a pass: TRL's second adapter can be.
         is_own_reference = is_own_reference and not _will_shard(args)
@@ -188,6 +190,16 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             outputs, _, _ = _scored(model, inputs, self._sum_fn, with_router=False, **options)
         chosen, rejected = sums_of(outputs).chunk(2)
         return chosen, rejected
+
+    def _card_tags(self) -> list[str]:
+        return list(self._tag_names)
+
+    def _badges(self) -> list[str]:
+        runs = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
+        return [
+            *super()._badges(),
+            *(f"[The run in {name}]({url})" for name, url in runs.items() if url is not None),
+        ]
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
