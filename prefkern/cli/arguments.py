@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import re
 import sys
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefkern.cli import fields
 from prefkern.cli.fields import UNKNOWN, Option
-from prefkern.cli.options_file import SUFFIXES, read_options
 from prefkern.training.names import hint
+from prefkern.version import install_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+# Of files of options.
+_SUFFIXES = (".yaml", ".yml", ".json")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -224,7 +227,7 @@ class Parser(argparse.ArgumentParser):
             # `--columns prompt=a.json chosen=b.json`, and not a file after the last of them.
             is_value = is_value or (nargs == "+" and "=" in word and not Path(word).exists())
             if previous == "--config" or (
-                word.endswith(SUFFIXES) and not word.startswith("-") and not is_value
+                word.endswith(_SUFFIXES) and not word.startswith("-") and not is_value
             ):
                 files.append(word)
             elif word.startswith("--config="):
@@ -240,6 +243,8 @@ class Parser(argparse.ArgumentParser):
 
     def _values_of(self, path: Path) -> dict[str, Any]:
         """The values in a file, by option; null is the default of an option that is never None."""
+        from prefkern.cli.options_file import read_options
+
         file = read_options(path)
         keys: dict[str, str] = {}
         given: dict[str, Any] = {}
@@ -267,6 +272,14 @@ def spelled(argv: list[str], mark: str) -> list[str]:
         for word in argv
         for name, equals, value in [word.partition("=")]
     ]
+
+
+def check_installed() -> None:
+    """Raise ImportError for packages of the extra "train" that are missing."""
+    needed = ("accelerate", "datasets", "peft")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} not installed: {install_line('train')}")
 
 
 def resume_from(config: TrainingArguments) -> Any:

@@ -11,7 +11,6 @@ error is one line on stderr and exit status 2.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from prefkern.cli.arguments import (
     DatasetArguments,
     ModelArguments,
     Parser,
+    check_installed,
     check_lora,
     check_model_folder,
     check_output_dir,
@@ -83,9 +83,6 @@ class LoraArguments:
 
 def main(argv: list[str]) -> int:
     """Run `prefkern train`; returns the exit status."""
-    missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
-    if missing:
-        return fail("train", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
     config = None
     try:
         try:
@@ -138,8 +135,8 @@ def parse(
     """The arguments from flags and from a file.
 
     The checks that need no transformers come first, since its import takes seconds. Raises
-    ValueError for unknown, missing, malformed or contradictory arguments, and FileNotFoundError for
-    a dataset or folder that does not exist.
+    ValueError for unknown, missing, malformed or contradictory arguments, ImportError for a package
+    that is not installed, and FileNotFoundError for a dataset or folder that does not exist.
     """
     parsed = Parser(
         (TrainedModelArguments, DataArguments, LoraArguments),
@@ -147,6 +144,7 @@ def parse(
         "train",
         "Train a model on preference pairs.",
     ).parse(argv)
+    check_installed()
     model, data, lora = parsed.groups
     args = parsed.checkable()
     for name, value in (
