@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefkern.cli import fields
 from prefkern.cli.fields import UNKNOWN, Option
-from prefkern.training.names import hint
+from prefkern.training.names import asks_nothing, hint
 from prefkern.version import install_line
 
 if TYPE_CHECKING:
@@ -81,7 +81,10 @@ class DatasetArguments:
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub dataset."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to use."})
+    dataset_split: str = field(
+        default="train",
+        metadata={"help": "Split to use.", "aliases": ["--dataset_train_split"]},
+    )
 
 
 def check_lora(lora: Any, given: set[str], without: str) -> None:
@@ -247,13 +250,17 @@ class Parser(argparse.ArgumentParser):
 
         file = read_options(path)
         keys: dict[str, str] = {}
+        unknown: list[str] = []
         given: dict[str, Any] = {}
         for key, value in file.values.items():
             where = file.where(key)
             option = self.options.get(str(key).replace("-", "_"))
             if option is None:
+                if asks_nothing(str(key), value):
+                    continue
                 near = hint(str(key), self.options, "{!r}")
-                raise ValueError(f"{where}: unknown option {key!r}{near}")
+                unknown.append(f"{where}: unknown option {key!r}{near}")
+                continue
             if option.name in keys:
                 raise ValueError(f"{where}: {keys[option.name]!r} and {key!r} are the same option")
             keys[option.name] = str(key)
@@ -262,6 +269,8 @@ class Parser(argparse.ArgumentParser):
                 given[option.name] = _from_file(option, value, literal, f"{where}: {key!r}")
             elif "None" in option.kinds and option.name != "report_to":
                 given[option.name] = None
+        if unknown:
+            raise ValueError("; ".join(unknown))
         return given
 
 

@@ -96,7 +96,9 @@ def _kinds(annotation: ast.expr) -> frozenset[str]:
     if isinstance(annotation, ast.BinOp):
         return _kinds(annotation.left) | _kinds(annotation.right)
     if isinstance(annotation, ast.Subscript):
-        return _kinds(annotation.value)
+        # Of a list also that it is one of numbers, which its texts are then read as.
+        inside = _kinds(annotation.slice) if ast.unparse(annotation.value) == "list" else set()
+        return _kinds(annotation.value) | (inside & {"int", "float"})
     return frozenset({ast.unparse(annotation)})
 
 
