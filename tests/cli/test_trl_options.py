@@ -291,8 +291,10 @@ def test_quantised_bases(files, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_is_trained_with_an_adapter(bits: int, files, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
-    # Its 4 bits take no matrix narrower than their blocks.
-    tiny.model(hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "model")
+    # Its 4 bits take no matrix that is narrower than their blocks.
+    tiny.model(hidden_size=128, intermediate_size=128, head_dim=64).save_pretrained(
+        tmp_path / "model"
+    )
     options = {**files, "objective": "dpo", "use_peft": True, f"load_in_{bits}bit": True}
     assert cli.main(["train", *flags(options)]) == 0
     assert (tmp_path / "out/adapter_config.json").exists()
