@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,43 @@ def test_trls_lines_of_a_shell_run_unchanged(hub, tmp_path, capsys) -> None:
     assert "eval_rewards/accuracies" in capsys.readouterr().out
     adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"]) == (32, 16)
+
+
+def test_values_are_read_as_trls_parser_reads_them(tmp_path) -> None:
+    trl = pytest.importorskip("trl")
+    text = """
+        learning_rate: 0.0001
+        per_device_train_batch_size: 2
+        gradient_accumulation_steps: 8
+        num_train_epochs: 1
+        warmup_steps: 0.1
+        max_length: 512
+        precompute_ref_log_probs: true
+        gradient_checkpointing_kwargs: {use_reentrant: false}
+        eval_strategy: steps
+        logging_steps: 25
+        lr_scheduler_type: cosine
+        lora_target_modules: [q_proj, v_proj]
+        lora_alpha: 16
+        dtype: bfloat16
+        dataset_config: null
+        report_to: none
+        use_cpu: true
+    """
+    (tmp_path / "trl.yaml").write_text(textwrap.dedent(text))
+    argv = ["--config", str(tmp_path / "trl.yaml")]
+    kinds = (trl.ScriptArguments, trl.DPOConfig, trl.ModelConfig)
+    theirs = {}
+    for each in trl.TrlParser(kinds).parse_args_and_config(argv):
+        theirs |= vars(each)
+    parsed = parser().parse(argv)
+    ours = {**parsed.config}
+    for group in parsed.groups:
+        ours |= {name: value for name, value in vars(group).items() if name in parsed.given}
+    assert ours.keys() == yaml.safe_load(textwrap.dedent(text)).keys()
+    # transformers makes a list and an enum of these afterwards.
+    ours["report_to"] = []
+    assert all(value == theirs[name] for name, value in ours.items())
 
 
 def test_names_of_data_and_adapters(hub, tmp_path) -> None:

@@ -18,6 +18,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from prefkern import PreferenceConfig, PreferenceTrainer
 from prefkern.training import samples
 from support import tiny
+from support.command_line import flags
+from support.ranks import run_on_two_ranks
 
 NEW = 5
 
@@ -204,3 +206,29 @@ def test_where_there_are_none(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(samples, "mode_of", lambda args: "FSDP2")
     with pytest.raises(ValueError, match="generate_samples is not supported under FSDP2, which"):
         made(tmp_path)
+
+
+@pytest.mark.long
+def test_the_first_of_two_ranks_answers(tmp_path) -> None:
+    """The other waits for it, and both train on."""
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.dataset(8).to_json(tmp_path / "pairs.jsonl")
+    given = {
+        "model": tmp_path / "model",
+        "dataset": tmp_path / "pairs.jsonl",
+        "eval_fraction": 0.5,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 2,
+        "generate_samples": 1,
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    first, second = run_on_two_ranks("-m", "prefkern.cli", "train", *flags(given))
+    assert first.count("Step 1") == first.count("Step 2") == 1
+    assert "Step" not in second and (tmp_path / "out/model.safetensors").exists()
