@@ -68,6 +68,7 @@ def read_losses(loss: LossArguments, config: dict[str, Any]) -> None:
     else.
     """
     names = loss.loss_type or []
+    own = json_object("objective_options", config.get("objective_options")) or {}
     beta = config.get("beta")
     options: dict[str, Any] = {}
     if names:
@@ -78,7 +79,7 @@ def read_losses(loss: LossArguments, config: dict[str, Any]) -> None:
                 "--objective dpo, --loss_type decides)"
             )
         config["objective"] = "+".join(names)
-        beta = _BETA if beta is None else beta
+        beta = own.get("beta", _BETA) if beta is None else beta
         config["beta"] = None if set(names) <= set(_WITHOUT_BETA) else beta
         for name in names:
             for option, value in _LOSS_OPTIONS.get(name, lambda *_: {})(loss, beta).items():
@@ -100,7 +101,6 @@ def read_losses(loss: LossArguments, config: dict[str, Any]) -> None:
         options["loss_weights"] = loss.loss_weights
     if not options:
         return
-    own = json_object("objective_options", config.get("objective_options")) or {}
     for option, value in options.items():
         if own.setdefault(option, value) != value:
             raise ValueError(

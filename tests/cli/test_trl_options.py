@@ -239,6 +239,8 @@ def test_losses_are_trls(files) -> None:
         ({"loss_type": "sigmoid_norm", "use_weighting": True}, None),
         ({"loss_type": "sft"}, SFT(token_mean=True)),
     ]
+    own = {"loss_type": "hinge", "objective_options": '{"beta": 0.4}'}
+    assert train.parse(flags({**files, **own}))[3].build_objective().beta == 0.4
     for given, expected in cases:
         built = train.parse(flags({**files, **given}))[3].build_objective()
         args = trl.DPOConfig(report_to="none", use_cpu=True, bf16=False, **given)
