@@ -1,6 +1,6 @@
 # make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make gpu,
 # make lint, make docs, make notebook: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest,
-# make test-zero and make trace-cuda into a folder of their own.
+# make test-zero, make trace-cuda and make dist into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
@@ -38,7 +38,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all test-oldest test-newest test-zero zero trace-cuda trace record mutate check sanitize gpu lint docs notebook clean
+.PHONY: help demo study test test-all test-oldest test-newest test-zero zero trace-cuda trace record mutate check sanitize gpu lint docs notebook dist installed clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,6 +58,7 @@ help:
 	@echo "make lint      ruff, the layers that may import one another, pyright"
 	@echo "make docs      the pages and the API as a site, in site/; a broken link is an error"
 	@echo "make notebook  run examples/quickstart.ipynb and keep its outputs in the file"
+	@echo "make dist      the wheel and the source archive in dist/, and the wheel tried in a fresh environment"
 	@echo "make clean     remove .venv, .demo and caches"
 
 demo: $(DEMO_SETUP)
@@ -124,8 +125,25 @@ docs: $(VENV)/.docs
 notebook: $(VENV)/.notebook
 	@$(BIN)/python tests/support/notebook.py
 
+# Both are built as they are for a package index: the wheel from the source archive. Then the wheel is
+# installed where nothing else is, and tried from a folder that sees no source.
+dist:
+	@rm -rf dist .venv-build .venv-dist
+	@echo "set-up: what builds and checks a package"
+	@$(PYTHON) -m venv .venv-build
+	@.venv-build/bin/python -m pip install -qq --no-input -c $(CONSTRAINTS) build twine
+	.venv-build/bin/python -m build --quiet
+	.venv-build/bin/twine check --strict dist/*
+	@$(MAKE) installed VENV=.venv-dist
+
+installed: $(VENV)/.torch
+	$(PIP) dist/*.whl
+	cd dist && ../$(BIN)/python -P ../tests/installed.py
+	$(PIP) 'prefkern[train]'
+	cd dist && ../$(BIN)/python -P ../tests/installed.py train
+
 clean:
-	rm -rf .venv .venv-* .demo site .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-* .demo site .pytest_cache .ruff_cache build dist *.egg-info
 
 # torch goes first, so that no later step can bring a build of its own choice. Where there is no
 # GPU, the CPU build: from pip, if its configuration knows one, else by way of uv, which knows

@@ -1,8 +1,8 @@
 """What mkdocs has to know of this repository: pages outside docs/, and links to them.
 
 Pages link to files as they lie in the repository, so that links work there. On the site docs/ is
-the root, the pages of bench/ and examples/ are beside it under their own names, and a source or
-result file that a page links to is copied to its own path.
+the root, the pages of bench/ and examples/ and the changelog are beside it under their own names,
+and a source or result file that a page links to is copied to its own path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("bench/*.md", "examples/*.md")
+PAGES = ("bench/*.md", "examples/*.md", "CHANGELOG.md")
 # A link's or a picture's target, up to its anchor; neither an address nor an anchor alone.
 TARGET = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 

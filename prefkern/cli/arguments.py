@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import re
 import sys
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefkern.cli import fields
 from prefkern.cli.fields import UNKNOWN, Option
-from prefkern.cli.options_file import SUFFIXES, read_options
-from prefkern.training.names import hint
+from prefkern.training.names import asks_nothing, hint
+from prefkern.version import install_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+# Of files of options.
+_SUFFIXES = (".yaml", ".yml", ".json")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -78,7 +81,10 @@ class DatasetArguments:
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub dataset."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to use."})
+    dataset_split: str = field(
+        default="train",
+        metadata={"help": "Split to use.", "aliases": ["--dataset_train_split"]},
+    )
 
 
 def check_lora(lora: Any, given: set[str], without: str) -> None:
@@ -224,7 +230,7 @@ class Parser(argparse.ArgumentParser):
             # `--columns prompt=a.json chosen=b.json`, and not a file after the last of them.
             is_value = is_value or (nargs == "+" and "=" in word and not Path(word).exists())
             if previous == "--config" or (
-                word.endswith(SUFFIXES) and not word.startswith("-") and not is_value
+                word.endswith(_SUFFIXES) and not word.startswith("-") and not is_value
             ):
                 files.append(word)
             elif word.startswith("--config="):
@@ -240,15 +246,21 @@ class Parser(argparse.ArgumentParser):
 
     def _values_of(self, path: Path) -> dict[str, Any]:
         """The values in a file, by option; null is the default of an option that is never None."""
+        from prefkern.cli.options_file import read_options
+
         file = read_options(path)
         keys: dict[str, str] = {}
+        unknown: list[str] = []
         given: dict[str, Any] = {}
         for key, value in file.values.items():
             where = file.where(key)
             option = self.options.get(str(key).replace("-", "_"))
             if option is None:
+                if asks_nothing(str(key), value):
+                    continue
                 near = hint(str(key), self.options, "{!r}")
-                raise ValueError(f"{where}: unknown option {key!r}{near}")
+                unknown.append(f"{where}: unknown option {key!r}{near}")
+                continue
             if option.name in keys:
                 raise ValueError(f"{where}: {keys[option.name]!r} and {key!r} are the same option")
             keys[option.name] = str(key)
@@ -257,6 +269,8 @@ class Parser(argparse.ArgumentParser):
                 given[option.name] = _from_file(option, value, literal, f"{where}: {key!r}")
             elif "None" in option.kinds and option.name != "report_to":
                 given[option.name] = None
+        if unknown:
+            raise ValueError("; ".join(unknown))
         return given
 
 
@@ -267,6 +281,14 @@ def spelled(argv: list[str], mark: str) -> list[str]:
         for word in argv
         for name, equals, value in [word.partition("=")]
     ]
+
+
+def check_installed() -> None:
+    """Raise ImportError for packages of the extra "train" that are missing."""
+    needed = ("accelerate", "datasets", "peft")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} not installed: {install_line('train')}")
 
 
 def resume_from(config: TrainingArguments) -> Any:

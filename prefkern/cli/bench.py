@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 
 from prefkern.cli.arguments import fail, spelled
+from prefkern.version import install_line
 
 
 def main(argv: list[str]) -> int:
@@ -16,8 +17,7 @@ def main(argv: list[str]) -> int:
     if importlib.util.find_spec("prefkern_bench") is None:
         return fail(
             "bench",
-            "the benchmark (prefkern_bench) is not installed: pip install '.[bench]' in a clone of "
-            "prefkern",
+            f"the benchmark (prefkern_bench) is not installed: {install_line('bench')}",
         )
     from prefkern_bench import main
 

@@ -2,9 +2,9 @@
 
 `transformers.TrainingArguments` takes seconds to import. `of_source` reads the fields of such a
 class, and of its bases, from their files instead: nothing is imported, so `--help` and an unknown
-option cost a fraction of a second, and the fields are those of the installed version. A default or
-help text that is not a literal, or a literal's name in one of these files, is `UNKNOWN`. A test
-holds the result to the real classes.
+option cost a fraction of a second, and the fields are those of the installed version. Where the
+package is not installed, there are none. A default or help text that is not a literal, or a
+literal's name in one of these files, is `UNKNOWN`. A test holds the result to the real classes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ def of_class(kind: type) -> list[Option]:
 
 
 def of_source(module: str, name: str) -> list[Option]:
-    """The options of a dataclass and its bases, in the order of its parameters."""
+    """The options of a dataclass and its bases, in the order of its parameters.
+
+    None of a class whose package is not installed.
+    """
+    if _file_of(module) is None:
+        return []
     source = _Source(module)
     found: dict[str, Option] = {}
     for base in source.classes[name].bases:
@@ -91,7 +96,9 @@ def _kinds(annotation: ast.expr) -> frozenset[str]:
     if isinstance(annotation, ast.BinOp):
         return _kinds(annotation.left) | _kinds(annotation.right)
     if isinstance(annotation, ast.Subscript):
-        return _kinds(annotation.value)
+        # Of a list also that it is one of numbers, which its texts are then read as.
+        inside = _kinds(annotation.slice) if ast.unparse(annotation.value) == "list" else set()
+        return _kinds(annotation.value) | (inside & {"int", "float"})
     return frozenset({ast.unparse(annotation)})
 
 

@@ -20,7 +20,6 @@ processes (`accelerate launch`, `torchrun`) share the work, and the first one wr
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from prefkern.cli.arguments import (
     DatasetArguments,
     ModelArguments,
     Parser,
+    check_installed,
     check_lora,
     check_model_folder,
     check_output_dir,
@@ -150,9 +150,6 @@ class _Run:
 
 def main(argv: list[str]) -> int:
     """Run `prefkern margins`; returns the exit status."""
-    missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
-    if missing:
-        return fail("margins", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
     # Trainer makes its output folder even for a run that only scores, so give it a temporary one.
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -190,8 +187,9 @@ def parse(
     """The arguments from flags and from a file.
 
     The checks that need no transformers come first, since its import takes seconds. Raises
-    ValueError for unknown, missing, malformed or contradictory arguments, and OSError for a dataset
-    or folder that does not exist and an output that cannot be written.
+    ValueError for unknown, missing, malformed or contradictory arguments, ImportError for a package
+    that is not installed, and OSError for a dataset or folder that does not exist and an output that
+    cannot be written.
     """
     parsed = Parser(
         (RewardModelArguments, MarginsDataArguments, RewardLoraArguments),
@@ -200,6 +198,7 @@ def parse(
         "Writes reward margins into a dataset of preference pairs. The reward model is trained on "
         "the pairs or given.",
     ).parse(argv)
+    check_installed()
     model, data, lora = parsed.groups
     given = parsed.given
     if (model.model_name_or_path is None) == (model.reward_model is None):

@@ -15,8 +15,6 @@ from typing import Any
 
 import yaml
 
-SUFFIXES = (".yaml", ".yml", ".json")
-
 
 @dataclass
 class OptionsFile:

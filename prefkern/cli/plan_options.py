@@ -11,6 +11,7 @@ from prefkern.cli.arguments import check_model_folder, spelled
 from prefkern.data.columns import COLUMNS_HELP, read_renaming
 from prefkern.data.sources import local_path
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
+from prefkern.version import install_line
 
 DTYPES = ("bfloat16", "float16", "float32")
 # The options that decide on the tokens of --data, and the defaults that are not of training.
@@ -144,9 +145,7 @@ def _check_data_options(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             raise ValueError(f"{_flag(name)} has no effect with --data, which has the lengths")
     if importlib.util.find_spec("datasets") is None:
-        raise ImportError(
-            "--data needs datasets, which is not installed: pip install 'prefkern[train]'"
-        )
+        raise ImportError(f"--data needs datasets, which is not installed: {install_line('train')}")
     training = fields.of_source("prefkern.training.config", "PreferenceConfig")
     defaults = _OF_DATA | {o.name: o.default for o in training if o.name in _OF_DATA}
     for name, value in defaults.items():

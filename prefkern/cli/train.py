@@ -4,14 +4,14 @@
     prefkern train --model_name_or_path M --dataset pairs.jsonl --adapter sft/
     prefkern train config.yaml --learning_rate 1e-5
 
-A file of options is YAML or JSON, and stands anywhere among the arguments. Inputs are checked
+A file of options is YAML or JSON, and stands anywhere among the arguments. One that was written for
+`trl dpo` runs under `--objective dpo` (see `trl_options`). Inputs are checked
 before training, the cheapest first: arguments and objective, then the dataset, then the model. An
 error is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from prefkern.cli.arguments import (
     DatasetArguments,
     ModelArguments,
     Parser,
+    check_installed,
     check_lora,
     check_model_folder,
     check_output_dir,
@@ -30,6 +31,7 @@ from prefkern.cli.arguments import (
     lora_config,
     resume_from,
 )
+from prefkern.cli.trl_options import LossArguments, quantization, read_losses, read_peft
 from prefkern.data.sources import local_path
 
 if TYPE_CHECKING:
@@ -48,6 +50,26 @@ class TrainedModelArguments(ModelArguments):
             "Its state before training is the reference."
         },
     )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model and its tokenizer."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise the base of an adapter, with bitsandbytes."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same, with 8 bits."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Type of 4 bits.", "choices": ("fp4", "nf4")}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the constants of 4 bits too."}
+    )
+
+    def init_kwargs(self) -> dict[str, Any]:
+        """Keywords of `from_pretrained`."""
+        kwargs = super().init_kwargs()
+        if self.model_revision is not None:
+            kwargs["revision"] = self.model_revision
+        return kwargs
 
 
 @dataclass
@@ -57,7 +79,13 @@ class DataArguments(DatasetArguments):
     eval_dataset: str | None = field(
         default=None, metadata={"help": "File, folder or hub name to evaluate on."}
     )
-    eval_split: str = field(default="test", metadata={"help": "Split of --eval_dataset."})
+    eval_split: str = field(
+        default="test",
+        metadata={
+            "help": "Split to evaluate on, of --eval_dataset or else of --dataset.",
+            "aliases": ["--dataset_test_split"],
+        },
+    )
     eval_fraction: float = field(
         default=0.0,
         metadata={"help": "Instead of --eval_dataset: share of the pairs to hold out."},
@@ -70,6 +98,9 @@ class LoraArguments:
 
     _argument_group_name = "LoRA"
 
+    use_peft: bool | None = field(
+        default=None, metadata={"help": "Train an adapter, of rank 16 if --lora_r is not given."}
+    )
     lora_r: int = field(default=0, metadata={"help": "Rank. 0 trains all weights."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale: alpha / r."})
     lora_dropout: float = field(
@@ -79,13 +110,18 @@ class LoraArguments:
         default=None,
         metadata={"help": "Names of layers. Default: every linear layer except the head."},
     )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of layers to train whole, beside the adapter."}
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of parameters to adapt, such as those of experts."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r)."})
+    use_dora: bool = field(default=False, metadata={"help": "Adapt the weights' lengths apart."})
 
 
 def main(argv: list[str]) -> int:
     """Run `prefkern train`; returns the exit status."""
-    missing = [n for n in ("accelerate", "datasets", "peft") if importlib.util.find_spec(n) is None]
-    if missing:
-        return fail("train", f"{', '.join(missing)} not installed: pip install 'prefkern[train]'")
     config = None
     try:
         try:
@@ -138,16 +174,18 @@ def parse(
     """The arguments from flags and from a file.
 
     The checks that need no transformers come first, since its import takes seconds. Raises
-    ValueError for unknown, missing, malformed or contradictory arguments, and FileNotFoundError for
-    a dataset or folder that does not exist.
+    ValueError for unknown, missing, malformed or contradictory arguments, ImportError for a package
+    that is not installed, and FileNotFoundError for a dataset or folder that does not exist.
     """
     parsed = Parser(
-        (TrainedModelArguments, DataArguments, LoraArguments),
+        (TrainedModelArguments, DataArguments, LoraArguments, LossArguments),
         ("prefkern.training.config", "PreferenceConfig"),
         "train",
         "Train a model on preference pairs.",
     ).parse(argv)
-    model, data, lora = parsed.groups
+    check_installed()
+    model, data, lora, loss = parsed.groups
+    read_losses(loss, parsed.config)
     args = parsed.checkable()
     for name, value in (
         ("model_name_or_path", model.model_name_or_path),
@@ -159,18 +197,29 @@ def parse(
         raise ValueError(f"--eval_fraction must be in [0, 1), got {data.eval_fraction}")
     if data.eval_fraction and data.eval_dataset:
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
-    if args.eval_strategy != "no" and not (data.eval_fraction or data.eval_dataset):
-        raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
+    is_file = Path(str(data.dataset)).expanduser().is_file()
+    if "eval_split" in parsed.given and data.eval_fraction:
+        raise ValueError("--eval_split has no effect with --eval_fraction")
+    if data.eval_dataset is None and not data.eval_fraction:
+        if "eval_split" in parsed.given and is_file:
+            raise ValueError(
+                "--eval_split has no effect without --eval_dataset: a file is one split, and "
+                f"{data.dataset} is trained on"
+            )
+        if args.eval_strategy != "no" and is_file:
+            raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
+        if args.eval_strategy != "no" or "eval_split" in parsed.given:
+            # As `trl dpo` has it: another split of the same dataset.
+            data.eval_dataset = data.dataset
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
+    read_peft(lora, parsed.given)
     if model.adapter is not None:
         for name in sorted(parsed.given & vars(lora).keys()):
             raise ValueError(f"--{name} has no effect on --adapter, which is a trained adapter")
-    check_lora(lora, parsed.given, without="without --lora_r")
-    if data.dataset_config is not None and Path(str(data.dataset)).expanduser().is_file():
+    check_lora(lora, parsed.given - {"use_peft"}, without="without --lora_r")
+    if data.dataset_config is not None and is_file:
         raise ValueError("--dataset_config has no effect on a file")
-    if "eval_split" in parsed.given and data.eval_dataset is None:
-        raise ValueError("--eval_split has no effect without --eval_dataset")
     if lora.lora_dropout and args.disable_dropout:
         raise ValueError("--lora_dropout has no effect without --disable_dropout false")
     for source in (data.dataset, data.eval_dataset):
@@ -187,6 +236,14 @@ def parse(
     with importing():
         options.build_objective(args)
     init_kwargs = model.init_kwargs()
+    quantized = quantization(model, bool(lora.lora_r or model.adapter))
+    if quantized is not None:
+        if "quantization_config" in (args.model_init_kwargs or {}):
+            raise ValueError(
+                "model_init_kwargs has a quantization_config, and --load_in_4bit or --load_in_8bit "
+                "makes one; give one"
+            )
+        init_kwargs["quantization_config"] = quantized
     for name, value in (args.model_init_kwargs or {}).items():
         if name in parsed.given and value != init_kwargs.get(name):
             raise ValueError(
@@ -241,7 +298,15 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
         processing_class=tokenizer,
         train_dataset=train,
         eval_dataset=evaluation,
-        peft_config=lora_config(lora, "CAUSAL_LM", lora_dropout=lora.lora_dropout),
+        peft_config=lora_config(
+            lora,
+            "CAUSAL_LM",
+            lora_dropout=lora.lora_dropout,
+            modules_to_save=lora.lora_modules_to_save,
+            target_parameters=lora.lora_target_parameters,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+        ),
     )
     trainer.dataset_name = data.dataset
     check_optimizer(config, trainer.model)

@@ -27,6 +27,7 @@ from prefkern.data.columns import (
 )
 from prefkern.data.report import DatasetReport, Lengths, show
 from prefkern.data.truncation import TRUNCATION_MODES, truncate
+from prefkern.version import install_line
 
 if TYPE_CHECKING:
     from prefkern.data.formats import extract_prompt
@@ -67,7 +68,7 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as error:
         raise ImportError(
             f"training needs more packages than the operator does ({error.name}): "
-            "pip install 'prefkern[train]'"
+            + install_line("train")
         ) from error
 
 

@@ -170,6 +170,16 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
     token_metrics: bool = field(
         default=True, metadata={"help": "Log entropy, mean logits and token accuracy."}
     )
+    generate_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Show the model's responses to so many prompts of the eval_dataset at each "
+            "evaluation, in the terminal and in report_to's wandb, trackio or tensorboard."
+        },
+    )
+    generate_max_new_tokens: int = field(
+        default=128, metadata={"help": "Bound on such a response, in tokens."}
+    )
     workspace_mb: float | None = field(
         default=None, metadata={"help": "Bound on the loss's temporary memory."}
     )

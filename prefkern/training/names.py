@@ -20,10 +20,9 @@ _QUANTIZED = (
     '{"quantization_config": ...}, or load the model quantized and pass it to PreferenceTrainer',
 )
 _OTHER_LORA = ("", "in Python, give a LoraConfig to PreferenceTrainer as peft_config")
-_OTHER_LOSS = ("", "no objective here has it")
+_LAUNCH = ("", "accelerate launch takes it: accelerate launch ... -m prefkern.cli train ...")
 _LENGTH = ("max_length", "it bounds prompt plus response")
 _IN_OPTIONS = "a key of it, where the objective has that option"
-_REWARDS = "rewards are logged for every batch"
 _FUSED = ("", "the loss here is always fused: leave it out")
 _REMOVED = ("", "transformers 5 removed it: leave it out")
 
@@ -140,13 +139,13 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "cpo_alpha": ("objective_options", '{"nll_weight": ...}'),
     "alpha": ("objective_options", _IN_OPTIONS),
     "tau": ("objective_options", _IN_OPTIONS),
-    "discopop_tau": _OTHER_LOSS,
-    "f_divergence_type": _OTHER_LOSS,
-    "f_alpha_divergence_coef": _OTHER_LOSS,
+    "discopop_tau": ("objective_options", '{"tau": ...}'),
+    "f_divergence_type": ("objective_options", '{"f_divergence_type": ...}'),
+    "f_alpha_divergence_coef": ("objective_options", '{"f_alpha_divergence_coef": ...}'),
     "loss_weights": ("objective_options", '{"loss_weights": [...]}, and "+" between the names'),
     "desirable_weight": ("objective_options", _IN_OPTIONS),
     "undesirable_weight": ("objective_options", _IN_OPTIONS),
-    "generate_during_eval": ("", _REWARDS + "; nothing is generated"),
+    "generate_during_eval": ("generate_samples", "a number of prompts"),
     "use_logits_to_keep": _FUSED,
     "use_liger_loss": _FUSED,
     "use_liger": ("use_liger_kernel", ""),
@@ -184,6 +183,14 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "mixed_precision": ("bf16", "or fp16"),
     "group_by_length": ("", "batches by length are not supported on preference pairs"),
     "deepspeed_config": ("deepspeed", ""),
+    **dict.fromkeys(
+        ("accelerate_config", "num_processes", "num_machines", "machine_rank", "gpu_ids"), _LAUNCH
+    ),
+    "env": ("", "set these variables in the shell, before the command"),
+    "test_split_size": ("eval_fraction", ""),
+    "ignore_bias_buffers": ("", "it makes no difference here: leave it out"),
+    "bnb_4bit_quant_storage": _QUANTIZED,
+    "bnb_4bit_use_double_quant": ("use_bnb_nested_quant", ""),
     "activation_offloading": ("gradient_checkpointing", "it recomputes activations instead"),
     "gradient_checkpointing_use_reentrant": (
         "gradient_checkpointing_kwargs",
@@ -199,6 +206,25 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "include_tokens_per_second": _REMOVED,
     "no_deprecation_warnings": _REMOVED,
 }
+
+
+# Options of TRL that are not here, and the value, beside null, with which they ask for nothing.
+_NOTHING = {
+    "activation_offloading": False,
+    "bnb_4bit_quant_storage": None,
+    "dataset_streaming": False,
+    "datasets": [],
+    "ignore_bias_buffers": False,
+    "lora_task_type": "CAUSAL_LM",
+    "pad_token": None,
+    "streaming": False,
+    "test_split_size": None,
+}
+
+
+def asks_nothing(name: str, value: Any) -> bool:
+    """Whether a file's option that is not here has the value with which it has no effect."""
+    return name in _NOTHING and value in (None, _NOTHING[name])
 
 
 def hint(

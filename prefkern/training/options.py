@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 JSON_OPTIONS = ("objective_options", "model_init_kwargs")
 # Keywords of from_pretrained whose text may be all digits.
 _AS_TEXT = ("revision", "code_revision", "token", "subfolder", "variant", "cache_dir")
+# Whole numbers, and their minimum.
+_LEAST_OF_SAMPLES = {"generate_samples": 0, "generate_max_new_tokens": 1}
 # Whole numbers that may be None, and their minimum.
 _LEAST = {
     "max_length": 2,
@@ -102,6 +104,10 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (is_whole and value >= least):
             raise ValueError(f"{name} must be None or an int >= {least}, got {value!r}")
+    for name, least in _LEAST_OF_SAMPLES.items():
+        value = getattr(args, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
     check_training(args)
     for name in _BOOLS:
         plain.boolean(name, getattr(args, name))

@@ -92,6 +92,7 @@ from prefkern.training.moving_reference import (
 )
 from prefkern.training.names import NamedArguments
 from prefkern.training.reference_trainer import ReferenceTrainer
+from prefkern.training.samples import ShowsSamples, check_samples
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
 from prefkern.training.zero import check_zero, gather_whole, is_partitioned
 
@@ -193,6 +194,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 "train under DDP, or leave it out"
             )
         self._check_sharded_reference(args, (train_dataset, eval_dataset))
+        check_samples(args, eval_dataset)
         check_zero(args)
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
@@ -335,6 +337,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                     head_transform(self.ref_model)
                     if args.padding_free:
                         self._require_packing(self.ref_model)
+        if args.generate_samples:
+            self.add_callback(ShowsSamples(self))
         if args.sync_ref_model:
             check_can_follow(self.ref_model, self.model)  # pyright: ignore[reportArgumentType]
             self.add_callback(MovesReference(self))

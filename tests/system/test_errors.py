@@ -166,6 +166,7 @@ ELSEWHERE = {
         "invalid float value",
     ),
     ("prefkern/cli/arguments.py", "{what} {error}"): ("test_options", "objective_options' is not"),
+    ("prefkern/cli/arguments.py", "'; '.join(unknown)"): ("test_trl_options", "option 'env': set"),
     ("prefkern/cli/options_file.py", "error.msg"): ("test_options", "Expecting ':' delimiter"),
     ("prefkern/cli/before_training.py", "--report_to"): ("test_before_training", "--report_to wan"),
     ("prefkern/cli/plan_options.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +68,8 @@ def test_arguments_of_training_need_no_extra():
         except ImportError as error:
             print(error)
     """)
-    assert "pip install 'prefkern[train]'" in out
+    assert "training needs more packages than the operator does (" in out
+    assert out.endswith(": pip install 'prefkern[train]'\n")
 
 
 def test_public_names():
@@ -126,3 +129,53 @@ def test_data_without_datasets() -> None:
     assert kept == "[2]"
     assert {line.split()[0] for line in said} >= {"load_preference_dataset", "tokenize_preferences"}
     assert all(line.endswith("(datasets): pip install 'prefkern[train]'") for line in said)
+
+
+def test_help_needs_nothing_but_the_standard_library_and_a_run_says_what_is_missing() -> None:
+    """As in an environment without the extras, and in one without transformers too."""
+    extras = ("accelerate", "datasets", "peft", "yaml", "xxhash")
+    for absent in (extras, (*extras, "transformers", "torch", "rich")):
+        out = run(f"""if 1:
+            import sys
+            for name in {absent!r}:
+                sys.modules[name] = None
+            from contextlib import redirect_stderr
+            from prefkern.cli.__main__ import main
+            for command, files in (("train", ["--dataset", "d"]), ("margins", ["--output", "o"])):
+                try:
+                    main([command, "--help"])
+                except SystemExit as exit_:
+                    print(command, "help:", exit_.code)
+                with redirect_stderr(sys.stdout):
+                    print(main([command, "--model", "m", "--dataset", "d", *files]))
+                    print(main([command, "--no_such_option"]))
+        """)
+        for command in ("train", "margins"):
+            assert f"usage: prefkern {command} [CONFIG.yaml]" in out
+            assert f"{command} help: 0\n" in out
+            missing = "accelerate, datasets, peft not installed: pip install 'prefkern[train]'"
+            assert f"prefkern {command}: error: {missing}\n2\n" in out
+            assert f"prefkern {command}: error: unknown argument '--no_such_option'" in out
+        assert "--lora_r" in out and "--objective" in out and "--output_dir" in out
+        has_transformers = "transformers" not in absent
+        assert ("--learning_rate" in out) and ("--adam_beta1" in out) == has_transformers
+
+
+def test_the_line_that_installs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name where prefkern is installed; a tree that is only on the path, by its folder."""
+    from prefkern import version
+
+    monkeypatch.setattr(version, "VERSION", "0.1.0")
+    assert version.install_line("train") == "pip install 'prefkern[train]'"
+    monkeypatch.setattr(version, "VERSION", "unknown")
+    root = Path(version.__file__).parent.parent
+    assert version.install_line("bench") == f"pip install '{root}[bench]'"
+    assert (root / "prefkern").is_dir()
+
+
+def test_no_error_names_an_install_line_of_its_own() -> None:
+    """`install_line` knows where prefkern is; other packages are named as an index has them."""
+    root = Path(__file__).parent.parent.parent
+    for file in (*root.glob("prefkern/**/*.py"), *root.glob("bench/prefkern_bench/**/*.py")):
+        if file.name != "version.py":
+            assert not re.search(r"pip install ['\"]*(prefkern|\.)", file.read_text()), file

@@ -366,9 +366,18 @@ def test_a_file_of_options(key, folder, capsys):
         config = json.loads((folder / "out" / "config.json").read_text())
         assert config["dtype"] == "bfloat16"
     else:
-        (folder / "run.yaml").write_text("\n\n\nuse_peft: true\n")
+        (folder / "run.yaml").write_text("\n\n\nlora_rank: 8\n")
         assert run(f"prefkern train {few} run.yaml") == 2
         assert capsys.readouterr().err == BLOCKS[key]
+
+
+@runs(("docs/commands.md", "A file of `trl dpo`", "sh"))
+def test_a_file_of_trl(key, folder):
+    lines = f"model_name_or_path: {CHECKPOINT}\ndataset_name: pairs.jsonl\nuse_peft: true\n"
+    (folder / "trl.yaml").write_text(f"{lines}loss_type: hinge\noutput_dir: out\n")
+    (line,) = BLOCKS[key].splitlines()
+    assert run(f"{line} --max_steps 1 --use_cpu --report_to none") == 0
+    assert json.loads((folder / "out/adapter_config.json").read_text())["r"] == 16
 
 
 def run(line: str) -> int:
