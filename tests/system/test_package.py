@@ -16,8 +16,11 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from prefkern.objectives import citations
 
 pytest.importorskip("setuptools", minversion="77")
 yaml = pytest.importorskip("yaml")
@@ -94,7 +97,7 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> 
             ("kernels", "prefkern_kernels"),
         )
         for file in (ROOT / source / package).rglob("*")
-        if file.suffix == ".py" or file.name == "py.typed"
+        if file.suffix in {".py", ".md"} or file.name == "py.typed"
     }
     rest = {name for name in wheel.namelist() if not name.startswith(f"{info}/")}
     assert rest == modules
@@ -173,16 +176,16 @@ def test_the_citation_names_the_three_papers() -> None:
     assert citation["type"] == "software" and citation["cff-version"] == "1.2.0"
     assert citation["license"] == PROJECT["license"]
     assert citation["authors"] == PROJECT["authors"]
-    papers = citation["references"]
-    assert [paper["title"].split(":")[0] for paper in papers] == [
-        *("AdaDPO", "α-DPO", "Margin Adaptive DPO"),
+    assert [_of_cff(paper) for paper in citation["references"]] == [
+        (paper.title, paper.authors, paper.year, f"arXiv:{paper.arxiv}")
+        for paper in (citations.ADADPO, citations.ALPHA_DPO, citations.MADPO)
     ]
-    for paper in papers:
-        assert paper["type"] == "article"
-        assert all(
-            "name" in each or {"given-names", "family-names"} <= each.keys()
-            for each in paper["authors"]
-        )
+
+
+def _of_cff(paper: dict[str, Any]) -> tuple[str, str, int, str]:
+    names = [f"{each['given-names']} {each['family-names']}" for each in paper["authors"]]
+    assert paper["type"] == "article"
+    return paper["title"], " and ".join(names), paper["year"], paper["identifiers"][0]["value"]
 
 
 def test_a_report_of_a_fault_has_what_is_needed() -> None:
