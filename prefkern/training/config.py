@@ -222,11 +222,9 @@ def refuse_dispatched_rows(args: Any) -> None:
 
 def refuse_split_sequences(args: Any) -> None:
     """Raise ValueError for context or sequence parallelism, by the arguments or the launcher."""
-    given = args.parallelism_config
-    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
-        from accelerate.parallelism_config import ParallelismConfig
+    from prefkern.training.launched import launched_parallelism
 
-        given = ParallelismConfig()
+    given = launched_parallelism(args)
     for name in ("cp_size", "sp_size"):
         size = getattr(given, name, 1)
         if size > 1:

@@ -93,6 +93,13 @@ from prefkern.training.moving_reference import (
 from prefkern.training.names import NamedArguments
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
+from prefkern.training.tensor_parallel import (
+    check_tensor_parallel,
+    complete_adapter,
+    counting_batches_once,
+    size_of,
+    with_parallelism,
+)
 from prefkern.training.zero import check_zero, gather_whole, is_partitioned
 
 logger = logging.getLogger(__name__)
@@ -197,7 +204,9 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
-        init_kwargs: Any = args.model_init_kwargs or {}
+        init_kwargs: Any = with_parallelism(args.model_init_kwargs or {}, args, model)
+        given_reference = ref_model if ref_model is not None else args.ref_model_name_or_path
+        check_tensor_parallel(args, model, given_reference, peft_config, init_kwargs)
         # It is not known how a model that is given was loaded.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
         name = model if isinstance(model, str) else None
@@ -222,6 +231,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             gradient_checkpointing=args.gradient_checkpointing,
         )
         check_unmerged(model)
+        complete_adapter(model, None if peft_config is None else args.seed)
         find_head(model)
         base = unwrap(model)
         self._rows = embedding_rows(base)
@@ -243,7 +253,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums are not enough for distributions or for mismatched pairs.
         carried = self._objective_needs.sums_suffice and carry_sums(train_dataset, eval_dataset)
-        ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
+        ref_model = given_reference
         ref_name = ref_model if isinstance(ref_model, str) else None
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, {"dtype": model.dtype, **init_kwargs}, "ref_model")
@@ -410,9 +420,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             options["desirable"] = inputs["desirable"]
             options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
-        outputs = preference_outputs(
-            model, inputs, self.loss_fn, router_loss=self._router_loss, **options
-        )
+        with counting_batches_once(self.accelerator):
+            outputs = preference_outputs(
+                model, inputs, self.loss_fn, router_loss=self._router_loss, **options
+            )
         return outputs, outputs.loss
 
     def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
@@ -524,11 +535,12 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
 
     def _second_copy(self, model: Any, name: str | None, init_kwargs: Any) -> Any:
         """A copy of the model that is trained, to be its reference."""
-        if not is_partitioned(model):
+        holder = "ZeRO-3" if is_partitioned(model) else "tensor parallelism"
+        if not is_partitioned(model) and size_of(model) == 1:
             return copy.deepcopy(model)
         if name is None:
             raise ValueError(
-                "ZeRO-3 holds the weights of the model that was given, so that they cannot be copied "
+                f"{holder} holds the weights of the model that was given, so that they cannot be copied "
                 "for the reference: give the model by its name, pass ref_model, or set "
                 "precompute_ref_log_probs"
             )
