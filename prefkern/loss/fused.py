@@ -152,10 +152,10 @@ class FusedPreferenceLoss(nn.Module):
         group = self.sequence_group
         ranks = Agreement(parts.party(group))
         with ranks as (facts_of_parts,):
+            facts = ranks.admit(shards.party(vocab, weight))
             vocab, (weight, bias, lora_weight) = shards.local_head(
                 vocab, weight=weight, bias=bias, lora_weight=lora_weight
             )
-            facts = ranks.admit(shards.party(vocab))
             ref_weight, ref_bias = shards.local_reference(
                 vocab, ref_weight=ref_weight, ref_bias=ref_bias
             )

@@ -141,7 +141,7 @@ def causes(
 ) -> str | None:
     """`explain_nonfinite` of arguments that were checked. The head's first entry is `start`."""
     scored = labels.reshape(-1) != ignore_index
-    count = (labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+    count = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
     def of_rows(value: Tensor | None) -> Tensor | None:
         return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1]))

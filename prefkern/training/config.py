@@ -8,7 +8,6 @@ are refused: see `options`, which has the checks.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

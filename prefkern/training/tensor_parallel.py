@@ -14,6 +14,7 @@ a reference is loaded, never copied.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -36,6 +37,8 @@ _TRANSFORMERS, _PEFT = "5.23", "0.21"
 _KEYWORDS = ("distributed_config", "tp_plan", "tp_size")
 # How PEFT draws a new adapter without the layer's weight, and the plans whose layers it splits.
 _DRAWN, _SPLIT = (True, False, "gaussian"), ("colwise", "rowwise")
+# The plan of a weight that all ranks have, and of whose gradient each has a part.
+_SUMMED = "replicated_with_grad_allreduce"
 _OTHER_SIZES = ("fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
 _INSTEAD = "use FSDP2 (fsdp_config={'version': 2}), which shards weights without it"
 
@@ -127,15 +130,14 @@ def _check_alone(args: Any, size: int, config: Any) -> None:
 
 
 def _check_options(args: Any, peft_config: Any, model: Any) -> None:
-    dropout = getattr(args, "disable_dropout", True)
-    for name, is_refused, remedy in (
-        ("disable_dropout=False", not dropout, "the ranks would drop other states: leave it out"),
-        ("use_liger_kernel", args.use_liger_kernel, "it replaces the layers' hooks: leave it out"),
-        (
-            "sync_ref_model",
-            getattr(args, "sync_ref_model", False),
-            "leave it out, or train under DDP",
-        ),
+    # transformers refuses it too, once the models are loaded.
+    saves = args.save_strategy != "no" and not args.save_only_model
+    for is_refused, name, remedy in (
+        (saves, "a checkpoint to resume from", f"set save_only_model, or {_INSTEAD}"),
+        (args.load_best_model_at_end, "load_best_model_at_end", f"leave it out, or {_INSTEAD}"),
+        (not args.disable_dropout, "dropout", "set disable_dropout"),
+        (args.use_liger_kernel, "use_liger_kernel", "leave it out"),
+        (args.sync_ref_model, "sync_ref_model", "leave it out, or train under DDP"),
     ):
         if is_refused:
             raise ValueError(f"{name} is not supported under tensor parallelism: {remedy}")
@@ -160,6 +162,34 @@ def _check_options(args: Any, peft_config: Any, model: Any) -> None:
                 f"init_lora_weights={each.init_lora_weights!r} is not supported under tensor "
                 f"parallelism, where it sees parts of weights: leave it out, or {_INSTEAD}"
             )
+
+
+def check_summed_gradients(model: Any, args: Any) -> None:
+    """Raise ValueError if transformers would sum a gradient over the ranks once for each batch of a step.
+
+    It sums what a norm of one head has gathered so far, earlier batches included.
+    """
+    base = unwrap(model)
+    plan = getattr(base, "_tp_plan", None) or {}
+    if size_of(model) == 1 or args.gradient_accumulation_steps == 1:
+        return
+    for name, module in base.named_modules():
+        is_summed = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) == _SUMMED
+        if is_summed and any(each.requires_grad for each in module.parameters(recurse=False)):
+            raise ValueError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} is not supported "
+                f"under tensor parallelism while {name} is trained, whose gradient transformers "
+                "would sum more than once: raise per_device_train_batch_size in its place, or "
+                "train with LoRA"
+            )
+
+
+def refuse_tensor_parallel(args: Any, model: Any = None) -> None:
+    """Raise ValueError for a reward model, by the arguments or by the model itself."""
+    if _launched_size(args) > 1 or (model is not None and size_of(model) > 1):
+        raise ValueError(
+            f"tensor parallelism is not supported for reward models: leave it out, and {_INSTEAD}"
+        )
 
 
 def complete_adapter(model: Any, seed: int | None) -> None:

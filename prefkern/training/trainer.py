@@ -94,6 +94,7 @@ from prefkern.training.names import NamedArguments
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
 from prefkern.training.tensor_parallel import (
+    check_summed_gradients,
     check_tensor_parallel,
     complete_adapter,
     counting_batches_once,
@@ -248,8 +249,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         self._collates_otherwise = data_collator is not None
         self._check_positions(train_dataset, args, "train", base)
         self._check_positions(eval_dataset, args, "eval", base)
-        check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
-        check_batches(eval_dataset, args.eval_batch_size, args, "eval")
+        check_summed_gradients(model, args)
+        ranks = self._ranks_with_batches = args.world_size // size_of(model)
+        check_batches(train_dataset, args.train_batch_size, args, "train", ranks, trains=True)
+        check_batches(eval_dataset, args.eval_batch_size, args, "eval", ranks)
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums are not enough for distributions or for mismatched pairs.
         carried = self._objective_needs.sums_suffice and carry_sums(train_dataset, eval_dataset)
@@ -470,7 +473,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         for each, part in named(dataset, name):
             self._check_columns(part, self.args, each)
         dataset = self._tokenized(dataset, self.args, name)
-        check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        ranks = self._ranks_with_batches
+        check_batches(dataset, self.args.eval_batch_size, self.args, name, ranks)
         if self._objective_needs.reference and not carry_sums(dataset):
             # The constructor did not check this if its datasets carried sums.
             model = self.accelerator.unwrap_model(self.model)

@@ -192,6 +192,21 @@ DISAGREE = {
         "RuntimeError: rank 1 of vocab's group refused this call: TypeError: hidden must be a tensor",
         "TypeError: hidden must be a tensor, or a DTensor with placement Replicate",
     ),
+    "a DTensor and vocab on one rank": (
+        "RuntimeError: rank 1 of vocab's group refused this call: ValueError: vocab was given, and",
+        "ValueError: vocab was given, and weight is a DTensor",
+    ),
+    "columns on one rank": (
+        "RuntimeError: rank 1 of vocab's group refused this call: TypeError: weight must be a tensor",
+        "TypeError: weight must be a tensor, or a DTensor with placement Replicate, or with",
+    ),
+    **dict.fromkeys(
+        ("a bias everywhere on one rank", "a bias of a kl"),
+        (
+            "RuntimeError: rank 1 of vocab's group refused this call: TypeError: bias must be placed",
+            "TypeError: bias must be placed as weight is, (Shard(dim=0),)",
+        ),
+    ),
 }
 
 

@@ -389,14 +389,19 @@ def _disagreements() -> dict[str, str]:
     far[1, 1] = V
     mesh = init_device_mesh(DEVICE, (2,))
     in_parts = DTensor.from_local(hidden, mesh, [Shard(0)], run_check=False)
+    rows, columns = (distribute_tensor(weight, mesh, [Shard(dim)]) for dim in (0, 1))
+    biases = [
+        distribute_tensor(tensors["bias"], mesh, [place]) for place in (Shard(0), Replicate())
+    ]
 
     def call(labels: Tensor = labels, part: slice = slice(start, stop), **change: Any) -> Any:
         given = {"hidden": hidden, "weight": weight[part], "vocab": shard_of(start)} | change
         return prefkern.linear_logprobs(labels=labels, **given)
 
-    def kl() -> Any:
-        part = weight[start:stop]
-        return prefkern.linear_kl(hidden, part, labels, hidden, part, vocab=shard_of(start))
+    def kl(**change: Any) -> Any:
+        given = {"weight": weight[start:stop], "vocab": shard_of(start)} | change
+        given["ref_weight"] = given["weight"]
+        return prefkern.linear_kl(hidden, labels=labels, ref_hidden=hidden, **given)
 
     return _messages(
         {
@@ -415,6 +420,14 @@ def _disagreements() -> dict[str, str]:
             ),
             "too many rows": lambda: call(part=slice(0, V)),
             "a state in parts on one rank": lambda: call(hidden=in_parts if rank else hidden),
+            "a DTensor and vocab on one rank": lambda: call(
+                weight=rows if rank else weight[start:stop]
+            ),
+            "a bias everywhere on one rank": lambda: call(
+                weight=rows, vocab=None, bias=biases[rank]
+            ),
+            "columns on one rank": lambda: call(weight=columns if rank else rows, vocab=None),
+            "a bias of a kl": lambda: kl(weight=rows, vocab=None, bias=biases[rank]),
         }
     )  # fmt: skip
 
@@ -424,6 +437,9 @@ def _losses() -> dict[str, str]:
     rank, tensors = dist.get_rank(), drawn(CASES["frozen"])
     hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
     start, stop = entries_of("uneven", rank, 2)
+    rows = distribute_tensor(weight, init_device_mesh(DEVICE, (2,)), [Shard(0)])
+    spoilt = weight[start:stop].clone()
+    spoilt[3] = torch.nan if rank else 0.0
 
     def loss(objective: str = "dpo", on_nonfinite: Any = None, **change: Any) -> Any:
         made = prefkern.FusedPreferenceLoss(objectives.build(objective), on_nonfinite=on_nonfinite)
@@ -437,7 +453,11 @@ def _losses() -> dict[str, str]:
             "other objectives": lambda: loss("ipo" if rank else "dpo"),
             "a wrong argument on one rank": lambda: loss(softcap=-1.0 if rank else None),
             "a whole reference": lambda: loss(ref_hidden=hidden, ref_weight=weight[:V - start]),
-            "nonfinite": lambda: loss(on_nonfinite="raise"),
+            "nonfinite on one rank": lambda: loss(on_nonfinite="raise" if rank else None),
+            "a row that is not finite": lambda: loss(on_nonfinite="raise", weight=spoilt),
+            "a DTensor and vocab on one rank": lambda: loss(
+                weight=rows if rank else weight[start:stop]
+            ),
         }
     )  # fmt: skip
 
