@@ -229,7 +229,8 @@ def refuse_split_sequences(args: Any) -> None:
         if size > 1:
             raise ValueError(
                 f"parallelism_config has {name}={size}: the trainers do not cut sequences over "
-                "ranks yet. A loop of your own can: prefkern.preference_outputs with "
+                "ranks yet. PreferenceTrainer spreads each batch by tensor parallelism "
+                f"(tp_size={size}). A loop of your own can: prefkern.preference_outputs with "
                 "FusedPreferenceLoss(objective, sequence_group=group)"
             )
 

@@ -218,9 +218,10 @@ def complete_adapter(model: Any, seed: int | None) -> None:
                 f"parallelism: leave it out of target_modules, or {_INSTEAD}"
             )
         for adapter in layer.lora_A:
-            for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):
+            factors: list[Any] = [layer.lora_A[adapter], layer.lora_B[adapter]]
+            for factor in factors:
                 factor.out_features, factor.in_features = factor.weight.shape
-            first: Any = layer.lora_A[adapter].weight
+            first = factors[0].weight
             if draw is not None and is_dtensor(first):
                 how = model.peft_config[adapter].init_lora_weights
                 _copy_part(first, _drawn(first.shape, how, draw))
@@ -257,7 +258,8 @@ def counting_batches_once(accelerator: Accelerator) -> AbstractContextManager[No
     """
     if not shares_batches(accelerator):
         return nullcontext()
-    return counted_once(None, accelerator.torch_device_mesh.get_group("tp"))
+    mesh: Any = accelerator.torch_device_mesh
+    return counted_once(None, mesh.get_group("tp"))
 
 
 def _launched_size(args: Any) -> int:
@@ -270,14 +272,14 @@ def _config_of(model: Any, init_kwargs: Mapping[str, Any]) -> Any:
         return getattr(unwrap(model).config, "distributed_config", None)
     if not any(init_kwargs.get(name) is not None for name in _KEYWORDS):
         return None
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     given = init_kwargs.get("distributed_config")
     if given is None:
         return DistributedConfig(
             tp_plan=init_kwargs.get("tp_plan"), tp_size=init_kwargs.get("tp_size")
         )
-    return DistributedConfig.from_dict(given) if isinstance(given, Mapping) else given
+    return DistributedConfig.from_dict(dict(given)) if isinstance(given, Mapping) else given
 
 
 def _size_in(init_kwargs: Mapping[str, Any]) -> int:

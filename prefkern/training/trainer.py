@@ -205,7 +205,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
-        init_kwargs: Any = with_parallelism(args.model_init_kwargs or {}, args, model)
+        own: Any = args.model_init_kwargs or {}
+        init_kwargs = with_parallelism(own, args, model)
         given_reference = ref_model if ref_model is not None else args.ref_model_name_or_path
         check_tensor_parallel(args, model, given_reference, peft_config, init_kwargs)
         # It is not known how a model that is given was loaded.

@@ -9,7 +9,8 @@ import torch
 
 import prefkern
 from prefkern import objectives
-from support.vocab_ranks import CASES, assert_exact, drawn, launch
+from support.vocab_errors import assert_exact
+from support.vocab_ranks import CASES, drawn, launch
 
 LOSSES = {name: case for name, case in CASES.items() if case.call not in ("logprobs", "kl")}
 

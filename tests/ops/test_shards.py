@@ -17,6 +17,7 @@ from prefkern.ops.agreement import checksum
 from prefkern_bench.measure import Meter
 from support.machine import DEVICE
 from support.ranks import group_of_one
+from support.vocab_errors import assert_as_accurate, assert_exact, joined
 from support.vocab_ranks import (
     CASES,
     REFERENCE,
@@ -25,12 +26,9 @@ from support.vocab_ranks import (
     TRITON,
     Seen,
     V,
-    assert_as_accurate,
-    assert_exact,
     cast,
     drawn,
     entries_of,
-    joined,
     launch,
     outcome,
 )
