@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
 import zlib
@@ -228,20 +229,23 @@ COMMANDS = {"full": {"ref_cache_dir": ""}, "lora": {"lora_r": 4}}
 
 
 def _commands(path: Path, models: Path) -> dict:
-    """`prefkern train` as `accelerate launch` sets it up: the model is given by its name."""
+    """`prefkern train` as `accelerate launch` sets it up, and with a keyword of the model's."""
     found = {}
     launched = {
         "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
         "PARALLELISM_CONFIG_TP_SIZE": str(ranks_of_launch()),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in launched.items():
-            patch.setenv(name, value)
-        for name in COMMANDS:
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                status = cli.main(["train", *command(models, name)])
-            found[name] = (status, out.getvalue())
+    keyword = json.dumps({"distributed_config": {"tp_size": ranks_of_launch()}})
+    for name, environment, given in (
+        ("full", launched, {}),
+        ("lora", {}, {"model_init_kwargs": keyword}),
+    ):
+        out = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            status = cli.main(["train", *command(models, name, **given)])
+        found[name] = (status, out.getvalue())
     return found
 
 
