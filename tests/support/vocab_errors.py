@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from support.vocab_ranks import PARTS, Case, Seen, outcome, relative
+from support.logprobs import relative
+from support.vocab_ranks import PARTS, Case, Seen, outcome
 
 
 def joined(parts: list[Seen], name: str) -> Tensor:
