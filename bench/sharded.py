@@ -1,10 +1,11 @@
 """Measures how far training under FSDP2 and DeepSpeed's ZeRO is from one process on the joint batch.
 
-usage: python bench/sharded.py [--page]     (make test-zero; exit status 1 if a bound is missed)
+usage: python bench/sharded.py [--page | --missing]
+       (make test-zero; exit status 1 if a bound is missed)
 
-The cases are those of `tests/support/{fsdp,zero}.py`, on two gloo ranks of a CPU, with tiny models. This
-writes bench/results/sharded-cpu.json, and from that the page bench/SHARDED.md. With --page it writes only
-the page, from an existing result.
+The cases are those of `tests/support/{fsdp,zero,tensor_parallel}.py`, on two gloo ranks of a CPU, with tiny
+models. This writes bench/results/sharded-cpu.json, and from that the page bench/SHARDED.md. With --page it
+writes only the page, from an existing result; with --missing it measures the cases that the result lacks.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from prefkern_bench import environment
 PAGE = ROOT / "bench/SHARDED.md"
 RESULT = ROOT / "bench/results/sharded-cpu.json"
 MODES = ("FSDP2", "ZeRO-2", "ZeRO-3")
+PARALLEL = "tensor parallelism"
 BOUND, BOUND_BF16 = 1e-5, 0.1
 HEAD = """\
-# FSDP2, ZeRO-2 and ZeRO-3 against one process
+# Sharded training against one process
 
 Two gloo ranks of a CPU, sharded, and one process on the joint batch: tiny models, two steps
 of SGD. *gradient*: the worst difference of a parameter's gradient before an optimiser step, relative
@@ -41,35 +43,59 @@ is loaded, or a case of the other mode's own.
 """
 
 
-def measured(command: str) -> dict[str, Any]:
-    from support import fsdp, zero
+OF_PARALLEL = """
+## Tensor parallelism
+
+transformers' `DistributedConfig(tp_size=2)`: both ranks compute each batch together. In bfloat16 a rank's
+part of a sum is rounded before the parts are added.
+"""
+
+
+def measured(command: str, known: dict[str, Any]) -> dict[str, Any]:
+    """The errors of all cases; of `known` rows those that are there stay."""
+    from support import fsdp, tensor_parallel, zero
 
     cases = {
         "FSDP2": list(fsdp.CASES),
         **{f"ZeRO-{stage}": zero.cases_of(stage) for stage in (2, 3)},
+        PARALLEL: list(tensor_parallel.CASES),
     }
-    rows: dict[str, dict[str, Any]] = {case: {} for case in {**fsdp.CASES, **zero.CASES}}
+    rows: dict[str, dict[str, Any]] = {
+        case: {**known.get(case, {})}
+        for case in {**fsdp.CASES, **zero.CASES, **tensor_parallel.CASES}
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        tensor_parallel.save_models(folder)
         for mode, names in cases.items():
-            for part in (names[::2], names[1::2]):
-                launch = fsdp.launch if mode == "FSDP2" else zero.launch
-                launch(folder, int(mode[-1]), *part)
+            names = [case for case in names if mode not in rows[case]]
+            for part in filter(None, (names[::2], names[1::2])):
+                if mode == PARALLEL:
+                    tensor_parallel.launch(folder, *part)
+                else:
+                    launch = fsdp.launch if mode == "FSDP2" else zero.launch
+                    launch(folder, int(mode[-1]), *part)
                 for case in part:
-                    rows[case][mode] = worst(folder, case)
+                    rows[case][mode] = worst(folder, mode, case)
     report = environment(torch.device("cpu"), command)
     report["versions"] |= {name: metadata.version(name) for name in ("accelerate", "deepspeed")}
     return report | {"rows": rows}
 
 
-def worst(folder: Path, case: str) -> dict[str, float]:
+def worst(folder: Path, mode: str, case: str) -> dict[str, float]:
     """The worst errors of both ranks, and the first loss."""
-    from support import fsdp, zero
+    from support import fsdp, tensor_parallel, zero
 
-    kept = folder / f"one process, {case}.pt"
+    is_parallel = mode == PARALLEL
+    kept = folder / f"one process, {case}{' in parallel' if is_parallel else ''}.pt"
     if not kept.exists():
-        cases = {**fsdp.CASES, **zero.CASES}
-        torch.save(fsdp.outcome_of(folder / kept.stem, case, 1, cases=cases), kept)
+        place, cases = folder / kept.stem, {**fsdp.CASES, **zero.CASES}
+        outcome = (
+            tensor_parallel.outcome_of(place, folder, case, 1)
+            if is_parallel
+            else fsdp.outcome_of(place, case, 1, cases=cases)
+        )
+        torch.save(outcome, kept)
     expected = torch.load(kept)
     ranks = [torch.load(folder / f"rank{rank}.pt")[case] for rank in range(2)]
     errors = [zero.errors(case, found, expected) for found in ranks]
@@ -94,26 +120,41 @@ def page(result: dict[str, Any]) -> str:
         HEAD,
         f"`{result['command']}` on {result['device']}; {versions}; {result['date'][:10]}.",
         "",
-        f"| case | {' | '.join(f'{mode}: gradient | weight | log' for mode in MODES)} | first loss |",
-        f"|---|{'---|' * (3 * len(MODES) + 1)}",
+        *table(result["rows"], MODES),
+        OF_PARALLEL,
+        *table(result["rows"], (PARALLEL,)),
     ]
-    for case, row in result["rows"].items():
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: dict[str, dict[str, Any]], modes: tuple[str, ...]) -> list[str]:
+    """The lines of a table of the cases that were measured in one of these modes."""
+    lines = [
+        f"| case | {' | '.join(f'{mode}: gradient | weight | log' for mode in modes)} | first loss |",
+        f"|---|{'---|' * (3 * len(modes) + 1)}",
+    ]
+    for case, row in rows.items():
+        row = {mode: row[mode] for mode in modes if mode in row}
+        if not row:
+            continue
         cells = []
-        for mode in MODES:
+        for mode in modes:
             errors = row.get(mode)
             names = ("gradients", "weights", "logs")
             cells += [f"{errors[name]:.0e}" for name in names] if errors else ["-", "-", "-"]
         losses = sorted({f"{errors['loss']:.6f}" for errors in row.values()})
         lines.append(f"| {case} | {' | '.join(cells)} | {', '.join(losses)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Measures sharded training.")
     parser.add_argument("--page", action="store_true", help="only write the page, from old results")
+    parser.add_argument("--missing", action="store_true", help="only measure what the result lacks")
     arguments = parser.parse_args(argv)
     if not arguments.page:
-        RESULT.write_text(json.dumps(measured("python bench/sharded.py"), indent=1) + "\n")
+        known = json.loads(RESULT.read_text())["rows"] if arguments.missing else {}
+        RESULT.write_text(json.dumps(measured("python bench/sharded.py", known), indent=1) + "\n")
     result = json.loads(RESULT.read_text())
     PAGE.write_text(page(result))
     missed = misses(result)

@@ -90,6 +90,7 @@ PASSES = "prefkern/ops/passes.py"
 BACKWARD = "prefkern/ops/backward.py"
 TORCH = "prefkern/ops/torch_tiles.py"
 SHARDS = "prefkern/ops/shards.py"
+TENSOR_PARALLEL = "prefkern/training/tensor_parallel.py"
 KERNELS = "kernels/prefkern_kernels"
 
 MUTATIONS = (
@@ -542,6 +543,35 @@ MUTATIONS = (
         "vocab_size = plan.vocab_size if shard is None else shard.size",
         "vocab_size = plan.vocab_size",
         "tests/ops/test_shards.py -k exact",
+    ),
+    Mutation(
+        "an entry that is not finite has the number of a row of its part",
+        "prefkern/loss/nonfinite.py",
+        "lambda row: str(row + start)",
+        "lambda row: str(row)",
+        "tests/loss/test_loss_shards.py -k disagree",
+    ),
+    # transformers' tensor parallelism.
+    Mutation(
+        "ranks with one batch gather it once for each",
+        TENSOR_PARALLEL,
+        "return given is not None and given.tp_enabled",
+        "return False",
+        "tests/training/test_tensor_parallel.py -k gradients",
+    ),
+    Mutation(
+        "with a head that is whole, ranks with one batch draw among all copies of it",
+        "prefkern/objectives/running.py",
+        "_sharing = (sequence_group or before[0], vocab_group or before[1])",
+        "_sharing = (sequence_group, vocab_group)",
+        "tests/training/test_tensor_parallel.py -k draws",
+    ),
+    Mutation(
+        "the parts of a new adapter are drawn with one seed",
+        TENSOR_PARALLEL,
+        "if draw is not None and is_dtensor(first):",
+        "if draw is not None and not is_dtensor(first):",
+        "tests/training/test_tensor_parallel.py -k drawn",
     ),
     Mutation(
         "shards may overlap",

@@ -152,10 +152,10 @@ class FusedPreferenceLoss(nn.Module):
         group = self.sequence_group
         ranks = Agreement(parts.party(group))
         with ranks as (facts_of_parts,):
+            facts = ranks.admit(shards.party(vocab, weight))
             vocab, (weight, bias, lora_weight) = shards.local_head(
                 vocab, weight=weight, bias=bias, lora_weight=lora_weight
             )
-            facts = ranks.admit(shards.party(vocab))
             ref_weight, ref_bias = shards.local_reference(
                 vocab, ref_weight=ref_weight, ref_bias=ref_bias
             )
@@ -194,11 +194,6 @@ class FusedPreferenceLoss(nn.Module):
                     f"on_nonfinite={self.on_nonfinite!r} reads a number from the device, which "
                     "torch.compile and CUDA graphs cannot; leave it None, and check the loss "
                     "outside"
-                )
-            if self.on_nonfinite is not None and vocab is not None:
-                raise NotImplementedError(
-                    f"on_nonfinite={self.on_nonfinite!r} looks for the cause in the whole head, of "
-                    "which this rank has a part (vocab); leave it None, and check the loss outside"
                 )
             head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
             reference = None
@@ -259,6 +254,7 @@ class FusedPreferenceLoss(nn.Module):
                     head,
                     labels,
                     return_stats=return_stats,
+                    on_nonfinite=self.on_nonfinite,
                     ref_weight="weight itself" if is_one_head else "a head of its own",
                     **common,
                 )
@@ -318,7 +314,7 @@ class FusedPreferenceLoss(nn.Module):
             nonfinite.report(
                 self.on_nonfinite,
                 out,
-                lambda: nonfinite.explain_nonfinite(
+                lambda: nonfinite.causes(
                     hidden,
                     weight,
                     labels,
@@ -334,9 +330,10 @@ class FusedPreferenceLoss(nn.Module):
                     cu_seqlens=cu_seqlens,
                     ignore_index=self.ignore_index,
                     paired=is_paired,
+                    start=0 if vocab is None else vocab.start,
                 ),
                 (ref_logps, reward_margins, mismatched_log_ratios),
-                is_part=group is not None,
+                others="sequence_group" if group is not None else vocab and "vocab's group",
             )
         return out
 

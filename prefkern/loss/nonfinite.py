@@ -101,7 +101,47 @@ def explain_nonfinite(
         loss_checks.mismatched(mismatched_log_ratios, hidden.device)
     is_packed = cu_seqlens is not None
     sequences.select(labels.reshape(-1), ignore_index, weight.shape[0], bounds, is_packed)
+    return causes(
+        hidden,
+        weight,
+        labels,
+        bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        ref_logps=ref_logps,
+        reward_margins=reward_margins,
+        mismatched_log_ratios=mismatched_log_ratios,
+        lora_hidden=lora_hidden,
+        lora_weight=lora_weight,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        paired=paired,
+    )
+
+
+def causes(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    ref_logps: Tensor | None,
+    reward_margins: Tensor | None,
+    mismatched_log_ratios: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+    paired: bool,
+    start: int = 0,
+) -> str | None:
+    """`explain_nonfinite` of arguments that were checked. The head's first entry is `start`."""
     scored = labels.reshape(-1) != ignore_index
+    count = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
 
     def of_rows(value: Tensor | None) -> Tensor | None:
         return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1]))
@@ -110,13 +150,13 @@ def explain_nonfinite(
         return None if value is None else _bad_rows(value.reshape(-1, value.shape[-1])) & scored
 
     def of_bias(value: Tensor | None) -> Tensor | None:
-        return None if value is None else _bad_entries(value, labels, scored)
+        return None if value is None else _bad_entries(value, labels.reshape(-1)[scored] - start)
 
     def of_numbers(value: Tensor | None) -> Tensor | None:
         return None if value is None else ~value.isfinite()
 
     # (how many there are, 0 for all that were looked at; what they are; the name of the first)
-    entries = (0, "vocabulary entries", str)
+    entries = (0, "vocabulary entries", lambda row: str(row + start))
     tokens = (int(scored.sum()), "scored tokens", partial(_token, labels, cu_seqlens, paired))
     rows = (0, "sequences", partial(_sequence, count, paired))
     pairs = (0, "pairs", "pair {}".format)
@@ -148,11 +188,12 @@ def report(
     out: PreferenceOutput | UnpairedOutput,
     explain: Callable[[], str | None],
     given: tuple[Tensor | None, ...] = (),
-    is_part: bool = False,
+    others: str | None = None,
 ) -> None:
     """Raise FloatingPointError, or warn, if a loss, a log-prob or a given vector is not finite.
 
-    Takes one synchronisation. `is_part`: other ranks hold tokens of the same sequences.
+    Takes one synchronisation. `others`: the group whose other ranks hold tokens of the
+    same sequences, or rows of the same head.
     """
     if isinstance(out, PreferenceOutput):
         sums = {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
@@ -169,10 +210,10 @@ def report(
         parts = [losses, *(_vector(f"{name} log-probs", value) for name, value in sums.items())]
         found = explain()
         cause = f"These are not finite:\n{found}"
-        if found is None and is_part:
+        if found is None and others is not None:
             cause = (
-                "Every input of this rank is finite: another rank of sequence_group names what is "
-                "not finite among its tokens, or a logit or a sum overflowed"
+                f"Every input of this rank is finite: another rank of {others} names what is not "
+                "finite in its part, or a logit or a sum overflowed"
             )
         elif found is None:
             dtype = str(out.loss.dtype).removeprefix("torch.")
@@ -201,9 +242,9 @@ def _bad_rows(matrix: Tensor) -> Tensor:  # (n, k) -> (n,)
     return torch.cat([~piece.isfinite().all(1) for piece in pieces])
 
 
-def _bad_entries(bias: Tensor, labels: Tensor, scored: Tensor) -> Tensor:  # (V,) -> (V,)
+def _bad_entries(bias: Tensor, entries: Tensor) -> Tensor:  # (V,), (N,) -> (V,)
     bad = bias.isnan() | (bias == float("inf"))
-    entries = labels.reshape(-1)[scored]
+    entries = entries[(entries >= 0) & (entries < len(bias))]
     bad[entries] |= ~bias[entries].isfinite()
     return bad
 

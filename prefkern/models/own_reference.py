@@ -10,8 +10,8 @@ switch on layers that were off, and leave the forward of a prompt's model replac
 is noted before and restored after, also after an exception.
 
 An initial adapter is not another adapter of the model: its values stand in for the trained ones
-during the pass. So it works for every kind of adapter, and no checkpoint holds it. Under FSDP2 each
-rank keeps its shard of the values.
+during the pass. So it works for every kind of adapter, and no checkpoint holds it. Under FSDP2 and
+tensor parallelism each rank keeps its part of the values.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class InitialAdapter:
     def in_use(self, model: nn.Module) -> Iterator[None]:
         """These values in the model's parameters within the context; then its own again.
 
-        Raises ValueError if the parameters are sharded by now in another way than FSDP2's.
+        Raises ValueError if the parameters are sharded by now, and not by FSDP2.
         """
         units = [module for module in model.modules() if _is_fsdp2(module)]
         _reshard(units)
@@ -116,7 +116,7 @@ class InitialAdapter:
         }
         for name, value in self._values.items():
             own = parameters.get(name)
-            is_other = own is not None and not units and is_traceable_wrapper_subclass(own.data)
+            is_other = own is not None and not units and _is_in_shards(own) > _is_in_shards(value)
             if own is None or own.shape != value.shape or is_other:
                 raise ValueError(
                     "the reference is the adapter before training, and the adapter's weights are "
@@ -125,9 +125,10 @@ class InitialAdapter:
         own = {name: parameters[name] for name in self._values}
         # An autocast around the whole run keeps its cast of a parameter, whatever the values are.
         torch.clear_autocast_cache()
-        exchanged = self._in_shards(own) if units else self._in_data(own)
+        in_shards = {name: each for name, each in own.items() if _is_in_shards(each)}
+        whole = {name: each for name, each in own.items() if name not in in_shards}
         try:
-            with exchanged:
+            with self._in_shards(in_shards), self._in_data(whole):
                 yield
         finally:
             # What is gathered and cast is of these values.
@@ -148,7 +149,7 @@ class InitialAdapter:
 
     @contextmanager
     def _in_shards(self, parameters: dict[str, Any]) -> Iterator[None]:
-        """In place, since FSDP2 gathers from memory of its own, of which a shard is a view."""
+        """In place: FSDP2 gathers from memory of its own, of which a shard is a view."""
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         for name, parameter in parameters.items():
@@ -167,6 +168,10 @@ class InitialAdapter:
         finally:
             for name, shard in locals_.items():
                 shard.copy_(trained[name])
+
+
+def _is_in_shards(value: Tensor) -> bool:
+    return is_traceable_wrapper_subclass(value.data)
 
 
 def _is_fsdp2(module: nn.Module) -> bool:

@@ -124,11 +124,11 @@ def counted_once(
 ) -> Iterator[None]:
     """In this region the ranks of each group have the same items, which count once.
 
-    They count on the rank that is the first of both groups.
+    They count on the rank that is the first of both groups. None: that of the region around it.
     """
     global _sharing
     before = _sharing
-    _sharing = (sequence_group, vocab_group)
+    _sharing = (sequence_group or before[0], vocab_group or before[1])
     try:
         yield
     finally:

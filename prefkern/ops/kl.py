@@ -66,10 +66,10 @@ def linear_kl(
             reference's arguments.
     """
     shards.refuse_graphs(vocab, weight, labels)
-    vocab, (weight, bias, lora_weight) = shards.local_head(
-        vocab, weight=weight, bias=bias, lora_weight=lora_weight
-    )
-    with Agreement(shards.party(vocab)) as (facts,):
+    with Agreement(shards.party(vocab, weight)) as (facts,):
+        vocab, (weight, bias, lora_weight) = shards.local_head(
+            vocab, weight=weight, bias=bias, lora_weight=lora_weight
+        )
         ref_weight, ref_bias = shards.local_reference(
             vocab, ref_weight=ref_weight, ref_bias=ref_bias
         )

@@ -78,10 +78,10 @@ def linear_logprobs(
             With vocab the first time is an error: the other ranks wait for this one.
     """
     shards.refuse_graphs(vocab, weight, labels)
-    vocab, (weight, bias, lora_weight) = shards.local_head(
-        vocab, weight=weight, bias=bias, lora_weight=lora_weight
-    )
-    with Agreement(shards.party(vocab)) as (facts,):
+    with Agreement(shards.party(vocab, weight)) as (facts,):
+        vocab, (weight, bias, lora_weight) = shards.local_head(
+            vocab, weight=weight, bias=bias, lora_weight=lora_weight
+        )
         hidden, labels, lora_hidden = shards.local_states(
             hidden=hidden, labels=labels, lora_hidden=lora_hidden
         )

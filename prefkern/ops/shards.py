@@ -85,18 +85,24 @@ def refuse_graphs(shard: VocabShard | None, weight: object, labels: object) -> N
         )
 
 
-def party(shard: VocabShard | None) -> Party | None:
-    """Those who must agree upon a call: each sends "entries", (first, last + 1) of this rank."""
-    if shard is None:
+def party(vocab: object, weight: object) -> Party | None:
+    """Those who must agree upon a call, by its arguments, which may be wrong on this rank.
+
+    Each sends "entries", (first, last + 1) of this rank, and "size".
+    """
+    group = vocab.group if isinstance(vocab, VocabShard) else None
+    if group is None and is_dtensor(weight) and weight.device_mesh.ndim == 1:
+        group = None if _is_everywhere(weight) else weight.device_mesh.get_group()
+    if group is None:
         return None
 
     def check(everyone: list[dict[str, Any]]) -> None:
-        _refuse_gaps(shard, [theirs["entries"] for theirs in everyone])
+        _refuse_gaps(everyone[0]["size"], [theirs["entries"] for theirs in everyone])
 
-    return Party("vocab's group", shard.group, "which score the same tokens", ("entries",), check)
+    return Party("vocab's group", group, "which score the same tokens", ("entries",), check)
 
 
-def _refuse_gaps(shard: VocabShard, parts: list[tuple[int, int]]) -> None:
+def _refuse_gaps(size: int, parts: list[tuple[int, int]]) -> None:
     """Raise ValueError unless the parts have each entry once; the same on all ranks."""
     reached = 0
     for start, stop in sorted(parts):
@@ -104,13 +110,13 @@ def _refuse_gaps(shard: VocabShard, parts: list[tuple[int, int]]) -> None:
             break
         reached = max(reached, stop)
     else:
-        if reached == shard.size:
+        if reached == size:
             return
     shown = ", ".join(
         f"rank {rank} [{start}, {stop})" for rank, (start, stop) in enumerate(parts[:8])
     )
     raise ValueError(
-        f"vocab: the ranks' start and rows of weight must have each entry of [0, {shard.size}) "
+        f"vocab: the ranks' start and rows of weight must have each entry of [0, {size}) "
         f"once, got {shown}{', ...' if len(parts) > 8 else ''}"
     )
 
@@ -207,10 +213,17 @@ def local_states(**states: Any) -> tuple[Any, ...]:
     )
 
 
+def _is_everywhere(value: DTensor) -> bool:
+    """Whether every rank has all of it."""
+    from torch.distributed.tensor import Replicate
+
+    return all(isinstance(placement, Replicate) for placement in value.placements)
+
+
 def _replicated(name: str, value: DTensor) -> Tensor:
     from torch.distributed.tensor import Replicate
 
-    if not all(isinstance(placement, Replicate) for placement in value.placements):
+    if not _is_everywhere(value):
         raise TypeError(
             f"{name} must be a tensor, or a DTensor with placement Replicate, got a DTensor with "
             f"{value.placements}; {name}.full_tensor() gathers it"
@@ -233,7 +246,7 @@ def local_head(vocab: VocabShard | None, **parts: Any) -> tuple[VocabShard | Non
     (name_of_weight, weight), *_ = parts.items()
     if not is_dtensor(weight):
         return vocab, local_states(**parts)
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Shard
 
     if vocab is not None:
         raise ValueError(
@@ -241,7 +254,7 @@ def local_head(vocab: VocabShard | None, **parts: Any) -> tuple[VocabShard | Non
             "vocab None, or give the rank's rows as a plain tensor"
         )
     mesh, placements = weight.device_mesh, weight.placements
-    if all(isinstance(placement, Replicate) for placement in placements):
+    if _is_everywhere(weight):
         return None, local_states(**parts)
     # Not a subclass of Shard, which has its rows in another order.
     if len(placements) != 1 or type(placements[0]) is not Shard or placements[0].dim != 0:

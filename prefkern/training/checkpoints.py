@@ -55,6 +55,7 @@ from prefkern.training.saving import (
     WEIGHTS,
     SavingTrainer,
 )
+from prefkern.training.tensor_parallel import size_of
 from prefkern.training.unsaved import Fingerprints, save_fingerprints, warn_of_others
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,11 @@ class CheckpointTrainer(SavingTrainer):
 
         Raises CheckpointError for a checkpoint that is incomplete, damaged or of another model.
         """
+        if resume_from_checkpoint and size_of(self.model) > 1:
+            raise ValueError(
+                "resuming is not supported under tensor parallelism, whose checkpoints are of weights "
+                "alone: give the checkpoint's folder as the model to train its weights on"
+            )
         folder = Path(self.args.output_dir or ".")
         if self.args.should_save:
             take_places(folder)

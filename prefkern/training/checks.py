@@ -151,9 +151,15 @@ def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def check_batches(
-    dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
+    dataset: Any,
+    batch_size: int,
+    args: PreferenceConfig,
+    name: str,
+    ranks: int,
+    *,
+    trains: bool = False,
 ) -> None:
-    """Raise if a dataset is below one batch, or its last batches differ between ranks.
+    """Raise if a dataset is below one batch, or its last batches differ between `ranks` with own ones.
 
     With batches by tokens: if a pair does not fit into one.
     """
@@ -161,9 +167,9 @@ def check_batches(
         for each, part in named(dataset, name):
             check_budget(part, each, args.max_tokens_per_batch, args.share_prompt)
         return
-    across_ranks = batch_size * args.world_size
+    across_ranks = batch_size * ranks
     accelerator: Any = args.accelerator_config
-    is_uneven = args.world_size > 1 and not (args.dataloader_drop_last or accelerator.even_batches)
+    is_uneven = ranks > 1 and not (args.dataloader_drop_last or accelerator.even_batches)
     for each, part in named(dataset, name):
         if args.dataloader_drop_last and len(part) < across_ranks:
             raise ValueError(
@@ -176,6 +182,6 @@ def check_batches(
         if is_uneven and last and not (trains and last > across_ranks - batch_size):
             raise ValueError(
                 f"dataset {each!r} has {len(part)} pairs, which leave {last} for the last batches "
-                f"of {batch_size} on {args.world_size} processes; even_batches=False does not "
+                f"of {batch_size} on {ranks} processes; even_batches=False does not "
                 "support that: leave it out, or set dataloader_drop_last"
             )

@@ -8,7 +8,6 @@ are refused: see `options`, which has the checks.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -232,17 +231,16 @@ def refuse_dispatched_rows(args: Any) -> None:
 
 def refuse_split_sequences(args: Any) -> None:
     """Raise ValueError for context or sequence parallelism, by the arguments or the launcher."""
-    given = args.parallelism_config
-    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
-        from accelerate.parallelism_config import ParallelismConfig
+    from prefkern.training.launched import launched_parallelism
 
-        given = ParallelismConfig()
+    given = launched_parallelism(args)
     for name in ("cp_size", "sp_size"):
         size = getattr(given, name, 1)
         if size > 1:
             raise ValueError(
                 f"parallelism_config has {name}={size}: the trainers do not cut sequences over "
-                "ranks yet. A loop of your own can: prefkern.preference_outputs with "
+                "ranks yet. PreferenceTrainer spreads each batch by tensor parallelism "
+                f"(tp_size={size}). A loop of your own can: prefkern.preference_outputs with "
                 "FusedPreferenceLoss(objective, sequence_group=group)"
             )
 

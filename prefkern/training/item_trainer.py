@@ -29,7 +29,7 @@ from prefkern.models.heads import ONE_PROCESS_PER_GPU
 from prefkern.models.ties import own_ties, untie_originals
 from prefkern.training.checkpoints import CheckpointTrainer
 from prefkern.training.launched import warn_of_missing_processes
-from prefkern.training.sharding import is_sharded, mode_of, sharded
+from prefkern.training.sharding import is_sharded, sharded
 from prefkern.training.trainable import (
     check_optimizer,
     check_trainable,
@@ -37,7 +37,7 @@ from prefkern.training.trainable import (
     unreached,
 )
 from prefkern.training.unsaved import fingerprint
-from prefkern.training.zero import cast_added, configuration
+from prefkern.training.zero import cast_added, configuration, destroy, forward_engine
 
 
 class ItemTrainer(CheckpointTrainer):
@@ -116,16 +116,7 @@ class ItemTrainer(CheckpointTrainer):
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Trainer's loop, with means over items in place of its mean over batches.
-
-        Raises ValueError before training under DeepSpeed, which shards a model with its optimizer.
-        """
-        if self.is_deepspeed_enabled and self.deepspeed is None:
-            raise ValueError(
-                f"evaluation before training is not supported under {mode_of(self.args)}, which "
-                "shards the model when training begins: set eval_on_start, or evaluate on one "
-                "process or under DDP or FSDP2"
-            )
+        """Trainer's loop, with means over items in place of its mean over batches."""
         with self._sharded_by_now():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
@@ -135,12 +126,17 @@ class ItemTrainer(CheckpointTrainer):
 
     @contextmanager
     def _sharded_by_now(self) -> Iterator[None]:
-        """Before training under FSDP2, a sharded copy of the model in its place.
+        """Before training under FSDP2, a sharded copy of the model in its place; under DeepSpeed, an
+        engine around it.
 
         The model itself is sharded with its optimizer, when training begins: Accelerate shards them
         only together.
         """
         whole: Any = self.model
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            with self._in_engine(whole):
+                yield
+            return
         if not self.accelerator.is_fsdp2 or is_sharded(whole):
             yield
             return
@@ -152,6 +148,20 @@ class ItemTrainer(CheckpointTrainer):
         finally:
             self.accelerator._models.pop()
             self.model = whole
+
+    @contextmanager
+    def _in_engine(self, model: Any) -> Iterator[None]:
+        """Within the context DeepSpeed casts and shards a model for forwards alone."""
+        engine: Any = forward_engine(model, self.accelerator)
+        self.deepspeed = engine
+        # Trainer prepares a model, for evaluation, if there is none here.
+        self.accelerator._models.append(engine)
+        try:
+            yield
+        finally:
+            self.accelerator._models.pop()
+            self.deepspeed = None
+            destroy(engine)
 
     def _evaluated(self, predictions: Any) -> dict[str, float]:
         """The metrics of an evaluation, from what `prediction_step` returned for all items."""

@@ -1,4 +1,4 @@
-"""Warns where fewer processes train together than a launcher was asked for.
+"""What a launcher asked for; warns where fewer processes train together than a launcher was asked for.
 
 `accelerate launch --cpu --num_processes 2` starts one process, and so does `--num_processes 2` on a
 machine with one GPU. The number that was asked for reaches that process neither by its environment
@@ -11,10 +11,21 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _REMEDY = "torchrun --nproc-per-node N starts N processes that train together"
+
+
+def launched_parallelism(args: Any) -> Any:
+    """Accelerate's ParallelismConfig, by a run's arguments or its launcher; None without one."""
+    given = args.parallelism_config
+    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
+        from accelerate.parallelism_config import ParallelismConfig
+
+        return ParallelismConfig()
+    return given
 
 
 def warn_of_missing_processes(world_size: int) -> None:

@@ -26,6 +26,7 @@ from prefkern.objectives import DPO, KTO, Objective, UnpairedObjective
 from prefkern.training.cards import CardTrainer
 from prefkern.training.metrics import item_values, means, per_item
 from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
+from prefkern.training.tensor_parallel import shares_batches
 
 
 class ObjectiveTrainer(CardTrainer):
@@ -65,9 +66,6 @@ class ObjectiveTrainer(CardTrainer):
                 module.manual_seed(seed)  # pyright: ignore[reportCallIssue]
 
     def _refuse_unsupported_setups(self) -> None:
-        parallelism = getattr(self.accelerator, "parallelism_config", None)
-        if parallelism is not None and parallelism.non_data_parallel_size > 1:
-            raise ValueError("tensor parallelism is not supported yet in the trainers")
         needs_kls = getattr(self.loss_fn.objective, "needs_kls", False)
         will_shard = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if needs_kls and will_shard and not self.accelerator.is_fsdp2:
@@ -120,6 +118,8 @@ class ObjectiveTrainer(CardTrainer):
 
     def _gathered(self, values: Tensor) -> Tensor:  # (B, metrics, 2)
         """Values of all ranks' pairs, without the pairs that pad the ranks' last batch."""
+        if shares_batches(self.accelerator):
+            return values
         return self.accelerator.gather_for_metrics(values)  # pyright: ignore[reportReturnType]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

@@ -48,6 +48,7 @@ from prefkern.models.adapters import is_peft_model
 from prefkern.models.heads import unwrap
 from prefkern.models.transform import head_transform
 from prefkern.training.files import write_atomically
+from prefkern.training.tensor_parallel import shares_batches
 from prefkern.training.token_batches import TokenBatches, with_batches
 from prefkern.version import VERSION
 
@@ -304,9 +305,11 @@ def _scored(
         put_on_device=True,
         # Here every rank needs a last batch to gather, whatever training does with it.
         even_batches=True,
+        torch_device_mesh=accelerator.torch_device_mesh,
     )
     for batch in loader:
-        yield accelerator.gather_for_metrics(_by_pair(score(batch)))  # pyright: ignore[reportReturnType]
+        mine = _by_pair(score(batch))
+        yield mine if shares_batches(accelerator) else accelerator.gather_for_metrics(mine)  # pyright: ignore[reportReturnType]
 
 
 def _scored_by_tokens(
@@ -320,6 +323,9 @@ def _scored_by_tokens(
     loader = with_batches(DataLoader(rows, collate_fn=collate), batches, accelerator.device)
     for places, batch in zip(batches.rounds(), loader, strict=True):
         mine = _by_pair(score(batch))
+        if shares_batches(accelerator):
+            yield mine
+            continue
         most = max(map(len, places))
         padded = torch.zeros(most, 2, device=mine.device)
         padded[: len(mine)] = mine[:most]

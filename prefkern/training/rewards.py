@@ -63,6 +63,7 @@ from prefkern.training.config import (
 )
 from prefkern.training.item_trainer import ItemTrainer
 from prefkern.training.names import NamedArguments
+from prefkern.training.tensor_parallel import refuse_tensor_parallel
 from prefkern.training.zero import check_zero
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class RewardConfig(NamedArguments, TrainingArguments):
         self.save_strategy = self.eval_strategy
         self.save_steps = self.eval_steps or self.logging_steps
         refuse_split_sequences(self)
+        refuse_tensor_parallel(self)
         super().__post_init__()
         refuse_dispatched_rows(self)
 
@@ -204,6 +206,7 @@ class RewardTrainer(ItemTrainer):
         else:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         check_zero(args)
+        refuse_tensor_parallel(args, model)
         check_liger(args, args.device)
         apply_liger(args, model)
         # Not given to Trainer, which would replace the model's pad token by the tokenizer's.

@@ -25,6 +25,7 @@ from prefkern.data.collate import sequence_count
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.files import write_json
 from prefkern.training.objective_trainer import ObjectiveTrainer, add_to
+from prefkern.training.tensor_parallel import shares_batches
 from prefkern.training.token_batches import TokenBatches, pair_tokens, with_batches
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class TokenBatchTrainer(ObjectiveTrainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _gathered(self, values: Tensor) -> Tensor:  # (B, metrics, 2)
-        if self.args.max_tokens_per_batch is None:
+        if self.args.max_tokens_per_batch is None or shares_batches(self.accelerator):
             return super()._gathered(values)
         if self._repeats_last and self.accelerator.gradient_state.end_of_dataloader:
             values = torch.zeros_like(values)
@@ -136,10 +137,11 @@ class TokenBatchTrainer(ObjectiveTrainer):
         budget = self.args.max_tokens_per_batch
         if budget is None:
             return None
+        is_one = shares_batches(self.accelerator)
         return TokenBatches(
             pair_tokens(dataset, self.args.share_prompt),
             budget,
             seed=seed,
-            rank=self.args.process_index,
-            ranks=self.args.world_size,
+            rank=0 if is_one else self.args.process_index,
+            ranks=1 if is_one else self.args.world_size,
         )

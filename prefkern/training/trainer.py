@@ -94,6 +94,14 @@ from prefkern.training.names import NamedArguments
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.samples import ShowsSamples, check_samples
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
+from prefkern.training.tensor_parallel import (
+    check_summed_gradients,
+    check_tensor_parallel,
+    complete_adapter,
+    counting_batches_once,
+    size_of,
+    with_parallelism,
+)
 from prefkern.training.zero import check_zero, gather_whole, is_partitioned
 
 logger = logging.getLogger(__name__)
@@ -199,7 +207,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         check_liger(args, args.device)
         # Trainer seeds as well, but an adapter's initial weights are drawn before that.
         set_seed(args.seed)
-        init_kwargs: Any = args.model_init_kwargs or {}
+        own: Any = args.model_init_kwargs or {}
+        init_kwargs = with_parallelism(own, args, model)
+        given_reference = ref_model if ref_model is not None else args.ref_model_name_or_path
+        check_tensor_parallel(args, model, given_reference, peft_config, init_kwargs)
         # It is not known how a model that is given was loaded.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
         name = model if isinstance(model, str) else None
@@ -224,6 +235,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             gradient_checkpointing=args.gradient_checkpointing,
         )
         check_unmerged(model)
+        complete_adapter(model, None if peft_config is None else args.seed)
         find_head(model)
         base = unwrap(model)
         self._rows = embedding_rows(base)
@@ -240,12 +252,14 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         self._collates_otherwise = data_collator is not None
         self._check_positions(train_dataset, args, "train", base)
         self._check_positions(eval_dataset, args, "eval", base)
-        check_batches(train_dataset, args.train_batch_size, args, "train", trains=True)
-        check_batches(eval_dataset, args.eval_batch_size, args, "eval")
+        check_summed_gradients(model, args)
+        ranks = self._ranks_with_batches = args.world_size // size_of(model)
+        check_batches(train_dataset, args.train_batch_size, args, "train", ranks, trains=True)
+        check_batches(eval_dataset, args.eval_batch_size, args, "eval", ranks)
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums are not enough for distributions or for mismatched pairs.
         carried = self._objective_needs.sums_suffice and carry_sums(train_dataset, eval_dataset)
-        ref_model = ref_model if ref_model is not None else args.ref_model_name_or_path
+        ref_model = given_reference
         ref_name = ref_model if isinstance(ref_model, str) else None
         if isinstance(ref_model, str):
             ref_model = load_model(ref_model, {"dtype": model.dtype, **init_kwargs}, "ref_model")
@@ -414,9 +428,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             options["desirable"] = inputs["desirable"]
             options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
-        outputs = preference_outputs(
-            model, inputs, self.loss_fn, router_loss=self._router_loss, **options
-        )
+        with counting_batches_once(self.accelerator):
+            outputs = preference_outputs(
+                model, inputs, self.loss_fn, router_loss=self._router_loss, **options
+            )
         return outputs, outputs.loss
 
     def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
@@ -463,7 +478,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         for each, part in named(dataset, name):
             self._check_columns(part, self.args, each)
         dataset = self._tokenized(dataset, self.args, name)
-        check_batches(dataset, self.args.eval_batch_size, self.args, name)
+        ranks = self._ranks_with_batches
+        check_batches(dataset, self.args.eval_batch_size, self.args, name, ranks)
         if self._objective_needs.reference and not carry_sums(dataset):
             # The constructor did not check this if its datasets carried sums.
             model = self.accelerator.unwrap_model(self.model)
@@ -528,11 +544,12 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
 
     def _second_copy(self, model: Any, name: str | None, init_kwargs: Any) -> Any:
         """A copy of the model that is trained, to be its reference."""
-        if not is_partitioned(model):
+        holder = "ZeRO-3" if is_partitioned(model) else "tensor parallelism"
+        if not is_partitioned(model) and size_of(model) == 1:
             return copy.deepcopy(model)
         if name is None:
             raise ValueError(
-                "ZeRO-3 holds the weights of the model that was given, so that they cannot be copied "
+                f"{holder} holds the weights of the model that was given, so that they cannot be copied "
                 "for the reference: give the model by its name, pass ref_model, or set "
                 "precompute_ref_log_probs"
             )

@@ -36,7 +36,7 @@ from support.sequence_ranks import (
     tokens_of,
     truth,
 )
-from support.vocab_ranks import assert_bitwise
+from support.vocab_errors import assert_bitwise
 
 OTHERS = {
     2: ["disagreements", "not finite", "counted once"],

@@ -9,7 +9,8 @@ import torch
 
 import prefkern
 from prefkern import objectives
-from support.vocab_ranks import CASES, assert_exact, drawn, launch
+from support.vocab_errors import assert_exact
+from support.vocab_ranks import CASES, drawn, launch
 
 LOSSES = {name: case for name, case in CASES.items() if case.call not in ("logprobs", "kl")}
 
@@ -61,7 +62,19 @@ DISAGREE = {
         "ValueError: ref_weight has 83 rows and weight 50: with vocab both have the rows",
         "RuntimeError: rank 0 of vocab's group refused this call: ValueError: ref_weight has 83",
     ),
-    "nonfinite": ("NotImplementedError: on_nonfinite='raise' looks for the cause in",) * 2,
+    "nonfinite on one rank": (
+        "ValueError: on_nonfinite must be the same on all ranks of vocab's group",
+    )
+    * 2,
+    "a row that is not finite": (
+        "Every input of this rank is finite: another rank of vocab's group names what is not",
+        # The second rank's part begins at entry 50.
+        "weight: 1 of 33 vocabulary entries, the first is 53; an earlier optimiser step has",
+    ),
+    "a DTensor and vocab on one rank": (
+        "RuntimeError: rank 1 of vocab's group refused this call: ValueError: vocab was given, and",
+        "ValueError: vocab was given, and weight is a DTensor",
+    ),
 }
 
 

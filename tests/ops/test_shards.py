@@ -17,6 +17,7 @@ from prefkern.ops.agreement import checksum
 from prefkern_bench.measure import Meter
 from support.machine import DEVICE
 from support.ranks import group_of_one
+from support.vocab_errors import assert_as_accurate, assert_exact, joined
 from support.vocab_ranks import (
     CASES,
     REFERENCE,
@@ -25,12 +26,9 @@ from support.vocab_ranks import (
     TRITON,
     Seen,
     V,
-    assert_as_accurate,
-    assert_exact,
     cast,
     drawn,
     entries_of,
-    joined,
     launch,
     outcome,
 )
@@ -191,6 +189,21 @@ DISAGREE = {
     "a state in parts on one rank": (
         "RuntimeError: rank 1 of vocab's group refused this call: TypeError: hidden must be a tensor",
         "TypeError: hidden must be a tensor, or a DTensor with placement Replicate",
+    ),
+    "a DTensor and vocab on one rank": (
+        "RuntimeError: rank 1 of vocab's group refused this call: ValueError: vocab was given, and",
+        "ValueError: vocab was given, and weight is a DTensor",
+    ),
+    "columns on one rank": (
+        "RuntimeError: rank 1 of vocab's group refused this call: TypeError: weight must be a tensor",
+        "TypeError: weight must be a tensor, or a DTensor with placement Replicate, or with",
+    ),
+    **dict.fromkeys(
+        ("a bias everywhere on one rank", "a bias of a kl"),
+        (
+            "RuntimeError: rank 1 of vocab's group refused this call: TypeError: bias must be placed",
+            "TypeError: bias must be placed as weight is, (Shard(dim=0),)",
+        ),
     ),
 }
 

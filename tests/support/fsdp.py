@@ -51,8 +51,8 @@ VERSIONS = {
 }
 
 
-def fsdp_on_cpus() -> None:
-    """Let Accelerate shard over gloo ranks on a CPU; it takes FSDP from GPUs alone."""
+def taken_for_gpus() -> None:
+    """Let Accelerate spread a model over gloo ranks on a CPU; it does that on GPUs alone."""
     plain = accelerate.state.AcceleratorState.__init__
 
     def init(self, *args: Any, **kwargs: Any) -> None:
@@ -64,6 +64,11 @@ def fsdp_on_cpus() -> None:
         plain(self, *args, **kwargs)
 
     accelerate.state.AcceleratorState.__init__ = init
+
+
+def fsdp_on_cpus() -> None:
+    """Let Accelerate shard over gloo ranks on a CPU."""
+    taken_for_gpus()
     if os.environ["FSDP_VERSION"] == "1":
         # Accelerate hands over the device "cpu:0", which FSDP1 does not know.
         from torch.distributed.fsdp import FullyShardedDataParallel

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import prefkern
 from prefkern import objectives
-from support.logprobs import relative
 from support.machine import BACKENDS, DEVICE
 from support.ranks import outcomes
 
@@ -389,14 +388,19 @@ def _disagreements() -> dict[str, str]:
     far[1, 1] = V
     mesh = init_device_mesh(DEVICE, (2,))
     in_parts = DTensor.from_local(hidden, mesh, [Shard(0)], run_check=False)
+    rows, columns = (distribute_tensor(weight, mesh, [Shard(dim)]) for dim in (0, 1))
+    biases = [
+        distribute_tensor(tensors["bias"], mesh, [place]) for place in (Shard(0), Replicate())
+    ]
 
     def call(labels: Tensor = labels, part: slice = slice(start, stop), **change: Any) -> Any:
         given = {"hidden": hidden, "weight": weight[part], "vocab": shard_of(start)} | change
         return prefkern.linear_logprobs(labels=labels, **given)
 
-    def kl() -> Any:
-        part = weight[start:stop]
-        return prefkern.linear_kl(hidden, part, labels, hidden, part, vocab=shard_of(start))
+    def kl(**change: Any) -> Any:
+        given = {"weight": weight[start:stop], "vocab": shard_of(start)} | change
+        given["ref_weight"] = given["weight"]
+        return prefkern.linear_kl(hidden, labels=labels, ref_hidden=hidden, **given)
 
     return _messages(
         {
@@ -415,6 +419,14 @@ def _disagreements() -> dict[str, str]:
             ),
             "too many rows": lambda: call(part=slice(0, V)),
             "a state in parts on one rank": lambda: call(hidden=in_parts if rank else hidden),
+            "a DTensor and vocab on one rank": lambda: call(
+                weight=rows if rank else weight[start:stop]
+            ),
+            "a bias everywhere on one rank": lambda: call(
+                weight=rows, vocab=None, bias=biases[rank]
+            ),
+            "columns on one rank": lambda: call(weight=columns if rank else rows, vocab=None),
+            "a bias of a kl": lambda: kl(weight=rows, vocab=None, bias=biases[rank]),
         }
     )  # fmt: skip
 
@@ -424,6 +436,9 @@ def _losses() -> dict[str, str]:
     rank, tensors = dist.get_rank(), drawn(CASES["frozen"])
     hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
     start, stop = entries_of("uneven", rank, 2)
+    rows = distribute_tensor(weight, init_device_mesh(DEVICE, (2,)), [Shard(0)])
+    spoilt = weight[start:stop].clone()
+    spoilt[3] = torch.nan if rank else 0.0
 
     def loss(objective: str = "dpo", on_nonfinite: Any = None, **change: Any) -> Any:
         made = prefkern.FusedPreferenceLoss(objectives.build(objective), on_nonfinite=on_nonfinite)
@@ -437,7 +452,11 @@ def _losses() -> dict[str, str]:
             "other objectives": lambda: loss("ipo" if rank else "dpo"),
             "a wrong argument on one rank": lambda: loss(softcap=-1.0 if rank else None),
             "a whole reference": lambda: loss(ref_hidden=hidden, ref_weight=weight[:V - start]),
-            "nonfinite": lambda: loss(on_nonfinite="raise"),
+            "nonfinite on one rank": lambda: loss(on_nonfinite="raise" if rank else None),
+            "a row that is not finite": lambda: loss(on_nonfinite="raise", weight=spoilt),
+            "a DTensor and vocab on one rank": lambda: loss(
+                weight=rows if rank else weight[start:stop]
+            ),
         }
     )  # fmt: skip
 
@@ -542,56 +561,6 @@ def launch(folder: Path, ranks: int, names: list[str]) -> list[dict[str, Any]]:
         {name: Seen(**seen) if name in ALL else seen for name, seen in each.items()}
         for each in outcomes("vocab_ranks", folder, ranks, names)
     ]
-
-
-def joined(parts: list[Seen], name: str) -> Tensor:
-    """A gradient as one process has it: of the rows of all ranks, or of states, equal on all."""
-    gradients = [part.gradients[name] for part in parts]
-    if name in PARTS:
-        return torch.cat(gradients)
-    assert_bitwise(gradients)
-    return gradients[0]
-
-
-def assert_bitwise(values: list[Tensor]) -> None:
-    """Ranks have the same numbers; a NaN is the same as a NaN."""
-    for value in values:
-        torch.testing.assert_close(value, values[0], rtol=0, atol=0, equal_nan=True)
-
-
-def assert_exact(parts: list[Seen], case: Case) -> None:
-    """Values and gradients are those of one process, to float64's rounding; equal on all ranks."""
-    whole = outcome(case)
-    for name, value in whole.values.items():
-        mine = [part.values[name] for part in parts]
-        assert_bitwise(mine)
-        torch.testing.assert_close(mine[0], value, rtol=1e-12, atol=1e-12, equal_nan=True)
-    assert parts[0].gradients.keys() == whole.gradients.keys()
-    for name, gradient in whole.gradients.items():
-        mine = joined(parts, name)
-        assert torch.equal(mine.isfinite(), gradient.isfinite()), name
-        gradient, mine = gradient.nan_to_num(0, 0, 0), mine.nan_to_num(0, 0, 0)
-        # A gradient that cancels is not known better than its terms.
-        error = (mine - gradient).norm()
-        assert error <= 1e-12 * gradient.norm() + 1e-15, (name, error / gradient.norm())
-
-
-def assert_as_accurate(parts: list[Seen], case: Case) -> None:
-    """In a dtype that rounds the errors are those of one process, or a little more or less."""
-    one, truth = outcome(case), outcome(case, torch.float64)
-    for name, true in truth.values.items():
-        mine = [part.values[name] for part in parts]
-        assert_bitwise(mine)
-        if true.dtype == torch.bool:
-            assert torch.equal(mine[0], one.values[name])
-        else:
-            error, of_one = relative(mine[0], true), relative(one.values[name], true)
-            assert error <= 1.5 * of_one + 1e-7, (name, error, of_one)
-    for name, true in truth.gradients.items():
-        gradient = joined(parts, name)
-        assert gradient.dtype == one.gradients[name].dtype
-        error, of_one = relative(gradient, true), relative(one.gradients[name], true)
-        assert error <= 1.5 * of_one + 1e-7, (name, error, of_one)
 
 
 if __name__ == "__main__":

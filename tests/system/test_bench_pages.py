@@ -73,7 +73,10 @@ def test_the_page_of_sharded_training_is_of_its_record() -> None:
     result = json.loads(sharded.RESULT.read_text())
     assert sharded.PAGE.read_text() == sharded.page(result)
     assert sharded.misses(result) == []
-    assert {mode for row in result["rows"].values() for mode in row} == {*sharded.MODES}
+    assert {mode for row in result["rows"].values() for mode in row} == {
+        *sharded.MODES,
+        sharded.PARALLEL,
+    }
     result["rows"]["full, none"]["ZeRO-3"]["gradients"] = math.nan
     assert sharded.misses(result) == ["ZeRO-3, full, none: gradients nan"]
 
