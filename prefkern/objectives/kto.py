@@ -68,6 +68,8 @@ class UnpairedObjective(nn.Module):
     """An objective on single responses: `forward(Examples) -> ExampleLoss`."""
 
     needs_reference: bool = True
+    # How many sequences of a batch are one item.
+    responses: int = 1
     beta: float
 
     def forward(self, examples: Examples) -> ExampleLoss:

@@ -25,6 +25,7 @@ class Needs:
     reference: bool
     margins: bool
     distributions: bool  # of the reference, and not only its sums
+    gold: bool  # a third response to each prompt
 
     @property
     def sums_suffice(self) -> bool:
@@ -151,7 +152,13 @@ def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
 
 
 def check_batches(
-    dataset: Any, batch_size: int, args: PreferenceConfig, name: str, *, trains: bool = False
+    dataset: Any,
+    batch_size: int,
+    args: PreferenceConfig,
+    name: str,
+    *,
+    gold: bool,
+    trains: bool = False,
 ) -> None:
     """Raise if a dataset is below one batch, or its last batches differ between ranks.
 
@@ -159,7 +166,7 @@ def check_batches(
     """
     if args.max_tokens_per_batch is not None:
         for each, part in named(dataset, name):
-            check_budget(part, each, args.max_tokens_per_batch, args.share_prompt)
+            check_budget(part, each, args.max_tokens_per_batch, args.share_prompt, gold)
         return
     across_ranks = batch_size * args.world_size
     accelerator: Any = args.accelerator_config

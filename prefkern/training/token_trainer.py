@@ -88,7 +88,10 @@ class TokenBatchTrainer(ObjectiveTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.args.max_tokens_per_batch is not None:
             row = inputs["input_ids"]
-            counts = {"tokens": row.numel(), "pairs": sequence_count(inputs) / 2}
+            counts = {
+                "tokens": row.numel(),
+                "pairs": sequence_count(inputs) / self._sequences_an_item,
+            }
             for name, count in counts.items():
                 total = torch.tensor([count, 1.0], device=row.device)
                 add_to(self._train_sums, f"batch/{name}", total)
@@ -137,7 +140,7 @@ class TokenBatchTrainer(ObjectiveTrainer):
         if budget is None:
             return None
         return TokenBatches(
-            pair_tokens(dataset, self.args.share_prompt),
+            pair_tokens(dataset, self.args.share_prompt, self._sequences_an_item == 3),
             budget,
             seed=seed,
             rank=self.args.process_index,

@@ -69,7 +69,7 @@ def test_what_has_a_kernel():
     """Named one by one, so that no objective drops out of the tests unnoticed."""
     assert {case.objective for case in KERNEL_CASES.values()} == {
         "dpo", "lndpo", "robust", "hinge", "ipo", "rdpo", "exo", "discopop", "nca", "sppo", "apozero",
-        "apodown", "cpo", "orpo", "simpo", "sft", "alphadpo", "madpo", "omnidpo", "nll",
+        "apodown", "cpo", "orpo", "simpo", "sft", "tpo", "alphadpo", "madpo", "omnidpo", "nll",
     }  # fmt: skip
     nlls = {name for name in KERNEL_CASES if name.startswith("nll: ")}
     inner = ("dpo", "dpo: adaptive", "cpo", "cpo: adaptive", "alphadpo")

@@ -112,6 +112,8 @@ def random_pairs(B=16, spread=20.0, dtype=torch.float64, seed=0) -> Pairs:
         lengths[0],
         lengths[1],
         torch.randn(B, generator=generator, dtype=torch.float64),
+        gold_logps=ref_chosen.to(dtype),
+        gold_lengths=lengths[1],
     )
 
 
