@@ -99,7 +99,7 @@ class Twin:
 
 def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **options: Any) -> Run:
     """Train and evaluate a tiny model; `names` go to the trainer, other options to its config."""
-    names = ("ref_model", "peft_config", "objective", "processing_class")
+    names = ("ref_model", "peft_config", "objective", "adaptive", "processing_class")
     names = (*names, "train_dataset", "eval_dataset")
     given: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     defaults: dict[str, Any] = {

@@ -235,19 +235,26 @@ def preference_loss(
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1).detach()
         per_token = _divergence(log_p, log_r)
         kls = sequence_sums(torch.where(scored, per_token, 0.0))
-    given = (ref_logps, lengths, reward_margins, alignments, kls, whole)
+    given = (ref_logps, lengths, reward_margins, alignments, kls)
     if torch.is_inference_mode_enabled():
         # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
         with torch.inference_mode(False):
-            sums = sums.clone()
+            sums, whole = sums.clone(), None if whole is None else whole.clone()
             given = tuple(None if value is None else value.clone() for value in given)
     with torch.inference_mode(False), torch.enable_grad():
-        tracked = sums if sums.requires_grad else sums.detach().requires_grad_()
-        pairs = Pairs.of_sequences(tracked, *given, responses=responses)
+        # With `ld_alpha` a token of weight 1 is in two sums of its response.
+        tracked = [
+            x if x.requires_grad else x.detach().requires_grad_()
+            for x in (sums, whole)
+            if x is not None
+        ]
+        pairs = Pairs.of_sequences(tracked[0], *given, *tracked[1:], responses=responses)
         result = objective(pairs)
-        (gradients,) = torch.autograd.grad(
-            result.losses.sum(), tracked, retain_graph=True, materialize_grads=True
-        )
+        gradients = torch.stack(
+            torch.autograd.grad(
+                result.losses.sum(), tracked, retain_graph=True, materialize_grads=True
+            )
+        ).sum(0)
     losses = result.losses if sums.requires_grad else result.losses.detach()
     chosen, rejected, *gold = sums.chunk(responses)
     chosen_lengths, rejected_lengths, *gold_lengths = lengths.chunk(responses)

@@ -64,7 +64,7 @@ class _Sorted(Contrastive):
         return PairLoss(*(value.to(dtype) for value in self._terms(wide)))
 
     def _terms(self, pairs: Pairs) -> PairLoss:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define _terms(pairs)")
 
     def _everyone(self, values: Tensor) -> tuple[Tensor, slice]:  # (B, ...)
         """The values of all ranks, and where this rank's lie among them."""
