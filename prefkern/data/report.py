@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from prefkern.data.columns import GOLD
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -154,7 +156,9 @@ class DatasetReport:
 
     @property
     def _caption(self) -> str:
-        longer = "the longest response" if self.unit == "pairs" else "response"
+        longer = "the longer response" if self.unit == "pairs" else "response"
+        if GOLD in self.lengths:
+            longer = "the longest response"
         bound = "" if self.max_length is None else f"; max_length is {self.max_length:,}"
         return f"prompt and {longer}, tokens before truncation{bound}"
 

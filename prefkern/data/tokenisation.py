@@ -214,7 +214,7 @@ def _with_tokens(
     bounds: _Bounds,
     num_proc: int | None,
     name: str,
-    names: tuple[str, ...],
+    names: tuple[str, ...] = ("chosen", "rejected"),
 ) -> datasets.Dataset:
     """Adds the token columns of pairs and the columns `_MARKS`; keeps every row."""
     columns = dataset.column_names

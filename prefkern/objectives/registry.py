@@ -81,7 +81,7 @@ ELSEWHERE = {
     "cdpo": "here it is 'dpo' with label_smoothing",
     "kto_pair": "'kto' also takes pairs, whose two responses count one by one",
     "slic": "'hinge' is that loss with a reference, as in TRL",
-    "tpo-l": "here it is 'tpo' with loss_type='tpo-l'",
+    "tpo-l": "here it is 'tpo' with that loss_type",
     "tdpo": "here it is 'tdpo1' or 'tdpo2'",
     "wpo": "here it is use_weighting, an option of every pairwise objective",
     "rpo": "here it is rpo_alpha, an option of every pairwise objective",
