@@ -301,8 +301,8 @@ head's product.
 ## TRL's trainers and their twins
 
 TRL's trainer and its twin get the same model and the same pairs in the same order. The twin is
-`DPOTrainer` of `prefkern.integrations.trl` with TRL's own arguments, or TRL's own trainer after
-`fuse_head`. "DPO: ipo" is TRL's `loss_type` of that name; "several" is `sigmoid`, `bco_pair` and
+`DPOTrainer` or `TPOTrainer` of `prefkern.integrations.trl` with TRL's own arguments, or TRL's own trainer
+after `fuse_head`. "DPO: ipo" is TRL's `loss_type` of that name; "several" is `sigmoid`, `bco_pair` and
 `sft` with weights. Both run 6 steps of AdamW in float32. The difference of a gradient is relative to its
 largest entry. {made(twins)}
 

@@ -39,8 +39,10 @@ from trl import DPOConfig
 from trl import DPOTrainer as PlainDPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.tpo import TPOConfig
+from trl.experimental.tpo import TPOTrainer as PlainTPOTrainer
 
-from prefkern.integrations.trl import DPOTrainer, fuse_head
+from prefkern.integrations.trl import DPOTrainer, TPOTrainer, fuse_head
 from prefkern_bench import environment
 from support import tiny
 
@@ -97,7 +99,7 @@ class Twin:
 
 def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **options: Any) -> Run:
     """Train and evaluate a tiny model; `names` go to the trainer, other options to its config."""
-    names = ("ref_model", "peft_config", "objective", "processing_class")
+    names = ("ref_model", "peft_config", "objective", "adaptive", "processing_class")
     names = (*names, "train_dataset", "eval_dataset")
     given: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     defaults: dict[str, Any] = {
@@ -177,6 +179,15 @@ def fused(name: str, kind: type, make_config: Callable[..., Any], **options: Any
     return compare(name, run(kind, make_config, **options), run(kind, make_config, True, **options))
 
 
+def tpo(name: str, **options: Any) -> Twin:
+    def each(kind: type) -> Run:
+        data = {"train_dataset": tiny.triple_dataset(PAIRS)}
+        data["eval_dataset"] = tiny.triple_dataset(8, seed=3)
+        return run(kind, TPOConfig, **data, **WHOLE, **options)
+
+    return compare(name, each(PlainTPOTrainer), each(TPOTrainer))
+
+
 def lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False)
 
@@ -208,6 +219,15 @@ LOSSES: dict[str, dict[str, Any]] = {
     },
 }
 
+# TRL's losses of TPO.
+TPO_LOSSES: dict[str, dict[str, Any]] = {
+    "TPO": {"beta": 0.1, "label_smoothing": 0.1},
+    "TPO: hinge": {"loss_type": "hinge", "beta": 0.1},
+    "TPO: ipo": {"loss_type": "ipo", "beta": 0.5, "tpo_alpha": 0.5},
+    "TPO: tpo-l": {"loss_type": "tpo-l", "beta": 2.0, "tpo_l_gamma": 0.8},
+    "TPO, no gold response": {"tpo_alpha": 0.0, "beta": 0.1},
+}
+
 # One batch in each log, so that metrics over tokens can be compared too.
 WHOLE = {
     "per_device_train_batch_size": 4,
@@ -225,6 +245,7 @@ CASES: dict[str, Callable[[], Twin]] = {
     "CPO": lambda: fused("CPO", CPOTrainer, CPOConfig),
     "SimPO": lambda: fused("SimPO", CPOTrainer, CPOConfig, loss_type="simpo", cpo_alpha=0.0),
     "ORPO": lambda: fused("ORPO", ORPOTrainer, ORPOConfig),
+    **{name: functools.partial(tpo, name, **options) for name, options in TPO_LOSSES.items()},
 }
 
 

@@ -138,7 +138,7 @@ def preference_loss(
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
     plain.boolean("return_stats", return_stats)
-    sequences = loss_checks.bounds(labels, cu_seqlens, isinstance(objective, Objective))
+    sequences = loss_checks.bounds(labels, cu_seqlens, objective.responses)
     count = len(sequences) - 1
     loss_checks.ld_alpha(ld_alpha, objective)
     loss_checks.reference(
@@ -177,7 +177,13 @@ def preference_loss(
     )
     assert isinstance(stats, TokenStats)
     lengths = sequence_sums(scored.long())
-    shared = torch.minimum(*lengths.chunk(2)).repeat(2) if ld_alpha is not None else None
+    responses = objective.responses
+    shared = None
+    if ld_alpha is not None:
+        # A gold response has no tokens beyond.
+        of_pair = list(lengths.chunk(responses))
+        of_pair[:2] = [torch.minimum(*of_pair[:2])] * 2
+        shared = torch.cat(of_pair)
 
     def discounted(logps: Tensor) -> Tensor:  # (tokens) or (2B, T) -> (2B,)
         """Sums in which tokens beyond the shorter response's length weigh ld_alpha (LD-DPO)."""
@@ -199,6 +205,8 @@ def preference_loss(
                     ref_hidden, ref_weight, labels, ref_bias, ignore_index=ignore_index, **transform
                 )  # pyright: ignore[reportArgumentType]
             )
+    if ref_logps is not None:
+        ref_logps = ref_logps[: loss_checks.reference_sums(count, responses)]
     if isinstance(objective, UnpairedObjective):
         assert ref_logps is not None and desirable is not None
         assert mismatched_log_ratios is not None
@@ -227,22 +235,29 @@ def preference_loss(
         log_r = logits(ref_hidden, ref_weight, ref_bias, **transform).log_softmax(-1).detach()
         per_token = _divergence(log_p, log_r)
         kls = sequence_sums(torch.where(scored, per_token, 0.0))
-    given = (ref_logps, lengths, reward_margins, alignments, kls, whole)
+    given = (ref_logps, lengths, reward_margins, alignments, kls)
     if torch.is_inference_mode_enabled():
         # Tensors made in inference mode cannot be differentiated, the objective's inputs included.
         with torch.inference_mode(False):
-            sums = sums.clone()
+            sums, whole = sums.clone(), None if whole is None else whole.clone()
             given = tuple(None if value is None else value.clone() for value in given)
     with torch.inference_mode(False), torch.enable_grad():
-        tracked = sums if sums.requires_grad else sums.detach().requires_grad_()
-        pairs = Pairs.of_sequences(tracked, *given)
+        # With `ld_alpha` a token of weight 1 is in two sums of its response.
+        tracked = [
+            x if x.requires_grad else x.detach().requires_grad_()
+            for x in (sums, whole)
+            if x is not None
+        ]
+        pairs = Pairs.of_sequences(tracked[0], *given, *tracked[1:], responses=responses)
         result = objective(pairs)
-        (gradients,) = torch.autograd.grad(
-            result.losses.sum(), tracked, retain_graph=True, materialize_grads=True
-        )
+        gradients = torch.stack(
+            torch.autograd.grad(
+                result.losses.sum(), tracked, retain_graph=True, materialize_grads=True
+            )
+        ).sum(0)
     losses = result.losses if sums.requires_grad else result.losses.detach()
-    chosen, rejected = sums.chunk(2)
-    chosen_lengths, rejected_lengths = lengths.chunk(2)
+    chosen, rejected, *gold = sums.chunk(responses)
+    chosen_lengths, rejected_lengths, *gold_lengths = lengths.chunk(responses)
     return PreferenceOutput(
         loss=losses.mean(),
         losses=losses,
@@ -256,8 +271,10 @@ def preference_loss(
         rejected_lengths=rejected_lengths,
         beta_chosen=result.beta_chosen,
         beta_rejected=result.beta_rejected,
-        chosen_gradients=gradients.chunk(2)[0],
-        rejected_gradients=gradients.chunk(2)[1],
+        chosen_gradients=gradients.chunk(responses)[0],
+        rejected_gradients=gradients.chunk(responses)[1],
+        gold_logps=gold[0] if gold else None,
+        gold_lengths=gold_lengths[0] if gold_lengths else None,
         metrics=objective.metrics(pairs, result),
         token_stats=stats if return_stats else None,
     )

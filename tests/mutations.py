@@ -959,8 +959,8 @@ MUTATIONS = (
     Mutation(
         "a prompt that is too long loses its end",
         "prefkern/data/truncation.py",
-        "prompt = prompt[-room:]",
-        "prompt = prompt[:room]",
+        "prompt = prompt[-max(max_length - longest, 1) :]",
+        "prompt = prompt[: max(max_length - longest, 1)]",
         "tests/data/test_data.py -k truncation",
     ),
     # What people have: frozen weights, adapters, rows, arguments.
@@ -1143,8 +1143,8 @@ MUTATIONS = (
     Mutation(
         "the loss ignores its workspace",
         "prefkern/loss/fused.py",
-        "workspace_mb = call.resolve_workspace(self.workspace_mb, hidden.device)",
-        "workspace_mb = call.resolve_workspace(None, hidden.device)",
+        "workspace_mb = call.resolve_workspace(self.workspace_mb, given.hidden.device)",
+        "workspace_mb = call.resolve_workspace(None, given.hidden.device)",
         "tests/ops/test_memory.py -k tile_of_forward",
     ),
     Mutation(
@@ -1414,16 +1414,44 @@ MUTATIONS = (
     Mutation(
         "tokens beyond the shorter response have the gradient of those within",
         "prefkern/ops/sequences.py",
-        "ctx.alpha * weighed + whole",
-        "weighed + whole",
+        "alpha * weighed + whole]",
+        "weighed + whole]",
         "tests/loss/test_ld_alpha.py -k 'gradcheck or logits'",
     ),
     Mutation(
         "the reference's sums have weights of their own",
         "prefkern/loss/pairwise.py",
-        'sums_of(values["ref_logps"], offsets, ld_alpha)',
-        'sums_of(values["ref_logps"], offsets, None)',
+        'sums_of(values["ref_logps"], offsets, responses, ld_alpha)',
+        'sums_of(values["ref_logps"], offsets, responses, None)',
         "tests/loss/test_ld_alpha.py -k logits",
+    ),
+    Mutation(
+        "the pair kernel weighs a chosen response's tokens alike, wherever they are",
+        "kernels/prefkern_kernels/pair.py",
+        "sum_w = (first_w + times(rest_w, ld_alpha)).to(tl.float32)",
+        "sum_w = (first_w + rest_w).to(tl.float32)",
+        "tests/kernels/test_pair_kernel.py -k 'beyond_the_shorter and dpo'",
+    ),
+    Mutation(
+        "beside the pair kernel a gold response has no term",
+        "prefkern/loss/pairwise.py",
+        "losses = losses + of_gold",
+        "losses = losses + 0.0 * of_gold",
+        "tests/loss/test_gold.py -k 'every_path and triton'",
+    ),
+    Mutation(
+        "a gold response's NLL is not per token",
+        "prefkern/objectives/tpo.py",
+        "means = logps / lengths.clamp(min=1)",
+        "means = logps",
+        "tests/objectives/test_tpo.py -k gold_log_probs",
+    ),
+    Mutation(
+        "gold tokens count as rejected ones in the log",
+        "prefkern/training/metrics.py",
+        "is_rejected = (row >= pairs) & (row < 2 * pairs)",
+        "is_rejected = row >= pairs",
+        "tests/integrations/test_trl_tpo.py -k runs_are_trls",
     ),
     Mutation(
         "the cache of reference sums does not know ld_alpha",

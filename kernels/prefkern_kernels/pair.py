@@ -16,7 +16,9 @@ to the gradient, and where margin and weight are, too,
     d loss / d L_w = weight (d link / d a) beta_chosen ds_w/dL_w - nll_weight / n_w
     d loss / d L_l = weight (d link / d b) beta_rejected ds_l/dL_l
 
-This is one number a sequence, the same for every token. The kernel is the twin of
+This is one number a sequence, the same for every token. With `ld_alpha` (LD-DPO) tokens beyond the
+length of a pair's shorter response weigh less in L, and not in the NLL term, which is of all tokens:
+a token's gradient is then `weight d loss / d L + d loss / d whole`. The kernel is the twin of
 `prefkern.objectives.Contrastive`, whose declarations are its options. Tests compare the two.
 `pair_links` has the scores and the links.
 """
@@ -46,6 +48,9 @@ class PairLossOutput(NamedTuple):
     beta_rejected: torch.Tensor  # (B,) float32
     rewards: torch.Tensor  # (S,) float32, coefficient times score
     coefficients: torch.Tensor  # (S,) float32, d losses / d sums
+    # With ld_alpha, the sums of all tokens with a weight of 1, and d losses / d whole; else None.
+    whole: torch.Tensor | None  # (S,) float32
+    whole_coefficients: torch.Tensor | None  # (S,) float32
 
 
 class MarginWeight(TypedDict):
@@ -72,12 +77,12 @@ class FocalWeight(TypedDict):
 
 @triton.jit
 def _sum_run(logps_ptr, begin, end, BLOCK_T: tl.constexpr):
-    """The sum of logps[begin:end], added in float64 and rounded once: no order shows."""
+    """The sum of logps[begin:end] in float64, to be rounded once: no order shows."""
     total = tl.zeros((BLOCK_T,), tl.float64)
     for block in range(0, (end - begin).to(tl.int32), BLOCK_T):
         offsets = begin + block + tl.arange(0, BLOCK_T)
         total += tl.load(logps_ptr + offsets, mask=offsets < end, other=0.0).to(tl.float64)
-    return tl.sum(total, axis=0).to(tl.float32)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -95,6 +100,8 @@ def _pair_loss_kernel(
     beta_rejected_ptr,
     rewards_ptr,
     coefficients_ptr,
+    whole_ptr,
+    whole_coefficients_ptr,
     n_pairs,
     beta,
     shape,
@@ -121,6 +128,7 @@ def _pair_loss_kernel(
     eta,
     gamma,
     max_margin,
+    ld_alpha,
     SCORE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     LINK: tl.constexpr,
@@ -137,6 +145,7 @@ def _pair_loss_kernel(
     DAMPS: tl.constexpr,
     HAS_FOCAL: tl.constexpr,
     NLL_BELOW_REFERENCE: tl.constexpr,
+    HAS_LD: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """One pair."""
@@ -146,8 +155,21 @@ def _pair_loss_kernel(
     end_w = tl.load(offsets_ptr + chosen + 1)
     begin_l = tl.load(offsets_ptr + rejected)
     end_l = tl.load(offsets_ptr + rejected + 1)
-    sum_w = _sum_run(logps_ptr, begin_w, end_w, BLOCK_T)
-    sum_l = _sum_run(logps_ptr, begin_l, end_l, BLOCK_T)
+    if HAS_LD:
+        shared = tl.minimum(end_w - begin_w, end_l - begin_l)
+        first_w = _sum_run(logps_ptr, begin_w, begin_w + shared, BLOCK_T)
+        first_l = _sum_run(logps_ptr, begin_l, begin_l + shared, BLOCK_T)
+        rest_w = _sum_run(logps_ptr, begin_w + shared, end_w, BLOCK_T)
+        rest_l = _sum_run(logps_ptr, begin_l + shared, end_l, BLOCK_T)
+        sum_w = (first_w + times(rest_w, ld_alpha)).to(tl.float32)
+        sum_l = (first_l + times(rest_l, ld_alpha)).to(tl.float32)
+        whole_w = (first_w + rest_w).to(tl.float32)
+        whole_l = (first_l + rest_l).to(tl.float32)
+    else:
+        sum_w = _sum_run(logps_ptr, begin_w, end_w, BLOCK_T).to(tl.float32)
+        sum_l = _sum_run(logps_ptr, begin_l, end_l, BLOCK_T).to(tl.float32)
+        whole_w = sum_w
+        whole_l = sum_l
     # An empty response has a log-prob of 0, also after the division.
     n_w = tl.maximum((end_w - begin_w).to(tl.float32), 1.0)
     n_l = tl.maximum((end_l - begin_l).to(tl.float32), 1.0)
@@ -242,7 +264,7 @@ def _pair_loss_kernel(
     if NLL_BELOW_REFERENCE:
         nll = tl.where(sum_w >= ref_w, 0.0, nll_weight)
 
-    tl.store(losses_ptr + chosen, loss - times(sum_w / n_w, nll))
+    tl.store(losses_ptr + chosen, loss - times(whole_w / n_w, nll))
     tl.store(sums_ptr + chosen, sum_w)
     tl.store(sums_ptr + rejected, sum_l)
     tl.store(lengths_ptr + chosen, end_w - begin_w)
@@ -260,7 +282,14 @@ def _pair_loss_kernel(
         else:
             push_w -= dchosen * held_back
             push_l -= drejected * held_back
-    tl.store(coefficients_ptr + chosen, push_w + (push - nll) / n_w)
+    of_nll = -nll / n_w
+    if HAS_LD:
+        tl.store(whole_ptr + chosen, whole_w)
+        tl.store(whole_ptr + rejected, whole_l)
+        tl.store(whole_coefficients_ptr + chosen, of_nll)
+        tl.store(whole_coefficients_ptr + rejected, 0.0)
+        of_nll = 0.0
+    tl.store(coefficients_ptr + chosen, push_w + push / n_w + of_nll)
     tl.store(coefficients_ptr + rejected, push_l - push / n_l)
 
 
@@ -295,6 +324,7 @@ def pair_loss(
     margin_weight: MarginWeight | None = None,
     focal_weight: FocalWeight | None = None,
     nll_below_reference: bool = False,  # an NLL term only where L_w < R_w
+    ld_alpha: float | None = None,  # weight of tokens beyond the shorter response's length
 ) -> PairLossOutput:
     """Loss, coefficients and gradients of B pairs; one launch."""
     n_sequences = offsets.shape[0] - 1
@@ -311,6 +341,8 @@ def pair_loss(
         beta_rejected=empty(n_pairs),
         rewards=empty(n_sequences),
         coefficients=empty(n_sequences),
+        whole=None if ld_alpha is None else empty(n_sequences),
+        whole_coefficients=None if ld_alpha is None else empty(n_sequences),
     )
     alpha_chosen, alpha_rejected = exponents or (0.0, 0.0)
     gap_policy, gap_reference = gap or (0.0, 0.0)
@@ -364,6 +396,7 @@ def pair_loss(
             float(focal["eta"]),
             float(focal["gamma"]),
             float(focal["max_margin"]),
+            float(ld_alpha or 0.0),
             SCORE=score,
             DIVERGENCE=divergence,
             LINK=link,
@@ -380,6 +413,7 @@ def pair_loss(
             DAMPS=weight["damps"],
             HAS_FOCAL=focal_weight is not None,
             NLL_BELOW_REFERENCE=nll_below_reference,
+            HAS_LD=ld_alpha is not None,
             BLOCK_T=1024,
             num_warps=4,
         )

@@ -107,7 +107,8 @@ def _metrics(trainer: PreferenceTrainer) -> list[str]:
 
     objective = copy.deepcopy(trainer.loss_fn.objective)
     needs = trainer._objective_needs
-    hidden, weight = torch.ones(4, 2, 3), torch.ones(5, 3)
+    rows = 2 * objective.responses if needs.paired else 4
+    hidden, weight = torch.ones(rows, 2, 3), torch.ones(5, 3)
     options: dict[str, Any] = {"return_stats": trainer.args.token_metrics}
     if needs.distributions:
         options |= {"ref_hidden": hidden, "ref_weight": weight}
@@ -120,7 +121,7 @@ def _metrics(trainer: PreferenceTrainer) -> list[str]:
         options["mismatched_log_ratios"] = torch.zeros(4)
     loss_fn = FusedPreferenceLoss(objective, backend="torch").eval()
     with torch.no_grad():
-        out = loss_fn(hidden, weight, torch.ones(4, 2, dtype=torch.int64), **options)
+        out = loss_fn(hidden, weight, torch.ones(rows, 2, dtype=torch.int64), **options)
     values = {"loss": per_item(out.losses), **item_values(out, objective)}
     # `means` omits a mean over no items. Real batches may have items there, so both names count.
     return sorted({*values, *means({name: value.sum(0) for name, value in values.items()})})

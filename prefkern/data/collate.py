@@ -1,6 +1,7 @@
 """Collators: tokenised rows to batches, padded on the right or packed into one row.
 
-A batch of pairs has 2B rows: B chosen, then their B rejected. A batch of single responses (KTO) has
+A batch of pairs has 2B rows: B chosen, then their B rejected. With a third response to each prompt
+(TPO's gold one) it has 3B: the gold ones come last. A batch of single responses (KTO) has
 S rows. Beside them it has the prompts of the batch with responses to other prompts; KTO estimates
 its reference point from these.
 
@@ -10,10 +11,9 @@ inputs.
 
 A packed batch of pairs may hold each prompt once (`share_prompt`):
 
-    [p1 c1 p2 c2 ... | t1 r1 t2 r2 ...]
+    [p1 c1 p2 c2 ... | t1 r1 t2 r2 ...]     and, with gold responses, ... | t1 g1 t2 g2 ...]
 
-t is the last token of the prompt again, which predicts the first token of the rejected response r.
-So every token has one label, and `cu_seqlens` and `labels` are as in other packed batches.
+t is the last token of the prompt again, which predicts the first token of the response r or g. So every token has one label, and `cu_seqlens` and `labels` are as in other packed batches.
 `prefixes` says which earlier tokens a sequence sees: `t1 r1` sees p1 without its last token.
 
 Only responses have labels; the labels of the prompt and of the padding are -100. Labels are not
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.data.columns import REFERENCE_COLUMNS
+from prefkern.data.columns import GOLD_IDS, REFERENCE_COLUMNS
 from prefkern.data.truncation import truncate
 from prefkern.models.scoring import IGNORE_INDEX
 
@@ -46,6 +46,8 @@ class PreferenceCollator:
         padding_free: pack into one row without padding; the two arguments above have no effect
             then.
         share_prompt: hold a pair's prompt once in the row; needs `padding_free`.
+        gold: B rows of gold responses (`reference_ids`) come after the 2B others, and 2B below is
+            3B, except of `ref_logps`.
 
     A batch holds `input_ids`, `attention_mask`, `labels` ([2B, T] int64; the prompt's and padding's
     labels are -100) and, where the dataset has them, `ref_logps` ([2B] float32) and
@@ -58,6 +60,7 @@ class PreferenceCollator:
     pad_to_multiple_of: int | None = None
     padding_free: bool = False
     share_prompt: bool = False
+    gold: bool = False
 
     def __post_init__(self) -> None:
         if self.share_prompt and not self.padding_free:
@@ -65,14 +68,12 @@ class PreferenceCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [list(example["prompt_ids"]) for example in examples]
-        chosen, rejected = (
-            [list(example[column]) for example in examples]
-            for column in ("chosen_ids", "rejected_ids")
-        )
+        columns = ("chosen_ids", "rejected_ids", *([GOLD_IDS] if self.gold else []))
+        responses = [list(example[column]) for column in columns for example in examples]
         if self.share_prompt:
-            batch = _shared(prompts, chosen, rejected)
+            batch = _shared(prompts, responses)
         else:
-            batch = _batch(self, prompts * 2, chosen + rejected)
+            batch = _batch(self, prompts * len(columns), responses)
         if all(column in examples[0] for column in REFERENCE_COLUMNS):
             batch["ref_logps"] = torch.tensor(
                 [example[column] for column in REFERENCE_COLUMNS for example in examples],
@@ -166,16 +167,15 @@ def _packed(prompts: list[list[int]], responses: list[list[int]]) -> dict[str, T
     }
 
 
-def _shared(
-    prompts: list[list[int]], chosen: list[list[int]], rejected: list[list[int]]
-) -> dict[str, Tensor]:
-    """A packed row in which each rejected response follows on the last token of its prompt."""
-    batch = _packed(prompts + [prompt[-1:] for prompt in prompts], chosen + rejected)
+def _shared(prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Tensor]:
+    """A packed row in which each response but the chosen one follows on the prompt's last token."""
+    others = len(responses) // max(len(prompts), 1) - 1
+    batch = _packed(prompts + [prompt[-1:] for prompt in prompts] * others, responses)
     starts = batch["cu_seqlens"].tolist()
     prefixes = [(0, 0)] * len(prompts)
     prefixes += [
         (start, max(len(prompt) - 1, 0)) for start, prompt in zip(starts, prompts, strict=False)
-    ]
+    ] * others
     return {**batch, "prefixes": torch.tensor(prefixes, dtype=torch.int32).view(-1, 2)}
 
 

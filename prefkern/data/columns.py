@@ -19,9 +19,11 @@ TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
 MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
-ID_COLUMNS = (*TOKEN_COLUMNS, EXAMPLE_COLUMNS[1])
+# TRL's names of a third, gold response to the prompt (TPO), as text and as tokens.
+GOLD, GOLD_IDS = "reference", "reference_ids"
+ID_COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, EXAMPLE_COLUMNS[1])
 # The columns that the collators read; all others are dropped.
-COLUMNS = (*TOKEN_COLUMNS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
+COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
 # The column of system messages, once `renamed` was asked for it: a row is then a conversation.
 SYSTEM = "_system"
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", SYSTEM)
@@ -41,7 +43,7 @@ _SYSTEMS = ("system", "system_prompt")
 _BEFORE = (*_SYSTEMS, "instruction", "input", "history", "context")
 # What `columns` may name.
 _RENAMED = (
-    *("prompt", "chosen", "rejected", "completion", "label", "system", "tools"),
+    *("prompt", "chosen", "rejected", GOLD, "completion", "label", "system", "tools"),
     *("chat_template_kwargs", *REFERENCE_COLUMNS),
     *(column for sources in MARGIN_SOURCES for column in sources),
 )
@@ -129,18 +131,22 @@ def renamed(dataset: Any, columns: Mapping[str, str] | None, name: str) -> Any:
     return dataset.rename_columns({old: name for old, name in new.items() if old != name})
 
 
-def unread_columns(dataset: datasets.Dataset, *, paired: bool = True) -> tuple[str, ...]:
+def unread_columns(
+    dataset: datasets.Dataset, *, paired: bool = True, gold: bool = False
+) -> tuple[str, ...]:
     """The columns with text that nothing reads.
 
     Args:
         dataset: a dataset, after `renamed`.
         paired: False if its rows are single responses.
+        gold: True if the gold responses are read.
     """
     found = dataset.column_names
     if set(TOKEN_COLUMNS) <= set(found) or set(EXAMPLE_COLUMNS) <= set(found):
         return ()
     read = {*_TEXT_COLUMNS} if paired else {*_TEXT_COLUMNS, "completion", "label"}
     read -= set() if paired else {"chosen", "rejected"}
+    read |= {GOLD} if gold else set()
     return tuple(c for c in found if c not in read and _has_text(dataset.features.get(c)))
 
 
@@ -187,7 +193,9 @@ def _has_text(feature: Any) -> bool:
     return "string" in str(getattr(feature, "dtype", ""))
 
 
-def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool = False) -> None:
+def check_columns(
+    dataset: Any, name: str, *, paired: bool = True, margins: bool = False, gold: bool = False
+) -> None:
     """Raise unless `dataset` is a map-style dataset with rows and the necessary columns.
 
     Args:
@@ -195,6 +203,7 @@ def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool
         name: the dataset's name in errors.
         paired: False also accepts single responses (`prompt`, `completion`, `label`).
         margins: True if each pair needs a reward model's margin.
+        gold: True if each pair needs a third, gold response (TPO).
 
     Raises TypeError for another kind of dataset, ValueError for missing columns, images or no rows.
     """
@@ -227,6 +236,14 @@ def check_columns(dataset: Any, name: str, *, paired: bool = True, margins: bool
             f"dataset {name!r} has no column {' and no column '.join(map(repr, missing))}; found "
             f"{', '.join(found)}; expected 'chosen' and 'rejected', and 'prompt' unless both "
             f"begin with it{hint}"
+        )
+    has_tokens = {*TOKEN_COLUMNS, GOLD_IDS} <= set(found)
+    if gold and not (has_tokens or (GOLD in found and not missing)):
+        column = GOLD_IDS if missing else GOLD
+        raise ValueError(
+            f"dataset {name!r} has no column {column!r}, the third response that this objective "
+            f"trains on (TPO's gold one); found {', '.join(found)}; columns={{{GOLD!r}: ...}} reads "
+            "another column"
         )
     _check_prompt_column(dataset, name)
     if margins and not margin_columns(found):

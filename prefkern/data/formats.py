@@ -6,7 +6,8 @@ token if it has no end token. Text that already begins with the tokenizer's firs
 second one.
 
 Without a prompt, the common beginning of the two texts is the prompt. Where one text ends there and
-the other goes on, the end token is all of the first response: it is what the two differ in.
+the other goes on, the end token is all of the first response: it is what the two differ in. A third,
+gold response must have the same beginning.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from prefkern.data.columns import SYSTEM
+from prefkern.data.columns import GOLD, SYSTEM
 from prefkern.data.messages import (
     check_message,
     check_response,
@@ -31,11 +32,10 @@ class TokenizedPair(NamedTuple):
     """Token ids of a row, and what the report should know about them."""
 
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    responses: list[list[int]]  # chosen, rejected and, where it was asked for, the gold one
     empty: bool = False  # a response has no content, whatever tokens a template adds
     merged: bool = False  # the last token of the prompt merged with a response
-    repeated: bool = False  # both responses, as text, begin with the whole prompt
+    repeated: bool = False  # all responses, as text, begin with the whole prompt
     begun: bool = False  # the text already has the token that the tokenizer puts in front
     unasked: bool = False  # nothing stands before the responses
     stops: bool = False  # a response is only its end token, and the other goes on
@@ -48,7 +48,7 @@ class Reading:
     """What holds for all rows of a dataset.
 
     `written` are the columns in which every row is a conversation as text, `names` the responses'
-    columns in errors. `end_ids` and `end_texts` are the tokens that may end a text. The tokenizer
+    columns in errors: the third is there if gold responses are read. `end_ids` and `end_texts` are the tokens that may end a text. The tokenizer
     looks its special tokens up anew at every call, so they are read once.
     """
 
@@ -57,10 +57,10 @@ class Reading:
     eos: int | None
     bos: int | None
     written: tuple[str, ...]
-    names: tuple[str, str]
+    names: tuple[str, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any, written: tuple[str, ...], names: tuple[str, str]) -> Reading:
+    def of(cls, tokenizer: Any, written: tuple[str, ...], names: tuple[str, ...]) -> Reading:
         """The reading of a tokenizer: its special tokens, such as ChatML's, end a text."""
         added = getattr(tokenizer, "added_tokens_decoder", {})
         ends = {number: str(token) for number, token in added.items() if token.special}
@@ -84,62 +84,66 @@ class Reading:
 
 
 def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> TokenizedPair:
-    """Token ids of prompt, chosen and rejected.
+    """Token ids of prompt and responses.
 
     Raises ValueError for a row that has none of the formats.
     """
-    prompt, chosen, rejected = _cells(example, reading)
+    prompt, *responses = _cells(example, reading)
     is_implicit = prompt is None
+    are_messages = isinstance(responses[0], list)
     if is_implicit:
-        prompt, chosen, rejected = extract_prompt(chosen, rejected)
-    elif isinstance(chosen, list) and isinstance(prompt, str):
-        prompt, chosen, rejected = _text_prompt(prompt, chosen, rejected)
-    elif isinstance(prompt, list) != isinstance(chosen, list):
+        prompt, *responses = _common_prompt(responses)
+    elif are_messages and isinstance(prompt, str):
+        prompt, *responses = _text_prompt(prompt, responses)
+    elif isinstance(prompt, list) != are_messages:
         raise ValueError(
             "'prompt' is a conversation, and 'chosen' and 'rejected' are text; make them messages "
             "of role 'assistant'"
         )
-    elif isinstance(chosen, list):
-        chosen, rejected = _without_prompt(prompt, chosen, rejected)
-    if isinstance(chosen, list):
+    elif are_messages:
+        responses = _without_prompt(prompt, responses, reading.names)
+    if are_messages:
         if example.get(SYSTEM):
             prompt = _with_system(example[SYSTEM], prompt)
-        return _conversation(example, (prompt, chosen, rejected), tokenizer, reading)
-    return _texts((prompt, chosen, rejected), is_implicit, tokenizer, reading)
+        return _conversation(example, (prompt, *responses), tokenizer, reading)
+    return _texts((prompt, *responses), is_implicit, tokenizer, reading)
 
 
-def _cells(example: dict[str, Any], reading: Reading) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected: texts, or lists of messages; the prompt may be None.
+def _cells(example: dict[str, Any], reading: Reading) -> list[Any]:
+    """Prompt and responses: texts, or lists of messages; the prompt may be None.
 
     A row with a `system` column is a conversation, so its texts become messages.
     """
-    names, written = ("prompt", *reading.names), reading.written
+    names, written = reading.names, reading.written
     prompt: Any = read_cell("prompt", example.get("prompt"), "prompt" in written)
-    chosen: Any = read_cell(names[1], example.get("chosen"), "chosen" in written)
-    rejected: Any = read_cell(names[2], example.get("rejected"), "rejected" in written)
-    cells = (prompt, chosen, rejected)
-    for name, cell in zip(names[1:], cells[1:], strict=True):
+    responses: list[Any] = [
+        read_cell(name, example.get(column), column in written)
+        for name, column in zip(names, ("chosen", "rejected", GOLD), strict=False)
+    ]
+    for name, cell in zip(names, responses, strict=True):
         if not (isinstance(cell, str) or _are_messages(cell)):
             raise ValueError(f"{name!r} must be text or a list of messages, got {cell!r}")
-    if isinstance(rejected, list) != isinstance(chosen, list):
-        raise ValueError("one of 'chosen' and 'rejected' is text and the other a conversation")
+    for name, cell in zip(names[1:], responses[1:], strict=True):
+        if isinstance(cell, list) != isinstance(responses[0], list):
+            raise ValueError(f"one of 'chosen' and {name!r} is text and the other a conversation")
     _check_prompt(example, prompt)
-    for name, cell in zip(names, cells, strict=True):
+    for name, cell in zip(("prompt", *names), (prompt, *responses), strict=True):
         if isinstance(cell, list):
             for message in cell:
                 check_message(name, message)
     if SYSTEM not in example:
-        return prompt, chosen, rejected
+        return [prompt, *responses]
     system = example[SYSTEM]
     if not (system is None or isinstance(system, str)):
         raise ValueError(f"'system' must be text, got {system!r}")
-    if prompt is None and isinstance(chosen, str):
+    are_texts = isinstance(responses[0], str)
+    if prompt is None and are_texts:
         raise ValueError("'system' needs a 'prompt' beside it; columns={'prompt': ...} names one")
-    if isinstance(prompt, str) and isinstance(chosen, str):
+    if isinstance(prompt, str) and are_texts:
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(chosen, str):
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    return prompt, chosen, rejected
+    if are_texts:
+        responses = [[{"role": "assistant", "content": text}] for text in responses]
+    return [prompt, *responses]
 
 
 def _with_system(system: str, prompt: list[Any]) -> list[Any]:
@@ -152,7 +156,7 @@ def _with_system(system: str, prompt: list[Any]) -> list[Any]:
 
 
 def _conversation(
-    example: dict[str, Any], parts: tuple[Any, Any, Any], tokenizer: Any, reading: Reading
+    example: dict[str, Any], parts: tuple[Any, ...], tokenizer: Any, reading: Reading
 ) -> TokenizedPair:
     prompt, *responses = parts
     if getattr(tokenizer, "chat_template", None) is None:
@@ -174,8 +178,7 @@ def _conversation(
     start = min(_common_length(asked.ids, each) for each in ids)
     return TokenizedPair(
         asked.ids[:start],
-        ids[0][start:],
-        ids[1][start:],
+        [each[start:] for each in ids],
         is_empty,
         merged=start < len(asked.ids),
         unsaid=any(is_unsaid),
@@ -184,14 +187,14 @@ def _conversation(
 
 
 def _texts(
-    parts: tuple[str, str, str], is_implicit: bool, tokenizer: Any, reading: Reading
+    parts: tuple[Any, ...], is_implicit: bool, tokenizer: Any, reading: Reading
 ) -> TokenizedPair:
     prompt, *responses = parts
     texts = (prompt, *(prompt + response for response in responses))
     (prompt_ids, *sequences), is_begun = _text_ids(tokenizer, texts, reading.bos)
     is_blank = [reading.is_blank(response) for response in responses]
     # Where the other text goes on, a response without text is the end of the common one.
-    stops = is_implicit and is_blank[0] != is_blank[1]
+    stops = is_implicit and is_blank[0] != is_blank[1] and not any(is_blank[2:])
     if reading.eos is not None:
         sequences = [
             ids if reading.has_end(text, ids) and response.strip() else [*ids, reading.eos]
@@ -200,8 +203,7 @@ def _texts(
     start = min(_common_length(prompt_ids, ids) for ids in sequences)
     return TokenizedPair(
         prompt_ids[:start],
-        sequences[0][start:],
-        sequences[1][start:],
+        [ids[start:] for ids in sequences],
         any(is_blank),
         merged=start < len(prompt_ids),
         repeated=all(_begins_with(prompt, text) for text in responses),
@@ -228,11 +230,26 @@ def extract_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:length], chosen[length:], rejected[length:]
 
 
-def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+def _common_prompt(responses: list[Any]) -> list[Any]:
+    """The common beginning of chosen and rejected, and the rest of all responses."""
+    common, chosen, rejected = extract_prompt(*responses[:2])
+    golds = responses[2:]
+    for gold in golds:
+        # The last message stays a response; keys of Arrow's are left out, as below.
+        begins = present(gold[: len(common)]) == present(common)
+        if not begins or (isinstance(gold, list) and len(gold) == len(common)):
+            raise ValueError(
+                f"{GOLD!r} does not begin with the common beginning of 'chosen' and 'rejected', "
+                "which is their prompt; give a column 'prompt', or let all three begin with it"
+            )
+    return [common, chosen, rejected, *(gold[len(common) :] for gold in golds)]
+
+
+def _text_prompt(prompt: str, responses: list[Any]) -> list[Any]:
     """Prompt and responses of a row with a text `prompt` and conversations as responses."""
-    common, chosen, rejected = extract_prompt(chosen, rejected)
+    common, *rest = _common_prompt(responses)
     if not prompt:
-        return common, chosen, rejected
+        return [common, *rest]
     if common:
         # Some conversational datasets repeat the text of the first question in `prompt`.
         asked = [m.get("content") for m in common if m.get("role") == "user"]
@@ -241,26 +258,28 @@ def _text_prompt(prompt: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any
                 f"'prompt' is {prompt[:60]!r}, but no user message at the common beginning of "
                 "'chosen' and 'rejected' has that text; correct 'prompt', or leave it out"
             )
-        return common, chosen, rejected
-    if any(messages[0].get("role") == "user" for messages in (chosen, rejected)):
+        return [common, *rest]
+    if any(messages[0].get("role") == "user" for messages in rest):
         raise ValueError("'chosen' and 'rejected' begin with different questions")
-    return [{"role": "user", "content": prompt}], chosen, rejected
+    return [[{"role": "user", "content": prompt}], *rest]
 
 
-def _without_prompt(prompt: list[Any], chosen: list[Any], rejected: list[Any]) -> tuple[Any, Any]:
-    """Two conversations without the prompt, if both begin with it."""
+def _without_prompt(
+    prompt: list[Any], responses: list[Any], names: tuple[str, ...]
+) -> list[list[Any]]:
+    """Conversations without the prompt, if all begin with it."""
     if not prompt:
-        return chosen, rejected
+        return responses
     # Arrow fills the messages of each column with different keys, so compare without None.
     asked = present(prompt)
-    repeats = [present(each[: len(prompt)]) == asked for each in (chosen, rejected)]
-    if repeats[0] != repeats[1]:
-        whole, other = ("'chosen'", "'rejected'") if repeats[0] else ("'rejected'", "'chosen'")
+    repeats = [present(each[: len(prompt)]) == asked for each in responses]
+    if len(set(repeats)) > 1:
+        whole, other = names[repeats.index(True)], names[repeats.index(False)]
         raise ValueError(
-            f"{whole} begins with the messages of 'prompt', but {other} does not; expected both to "
-            "be the response alone, or both the whole conversation"
+            f"{whole!r} begins with the messages of 'prompt', but {other!r} does not; expected both "
+            "to be the response alone, or both the whole conversation"
         )
-    return (chosen[len(prompt) :], rejected[len(prompt) :]) if all(repeats) else (chosen, rejected)
+    return [each[len(prompt) :] for each in responses] if all(repeats) else responses
 
 
 def _begins_with(prompt: str, text: str) -> bool:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from prefkern.data.columns import GOLD
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -90,8 +92,8 @@ class DatasetReport:
 
     It counts pairs, or single responses where `unit` says so. `empty` and `too_long` count dropped
     rows; all other counts are of kept rows. `lengths` has the lengths that training sees, with keys
-    "prompt", "chosen" and "rejected" (or "response"). `histogram` shows the length of the prompt
-    plus the longer response, before truncation.
+    "prompt", "chosen" and "rejected" (or "response"), and "reference" where gold responses are
+    read. `histogram` shows the length of the prompt plus the longest response, before truncation.
     """
 
     name: str
@@ -155,6 +157,8 @@ class DatasetReport:
     @property
     def _caption(self) -> str:
         longer = "the longer response" if self.unit == "pairs" else "response"
+        if GOLD in self.lengths:
+            longer = "the longest response"
         bound = "" if self.max_length is None else f"; max_length is {self.max_length:,}"
         return f"prompt and {longer}, tokens before truncation{bound}"
 

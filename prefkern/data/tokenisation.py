@@ -24,6 +24,8 @@ import transformers
 from prefkern.data.columns import (
     COLUMNS,
     EXAMPLE_COLUMNS,
+    GOLD,
+    GOLD_IDS,
     MARGIN_SOURCES,
     REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
@@ -44,7 +46,7 @@ from prefkern.data.columns import (
 from prefkern.data.formats import Reading, TokenizedPair, tokenize_pair
 from prefkern.data.messages import may_be_written
 from prefkern.data.report import DatasetReport, Histogram, Lengths
-from prefkern.data.truncation import check_mode, truncate
+from prefkern.data.truncation import check_mode, truncate_responses
 from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ _MARKS = (
 )
 _ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
 _Marks = dict[str, numpy.ndarray]
-_Tokens = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
+_Tokens = list[list[int]]  # prompt, chosen, rejected and, where it is read, the gold response
 
 
 def tokenize_preferences(
@@ -81,6 +83,7 @@ def tokenize_preferences(
     num_proc: int | None = None,
     name: str = "train",
     columns: Mapping[str, str] | None = None,
+    gold: bool = False,
 ) -> tuple[datasets.Dataset, DatasetReport]:
     """Tokenise preference pairs into columns `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
@@ -99,6 +102,8 @@ def tokenize_preferences(
         name: the dataset's name in the report and in errors.
         columns: the dataset's own names of columns, `{"prompt": "question"}`. With `"system"`, a
             row becomes a conversation that begins with that column's text.
+        gold: also read a third response, `reference` (TPO's gold one, under TRL's name), into
+            `reference_ids`.
 
     Returns:
         The tokenised dataset, without pairs that have no token to score, and the report.
@@ -106,14 +111,16 @@ def tokenize_preferences(
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
     dataset = renamed(dataset, columns, name)
-    check_columns(dataset, name)
+    check_columns(dataset, name, gold=gold)
     dataset = plain(dataset)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
-    unread = unread_columns(dataset)
-    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name)
+    unread = unread_columns(dataset, gold=gold)
+    names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
+    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, names)
     marks = _marks(marked)
     _check_prompts(dataset, marks, unread, name)
-    kept = _without_dropped(marked, marks, name, "pair with two responses")
+    what = f"pair with {'three' if gold else 'two'} responses"
+    kept = _without_dropped(marked, marks, name, what)
     return kept.remove_columns(list(_MARKS)), _report(name, "pairs", marks, bounds, unread)
 
 
@@ -196,7 +203,9 @@ class _Bounds:
         check_mode(self.truncation_mode)
 
     def cut(self, tokens: _Tokens) -> _Tokens:
-        return truncate(*tokens, self.max_length, self.max_prompt_length, self.truncation_mode)
+        bounds = (self.max_length, self.max_prompt_length, self.truncation_mode)
+        prompt, responses = truncate_responses(tokens[0], tokens[1:], *bounds)
+        return [prompt, *responses]
 
 
 def _with_tokens(
@@ -205,10 +214,12 @@ def _with_tokens(
     bounds: _Bounds,
     num_proc: int | None,
     name: str,
-    names: tuple[str, str] = ("chosen", "rejected"),
+    names: tuple[str, ...] = ("chosen", "rejected"),
 ) -> datasets.Dataset:
     """Adds the token columns of pairs and the columns `_MARKS`; keeps every row."""
     columns = dataset.column_names
+    has_gold = len(names) == 3
+    id_columns = (*TOKEN_COLUMNS, GOLD_IDS) if has_gold else TOKEN_COLUMNS
     references = [column in columns for column in REFERENCE_COLUMNS]
     if any(references) and not all(references):
         raise ValueError(f"dataset {name!r} has only one of {' and '.join(REFERENCE_COLUMNS)}")
@@ -221,11 +232,11 @@ def _with_tokens(
     if margins:
         numbers["margin"] = margins
 
-    unread = unread_columns(dataset)
+    unread = unread_columns(dataset, gold=has_gold)
     hint = ""
     if "prompt" not in columns and unread:
         hint = f"; {listed(unread)} would not be read, {unread_hint(unread)}"
-    reading = Reading.of(tokenizer, _written_columns(dataset), names)
+    reading = Reading.of(tokenizer, _written_columns(dataset, has_gold), names)
 
     def ends_only(tokens: _Tokens) -> bool:
         """Whether a response is only an end token."""
@@ -244,34 +255,34 @@ def _with_tokens(
                         f"dataset {name!r}, row {row}: {column!r} is {value!r}, but a sum of "
                         "log-probs is never above 0; is it a negative log-likelihood?"
                     )
-        if all(example.get(column) is not None for column in TOKEN_COLUMNS):
-            for column in TOKEN_COLUMNS:
+        if all(example.get(column) is not None for column in id_columns):
+            for column in id_columns:
                 if None in example[column]:
                     raise ValueError(
                         f"dataset {name!r}, row {row}: {column!r} has None among its token ids"
                     )
-            prompt, chosen, rejected = (list(example[column]) for column in TOKEN_COLUMNS)
-            pair = TokenizedPair(prompt, chosen, rejected)
+            prompt, *responses = (list(example[column]) for column in id_columns)
+            pair = TokenizedPair(prompt, responses)
         else:
             try:
                 pair = tokenize_pair(example, tokenizer, reading)
             except ValueError as error:
                 raise ValueError(f"dataset {name!r}, row {row}: {error}{hint}") from error
-        found = (pair.prompt, pair.chosen, pair.rejected)
+        found = [pair.prompt, *pair.responses]
         kept = bounds.cut(found)
         is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)
         if pair.stops:
             # The other text goes on, so the end token is a response.
             is_empty = not _can_be_scored(*found)
         is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
-        if all(references) and any(is_cut) and _can_be_scored(*kept):
+        if all(references) and any(is_cut[:3]) and _can_be_scored(*kept):
             raise ValueError(
                 f"dataset {name!r}, row {row}: truncation would cut it, but its reference sums "
                 f"({' and '.join(REFERENCE_COLUMNS)}) belong to the whole row; raise max_length or "
                 "max_prompt_length, set truncation_mode='drop', or remove the two columns"
             )
         return {
-            **dict(zip(TOKEN_COLUMNS, kept, strict=True)),
+            **dict(zip(id_columns, kept, strict=True)),
             **({"reward_margin": reward_margin(example, margins)} if margins else {}),
             "_empty": is_empty,
             "_too_long": not is_empty and not _can_be_scored(*kept),
@@ -289,7 +300,8 @@ def _with_tokens(
             "_lengths": [len(ids) for ids in kept],
         }
 
-    unused = [column for column in dataset.column_names if column not in COLUMNS]
+    used = set(COLUMNS) if has_gold else set(COLUMNS) - {GOLD_IDS}
+    unused = [column for column in dataset.column_names if column not in used]
     return dataset.map(
         _AsOfNow(process),
         with_indices=True,
@@ -326,7 +338,7 @@ class _AsOfNow:
 
 def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
     """Raise ValueError for token ids that are not integers: they would be rounded to other ids."""
-    for column in (*TOKEN_COLUMNS, "completion_ids"):
+    for column in (*TOKEN_COLUMNS, GOLD_IDS, "completion_ids"):
         feature: Any = dataset.features.get(column)
         inner = getattr(feature, "feature", None)
         kind = str(getattr(inner, "dtype", ""))
@@ -337,14 +349,15 @@ def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
             )
 
 
-def _written_columns(dataset: datasets.Dataset) -> tuple[str, ...]:
+def _written_columns(dataset: datasets.Dataset, gold: bool) -> tuple[str, ...]:
     """The text columns in which every row is a conversation as text, empty cells aside.
 
     The first batch decides for nearly all datasets. A transform returns what it means.
     """
     if dataset.format["type"] == "custom":
         return ()
-    wanted = [c for c in ("prompt", "chosen", "rejected") if is_text(dataset.features.get(c))]
+    read = ("prompt", "chosen", "rejected", *([GOLD] if gold else []))
+    wanted = [c for c in read if is_text(dataset.features.get(c))]
     if not wanted:
         return ()
     found: set[str] = set()
@@ -384,10 +397,10 @@ def _check_prompts(
         )
 
 
-def _can_be_scored(prompt: list[int], chosen: list[int], rejected: list[int]) -> bool:
+def _can_be_scored(prompt: list[int], *responses: list[int]) -> bool:
     # The first token of a sequence has no context, so it is not scored.
     unscored = 0 if prompt else 1
-    return min(len(chosen), len(rejected)) > unscored
+    return min(map(len, responses)) > unscored
 
 
 def _marks(marked: datasets.Dataset) -> _Marks:
@@ -425,8 +438,8 @@ def _report(
         logger.warning("dataset %r: nothing reads the %s", name, listed(before))
     is_kept = ~(marks["_empty"] | marks["_too_long"])
     kept = {mark: values[is_kept] for mark, values in marks.items()}
-    sides = ("chosen", "rejected") if unit == "pairs" else ("response",)
     found = marks["_found_lengths"]
+    sides = ("chosen", "rejected", GOLD)[: found.shape[1] - 1] if unit == "pairs" else ("response",)
     return DatasetReport(
         name=name,
         unit=unit,

@@ -8,7 +8,7 @@ keep_start  Cuts the end, responses first; TRL 1.x does this by default. If the 
             `max_length`, no token of the pair is left to score.
 drop        Cuts nothing. A pair that does not fit has no token left to score.
 
-Chosen and rejected keep the same prompt. If a pair has no token left to score, the caller drops it
+All responses of a pair keep the same prompt. If a pair has no token left to score, the caller drops it
 and counts it.
 """
 
@@ -45,25 +45,37 @@ def truncate(
 
     Raises ValueError for another mode.
     """
+    prompt, responses = truncate_responses(
+        prompt, [chosen, rejected], max_length, max_prompt_length, mode
+    )
+    return prompt, responses[0], responses[1]
+
+
+def truncate_responses(
+    prompt: list[int],
+    responses: list[list[int]],
+    max_length: int | None,
+    max_prompt_length: int | None,
+    mode: str = "keep_end",
+) -> tuple[list[int], list[list[int]]]:
+    """`truncate`, for any number of responses to a prompt."""
     check_mode(mode)
+    longest = max(map(len, responses))
     if mode == "drop":
         fits_prompt = max_prompt_length is None or len(prompt) <= max_prompt_length
-        longest = len(prompt) + max(len(chosen), len(rejected))
-        fits = fits_prompt and (max_length is None or longest <= max_length)
-        return (prompt, chosen, rejected) if fits else (prompt, [], [])
+        fits = fits_prompt and (max_length is None or len(prompt) + longest <= max_length)
+        return prompt, responses if fits else [[] for _ in responses]
     if mode == "keep_start":
         prompt = prompt[:max_prompt_length]
-        if max_length is not None:
-            prompt = prompt[:max_length]
-            budget = max_length - len(prompt)
-            chosen, rejected = chosen[:budget], rejected[:budget]
-        return prompt, chosen, rejected
-    if max_prompt_length is not None:
-        prompt = prompt[-max_prompt_length:]
-    if max_length is not None:
+        if max_length is None:
+            return prompt, responses
+        prompt = prompt[:max_length]
+    else:
+        if max_prompt_length is not None:
+            prompt = prompt[-max_prompt_length:]
+        if max_length is None:
+            return prompt, responses
         # At least one token of context, so that the first token of the response is scored.
-        room = max(max_length - max(len(chosen), len(rejected)), 1)
-        prompt = prompt[-room:]
-        budget = max_length - len(prompt)
-        chosen, rejected = chosen[:budget], rejected[:budget]
-    return prompt, chosen, rejected
+        prompt = prompt[-max(max_length - longest, 1) :]
+    budget = max_length - len(prompt)
+    return prompt, [response[:budget] for response in responses]

@@ -13,17 +13,23 @@ from prefkern.objectives import Mixture, Objective, UnpairedObjective
 from prefkern.ops import checks, plain
 from prefkern.ops.shards import VocabShard
 
+# The rows of a batch, by how many responses are one item.
+_ROWS = {
+    1: "[S, T], a row for each response",
+    2: "[2B, T], B chosen rows and then their B rejected rows",
+    3: "[3B, T], B chosen rows, then their B rejected rows, then their B gold rows",
+}
+_BOUNDS = {1: "[S + 1]", 2: "[2B + 1]", 3: "[3B + 1]"}
 
-def bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor:  # (S + 1,)
+
+def bounds(labels: Tensor, cu_seqlens: Tensor | None, responses: int) -> Tensor:  # (S + 1,)
     """Where each sequence begins among the flat tokens, after checks of shapes and dtypes."""
     if cu_seqlens is None:
-        if labels.ndim != 2 or labels.shape[0] == 0 or (is_paired and labels.shape[0] % 2):
-            expected = (
-                "[2B, T], B chosen rows and then their B rejected rows (or [M] with cu_seqlens)"
-                if is_paired
-                else "[S, T], a row for each response (or [M] with cu_seqlens)"
+        if labels.ndim != 2 or labels.shape[0] == 0 or labels.shape[0] % responses:
+            raise ValueError(
+                f"labels must have shape {_ROWS[responses]} (or [M] with cu_seqlens), got "
+                f"{list(labels.shape)}"
             )
-            raise ValueError(f"labels must have shape {expected}, got {list(labels.shape)}")
         rows, length = labels.shape
         if length == 0:
             return torch.zeros(rows + 1, dtype=torch.int64, device=labels.device)
@@ -38,10 +44,11 @@ def bounds(labels: Tensor, cu_seqlens: Tensor | None, is_paired: bool) -> Tensor
             "with cu_seqlens the batch is packed: hidden must have shape [M, H] and labels [M], "
             f"got labels {list(labels.shape)}"
         )
-    least, kind = (3, "[2B + 1]") if is_paired else (2, "[S + 1]")
-    size = cu_seqlens.shape[0] if cu_seqlens.ndim == 1 else 0
-    if size < least or (is_paired and size % 2 == 0):
-        raise ValueError(f"cu_seqlens must have shape {kind}, got {list(cu_seqlens.shape)}")
+    count = cu_seqlens.shape[0] - 1 if cu_seqlens.ndim == 1 else 0
+    if count < responses or count % responses:
+        raise ValueError(
+            f"cu_seqlens must have shape {_BOUNDS[responses]}, got {list(cu_seqlens.shape)}"
+        )
     return cu_seqlens.to(labels.device, torch.int64)
 
 
@@ -64,7 +71,8 @@ def reference(
     if needs_kls and ref_hidden is not None and ref_weight is not None:
         checks.same_entries(hidden, weight, ref_hidden, ref_weight)
     if ref_logps is not None:
-        checks.vector("ref_logps", ref_logps, n_sequences, hidden.device)
+        count = reference_sums(n_sequences, objective.responses)
+        checks.vector("ref_logps", ref_logps, count, hidden.device)
     if needs_kls and ref_hidden is None:
         raise ValueError(
             f"{inner_name(objective, 'needs_kls')} needs the reference's distributions: give "
@@ -75,6 +83,11 @@ def reference(
             f"{inner_name(objective, 'needs_reference')} needs a reference: give ref_hidden and "
             "ref_weight, or ref_logps, sums computed earlier"
         )
+
+
+def reference_sums(n_sequences: int, responses: int) -> int:
+    """How many sums of a reference there are: none of gold responses."""
+    return n_sequences // 3 * 2 if responses == 3 else n_sequences
 
 
 def ld_alpha(
@@ -175,7 +188,8 @@ def margins(
 ) -> None:
     """Check a reward model's margins, if they are needed or given."""
     if reward_margins is not None:
-        checks.vector("reward_margins", reward_margins, n_sequences // 2, device)
+        count = n_sequences // objective.responses
+        checks.vector("reward_margins", reward_margins, count, device)
     elif isinstance(objective, Objective) and objective.needs_reward_margins:
         raise ValueError(
             f"{inner_name(objective, 'needs_reward_margins')} needs reward_margins, [B] margins of a "

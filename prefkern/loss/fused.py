@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from prefkern.loss import checks as loss_checks
 from prefkern.loss import nonfinite, pairwise
+from prefkern.loss.arguments import Given, local
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Examples, Objective, PairLoss, Pairs, UnpairedObjective
 from prefkern.objectives.running import counted_once
 from prefkern.ops import call, checks, compiled, parts, plain, sequences, shards
 from prefkern.ops.agreement import Agreement
 from prefkern.ops.autograd import Result
-from prefkern.ops.operands import Head, LowRank, Transform, same_head
+from prefkern.ops.operands import Head, Transform, same_head
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.plan import Plan
 from prefkern.ops.shards import VocabShard
@@ -114,6 +115,9 @@ class FusedPreferenceLoss(nn.Module):
     ) -> PreferenceOutput | UnpairedOutput:
         """The loss of B pairs: B chosen sequences, then their B rejected ones.
 
+        For an objective with a third, gold response (TPO) the B gold sequences come last: the shapes
+        that are 2B below are then 3B, but for `ref_logps`, which is of pairs.
+
         Args:
             hidden, weight, labels, bias, logit_scale, softcap, temperature: as in
                 `prefkern.linear_logprobs`; labels[t] is the token that hidden[t] predicts.
@@ -144,234 +148,263 @@ class FusedPreferenceLoss(nn.Module):
         Raises TypeError and ValueError as `prefkern.linear_logprobs` does. Also for an odd number
         of sequences, and for a reference or margins that are missing, incomplete or given twice.
         """
-        is_paired = isinstance(self.objective, Objective)
+        given = Given(
+            hidden,
+            weight,
+            labels,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            ref_logps,
+            reward_margins,
+            cu_seqlens,
+            logit_scale,
+            softcap,
+            temperature,
+            return_stats,
+            desirable,
+            mismatched_log_ratios,
+            lora_hidden,
+            lora_weight,
+            vocab,
+        )
         shards.refuse_graphs(vocab, weight, labels)
         parts.refuse_graphs(self.sequence_group, labels)
         # Which head is the reference's must not depend on the rows, of which a rank may have none.
         is_one_head = ref_weight is weight and ref_bias is bias and lora_weight is None
-        group = self.sequence_group
-        ranks = Agreement(parts.party(group))
+        ranks = Agreement(parts.party(self.sequence_group))
         with ranks as (facts_of_parts,):
-            facts = ranks.admit(shards.party(vocab, weight))
-            vocab, (weight, bias, lora_weight) = shards.local_head(
-                vocab, weight=weight, bias=bias, lora_weight=lora_weight
-            )
-            ref_weight, ref_bias = shards.local_reference(
-                vocab, ref_weight=ref_weight, ref_bias=ref_bias
-            )
-            hidden, labels, lora_hidden, ref_hidden = shards.local_states(
-                hidden=hidden, labels=labels, lora_hidden=lora_hidden, ref_hidden=ref_hidden
-            )
-            if group is not None and vocab is not None:
-                parts.check_apart(group, vocab)
-            checks.head(hidden, weight, bias, shard=vocab)
-            checks.low_rank(hidden, weight, lora_hidden, lora_weight)
-            checks.labels(labels, hidden.shape[:-1], hidden.device)
-            checks.transform(logit_scale, softcap, temperature)
-            bounds = loss_checks.bounds(labels, cu_seqlens, is_paired)
-            n_sequences = bounds.shape[0] - 1
-            loss_checks.reference(
-                self.objective,
-                hidden,
-                weight,
-                ref_hidden,
-                ref_weight,
-                ref_bias,
-                ref_logps,
-                n_sequences,
-                vocab,
-            )
-            loss_checks.unpaired(
-                self.objective, desirable, mismatched_log_ratios, n_sequences, hidden
-            )
-            loss_checks.margins(self.objective, reward_margins, n_sequences, hidden.device)
-            plain.boolean("return_stats", return_stats)
-            transform = Transform(float(logit_scale), softcap, float(temperature))
-            if self.on_nonfinite is not None and (
-                torch.compiler.is_compiling() or sequences.is_capturing(labels)
-            ):
-                raise NotImplementedError(
-                    f"on_nonfinite={self.on_nonfinite!r} reads a number from the device, which "
-                    "torch.compile and CUDA graphs cannot; leave it None, and check the loss "
-                    "outside"
-                )
-            head = Head.of(hidden, weight, bias, LowRank.of(lora_hidden, lora_weight))
-            reference = None
-            if ref_hidden is not None and ref_weight is not None:
-                reference = Head.of(ref_hidden, ref_weight, ref_bias)
+            given, facts = local(given, ranks, self.sequence_group)
+            bounds = self._check(given)
             if torch.compiler.is_compiling():
-                return self._compiled(
-                    head,
-                    reference,
-                    labels,
-                    bounds,
-                    cu_seqlens is not None,
-                    ref_logps,
-                    reward_margins,
-                    transform,
-                    return_stats,
-                    desirable,
-                    mismatched_log_ratios,
-                )
-            workspace_mb = call.resolve_workspace(self.workspace_mb, hidden.device)
-            backend = call.resolve_backend(self.backend, hidden.device, hidden.dtype)
+                return self._compiled(given, bounds)
+            workspace_mb = call.resolve_workspace(self.workspace_mb, given.hidden.device)
+            backend = call.resolve_backend(self.backend, given.hidden.device, given.hidden.dtype)
             scored = sequences.select(
-                labels.reshape(-1),
+                given.labels.reshape(-1),
                 self.ignore_index,
-                shards.size_of(vocab, weight),
+                given.vocab_size,
                 bounds,
-                cu_seqlens is not None,
+                given.is_packed,
             )
-            common = {
-                "objective": " ".join(repr(self.objective).split()),
-                "ignore_index": self.ignore_index,
-                "ld_alpha": self.ld_alpha,
-                "ref_hidden": reference is not None,
-                **transform.keywords(),
-            }
-            if group is not None:
-                facts_of_parts |= parts.facts_of(
-                    head,
-                    n_sequences,
-                    shards.size_of(vocab, weight),
-                    {
-                        "ref_logps": ref_logps,
-                        "reward_margins": reward_margins,
-                        "desirable": desirable,
-                        "mismatched_log_ratios": mismatched_log_ratios,
-                    },
-                    vocab=None if vocab is None else vocab.size,
-                    training=self.objective.training,
-                    on_nonfinite=self.on_nonfinite,
-                    **common,
-                )
-            if vocab is None:
+            head, reference = given.head(), given.reference()
+            if given.vocab is None:
                 is_one_head = reference is not None and same_head(head, reference)
             else:
                 is_one_head &= ref_hidden is not None and ref_hidden.dtype == hidden.dtype
-                facts |= shards.facts_of(
-                    vocab,
-                    head,
-                    labels,
-                    return_stats=return_stats,
-                    on_nonfinite=self.on_nonfinite,
-                    ref_weight="weight itself" if is_one_head else "a head of its own",
-                    **common,
-                )
-        assert scored.offsets is not None
+            n_sequences = bounds.shape[0] - 1
+            self._note_facts(given, head, n_sequences, is_one_head, facts, facts_of_parts)
         tokens, plan = _score_tokens(
             self.objective,
             head,
             reference,
             is_one_head,
             scored,
-            transform,
+            given.transform(),
             workspace_mb,
             backend,
             return_stats,
-            vocab,
+            given.vocab,
         )
+        out, ref_logps = self._output(given, scored, tokens, plan, backend)
+        if self.on_nonfinite is not None:
+            self._report_nonfinite(given, out, ref_logps)
+        return out
+
+    def _check(self, given: Given) -> Tensor:  # -> (S + 1,)
+        """Check a call's arguments; returns where each sequence begins among the flat tokens."""
+        objective, hidden, weight, labels = self.objective, given.hidden, given.weight, given.labels
+        checks.head(hidden, weight, given.bias, shard=given.vocab)
+        checks.low_rank(hidden, weight, given.lora_hidden, given.lora_weight)
+        checks.labels(labels, hidden.shape[:-1], hidden.device)
+        checks.transform(given.logit_scale, given.softcap, given.temperature)
+        bounds = loss_checks.bounds(labels, given.cu_seqlens, objective.responses)
+        n_sequences = bounds.shape[0] - 1
+        loss_checks.reference(
+            objective,
+            hidden,
+            weight,
+            given.ref_hidden,
+            given.ref_weight,
+            given.ref_bias,
+            given.ref_logps,
+            n_sequences,
+            given.vocab,
+        )
+        loss_checks.unpaired(
+            objective, given.desirable, given.mismatched_log_ratios, n_sequences, hidden
+        )
+        loss_checks.margins(objective, given.reward_margins, n_sequences, hidden.device)
+        plain.boolean("return_stats", given.return_stats)
+        if self.on_nonfinite is not None and (
+            torch.compiler.is_compiling() or sequences.is_capturing(labels)
+        ):
+            raise NotImplementedError(
+                f"on_nonfinite={self.on_nonfinite!r} reads a number from the device, which "
+                "torch.compile and CUDA graphs cannot; leave it None, and check the loss outside"
+            )
+        return bounds
+
+    def _note_facts(
+        self,
+        given: Given,
+        head: Head,
+        n_sequences: int,
+        is_one_head: bool,
+        facts: dict[str, object],
+        facts_of_parts: dict[str, object],
+    ) -> None:
+        """What the ranks of a call must have in common, for them to compare."""
+        vocab = given.vocab
+        common = {
+            "objective": " ".join(repr(self.objective).split()),
+            "ignore_index": self.ignore_index,
+            "ld_alpha": self.ld_alpha,
+            "ref_hidden": given.ref_hidden is not None,
+            **given.transform().keywords(),
+        }
+        if self.sequence_group is not None:
+            facts_of_parts |= parts.facts_of(
+                head,
+                n_sequences,
+                given.vocab_size,
+                {
+                    "ref_logps": given.ref_logps,
+                    "reward_margins": given.reward_margins,
+                    "desirable": given.desirable,
+                    "mismatched_log_ratios": given.mismatched_log_ratios,
+                },
+                vocab=None if vocab is None else vocab.size,
+                training=self.objective.training,
+                on_nonfinite=self.on_nonfinite,
+                **common,
+            )
+        if vocab is not None:
+            facts |= shards.facts_of(
+                vocab,
+                head,
+                given.labels,
+                return_stats=given.return_stats,
+                on_nonfinite=self.on_nonfinite,
+                ref_weight="weight itself" if is_one_head else "a head of its own",
+                **common,
+            )
+
+    def _output(
+        self,
+        given: Given,
+        scored: sequences.Scored,
+        tokens: Result,
+        plan: Plan,
+        backend: str,
+    ) -> tuple[PreferenceOutput | UnpairedOutput, Tensor | None]:
+        """The output from the numbers of tokens, and the reference's sums."""
+        objective, group, vocab = self.objective, self.sequence_group, given.vocab
+        assert scored.offsets is not None
         scores = pairwise.scores_of(
             tokens,
             scored.offsets,
-            ref_logps,
-            reward_margins,
-            isinstance(self.objective, Objective) and self.objective.needs_alignments,
+            objective.responses,
+            given.ref_logps,
+            given.reward_margins,
+            isinstance(objective, Objective) and objective.needs_alignments,
             group,
             self.ld_alpha,
         )
-        ref_logps = scores.ref_logps
         token_stats = None
-        if return_stats and tokens.stats is not None:
+        if given.return_stats and tokens.stats is not None:
             token_stats = TokenStats(
                 *(
-                    call.place(x, scored.rows, labels.shape)
+                    call.place(x, scored.rows, given.labels.shape)
                     for x in (tokens.logps.detach(), *tokens.stats[:3])
                 )
             )
         # Running statistics are of all ranks' pairs; ranks with the same pairs count them once.
         with counted_once(group, None if vocab is None else vocab.group):
-            if isinstance(self.objective, Objective):
-                paired = pairwise.pair_loss(self.objective, scores, backend)
+            if isinstance(objective, Objective):
+                paired = pairwise.pair_loss(objective, scores, backend)
                 out = _output_of(
-                    self.objective, paired.pairs, paired.result, token_stats, paired.gradients, plan
+                    objective, paired.pairs, paired.result, token_stats, paired.gradients, plan
                 )
             else:
                 out = _unpaired_output(
-                    self.objective,
+                    objective,
                     scores.sums(),
                     scores.lengths,
-                    ref_logps,
-                    desirable,
-                    mismatched_log_ratios,
+                    scores.ref_logps,
+                    given.desirable,
+                    given.mismatched_log_ratios,
                     token_stats,
                     plan,
                 )
-        if self.on_nonfinite is not None:
-            ref_logps = ref_logps if self.objective.needs_reference else None
-            needs_margins = is_paired and self.objective.needs_reward_margins
-            reward_margins = reward_margins if needs_margins else None
-            nonfinite.report(
-                self.on_nonfinite,
-                out,
-                lambda: nonfinite.causes(
-                    hidden,
-                    weight,
-                    labels,
-                    bias,
-                    ref_hidden=ref_hidden,
-                    ref_weight=ref_weight,
-                    ref_bias=ref_bias,
-                    ref_logps=ref_logps,
-                    reward_margins=reward_margins,
-                    mismatched_log_ratios=mismatched_log_ratios,
-                    lora_hidden=lora_hidden,
-                    lora_weight=lora_weight,
-                    cu_seqlens=cu_seqlens,
-                    ignore_index=self.ignore_index,
-                    paired=is_paired,
-                    start=0 if vocab is None else vocab.start,
-                ),
-                (ref_logps, reward_margins, mismatched_log_ratios),
-                others="sequence_group" if group is not None else vocab and "vocab's group",
-            )
-        return out
+        return out, scores.ref_logps
+
+    def _report_nonfinite(
+        self, given: Given, out: PreferenceOutput | UnpairedOutput, ref_logps: Tensor | None
+    ) -> None:
+        objective = self.objective
+        is_paired = isinstance(objective, Objective)
+        ref_logps = ref_logps if objective.needs_reference else None
+        needs_margins = is_paired and objective.needs_reward_margins
+        reward_margins = given.reward_margins if needs_margins else None
+        others = "sequence_group" if self.sequence_group is not None else None
+        if others is None and given.vocab is not None:
+            others = "vocab's group"
+        assert self.on_nonfinite is not None
+        nonfinite.report(
+            self.on_nonfinite,
+            out,
+            lambda: nonfinite.causes(
+                given.hidden,
+                given.weight,
+                given.labels,
+                given.bias,
+                ref_hidden=given.ref_hidden,
+                ref_weight=given.ref_weight,
+                ref_bias=given.ref_bias,
+                ref_logps=ref_logps,
+                reward_margins=reward_margins,
+                mismatched_log_ratios=given.mismatched_log_ratios,
+                lora_hidden=given.lora_hidden,
+                lora_weight=given.lora_weight,
+                cu_seqlens=given.cu_seqlens,
+                ignore_index=self.ignore_index,
+                responses=objective.responses,
+                start=0 if given.vocab is None else given.vocab.start,
+            ),
+            (ref_logps, reward_margins, given.mismatched_log_ratios),
+            others=others,
+        )
 
     def _compiled(
         self,
-        head: Head,
-        reference: Head | None,
-        labels: Tensor,  # (2B, T), or (M,)
-        bounds: Tensor,  # (2B + 1,)
-        is_packed: bool,
-        ref_logps: Tensor | None,
-        reward_margins: Tensor | None,
-        transform: Transform,
-        return_stats: bool,
-        desirable: Tensor | None,
-        mismatched_log_ratios: Tensor | None,
+        given: Given,
+        bounds: Tensor,  # (S + 1,)
     ) -> PreferenceOutput | UnpairedOutput:
         """The same under torch.compile: the passes are opaque to it, all else is traced."""
-        objective = self.objective
+        objective, labels, ref_logps = self.objective, given.labels, given.ref_logps
+        responses = objective.responses
+        reference = given.reference()
         is_paired = isinstance(objective, Objective)
         needs_kls = is_paired and objective.needs_kls
         # Each call checks them: the sums of what it returns must not be formed before.
-        unchecked = bounds if is_packed else None
+        unchecked = bounds if given.is_packed else None
         token_logprobs = functools.partial(
             compiled.token_logprobs,
             labels=labels,
             ignore_index=self.ignore_index,
-            transform=transform,
+            transform=given.transform(),
             workspace_mb=self.workspace_mb,
             backend=self.backend,
             bounds=unchecked,
         )
         mask = labels != self.ignore_index
 
-        def sums_of(logps: Tensor) -> tuple[Tensor, Tensor | None]:  # labels' shape -> (2B,)
+        def sums_of(logps: Tensor) -> tuple[Tensor, Tensor | None]:  # labels' shape -> (S,)
             if self.ld_alpha is None:
                 return compiled.sequence_sums(logps, bounds), None
-            two = compiled.pair_parts(mask, bounds)
+            two = compiled.pair_parts(mask, bounds, responses)
             return sequences.part_sums(logps.reshape(-1), two, self.ld_alpha)
 
         if reference is not None and not needs_kls:
@@ -379,9 +412,9 @@ class FusedPreferenceLoss(nn.Module):
                 ref_logps, _ = sums_of(token_logprobs(reference).logps)
         needs_alignments = is_paired and objective.needs_alignments
         tokens = token_logprobs(
-            head,
+            given.head(),
             reference=reference if needs_kls else None,
-            with_stats=return_stats or needs_alignments,
+            with_stats=given.return_stats or needs_alignments,
         )
         logps, stats = tokens.logps, tokens.stats
         kls = None
@@ -393,18 +426,27 @@ class FusedPreferenceLoss(nn.Module):
         lengths = compiled.sequence_sums(mask, bounds)
         sums, whole = sums_of(logps)
         token_stats = None
-        if return_stats and stats is not None:
+        if given.return_stats and stats is not None:
             token_stats = TokenStats(logps.detach(), *stats[:3])
         if not isinstance(objective, Objective):
             return _unpaired_output(
-                objective, sums, lengths, ref_logps, desirable, mismatched_log_ratios, token_stats
+                objective,
+                sums,
+                lengths,
+                ref_logps,
+                given.desirable,
+                given.mismatched_log_ratios,
+                token_stats,
             )
         alignments = None
         if needs_alignments and stats is not None:
             per_token = (logps.detach() - stats[3]) * mask
             alignments = compiled.sequence_sums(per_token, bounds) / lengths.clamp(min=1)
-        margins = None if reward_margins is None else reward_margins.detach().to(logps.dtype)
-        pairs = Pairs.of_sequences(sums, ref_logps, lengths, margins, alignments, kls, whole)
+        margins = given.reward_margins
+        margins = None if margins is None else margins.detach().to(logps.dtype)
+        pairs = Pairs.of_sequences(
+            sums, ref_logps, lengths, margins, alignments, kls, whole, responses
+        )
         return _output_of(objective, pairs, objective(pairs), token_stats)
 
 
@@ -495,6 +537,8 @@ def _output_of(
         beta_rejected=result.beta_rejected,
         chosen_gradients=gradients[0],
         rejected_gradients=gradients[1],
+        gold_logps=pairs.gold_logps,
+        gold_lengths=pairs.gold_lengths,
         metrics=metrics,
         token_stats=token_stats,
         plan=plan,

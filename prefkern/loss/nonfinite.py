@@ -71,6 +71,7 @@ def explain_nonfinite(
     cu_seqlens: Tensor | None = None,  # (2B + 1,)
     ignore_index: int = -100,
     paired: bool = True,
+    gold: bool = False,
 ) -> str | None:
     """The arguments of a preference loss that are not finite, one a line; None if all are finite.
 
@@ -79,21 +80,26 @@ def explain_nonfinite(
             Hidden states of tokens that are not scored do not count. Nor does a bias of -inf, which
             rules out a vocabulary entry, unless that entry is a label.
         paired: B chosen sequences, then their B rejected ones; False: single responses (KTO).
+        gold: of pairs, B gold sequences come last (TPO).
 
     Raises TypeError and ValueError as the loss does. Synchronises with the device. Checks 16
     million values at a time, with a bool of memory for each.
     """
     plain.boolean("paired", paired)
+    plain.boolean("gold", gold)
+    if gold and not paired:
+        raise ValueError("gold responses are of pairs, got gold=True with paired=False")
+    responses = 1 + paired + gold
     checks.head(hidden, weight, bias)
     checks.low_rank(hidden, weight, lora_hidden, lora_weight)
     checks.labels(labels, hidden.shape[:-1], hidden.device)
     checks.ignore_index(ignore_index)
-    bounds = loss_checks.bounds(labels, cu_seqlens, paired)
+    bounds = loss_checks.bounds(labels, cu_seqlens, responses)
     count = bounds.shape[0] - 1
     loss_checks.reference_head(hidden, weight, ref_hidden, ref_weight, ref_bias)
     for name, value, size in (
-        ("ref_logps", ref_logps, count),
-        ("reward_margins", reward_margins, count // 2),
+        ("ref_logps", ref_logps, loss_checks.reference_sums(count, responses)),
+        ("reward_margins", reward_margins, count // max(responses, 2)),
     ):
         if value is not None:
             checks.vector(name, value, size, hidden.device)
@@ -116,7 +122,7 @@ def explain_nonfinite(
         lora_weight=lora_weight,
         cu_seqlens=cu_seqlens,
         ignore_index=ignore_index,
-        paired=paired,
+        responses=responses,
     )
 
 
@@ -136,7 +142,7 @@ def causes(
     lora_weight: Tensor | None,
     cu_seqlens: Tensor | None,
     ignore_index: int,
-    paired: bool,
+    responses: int,
     start: int = 0,
 ) -> str | None:
     """`explain_nonfinite` of arguments that were checked. The head's first entry is `start`."""
@@ -157,8 +163,8 @@ def causes(
 
     # (how many there are, 0 for all that were looked at; what they are; the name of the first)
     entries = (0, "vocabulary entries", lambda row: str(row + start))
-    tokens = (int(scored.sum()), "scored tokens", partial(_token, labels, cu_seqlens, paired))
-    rows = (0, "sequences", partial(_sequence, count, paired))
+    tokens = (int(scored.sum()), "scored tokens", partial(_token, labels, cu_seqlens, responses))
+    rows = (0, "sequences", partial(_sequence, count, responses))
     pairs = (0, "pairs", "pair {}".format)
     numbers = (0, "numbers", "number {}".format)
     inputs = (
@@ -197,6 +203,8 @@ def report(
     """
     if isinstance(out, PreferenceOutput):
         sums = {"chosen": out.chosen_logps, "rejected": out.rejected_logps}
+        if out.gold_logps is not None:
+            sums["gold"] = out.gold_logps
     else:
         sums = {"summed": out.logps}
         given = (*given, out.reference_point.reshape(1))
@@ -249,7 +257,7 @@ def _bad_entries(bias: Tensor, entries: Tensor) -> Tensor:  # (V,), (N,) -> (V,)
     return bad
 
 
-def _token(labels: Tensor, cu_seqlens: Tensor | None, paired: bool, first: int) -> str:
+def _token(labels: Tensor, cu_seqlens: Tensor | None, responses: int, first: int) -> str:
     """The sequence of a flat token, and its position there."""
     if cu_seqlens is None:
         count, (row, column) = labels.shape[0], divmod(first, labels.shape[1])
@@ -257,12 +265,12 @@ def _token(labels: Tensor, cu_seqlens: Tensor | None, paired: bool, first: int) 
         count = len(cu_seqlens) - 1
         row = int((cu_seqlens[1:] <= first).sum())
         column = first - int(cu_seqlens[row])
-    return f"token {column} of {_sequence(count, paired, row)}"
+    return f"token {column} of {_sequence(count, responses, row)}"
 
 
-def _sequence(count: int, paired: bool, row: int) -> str:
+def _sequence(count: int, responses: int, row: int) -> str:
     side = f"response {row}"
-    if paired:
-        which = "chosen" if row < count // 2 else "rejected"
-        side = f"the {which} response of pair {row % (count // 2)}"
+    if responses > 1:
+        which, pair = divmod(row, count // responses)
+        side = f"the {('chosen', 'rejected', 'gold')[which]} response of pair {pair}"
     return f"sequence {row} ({side})"

@@ -38,6 +38,8 @@ class PreferenceOutput:
     beta_rejected: Tensor  # (B,)
     chosen_gradients: Tensor | None  # (B,); None under torch.compile
     rejected_gradients: Tensor | None  # (B,); None under torch.compile
+    gold_logps: Tensor | None = None  # (B,), of a third response (TPO), differentiable
+    gold_lengths: Tensor | None = None  # (B,) int64
     metrics: dict[str, Tensor] = field(default_factory=dict)  # the objective's own, (B,) each
     token_stats: TokenStats | None = None  # of the labels' shape, on request
     plan: Plan | None = None  # what ran; None for the oracle and under torch.compile

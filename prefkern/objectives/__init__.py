@@ -3,8 +3,9 @@
 `docs/objectives.md` has a table of all of them, with formulas, sources and defaults. In reading
 order: `base` (what an objective is), `adaptive` (AdaDPO's coefficient), `scores`, `links` and
 `contrastive` (the common form), `two_sided` and `reference_free` (more of that form), `alpha_dpo`,
-`madpo`, `omni_dpo`, `beta_dpo`, `bco` and `aot` (of the whole batch), `tdpo`, `kto`, `composed`
-(options that wrap any of them), `mixture` (several as one), `registry` (all of them by name).
+`madpo`, `omni_dpo`, `tpo` (with a third response), `beta_dpo`, `bco` and `aot` (of the whole
+batch), `tdpo`, `kto`, `composed` (options that wrap any of them), `mixture` (several as one),
+`registry` (all of them by name).
 `running` has the statistics that some of them keep, `checks` the checks of their arguments.
 
 To add an objective, write one class, one line in `registry.REGISTRY` and one row in the tests.
@@ -35,6 +36,7 @@ from prefkern.objectives.omni_dpo import OmniDPO
 from prefkern.objectives.reference_free import CPO, ORPO, SFT, SimPO
 from prefkern.objectives.registry import REGISTRY, build, names, options
 from prefkern.objectives.tdpo import TDPO1, TDPO2
+from prefkern.objectives.tpo import TPO
 from prefkern.objectives.two_sided import NCA, SPPO, APODown, APOZero
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "SPPO",
     "TDPO1",
     "TDPO2",
+    "TPO",
     "WPO",
     "AOTUnpaired",
     "APODown",

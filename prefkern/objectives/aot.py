@@ -65,7 +65,7 @@ class _Sorted(Contrastive):
         return PairLoss(*(back(value, pairs.chosen_logps) for value in self._terms(wide)))
 
     def _terms(self, pairs: Pairs) -> PairLoss:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define _terms(pairs)")
 
     def _everyone(self, values: Tensor) -> tuple[Tensor, slice]:  # (B, ...)
         """The values of all ranks, and where this rank's lie among them."""

@@ -34,6 +34,8 @@ class Pairs:
             nats (TDPO); differentiable.
         chosen_whole_logps, rejected_whole_logps: (B,) sums of all tokens, where the log-probs above
             weigh some of them less (`ld_alpha`); None: the same. NLL terms read them.
+        gold_logps, gold_lengths: (B,) summed log-probs and scored tokens of a third, gold response
+            to each prompt (TPO).
 
     Half-precision inputs are raised to float32; margins and lengths may be integers. Raises
     TypeError for anything but a tensor of such numbers, and ValueError for shapes other than (B,).
@@ -52,6 +54,8 @@ class Pairs:
     rejected_kls: Tensor | None = None
     chosen_whole_logps: Tensor | None = None
     rejected_whole_logps: Tensor | None = None
+    gold_logps: Tensor | None = None
+    gold_lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         names = [field.name for field in fields(self)]
@@ -60,23 +64,30 @@ class Pairs:
     @classmethod
     def of_sequences(
         cls,
-        logps: Tensor,  # (2B,), B chosen sequences and then their B rejected ones
-        ref_logps: Tensor | None = None,  # (2B,), as are the next ones
-        lengths: Tensor | None = None,
+        logps: Tensor,  # (S,), B chosen sequences and then their B rejected ones
+        ref_logps: Tensor | None = None,  # (2B,) or (S,), as are alignments and kls
+        lengths: Tensor | None = None,  # (S,)
         reward_margins: Tensor | None = None,  # (B,)
-        alignments: Tensor | None = None,  # (2B,)
+        alignments: Tensor | None = None,
         kls: Tensor | None = None,
-        whole_logps: Tensor | None = None,
+        whole_logps: Tensor | None = None,  # (S,)
+        responses: int = 2,
     ) -> Pairs:
-        """The pairs of a batch, whose chosen sequences come first."""
+        """The pairs of a batch, whose chosen sequences come first.
+
+        With three `responses` the B gold ones come last.
+        """
 
         def halves(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
             if value is None:
                 return None, None
-            chosen, rejected = value.chunk(2)
+            chosen, rejected, *_ = value.chunk(responses if len(value) == len(logps) else 2)
             return chosen, rejected
 
-        chosen, rejected = logps.chunk(2)
+        def gold(value: Tensor | None) -> Tensor | None:
+            return None if value is None or responses == 2 else value.chunk(responses)[2]
+
+        chosen, rejected, *_ = logps.chunk(responses)
         ref_chosen, ref_rejected = halves(ref_logps)
         chosen_lengths, rejected_lengths = halves(lengths)
         return cls(
@@ -90,6 +101,8 @@ class Pairs:
             *halves(alignments),
             *halves(kls),
             *halves(whole_logps),
+            gold(logps),
+            gold(lengths),
         )
 
     def reference(self, who: str) -> tuple[Tensor, Tensor]:
@@ -103,6 +116,10 @@ class Pairs:
 
     def kls(self, who: str) -> tuple[Tensor, Tensor]:
         return self._both("chosen_kls", "rejected_kls", who)
+
+    def gold(self, who: str) -> tuple[Tensor, Tensor]:
+        """The gold responses' log-probs and lengths."""
+        return self._both("gold_logps", "gold_lengths", who)
 
     def alignments(self, who: str) -> tuple[Tensor, Tensor]:
         return self._both("chosen_alignments", "rejected_alignments", who)
@@ -120,10 +137,10 @@ class Pairs:
             raise ValueError(f"{who} needs reward_margins, got None")
         return self.reward_margins
 
-    def _both(self, chosen: str, rejected: str, who: str) -> tuple[Tensor, Tensor]:
-        values = getattr(self, chosen), getattr(self, rejected)
+    def _both(self, first: str, second: str, who: str) -> tuple[Tensor, Tensor]:
+        values = getattr(self, first), getattr(self, second)
         if values[0] is None or values[1] is None:
-            raise ValueError(f"{who} needs {chosen} and {rejected}, got None")
+            raise ValueError(f"{who} needs {first} and {second}, got None")
         return values
 
 
@@ -149,7 +166,8 @@ class Objective(nn.Module):
     - `needs_reference`: log-probs of a reference;
     - `needs_reward_margins`: a reward model's margins;
     - `needs_alignments`: `chosen_alignments` and `rejected_alignments`;
-    - `needs_kls`: `chosen_kls` and `rejected_kls`, so hidden states and head of the reference.
+    - `needs_kls`: `chosen_kls` and `rejected_kls`, so hidden states and head of the reference;
+    - `needs_gold`: a third response to each prompt, `gold_logps` and `gold_lengths`.
 
     `observes` means that the module trains and keeps statistics. The pair kernel then needs a call
     of `observe` before it; `forward` makes that call itself. `weighs_pairs` is False where terms of
@@ -162,6 +180,7 @@ class Objective(nn.Module):
     needs_reward_margins: bool = False
     needs_alignments: bool = False
     needs_kls: bool = False
+    needs_gold: bool = False
     observes: bool = False
     weighs_pairs: bool = True
     adaptive: Adaptive | None = None
@@ -184,6 +203,11 @@ class Objective(nn.Module):
         """The papers that it is from; an adaptive objective names AdaDPO first."""
         return without_repeats([*([] if self.adaptive is None else [ADADPO]), *self.papers])
 
+    @property
+    def responses(self) -> int:
+        """How many sequences of a batch are one item."""
+        return 3 if self.needs_gold else 2
+
     def observe(self, pairs: Pairs) -> None:
         """Update running statistics with a batch."""
 
@@ -202,6 +226,10 @@ class Objective(nn.Module):
     def metrics(self, pairs: Pairs, result: PairLoss) -> dict[str, Tensor]:
         """The objective's own metrics, (B,) each."""
         return {}
+
+    def gold_terms(self, pairs: Pairs) -> Tensor | None:  # (B,)
+        """What gold responses add to each pair's loss, as `forward` does and the kernel does not."""
+        return None
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
         """Keywords of `prefkern_kernels.pair_loss`; None if it cannot compute this loss."""

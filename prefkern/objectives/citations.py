@@ -206,6 +206,13 @@ MADPO = Paper(
     2025,
     "2510.05342",
 )
+TPO = Paper(
+    "saeidi2025tpo",
+    "Triple Preference Optimization: Achieving Better Alignment using a Single Step Optimization",
+    "Amir Saeidi and Shivanshu Verma and Aswin RRV and Kashif Rasul and Chitta Baral",
+    2025,
+    "2405.16681",
+)
 OMNI_DPO = Paper(
     "peng2025omnidpo",
     "Omni-DPO: A Dual-Perspective Paradigm for Dynamic Preference Learning of LLMs",

@@ -28,6 +28,7 @@ class Wrapper(Objective):
     needs_reward_margins = _inner("needs_reward_margins")
     needs_alignments = _inner("needs_alignments")
     needs_kls = _inner("needs_kls")
+    needs_gold = _inner("needs_gold")
     observes = _inner("observes")
     weighs_pairs = _inner("weighs_pairs")
     adaptive = _inner("adaptive")
@@ -84,6 +85,9 @@ class WithNLL(Wrapper):
         result = self.objective(pairs)
         nll = -pairs.whole()[0] / lengths
         return result._replace(losses=result.losses + self.rpo_alpha * nll)
+
+    def gold_terms(self, pairs: Pairs) -> Tensor | None:
+        return self.objective.gold_terms(pairs)
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
         options = self.objective.pair_kernel_options()

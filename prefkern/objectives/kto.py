@@ -70,6 +70,8 @@ class UnpairedObjective(nn.Module):
 
     papers: tuple[citations.Paper, ...] = ()
     needs_reference: bool = True
+    # How many sequences of a batch are one item.
+    responses: int = 1
     beta: float
 
     @property

@@ -45,6 +45,7 @@ class Mixture(Objective):
     needs_reward_margins = _any("needs_reward_margins")
     needs_alignments = _any("needs_alignments")
     needs_kls = _any("needs_kls")
+    needs_gold = _any("needs_gold")
     observes = _any("observes")
     weighs_pairs: bool = property(lambda mixture: all(each.weighs_pairs for each in mixture.parts))  # pyright: ignore[reportAssignmentType]
     # Of the first objective.
@@ -119,6 +120,11 @@ class Mixture(Objective):
             for name, value in part.metrics(pairs, own).items():
                 values[name if name not in values else f"{name}_{i + 1}"] = value
         return values
+
+    def gold_terms(self, pairs: Pairs) -> Tensor | None:
+        terms = [part.gold_terms(pairs) for part in self.objectives]
+        weighed = [w * x for w, x in zip(self.loss_weights, terms, strict=True) if x is not None]
+        return sum(weighed[1:], weighed[0]) if weighed else None
 
     def pair_kernel_terms(self) -> list[dict[str, Any]] | None:
         terms = [part.pair_kernel_options() for part in self.objectives]

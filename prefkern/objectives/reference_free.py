@@ -152,7 +152,7 @@ class SFT(Contrastive):
         assert pairs.chosen_lengths is not None
         # The mean over pairs divides by their number.
         tokens = pairs.chosen_lengths.sum().clamp(min=1)
-        return -pairs.whole()[0] * (len(pairs.chosen_logps) / tokens)
+        return -pairs.whole()[0] * len(pairs.chosen_logps) / tokens
 
     def pair_kernel_options(self) -> dict[str, Any] | None:
         # A pair's share depends on the others' lengths.

@@ -31,6 +31,7 @@ from prefkern.objectives.mixture import Mixture
 from prefkern.objectives.omni_dpo import OmniDPO
 from prefkern.objectives.reference_free import CPO, ORPO, SFT, SimPO
 from prefkern.objectives.tdpo import TDPO1, TDPO2
+from prefkern.objectives.tpo import TPO
 from prefkern.objectives.two_sided import NCA, SPPO, APODown, APOZero
 from prefkern.typos import nearest
 
@@ -51,6 +52,7 @@ REGISTRY: dict[str, type[Objective | UnpairedObjective]] = {
     "orpo": ORPO,
     "simpo": SimPO,
     "sft": SFT,
+    "tpo": TPO,
     "alphadpo": AlphaDPO,
     "madpo": MADPO,
     "omnidpo": OmniDPO,
@@ -79,8 +81,7 @@ ELSEWHERE = {
     "cdpo": "here it is 'dpo' with label_smoothing",
     "kto_pair": "'kto' also takes pairs, whose two responses count one by one",
     "slic": "'hinge' is that loss with a reference, as in TRL",
-    "tpo": "with the chosen response as the gold one, here it is 'cpo'",
-    "tpo-l": "with the chosen response as the gold one, here it is 'simpo' with rpo_alpha",
+    "tpo-l": "here it is 'tpo' with that loss_type",
     "tdpo": "here it is 'tdpo1' or 'tdpo2'",
     "wpo": "here it is use_weighting, an option of every pairwise objective",
     "rpo": "here it is rpo_alpha, an option of every pairwise objective",

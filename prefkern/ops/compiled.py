@@ -411,11 +411,12 @@ def token_logprobs(
 
 def pair_parts(
     mask: Tensor,  # of labels' shape, which tokens are scored
-    bounds: Tensor,  # (2B + 1,) int64, where each sequence begins among the M tokens
-) -> Tensor:  # (4B + 1,)
+    bounds: Tensor,  # (S + 1,) int64, where each sequence begins among the M tokens
+    responses: int = 2,
+) -> Tensor:  # (2S + 1,)
     """`sequences.pair_parts` among all M tokens."""
     before = torch.nn.functional.pad(mask.reshape(-1).long().cumsum(0), (1, 0))
-    parts = sequences.pair_parts(before.index_select(0, bounds))
+    parts = sequences.pair_parts(before.index_select(0, bounds), responses)
     # A sequence's first part ends behind so many scored tokens, and not before it begins.
     cuts = torch.maximum(torch.searchsorted(before, parts[1::2].contiguous()), bounds[:-1])
     return torch.cat([torch.stack([bounds[:-1], cuts], dim=1).flatten(), bounds[-1:]])

@@ -176,12 +176,14 @@ def _sums(values: Tensor, offsets: Tensor) -> Tensor:  # (N,), (S + 1,) -> (S,) 
     return torch.segment_reduce(values, "sum", offsets=offsets, initial=0.0, unsafe=True)
 
 
-def pair_parts(offsets: Tensor) -> Tensor:  # (2B + 1,) -> (4B + 1,)
+def pair_parts(offsets: Tensor, responses: int = 2) -> Tensor:  # (S + 1,) -> (2S + 1,)
     """Where the two parts of each sequence begin: as many tokens as both of its pair have; the rest.
 
-    The first B sequences are chosen responses, the others their rejected ones, in the same order.
+    The first B sequences are chosen responses, the next their rejected ones, in the same order. Of
+    three `responses` the last, gold one has no second part.
     """
-    shared = torch.minimum(*offsets.diff().chunk(2)).repeat(2)
+    chosen, rejected, *gold = offsets.diff().chunk(responses)
+    shared = torch.cat([torch.minimum(chosen, rejected).repeat(2), *gold])
     cuts = torch.stack([offsets[:-1], offsets[:-1] + shared], dim=1)
     return torch.cat([cuts.flatten(), offsets[-1:]])
 
@@ -212,9 +214,19 @@ class _PartSums(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         (parts,) = ctx.saved_tensors
         weighed, whole = grads
-        # d weighed / d value = 1 in the first part and alpha in the second; d whole / d value = 1.
-        per_part = torch.stack([weighed + whole, ctx.alpha * weighed + whole], dim=1)
-        return spread(per_part.flatten(), parts, ctx.count), None, None
+        return spread_parts(weighed, whole, ctx.alpha, parts, ctx.count), None, None
+
+
+def spread_parts(
+    weighed: Tensor,  # (S,), the gradients of what `part_sums` returns
+    whole: Tensor,  # (S,)
+    alpha: float,
+    parts: Tensor,  # (2S + 1,)
+    count: int,
+) -> Tensor:  # (N,)
+    # d weighed / d value = 1 in the first part and alpha in the second; d whole / d value = 1.
+    per_part = torch.stack([weighed + whole, alpha * weighed + whole], dim=1)
+    return spread(per_part.flatten(), parts, count)
 
 
 def spread(values: Tensor, offsets: Tensor, count: int) -> Tensor:  # (S,) -> (N,)

@@ -25,6 +25,7 @@ class Needs:
     reference: bool
     margins: bool
     distributions: bool  # of the reference, and not only its sums
+    gold: bool  # a third response to each prompt
 
     @property
     def sums_suffice(self) -> bool:
@@ -157,6 +158,7 @@ def check_batches(
     name: str,
     ranks: int,
     *,
+    gold: bool,
     trains: bool = False,
 ) -> None:
     """Raise if a dataset is below one batch, or its last batches differ between `ranks` with own ones.
@@ -165,7 +167,7 @@ def check_batches(
     """
     if args.max_tokens_per_batch is not None:
         for each, part in named(dataset, name):
-            check_budget(part, each, args.max_tokens_per_batch, args.share_prompt)
+            check_budget(part, each, args.max_tokens_per_batch, args.share_prompt, gold)
         return
     across_ranks = batch_size * ranks
     accelerator: Any = args.accelerator_config

@@ -60,6 +60,8 @@ def _of_pairs(
         "logps/chosen": per_item(out.chosen_logps),
         "logps/rejected": per_item(out.rejected_logps),
     }
+    if out.gold_logps is not None:
+        values["logps/gold"] = per_item(out.gold_logps)
     balance = gradient_balance(out)
     values["gradients/log_balance"] = _where_finite(balance.log_balance)
     values["gradients/chosen_share"] = _where_finite(balance.chosen_share)
@@ -84,11 +86,15 @@ def _of_pairs(
         values["rewards/base_accuracies"] = per_item(base > 0)
     values |= {name: per_item(value) for name, value in out.metrics.items()}
     if out.token_stats is not None:
-        lengths = torch.cat([out.chosen_lengths, out.rejected_lengths])
-        is_chosen = torch.arange(len(lengths), device=lengths.device) < len(out.losses)
-        rows = _of_tokens(out.token_stats, lengths, is_chosen, cu_seqlens)
-        # The two responses of a pair are one item.
-        values |= {name: value.view(2, -1, 2).sum(0) for name, value in rows.items()}
+        sides = [out.chosen_lengths, out.rejected_lengths]
+        sides += [] if out.gold_lengths is None else [out.gold_lengths]
+        lengths = torch.cat(sides)
+        pairs = len(out.losses)
+        row = torch.arange(len(lengths), device=lengths.device)
+        is_rejected = (row >= pairs) & (row < 2 * pairs)
+        rows = _of_tokens(out.token_stats, lengths, row < pairs, is_rejected, cu_seqlens)
+        # The responses of a pair are one item.
+        values |= {name: value.view(len(sides), -1, 2).sum(0) for name, value in rows.items()}
     return values
 
 
@@ -103,7 +109,8 @@ def _of_responses(out: UnpairedOutput, cu_seqlens: Tensor | None) -> dict[str, T
         **{name: per_item(value) for name, value in out.metrics.items()},
     }
     if out.token_stats is not None:
-        values |= _of_tokens(out.token_stats, out.lengths, out.desirable, cu_seqlens)
+        sides = (out.desirable, ~out.desirable)
+        values |= _of_tokens(out.token_stats, out.lengths, *sides, cu_seqlens)
     return values
 
 
@@ -111,6 +118,7 @@ def _of_tokens(
     stats: TokenStats,  # (S, T) each, or (M,) with cu_seqlens
     lengths: Tensor,  # (S,)
     is_chosen: Tensor,  # (S,) bool
+    is_rejected: Tensor,  # (S,) bool
     cu_seqlens: Tensor | None,  # (S + 1,)
 ) -> dict[str, Tensor]:  # (S, 2) each
     def sums(per_token: Tensor) -> Tensor:  # -> (S,)
@@ -119,7 +127,7 @@ def _of_tokens(
         return sequence_sums(per_token.float(), cu_seqlens.long())
 
     logits = sums(stats.mean_logit)
-    chosen, rejected = is_chosen.float(), 1 - is_chosen.float()
+    chosen, rejected = is_chosen.float(), is_rejected.float()
     return {
         "entropy": per_item(sums(stats.entropy), lengths),
         "logits/chosen": per_item(logits * chosen, lengths * chosen),

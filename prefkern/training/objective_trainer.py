@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from prefkern.loss.checks import reference_sums
 from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.head_forward import forward_with_head
 from prefkern.models.heads import HeadInputs
 from prefkern.models.scoring import IGNORE_INDEX
 from prefkern.models.transform import head_transform
-from prefkern.objectives import DPO, KTO, Objective, UnpairedObjective
+from prefkern.objectives import KTO, TPO, Objective, UnpairedObjective
 from prefkern.training.cards import CardTrainer
 from prefkern.training.metrics import item_values, means, per_item
 from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
@@ -59,7 +60,10 @@ class ObjectiveTrainer(CardTrainer):
         self.loss_fn = FusedPreferenceLoss(objective, *given, ld_alpha=ld_alpha)
         # The reference's sums go through the policy's own code. KTO takes any number of responses,
         # and in evaluation it does not wait for other ranks. Weights of tokens need pairs.
-        sums: Objective | UnpairedObjective = KTO() if ld_alpha is None else DPO()
+        sums: Objective | UnpairedObjective = KTO()
+        if ld_alpha is not None:
+            # No reference, and as many responses as the objective has.
+            sums = TPO(tpo_alpha=float(objective.responses == 3))
         self._sum_fn = FusedPreferenceLoss(sums, *given, ld_alpha=ld_alpha).eval()
         for module in self.loss_fn.modules():
             if seed is not None and hasattr(module, "manual_seed"):
@@ -89,8 +93,7 @@ class ObjectiveTrainer(CardTrainer):
         # A gradient scaler skips such a step and lowers its scale.
         self.loss_fn.on_nonfinite = "warn" if self.args.fp16 else "raise"
         outputs, loss = self._preference_outputs(model, inputs)
-        cu_seqlens = inputs.get("cu_seqlens")
-        for name, values in item_values(outputs, self.loss_fn.objective, cu_seqlens).items():
+        for name, values in self._item_values(outputs, inputs).items():
             add_to(self._train_sums, name, values.sum(0))
         loss = self._share(loss, len(outputs.losses), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -107,14 +110,17 @@ class ObjectiveTrainer(CardTrainer):
         self.loss_fn.on_nonfinite = "warn"
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs, loss = self._preference_outputs(model, inputs)
-        values = {
-            "loss": per_item(outputs.losses),
-            **item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens")),
-        }
+        values = {"loss": per_item(outputs.losses), **self._item_values(outputs, inputs)}
         gathered = self._gathered(torch.stack([*values.values()], dim=1))
         for name, total in zip(values, gathered.sum(0), strict=True):
             add_to(self._eval_sums, name, total)
         return loss, None, None
+
+    def _item_values(
+        self, outputs: PreferenceOutput | UnpairedOutput, inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Each metric of a batch, as `prefkern.training.metrics` returns them."""
+        return item_values(outputs, self.loss_fn.objective, inputs.get("cu_seqlens"))
 
     def _gathered(self, values: Tensor) -> Tensor:  # (B, metrics, 2)
         """Values of all ranks' pairs, without the pairs that pad the ranks' last batch."""
@@ -188,16 +194,16 @@ def add_to(sums: dict[str, Tensor], name: str, total: Tensor) -> None:  # (2,)
 
 def sums_alone(sum_fn: FusedPreferenceLoss, count: int, device: torch.device) -> dict[str, Tensor]:
     """The keywords of `_sum_fn` for the log-prob sums of S responses alone."""
-    zeros = torch.zeros(count, device=device)
     if isinstance(sum_fn.objective, Objective):
-        return {"ref_logps": zeros}
+        return {}
+    zeros = torch.zeros(count, device=device)
     return {"ref_logps": zeros, "desirable": zeros.bool(), "mismatched_log_ratios": zeros}
 
 
-def sums_of(outputs: PreferenceOutput | UnpairedOutput) -> Tensor:  # (S,)
-    """The log-prob sums of what `_sum_fn` returned."""
+def sums_of(outputs: PreferenceOutput | UnpairedOutput, responses: int = 2) -> Tensor:
+    """The log-prob sums of what `_sum_fn` returned, of pairs without their gold responses."""
     if isinstance(outputs, UnpairedOutput):
-        return outputs.logps
+        return outputs.logps[: reference_sums(len(outputs.logps), responses)]
     return torch.cat([outputs.chosen_logps, outputs.rejected_logps])
 
 

@@ -65,7 +65,7 @@ class ReferenceTrainer(TokenBatchTrainer):
     _described: dict[str, Any] | None
     _for_sums: Any
 
-    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,)
+    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,), of pairs (2B,)
         with torch.no_grad(), self._reference() as model, self._autocast():
             return self._sums(model, inputs)
 
@@ -77,7 +77,7 @@ class ReferenceTrainer(TokenBatchTrainer):
         """
         return nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
-    def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,)
+    def _sums(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (S,), of pairs (2B,)
         """Log-prob sums of a batch's rows under a model, without gradient."""
         options = sums_alone(self._sum_fn, sequence_count(inputs), inputs["input_ids"].device)
         with torch.no_grad():
@@ -86,7 +86,7 @@ class ReferenceTrainer(TokenBatchTrainer):
             )
         # Casts that an outer autocast made of the policy's weights here have no gradient.
         torch.clear_autocast_cache()
-        return sums_of(outputs)
+        return sums_of(outputs, self.loss_fn.objective.responses)
 
     def _mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:  # (M,)
         """Log policy / reference of the batch's mismatched prompts and responses (KTO)."""

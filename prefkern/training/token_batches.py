@@ -33,11 +33,12 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Sampler
 
+from prefkern.data.columns import GOLD_IDS, TOKEN_COLUMNS
+
 # Pairs of the shuffled order that are packed together.
 _WINDOW = 1024
 # Epochs whose draws decide the number of batches.
 _DRAFTS = 4
-_COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids"]
 # What a loader is made of, beside its dataset and its batches.
 _OPTIONS = (
     "collate_fn",
@@ -197,24 +198,25 @@ def spread(batches: list[list[int]], count: int) -> list[list[int]]:
     return batches + list(islice(cycle(batches), count - len(batches)))
 
 
-def pair_tokens(dataset: Any, shares: bool) -> np.ndarray:  # (pairs,)
+def pair_tokens(dataset: Any, shares: bool, gold: bool = False) -> np.ndarray:  # (pairs,)
     """How many tokens each tokenised pair has in a packed row, with or without a shared prompt."""
+    columns = [*TOKEN_COLUMNS, *([GOLD_IDS] if gold else [])]
     parts = [np.zeros(0, dtype=np.int64)]
-    tables: Any = dataset.select_columns(_COLUMNS).with_format("arrow").iter(batch_size=65536)
+    tables: Any = dataset.select_columns(columns).with_format("arrow").iter(batch_size=65536)
     for table in tables:
-        prompt, chosen, rejected = (
+        prompt, *responses = (
             pc.list_value_length(table[column]).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
-            for column in _COLUMNS
+            for column in columns
         )
-        # A shared prompt's last token stands before the rejected response again.
+        # A shared prompt's last token stands before each other response again.
         again = np.minimum(prompt, 1) if shares else prompt
-        parts.append(prompt + chosen + again + rejected)
+        parts.append(prompt + sum(responses) + again * (len(responses) - 1))
     return np.concatenate(parts)
 
 
-def check_budget(dataset: Any, name: str, budget: int, shares: bool) -> None:
+def check_budget(dataset: Any, name: str, budget: int, shares: bool, gold: bool = False) -> None:
     """Raise ValueError for a pair that no batch has room for."""
-    sizes = pair_tokens(dataset, shares)
+    sizes = pair_tokens(dataset, shares, gold)
     above = np.flatnonzero(sizes > budget)
     if len(above):
         raise ValueError(

@@ -89,7 +89,10 @@ class TokenBatchTrainer(ObjectiveTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.args.max_tokens_per_batch is not None:
             row = inputs["input_ids"]
-            counts = {"tokens": row.numel(), "pairs": sequence_count(inputs) / 2}
+            counts = {
+                "tokens": row.numel(),
+                "pairs": sequence_count(inputs) / self._sequences_an_item,
+            }
             for name, count in counts.items():
                 total = torch.tensor([count, 1.0], device=row.device)
                 add_to(self._train_sums, f"batch/{name}", total)
@@ -139,7 +142,7 @@ class TokenBatchTrainer(ObjectiveTrainer):
             return None
         is_one = shares_batches(self.accelerator)
         return TokenBatches(
-            pair_tokens(dataset, self.args.share_prompt),
+            pair_tokens(dataset, self.args.share_prompt, self._sequences_an_item == 3),
             budget,
             seed=seed,
             rank=0 if is_one else self.args.process_index,

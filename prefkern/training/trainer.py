@@ -186,6 +186,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             reference=objective.needs_reference,
             margins=is_paired and objective.needs_reward_margins,
             distributions=is_paired and objective.needs_kls,
+            gold=is_paired and objective.needs_gold,
         )
         check_needs(self._objective_needs, args, ref_model)
         self._reference_given = reference_arguments(args, ref_model)
@@ -254,8 +255,11 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         self._check_positions(eval_dataset, args, "eval", base)
         check_summed_gradients(model, args)
         ranks = self._ranks_with_batches = args.world_size // size_of(model)
-        check_batches(train_dataset, args.train_batch_size, args, "train", ranks, trains=True)
-        check_batches(eval_dataset, args.eval_batch_size, args, "eval", ranks)
+        gold = self._objective_needs.gold
+        check_batches(
+            train_dataset, args.train_batch_size, args, "train", ranks, gold=gold, trains=True
+        )
+        check_batches(eval_dataset, args.eval_batch_size, args, "eval", ranks, gold=gold)
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums are not enough for distributions or for mismatched pairs.
         carried = self._objective_needs.sums_suffice and carry_sums(train_dataset, eval_dataset)
@@ -308,7 +312,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         layout = (pad_token_id, args.pad_to_multiple_of)
         collator = (
             PreferenceCollator(
-                *layout, padding_free=args.padding_free, share_prompt=args.share_prompt
+                *layout,
+                padding_free=args.padding_free,
+                share_prompt=args.share_prompt,
+                gold=gold,
             )
             if is_paired
             else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
@@ -324,7 +331,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._sequences_an_item = 2 if is_paired else 1
+        self._sequences_an_item = objective.responses
         # A sharded model has its weights only once it is wrapped: the first batch checks it.
         will_shard = self.is_deepspeed_enabled or self.is_fsdp_enabled
         for each in (self.model, self.ref_model) if is_deepspeed_zero3_enabled() else ():
@@ -447,16 +454,17 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         dataset = without_unused(
             dataset, references=needs.reference and needs.sums_suffice, margins=needs.margins
         )
-        tokenize = tokenize_preferences if self._objective_needs.paired else tokenize_examples
-        dataset, report = tokenize(
-            dataset,
-            self._tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            truncation_mode=args.truncation_mode,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
+        options: dict[str, Any] = {
+            "max_length": args.max_length,
+            "max_prompt_length": args.max_prompt_length,
+            "truncation_mode": args.truncation_mode,
+            "num_proc": args.dataset_num_proc,
+            "name": name,
+        }
+        if needs.paired:
+            options["gold"] = needs.gold
+        tokenize = tokenize_preferences if needs.paired else tokenize_examples
+        dataset, report = tokenize(dataset, self._tokenizer, **options)
         check_tokens(dataset, ID_COLUMNS, self._rows, name)
         # A dataset that was tokenised before adds nothing to a report that is there already.
         if not is_prepared or report.dropped or name not in self.dataset_reports:
@@ -479,7 +487,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             self._check_columns(part, self.args, each)
         dataset = self._tokenized(dataset, self.args, name)
         ranks = self._ranks_with_batches
-        check_batches(dataset, self.args.eval_batch_size, self.args, name, ranks)
+        gold = self._objective_needs.gold
+        check_batches(dataset, self.args.eval_batch_size, self.args, name, ranks, gold=gold)
         if self._objective_needs.reference and not carry_sums(dataset):
             # The constructor did not check this if its datasets carried sums.
             model = self.accelerator.unwrap_model(self.model)
@@ -525,7 +534,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
     def _check_columns(self, dataset: Any, args: PreferenceConfig, name: str) -> None:
         needs = self._objective_needs
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
-        check_columns(dataset, name, paired=needs.paired, margins=needs.margins)
+        check_columns(dataset, name, paired=needs.paired, margins=needs.margins, gold=needs.gold)
         if dataset._fingerprint not in self._computed_sums:
             check_carried_sums(dataset, name, needs, self._reference_given, args.ld_alpha)
         if not needs.paired:

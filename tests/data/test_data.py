@@ -483,7 +483,7 @@ def test_bad_rows_are_named(row, message):
     rows = Rows()
     rows.column_names, rows.features, rows.format = list(STANDARD), {}, {"type": "custom"}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=message):
-        patch.setattr(tokenisation, "check_columns", lambda *_: None)
+        patch.setattr(tokenisation, "check_columns", lambda *_, **__: None)
         data.tokenize_preferences(rows, TOKENIZER)
 
 

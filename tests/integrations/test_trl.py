@@ -592,3 +592,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     torch.save(_outcome(folder, ranks=2), folder / f"rank{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()
+
+
+def test_a_forward_without_a_body_says_so():
+    from prefkern.integrations.trl.head import _FusedForward
+
+    with pytest.raises(NotImplementedError, match=r"does not define __call__\(model, batch\)"):
+        _FusedForward(None, None, None)(torch.nn.Linear(1, 1), {})

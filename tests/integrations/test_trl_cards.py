@@ -13,7 +13,8 @@ peft = pytest.importorskip("peft")
 
 from trl import DPOTrainer as PlainDPOTrainer
 
-from prefkern.objectives import citations
+from prefkern.integrations.trl import TPOTrainer
+from prefkern.objectives import Adaptive, citations
 from support import tiny
 from support.cards import card, generated, options, run_quick_start
 from support.trl_runs import build
@@ -76,6 +77,22 @@ def test_trls_own_losses_are_named_and_cited(tmp_path, given, title, paper):
     assert [each for each in found if each != "### Hyper-parameters"] == headings
 
 
+def test_tpo_is_named_and_cited(tmp_path):
+    tpo = pytest.importorskip("trl.experimental.tpo")
+    trained = TPOTrainer(
+        tiny.model(),
+        tpo.TPOConfig(str(tmp_path), use_cpu=True, report_to="none"),
+        train_dataset=tiny.triple_dataset(4),
+        processing_class=tiny.tokenizer(),
+        adaptive=Adaptive("policy"),
+    )
+    trained.create_model_card()
+    written = card(tmp_path)
+    assert f"trained with AdaTPO, a method introduced in [{citations.ADADPO.title}]" in written.text
+    assert citations.TPO.bibtex in written.text
+    assert {"tpo", "trl", "prefkern"} <= {*written.data.tags}
+
+
 def test_push_to_hub_uploads_it(tmp_path, monkeypatch):
     uploads = []
 
@@ -94,10 +111,10 @@ def test_push_to_hub_uploads_it(tmp_path, monkeypatch):
 
 
 def test_links_to_the_run_in_trackers(tmp_path, monkeypatch):
-    from prefkern.integrations.trl import dpo
+    from prefkern.integrations.trl import batches
 
-    monkeypatch.setattr(dpo, "get_comet_experiment_url", lambda: "https://comet.example/run")
-    monkeypatch.setattr(dpo, "get_trackio_space_url", lambda: None)
+    monkeypatch.setattr(batches, "get_comet_experiment_url", lambda: "https://comet.example/run")
+    monkeypatch.setattr(batches, "get_trackio_space_url", lambda: None)
     trained = build(tmp_path, ref_model=tiny.model(seed=1))
     trained.create_model_card()
     assert "[The run in Comet](https://comet.example/run)" in card(tmp_path).text

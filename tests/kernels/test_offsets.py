@@ -174,6 +174,11 @@ def test_tokens_beyond_2_31(tmp_path, device):
     out = kernels.pair_loss(whole, offsets, None, **options)
     true = torch.stack([values[1, :400].double().sum(), values[1, 400:].double().sum()])
     torch.testing.assert_close(out.sums.double(), true, rtol=1e-7, atol=0)
+    # With weights of tokens as well: the second response has 200 beyond the first one's length.
+    out = kernels.pair_loss(whole, offsets, None, **options, ld_alpha=0.5)
+    torch.testing.assert_close(out.whole.double(), true, rtol=1e-7, atol=0)
+    true[1] -= 0.5 * values[1, 800:].double().sum()
+    torch.testing.assert_close(out.sums.double(), true, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -69,7 +70,7 @@ def test_what_has_a_kernel():
     """Named one by one, so that no objective drops out of the tests unnoticed."""
     assert {case.objective for case in KERNEL_CASES.values()} == {
         "dpo", "lndpo", "robust", "hinge", "ipo", "rdpo", "exo", "discopop", "nca", "sppo", "apozero",
-        "apodown", "cpo", "orpo", "simpo", "sft", "alphadpo", "madpo", "omnidpo", "nll",
+        "apodown", "cpo", "orpo", "simpo", "sft", "tpo", "alphadpo", "madpo", "omnidpo", "nll",
     }  # fmt: skip
     nlls = {name for name in KERNEL_CASES if name.startswith("nll: ")}
     inner = ("dpo", "dpo: adaptive", "cpo", "cpo: adaptive", "alphadpo")
@@ -134,10 +135,13 @@ def random_scores(objective: Objective, device: str) -> Scores:
     """More than a block of tokens; no tokens on one side or both; and lengths between."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.tensor([17, 1500, 0, 1, 0, 3, 5, 12, 0, 0])
+    if objective.responses == 3:
+        lengths = torch.cat([lengths, torch.tensor([4, 0, 1100, 1, 2])])
     logps = -2 * torch.rand(int(lengths.sum()), generator=generator)
-    logps[-20:-12] *= 1e-6  # a response that is nearly certain
+    end = int(lengths[:10].sum())
+    logps[end - 20 : end - 12] *= 1e-6  # a response that is nearly certain
     sums = torch.stack([part.sum() for part in logps.split(lengths.tolist())])
-    ref = sums + 2 * torch.randn(10, generator=generator)
+    ref = sums[:10] + 2 * torch.randn(10, generator=generator)
     return Scores(
         logps.to(device).requires_grad_(),
         torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
@@ -145,6 +149,7 @@ def random_scores(objective: Objective, device: str) -> Scores:
         torch.tensor([0.3, -2.0, 9.0, -30.0, 6.99]).to(device)
         if objective.needs_reward_margins
         else None,
+        responses=objective.responses,
     )
 
 
@@ -155,6 +160,19 @@ def test_is_the_torch_class_on_random_pairs(name, device):
     asked = random_scores(case.make(), device)
     # Sums of 1500 tokens are rounded once on both sides, and exponents of 1 exponentiate them.
     assert_twins(case, asked, rtol=5e-5, atol=1e-20)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6])
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.long(name=[*FORMS][1::2])
+def test_tokens_beyond_the_shorter_response_weigh_less(name, alpha, device):
+    """With `ld_alpha` a token's gradient is one of two numbers of its sequence: one launch, too."""
+    case = KERNEL_CASES[name]
+    asked = dataclasses.replace(random_scores(case.make(), device), ld_alpha=alpha)
+    mine = assert_twins(case, asked, rtol=5e-5, atol=1e-20)
+    theirs, _ = ask(case, asked, "torch")
+    for x, y in zip(mine.pairs.whole(), theirs.pairs.whole(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
 
 
 SIZES = [0.0, -1e-4, -30.0, -1e4]
@@ -170,14 +188,15 @@ def test_extremes(name, device):
     objective = case.make()
     rows = list(itertools.product(SIZES, SIZES))[::3] + [(-1e4, 0.0)]
     chosen, rejected = torch.tensor(rows).unbind(1)
-    logps = torch.cat([chosen, rejected]).to(device)
+    logps = torch.cat([chosen, rejected, chosen][: objective.responses]).to(device)
     count = len(rows)
     margins = itertools.islice(itertools.cycle([math.inf, -math.inf, 1e4, -1e4, 0.0]), count)
     asked = Scores(
         logps.requires_grad_(),
-        torch.arange(2 * count + 1, device=device),
+        torch.arange(len(logps) + 1, device=device),
         torch.zeros(2 * count, device=device) if objective.needs_reference else None,
         torch.tensor(list(margins), device=device) if objective.needs_reward_margins else None,
+        responses=objective.responses,
     )
     assert_twins(case, asked, rtol=1e-5)
 
@@ -220,7 +239,9 @@ NOT_ARITHMETIC = {"empty", "new_empty", "set_", "copy_", "split", "slice", "deta
 @pytest.mark.parametrize("name", sorted({case.objective for case in KERNEL_CASES.values()}))
 def test_one_launch_and_no_arithmetic_of_torch(name, device):
     """Between the tokens' log-probs and the losses only the kernel computes."""
-    case = next(case for case in KERNEL_CASES.values() if case.objective == name)
+    cases = [case for case in KERNEL_CASES.values() if case.objective == name]
+    # A gold response's term is torch's: without one the kernel is all there is of TPO as well.
+    case = next(case for case in cases if not case.make().needs_gold)
     objective = case.make().to(device)
     asked = scores(ORDINARY[:2], device, objective)
     before = dict(kernels.launches)

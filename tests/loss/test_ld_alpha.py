@@ -113,6 +113,14 @@ OBJECTIVES = {
 }
 
 
+def pair_launches() -> int:
+    if "triton" not in BACKENDS:
+        return 0
+    import prefkern_kernels
+
+    return prefkern_kernels.launches["pair_loss"]
+
+
 def packed(given: dict) -> dict:
     """The same sequences end to end, each without one token of its prompt."""
     rows = {name: x for name, x in given.items() if name in ("hidden", "ref_hidden", "labels")}
@@ -137,9 +145,12 @@ def test_value_and_gradient_from_logits(name, layout, alpha, backend, device):
         loss_fn = prefkern.FusedPreferenceLoss(
             OBJECTIVES[name](), workspace_mb=1, backend=backend, ld_alpha=alpha
         )
+        before = pair_launches()
         out = loss_fn(**given, **TRANSFORM)
         out.loss.backward()
         assert out.plan.backend == backend
+        has_kernel = backend == "triton" and not name.startswith("wpo")
+        assert pair_launches() - before == has_kernel
         rtol = 1e-11 if dtype == torch.float64 else 2e-6
         for side, value in (("L", (out.chosen_logps, out.rejected_logps)),
                             ("R", (out.ref_chosen_logps, out.ref_rejected_logps))):  # fmt: skip
@@ -166,6 +177,12 @@ def test_the_oracle_has_it_too(name):
     for given in (mine, packed(leaves(batch()))):
         out = reference.preference_loss(OBJECTIVES[name](), **given, **TRANSFORM, ld_alpha=0.4)
         torch.testing.assert_close(out.losses, expected, rtol=1e-12, atol=1e-14)
+        # The push on a token of weight 1, NLL terms and all.
+        fused = FusedPreferenceLoss(OBJECTIVES[name](), backend="torch", ld_alpha=0.4)
+        other = fused(**given, **TRANSFORM)
+        for side in ("chosen_gradients", "rejected_gradients"):
+            pushes = getattr(out, side), getattr(other, side)
+            torch.testing.assert_close(*pushes, rtol=1e-10, atol=1e-14)
     reference.preference_loss(OBJECTIVES[name](), **mine, **TRANSFORM, ld_alpha=0.4).loss.backward()
     for part in ("hidden", "weight", "bias"):
         torch.testing.assert_close(mine[part].grad, truth[part].grad, rtol=1e-10, atol=1e-14)
@@ -360,16 +377,15 @@ def test_sequences_over_several_ranks_do_not_take_it():
 
 if "triton" in BACKENDS:
 
-    def test_the_pair_kernel_is_not_asked():
-        """It sums all tokens of a response with one weight."""
+    def test_the_pair_kernel_is_asked_once():
         import prefkern_kernels as kernels
 
         given = batch()
-        for alpha, expected in ((None, 1), (0.4, 0)):
+        for alpha in (None, 0.4):
             before = kernels.launches["pair_loss"]
             loss_fn = prefkern.FusedPreferenceLoss(DPO(0.3), backend="triton", ld_alpha=alpha)
             loss_fn(**given)
-            assert kernels.launches["pair_loss"] - before == expected
+            assert kernels.launches["pair_loss"] - before == 1
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -65,7 +65,15 @@ def test_spaces_in_a_name_do_not_matter():
 def pairs_of(chosen, rejected) -> Pairs:
     reference = chosen.new_tensor([-4.0, -9.0, -6.5]), chosen.new_tensor([-7.0, -3.0, -6.5])
     lengths = torch.tensor([2, 3, 9]), torch.tensor([3, 1, 5])
-    return Pairs(chosen, rejected, *reference, *lengths, chosen.new_tensor([1.0, -2.0, 0.0]))
+    return Pairs(
+        chosen,
+        rejected,
+        *reference,
+        *lengths,
+        chosen.new_tensor([1.0, -2.0, 0.0]),
+        gold_logps=chosen.new_tensor([-3.0, -2.0, -1.0]),
+        gold_lengths=torch.tensor([4, 1, 2]),
+    )
 
 
 PAIRED = [name for name, cls in REGISTRY.items() if issubclass(cls, Contrastive)]

@@ -33,6 +33,7 @@ from prefkern.objectives import (
     SPPO,
     TDPO1,
     TDPO2,
+    TPO,
     WPO,
     Adaptive,
     AlphaDPO,
@@ -82,6 +83,7 @@ DIFFERENCES = {
     "cpo": (CPO, {"nll_weight": 0.0}),
     "orpo": (ORPO, {"nll_weight": 0.0}),
     "simpo": (SimPO, {}),
+    "tpo": (TPO, {"tpo_alpha": 0.0}),
     "aot": (AOT, {}),
     "aotunpaired": (AOTUnpaired, {}),
 }
@@ -112,6 +114,8 @@ def random_pairs(B=16, spread=20.0, dtype=torch.float64, seed=0) -> Pairs:
         lengths[0],
         lengths[1],
         torch.randn(B, generator=generator, dtype=torch.float64),
+        gold_logps=ref_chosen.to(dtype),
+        gold_lengths=lengths[1],
     )
 
 
@@ -476,6 +480,8 @@ def _extreme_inputs(dtype: torch.dtype, length: int) -> dict[str, torch.Tensor]:
         "rejected_alignments": cycle(12.0, -1e4, 0.0, 1e-3),
         "chosen_kls": cycle(0.0, 1e4, 1e-4).requires_grad_(),
         "rejected_kls": cycle(1e4, 0.0).requires_grad_(),
+        "gold_logps": chosen.detach().clone().requires_grad_(),
+        "gold_lengths": lengths,
     }
 
 
@@ -583,6 +589,7 @@ SECOND = {
     "label_smoothing": [0.3],
     "lam": [0.1],
     "length_normalized": [True, False],
+    "loss_type": ["hinge", "ipo", "tpo-l"],
     "m": [0.01],
     "mode": ["amplify", "regularize"],
     "momentum": [0.2],
@@ -595,6 +602,8 @@ SECOND = {
     "stop_gradient": [False],
     "tau": [3.0],
     "token_mean": [True],
+    "tpo_alpha": [0.3, 0.0],
+    "tpo_l_gamma": [0.9],
     "undesirable_weight": [0.3],
     "use_weighting": [True],
 }
@@ -603,7 +612,10 @@ SECOND = {
 # Where a default is so strong on these pairs that it puts another option out of play.
 WEAKER = {"betadpo": {"m": 0.02}, "adaaotunpaired": {"clip": 1.3}}
 # What an option is of.
-WITH = {"f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"}}
+WITH = {
+    "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+    "tpo_l_gamma": {"loss_type": "tpo-l"},
+}
 
 
 def _two_batches(name: str, **options: Any) -> torch.Tensor:
@@ -694,6 +706,7 @@ KINDS = {
     "number": ("must be a finite number", NOT_NUMBERS),
     "below 1/2": ("must be in [0, 0.5)", [-0.1, 0.5, 1.0, *NOT_NUMBERS]),
     "between": ("must be in (0, 0.5)", [-0.1, 0, 1e-13, 0.5, 1.0, *NOT_NUMBERS]),
+    "of tpo-l": ("is of loss_type='tpo-l'", [0.5, 1, "x", math.nan]),
     "of another": ("is of f_divergence_type='alpha_divergence'", [0.5, 1, "x", math.nan]),
     "below 1": ("must be in [0, 1)", [-0.1, 1, 2.0, *NOT_NUMBERS]),
     "below 1 or None": ("must be None or in [0, 1)", [-0.1, 1.0, math.nan, True, "0.1"]),
@@ -724,6 +737,11 @@ REFUSING = [
     (SimPO, "label_smoothing", "below 1/2"),
     (DiscoPOP, "tau", "positive"),
     (SFT, "token_mean", "switch"),
+    (TPO, "loss_type", "choice"),
+    (TPO, "label_smoothing", "below 1/2"),
+    (TPO, "tpo_alpha", "not negative"),
+    (TPO, "tpo_l_gamma", "of tpo-l"),
+    (TPO, "token_mean", "switch"),
     (OmniDPO, "eta", "not negative"),
     (OmniDPO, "tau", "number"),
     (OmniDPO, "gamma", "not negative"),

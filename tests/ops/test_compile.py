@@ -50,11 +50,12 @@ class Model(torch.nn.Module):
         )
 
 
-def batch(device: str, length: int = T) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = torch.randint(V, (2 * B, length), device=device)
+def batch(device: str, length: int = T, responses: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = responses * B
+    labels = torch.randint(V, (rows, length), device=device)
     labels[:, :3] = -100
     labels[2] = -100
-    return torch.randn(2 * B, length, H, device=device), labels
+    return torch.randn(rows, length, H, device=device), labels
 
 
 def counted(function: Callable, backend: str = "aot_eager"):
@@ -135,7 +136,7 @@ def test_loss_of_every_objective(name, device):
     function, counter = counted(model)
     frames = []
     for length in (T, 13, 21):
-        x, labels = batch(device, length)
+        x, labels = batch(device, length, twin.responses)
         keywords = {
             "ref_logps": torch.randn(2 * B, device=device) - 5 * (length - 3),
             "reward_margins": torch.randn(B, device=device),

@@ -139,9 +139,9 @@ def held(objective: Objective | UnpairedObjective) -> Objective | UnpairedObject
 class Batch:
     """Two pairs (or four responses) of a model near its reference, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, responses: int = 2) -> None:
         torch.manual_seed(1)
-        shape = (2 * B, T, H)
+        shape = (responses * B, T, H)
         self.given = {
             "hidden": torch.randn(shape, dtype=torch.float64, requires_grad=True),
             "weight": torch.randn(V, H, dtype=torch.float64, requires_grad=True),
@@ -178,7 +178,7 @@ class Batch:
 @pytest.mark.parametrize("name", CASES)
 def test_every_objective(name):
     """Gradients of hidden states, weight and bias through the losses of both pairs."""
-    batch = Batch()
+    batch = Batch(max(CASES[name].make().responses, 2))
     frozen = batch.losses(held(CASES[name].make()))
     values = list(batch.given.values())
     # Here the constants are taken.

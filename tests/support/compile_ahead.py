@@ -152,6 +152,7 @@ def launch_all() -> None:
         launch_pair_loss(objective, pairs=8)
     # Triton treats a size of 1 as a constant.
     launch_pair_loss(OBJECTIVES[0], pairs=1)
+    launch_pair_loss(OBJECTIVES[0], pairs=8, ld_alpha=0.5)
 
 
 def launch_finish(dtype: torch.dtype, of_head: bool, of_hidden: bool, n: int, h: int) -> None:
@@ -168,7 +169,7 @@ def launch_finish(dtype: torch.dtype, of_head: bool, of_hidden: bool, n: int, h:
     )
 
 
-def launch_pair_loss(objective: Objective, pairs: int) -> None:
+def launch_pair_loss(objective: Objective, pairs: int, ld_alpha: float | None = None) -> None:
     """Launch the loss of pairs, with only the inputs that its objective needs."""
     options = objective.to("meta").pair_kernel_options()
     assert options is not None
@@ -178,6 +179,7 @@ def launch_pair_loss(objective: Objective, pairs: int) -> None:
         meta(2 * pairs) if objective.needs_reference else None,
         meta(pairs) if objective.needs_reward_margins else None,
         **options,
+        ld_alpha=ld_alpha,
     )
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import prefkern
 from prefkern import objectives, reference
 from prefkern.loss import diagnostics
-from prefkern.objectives import Examples, Pairs
+from prefkern.objectives import Examples, Pairs, aot
 from support import tiny
 
 nan = math.nan
@@ -195,6 +195,7 @@ CALLS: dict[str, Call] = {
     "rdpo's forward": Call(objectives.RDPO(), lambda: {"pairs": Pairs(**pairs(), **lengths())}),
     "an objective without a formula": Call(objectives.Objective(), dict),
     "one of responses without a formula": Call(objectives.UnpairedObjective(), dict),
+    "a sorted one without a formula": Call(aot._Sorted(), dict),
     "token_logprobs": Call(prefkern.token_logprobs, text),
     "preference_outputs": Call(prefkern.preference_outputs, step),
     "gradient_balance": Call(diagnostics.gradient_balance, dict),
@@ -500,6 +501,17 @@ _OBJECTIVES: dict[str, list[Any]] = {
         *_ADAPTIVE,
     ],
     "sft": _bool("token_mean"),
+    "tpo": [
+        *_positive("beta"),
+        ({"loss_type": "simpo"}, ValueError, "'sigmoid', 'hinge', 'ipo', 'tpo-l'", "'simpo'"),
+        ({"loss_type": None}, ValueError, "'sigmoid', 'hinge', 'ipo', 'tpo-l'", "None"),
+        *_below("label_smoothing", "0.5"),
+        *_not_negative("tpo_alpha"),
+        ({"tpo_l_gamma": 0.5}, ValueError, "loss_type='tpo-l'", "0.5 with 'sigmoid'"),
+        ({"tpo_l_gamma": nan, "loss_type": "tpo-l"}, ValueError, "finite number", "nan"),
+        *_bool("token_mean"),
+        *_ADAPTIVE,
+    ],
     "alphadpo": [
         *_positive("beta"),
         *_number("gamma"),
@@ -807,6 +819,16 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
         ("one of responses without a formula",),
         [({"examples": None}, NotImplementedError, "does not define forward(examples)")],
     ),
+    (
+        ("a sorted one without a formula",),
+        [
+            (
+                {"pairs": Pairs(**pairs())},
+                NotImplementedError,
+                "_Sorted does not define _terms(pairs)",
+            )
+        ],
+    ),
     (("token_logprobs",), _TEXT),
     (("preference_outputs",), _STEP),
     (("gradient_balance",), [({"out": None}, TypeError, "PreferenceOutput", "NoneType")]),
@@ -826,6 +848,8 @@ _TABLE: list[tuple[tuple[str, ...], list[Any]]] = [
             ({"mismatched_log_ratios": torch.zeros(2, 2)}, ValueError, "[M]", "[2, 2]"),
             ({"ignore_index": "pad"}, TypeError, "int", "'pad'"),
             ({"paired": 1}, TypeError, "True or False", "1"),
+            ({"gold": 1}, TypeError, "True or False", "1"),
+            ({"gold": True, "paired": False}, ValueError, "of pairs", "paired=False"),
         ],
     ),
     (

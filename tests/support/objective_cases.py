@@ -38,6 +38,7 @@ from prefkern.objectives import (
     SPPO,
     TDPO1,
     TDPO2,
+    TPO,
     WPO,
     Adaptive,
     AlphaDPO,
@@ -72,8 +73,9 @@ class Sample(NamedTuple):
 
 def _sample(*pair: float, alignments: tuple[float, float] = (0.0, 0.0)) -> Sample:
     # Rounded to float32, so that float32, float64 and the oracle get exactly the same pair.
-    exact = (struct.unpack("f", struct.pack("f", x))[0] for x in pair)
-    return Sample(Pair(*exact), *alignments)
+    exact = Pair(*(struct.unpack("f", struct.pack("f", x))[0] for x in pair))
+    gold = {"L_g": exact.L_l / 2, "n_g": 2 * exact.n_w}
+    return Sample(exact._replace(**gold), *alignments)
 
 
 #           L_w       L_l       R_w       R_l     n_w    n_l    K_w   K_l    h
@@ -249,6 +251,7 @@ def _adaptable() -> Iterable[Case]:
         ("cpo", CPO, {"beta": 0.1, "nll_weight": 0.7}),
         ("orpo", ORPO, {"beta": 0.4, "nll_weight": 1.3}),
         ("simpo", SimPO, {"beta": 2.0, "gamma": 0.8}),
+        ("tpo", TPO, {"beta": 0.05, "tpo_alpha": 0.7}),
         (
             "omnidpo",
             OmniDPO,
@@ -279,6 +282,10 @@ def _adaptable() -> Iterable[Case]:
     yield _row("simpo", "smoothed", SimPO, beta=2.0, gamma=0.8, **smoothing)
     yield _row("simpo", "smoothed, adaptive", SimPO, beta=2.0, gamma=0.8, **smoothing,
                adaptive=Adaptive())  # fmt: skip
+    for variant, options in TPO_LOSSES.items():
+        yield _row("tpo", variant, TPO, **options)
+        yield _row("tpo", f"{variant}, adaptive", TPO, **options, adaptive=Adaptive())
+    yield _row("tpo", "no gold response", TPO, beta=0.1, tpo_alpha=0.0)
     yield _row("exo", "smoothed by 1e-3", EXO, beta=0.3, label_smoothing=1e-3)
     yield _row("discopop", "warm", DiscoPOP, beta=0.1, tau=0.7)
     yield _row("discopop", "beyond 1", DiscoPOP, beta=0.1, tau=2.5)
@@ -289,6 +296,13 @@ def _adaptable() -> Iterable[Case]:
     yield _row("orpo", "no NLL, adaptive", ORPO, beta=0.1, nll_weight=0.0, adaptive=Adaptive())
 
 
+TPO_LOSSES: dict[str, dict[str, Any]] = {
+    "smoothed": {"beta": 0.3, "label_smoothing": 0.2},
+    "hinge": {"beta": 0.05, "loss_type": "hinge"},
+    "ipo": {"beta": 0.4, "loss_type": "ipo", "tpo_alpha": 0.5},
+    "tpo-l": {"beta": 2.0, "loss_type": "tpo-l", "tpo_l_gamma": 0.8},
+    "tpo-l, smoothed": {"beta": 2.0, "loss_type": "tpo-l", "label_smoothing": 0.2},
+}
 DIVERGENCES = {
     "forward KL": {"f_divergence_type": "forward_kl"},
     "Jensen-Shannon": {"f_divergence_type": "js_divergence"},
@@ -472,8 +486,10 @@ def columns(
         "rejected_alignments": column(s.alignment_l for s in samples),
         "chosen_kls": column(p.K_w for p in pairs),
         "rejected_kls": column(p.K_l for p in pairs),
+        "gold_logps": column(p.L_g for p in pairs),
+        "gold_lengths": column(p.n_g for p in pairs).long(),
     }
-    for name in ("chosen_logps", "rejected_logps", "chosen_kls", "rejected_kls"):
+    for name in ("chosen_logps", "rejected_logps", "chosen_kls", "rejected_kls", "gold_logps"):
         values[name].requires_grad_()
     return values
 
@@ -520,10 +536,13 @@ def scores(
     def both(name: str) -> Tensor:
         return torch.cat([values[f"chosen_{name}"], values[f"rejected_{name}"]]).detach()
 
-    lengths = both("lengths")
+    responses = 2 if objective is None else objective.responses
+    sides = ("chosen", "rejected", "gold")[:responses]
+    lengths = torch.cat([values[f"{side}_lengths"] for side in sides])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     logps = torch.zeros(int(offsets[-1]), device=device)
-    logps[offsets[:-1][lengths > 0]] = both("logps")[lengths > 0]
+    sums = torch.cat([values[f"{side}_logps"] for side in sides]).detach()
+    logps[offsets[:-1][lengths > 0]] = sums[lengths > 0]
     needs_reference = objective is None or objective.needs_reference
     needs_margins = objective is None or objective.needs_reward_margins
     reference = torch.cat([values["ref_chosen_logps"], values["ref_rejected_logps"]])
@@ -534,6 +553,7 @@ def scores(
         values["reward_margins"] if needs_margins else None,
         both("alignments") if objective is None or objective.needs_alignments else None,
         both("kls") if objective is None or objective.needs_kls else None,
+        responses=responses,
     )
 
 
@@ -544,7 +564,7 @@ def evaluate_kernel(case: Case, samples: list[Sample], device: str) -> Answer:
     inputs = scores(samples, device, objective)
     out = pairwise.pair_loss(objective, inputs, "triton")
     (dlogps,) = torch.autograd.grad(out.result.losses.sum(), inputs.logps)
-    gradients = dlogps[inputs.offsets[:-1]].chunk(2)
+    gradients = dlogps[inputs.offsets[:-1]].chunk(objective.responses)[:2]
     result = out.result
     values = (result.losses, *gradients, result.beta_chosen, result.beta_rejected)
     return Answer(*(x.detach().cpu().double() for x in values))

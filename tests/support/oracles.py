@@ -3,7 +3,7 @@
 Each objective follows its paper: AdaDPO (Eq. 7, Table 3), alpha-DPO (Eq. 8-12), MADPO (Eq. 4, 5),
 beta-DPO, IPO, R-DPO, CPO, ORPO, SimPO, robust DPO (arXiv 2403.00409), EXO (2402.00856, Eq. 16),
 DiscoPOP (2406.08414, Eq. 5), NCA (2402.05369), SPPO (2405.00675, Eq. 4.7), APO (2408.06266, Eq. 7,
-8), f-DPO (2309.16240), Omni-DPO (2506.10054), TDPO (2404.11999), KTO (2402.01306), BCO (2404.04656),
+8), f-DPO (2309.16240), Omni-DPO (2506.10054), TPO (2405.16681, as in TRL), TDPO (2404.11999), KTO (2402.01306), BCO (2404.04656),
 AOT (2406.05882) and WPO (2406.11827). Nothing here uses tensors, batches or autograd.
 
 Numbers are decimals with at least 150 digits, so that formulas can be used as printed. 1 - P keeps
@@ -39,6 +39,9 @@ class Pair(NamedTuple):
     K_l: float = 0.0
     # MADPO: the reward model's margin.
     h: float = 0.0
+    # TPO: log-probability and length of the gold response.
+    L_g: float = 0.0
+    n_g: float = 1
 
 
 class Adaptive(NamedTuple):
@@ -336,6 +339,36 @@ def simpo(p: Pair, *, beta, gamma, adaptive=None, label_smoothing=Decimal(0)) ->
     return c, loss
 
 
+def tpo(
+    p: Pair,
+    *,
+    beta,
+    loss_type="sigmoid",
+    label_smoothing=Decimal(0),
+    tpo_alpha=Decimal(1),
+    tpo_l_gamma=Decimal("0.5"),
+    adaptive=None,
+) -> Objective:
+    is_mean = loss_type in ("ipo", "tpo-l")
+
+    def loss(p: Pair, c: Coefficients) -> Decimal:
+        w, l, e = p.L_w, p.L_l, label_smoothing
+        if is_mean:
+            w, l = w / p.n_w, l / p.n_l
+        d = c.beta_w * w - c.beta_l * l
+        if loss_type == "hinge":
+            pair = max(Decimal(0), 1 - d)
+        elif loss_type == "ipo":
+            pair = (d - 1 / (2 * beta)) ** 2
+        else:
+            d -= tpo_l_gamma if loss_type == "tpo-l" else 0
+            pair = (1 - e) * nll(d) + e * nll(-d)
+        return pair - tpo_alpha * p.L_g / p.n_g
+
+    scale = Decimal(1) if loss_type == "ipo" else beta
+    return betas(p, scale, adaptive, simpo_ratio if is_mean else cpo_ratio), loss
+
+
 def implicit_gap(p: Pair, implicit_reference: str = "ratio", length_normalized: bool = True):
     """log of the implicit reference (alpha-DPO Eq. 8, Table 2) at alpha = 1, chosen over rejected."""
     n_w, n_l = (p.n_w, p.n_l) if length_normalized else (1, 1)
@@ -507,7 +540,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     f.__name__: f
     for f in (
         dpo, lndpo, robust, hinge, ipo, rdpo, exo, discopop, nca, sppo, apozero, apodown, cpo, orpo,
-        simpo, sft, alphadpo, madpo, omnidpo, betadpo, bco, aot, aotunpaired, tdpo1, tdpo2,
+        simpo, sft, tpo, alphadpo, madpo, omnidpo, betadpo, bco, aot, aotunpaired, tdpo1, tdpo2,
         kto_desirable, kto_undesirable, kto,
     )
 }  # fmt: skip

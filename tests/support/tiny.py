@@ -88,3 +88,16 @@ def pairs(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 def dataset(count: int, seed: int = 0) -> datasets.Dataset:
     return datasets.Dataset.from_list(pairs(count, seed))
+
+
+def triples(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Pairs with a third, gold response of another length, under TRL's name."""
+    others = pairs(count, seed + 1000)
+    return [
+        {**pair, "reference": f"{other['chosen']} the{other['rejected']}"}
+        for pair, other in zip(pairs(count, seed), others, strict=True)
+    ]
+
+
+def triple_dataset(count: int, seed: int = 0) -> datasets.Dataset:
+    return datasets.Dataset.from_list(triples(count, seed))

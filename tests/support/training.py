@@ -135,7 +135,9 @@ def made(rows: list[dict]) -> datasets.Dataset:
 
 def rows_of(name: str, count: int = 8) -> list[dict]:
     needs_margins = name in ("madpo", "omnidpo", "adaomnidpo")
-    return margin_rows(count) if needs_margins else tiny.pairs(count)
+    if needs_margins:
+        return margin_rows(count)
+    return tiny.triples(count) if name.endswith("tpo") else tiny.pairs(count)
 
 
 def first_dpo_loss(model, batch: dict, coefficient: float = 0.0):

@@ -277,6 +277,20 @@ def test_trainer(key, folder):
     assert repr(names["trainer"].loss_fn.objective) == repr(expected)
 
 
+@runs(("docs/trl.md", "TPO", "python"))
+def test_tpo(key, folder):
+    pytest.importorskip("trl")
+    tiny.triple_dataset(6).to_json(folder / "triples.jsonl")
+    arguments = 'TPOConfig("out"'
+    assert BLOCKS[key].count(arguments) == 1
+    options = 'use_cpu=True, bf16=False, report_to="none", max_steps=1'
+    names: dict[str, Any] = {}
+    exec(BLOCKS[key].replace(arguments, f"{arguments}, {options}"), names)
+    assert names["trainer"].state.global_step == 1
+    expected = prefkern.objectives.build("adatpo", beta=2.0, loss_type="tpo-l", token_mean=True)
+    assert repr(names["trainer"].loss_fn.objective) == repr(expected)
+
+
 @runs(("docs/trl.md", "CPO, SimPO and ORPO", "python"))
 def test_fuse_head(key, folder):
     pytest.importorskip("trl")

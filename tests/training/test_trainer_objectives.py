@@ -137,6 +137,7 @@ FIRST_LOSS = {
     "orpo": None,
     "simpo": lambda pairs: simpo_loss(pairs, 2.0, 1.0),
     "sft": lambda pairs: mean(-w["logp"] / w["n"] for w, _ in pairs),
+    "tpo": None,
     # Gaps of 0 have no spread, and so no z-score.
     "alphadpo": lambda pairs: simpo_loss(pairs, 10.0, 3.0),
     "madpo": lambda pairs: LN2 * mean(map(madpo_weight, MARGINS[:4])),
@@ -156,7 +157,7 @@ OF_RATIOS = (
 )
 FIRST_LOSS |= {f"ada{name}": FIRST_LOSS[name] for name in OF_RATIOS}
 FIRST_LOSS["adabco"] = FIRST_LOSS["bco"]
-FIRST_LOSS |= dict.fromkeys(("adacpo", "adaorpo", "adasimpo", "adaaot"))
+FIRST_LOSS |= dict.fromkeys(("adacpo", "adaorpo", "adasimpo", "adatpo", "adaaot"))
 
 
 def trained(run: PreferenceTrainer) -> list[dict]:
@@ -313,6 +314,14 @@ ORACLES = {
     "rdpo, adaptive": ({"objective": "adardpo"}, tiny.pairs),
     "orpo, adaptive": ({"objective": "adaorpo", "beta": 1.0}, tiny.pairs),
     "cpo": ({"objective": "cpo"}, tiny.pairs),
+    "tpo": (
+        {"objective": "tpo", "beta": 0.1, "objective_options": {"tpo_alpha": 0.7}},
+        tiny.triples,
+    ),
+    "tpo-l, adaptive": (
+        {"objective": "adatpo", "beta": 2.0, "objective_options": {"loss_type": "tpo-l"}},
+        tiny.triples,
+    ),
     "alphadpo": ({"objective": "alphadpo", "objective_options": {"alpha": 0.5}}, tiny.pairs),
     "madpo": ({"objective": "madpo", "beta": 0.5}, margin_rows),
     "betadpo": ({"objective": "betadpo", "objective_options": {"keep": 0.5}}, tiny.pairs),

@@ -1,10 +1,12 @@
 """prefkern in TRL: TRL's trainers without logits and, for DPO, with prefkern's objectives.
 
 - `DPOTrainer` is TRL's trainer with prefkern's objectives: `DPOTrainer(..., objective="adadpo")`.
+- `TPOTrainer` is TRL's experimental one: `TPOTrainer(..., adaptive=Adaptive())`. TRL's module is
+  imported with its first use.
 - `fuse_head(trainer)` removes the logits from TRL's own CPO, SimPO and ORPO; `restore_head` puts
   them back.
 
-Both depend on the inside of TRL's trainers, which changes with its minor versions. So only tested
+All depend on the inside of TRL's trainers, which changes with its minor versions. So only tested
 versions are accepted. The import of any other version fails, before a training run can.
 """
 
@@ -27,7 +29,21 @@ if not SUPPORTED.contains(_installed, prereleases=True):
         f"{_INSTALL}"
     )
 
+from typing import TYPE_CHECKING, Any
+
 from prefkern.integrations.trl.dpo import DPOTrainer
 from prefkern.integrations.trl.head import fuse_head, restore_head
 
-__all__ = ["SUPPORTED", "DPOTrainer", "fuse_head", "restore_head"]
+if TYPE_CHECKING:
+    from prefkern.integrations.trl.tpo import TPOTrainer
+
+__all__ = ["SUPPORTED", "DPOTrainer", "TPOTrainer", "fuse_head", "restore_head"]
+
+
+def __getattr__(name: str) -> Any:
+    # TRL warns at the import of what is experimental.
+    if name == "TPOTrainer":
+        from prefkern.integrations.trl.tpo import TPOTrainer
+
+        return TPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -36,12 +36,18 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
-from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
+from prefkern.integrations.trl.batches import (
+    MARGINS,
+    OnTRL,
+    labels_of,
+    of_the_model,
+    scored,
+    tag_names,
+)
 from prefkern.integrations.trl.options import check_reference, objective_of
 from prefkern.keywords import current_names
-from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.loss.outputs import PreferenceOutput
 from prefkern.models.adapters import (
     check_reference_adapter,
@@ -52,11 +58,9 @@ from prefkern.models.adapters import (
 from prefkern.models.calls import without_checkpointing
 from prefkern.models.heads import find_head
 from prefkern.models.own_reference import InitialAdapter, adapter_in_use
-from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
-from prefkern.objectives import Objective, citations
-from prefkern.training.cards import objective_tags
+from prefkern.models.scoring import align_labels
+from prefkern.objectives import Objective
 from prefkern.training.objective_trainer import (
-    ObjectiveTrainer,
     reference_states,
     sums_alone,
     sums_of,
@@ -65,12 +69,8 @@ from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
 
-_MARGINS = "reward_margins"
-# Entries of a batch that the model's forward does not take.
-_NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", _MARGINS)
 
-
-class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
+class DPOTrainer(OnTRL, PlainDPOTrainer):
     """`trl.DPOTrainer` that trains an objective of prefkern.
 
     Args:
@@ -95,8 +95,6 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
     args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     # compute_loss counts the pairs of a step itself: Trainer must not divide by its batches too.
     loss_is_scaled_for_ga = True
-    _with_packages: ClassVar = {"TRL": citations.TRL.link}
-    _more_papers = (citations.TRL,)
 
     def __init__(
         self,
@@ -133,8 +131,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if objective.needs_reward_margins:
             for where, dataset in _named(train=train_dataset, eval=eval_dataset):
                 _check_margins(dataset, where)
-        # What TRL writes into models, besides the card, which is `prefkern.training.cards`'.
-        self._tag_names = ["trl", "prefkern", *objective_tags(objective)]
+        self._tag_names = tag_names(objective)
         self._name = objective.title
         is_own_reference = is_peft_model(model) and ref_model is None and objective.needs_reference
         # Sharded weights cannot be exchanged for a pass: TRL's second adapter can be.
@@ -187,19 +184,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         ids = inputs["input_ids"]
         options = sums_alone(self._sum_fn, len(ids), ids.device)
         with self._as_reference():
-            outputs, _, _ = _scored(model, inputs, self._sum_fn, with_router=False, **options)
+            outputs, _, _ = scored(model, inputs, self._sum_fn, with_router=False, **options)
         chosen, rejected = sums_of(outputs).chunk(2)
         return chosen, rejected
-
-    def _card_tags(self) -> list[str]:
-        return list(self._tag_names)
-
-    def _badges(self) -> list[str]:
-        runs = {"Trackio": get_trackio_space_url(), "Comet": get_comet_experiment_url()}
-        return [
-            *super()._badges(),
-            *(f"[The run in {name}]({url})" for name, url in runs.items() if url is not None),
-        ]
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -225,7 +212,7 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
         if objective.needs_kls:
             with self._as_reference():
                 options |= reference_states(
-                    reference, model, _of_the_model(inputs), align_labels(_labels(inputs))
+                    reference, model, of_the_model(inputs), align_labels(labels_of(inputs))
                 )
         elif objective.needs_reference:
             if self.precompute_ref_logps:
@@ -234,9 +221,9 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
                 sums = self.compute_ref_log_probs(reference, inputs)
             options["ref_logps"] = torch.cat(sums)
         if objective.needs_reward_margins:
-            options["reward_margins"] = inputs[_MARGINS]
+            options["reward_margins"] = inputs[MARGINS]
         self.loss_fn.train(model.training)
-        outputs, zero, router_loss = _scored(
+        outputs, zero, router_loss = scored(
             model, inputs, self.loss_fn, self.aux_loss_enabled, **options
         )
         if self._has_trls_losses:
@@ -252,22 +239,6 @@ class DPOTrainer(ObjectiveTrainer, PlainDPOTrainer):
             self._total_train_tokens += int(tokens.sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return outputs, outputs.loss + zero
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Any, Any]:
-        """Loss of an evaluation batch; for compute_metrics also its logits, and its tokens."""
-        inputs = self._prepare_inputs(inputs)
-        loss, _, _ = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if prediction_loss_only:
-            return loss, None, None
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**_of_the_model(inputs), use_cache=False).logits
-        return loss, logits, inputs["input_ids"]
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -335,7 +306,7 @@ class _WithMargins:
                 _check_margin(example[column], column, "a pair")
         margins = [reward_margin(example, sources) for example in examples]
         batch = self.collator(examples)
-        batch[_MARGINS] = torch.tensor(margins, dtype=torch.float32)
+        batch[MARGINS] = torch.tensor(margins, dtype=torch.float32)
         return batch
 
 
@@ -373,27 +344,6 @@ def _check_margin(value: Any, column: str, what: str) -> None:
         raise ValueError(f"{what}: no margin ({column!r} is {value!r})")
 
 
-def _scored(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    loss_fn: FusedPreferenceLoss,
-    with_router: bool,
-    **options: Any,
-) -> tuple[Any, Tensor, Tensor | None]:
-    """Runs `loss_fn` on TRL's batch inside the model's forward.
-
-    Returns its outputs, the scalar 0 that fires the wrappers' hooks, and the router's loss or None.
-    """
-    model_inputs = _of_the_model(inputs)
-    if with_router:
-        # Vision-language models read it only as an argument, not from their config.
-        model_inputs["output_router_logits"] = True
-    outputs, returned = forward_scored(
-        model, model_inputs, align_labels(_labels(inputs)), loss_fn, **options
-    )
-    return outputs, returned.logits.sum(), getattr(returned, "aux_loss", None)
-
-
 def _with_trls_rewards(out: PreferenceOutput, beta: float) -> PreferenceOutput:
     assert out.ref_chosen_logps is not None and out.ref_rejected_logps is not None
     return replace(
@@ -401,11 +351,3 @@ def _with_trls_rewards(out: PreferenceOutput, beta: float) -> PreferenceOutput:
         chosen_rewards=beta * (out.chosen_logps.detach() - out.ref_chosen_logps),
         rejected_rewards=beta * (out.rejected_logps.detach() - out.ref_rejected_logps),
     )
-
-
-def _labels(inputs: dict[str, Any]) -> Tensor:  # (2B, T), not shifted
-    return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-
-
-def _of_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}

@@ -75,7 +75,7 @@ class _FusedForward:
     backend: str | None
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__(model, batch)")
 
     def rows(self, batch: dict[str, Any], padding_value: int) -> dict[str, Tensor]:
         """TRL's rows of a batch: chosen, then rejected."""

@@ -107,6 +107,11 @@ def objective_of(
             f"objective must be on pairs, but {type(built).__name__} is on single responses: "
             "train it with prefkern.PreferenceTrainer"
         )
+    if built.needs_gold:
+        raise ValueError(
+            "objective needs a third response to each prompt (TPO), which TRL's DPOTrainer does not "
+            "read: train it with prefkern.integrations.trl.TPOTrainer or prefkern.PreferenceTrainer"
+        )
     return built
 
 
