@@ -1,6 +1,6 @@
 # make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make lint,
-# make docs: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest
-# and make test-zero into a folder of their own.
+# make docs: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest,
+# make test-zero and make test-axolotl into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
@@ -36,7 +36,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all test-oldest test-newest test-zero zero record mutate check sanitize lint docs clean
+.PHONY: help demo study test test-all test-oldest test-newest test-zero zero test-axolotl axolotl record mutate check sanitize lint docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -47,6 +47,8 @@ help:
 	@echo "make test-oldest, make test-newest"
 	@echo "               the tests on the oldest and newest versions (constraints-*.txt), and a record"
 	@echo "make test-zero the tests of DeepSpeed's ZeRO, on gloo ranks, and a record"
+	@echo "make test-axolotl"
+	@echo "               axolotl with prefkern's plugin, and the tests of TRL on the TRL that it pins"
 	@echo "make mutate    break the source line by line and see that the tests notice"
 	@echo "make check     every backend of this machine against float64"
 	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
@@ -83,6 +85,14 @@ zero: $(VENV)/.zero
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu \
 	  $(BIN)/python -m pytest -q --long tests/training/test_zero.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu $(BIN)/python bench/sharded.py
+
+# axolotl pins TRL, transformers and PEFT, among some 200 packages.
+test-axolotl:
+	@$(MAKE) axolotl VENV=.venv-axolotl CONSTRAINTS=constraints-axolotl.txt
+
+axolotl: $(VENV)/.axolotl
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
+	  --long tests/integrations
 
 mutate: $(VENV)/.test
 	@$(BIN)/python tests/mutations.py --workers $(WORKERS)
@@ -141,6 +151,11 @@ $(VENV)/.test: $(VENV)/.torch
 $(VENV)/.zero: $(VENV)/.test
 	@echo "set-up: DeepSpeed"
 	@$(PIP) -e ".[train,dev,zero]"
+	@touch $@
+
+$(VENV)/.axolotl: $(VENV)/.torch
+	@echo "set-up: prefkern and axolotl"
+	@$(PIP) -e ".[train,axolotl]" hypothesis pytest pytest-xdist
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch
