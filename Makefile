@@ -1,6 +1,6 @@
 # make demo, make study, make test, make test-all, make mutate, make check, make sanitize, make gpu,
 # make lint, make docs, make notebook: each does the set-up that it needs, once, into .venv; make test-oldest, make test-newest,
-# make test-zero, make trace-cuda and make dist into a folder of their own.
+# make test-zero, make test-axolotl, make trace-cuda and make dist into a folder of their own.
 #
 #   PYTHON   the interpreter that .venv is made with, 3.11 or newer       (default: python3)
 #   TORCH    the torch to install, e.g. TORCH=torch==2.13.0               (default: CUDA or CPU build)
@@ -38,7 +38,7 @@ export MALLOC_TRIM_THRESHOLD_ = 4000000000
 export MALLOC_MMAP_THRESHOLD_ = 4000000000
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo study test test-all test-oldest test-newest test-zero zero trace-cuda trace record mutate check sanitize gpu lint docs notebook dist installed clean
+.PHONY: help demo study test test-all test-oldest test-newest test-zero zero test-axolotl axolotl trace-cuda trace record mutate check sanitize gpu lint docs notebook dist installed clean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +51,8 @@ help:
 	@echo "make test-zero the tests of DeepSpeed's ZeRO, on gloo ranks, and a record"
 	@echo "make trace-cuda"
 	@echo "               the CUDA path on fake tensors, without a GPU, and a record (a CUDA build of torch: 5 GB)"
+	@echo "make test-axolotl"
+	@echo "               axolotl with prefkern's plugin, and the tests of TRL on the TRL that it pins"
 	@echo "make mutate    break the source line by line and see that the tests notice"
 	@echo "make check     every backend of this machine against float64"
 	@echo "make sanitize  every kernel under compute-sanitizer's memcheck and racecheck (an NVIDIA GPU)"
@@ -98,6 +100,14 @@ trace-cuda:
 
 trace: $(VENV)/.train
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=bench $(BIN)/python bench/trace_cuda.py
+
+# axolotl pins TRL, transformers and PEFT, among some 200 packages.
+test-axolotl:
+	@$(MAKE) axolotl VENV=.venv-axolotl CONSTRAINTS=constraints-axolotl.txt
+
+axolotl: $(VENV)/.axolotl
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
+	  --long tests/integrations
 
 mutate: $(VENV)/.test
 	@$(BIN)/python tests/mutations.py --workers $(WORKERS)
@@ -190,6 +200,11 @@ $(VENV)/.train: $(VENV)/.torch
 $(VENV)/.zero: $(VENV)/.test
 	@echo "set-up: DeepSpeed"
 	@$(PIP) -e ".[train,dev,zero]"
+	@touch $@
+
+$(VENV)/.axolotl: $(VENV)/.torch
+	@echo "set-up: prefkern and axolotl"
+	@$(PIP) -e ".[train,axolotl]" hypothesis pytest pytest-xdist
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch

@@ -1552,6 +1552,27 @@ MUTATIONS = (
         'sums = inputs["ref_rejected_logps"], inputs["ref_chosen_logps"]',
         "tests/integrations/test_trl.py -k 'twins or options_of_trl'",
     ),
+    Mutation(
+        "a decoder's labels are shifted in fuse_head",
+        "prefkern/integrations/trl/head.py",
+        "return labels if self.trainer.is_encoder_decoder else align_labels(labels)",
+        "return align_labels(labels)",
+        "tests/integrations/test_trl_habits.py -k encoder_decoder",
+    ),
+    Mutation(
+        "a packed batch of TRL's has the bounds of its rows in another order",
+        "prefkern/integrations/trl/dpo.py",
+        "F.pad(is_token.sum(1).cumsum(0), (1, 0)).int()",
+        "F.pad(is_token.sum(1).sort().values.cumsum(0), (1, 0)).int()",
+        "tests/integrations/test_trl_habits.py -k packed",
+    ),
+    Mutation(
+        "num_tokens starts again with each log",
+        "prefkern/training/objective_trainer.py",
+        "self._num_tokens += round(tokens[0].item())",
+        "self._num_tokens = round(tokens[0].item())",
+        "tests/integrations/test_trl_habits.py -k counts_tokens",
+    ),
     # Memory.
     Mutation(
         "what forward kept is not given back",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from prefkern.models import heads, paths
 from prefkern.models.calls import replaced_forward, uncalled, without_cache
 from prefkern.models.heads import HeadInputs, find_head
-from prefkern.models.transform import head_transform
+from prefkern.models.transform import DECODER_IDS, head_transform
 
 Score = Callable[[HeadInputs], tuple[Any, Tensor]]
 
@@ -48,10 +48,12 @@ def forward_with_head(model: nn.Module, inputs: Mapping[str, Any], fn: Score) ->
 def head_forward(model: nn.Module, inputs: Mapping[str, Any], fn: Score) -> tuple[Any, Any]:
     """As `forward_with_head`, but returns the model's whole output, with logits [B, T, 1] of zeros.
 
-    The sum of these logits is the scalar that `forward_with_head` returns.
+    The sum of these logits is the scalar that `forward_with_head` returns. An encoder-decoder is
+    run if the inputs have its `decoder_input_ids`.
     """
-    base, head = find_head(model)
-    vocab_size = head_transform(model).vocab_size
+    with_encoder = DECODER_IDS in inputs
+    base, head = find_head(model, with_encoder)
+    vocab_size = head_transform(model, with_encoder).vocab_size
     results: list[Any] = []
 
     def replacement(hidden: Tensor) -> Tensor:

@@ -53,10 +53,11 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def find_head(model: nn.Module) -> tuple[Any, Any]:
+def find_head(model: nn.Module, with_encoder: bool = False) -> tuple[Any, Any]:
     """The unwrapped model and its output head, a linear layer or one that PEFT adapts.
 
-    Raises ValueError if there is no head, or if `prefkern.models.heads` cannot read it.
+    Raises ValueError if there is no head, if `prefkern.models.heads` cannot read it, and for an
+    encoder-decoder unless `with_encoder`.
     """
     base = unwrap(model)
     get_head = getattr(base, "get_output_embeddings", None)
@@ -66,7 +67,7 @@ def find_head(model: nn.Module) -> tuple[Any, Any]:
             f"{type(base).__name__} has no output head (get_output_embeddings() returns none); "
             "a Hugging Face causal LM is needed"
         )
-    if getattr(base.config, "is_encoder_decoder", False):
+    if getattr(base.config, "is_encoder_decoder", False) and not with_encoder:
         raise ValueError(f"{type(base).__name__} is an encoder-decoder; a causal LM is needed")
     wrong = problem(head)
     if wrong:

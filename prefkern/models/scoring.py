@@ -24,7 +24,7 @@ from prefkern.models.head_forward import head_forward
 from prefkern.models.heads import HeadInputs, find_head
 from prefkern.models.packing import packed_inputs
 from prefkern.models.routers import RouterLoss
-from prefkern.models.transform import head_transform
+from prefkern.models.transform import DECODER_IDS, head_transform
 from prefkern.ops.logprobs import linear_logprobs
 
 IGNORE_INDEX = -100
@@ -184,7 +184,8 @@ def forward_scored(
 
     Args:
         model: a Hugging Face causal LM, bare or wrapped.
-        inputs: keyword arguments of its forward, without labels.
+        inputs: keyword arguments of its forward, without labels. An encoder-decoder is scored if
+            they have its `decoder_input_ids`.
         labels: aligned with hidden states.
         score: the operator, a loss, or what takes the same arguments: hidden, weight, labels, bias,
             and keywords for the transform and the adapter. It returns a tensor, something with a
@@ -196,7 +197,7 @@ def forward_scored(
         The answer of `score`, and the output of the model. Add the sum of its logits, which is 0,
         to what is differentiated; see `prefkern.models.head_forward`.
     """
-    transform = head_transform(model)
+    transform = head_transform(model, with_encoder=DECODER_IDS in inputs)
 
     def scored(head: HeadInputs) -> tuple[Any, Tensor]:
         head = head.of_tokens(labels, is_packed)

@@ -36,6 +36,8 @@ _SCALES: dict[str, Callable[[float], tuple[float, ...]]] = {
 _VOCAB_SIZE = "unpadded_vocab_size"
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
+# The inputs of an encoder-decoder that its head's logits are of.
+DECODER_IDS = "decoder_input_ids"
 # The attribute of a model that keeps what probes found.
 _PROBED = "_prefkern_head_transform"
 # Each of the probe's four tokens gets a ramp of logits from -p to p; for negative p it falls.
@@ -60,12 +62,13 @@ class HeadTransform:
         return self.softcap * torch.tanh(scaled / self.softcap)
 
 
-def head_transform(model: nn.Module) -> HeadTransform:
+def head_transform(model: nn.Module, with_encoder: bool = False) -> HeadTransform:
     """The model's logits transform: read from its config, checked once against the model itself.
 
-    Raises ValueError if no reading of the config explains what the model does to its logits.
+    Raises ValueError if no reading of the config explains what the model does to its logits, and
+    for an encoder-decoder unless `with_encoder`.
     """
-    base, head = find_head(model)
+    base, head = find_head(model, with_encoder)
     candidates = candidate_transforms(base.config)
     probed = base.__dict__.setdefault(_PROBED, {})
     # After an edit of the config, or with other adapters on the head, the model is probed again.
@@ -168,6 +171,8 @@ def _probe(
     device = embeddings.weight.device
     ids = torch.tensor([_plain_tokens(base.config, len(_PROBE_PEAKS))], device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(base.config, "is_encoder_decoder", False):
+        inputs[DECODER_IDS] = ids
     seen: dict[str, Tensor] = {}
 
     with undisturbed(model, device):

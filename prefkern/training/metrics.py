@@ -6,6 +6,9 @@ responses, ...), however they were batched. Names are TRL's where TRL has the me
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,9 @@ from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.sequences import sequence_sums
+
+# The tokens of all training batches so far, padding left out: TRL's name.
+NUM_TOKENS = "num_tokens"
 
 
 @torch.no_grad()
@@ -32,16 +38,25 @@ def item_values(
     return _of_pairs(out, objective, cu_seqlens)
 
 
+def token_count(batch: Mapping[str, Any]) -> Tensor:  # (2,)
+    """The real tokens of a batch, as a numerator and a weight."""
+    mask = batch.get("attention_mask")
+    ids: Tensor = batch["input_ids"]
+    count = ids.new_tensor(ids.numel()) if mask is None else mask.sum()
+    return torch.stack([count.float(), torch.ones_like(count, dtype=torch.float32)])
+
+
 def per_item(numerators: Tensor, weights: Tensor | None = None) -> Tensor:  # (B,) -> (B, 2)
     numerators = numerators.detach().float()
     weights = torch.ones_like(numerators) if weights is None else weights.float()
     return torch.stack([numerators, weights], dim=1)
 
 
-def means(sums: dict[str, Tensor]) -> dict[str, float]:
-    """The metrics, from summed (2,) values; those of weight 0 are left out."""
+def means(sums: dict[str, Tensor], zero: tuple[str, ...] = ()) -> dict[str, float]:
+    """The metrics, from summed (2,) values; of weight 0 those in `zero` are 0, others are left out."""
     values = {name: total.tolist() for name, total in sums.items()}
     result = {name: total / weight for name, (total, weight) in values.items() if weight > 0}
+    result |= {name: 0.0 for name in zero if name in values and name not in result}
     # Without pairs the margin is the difference of two means (as in TRL).
     if "rewards/margins" not in sums and {"rewards/chosen", "rewards/rejected"} <= result.keys():
         result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]

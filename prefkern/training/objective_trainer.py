@@ -25,7 +25,7 @@ from prefkern.models.scoring import IGNORE_INDEX
 from prefkern.models.transform import head_transform
 from prefkern.objectives import KTO, TPO, Objective, UnpairedObjective
 from prefkern.training.cards import CardTrainer
-from prefkern.training.metrics import item_values, means, per_item
+from prefkern.training.metrics import NUM_TOKENS, item_values, means, per_item
 from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
 from prefkern.training.tensor_parallel import shares_batches
 
@@ -34,6 +34,8 @@ class ObjectiveTrainer(CardTrainer):
     """CardTrainer with a `loss_fn`; a subclass defines `_preference_outputs`."""
 
     loss_fn: FusedPreferenceLoss
+    # Metrics that are logged as 0 if nothing was scored; others are left out.
+    _zero_metrics: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,6 +43,7 @@ class ObjectiveTrainer(CardTrainer):
         self._train_sums: dict[str, Tensor] = {}
         self._eval_sums: dict[str, Tensor] = {}
         self._resumed: SinceLastLog | None = None
+        self._num_tokens = 0
         self.add_callback(_BeginLogs(self))
 
     def _make_losses(
@@ -134,14 +137,21 @@ class ObjectiveTrainer(CardTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _evaluated(self, predictions: Any) -> dict[str, float]:
-        return means(self._eval_sums)
+        return means(self._eval_sums, self._zero_metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training log gets the metrics since the last one. Called on every rank."""
         if self._train_sums and ("loss" in logs or "train_loss" in logs):
             names = list(self._train_sums)
-            sums = self.accelerator.reduce(torch.stack([*self._train_sums.values()]), "sum")
-            logs.update(means(dict(zip(names, sums, strict=True))))
+            sums = torch.stack([*self._train_sums.values()])
+            if not shares_batches(self.accelerator):
+                sums = self.accelerator.reduce(sums, "sum")
+            totals = dict(zip(names, sums, strict=True))
+            tokens = totals.pop(NUM_TOKENS, None)
+            logs.update(means(totals, self._zero_metrics))
+            if tokens is not None:
+                self._num_tokens += round(tokens[0].item())
+                logs[NUM_TOKENS] = self._num_tokens
             self._train_sums = {}
         super().log(logs, start_time)
 
@@ -170,6 +180,8 @@ class ObjectiveTrainer(CardTrainer):
         """Start with what the checkpoint had not logged yet, or with nothing."""
         resumed, self._resumed = self._resumed, None
         self._train_sums = {} if resumed is None else resumed.sums
+        logged = (log[NUM_TOKENS] for log in reversed(self.state.log_history) if NUM_TOKENS in log)
+        self._num_tokens = int(next(logged, 0))
         if resumed is not None:
             self._globalstep_last_logged -= resumed.steps
             self._tr_loss += resumed.loss

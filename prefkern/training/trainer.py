@@ -83,6 +83,7 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.metrics import NUM_TOKENS, token_count
 from prefkern.training.moving_reference import (
     MovesReference,
     check_can_follow,
@@ -91,6 +92,7 @@ from prefkern.training.moving_reference import (
     save_reference,
 )
 from prefkern.training.names import NamedArguments
+from prefkern.training.objective_trainer import add_to
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.samples import ShowsSamples, check_samples
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
@@ -435,6 +437,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             options["desirable"] = inputs["desirable"]
             options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
+        if model.training:
+            add_to(self._train_sums, NUM_TOKENS, token_count(inputs))
         with counting_batches_once(self.accelerator):
             outputs = preference_outputs(
                 model, inputs, self.loss_fn, router_loss=self._router_loss, **options

@@ -14,8 +14,8 @@ NAME = "prefkern.integrations.trl"
 @pytest.mark.parametrize(
     ("installed", "message"),
     [
-        (None, r'needs TRL .*1\.16.* not installed: pip install "trl.*1\.16.*"'),
-        ("1.15.0", r'supports TRL .*1\.16.*, but 1\.15\.0 is installed: pip install "trl'),
+        (None, r'needs TRL .*>=1\.9.* not installed: pip install "trl.*>=1\.9.*"'),
+        ("1.8.0", r'supports TRL .*>=1\.9.*, but 1\.8\.0 is installed: pip install "trl'),
         ("1.17.0", r"but 1\.17\.0 is installed"),
     ],
 )

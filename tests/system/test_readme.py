@@ -21,6 +21,7 @@ import datasets
 import peft
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser as torchrun_parser
@@ -492,6 +493,7 @@ def test_columns_of_a_run(key, folder):
     ("README.md", "Install", "sh"),
     ("docs/quickstart.md", "Install", "sh"),
     ("docs/quickstart.md", "The two commands", "sh"),
+    ("docs/axolotl.md", "axolotl", "sh"),
 )
 def test_installation(key, monkeypatch):
     """Extras and targets are there, and the check is the one that tests/cli runs."""
@@ -546,6 +548,18 @@ def test_deepspeeds_configuration(key, tmp_path):
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
     zero.check_zero(args)
     assert mode_of(args) == "ZeRO-3"
+
+
+@runs(("docs/axolotl.md", "axolotl", "yaml"))
+def test_axolotls_recipe(key):
+    """Its plugin is there and its objective can be built; test_axolotl.py gives it to axolotl."""
+    recipe = yaml.safe_load(BLOCKS[key])
+    (plugin,) = recipe["plugins"]
+    module, name = plugin.rsplit(".", 1)
+    file = ROOT / module.replace(".", "/") / "__init__.py"
+    assert f"class {name}(" in file.read_text() and recipe["rl"] == "dpo"
+    built = prefkern.objectives.build(recipe["prefkern"].pop("objective"), **recipe["prefkern"])
+    assert built.beta == 0.1 and built.adaptive is not None
 
 
 def test_every_block_is_run():

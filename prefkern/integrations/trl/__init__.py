@@ -14,7 +14,7 @@ from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
 
-SUPPORTED = SpecifierSet(">=1.16,<1.17")
+SUPPORTED = SpecifierSet(">=1.9,<1.17")
 
 _INSTALL = f'pip install "trl{SUPPORTED}"'
 try:

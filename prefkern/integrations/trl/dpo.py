@@ -9,8 +9,9 @@ reference that follows the policy, the router's loss, callbacks and model cards.
   ranks. TRL takes the mean of the batches' means. The two are equal if all batches are equally
   large; otherwise TRL gives a pair in a small last batch more weight.
 - Metrics have TRL's names, and prefkern adds its own. They are means over pairs or tokens since the
-  last log; TRL's are means of the batches' means. With several evaluation datasets, the metrics
-  carry the name of the dataset; TRL's do not.
+  last log; TRL's are means of the batches' means. With several evaluation datasets, each metric is
+  logged twice: with the name of the dataset, and without it, as in TRL (the last dataset's value
+  stays).
 - With an objective, rewards are the objective's own (`prefkern.PreferenceOutput`). For DPO they
   equal TRL's. With TRL's `loss_type` they are TRL's: beta times log-ratios, whatever the loss.
 - A trained adapter that is passed in has its initial values as the reference, as in TRL, but of
@@ -23,6 +24,7 @@ With `objective=DPO(beta)`, losses and gradients equal TRL's to float32 accuracy
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,22 +33,33 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer import dpo_trainer as trls
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
 
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
 from prefkern.integrations.trl.batches import (
+    BOUNDS,
     MARGINS,
     OnTRL,
-    labels_of,
+    aligned_labels,
+    count_sequences,
     of_the_model,
+    real_tokens,
     scored,
     tag_names,
 )
-from prefkern.integrations.trl.options import check_reference, objective_of
+from prefkern.integrations.trl.options import (
+    check_carried_sums,
+    check_padding_free,
+    check_reference,
+    objective_of,
+)
 from prefkern.keywords import current_names
 from prefkern.loss.outputs import PreferenceOutput
 from prefkern.models.adapters import (
@@ -58,7 +71,7 @@ from prefkern.models.adapters import (
 from prefkern.models.calls import without_checkpointing
 from prefkern.models.heads import find_head
 from prefkern.models.own_reference import InitialAdapter, adapter_in_use
-from prefkern.models.scoring import align_labels
+from prefkern.models.packing import require_packing
 from prefkern.objectives import Objective
 from prefkern.training.objective_trainer import (
     reference_states,
@@ -68,6 +81,9 @@ from prefkern.training.objective_trainer import (
 from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
+
+# TRL's name for the class of PEFT's layers.
+_ADAPTED_LAYER = "BaseTunerLayer"
 
 
 class DPOTrainer(OnTRL, PlainDPOTrainer):
@@ -85,7 +101,9 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
         objective_options: further options of an objective by name.
         workspace_mb, backend: as in `prefkern.linear_logprobs`.
 
-    No reference is loaded for an objective without one (SimPO, CPO, ORPO).
+    No reference is loaded for an objective without one (SimPO, CPO, ORPO). `args.padding_free` packs
+    the batches of TRL's collator into one row; TRL itself ignores it. LoRA on the output head, which
+    TRL refuses, is trained.
 
     Raises ValueError for an argument of TRL that would have no effect, and names it; also for a
     model whose head cannot be read. Raises TypeError if `objective` is not on pairs, or if `args`
@@ -95,6 +113,8 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
     args: DPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     # compute_loss counts the pairs of a step itself: Trainer must not divide by its batches too.
     loss_is_scaled_for_ga = True
+    # TRL logs them as 0 where no response token is left.
+    _zero_metrics = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
     def __init__(
         self,
@@ -121,10 +141,18 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
             args = DPOConfig(f"{name.split('/')[-1]}-DPO")
         if not isinstance(args, DPOConfig):
             raise TypeError(f"args must be a trl.DPOConfig, got {type(args).__name__}")
+        if isinstance(train_dataset, dict):
+            # TRL 1.9 would take the names for rows.
+            raise TypeError(
+                f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
+                f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...]"
+            )
         is_given = isinstance(objective, Objective)
         self._has_trls_losses = objective is None
         objective = objective_of(args, objective, objective_options)
         check_reference(args, objective, ref_model)
+        check_padding_free(args, train_dataset)
+        self._reference_given = ref_model is not None
         if isinstance(args.model_init_kwargs, dict):
             # TRL adds a default dtype, which would shadow `torch_dtype`.
             args.model_init_kwargs = current_names(args.model_init_kwargs)
@@ -144,26 +172,32 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
         # TRL's constructor may compute the reference's log-probs already.
         seed = None if is_given else args.seed
         self._make_losses(objective, workspace_mb, backend, seed, args.ld_alpha)
-        super().__init__(
-            model=model,
-            ref_model=_NoReference()
-            if is_own_reference or not objective.needs_reference
-            else ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with _accepted_by_trl(args):
+            super().__init__(
+                model=model,
+                ref_model=_NoReference()
+                if is_own_reference or not objective.needs_reference
+                else ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         find_head(self.model)  # pyright: ignore[reportArgumentType]
         check_unmerged(self.model)  # pyright: ignore[reportArgumentType]
         if objective.needs_reference and not args.precompute_ref_log_probs:
             self._check_reference()
+        if args.padding_free and not _will_shard(args) and not self.is_deepspeed_enabled:
+            with self.accelerator.autocast():
+                for each in (self.model, self.ref_model):
+                    if each is not None:
+                        require_packing(each)
         self.beta = objective.beta
         if objective.needs_reward_margins:
             self.data_collator = _WithMargins(self.data_collator)
@@ -181,8 +215,8 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The reference's log-prob sums of the chosen and rejected responses, (B,) float32 each."""
-        ids = inputs["input_ids"]
-        options = sums_alone(self._sum_fn, len(ids), ids.device)
+        inputs = self._packed(inputs)
+        options = sums_alone(self._sum_fn, count_sequences(inputs), inputs["input_ids"].device)
         with self._as_reference():
             outputs, _, _ = scored(model, inputs, self._sum_fn, with_router=False, **options)
         chosen, rejected = sums_of(outputs).chunk(2)
@@ -212,7 +246,11 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
         if objective.needs_kls:
             with self._as_reference():
                 options |= reference_states(
-                    reference, model, of_the_model(inputs), align_labels(labels_of(inputs))
+                    reference,
+                    model,
+                    of_the_model(reference, inputs),
+                    aligned_labels(inputs),
+                    is_packed=BOUNDS in inputs,
                 )
         elif objective.needs_reference:
             if self.precompute_ref_logps:
@@ -235,10 +273,22 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
             everyones: Any = self.accelerator.gather_for_metrics(router_loss.detach())
             self._metrics[mode]["aux_loss"].append(everyones.mean().item())
         if model.training:
-            tokens: Any = self.accelerator.gather(inputs["attention_mask"].sum())
+            tokens: Any = self.accelerator.gather(real_tokens(inputs))
             self._total_train_tokens += int(tokens.sum())
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         return outputs, outputs.loss + zero
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As ObjectiveTrainer's; also with TRL's names, which never have that of a dataset."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert output.metrics is not None
+        for name in self._eval_sums.keys() - {"loss"}:
+            value = output.metrics.get(f"{metric_key_prefix}_{name}")
+            if value is not None:
+                output.metrics[f"eval_{name}"] = value
+        return output
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
@@ -258,19 +308,23 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
             yield
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if check_carried_sums(dataset, name, self._reference_given, self.args.ld_alpha):
+            logger.warning(
+                "dataset %r has ref_chosen_logps and ref_rejected_logps: they are used, and no "
+                "reference log-probs are computed",
+                name,
+            )
+            return dataset
         # TRL's cache key has only the data and the weights. But sums also depend on the code that
         # computes them (TRL's or ours), on the precision, on the weights of tokens, and on the
         # truncation, which TRL's collator does after the data is read. So the key must name these.
         self._check_reference()
-        weights = self._precompute_model_hash
         cut = self.args.max_length, self.args.truncation_mode, self.args.ld_alpha
-        self._precompute_model_hash = (
-            f"{weights} prefkern {VERSION} {self.accelerator.mixed_precision} {cut}"
-        )
-        try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        finally:
-            self._precompute_model_hash = weights
+        if isinstance(dataset, Dataset):
+            dataset = copy.copy(dataset)
+            how = (VERSION, self.accelerator.mixed_precision, cut)
+            dataset._fingerprint = Hasher.hash((dataset._fingerprint, "prefkern", how))
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _check_reference(self) -> None:
         check_reference_adapter(self.model, None, self.ref_model, self._initial_adapter)
@@ -286,6 +340,24 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
 def _will_shard(args: DPOConfig) -> bool:
     """Whether FSDP or ZeRO-3 will shard the model."""
     return bool(args.fsdp) or is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+
+
+@contextmanager
+def _accepted_by_trl(args: DPOConfig) -> Iterator[None]:
+    """Within the context TRL's constructor lets through what this trainer does and TRL's does not.
+
+    TRL refuses an adapter on the output head, since its own operator would ignore it, and it warns
+    that it has switched `padding_free` off.
+    """
+    padding_free, args.padding_free = args.padding_free, False
+    # TRL asks whether the head is one of these. Without PEFT it has none of them.
+    layer: Any = vars(trls).get(_ADAPTED_LAYER)
+    setattr(trls, _ADAPTED_LAYER, _NoReference)
+    try:
+        yield
+    finally:
+        setattr(trls, _ADAPTED_LAYER, layer)
+        args.padding_free = padding_free
 
 
 class _NoReference:

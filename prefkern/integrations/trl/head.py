@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from prefkern.models.heads import ONE_PROCESS_PER_GPU, find_head
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
+from prefkern.models.transform import DECODER_IDS
 from prefkern.ops import plain
 from prefkern.ops.logprobs import linear_logprobs
 from prefkern.ops.outputs import TokenStats
@@ -46,8 +47,8 @@ def fuse_head(
         The trainer.
 
     Raises TypeError for another trainer, and ValueError for a setup that cannot run without logits:
-    an encoder-decoder, a head that cannot be read, torch_compile, nn.DataParallel, or a subclass
-    that overrides a method which reads logits.
+    a head that cannot be read, an encoder-decoder that adds a bias after its head (BART; T5 does
+    not), torch_compile, nn.DataParallel, or a subclass that overrides a method which reads logits.
     """
     forward = _forward_for(trainer)
     _check_trainer(trainer)
@@ -80,8 +81,16 @@ class _FusedForward:
     def rows(self, batch: dict[str, Any], padding_value: int) -> dict[str, Tensor]:
         """TRL's rows of a batch: chosen, then rejected."""
         return self.trainer.concatenated_inputs(
-            batch, padding_value=padding_value, device=self.trainer.accelerator.device
+            batch,
+            is_encoder_decoder=self.trainer.is_encoder_decoder,
+            padding_value=padding_value,
+            device=self.trainer.accelerator.device,
         )
+
+    def labels(self, rows: dict[str, Tensor]) -> Tensor:  # (2B, T)
+        """The responses' labels, aligned; those of a decoder are so already."""
+        labels = rows["concatenated_labels"]
+        return labels if self.trainer.is_encoder_decoder else align_labels(labels)
 
     def tokens(
         self,
@@ -99,6 +108,8 @@ class _FusedForward:
             "input_ids": rows["concatenated_input_ids"],
             "attention_mask": rows["concatenated_attention_mask"],
         }
+        if self.trainer.is_encoder_decoder:
+            inputs[DECODER_IDS] = self.trainer._shift_right(rows["concatenated_labels"])
         if self.trainer.aux_loss_enabled:
             inputs["output_router_logits"] = True
         (logps, means), returned = forward_scored(model, inputs, labels, score)
@@ -163,7 +174,7 @@ class _CPOForward(_FusedForward):
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
         rows = self.rows(batch, self.trainer.pad_token_id)
-        labels = align_labels(rows["concatenated_labels"])
+        labels = self.labels(rows)
         tokens = self.tokens(model, rows, labels)
         lengths = (labels != IGNORE_INDEX).sum(1)
         sums = tokens.logps.sum(1)
@@ -176,13 +187,15 @@ class _CPOForward(_FusedForward):
 
 
 class _ORPOForward(_FusedForward):
-    """ORPO: the NLL is over the whole chosen rows, prompts included."""
+    """ORPO: the NLL is over the whole chosen rows, with the prompts unless an encoder reads them."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, ...]:
         rows = self.rows(batch, self.trainer.padding_value)
-        responses = align_labels(rows["concatenated_labels"])
-        is_token = rows["concatenated_attention_mask"] == 1
-        full = align_labels(rows["concatenated_input_ids"].masked_fill(~is_token, IGNORE_INDEX))
+        responses = full = self.labels(rows)
+        with_encoder = self.trainer.is_encoder_decoder
+        if not with_encoder:
+            is_token = rows["concatenated_attention_mask"] == 1
+            full = align_labels(rows["concatenated_input_ids"].masked_fill(~is_token, IGNORE_INDEX))
         chosen, rejected = responses.chunk(2)
         chosen_full = full.chunk(2)[0]
         in_response, in_full = chosen != IGNORE_INDEX, chosen_full != IGNORE_INDEX
@@ -197,7 +210,8 @@ class _ORPOForward(_FusedForward):
         logps = (tokens.logps * scored).sum(1) / scored.sum(1)
         nll = -(tokens.logps.chunk(2)[0] * in_full).sum() / in_full.sum()
         # TRL leaves the last position out of the mean, because it predicts nothing.
-        return self.results(logps, tokens.mean_logits[:, :-1], nll, tokens)
+        means = tokens.mean_logits if with_encoder else tokens.mean_logits[:, :-1]
+        return self.results(logps, means, nll, tokens)
 
 
 def _forward_for(trainer: Any) -> type[_FusedForward]:
@@ -223,8 +237,6 @@ def _forward_for(trainer: Any) -> type[_FusedForward]:
 
 
 def _check_trainer(trainer: Any) -> None:
-    if trainer.is_encoder_decoder:
-        raise ValueError("encoder-decoder models are not supported; a causal LM is needed")
     if trainer.args.n_gpu > 1:
         raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
     if trainer.args.torch_compile:
@@ -232,4 +244,12 @@ def _check_trainer(trainer: Any) -> None:
     replaced = vars(trainer).get(_FORWARD)
     if replaced is not None and not isinstance(replaced, _FusedForward):
         raise ValueError(f"the trainer's {_FORWARD} was replaced by {replaced!r} already")
-    find_head(trainer.model)
+    # BART and others add a bias of the whole vocabulary after their head.
+    if (
+        getattr(find_head(trainer.model, with_encoder=True)[0], "final_logits_bias", None)
+        is not None
+    ):
+        raise ValueError(
+            f"{type(trainer.model).__name__} adds final_logits_bias to its logits, which fuse_head "
+            "does not make; of encoder-decoders T5 and its kin are supported"
+        )

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
+from packaging.version import Version
 from trl.trainer.dpo_config import DPOConfig
 
 from prefkern import objectives
+from prefkern.data.columns import REFERENCE_COLUMNS
 from prefkern.objectives import Objective
 from prefkern.training.options import refuse_batches_by_length
 
@@ -69,7 +72,6 @@ _OF_LOSSES = {
 }
 # Arguments that have no effect, and why.
 _WITHOUT_EFFECT = {
-    "padding_free": "TRL itself has switched off: batches are padded. prefkern.PreferenceTrainer packs",
     "torch_compile": "is not supported yet",
     "label_smoothing_factor": "has no effect on preference pairs",
 }
@@ -135,6 +137,44 @@ def check_reference(args: DPOConfig, objective: Objective, ref_model: Any) -> No
             raise ValueError(f"{argument} was given, but {name} has no reference; leave it out")
 
 
+def check_padding_free(args: DPOConfig, train_dataset: Any) -> None:
+    """Raise ValueError where a batch cannot be packed."""
+    if not args.padding_free:
+        return
+    if args.pad_to_multiple_of is not None:
+        raise ValueError(
+            f"args.pad_to_multiple_of is {args.pad_to_multiple_of!r}, but args.padding_free takes "
+            "the padding out; leave one of them out"
+        )
+    columns = getattr(train_dataset, "column_names", None) or ()
+    if {"image", "images"} & {*columns}:
+        raise ValueError("args.padding_free does not support images; leave it out")
+
+
+def check_carried_sums(
+    dataset: Any, name: str, reference_given: bool, ld_alpha: float | None
+) -> bool:
+    """Whether a dataset has the reference's sums as columns.
+
+    Raises ValueError for one of the two columns, and for arguments that would have no effect.
+    """
+    columns = getattr(dataset, "column_names", None) or ()
+    carried = [column for column in REFERENCE_COLUMNS if column in columns]
+    if not carried:
+        return False
+    if len(carried) < len(REFERENCE_COLUMNS):
+        raise ValueError(f"dataset {name!r} has only one of {' and '.join(REFERENCE_COLUMNS)}")
+    given = {"ref_model": reference_given, "args.ld_alpha": ld_alpha is not None}
+    for argument, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"dataset {name!r} carries reference sums ({' and '.join(carried)}), beside which "
+                f"{argument} has no effect: leave it out, or remove the columns "
+                f"(dataset.remove_columns({carried!r})) to have them computed"
+            )
+    return True
+
+
 def _trls_own(args: DPOConfig) -> Any:
     """The objective that TRL's own arguments describe."""
     for loss_type in args.loss_type:
@@ -146,6 +186,13 @@ def _trls_own(args: DPOConfig) -> Any:
         raise ValueError(
             f"args.f_divergence_type is {args.f_divergence_type!r}, but args.loss_type is "
             f"{args.loss_type!r}; TRL takes it for {', '.join(_DIVERGING)}"
+        )
+    # There TRL 1.9 drops a constant of the divergence, which a division by lengths does not cancel.
+    by_length = [name for name in args.loss_type if name in ("ipo", "sigmoid_norm")]
+    if diverges and by_length and Version(metadata.version("trl")).release < (1, 10):
+        raise ValueError(
+            f"args.f_divergence_type is {args.f_divergence_type!r} with loss_type {by_length[0]!r}, "
+            "which is another loss in TRL 1.9: it needs TRL 1.10 or newer"
         )
     is_alpha = args.f_divergence_type == "alpha_divergence"
     if args.f_alpha_divergence_coef != _default("f_alpha_divergence_coef") and not is_alpha:
