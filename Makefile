@@ -204,7 +204,8 @@ $(VENV)/.zero: $(VENV)/.test
 
 $(VENV)/.axolotl: $(VENV)/.torch
 	@echo "set-up: prefkern and axolotl"
-	@$(PIP) -e ".[train,axolotl]" hypothesis pytest pytest-xdist
+	@$(PIP) axolotl hypothesis pytest pytest-xdist triton xxhash
+	@$(PIP) --no-deps -e .
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch

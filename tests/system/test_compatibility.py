@@ -22,8 +22,6 @@ UNTESTED |= {"mkdocs-material", "mkdocstrings-python"}
 UNTESTED |= {"ipykernel", "nbclient"}
 # `make test-zero` runs it, in the version of constraints.txt.
 UNTESTED |= {"deepspeed"}
-# `make test-axolotl` runs it; it pins what it needs itself.
-UNTESTED |= {"axolotl"}
 
 
 def pins(name: str) -> dict[str, Version]:
