@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prefkern.ops import plan
 from support.processes import environment
 
 pytest.importorskip("triton")
@@ -21,7 +22,8 @@ SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_53
 # Registers that a multiprocessor has for its threads, NVIDIA's; a thread's are handed out by eights.
 REGISTERS = 65_536
 # A kernel that walks rows hides its loads behind other programs: at least two of eight warps, or as
-# many of fewer, must fit a multiprocessor, and its exchanges between warps are small.
+# many of fewer, must fit a multiprocessor, and its exchanges between warps are small. A fold that
+# holds its row has sixteen warps, all of whose loads are on their way at once.
 ROWS_REGISTERS, ROWS_SHARED = 128, 16_384
 KERNELS = {
     "_finish_kernel",
@@ -89,6 +91,10 @@ def assert_is_made_of(row: dict[str, Any], target: str) -> None:
         assert "cp.async.cg" in has, row
     if config["specialize"] and row["variant"] == "bare":
         assert "setmaxnreg" in has, row
+
+
+def test_a_plan_makes_no_wider_tiles_than_a_fold_holds():
+    assert plan.FOLD_ENTRIES == tiles.FOLD_BLOCK
 
 
 def test_report_has_every_configuration():
