@@ -22,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -203,7 +204,9 @@ def main(argv: list[str]) -> int:
     from launch_page import page
 
     before = json.loads(arguments.before.read_text()) if arguments.before else None
-    reports = [run(python, target) for python in arguments.pythons for target in TARGETS]
+    cases = [(python, target) for python in arguments.pythons for target in TARGETS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = list(pool.map(lambda case: run(*case), cases))
     for each in reports[len(TARGETS) :]:
         # The model is the first interpreter's.
         del each["calls"]
