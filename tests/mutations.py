@@ -212,8 +212,8 @@ MUTATIONS = (
     Mutation(
         "a fold's maximum sees what lies beyond the tile",
         f"{KERNELS}/fold.py",
-        'return tl.where(mask & (entries != local), z, -float("inf"))',
-        'return tl.where(entries != local, z, -float("inf"))',
+        'return tl.where(mask & ~left_out, z, -float("inf"))',
+        'return tl.where(~left_out, z, -float("inf"))',
         "tests/ops/test_linear_logprobs.py -k all_logits_far_below_zero",
     ),
     Mutation(
@@ -226,7 +226,7 @@ MUTATIONS = (
     Mutation(
         "a row that a fold holds is folded beside its label",
         f"{KERNELS}/fold.py",
-        "tile_max = tl.max(_without_label(z, offs_v, local, mask), axis=0)",
+        "tile_max = tl.max(_without(offs_v == local, z, mask), axis=0)",
         "tile_max = tl.max(tl.where(mask, z, -float('inf')), axis=0)",
         "tests/kernels/test_kernels.py -k test_fold",
     ),

@@ -60,9 +60,8 @@ def _store_label(
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,
 ):
-    """The label's logit and slope, if it lies in the tile."""
+    """The label's logit and slope, if it lies in the tile, by a reading of their own."""
     at = tl.arange(0, 1)
     entries = local + at
     is_here = (entries >= 0) & (entries < n_entries)
@@ -80,37 +79,37 @@ def _store_label(
     # A token's first tile begins its state; a later one without the label leaves it as it is.
     is_stored = is_here | (first != 0)
     tl.store(label_logit_ptr + at, tl.where(is_here, z, -float("inf")), mask=is_stored)
-    if HAS_SLOPE:
-        tl.store(label_slope_ptr + at, tl.where(is_here, slope, 1.0), mask=is_stored)
+    tl.store(label_slope_ptr + at, tl.where(is_here, slope, 1.0), mask=is_stored)
 
 
 @triton.jit
-def _without_label(z, entries, local, mask):
-    """A block of logits in which -inf marks what is not counted: the label and the tail."""
-    return tl.where(mask & (entries != local), z, -float("inf"))
-
-
-@triton.jit
-def _before_label(z, entries, local, mask):
-    """A block of logits in which -inf marks all but those ahead of the label."""
-    return tl.where(mask & (entries < local), z, -float("inf"))
+def _without(left_out, z, mask):
+    """A block of logits with -inf for what is left out, and beyond the tile."""
+    return tl.where(mask & ~left_out, z, -float("inf"))
 
 
 @triton.jit
 def _first_reading(
     row_ptr,
     bias_ptr,
+    label_logit_ptr,
+    label_slope_ptr,
     local,
+    first,
     n_entries,
     logit_scale,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
     HAS_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Maximum without the label, largest logit ahead of it, and sum, of a row in several blocks."""
+    """Of a row in several blocks; stores the label's logit.
+
+    Returns the maximum without the label, the largest logit ahead of it, and the sum.
+    """
     offs_v = tl.arange(0, BLOCK_V)
     maximum = tl.full((BLOCK_V,), -float("inf"), tl.float32)
     before = tl.full((BLOCK_V,), -float("inf"), tl.float32)
@@ -118,7 +117,7 @@ def _first_reading(
     for block in range(0, n_entries, BLOCK_V):
         entries = block + offs_v
         mask = entries < n_entries
-        z, _slope = load_logits(
+        z, slope = load_logits(
             row_ptr,
             bias_ptr,
             entries,
@@ -129,10 +128,19 @@ def _first_reading(
             HAS_BIAS,
             HAS_SOFTCAP,
         )
-        maximum = tl.maximum(maximum, _without_label(z, entries, local, mask))
+        is_label = entries == local
+        maximum = tl.maximum(maximum, _without(is_label, z, mask))
         if HAS_STATS:
             logit_sum += tl.where(mask, z, 0.0)
-            before = tl.maximum(before, _before_label(z, entries, local, mask))
+            before = tl.maximum(before, _without(entries >= local, z, mask))
+        if (local >= block) & (local < block + BLOCK_V) & (local < n_entries):
+            tl.store(label_logit_ptr, tl.sum(tl.where(is_label, z, 0.0), axis=0))
+            if HAS_SLOPE:
+                tl.store(label_slope_ptr, tl.sum(tl.where(is_label, slope, 0.0), axis=0))
+    begins_elsewhere = (first != 0) & ((local < 0) | (local >= n_entries))
+    tl.store(label_logit_ptr, -float("inf"), mask=begins_elsewhere)
+    if HAS_SLOPE:
+        tl.store(label_slope_ptr, 1.0, mask=begins_elsewhere)
     return tl.max(maximum, axis=0), tl.max(before, axis=0), tl.sum(logit_sum, axis=0)
 
 
@@ -200,7 +208,8 @@ def _fold_kernel(
     tile_row = tile_ptr + row * stride_tn
     offs_v = tl.arange(0, BLOCK_V)
     if ONE_BLOCK:
-        # The whole row, in registers from here on. It is asked for before all that waits for loads.
+        # The whole row, in registers from here on, and the old state: asked for before the label,
+        # which others wait for. Where a row is read twice, registers are worth more.
         z, slope = load_logits(
             tile_row,
             bias_ptr,
@@ -212,49 +221,53 @@ def _fold_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
         )
+        old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
+        total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
     local = tl.load(labels_ptr + row) - start
-    old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
-    total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
 
-    _store_label(
-        tile_row,
-        bias_ptr,
-        label_logit_ptr + row,
-        label_slope_ptr + row,
-        local,
-        first,
-        n_entries,
-        logit_scale,
-        softcap,
-        temperature,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-        True,
-    )
     if ONE_BLOCK:
-        mask = offs_v < n_entries
-        tile_max = tl.max(_without_label(z, offs_v, local, mask), axis=0)
-        if HAS_STATS:
-            tile_logits = tl.sum(tl.where(mask, z, 0.0), axis=0)
-            tile_before = tl.max(_before_label(z, offs_v, local, mask), axis=0)
-    else:
-        tile_max, tile_before, tile_logits = _first_reading(
+        _store_label(
             tile_row,
             bias_ptr,
+            label_logit_ptr + row,
+            label_slope_ptr + row,
             local,
+            first,
             n_entries,
             logit_scale,
             softcap,
             temperature,
             HAS_BIAS,
             HAS_SOFTCAP,
+        )
+        mask = offs_v < n_entries
+        tile_max = tl.max(_without(offs_v == local, z, mask), axis=0)
+        if HAS_STATS:
+            tile_logits = tl.sum(tl.where(mask, z, 0.0), axis=0)
+            tile_before = tl.max(_without(offs_v >= local, z, mask), axis=0)
+    else:
+        tile_max, tile_before, tile_logits = _first_reading(
+            tile_row,
+            bias_ptr,
+            label_logit_ptr + row,
+            label_slope_ptr + row,
+            local,
+            first,
+            n_entries,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            True,
             HAS_STATS,
             BLOCK_V,
         )
+        old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
     offset, factor = _raise_maximum(maximum_ptr + row, old, tile_max)
     if HAS_REFERENCE:
         ref_tile_row = ref_tile_ptr + row * stride_rn
-        _store_label(
+        ref_tile_max, _ref_before, _ref_logits = _first_reading(
             ref_tile_row,
             ref_bias_ptr,
             ref_label_logit_ptr + row,
@@ -268,17 +281,6 @@ def _fold_kernel(
             HAS_REF_BIAS,
             HAS_SOFTCAP,
             False,
-        )
-        ref_tile_max, _ref_before, _ref_logits = _first_reading(
-            ref_tile_row,
-            ref_bias_ptr,
-            local,
-            n_entries,
-            logit_scale,
-            softcap,
-            temperature,
-            HAS_REF_BIAS,
-            HAS_SOFTCAP,
             False,
             BLOCK_V,
         )
@@ -337,6 +339,8 @@ def _fold_kernel(
                 ref_value = round_to(ref_e * slope, ref_weights_ptr.dtype.element_ty)
                 tl.store(ref_weights_ptr + row * stride_un + entries, ref_value, mask=mask)
 
+    if not ONE_BLOCK:
+        total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
     tl.store(total_ptr + row, total * factor + tl.sum(sums, axis=0))
     if HAS_WEIGHTS:
         tl.store(rescale_ptr + row, factor)
