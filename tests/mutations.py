@@ -213,9 +213,30 @@ MUTATIONS = (
     Mutation(
         "a fold's maximum sees what lies beyond the tile",
         f"{KERNELS}/fold.py",
-        'tl.maximum(maximum, tl.where(mask & ~is_label, z, -float("inf")))',
-        'tl.maximum(maximum, tl.where(~is_label, z, -float("inf")))',
+        'return tl.where(mask & ~left_out, z, -float("inf"))',
+        'return tl.where(~left_out, z, -float("inf"))',
         "tests/ops/test_linear_logprobs.py -k all_logits_far_below_zero",
+    ),
+    Mutation(
+        "a token's first tile leaves its label's old logit",
+        f"{KERNELS}/fold.py",
+        "is_stored = is_here | (first != 0)",
+        "is_stored = is_here",
+        "tests/kernels/test_kernels.py -k test_fold",
+    ),
+    Mutation(
+        "a row that a fold holds is folded beside its label",
+        f"{KERNELS}/fold.py",
+        "tile_max = tl.max(_without(offs_v == local, z, mask), axis=0)",
+        "tile_max = tl.max(tl.where(mask, z, -float('inf')), axis=0)",
+        "tests/kernels/test_kernels.py -k test_fold",
+    ),
+    Mutation(
+        "tiles are wider than a fold holds",
+        "prefkern/ops/plan.py",
+        "return FOLD_ENTRIES",
+        "return self._most_entries(tokens)",
+        "tests/ops/test_plan.py -k reads_its_rows_once",
     ),
     Mutation(
         "a fold's sum sees what lies beyond the tile",

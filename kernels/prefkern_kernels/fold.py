@@ -29,8 +29,10 @@ The divergence needs no more. With lse the logarithms of the whole sums it is
 `ref_weights` is `exp(x_v - m_r') t_v`. The t_v is the policy's there too, since only the policy has
 a gradient.
 
-The first tile of a token begins its state and ignores the old numbers. One program a token; it
-reads its rows twice, the second time from cache.
+The first tile of a token begins its state and ignores the old numbers. One program a token. A row
+that fits into a program's registers (`tiles.fold_config`) is read once; longer rows, and rows of a
+pair, are read twice, and the second time from memory if the rows of all running programs exceed the
+L2 cache.
 """
 
 from __future__ import annotations
@@ -41,7 +43,49 @@ import triton.language as tl
 
 from .launches import count
 from .primitives import check_rows, check_vectors, load_logits, on_device_of, round_to
-from .tiles import pair_config, row_config
+from .tiles import fold_config, pair_config
+
+
+@triton.jit
+def _store_label(
+    row_ptr,
+    bias_ptr,
+    label_logit_ptr,
+    label_slope_ptr,
+    local,
+    first,
+    n_entries,
+    logit_scale,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """The label's logit and slope, if it lies in the tile, by a reading of their own."""
+    at = tl.arange(0, 1)
+    entries = local + at
+    is_here = (entries >= 0) & (entries < n_entries)
+    z, slope = load_logits(
+        row_ptr,
+        bias_ptr,
+        entries,
+        is_here,
+        logit_scale,
+        softcap,
+        temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+    )
+    # A token's first tile begins its state; a later one without the label leaves it as it is.
+    is_stored = is_here | (first != 0)
+    tl.store(label_logit_ptr + at, tl.where(is_here, z, -float("inf")), mask=is_stored)
+    tl.store(label_slope_ptr + at, tl.where(is_here, slope, 1.0), mask=is_stored)
+
+
+@triton.jit
+def _without(left_out, z, mask):
+    """A block of logits with -inf for what is left out, and beyond the tile."""
+    return tl.where(mask & ~left_out, z, -float("inf"))
 
 
 @triton.jit
@@ -62,7 +106,10 @@ def _first_reading(
     HAS_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Maximum without the label, largest logit ahead of it, sum; stores the label's logit."""
+    """Of a row in several blocks; stores the label's logit.
+
+    Returns the maximum without the label, the largest logit ahead of it, and the sum.
+    """
     offs_v = tl.arange(0, BLOCK_V)
     maximum = tl.full((BLOCK_V,), -float("inf"), tl.float32)
     before = tl.full((BLOCK_V,), -float("inf"), tl.float32)
@@ -82,10 +129,10 @@ def _first_reading(
             HAS_SOFTCAP,
         )
         is_label = entries == local
-        maximum = tl.maximum(maximum, tl.where(mask & ~is_label, z, -float("inf")))
+        maximum = tl.maximum(maximum, _without(is_label, z, mask))
         if HAS_STATS:
             logit_sum += tl.where(mask, z, 0.0)
-            before = tl.maximum(before, tl.where(mask & (entries < local), z, -float("inf")))
+            before = tl.maximum(before, _without(entries >= local, z, mask))
         if (local >= block) & (local < block + BLOCK_V) & (local < n_entries):
             tl.store(label_logit_ptr, tl.sum(tl.where(is_label, z, 0.0), axis=0))
             if HAS_SLOPE:
@@ -98,17 +145,13 @@ def _first_reading(
 
 
 @triton.jit
-def _raise_maximum(maximum_ptr, tile_max, first):
-    """Raise the running maximum to a tile's.
-
-    Returns the old one, what to subtract, exp(old - new).
-    """
-    old = tl.load(maximum_ptr, mask=first == 0, other=-float("inf"))
+def _raise_maximum(maximum_ptr, old, tile_max):
+    """Raise the running maximum to a tile's; what to subtract, and exp(old - new)."""
     new = tl.maximum(old, tile_max)
     tl.store(maximum_ptr, new)
     # If only the label's logit was seen, the maximum is -inf, and exp(-inf - 0) = 0.
     offset = tl.where(new == -float("inf"), 0.0, new)
-    return old, offset, tl.exp(old - offset)
+    return offset, tl.exp(old - offset)
 
 
 @triton.jit
@@ -157,32 +200,71 @@ def _fold_kernel(
     HAS_STATS: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_REF_BIAS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """One token: fold its row of the tile, or of both, and write its rows of weights."""
     row = tl.program_id(0).to(tl.int64)
     tile_row = tile_ptr + row * stride_tn
-    local = tl.load(labels_ptr + row) - start
     offs_v = tl.arange(0, BLOCK_V)
+    if ONE_BLOCK:
+        # The whole row, in registers from here on, and the old state: asked for before the label,
+        # which others wait for. Where a row is read twice, registers are worth more.
+        z, slope = load_logits(
+            tile_row,
+            bias_ptr,
+            offs_v,
+            offs_v < n_entries,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
+        old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
+        total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
+    local = tl.load(labels_ptr + row) - start
 
-    tile_max, tile_before, tile_logits = _first_reading(
-        tile_row,
-        bias_ptr,
-        label_logit_ptr + row,
-        label_slope_ptr + row,
-        local,
-        first,
-        n_entries,
-        logit_scale,
-        softcap,
-        temperature,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-        True,
-        HAS_STATS,
-        BLOCK_V,
-    )
-    old, offset, factor = _raise_maximum(maximum_ptr + row, tile_max, first)
+    if ONE_BLOCK:
+        _store_label(
+            tile_row,
+            bias_ptr,
+            label_logit_ptr + row,
+            label_slope_ptr + row,
+            local,
+            first,
+            n_entries,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
+        mask = offs_v < n_entries
+        tile_max = tl.max(_without(offs_v == local, z, mask), axis=0)
+        if HAS_STATS:
+            tile_logits = tl.sum(tl.where(mask, z, 0.0), axis=0)
+            tile_before = tl.max(_without(offs_v >= local, z, mask), axis=0)
+    else:
+        tile_max, tile_before, tile_logits = _first_reading(
+            tile_row,
+            bias_ptr,
+            label_logit_ptr + row,
+            label_slope_ptr + row,
+            local,
+            first,
+            n_entries,
+            logit_scale,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            True,
+            HAS_STATS,
+            BLOCK_V,
+        )
+        old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
+    offset, factor = _raise_maximum(maximum_ptr + row, old, tile_max)
     if HAS_REFERENCE:
         ref_tile_row = ref_tile_ptr + row * stride_rn
         ref_tile_max, _ref_before, _ref_logits = _first_reading(
@@ -202,31 +284,31 @@ def _fold_kernel(
             False,
             BLOCK_V,
         )
-        _ref_old, ref_offset, ref_factor = _raise_maximum(
-            ref_maximum_ptr + row, ref_tile_max, first
-        )
+        ref_old = tl.load(ref_maximum_ptr + row, mask=first == 0, other=-float("inf"))
+        ref_offset, ref_factor = _raise_maximum(ref_maximum_ptr + row, ref_old, ref_tile_max)
 
-    # Second reading: the sums, and the weights.
+    # The sums and the weights: of the row in registers, or of a second reading.
     sums = tl.zeros((BLOCK_V,), tl.float32)
     shifted = tl.zeros((BLOCK_V,), tl.float32)
     squares = tl.zeros((BLOCK_V,), tl.float32)
     ref_sums = tl.zeros((BLOCK_V,), tl.float32)
     cross = tl.zeros((BLOCK_V,), tl.float32)
-    for block in range(0, n_entries, BLOCK_V):
+    for block in range(0, BLOCK_V if ONE_BLOCK else n_entries, BLOCK_V):
         entries = block + offs_v
         mask = entries < n_entries
         counts = mask & (entries != local)
-        z, slope = load_logits(
-            tile_row,
-            bias_ptr,
-            entries,
-            mask,
-            logit_scale,
-            softcap,
-            temperature,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-        )
+        if not ONE_BLOCK:
+            z, slope = load_logits(
+                tile_row,
+                bias_ptr,
+                entries,
+                mask,
+                logit_scale,
+                softcap,
+                temperature,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+            )
         distance = tl.where(counts, z - offset, -float("inf"))
         e = tl.exp(distance)
         sums += e
@@ -257,7 +339,8 @@ def _fold_kernel(
                 ref_value = round_to(ref_e * slope, ref_weights_ptr.dtype.element_ty)
                 tl.store(ref_weights_ptr + row * stride_un + entries, ref_value, mask=mask)
 
-    total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
+    if not ONE_BLOCK:
+        total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
     tl.store(total_ptr + row, total * factor + tl.sum(sums, axis=0))
     if HAS_WEIGHTS:
         tl.store(rescale_ptr + row, factor)
@@ -333,7 +416,7 @@ def fold(
     n, v = tile.shape
     if n == 0:
         return
-    config = row_config(v) if ref_tile is None else pair_config(v)
+    config = fold_config(v) if ref_tile is None else pair_config(v)
     # For equal logits x - z must be 0. If the compiler contracts the transform's product into it
     # (fma), it is the product's rounding error.
     options = {} if ref_tile is None else {"enable_fp_fusion": False}
@@ -377,6 +460,7 @@ def fold(
             HAS_STATS=shifted is not None,
             HAS_REFERENCE=ref_tile is not None,
             HAS_REF_BIAS=ref_bias is not None,
+            ONE_BLOCK=ref_tile is None and v <= config.block,
             BLOCK_V=config.block,
             num_warps=config.num_warps,
             **options,

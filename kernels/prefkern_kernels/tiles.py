@@ -19,11 +19,14 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 from .primitives import INTERPRET
 
 # Under the interpreter a program costs a fixed time and a block little: there, one block a row.
 _LARGEST_BLOCK = 65536 if INTERPRET else 2048
+# The longest row that a fold holds in registers. `prefkern.ops.plan` makes tiles no wider.
+FOLD_BLOCK = 8192
 # Below this H a product takes little time beside the fold of its logits.
 _WIDE = 2048
 # Entries of a tile that the end of the vocabulary cuts.
@@ -43,6 +46,19 @@ def row_config(row_size: int) -> RowConfig:
     while block < row_size and block < _LARGEST_BLOCK:
         block *= 2
     return RowConfig(block, min(max(block // 256, 1), 8))
+
+
+def fold_config(row_size: int) -> RowConfig:
+    """The block of a whole row, held in registers and so read once; for longer rows `row_config`.
+
+    A thread has at most 16 elements. With 32, two programs of a row of 16,384 need all registers of
+    a multiprocessor, and most variants of the kernel spill some of them with one of the supported
+    versions of Triton.
+    """
+    if INTERPRET or row_size > FOLD_BLOCK:
+        return row_config(row_size)
+    block = max(triton.next_power_of_2(row_size), 128)
+    return RowConfig(block, min(max(block // 256, 1), 16))
 
 
 def pair_config(row_size: int) -> RowConfig:

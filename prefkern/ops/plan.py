@@ -49,6 +49,12 @@ MIN_VOCAB_TILE = 128
 # If that does not fit (8 MiB and H of 8192), a tile may be as narrow as this. A workspace that is
 # too small for it, below 8 MiB, gets the minimum above.
 _NARROWEST_VOCAB_TILE = 16
+# The longest row that the fold of the Triton backend reads once (`prefkern_kernels.tiles`). A wider
+# tile saves traffic of the accumulator, which the second product hides; a second reading of every
+# logit is not hidden.
+FOLD_ENTRIES = 8192
+# Below so many tokens in a tile, its launches cost more than the second reading.
+_LEAST_TOKENS_OF_A_FOLD = 2048
 # The narrowest tile for kept tokens, whose maximum is stored after each tile.
 _LEAST_KEPT_TILE = 1024
 # Operations of a GPU in the time that it takes to move a byte (A100 156, H100 295, H200 184).
@@ -400,6 +406,17 @@ class _Sizes:
         """Columns of the products that make the logits of a tile, or of a pair."""
         return self.head.width + (0 if self.pairs is None else self.pairs.width)
 
+    def _most_of_a_fold(self, tokens: int) -> int:
+        """The widest tile that a fold of so many tokens takes.
+
+        Pairs are read twice at any width, and with a softcap instructions take more time than
+        memory.
+        """
+        reads_once = self.backend == "triton" and self.pairs is None and not self.has_softcap
+        if reads_once and tokens >= _LEAST_TOKENS_OF_A_FOLD:
+            return FOLD_ENTRIES
+        return self._most_entries(tokens)
+
     def _most_entries(self, tokens: int) -> int:
         """The widest tile of so many tokens: its logits and its weights are a block each."""
         if not self.head.rounds:
@@ -455,7 +472,7 @@ class _Sizes:
             # for each vocabulary tile.
             traffic=(2, 8),
             min_vocab_tile=_LEAST_KEPT_TILE if kept else MIN_VOCAB_TILE,
-            most_entries=self._most_entries,
+            most_entries=self._most_of_a_fold,
         )
 
     def backward(self, budget: int, kept: int, gradients: Gradients) -> Tiles:

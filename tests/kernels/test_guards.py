@@ -1,7 +1,8 @@
 """Every kernel, every tile configuration and whole operator calls between guards (`guarded`).
 
-The interpreter cuts rows into blocks of 65,536. Here, as on a GPU, blocks have at most 2,048, so
-that all configurations run, at sizes next to those of their blocks.
+The interpreter cuts rows into blocks of 65,536. Here, as on a GPU, blocks have at most 2,048, and
+a fold holds rows of at most 1,024, so that all configurations run, at sizes next to those of their
+blocks.
 """
 
 from __future__ import annotations
@@ -39,13 +40,16 @@ def long(values: list) -> list:
 @pytest.fixture
 def blocks_of_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(tiles, "_LARGEST_BLOCK", 2048)
+    monkeypatch.setattr(tiles, "FOLD_BLOCK", 1024)
     # Where blocks are of the interpreter's size, those of pairs are as well.
     monkeypatch.setattr(tiles, "INTERPRET", False)
 
 
 def test_sizes_make_every_configuration(blocks_of_a_gpu):
-    every = {(tiles.row_config(size), tiles.pair_config(size)) for size in range(1, 9000)}
-    assert {(tiles.row_config(size), tiles.pair_config(size)) for size in SIZES} == every
+    def configs(size: int) -> tuple[tiles.RowConfig, ...]:
+        return tiles.row_config(size), tiles.pair_config(size), tiles.fold_config(size)
+
+    assert {configs(size) for size in SIZES} == {configs(size) for size in range(1, 9000)}
 
 
 @pytest.mark.parametrize("size", SIZES + long(MORE_SIZES))

@@ -163,6 +163,26 @@ def test_the_plan_uses_the_workspace():
     assert made.forward_tiles.token_tile >= 1024 and made.forward_tiles.vocab_tile >= 8192
 
 
+def test_a_fold_reads_its_rows_once():
+    """Tiles of many tokens are no wider than a row that the fold's kernel holds.
+
+    The bound is the Triton backend's. With a softcap, and for a divergence, rows are read twice at
+    any width: tiles are as wide as the workspace allows.
+    """
+    head = plan.HeadSize(1024, torch.bfloat16, False, torch.bfloat16, torch.bfloat16)
+    given = {**COMMON, "head": head, "gradients": plan.Gradients(True, False, False)}
+
+    def tile(**options) -> int:
+        return plan.make_plan(**{**given, "workspace_mb": 640, **options}).forward_tiles.vocab_tile
+
+    assert tile() == plan.FOLD_ENTRIES == tile(workspace_mb=4096)
+    assert tile(gradients=plan.Gradients(False, False, False)) == plan.FOLD_ENTRIES
+    wider = {"softcap": {"has_softcap": True}, "torch": {"backend": "torch"}}
+    wider["divergence"] = {"reference": head, "with_divergence": True}
+    for name, options in wider.items():
+        assert tile(**options) > plan.FOLD_ENTRIES, name
+
+
 def test_a_small_batch_is_one_tile():
     for gradients in (plan.Gradients(True, False, False), plan.Gradients(True, True, False)):
         made = plan.make_plan(**{**COMMON, "tokens": 256}, gradients=gradients, workspace_mb=1024)

@@ -91,12 +91,18 @@ class OfflineDriver:
 
 
 compiled: list[CompiledKernel] = []
+# What was launched last.
+latest: list[CompiledKernel] = []
 
 
 def keep_and_do_not_load(kernel: CompiledKernel) -> None:
     compiled.append(kernel)
     kernel.module = kernel.function = None
-    kernel._run = lambda *args, **keywords: None
+
+    def run(*args: Any, **keywords: Any) -> None:
+        latest[:] = [kernel]
+
+    kernel._run = run
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -109,7 +115,9 @@ def launch_all() -> None:
     labels = meta(n, dtype=torch.int64)
     plain = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
     capped = {"logit_scale": 0.5, "softcap": 30.0, "temperature": 1.0}
-    for transform, bias, out, stats in itertools.product(
+    # Rows that a fold holds, and rows that it reads twice.
+    for row, transform, bias, out, stats in itertools.product(
+        (tiles.FOLD_BLOCK, v),
         (plain, capped),
         (None, torch.bfloat16),
         (None, torch.bfloat16, torch.float32),
@@ -117,17 +125,19 @@ def launch_all() -> None:
     ):
         per_token = [meta(n) for _ in range(9)]
         kernels.fold(
-            meta(n, v),
+            meta(n, row),
             labels,
-            None if bias is None else meta(v, dtype=bias),
+            None if bias is None else meta(row, dtype=bias),
             *per_token[:4],
             per_token[4] if out else None,
-            meta(n, v, dtype=out) if out else None,
+            meta(n, row, dtype=out) if out else None,
             *(per_token[5:9] if stats else (None,) * 4),
             start=0,
             first=True,
             **transform,
         )
+        if row != v:
+            continue
         if out is not None and not stats:
             kernels.remake_weights(
                 meta(n, v),
@@ -335,10 +345,16 @@ def resources(kernel: CompiledKernel, backend: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def main() -> None:
-    target = TARGETS[sys.argv[1]]
+def compile_for(name: str) -> GPUTarget:
+    """From here on, launches are compiled for a target and not run."""
+    target = TARGETS[name]
     triton.runtime.driver.set_active(OfflineDriver(target))
     CompiledKernel._init_handles = keep_and_do_not_load
+    return target
+
+
+def main() -> None:
+    target = compile_for(sys.argv[1])
     every = "--all" in sys.argv
     if not every:
         launch_all()

@@ -239,7 +239,8 @@ class _Watch:
         return self._real.store(pointers, value, mask)
 
     def _look(self, pointers: np.ndarray, mask: np.ndarray, verb: str) -> None:
-        pointers, mask = np.broadcast_arrays(pointers, mask)
+        # A comparison of scalars gives an integer, which would be taken for an index.
+        pointers, mask = np.broadcast_arrays(pointers, np.asarray(mask, dtype=bool))
         addresses = pointers[mask].astype(np.uint64).ravel()
         owners = np.searchsorted(self._begins, addresses, side="right") - 1
         for owner in np.unique(owners):
