@@ -251,7 +251,8 @@ def loss(
     options: dict[str, Any] | None = None,
     **given: Any,
 ) -> None:
-    shape = (2 * B * T,) if packed else (2 * B, T)
+    rows = _rows_of(objective)
+    shape = (rows * T,) if packed else (rows, T)
     hidden = empty(*shape, H, dtype=dtype, grad=trains)
     weight = empty(V, H, dtype=dtype, grad=head)
     is_paired = isinstance(objective, Objective)
@@ -267,7 +268,7 @@ def loss(
     if is_paired and objective.needs_reward_margins:
         given |= {"reward_margins": empty(B)}
     if packed:
-        given |= {"cu_seqlens": empty(2 * B + 1, dtype=torch.int32)}
+        given |= {"cu_seqlens": empty(rows + 1, dtype=torch.int32)}
     if rank:
         given |= {
             "lora_hidden": empty(*shape, rank, dtype=dtype, grad=True),
@@ -289,6 +290,10 @@ def loss(
         _check_gradients(hidden, weight, *given.values())
 
 
+def _rows_of(objective: Any) -> int:
+    return 3 * B if getattr(objective, "needs_gold", False) else 2 * B
+
+
 def references_of(objective: Any) -> list[str | None]:
     """The ways to give an objective its reference."""
     if isinstance(objective, Objective) and objective.needs_kls:
@@ -307,8 +312,7 @@ def loss_case(
 ) -> Case:
     objective = make()
     terms = None
-    by_kernel = not (given.get("options") or {}).keys() & {"ld_alpha"}
-    by_kernel &= (given.get("options") or {}).get("backend") != "torch"
+    by_kernel = (given.get("options") or {}).get("backend") != "torch"
     if isinstance(objective, Objective) and by_kernel:
         terms = objective.pair_kernel_terms()
     promised = {SELECT: 1}
@@ -321,7 +325,7 @@ def loss_case(
         name,
         lambda: loss(made(), reference, dtype, **given),
         scored=B * T,
-        total=2 * B * T,
+        total=_rows_of(objective) * T,
         waits=promised if waits is None else waits,
         backward=given.get("trains", True) or given.get("head", False),
         warm=any(True for _ in objective.buffers()),
