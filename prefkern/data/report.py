@@ -117,6 +117,7 @@ class DatasetReport:
     turns: int = 0  # responses have turns of other roles, which are scored
     unread: tuple[str, ...] = ()  # columns with text that nothing reads
     read_as: str = ""  # the format of others that all rows were converted from, and its columns
+    converted: int = 0  # rows, before any was dropped
     samples: tuple[Said, ...] = ()  # the first of these rows, converted
 
     @property
@@ -128,12 +129,13 @@ class DatasetReport:
         """All counts in one line."""
         counts = ", ".join(f"{count:,} {what}" for count, what in self._counts())
         unread = f"; {self._unread}" if self.unread else ""
-        converted = f"; {self._converted}" if self.read_as else ""
+        converted = f"; {self._from_others}" if self.read_as else ""
         return f"{self.name}: {self.pairs:,} {self.unit} ({counts}){unread}{converted}"
 
     @property
-    def _converted(self) -> str:
-        return f"all rows converted from {self.read_as}"
+    def _from_others(self) -> str:
+        rows = "row" if self.converted == 1 else "rows"
+        return f"{self.converted:,} {rows} converted from {self.read_as}"
 
     def _sample_lines(self) -> list[str]:
         """The samples as plain text; a line break before each."""
@@ -211,7 +213,7 @@ class DatasetReport:
         if self.unread:
             counts.append(Text(f"  {self._unread}", style="yellow"))
         if self.read_as:
-            counts.append(Text(f"  {self._converted}", style="cyan"))
+            counts.append(Text(f"  {self._from_others}", style="cyan"))
             counts += map(Text, self._sample_lines())
         bins = self.histogram.rows()
         most = max(count for _, count, _ in bins)

@@ -123,7 +123,7 @@ def tokenize_preferences(
     _check_prompts(dataset, marks, unread, name)
     what = f"pair with {'three' if gold else 'two'} responses"
     kept = _without_dropped(marked, marks, name, what)
-    report = _report(name, "pairs", marks, bounds, unread, form, samples)
+    report = _report(name, "pairs", marks, bounds, unread, form, samples, len(dataset))
     return kept.remove_columns(list(_MARKS)), report
 
 
@@ -188,7 +188,7 @@ def tokenize_examples(
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
     marks = _responses(marks, len(sides))
-    return examples, _report(name, "responses", marks, bounds, unread, form, samples)
+    return examples, _report(name, "responses", marks, bounds, unread, form, samples, len(dataset))
 
 
 @dataclass(frozen=True)
@@ -482,6 +482,7 @@ def _report(
     unread: tuple[str, ...],
     form: Format | None,
     samples: tuple[Said, ...],
+    rows: int,
 ) -> DatasetReport:
     before = before_prompts(unread)
     if before:
@@ -507,6 +508,7 @@ def _report(
         turns=int(kept["_turns"].sum()),
         unread=unread,
         read_as="" if form is None else f"{form.name} ({', '.join(form.read)})",
+        converted=0 if form is None else rows,
         samples=samples,
         max_length=bounds.max_length,
         truncation_mode=bounds.truncation_mode,

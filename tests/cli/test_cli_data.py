@@ -133,7 +133,7 @@ def test_single_responses(tmp_path, capsys):
     assert "4 responses" in out and out.count("\ndesirable: ") == out.count("\nundesirable: ") == 2
     single = [{"question": "Name a fruit.", "completion": "A car.", "label": False}]
     out = _shown(tmp_path, single, capsys)
-    assert "all rows converted from Orca (question, completion, label)" in out
+    assert "1 row converted from Orca (question, completion, label)" in out
     assert "row 0\n  user        Name a fruit.\n  completion  A car.\n" in out
     assert "response 1 of 1\n\nundesirable: " in out and "‖⟦A car.<|im_end|>↵\n⟧" in out
 
@@ -144,7 +144,7 @@ def test_rows_of_others_are_shown_as_they_are_read(case, tmp_path, capsys):
     path = _file(tmp_path, [case.before] * 2)
     assert cli.main(["data", path, "--model", str(tmp_path / "tiny")]) == 0
     out = capsys.readouterr().out
-    assert f"all rows converted from {case.name} (" in out and "row 1\n" in out
+    assert f"2 rows converted from {case.name} (" in out and "row 1\n" in out
     assert out.count("‖⟦") == (4 if case.paired else 2)
 
 
@@ -160,7 +160,7 @@ def test_training_shows_the_converted_rows_first(objective, tmp_path, capsys):
     argv += ["--objective", objective, "--max_steps", "1", "--report_to", "none"]
     assert cli.main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    read_as = "all rows converted from Alpaca (instruction, input, chosen, rejected)"
+    read_as = "2 rows converted from Alpaca (instruction, input, chosen, rejected)"
     shown = f"{read_as}\n\nrow 0\n  user      Name\\na fruit.\n  chosen    An apple.\n"
     assert shown in out and "row 1\n  user      Name\n" in out
     assert out.index("row 1") < out.index("train_loss")

@@ -58,7 +58,8 @@ def test_a_row_is_read_as_one_of_trls(case):
     expected, plain = _tokenize(_dataset(case.after, case.after), case.paired)
     columns = [c for c in expected.column_names if c != "reward_margin"]
     assert [{c: row[c] for c in columns} for row in tokens] == expected.to_list()
-    assert report.read_as.startswith(f"{case.name} (") and plain.read_as == ""
+    assert report.read_as.startswith(f"{case.name} (") and report.converted == 2
+    assert (plain.read_as, plain.converted) == ("", 0)
     assert report.dropped == 0 and report.unread == ()
 
 
@@ -108,7 +109,7 @@ def test_no_row_is_left_out_or_changed_without_a_count():
     tokens, report = _tokenize(_dataset(*rows), True)
     assert (report.pairs, report.empty, report.identical) == (3, 1, 1) and len(tokens) == 3
     assert report.unread == ("id",)
-    assert "all rows converted from Orca (system, question, chosen, rejected)" in report.summary
+    assert "4 rows converted from Orca (system, question, chosen, rejected)" in report.summary
 
 
 def test_three_converted_rows_are_shown():
