@@ -15,6 +15,7 @@ COMMANDS = {
     "check": "compare the backends of this machine with the float64 reference",
     "bench": "compare time, memory, operations and error with eager and the peers",
     "train": "train a model on preference pairs",
+    "data": "show what would be trained on: the report, and rows as the model sees them",
     "plan": "show what a step of a model will cost, without loading its weights",
     "margins": "train a reward model and write its margins into the dataset, for MADPO",
     "env": "show versions, devices and backends of this machine, to paste into a report",

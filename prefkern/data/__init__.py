@@ -5,12 +5,14 @@ are lists of messages, which the tokenizer's chat template renders; a row may al
 list, or JSON) and `chat_template_kwargs`. Implicit prompt: a row has `chosen` and `rejected` only,
 and their common beginning is the prompt. KTO needs no pairs: a row is `prompt`, `completion` and
 `label` (true if the response is desirable), or a pair whose two responses count one by one. Images,
-videos and audio are not supported: an error names the column. `columns` maps other names.
+videos and audio are not supported: an error names the column. `columns` maps other names. The
+formats of others (Alpaca's, ShareGPT's, Orca's and more) are recognised and converted to these.
 
-In reading order: `columns` (the columns that a dataset needs), `sources` (where it is), `loading`,
-`messages` (what a cell holds), `rendering` (the chat template, and what it leaves out), `formats`
-(a row to tokens), `truncation` (pairs that are too long), `tokenisation` (all rows) and `report`,
-then `collate` (rows to batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
+In reading order: `columns` (the columns that a dataset needs), `foreign` (the formats of others),
+`sources` (where a dataset is), `loading`, `messages` (what a cell holds), `rendering` (the chat
+template, and what it leaves out), `formats` (a row to tokens), `truncation` (pairs that are too
+long), `tokenisation` (all rows), `shown` (rows to look at) and `report`, then `collate` (rows to
+batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prefkern.data.foreign import SYSTEM, is_text, recognise
+
 if TYPE_CHECKING:
     import datasets
 
@@ -24,8 +26,6 @@ GOLD, GOLD_IDS = "reference", "reference_ids"
 ID_COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, EXAMPLE_COLUMNS[1])
 # The columns that the collators read; all others are dropped.
 COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
-# The column of system messages, once `renamed` was asked for it: a row is then a conversation.
-SYSTEM = "_system"
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", SYSTEM)
 # TRL's names. They are part of the prompt: to ignore them would train another task.
 _MEDIA = {
@@ -225,12 +225,17 @@ def check_columns(
             )
     if not paired and has_examples(found):
         return
+    form = recognise(dataset, name, paired=paired)
+    if form is not None:
+        found = form.after(found)
+        if "completion" in form.made:
+            return
     missing = [column for column in ("chosen", "rejected") if column not in found]
     if missing and not set(TOKEN_COLUMNS) <= set(found):
         hint = f"; columns={{{missing[0]!r}: {_alike(missing[0], found)}}} reads another column"
         if not paired:
             hint = f"; or 'prompt', 'completion' and 'label' for single responses{hint}"
-        elif has_examples(found):
+        elif has_examples(found) or recognise(dataset, name, paired=False):
             hint = "; single responses are for the objective 'kto'"
         raise ValueError(
             f"dataset {name!r} has no column {' and no column '.join(map(repr, missing))}; found "
@@ -245,7 +250,8 @@ def check_columns(
             f"trains on (TPO's gold one); found {', '.join(found)}; columns={{{GOLD!r}: ...}} reads "
             "another column"
         )
-    _check_prompt_column(dataset, name)
+    if form is None:
+        _check_prompt_column(dataset, name)
     if margins and not margin_columns(found):
         raise ValueError(
             f"dataset {name!r} has no margins, which this objective weighs pairs by: no column "
@@ -270,13 +276,6 @@ def listed(columns: Sequence[str]) -> str:
     """Columns by name, in a sentence."""
     plural = "s" if len(columns) > 1 else ""
     return f"text column{plural} {', '.join(map(repr, columns))}"
-
-
-def is_text(feature: Any) -> bool:
-    """Whether cells of a feature are text."""
-    return not isinstance(feature, Mapping | list) and "string" in str(
-        getattr(feature, "dtype", "")
-    )
 
 
 def check_labels(dataset: datasets.Dataset, name: str) -> None:
@@ -318,6 +317,14 @@ def without_unused(
 def has_examples(columns: Sequence[str]) -> bool:
     """Whether rows are single responses, as text or tokens."""
     return {"prompt", "completion", "label"} <= set(columns) or set(EXAMPLE_COLUMNS) <= set(columns)
+
+
+def holds_examples(dataset: datasets.Dataset, name: str) -> bool:
+    """Whether rows are single responses, in a format of TRL's or of others."""
+    if has_examples(dataset.column_names):
+        return True
+    form = recognise(dataset, name, paired=False)
+    return form is not None and form.label is not None
 
 
 def margin_columns(columns: Sequence[str]) -> tuple[str, ...]:

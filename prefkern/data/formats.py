@@ -16,7 +16,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from prefkern.data.columns import GOLD, SYSTEM
+from prefkern.data.columns import GOLD
+from prefkern.data.foreign import SYSTEM
 from prefkern.data.messages import (
     check_message,
     check_response,
@@ -88,7 +89,23 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> 
 
     Raises ValueError for a row that has none of the formats.
     """
-    prompt, *responses = _cells(example, reading)
+    parts = read_row(example, reading.names, reading.written)
+    if isinstance(parts[-1], list):
+        return _conversation(example, parts, tokenizer, reading)
+    return _texts(parts, example.get("prompt") is None, tokenizer, reading)
+
+
+def read_row(
+    example: dict[str, Any], names: tuple[str, ...], written: tuple[str, ...]
+) -> tuple[Any, ...]:
+    """Prompt and responses of a row: texts, or lists of messages.
+
+    Args:
+        names, written: as in `Reading`.
+
+    Raises ValueError for a row that has none of the formats.
+    """
+    prompt, *responses = _cells(example, names, written)
     is_implicit = prompt is None
     are_messages = isinstance(responses[0], list)
     if is_implicit:
@@ -101,20 +118,17 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> 
             "of role 'assistant'"
         )
     elif are_messages:
-        responses = _without_prompt(prompt, responses, reading.names)
-    if are_messages:
-        if example.get(SYSTEM):
-            prompt = _with_system(example[SYSTEM], prompt)
-        return _conversation(example, (prompt, *responses), tokenizer, reading)
-    return _texts((prompt, *responses), is_implicit, tokenizer, reading)
+        responses = _without_prompt(prompt, responses, names)
+    if are_messages and example.get(SYSTEM):
+        prompt = _with_system(example[SYSTEM], prompt)
+    return prompt, *responses
 
 
-def _cells(example: dict[str, Any], reading: Reading) -> list[Any]:
+def _cells(example: dict[str, Any], names: tuple[str, ...], written: tuple[str, ...]) -> list[Any]:
     """Prompt and responses: texts, or lists of messages; the prompt may be None.
 
     A row with a `system` column is a conversation, so its texts become messages.
     """
-    names, written = reading.names, reading.written
     prompt: Any = read_cell("prompt", example.get("prompt"), "prompt" in written)
     responses: list[Any] = [
         read_cell(name, example.get(column), column in written)

@@ -15,11 +15,11 @@ import datasets
 import pandas
 from datasets.exceptions import DatasetsError
 
-from prefkern.data import faults
+from prefkern.data import faults, foreign
 from prefkern.data.columns import check_columns, plain, renamed
 from prefkern.data.sources import FORMATS, local_path
 
-_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion")
+_TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", *foreign.TEXTS)
 # The texts that pandas reads as a missing value.
 _MISSING = [
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy
 
 from prefkern.data.columns import GOLD
+from prefkern.data.shown import Said
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -115,6 +116,9 @@ class DatasetReport:
     unsaid: int = 0  # the chat template leaves out text or thoughts of an earlier answer
     turns: int = 0  # responses have turns of other roles, which are scored
     unread: tuple[str, ...] = ()  # columns with text that nothing reads
+    read_as: str = ""  # the format of others that all rows were converted from, and its columns
+    converted: int = 0  # rows, before any was dropped
+    samples: tuple[Said, ...] = ()  # the first of these rows, converted
 
     @property
     def dropped(self) -> int:
@@ -125,7 +129,21 @@ class DatasetReport:
         """All counts in one line."""
         counts = ", ".join(f"{count:,} {what}" for count, what in self._counts())
         unread = f"; {self._unread}" if self.unread else ""
-        return f"{self.name}: {self.pairs:,} {self.unit} ({counts}){unread}"
+        converted = f"; {self._from_others}" if self.read_as else ""
+        return f"{self.name}: {self.pairs:,} {self.unit} ({counts}){unread}{converted}"
+
+    @property
+    def _from_others(self) -> str:
+        rows = "row" if self.converted == 1 else "rows"
+        return f"{self.converted:,} {rows} converted from {self.read_as}"
+
+    def _sample_lines(self) -> list[str]:
+        """The samples as plain text; a line break before each."""
+        lines = []
+        for row, sample in enumerate(self.samples):
+            width = max(len(who) for who, _ in sample)
+            lines += ["", f"row {row}", *(f"  {who:<{width}}  {text}" for who, text in sample)]
+        return lines
 
     @property
     def _unread(self) -> str:
@@ -172,7 +190,7 @@ class DatasetReport:
             [edges, f"{count:,}", "#" * math.ceil(_BAR_WIDTH * count / most)]
             for edges, count, _ in bins
         ]
-        lines = [self.summary, "", *_aligned(table), "", self._caption]
+        lines = [self.summary, *self._sample_lines(), "", *_aligned(table), "", self._caption]
         return "\n".join([*lines, *(line.rstrip() for line in _aligned(bars, last_left=True))])
 
     def __rich__(self) -> RenderableType:
@@ -194,6 +212,9 @@ class DatasetReport:
         ]
         if self.unread:
             counts.append(Text(f"  {self._unread}", style="yellow"))
+        if self.read_as:
+            counts.append(Text(f"  {self._from_others}", style="cyan"))
+            counts += map(Text, self._sample_lines())
         bins = self.histogram.rows()
         most = max(count for _, count, _ in bins)
         bars = Table.grid(padding=(0, 1))

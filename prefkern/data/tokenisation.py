@@ -34,7 +34,6 @@ from prefkern.data.columns import (
     check_labels,
     has_examples,
     is_number,
-    is_text,
     listed,
     margin_columns,
     plain,
@@ -43,9 +42,11 @@ from prefkern.data.columns import (
     unread_columns,
     unread_hint,
 )
-from prefkern.data.formats import Reading, TokenizedPair, tokenize_pair
+from prefkern.data.foreign import Format, is_text, recognise
+from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
 from prefkern.data.messages import may_be_written
 from prefkern.data.report import DatasetReport, Histogram, Lengths
+from prefkern.data.shown import Said, said
 from prefkern.data.truncation import check_mode, truncate_responses
 from prefkern.version import VERSION
 
@@ -112,16 +113,18 @@ def tokenize_preferences(
     """
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, gold=gold)
-    dataset = plain(dataset)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    dataset, form = _converted(plain(dataset), num_proc, name)
     unread = unread_columns(dataset, gold=gold)
     names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
+    samples = _samples(dataset, names) if form is not None else ()
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, names)
     marks = _marks(marked)
     _check_prompts(dataset, marks, unread, name)
     what = f"pair with {'three' if gold else 'two'} responses"
     kept = _without_dropped(marked, marks, name, what)
-    return kept.remove_columns(list(_MARKS)), _report(name, "pairs", marks, bounds, unread)
+    report = _report(name, "pairs", marks, bounds, unread, form, samples, len(dataset))
+    return kept.remove_columns(list(_MARKS)), report
 
 
 def tokenize_examples(
@@ -145,9 +148,9 @@ def tokenize_examples(
     """
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, paired=False)
-    dataset = plain(dataset)
-    check_labels(dataset, name)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    dataset, form = _converted(plain(dataset), num_proc, name, paired=False)
+    check_labels(dataset, name)
     is_paired = not has_examples(dataset.column_names)
     # KTO reads no number of a pair, so a missing one is no error here.
     unread = unread_columns(dataset, paired=is_paired)
@@ -163,6 +166,7 @@ def tokenize_examples(
             desc=f"Reading {name} dataset",
         )
     names = ("chosen", "rejected") if is_paired else ("completion", "completion")
+    samples = _samples(dataset, names) if form is not None else ()
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, names)
     marks = _marks(marked)
     _check_prompts(dataset, marks, unread, name)
@@ -184,7 +188,7 @@ def tokenize_examples(
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
     marks = _responses(marks, len(sides))
-    return examples, _report(name, "responses", marks, bounds, unread)
+    return examples, _report(name, "responses", marks, bounds, unread, form, samples, len(dataset))
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,46 @@ class _Bounds:
         bounds = (self.max_length, self.max_prompt_length, self.truncation_mode)
         prompt, responses = truncate_responses(tokens[0], tokens[1:], *bounds)
         return [prompt, *responses]
+
+
+def _converted(
+    dataset: datasets.Dataset, num_proc: int | None, name: str, *, paired: bool = True
+) -> tuple[datasets.Dataset, Format | None]:
+    """The dataset in one of TRL's formats, and the format of others that it had, if any."""
+    form = recognise(dataset, name, paired=paired)
+    if form is None or not form.made:
+        return dataset, form
+
+    def convert(example: dict[str, Any], row: int) -> dict[str, Any]:
+        try:
+            return form.convert(example)
+        except ValueError as error:
+            raise ValueError(
+                f"dataset {name!r}, row {row}, read as {form.name}: {error}"
+            ) from error
+
+    converted = dataset.map(
+        _AsOfNow(convert),
+        with_indices=True,
+        remove_columns=list(form.read),
+        num_proc=num_proc,
+        desc=f"Converting {name} dataset",
+    )
+    return converted, form
+
+
+def _samples(dataset: datasets.Dataset, names: tuple[str, ...]) -> tuple[Said, ...]:
+    """The first rows as they are read. A row with an error is left to `_with_tokens`."""
+    written = _written_columns(dataset, gold=GOLD in names)
+    samples = []
+    first: Any = dataset.select(range(min(len(dataset), 3)))
+    for row in first:
+        try:
+            prompt, *responses = read_row(row, names, written)
+        except ValueError:
+            break
+        samples.append(said(prompt, dict(zip(names, responses, strict=True))))
+    return tuple(samples)
 
 
 def _with_tokens(
@@ -431,7 +475,14 @@ def _responses(marks: _Marks, sides: int) -> _Marks:
 
 
 def _report(
-    name: str, unit: str, marks: _Marks, bounds: _Bounds, unread: tuple[str, ...]
+    name: str,
+    unit: str,
+    marks: _Marks,
+    bounds: _Bounds,
+    unread: tuple[str, ...],
+    form: Format | None,
+    samples: tuple[Said, ...],
+    rows: int,
 ) -> DatasetReport:
     before = before_prompts(unread)
     if before:
@@ -456,6 +507,9 @@ def _report(
         unsaid=int(kept["_unsaid"].sum()),
         turns=int(kept["_turns"].sum()),
         unread=unread,
+        read_as="" if form is None else f"{form.name} ({', '.join(form.read)})",
+        converted=0 if form is None else rows,
+        samples=samples,
         max_length=bounds.max_length,
         truncation_mode=bounds.truncation_mode,
         lengths={

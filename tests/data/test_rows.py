@@ -65,12 +65,12 @@ def _with_template(template: str):
     ("row", "says"),
     [
         (
-            ORCA,
-            "'system', 'question' would .*{'prompt': 'question', 'system': 'system'} .--columns",
+            {"system": "a", "query": "b", "chosen": "c", "rejected": "d"},
+            "'system', 'query' would .*{'prompt': 'query', 'system': 'system'} .--columns",
         ),
-        ({"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"}, "prompt=instruction"),
+        ({"problem": "a", "input_": "b", "chosen": "c", "rejected": "d"}, "prompt=problem"),
         ({"Prompt": "a", "chosen": "c", "rejected": "d"}, "columns={'prompt': 'Prompt'}"),
-        ({"messages": [_user("a")], "chosen": "c", "rejected": "d"}, "{'prompt': 'messages'}"),
+        ({"messages": ["a"], "chosen": "c", "rejected": "d"}, "{'prompt': 'messages'}"),
     ],
 )
 def test_a_question_that_nothing_reads_is_an_error_before_a_row_is_read(row, says):
@@ -100,14 +100,14 @@ def test_prompts_are_not_empty_while_texts_go_unread():
     with pytest.raises(ValueError, match="every 'prompt' is empty"):
         data.tokenize_examples(datasets.Dataset.from_list([single]), TOKENIZER)
     whole = {
-        "conversations": CHAT["prompt"],
+        "fragen": CHAT["prompt"],
         "chosen": CHAT["chosen"],
         "rejected": CHAT["rejected"],
     }
-    says = "different messages and there is no 'prompt'; .*{'prompt': 'conversations'}"
+    says = "different messages and there is no 'prompt'; .*{'prompt': 'fragen'}"
     with pytest.raises(ValueError, match=f"row 0: .*{says}"):
         _tokenize([whole])
-    assert _tokenize([whole], columns={"prompt": "conversations"})[0][0] == _tokenize([CHAT])[0][0]
+    assert _tokenize([whole], columns={"prompt": "fragen"})[0][0] == _tokenize([CHAT])[0][0]
 
 
 def test_unread_texts_are_in_the_report(caplog):
@@ -218,7 +218,8 @@ def test_files_are_loaded_with_names_of_columns(tmp_path):
     loaded = data.load_preference_dataset(str(path), columns=names)
     assert [row["question"] for row in loaded] == ["NA", "007"]
     assert [row["system"] for row in loaded] == ["", "was"]
-    with pytest.raises(ValueError, match="has no column 'prompt', and text column 'system' would"):
+    path.write_text("query,system,chosen,rejected\nNA,,good,bad\n")
+    with pytest.raises(ValueError, match="has no column 'prompt', and text columns? .*'system'"):
         data.load_preference_dataset(str(path))
     with pytest.raises(ValueError, match="columns={'chosen': 'Chosen'} reads another column"):
         data.check_columns(datasets.Dataset.from_list([{"prompt": "a", "Chosen": "b"}]), "x")

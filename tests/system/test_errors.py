@@ -170,6 +170,7 @@ ELSEWHERE = {
     ("prefkern/cli/options_file.py", "error.msg"): ("test_options", "Expecting ':' delimiter"),
     ("prefkern/cli/before_training.py", "--report_to"): ("test_before_training", "--report_to wan"),
     ("prefkern/cli/plan_options.py", "ValueError(message)"): ("test_cli_plan", "invalid int value"),
+    ("prefkern/cli/data.py", "ValueError(message)"): ("test_cli_data", "invalid choice: 'middle'"),
     ("prefkern/training/item_trainer.py", "unreached("): ("test_frozen", "such as unused"),
     ("prefkern/training/trainable.py", "unreached("): (
         "test_frozen",

@@ -34,7 +34,7 @@ from prefkern.data.collate import PreferenceCollator
 from prefkern.objectives import REGISTRY
 from prefkern.training import zero
 from prefkern.training.sharding import mode_of
-from support import tiny
+from support import chatml, tiny
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -487,6 +487,22 @@ def test_columns_of_a_run(key, folder):
     (line,) = BLOCKS[key].splitlines()
     assert run(f"{line} --max_steps 1 --use_cpu true --report_to none") == 0
     assert (folder / "out/model.safetensors").exists()
+
+
+SCREEN = ("docs/data.md", "Looking at the data", "text")
+
+
+@runs(("docs/data.md", "Looking at the data", "sh"))
+def test_the_screen_of_data(key, folder, capsys):
+    """The page's screen is what the command prints of the page's rows, redirected."""
+    rows = block(key[0], key[1], "json")
+    chatml.tokenizer(chatml.texts_of(rows)).save_pretrained(folder / CHECKPOINT)
+    (folder / "orca.jsonl").write_text(rows)
+    assert run(BLOCKS[key]) == 0
+    assert capsys.readouterr().out.strip() == BLOCKS[SCREEN].strip()
+
+
+CLAIMED |= {SCREEN, (*SCREEN[:2], "json")}
 
 
 @runs(
