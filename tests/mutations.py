@@ -1610,7 +1610,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a packed batch of TRL's has the bounds of its rows in another order",
-        "prefkern/integrations/trl/dpo.py",
+        "prefkern/integrations/trl/batches.py",
         "F.pad(is_token.sum(1).cumsum(0), (1, 0)).int()",
         "F.pad(is_token.sum(1).sort().values.cumsum(0), (1, 0)).int()",
         "tests/integrations/test_trl_habits.py -k packed",
