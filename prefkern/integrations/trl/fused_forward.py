@@ -134,7 +134,8 @@ def _answer(
     loss = -logps.sum() / count
     router_loss = getattr(returned, "aux_loss", None)
     if router_loss is not None:
-        config = model.module.config.get_text_config()
+        base: Any = model.module
+        config = base.config.get_text_config()
         loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * router_loss
     return FusedCausalLMOutput(
         loss=loss,
