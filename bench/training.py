@@ -256,7 +256,8 @@ def page(result: dict[str, Any], twins: dict[str, Any]) -> str:
     ]  # fmt: skip
     worst = [
         (twin["name"], f"{max(abs(s['trl_loss'] - s['prefkern_loss']) for s in twin['steps']):.0e}",
-         f"{max(s['worst_gradient'] for s in twin['steps']):.0e}", f"{twin['metrics']:.0e}")
+         f"{max(s['worst_gradient'] for s in twin['steps']):.0e}", f"{twin['weights']:.0e}",
+         f"{twin['metrics']:.0e}")
         for twin in twins["rows"]
     ]  # fmt: skip
     return f"""# What must not change a training run
@@ -300,13 +301,14 @@ head's product.
 
 ## TRL's trainers and their twins
 
-TRL's trainer and its twin get the same model and the same pairs in the same order. The twin is
-`DPOTrainer` or `TPOTrainer` of `prefkern.integrations.trl` with TRL's own arguments, or TRL's own trainer
-after `fuse_head`. "DPO: ipo" is TRL's `loss_type` of that name; "several" is `sigmoid`, `bco_pair` and
+TRL's trainer and its twin get the same model and the same pairs (KTO and SFT their responses, GRPO
+and RLOO their prompts) in the same order. The twin is `DPOTrainer` or `TPOTrainer` of
+`prefkern.integrations.trl` with TRL's own arguments, or TRL's own trainer after `fuse_head`. "DPO:
+ipo" is TRL's `loss_type` of that name; "several" is `sigmoid`, `bco_pair` and
 `sft` with weights. Both run 6 steps of AdamW in float32. The difference of a gradient is relative to its
-largest entry. {made(twins)}
+largest entry, that of the weights at the end to the parameter's. {made(twins)}
 
-{_table(("twin", "worst loss difference", "worst gradient", "worst metric"), worst)}
+{_table(("twin", "worst loss difference", "worst gradient", "worst weight", "worst metric"), worst)}
 
 {_table(("twin", "step", "TRL's loss", "prefkern's", "worst gradient"), sides)}
 """

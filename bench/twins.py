@@ -5,8 +5,12 @@ usage: python bench/twins.py [--json PATH]         (exit status 1 if a bound is 
 Two trainers start from the same tiny model and see the same uneven pairs in the same order, 4 pairs
 a step (2 accumulated twice), in float32 with AdamW. One is TRL's own trainer, the other computes
 its log-probs with prefkern. For each step the table has both losses, and the largest difference of
-any parameter's gradient, relative to the largest entry of that gradient. The weights of the twins
-are never synchronised, so a difference in one step would grow in the next steps.
+any parameter's gradient, relative to the largest entry of that gradient; and at the end that of the
+weights. The weights of the twins are never synchronised, so a difference in one step would grow in
+the next steps. SFT, KTO, GRPO and RLOO get the responses or the prompts of the pairs; the last two
+sample their own responses.
+
+It also writes the table of docs/trl.md.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -35,7 +40,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
-from trl import DPOConfig
+from trl import (
+    DPOConfig,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl import DPOTrainer as PlainDPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -47,13 +62,14 @@ from prefkern_bench import environment
 from support import tiny
 
 STEPS, PAIRS = 6, 24
+DOCS = ROOT / "docs/trl.md"
 # Bound on relative differences of losses, gradients and metrics, in float32, over all steps.
 BOUND = 2e-5
 # A gradient's difference is relative to its own largest entry, or to this share of the largest
 # entry in the step, whichever is larger.
 LEAST_SCALE = 1e-3
 # Metrics of time are not compared.
-_OF_TIME = ("runtime", "per_second")
+_OF_TIME = ("runtime", "per_second", "step_time")
 # These metrics are means over all tokens of a log in prefkern, and means of batches' means in TRL.
 _OF_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
@@ -78,29 +94,41 @@ class Run:
     metrics: dict[str, float]
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        model: Any = self.trainer.model
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    @property
     def logs(self) -> list[dict[str, float]]:
         return [log for log in self.trainer.state.log_history if "loss" in log]
 
 
 @dataclass
 class Twin:
-    """Differences between two runs: losses, worst gradient per step, worst metric."""
+    """Differences between two runs: losses, worst gradient per step, worst metric and weight."""
 
     name: str
     losses: list[tuple[float, float]] = field(default_factory=list)  # TRL's, prefkern's
     gradients: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)  # of TRL's gradient
     metrics: float = 0.0
+    weights: float = 0.0  # relative to the largest entry of the same parameter
+    # A mean of advantages is near 0, so that its own size is no scale.
+    least_loss: float = 0.0
+
+    @property
+    def worst_loss(self) -> float:
+        return max(abs(x - y) / max(abs(x), self.least_loss) for x, y in self.losses)
 
     @property
     def worst(self) -> float:
-        losses = [abs(x - y) / abs(x) for x, y in self.losses]
-        return max(*losses, *self.gradients, self.metrics)
+        return max(self.worst_loss, *self.gradients, self.metrics, self.weights)
 
 
 def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **options: Any) -> Run:
     """Train and evaluate a tiny model; `names` go to the trainer, other options to its config."""
     names = ("ref_model", "peft_config", "objective", "adaptive", "processing_class")
-    names = (*names, "train_dataset", "eval_dataset")
+    names = (*names, "train_dataset", "eval_dataset", "reward_funcs")
     given: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
     defaults: dict[str, Any] = {
         "use_cpu": True,
@@ -162,7 +190,25 @@ def compare(name: str, theirs: Run, ours: Run, without: tuple[str, ...] = ()) ->
             (x[key] - y[key]).abs().max() / x[key].abs().max().clamp(min=least) for key in x
         )
         twin.gradients.append(worst.item())
+        twin.norms.append(sum(gradient.square().sum() for gradient in x.values()).sqrt().item())
+    for key, weight in theirs.weights.items():
+        difference = (weight - ours.weights[key]).abs() * _is_trained(theirs.gradients, key)
+        twin.weights = max(twin.weights, (difference.max() / weight.abs().max()).item())
     return twin
+
+
+def _is_trained(gradients: list[dict[str, Tensor]], key: str) -> Tensor:
+    """The entries of a parameter whose gradient is more than rounding in every step.
+
+    Adam makes whole steps of the others too: half of a key's bias with rotary positions, say, which
+    changes no attention.
+    """
+    return torch.stack(
+        [
+            step[key].abs() > 1e-4 * max(gradient.abs().max() for gradient in step.values())
+            for step in gradients
+        ]
+    ).all(0)
 
 
 def dpo(name: str, **options: Any) -> Twin:
@@ -186,6 +232,51 @@ def tpo(name: str, **options: Any) -> Twin:
         return run(kind, TPOConfig, **data, **WHOLE, **options)
 
     return compare(name, each(PlainTPOTrainer), each(TPOTrainer))
+
+
+def responses(count: int, seed: int = 0) -> datasets.Dataset:
+    """Single responses with labels, for KTO and SFT."""
+    sides = ("chosen", "rejected")
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "completion": row[sides[i % 2]], "label": i % 2 == 0}
+            for i, row in enumerate(tiny.dataset(count, seed=seed))
+        ]
+    )
+
+
+def single(name: str, kind: type, make_config: Callable[..., Any], **options: Any) -> Twin:
+    """A trainer on single responses."""
+    datasets = {"train_dataset": responses(PAIRS), "eval_dataset": responses(8, seed=3)}
+    if kind is SFTTrainer:
+        datasets = {key: rows.remove_columns("label") for key, rows in datasets.items()}
+    return fused(name, kind, make_config, **datasets, **options)
+
+
+def distinct_tokens(completions: list[str], **_: Any) -> list[float]:
+    """A reward: the number of different words in a response."""
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def sampled(name: str, kind: type, make_config: Callable[..., Any], **options: Any) -> Twin:
+    """A trainer that samples responses, with a reference."""
+    options = {
+        "reward_funcs": distinct_tokens,
+        "train_dataset": tiny.dataset(PAIRS).select_columns("prompt"),
+        "eval_dataset": tiny.dataset(4, seed=3).select_columns("prompt"),
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 6,
+        "temperature": 0.8,
+        "beta": 0.1,
+        **options,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        # These trainers load the reference from where the model is from.
+        tiny.model().save_pretrained(folder)
+        twin = fused(name, kind, make_config, **{"model": folder, **options})
+    twin.least_loss = 1.0
+    return twin
 
 
 def lora() -> peft.LoraConfig:
@@ -246,7 +337,39 @@ CASES: dict[str, Callable[[], Twin]] = {
     "SimPO": lambda: fused("SimPO", CPOTrainer, CPOConfig, loss_type="simpo", cpo_alpha=0.0),
     "ORPO": lambda: fused("ORPO", ORPOTrainer, ORPOConfig),
     **{name: functools.partial(tpo, name, **options) for name, options in TPO_LOSSES.items()},
+    "DPO, fuse_head": lambda: fused("DPO, fuse_head", PlainDPOTrainer, DPOConfig, **_reference()),
+    "KTO": lambda: single("KTO", KTOTrainer, KTOConfig, **_reference()),
+    "SFT": lambda: single("SFT", SFTTrainer, SFTConfig),
+    "GRPO": lambda: sampled("GRPO", GRPOTrainer, GRPOConfig),
+    "RLOO": lambda: sampled("RLOO", RLOOTrainer, RLOOConfig),
 }
+# TRL's own trainers after `fuse_head`, in the order of docs/trl.md.
+OF_FUSE_HEAD = {
+    "DPO, fuse_head": "`DPOTrainer`",
+    "KTO": "`KTOTrainer`",
+    "SFT": "`SFTTrainer`",
+    "GRPO": "`GRPOTrainer`",
+    "RLOO": "`RLOOTrainer`",
+    "CPO": "`CPOTrainer`",
+    "SimPO": "`CPOTrainer`, SimPO",
+    "ORPO": "`ORPOTrainer`",
+}
+
+
+def _reference() -> dict[str, Any]:
+    return {"ref_model": tiny.model(seed=1)}
+
+
+def docs_table(rows: list[dict[str, Any]]) -> str:
+    """The table of docs/trl.md."""
+    lines = ["| trainer | loss | gradients | weights | metrics |", "|---|---|---|---|---|"]
+    by_name = {row["name"]: row for row in rows}
+    for name, trainer in OF_FUSE_HEAD.items():
+        row = by_name[name]
+        gradient = max(step["worst_gradient"] for step in row["steps"])
+        values = (row["loss"], gradient, row["weights"], row["metrics"])
+        lines.append(f"| {trainer} | {' | '.join(f'{value:.0e}' for value in values)} |")
+    return "\n".join(lines)
 
 
 def table_of(twin: Twin) -> Table:
@@ -265,7 +388,14 @@ def row_of(twin: Twin) -> dict[str, Any]:
         dict(zip(columns, (*losses, gradient), strict=True))
         for losses, gradient in zip(twin.losses, twin.gradients, strict=True)
     ]
-    return {"name": twin.name, "worst": twin.worst, "metrics": twin.metrics, "steps": steps}
+    return {
+        "name": twin.name,
+        "worst": twin.worst,
+        "loss": twin.worst_loss,
+        "metrics": twin.metrics,
+        "weights": twin.weights,
+        "steps": steps,
+    }
 
 
 def main(argv: list[str]) -> int:
@@ -286,6 +416,8 @@ def main(argv: list[str]) -> int:
         "rows": [row_of(twin) for twin in twins],
     }
     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    table = re.compile(r"^\| trainer \| loss \|.*?(?=\n\n)", re.DOTALL | re.MULTILINE)
+    DOCS.write_text(table.sub(docs_table(report["rows"]), DOCS.read_text()))
     missed = [twin for twin in twins if not twin.worst <= BOUND]
     for twin in missed:
         console.print(f"missed: {twin.name} {twin.worst:.1e}", style="red")

@@ -42,6 +42,8 @@ from support.trl_runs import build
 
 V = tiny.VOCAB_SIZE
 IS_TRL_1_9 = Version(trl.__version__).release < (1, 10)
+# Older trainers do not ask their models for log-probs.
+IS_ASKED = Version(trl.__version__).release >= (1, 16)
 QUICK = {"max_steps": 2}
 
 
@@ -51,9 +53,17 @@ def step_logs(trainer) -> list[dict]:
 
 @pytest.mark.parametrize("name", twins.CASES)
 def test_twins(name):
+    if name in ("DPO, fuse_head", "KTO", "SFT", "GRPO", "RLOO") and not IS_ASKED:
+        with pytest.raises(
+            ImportError, match="fuse_head supports this trainer in TRL <1.17,>=1.16"
+        ):
+            twins.CASES[name]()
+        return
     twin = twins.CASES[name]()
     assert len(twin.losses) == len(twin.gradients) == twins.STEPS
-    assert len({round(loss, 4) for loss, _ in twin.losses}) == twins.STEPS
+    # What samples its own responses has a loss near 0 in every step.
+    changing = twin.norms if twin.least_loss else [loss for loss, _ in twin.losses]
+    assert len({round(value, 4) for value in changing}) == twins.STEPS
     assert twin.worst <= twins.BOUND
 
 
@@ -505,11 +515,6 @@ def test_fuse_head_is_of_one_trainer_and_undone(tmp_path):
 
 
 def test_fuse_head_refuses_by_name(tmp_path):
-    with pytest.raises(TypeError, match="CPOTrainer or ORPOTrainer, got DPOTrainer"):
-        fuse_head(build(tmp_path, PlainDPOTrainer, ref_model=tiny.model()))
-    with pytest.raises(TypeError, match="got int"):
-        fuse_head(3)
-
     class Own(CPOTrainer):
         def get_batch_loss_metrics(self, *args, **kwargs):
             return super().get_batch_loss_metrics(*args, **kwargs)

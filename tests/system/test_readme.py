@@ -292,22 +292,47 @@ def test_tpo(key, folder):
     assert repr(names["trainer"].loss_fn.objective) == repr(expected)
 
 
-@runs(("docs/trl.md", "CPO, SimPO and ORPO", "python"))
-def test_fuse_head(key, folder):
+@pytest.mark.parametrize("name", ["CPO", "DPO"])
+@runs(("docs/trl.md", "TRL's own trainers", "python"))
+def test_fuse_head(key, name, folder):
     pytest.importorskip("trl")
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    import trl
+    from trl.experimental import cpo
 
+    package = cpo if name == "CPO" else trl
     options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
-    trainer = CPOTrainer(
-        tiny.model(),
-        CPOConfig("out", **options),
+    trainer = getattr(package, f"{name}Trainer")(
+        CHECKPOINT,
+        args=getattr(package, f"{name}Config")("out", **options),
         train_dataset=tiny.dataset(6),
         processing_class=tiny.tokenizer(),
     )
     exec(BLOCKS[key], {"trainer": trainer})
+    before = prefkern.last_plan()
     trainer.train()
     plan = prefkern.last_plan()
-    assert plan is not None and plan.trains_head
+    assert plan is not None and plan is not before
+    # DPO's last call of a step is the reference's.
+    assert plan.trains_head == (name == "CPO")
+
+
+@runs(("docs/trl.md", "LoRA on the head", "python"))
+def test_lora_on_the_head_in_trl(key, folder):
+    pytest.importorskip("trl")
+    code = BLOCKS[key]
+    assert code.count('SFTConfig("out")') == 1
+    options = '"out", use_cpu=True, bf16=False, report_to="none", max_steps=1'
+    names: dict[str, Any] = {
+        "model": tiny.model(),
+        "dataset": tiny.dataset(6)
+        .select_columns(["prompt", "chosen"])
+        .rename_columns({"chosen": "completion"}),
+        "tokenizer": tiny.tokenizer(),
+    }
+    exec(code.replace('SFTConfig("out")', f"SFTConfig({options})"), names)
+    assert names["trainer"].state.global_step == 1
+    plan = prefkern.last_plan()
+    assert plan is not None and plan.rank > 0
 
 
 @pytest.mark.parametrize("objective", ["alphadpo", "betadpo", "adadpo"])

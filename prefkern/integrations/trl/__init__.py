@@ -3,8 +3,8 @@
 - `DPOTrainer` is TRL's trainer with prefkern's objectives: `DPOTrainer(..., objective="adadpo")`.
 - `TPOTrainer` is TRL's experimental one: `TPOTrainer(..., adaptive=Adaptive())`. TRL's module is
   imported with its first use.
-- `fuse_head(trainer)` removes the logits from TRL's own CPO, SimPO and ORPO; `restore_head` puts
-  them back.
+- `fuse_head(trainer)` puts prefkern's operator under TRL's own DPO, KTO, SFT, GRPO, RLOO, CPO,
+  SimPO and ORPO; `restore_head` undoes it.
 
 All depend on the inside of TRL's trainers, which changes with its minor versions. So only tested
 versions are accepted. The import of any other version fails, before a training run can.

@@ -1,6 +1,9 @@
-"""TRL's own CPO, SimPO and ORPO trainers without logits.
+"""TRL's own trainers on prefkern's operator: `fuse_head`.
 
-TRL's trainers hold `[2B, T, V]` logits. They read three things from them: the log-probs of the
+DPO, KTO, SFT, GRPO and RLOO ask their models for log-probs in place of logits; `fused_forward`
+answers. This file also does CPO, SimPO and ORPO, which ask for logits.
+
+Those trainers hold `[2B, T, V]` logits. They read three things from them: the log-probs of the
 labels, an NLL and, for a metric, the mean of the logits. `fuse_head` replaces one trainer's
 `concatenated_forward`. The replacement computes these numbers from hidden states and head in tiles;
 losses, metrics and everything else stay TRL's code. Instead of logits it returns `[B, T, 1]` means
@@ -13,12 +16,14 @@ softcap it needs an extra pass over all positions.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prefkern.integrations.trl.asking import ASKING, AsksForLogProbs, check_version, restore
 from prefkern.models.heads import ONE_PROCESS_PER_GPU, find_head
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.models.transform import DECODER_IDS
@@ -34,37 +39,63 @@ _READERS = (_FORWARD, "get_batch_loss_metrics", "get_batch_logps")
 def fuse_head(
     trainer: Any, *, workspace_mb: float | None = None, backend: str | None = None
 ) -> Any:
-    """Remove the logits from a TRL `CPOTrainer` (SimPO included) or `ORPOTrainer`.
+    """Put prefkern's operator under one of TRL's own trainers.
 
-    Losses, metrics and gradients stay the same to float32 accuracy. Only this trainer changes. A
-    second call only changes the options. `restore_head` undoes it.
+    It takes the `DPOTrainer`, `KTOTrainer`, `SFTTrainer`, `GRPOTrainer` and `RLOOTrainer` of TRL
+    1.16, whose models compute log-probs in tiles already, and the `CPOTrainer` (SimPO included) and
+    `ORPOTrainer` of `trl.experimental`, from which it removes the logits. Losses, metrics and
+    gradients stay the same to float32 accuracy. Only this trainer changes. A second call only
+    changes the options. `restore_head` undoes it.
+
+    `fuse_head(SFTTrainer)` returns a constructor: `fuse_head(SFTTrainer)(model, ...)` makes the
+    trainer and fuses it. It also takes LoRA on the output head, which TRL's constructors refuse.
 
     Args:
-        trainer: a `trl.experimental.cpo.CPOTrainer` or `trl.experimental.orpo.ORPOTrainer`.
+        trainer: one of these trainers, or its class; a subclass of your own too.
         workspace_mb, backend: as in `prefkern.linear_logprobs`.
 
     Returns:
-        The trainer.
+        The trainer; for a class, its constructor.
 
-    Raises TypeError for another trainer, and ValueError for a setup that cannot run without logits:
-    a head that cannot be read, an encoder-decoder that adds a bias after its head (BART; T5 does
-    not), torch_compile, nn.DataParallel, or a subclass that overrides a method which reads logits.
+    Raises TypeError for another trainer, ImportError for a version of TRL whose trainers work
+    differently, and ValueError for a setup that cannot run without logits: a head that cannot be
+    read, an encoder-decoder that adds a bias after its head (BART; T5 does not), torch_compile,
+    nn.DataParallel, an option of the trainer that reads more than the operator gives, or a subclass
+    that overrides a method which reads logits.
     """
-    forward = _forward_for(trainer)
-    _check_trainer(trainer)
+    known = _known(trainer)
     if workspace_mb is not None:
         plain.positive("workspace_mb", workspace_mb)
     if backend is not None and backend not in plain.BACKENDS:
         raise ValueError(f"backend must be None or one of {plain.BACKENDS}, got {backend!r}")
-    setattr(trainer, _FORWARD, forward(trainer, workspace_mb, backend))
+    options = {"workspace_mb": workspace_mb, "backend": backend}
+    if isinstance(trainer, type):
+        return functools.partial(_build, trainer, known, options)
+    _check_trainer(trainer)
+    if isinstance(known, AsksForLogProbs):
+        known.fuse(trainer, options)
+    else:
+        _check_holder(trainer)
+        setattr(trainer, _FORWARD, known(trainer, workspace_mb, backend))
     return trainer
 
 
 def restore_head(trainer: Any) -> Any:
     """Undo `fuse_head`; any other trainer stays unchanged. Returns the trainer."""
+    restore(trainer)
     if isinstance(vars(trainer).get(_FORWARD), _FusedForward):
         delattr(trainer, _FORWARD)
     return trainer
+
+
+def _build(kind: type, known: Any, options: dict[str, Any], /, *args: Any, **keywords: Any) -> Any:
+    """Make a trainer of this class, and fuse it."""
+    if not isinstance(known, AsksForLogProbs):
+        return fuse_head(kind(*args, **keywords), **options)
+    with known.accepting_adapted_heads():
+        trainer = kind(*args, **keywords)
+    known.check_adapted_head(trainer)
+    return fuse_head(trainer, **options)
 
 
 @dataclass(frozen=True)
@@ -214,26 +245,42 @@ class _ORPOForward(_FusedForward):
         return self.results(logps, means, nll, tokens)
 
 
-def _forward_for(trainer: Any) -> type[_FusedForward]:
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
+def _known(trainer: Any) -> AsksForLogProbs | type[_FusedForward]:
+    """How a trainer, or a class of trainers, is fused."""
+    kind = trainer if isinstance(trainer, type) else type(trainer)
+    trls = next((each for each in kind.__mro__ if each.__module__.startswith("trl.")), None)
+    own = next((each for each in kind.__mro__ if each.__module__.startswith("prefkern.")), None)
+    if own is not None:
+        raise TypeError(
+            f"fuse_head takes TRL's own trainers; prefkern's {own.__name__} needs no call: its "
+            "operator is inside"
+        )
+    name = "" if trls is None else f"{trls.__module__}.{trls.__name__}"
+    if name in ASKING:
+        check_version()
+        return ASKING[name]
+    if trls is None or name not in _FORWARDS:
+        raise TypeError(
+            f"fuse_head takes TRL's {', '.join(_names())}, or a subclass of your own; got "
+            f"{kind.__name__ if trls is None else f'{trls.__name__} ({trls.__module__})'}"
+        )
+    for reader in _READERS:
+        if getattr(kind, reader) is not getattr(trls, reader):
+            raise ValueError(
+                f"{kind.__name__} overrides {reader}, which may read logits; fuse_head supports "
+                f"only the {reader} of {trls.__name__}"
+            )
+    return _FORWARDS[name]
 
-    forwards = {CPOTrainer: _CPOForward, ORPOTrainer: _ORPOForward}
-    kind = type(trainer)
-    for known, forward in forwards.items():
-        if not isinstance(trainer, known):
-            continue
-        for name in _READERS:
-            if getattr(kind, name) is not getattr(known, name):
-                raise ValueError(
-                    f"{kind.__name__} overrides {name}, which may read logits; fuse_head supports "
-                    f"only the {name} of {known.__name__}"
-                )
-        return forward
-    raise TypeError(
-        f"fuse_head takes TRL's CPOTrainer or ORPOTrainer, got {kind.__name__}; TRL's DPO, KTO and "
-        "SFT trainers hold no logits, and prefkern.integrations.trl.DPOTrainer trains objectives"
-    )
+
+_FORWARDS: dict[str, type[_FusedForward]] = {
+    "trl.experimental.cpo.cpo_trainer.CPOTrainer": _CPOForward,
+    "trl.experimental.orpo.orpo_trainer.ORPOTrainer": _ORPOForward,
+}
+
+
+def _names() -> list[str]:
+    return [name.rsplit(".", 1)[1] for name in (*ASKING, *_FORWARDS)]
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -241,6 +288,10 @@ def _check_trainer(trainer: Any) -> None:
         raise ValueError(f"nn.DataParallel is not supported: {ONE_PROCESS_PER_GPU}")
     if trainer.args.torch_compile:
         raise ValueError("args.torch_compile is not supported yet")
+
+
+def _check_holder(trainer: Any) -> None:
+    """Raise ValueError for a trainer whose logits `_FusedForward` cannot replace."""
     replaced = vars(trainer).get(_FORWARD)
     if replaced is not None and not isinstance(replaced, _FusedForward):
         raise ValueError(f"the trainer's {_FORWARD} was replaced by {replaced!r} already")
