@@ -240,7 +240,7 @@ def test_the_readmes_plan_is_the_commands(folder, capsys):
         ("reference", "reference"),
     ):
         (row,) = (line for line in table.splitlines() if line.startswith(f"| {label} |"))
-        cells = re.findall(r"([\d.]+) GiB, (\d) NHV(?: at ([\d,]+))?", row)
+        cells = re.findall(r"([\d.]+) GiB, ([\d.]+) NHV(?: at ([\d,]+))?", row)
         rows = [line.split() for line in printed.splitlines() if line.strip().startswith(task)]
         shown = {(row[-3], row[-1]) for row in rows}
         assert len(cells) >= 2
@@ -534,7 +534,6 @@ CLAIMED |= {SCREEN, (*SCREEN[:2], "json")}
     ("README.md", "Install", "sh"),
     ("docs/quickstart.md", "Install", "sh"),
     ("docs/quickstart.md", "The two commands", "sh"),
-    ("docs/axolotl.md", "axolotl", "sh"),
 )
 def test_installation(key, monkeypatch):
     """Extras and targets are there, and the check is the one that tests/cli runs."""
@@ -589,6 +588,19 @@ def test_deepspeeds_configuration(key, tmp_path):
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config=config)
     zero.check_zero(args)
     assert mode_of(args) == "ZeRO-3"
+
+
+@runs(("docs/axolotl.md", "axolotl", "sh"))
+def test_axolotls_installation(key):
+    """The version is the supported one, and `make test-axolotl` installs in the same way."""
+    first, second = (shlex.split(line) for line in BLOCKS[key].splitlines())
+    source = (ROOT / "prefkern/integrations/axolotl/__init__.py").read_text()
+    (supported,) = re.findall(r'^SUPPORTED = SpecifierSet\("(.*)"\)', source, re.MULTILINE)
+    assert first == ["pip", "install", f"axolotl{supported}", "xxhash"]
+    assert second == ["pip", "install", "--no-deps", "."]
+    dry = ["make", "-n", "test-axolotl"]
+    made = subprocess.run(dry, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    assert "axolotl" in made and "--no-deps -e ." in made
 
 
 @runs(("docs/axolotl.md", "axolotl", "yaml"))
