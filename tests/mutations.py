@@ -1713,9 +1713,37 @@ MUTATIONS = (
     Mutation(
         "a response that says nothing is trained on",
         "prefkern/data/tokenisation.py",
-        "is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)",
-        "is_empty = not _can_be_scored(*found)",
+        "is_empty = pair.empty or ends_only(found) or not _can_be_scored(found)",
+        "is_empty = not _can_be_scored(found)",
         "tests/data/test_data.py -k 'empty or nothing'",
+    ),
+    Mutation(
+        "mismatched responses score the turns of others",
+        "prefkern/data/collate.py",
+        "mismatched.append((cut, response, labels[other][: len(response)]))",
+        "mismatched.append((cut, response, response))",
+        "tests/training/test_turns.py -k kto",
+    ),
+    Mutation(
+        "the cache of reference sums does not know which tokens are scored",
+        "prefkern/training/reference_cache.py",
+        "columns = [*_TOKEN_COLUMNS, *masks]",
+        "columns = [*_TOKEN_COLUMNS]",
+        "tests/training/test_turns.py -k precomputed",
+    ),
+    Mutation(
+        "marks that cover a user's turn are taken",
+        "prefkern/data/turns.py",
+        "    _check_others(encoded, mask, rendering)\n",
+        "",
+        "tests/data/test_turns.py -k 'white_space or show'",
+    ),
+    Mutation(
+        "a last turn begins before its header",
+        "prefkern/data/turns.py",
+        "asked = render(tokenizer, before, options, add_generation_prompt=True)",
+        "asked = render(tokenizer, before, options)",
+        "tests/data/test_turns.py -k last_turn",
     ),
 )
 

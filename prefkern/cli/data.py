@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from prefkern.data.shown import Tokens
 
 # The options of `prefkern train` that decide on tokens.
-_OF_TRAINING = ("max_length", "max_prompt_length", "truncation_mode", "dataset_num_proc")
+_OF_TRAINING = (
+    *("max_length", "max_prompt_length", "truncation_mode", "dataset_num_proc"),
+    *("assistant_only_loss", "last_turn_only"),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -150,6 +153,8 @@ def read(args: argparse.Namespace) -> tuple[DatasetReport, list[tuple[str, list[
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         truncation_mode=args.truncation_mode,
+        assistant_only_loss=args.assistant_only_loss,
+        last_turn_only=args.last_turn_only,
         num_proc=args.dataset_num_proc,
         name=args.dataset,
     )

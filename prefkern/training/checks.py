@@ -82,22 +82,28 @@ def reference_arguments(args: PreferenceConfig, ref_model: Any) -> dict[str, Any
 
 
 def check_carried_sums(
-    dataset: Any, name: str, needs: Needs, given: dict[str, Any], ld_alpha: float | None
+    dataset: Any, name: str, needs: Needs, given: dict[str, Any], args: PreferenceConfig
 ) -> None:
     """Raise ValueError if a dataset carries reference sums and arguments name a reference.
 
     The sums would be used, whatever reference they are of, and the arguments would have no effect.
-    Nor is it known which weights of tokens they are of.
+    Nor is it known which tokens they are of, and with which weights.
     """
     carried = [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
     if not (carried and needs.reference and needs.sums_suffice):
         return
-    if ld_alpha is not None:
-        raise ValueError(
-            f"dataset {name!r} carries reference sums ({' and '.join(carried)}), which do not tell "
-            f"the weights of their tokens, and ld_alpha is {ld_alpha!r}: remove the columns "
-            f"(dataset.remove_columns({carried!r})) to have sums with these weights computed"
-        )
+    weights = {
+        "ld_alpha": args.ld_alpha,
+        "assistant_only_loss": args.assistant_only_loss or None,
+        "last_turn_only": args.last_turn_only or None,
+    }
+    for option, value in weights.items():
+        if value is not None:
+            raise ValueError(
+                f"dataset {name!r} carries reference sums ({' and '.join(carried)}), which do not "
+                f"tell the weights of their tokens, and {option} is {value!r}: remove the columns "
+                f"(dataset.remove_columns({carried!r})) to have sums with these weights computed"
+            )
     if not given:
         return
     argument, value = next(iter(given.items()))

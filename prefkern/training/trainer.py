@@ -464,6 +464,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             "truncation_mode": args.truncation_mode,
             "num_proc": args.dataset_num_proc,
             "name": name,
+            "assistant_only_loss": args.assistant_only_loss,
+            "last_turn_only": args.last_turn_only,
         }
         if needs.paired:
             options["gold"] = needs.gold
@@ -540,7 +542,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
         check_columns(dataset, name, paired=needs.paired, margins=needs.margins, gold=needs.gold)
         if dataset._fingerprint not in self._computed_sums:
-            check_carried_sums(dataset, name, needs, self._reference_given, args.ld_alpha)
+            check_carried_sums(dataset, name, needs, self._reference_given, args)
         if not needs.paired:
             check_labels(dataset, name)
 
