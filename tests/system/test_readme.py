@@ -477,6 +477,16 @@ def test_columns_of_other_names(key, folder, capsys):
     assert capsys.readouterr().out.startswith("train: 1 pairs (0 dropped")
 
 
+@runs(("docs/data.md", "Which turns are scored", "python"))
+def test_turns_that_are_scored(key, folder, capsys):
+    names: dict[str, Any] = {}
+    exec(BLOCKS[key], names)
+    (pair,) = names["pairs"]
+    scored = [token for token, kept in zip(pair["chosen_ids"], pair["chosen_mask"]) if kept]
+    assert tiny.tokenizer().decode(scored) == "<unk> <eos>"
+    assert capsys.readouterr().out.startswith("4 tokens scored, 9 not: [False,")
+
+
 @runs(COLUMNS_OF_A_RUN)
 def test_columns_of_a_run(key, folder):
     rows = [
