@@ -229,6 +229,9 @@ class Parser(argparse.ArgumentParser):
             is_value = is_first and nargs in (None, "+")
             # `--columns prompt=a.json chosen=b.json`, and not a file after the last of them.
             is_value = is_value or (nargs == "+" and "=" in word and not Path(word).exists())
+            # `--dataset a.json b.json`: a file of options stands before it, or is YAML.
+            is_several = nargs == "+" and option is not None and option.dest == "dataset"
+            is_value = is_value or (is_several and word.endswith(".json"))
             if previous == "--config" or (
                 word.endswith(_SUFFIXES) and not word.startswith("-") and not is_value
             ):

@@ -12,8 +12,8 @@ In reading order: `columns` (the columns that a dataset needs), `foreign` (the f
 `sources` (where a dataset is), `loading`, `messages` (what a cell holds), `rendering` (the chat
 template, and what it leaves out), `turns` (which tokens of a conversation are scored), `formats` (a
 row to tokens), `truncation` (pairs that are too long), `tokenisation` (all rows), `shown` (rows to
-look at) and `report`, then `collate` (rows to batches). Nothing is cut or dropped silently: a
-`DatasetReport` counts it.
+look at), `report`, `mixing` (several datasets) and `streams`, then `collate` (rows to batches).
+Nothing is cut or dropped silently: a `DatasetReport` counts it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from prefkern.data.columns import (
     check_labels,
     without_unused,
 )
+from prefkern.data.mixing import DatasetMix
 from prefkern.data.report import DatasetReport, Lengths, show
 from prefkern.data.truncation import TRUNCATION_MODES, truncate
 from prefkern.version import install_line
@@ -42,6 +43,7 @@ __all__ = [
     "COLUMNS",
     "REFERENCE_COLUMNS",
     "TRUNCATION_MODES",
+    "DatasetMix",
     "DatasetReport",
     "Lengths",
     "check_columns",

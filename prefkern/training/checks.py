@@ -6,12 +6,14 @@ datasets whose last batches would leave a rank with nothing to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from prefkern.data.columns import REFERENCE_COLUMNS
+from prefkern.data.mixing import DatasetMix
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.token_batches import check_budget
@@ -152,8 +154,9 @@ def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
 def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
     if dataset is None:
         return []
-    if isinstance(dataset, dict):
-        return [(f"{name}_{key}", value) for key, value in dataset.items()]
+    parts = dataset.parts if isinstance(dataset, DatasetMix) else dataset
+    if isinstance(parts, Mapping):
+        return [(f"{name}_{key}", value) for key, value in parts.items()]
     return [(name, dataset)]
 
 

@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.data import (
+    DatasetMix,
     DatasetReport,
     check_columns,
     check_labels,
@@ -115,8 +116,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
     Args:
         model: a Hugging Face causal LM, a PEFT model of one, or a name or path to load.
         args: a `PreferenceConfig`.
-        train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`;
-            the latter may be a dict of them.
+        train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`, or
+            a `DatasetMix` of several; the latter may also be a dict of them.
         processing_class: the tokenizer; None loads the model's own.
         objective: overrides `args.objective`.
         ref_model: the reference, a model, name or path. None: the initial model. With PEFT that is
@@ -161,7 +162,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         if isinstance(train_dataset, dict):
             raise TypeError(
                 f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
-                f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...]"
+                f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...], or "
+                "train on several as a prefkern.data.DatasetMix"
             )
         if args.padding_free and data_collator is not None:
             raise ValueError(
@@ -448,6 +450,13 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
     def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, DatasetMix):
+            parts = {
+                f"{name}_{key}": self._tokenized(value, args, f"{name}_{key}")
+                for key, value in dataset.parts.items()
+            }
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return dataset.of(parts).mixed(seed)
         if isinstance(dataset, dict):
             return {
                 key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
