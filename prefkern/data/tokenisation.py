@@ -81,6 +81,10 @@ _Tokens = list[list[int]]  # prompt, chosen, rejected and, where it is read, the
 _Masks = list[list[bool]] | None  # of the responses; None: every token is scored
 
 
+class NothingToScore(ValueError):
+    """A dataset has no row with a token to score."""
+
+
 def tokenize_preferences(
     dataset: datasets.Dataset,
     tokenizer: Any,
@@ -512,7 +516,7 @@ def _without_dropped(
     kept = numpy.flatnonzero(_is_kept(marks))
     if len(kept) == 0:
         bound = " within max_length and max_prompt_length" if marks["_too_long"].any() else ""
-        raise ValueError(f"dataset {name!r} has no {what} that can be scored{bound}")
+        raise NothingToScore(f"dataset {name!r} has no {what} that can be scored{bound}")
     return marked if len(kept) == len(marked) else marked.select(kept)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from prefkern.data.collate import (
     PreferenceCollator,
 )
 from prefkern.data.columns import ID_COLUMNS, renamed
+from prefkern.data.streams import TokenStream, first_rows, is_stream
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
     BASE,
@@ -97,6 +98,7 @@ from prefkern.training.objective_trainer import add_to
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.samples import ShowsSamples, check_samples
 from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
+from prefkern.training.streams import check_resumed_stream, check_stream, save_stream
 from prefkern.training.tensor_parallel import (
     check_summed_gradients,
     check_tensor_parallel,
@@ -117,7 +119,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         model: a Hugging Face causal LM, a PEFT model of one, or a name or path to load.
         args: a `PreferenceConfig`.
         train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`, or
-            a `DatasetMix` of several; the latter may also be a dict of them.
+            a `DatasetMix` of several; the latter may also be a dict of them, the former a
+            `datasets.IterableDataset`, with `max_steps`.
         processing_class: the tokenizer; None loads the model's own.
         objective: overrides `args.objective`.
         ref_model: the reference, a model, name or path. None: the initial model. With PEFT that is
@@ -179,6 +182,11 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         check_reference_arguments(model, ref_model, args)
+        check_stream(args, train_dataset, eval_dataset)
+        stream = train_dataset if is_stream(train_dataset) else None
+        if stream is not None:
+            # What is checked and reported before training; the others are as they are read.
+            train_dataset = first_rows(stream, "train")
         seed = args.seed if objective is None else None
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)
@@ -260,9 +268,13 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         check_summed_gradients(model, args)
         ranks = self._ranks_with_batches = args.world_size // size_of(model)
         gold = self._objective_needs.gold
-        check_batches(
-            train_dataset, args.train_batch_size, args, "train", ranks, gold=gold, trains=True
-        )
+        if stream is None:
+            check_batches(
+                train_dataset, args.train_batch_size, args, "train", ranks, gold=gold, trains=True
+            )
+        else:
+            report = self.dataset_reports["train"]
+            self.dataset_reports["train"] = replace(report, name="train, first rows")
         check_batches(eval_dataset, args.eval_batch_size, args, "eval", ranks, gold=gold)
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums are not enough for distributions or for mismatched pairs.
@@ -325,6 +337,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
         )
 
+        if stream is not None:
+            train_dataset = TokenStream(
+                stream, self._tokens_of_stream, train_dataset, shuffles=not is_paired
+            )
         super().__init__(
             model=model,
             args=args,
@@ -462,6 +478,24 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
             }
         is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
+        dataset, report = self._tokens_of(dataset, args, name)
+        # A dataset that was tokenised before adds nothing to a report that is there already.
+        if not is_prepared or report.dropped or name not in self.dataset_reports:
+            self.dataset_reports[name] = report
+            logger.info("%s", report.summary)
+        return dataset
+
+    def _tokens_of_stream(self, rows: Any) -> Any:
+        """The tokens of some rows of a stream, checked as those of a dataset are."""
+        self._check_columns(rows, self.args, "train")
+        tokens, _ = self._tokens_of(rows, self.args, "train")
+        base = unwrap(self.accelerator.unwrap_model(self.model))
+        self._check_positions(tokens, self.args, "train", base)
+        return tokens
+
+    def _tokens_of(
+        self, dataset: Any, args: PreferenceConfig, name: str
+    ) -> tuple[Any, DatasetReport]:
         needs = self._objective_needs
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
         dataset = without_unused(
@@ -481,11 +515,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         tokenize = tokenize_preferences if needs.paired else tokenize_examples
         dataset, report = tokenize(dataset, self._tokenizer, **options)
         check_tokens(dataset, ID_COLUMNS, self._rows, name)
-        # A dataset that was tokenised before adds nothing to a report that is there already.
-        if not is_prepared or report.dropped or name not in self.dataset_reports:
-            self.dataset_reports[name] = report
-            logger.info("%s", report.summary)
-        return dataset
+        return dataset, report
 
     def _check_positions(
         self, dataset: Any, args: PreferenceConfig, name: str, base: Any, whose: str = "model"
@@ -521,12 +551,15 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_stream(self.train_dataset, output_dir)
         if self.args.sync_ref_model and self.args.should_save:
             save_reference(self.ref_model, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            check_resumed_stream(self.train_dataset, checkpoint, not self.args.ignore_data_skip)
             self._load_reference(checkpoint)
 
     def _load_best_model(self) -> None:
