@@ -1745,6 +1745,27 @@ MUTATIONS = (
         "asked = render(tokenizer, before, options)",
         "tests/data/test_turns.py -k last_turn",
     ),
+    Mutation(
+        "a stream resumes on other rows",
+        "prefkern/training/streams.py",
+        "if theirs != dataset.description:",
+        "if theirs is None:",
+        "tests/training/test_streams.py -k another",
+    ),
+    Mutation(
+        "a stream's batches are cut between ranks",
+        "prefkern/training/streams.py",
+        "args.accelerator_config.dispatch_batches = False",
+        "pass",
+        "tests/training/test_streams.py -k ranks",
+    ),
+    Mutation(
+        "weights of datasets are not read",
+        "prefkern/data/mixing.py",
+        "probabilities=probabilities, seed=seed",
+        "seed=seed",
+        "tests/training/test_mixing.py -k weights",
+    ),
 )
 
 

@@ -85,7 +85,8 @@ class TokenStream(IterableDataset):
         finally:
             if not hidden:
                 datasets.enable_progress_bars()
-        yield from tokens.shuffle(seed=start) if self._shuffles else tokens
+        mixed: Any = tokens.shuffle(seed=start) if self._shuffles else tokens
+        yield from mixed
 
 
 def _rows_of(group: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -51,6 +51,25 @@ def given_objective(objective: Any, args: PreferenceConfig) -> Objective | Unpai
     return objective
 
 
+def check_data_arguments(args: PreferenceConfig, train_dataset: Any, data_collator: Any) -> None:
+    """Raise for several training datasets in a dict, and for options of another collator."""
+    if isinstance(train_dataset, dict):
+        raise TypeError(
+            f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
+            f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...], or "
+            "train on several as a prefkern.data.DatasetMix"
+        )
+    if args.padding_free and data_collator is not None:
+        raise ValueError(
+            "padding_free has no effect on a data_collator that is given; leave it out, and "
+            "let the collator return cu_seqlens if it packs"
+        )
+    if args.pad_to_multiple_of is not None and data_collator is not None:
+        raise ValueError(
+            "pad_to_multiple_of has no effect on a data_collator that is given; leave it out"
+        )
+
+
 def check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig) -> None:
     """Raise for a reference that is given twice or of another type, and for unused keywords."""
     if not (ref_model is None or isinstance(ref_model, str | nn.Module)):

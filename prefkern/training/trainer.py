@@ -78,6 +78,7 @@ from prefkern.training.checks import (
     carry_sums,
     check_batches,
     check_carried_sums,
+    check_data_arguments,
     check_needs,
     check_reference_arguments,
     given_objective,
@@ -162,21 +163,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             raise TypeError(
                 f"model must be a causal LM, or a name or path to load, got {type(model).__name__}"
             )
-        if isinstance(train_dataset, dict):
-            raise TypeError(
-                f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
-                f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...], or "
-                "train on several as a prefkern.data.DatasetMix"
-            )
-        if args.padding_free and data_collator is not None:
-            raise ValueError(
-                "padding_free has no effect on a data_collator that is given; leave it out, and "
-                "let the collator return cu_seqlens if it packs"
-            )
-        if args.pad_to_multiple_of is not None and data_collator is not None:
-            raise ValueError(
-                "pad_to_multiple_of has no effect on a data_collator that is given; leave it out"
-            )
+        check_data_arguments(args, train_dataset, data_collator)
         if isinstance(ref_model, nn.Module) and unwrap(ref_model) is unwrap(model):
             raise ValueError(
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"

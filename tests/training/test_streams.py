@@ -7,6 +7,9 @@ import pytest
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
 from prefkern.data import streams
 from support import chats, tiny
 from support.training import assert_same_weights, made, step_logs, trainer, weights
@@ -160,3 +163,30 @@ def test_what_is_refused_of_a_stream(tmp_path, options, kind, says):
         given["per_device_train_batch_size"] = 8
     with pytest.raises(kind, match=says):
         trainer(tmp_path, **given)
+
+
+def test_ranks_take_their_own_rows_of_a_stream(tmp_path):
+    """Pairs are spread before they are collated, so that none is cut in two."""
+    run = trainer(tmp_path, train_dataset=_stream(), objective="simpo", max_steps=2)
+    assert run.accelerator.dispatch_batches is False
+    first = [row["prompt_ids"] for row, _ in zip(run.train_dataset, range(16), strict=False)]
+    found = []
+    for rank in range(2):
+        loader = prepare_data_loader(
+            DataLoader(run.train_dataset, batch_size=4, collate_fn=lambda rows: rows),
+            num_processes=2,
+            process_index=rank,
+            dispatch_batches=run.accelerator.dispatch_batches,
+        )
+        batches = iter(loader)
+        found.append([[row["prompt_ids"] for row in next(batches)] for _ in range(2)])
+    spread = [row for batches in zip(*found, strict=True) for batch in batches for row in batch]
+    assert spread == first
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_read_a_stream_once(tmp_path, workers):
+    given = {"objective": "simpo", "max_steps": 5}
+    alone = trainer(tmp_path, train_dataset=_stream(), **given)
+    run = trainer(tmp_path, train_dataset=_stream(), dataloader_num_workers=workers, **given)
+    assert _losses(run) == _losses(alone)
