@@ -18,7 +18,6 @@ the initial model. A model of its own may follow the policy (`prefkern.training.
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -96,9 +95,10 @@ from prefkern.training.moving_reference import (
 )
 from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import add_to
+from prefkern.training.reference_setup import check_reference_of_shards, second_copy
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.samples import ShowsSamples, check_samples
-from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
+from prefkern.training.sharding import mode_of, sharded
 from prefkern.training.streams import check_resumed_stream, check_stream, save_stream
 from prefkern.training.tensor_parallel import (
     check_summed_gradients,
@@ -108,7 +108,7 @@ from prefkern.training.tensor_parallel import (
     size_of,
     with_parallelism,
 )
-from prefkern.training.zero import check_zero, gather_whole, is_partitioned
+from prefkern.training.zero import check_zero, gather_whole
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 f"sync_ref_model is not supported yet under {mode_of(args)}, which shards weights; "
                 "train under DDP, or leave it out"
             )
-        self._check_sharded_reference(args, (train_dataset, eval_dataset))
+        check_reference_of_shards(args, self._objective_needs, train_dataset, eval_dataset)
         check_samples(args, eval_dataset)
         check_zero(args)
         check_liger(args, args.device)
@@ -301,7 +301,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 )
         has_reference = ref_model is not None or carried or is_adapted
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
-            ref_model = self._second_copy(model, name, init_kwargs)
+            ref_model = second_copy(model, name, init_kwargs)
         casts = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)]
         is_cast_too = is_adapted and ref_model is None
         is_cast_too = is_cast_too and not (carried or args.precompute_ref_log_probs)
@@ -574,30 +574,6 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             check_carried_sums(dataset, name, needs, self._reference_given, args)
         if not needs.paired:
             check_labels(dataset, name)
-
-    def _check_sharded_reference(self, args: PreferenceConfig, datasets: Any) -> None:
-        needs = self._objective_needs
-        parts = [
-            renamed(part, args.columns, name)  # pyright: ignore[reportArgumentType]
-            for dataset, name in zip(datasets, ("train", "eval"), strict=True)
-            for name, part in named(dataset, name)
-        ]
-        check_sharded_reference(
-            mode_of(args), needs, is_carried=needs.sums_suffice and carry_sums(*parts)
-        )
-
-    def _second_copy(self, model: Any, name: str | None, init_kwargs: Any) -> Any:
-        """A copy of the model that is trained, to be its reference."""
-        holder = "ZeRO-3" if is_partitioned(model) else "tensor parallelism"
-        if not is_partitioned(model) and size_of(model) == 1:
-            return copy.deepcopy(model)
-        if name is None:
-            raise ValueError(
-                f"{holder} holds the weights of the model that was given, so that they cannot be copied "
-                "for the reference: give the model by its name, pass ref_model, or set "
-                "precompute_ref_log_probs"
-            )
-        return load_model(name, {"dtype": model.dtype, **init_kwargs})
 
     def _refuse_unsupported_setups(self) -> None:
         super()._refuse_unsupported_setups()
