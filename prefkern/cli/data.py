@@ -100,6 +100,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, help="bound on prompt plus response, in tokens")
     parser.add_argument("--max-prompt-length", type=int, help="bound on the prompt, in tokens")
     parser.add_argument("--truncation-mode", choices=TRUNCATION_MODES, help=TRUNCATION_HELP)
+    for name in ("assistant_only_loss", "last_turn_only"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            action="store_true",
+            default=None,
+            help="score only those turns of a response, as training does",
+        )
     parser.add_argument("--dataset-num-proc", type=int, help="processes that tokenise the dataset")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run tokenizer code from the hub"

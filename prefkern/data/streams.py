@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 from torch.utils.data import IterableDataset
 
-from prefkern.data.tokenisation import NothingToScore
+from prefkern.data.truncation import NothingToScore
 
 # Rows that are tokenised together; the first ones are checked and reported before training.
 ROWS = 256

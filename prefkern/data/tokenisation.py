@@ -50,7 +50,7 @@ from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pai
 from prefkern.data.messages import may_be_written
 from prefkern.data.report import SCORED, DatasetReport, Histogram, Lengths
 from prefkern.data.shown import Said, said
-from prefkern.data.truncation import check_mode, truncate_responses
+from prefkern.data.truncation import NothingToScore, check_mode, truncate_responses
 from prefkern.data.turns import Turns, brings_masks_of, mask_of
 from prefkern.version import VERSION
 
@@ -79,10 +79,6 @@ _ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
 _Marks = dict[str, numpy.ndarray]
 _Tokens = list[list[int]]  # prompt, chosen, rejected and, where it is read, the gold response
 _Masks = list[list[bool]] | None  # of the responses; None: every token is scored
-
-
-class NothingToScore(ValueError):
-    """A dataset has no row with a token to score."""
 
 
 def tokenize_preferences(
