@@ -229,6 +229,10 @@ class Parser(argparse.ArgumentParser):
             is_value = is_first and nargs in (None, "+")
             # `--columns prompt=a.json chosen=b.json`, and not a file after the last of them.
             is_value = is_value or (nargs == "+" and "=" in word and not Path(word).exists())
+            # `--dataset a.json b.json`, and not a file of options after them.
+            is_several = nargs == "+" and option is not None and option.dest == "dataset"
+            is_several = is_several and word.endswith(".json")
+            is_value = is_value or (is_several and not self._has_options(Path(word)))
             if previous == "--config" or (
                 word.endswith(_SUFFIXES) and not word.startswith("-") and not is_value
             ):
@@ -243,6 +247,16 @@ class Parser(argparse.ArgumentParser):
         if len(files) > 1:
             raise ValueError(f"give one file of options, got {' and '.join(files)}")
         return (Path(files[0]) if files else None), rest
+
+    def _has_options(self, path: Path) -> bool:
+        """Whether a JSON file is an object that names an option."""
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(value, dict) and any(
+            str(key).replace("-", "_") in self.options for key in value
+        )
 
     def _values_of(self, path: Path) -> dict[str, Any]:
         """The values in a file, by option; null is the default of an option that is never None."""

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from prefkern.data.shown import Tokens
 
 # The options of `prefkern train` that decide on tokens.
-_OF_TRAINING = ("max_length", "max_prompt_length", "truncation_mode", "dataset_num_proc")
+_OF_TRAINING = (
+    *("max_length", "max_prompt_length", "truncation_mode", "dataset_num_proc"),
+    *("assistant_only_loss", "last_turn_only"),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -97,6 +100,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, help="bound on prompt plus response, in tokens")
     parser.add_argument("--max-prompt-length", type=int, help="bound on the prompt, in tokens")
     parser.add_argument("--truncation-mode", choices=TRUNCATION_MODES, help=TRUNCATION_HELP)
+    for name in ("assistant_only_loss", "last_turn_only"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            action="store_true",
+            default=None,
+            help="score only those turns of a response, as training does",
+        )
     parser.add_argument("--dataset-num-proc", type=int, help="processes that tokenise the dataset")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run tokenizer code from the hub"
@@ -150,6 +160,8 @@ def read(args: argparse.Namespace) -> tuple[DatasetReport, list[tuple[str, list[
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         truncation_mode=args.truncation_mode,
+        assistant_only_loss=args.assistant_only_loss,
+        last_turn_only=args.last_turn_only,
         num_proc=args.dataset_num_proc,
         name=args.dataset,
     )

@@ -32,6 +32,7 @@ from prefkern.cli.arguments import (
     resume_from,
 )
 from prefkern.cli.trl_options import LossArguments, quantization, read_losses, read_peft
+from prefkern.data.mixing import DatasetMix, check_weights
 from prefkern.data.sources import local_path
 
 if TYPE_CHECKING:
@@ -76,6 +77,17 @@ class TrainedModelArguments(ModelArguments):
 class DataArguments(DatasetArguments):
     """The preference pairs to train on and to evaluate on."""
 
+    dataset: list[str] | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={
+            "help": ".jsonl, .json, .parquet or .csv files, folders, or hub names (required).",
+            "aliases": ["--dataset_name"],
+        },
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "How often to draw from each of several datasets. Default: by size."},
+    )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "File, folder or hub name to evaluate on."}
     )
@@ -197,20 +209,31 @@ def parse(
         raise ValueError(f"--eval_fraction must be in [0, 1), got {data.eval_fraction}")
     if data.eval_fraction and data.eval_dataset:
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
-    is_file = Path(str(data.dataset)).expanduser().is_file()
+    assert data.dataset is not None
+    sources = [data.dataset] if isinstance(data.dataset, str) else data.dataset
+    data.dataset = sources
+    if data.dataset_weights is not None and len(sources) == 1:
+        raise ValueError(f"--dataset_weights has no effect on one dataset, {sources[0]}")
+    check_weights("--dataset_weights", data.dataset_weights, len(sources))
+    for source in sources:
+        if sources.count(source) > 1:
+            raise ValueError(f"--dataset has {source} twice; give each dataset once")
+    is_file = all(Path(source).expanduser().is_file() for source in sources)
     if "eval_split" in parsed.given and data.eval_fraction:
         raise ValueError("--eval_split has no effect with --eval_fraction")
     if data.eval_dataset is None and not data.eval_fraction:
         if "eval_split" in parsed.given and is_file:
             raise ValueError(
                 "--eval_split has no effect without --eval_dataset: a file is one split, and "
-                f"{data.dataset} is trained on"
+                f"{', '.join(sources)} is trained on"
             )
         if args.eval_strategy != "no" and is_file:
             raise ValueError("--eval_strategy needs --eval_dataset or --eval_fraction")
         if args.eval_strategy != "no" or "eval_split" in parsed.given:
             # As `trl dpo` has it: another split of the same dataset.
-            data.eval_dataset = data.dataset
+            if len(sources) > 1:
+                raise ValueError("--eval_dataset is required beside several datasets")
+            data.eval_dataset = sources[0]
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
     read_peft(lora, parsed.given)
@@ -222,7 +245,7 @@ def parse(
         raise ValueError("--dataset_config has no effect on a file")
     if lora.lora_dropout and args.disable_dropout:
         raise ValueError("--lora_dropout has no effect without --disable_dropout false")
-    for source in (data.dataset, data.eval_dataset):
+    for source in (*sources, data.eval_dataset):
         if source is not None:
             local_path(source)
     check_output_dir(args.output_dir)
@@ -270,15 +293,27 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
 
     assert model.model_name_or_path is not None and data.dataset is not None
     names: Any = config.columns  # a mapping or None, since __post_init__
-    train = load_preference_dataset(data.dataset, data.dataset_split, data.dataset_config, names)
+    parts = {
+        name: load_preference_dataset(
+            source,
+            data.dataset_split,
+            None if Path(source).expanduser().is_file() else data.dataset_config,
+            names,
+        )
+        for name, source in _named(data.dataset).items()
+    }
     evaluation = None
     if data.eval_dataset is not None:
         evaluation = load_preference_dataset(
             data.eval_dataset, data.eval_split, data.dataset_config, names
         )
     elif data.eval_fraction:
-        parts = train.train_test_split(test_size=data.eval_fraction, seed=config.seed)
-        train, evaluation = parts["train"], parts["test"]
+        split = {
+            name: part.train_test_split(test_size=data.eval_fraction, seed=config.seed)
+            for name, part in parts.items()
+        }
+        parts = {name: part["train"] for name, part in split.items()}
+        evaluation = _joined({name: part["test"] for name, part in split.items()})
 
     from prefkern.training.trainer import PreferenceTrainer
 
@@ -296,7 +331,7 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
         policy,
         config,
         processing_class=tokenizer,
-        train_dataset=train,
+        train_dataset=_joined(parts, data.dataset_weights),
         eval_dataset=evaluation,
         peft_config=lora_config(
             lora,
@@ -308,7 +343,22 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
             use_dora=lora.use_dora,
         ),
     )
-    trainer.dataset_name = data.dataset
+    trainer.dataset_name = data.dataset[0]
+    if len(data.dataset) > 1:
+        # A name of several would be taken for a path.
+        trainer.dataset_name = ", ".join(Path(source).name for source in data.dataset)
     check_optimizer(config, trainer.model)
     check_best_metric(trainer)
     return trainer, config
+
+
+def _named(sources: list[str]) -> dict[str, str]:
+    """Datasets by the short names that their reports have."""
+    short = [Path(source).stem for source in sources]
+    names = short if len({*short}) == len(short) else sources
+    return dict(zip(names, sources, strict=True))
+
+
+def _joined(parts: dict[str, Any], weights: list[float] | None = None) -> Any:
+    """The one dataset, or a mix of several."""
+    return next(iter(parts.values())) if len(parts) == 1 else DatasetMix(parts, weights)

@@ -10,9 +10,10 @@ formats of others (Alpaca's, ShareGPT's, Orca's and more) are recognised and con
 
 In reading order: `columns` (the columns that a dataset needs), `foreign` (the formats of others),
 `sources` (where a dataset is), `loading`, `messages` (what a cell holds), `rendering` (the chat
-template, and what it leaves out), `formats` (a row to tokens), `truncation` (pairs that are too
-long), `tokenisation` (all rows), `shown` (rows to look at) and `report`, then `collate` (rows to
-batches). Nothing is cut or dropped silently: a `DatasetReport` counts it.
+template, and what it leaves out), `turns` (which tokens of a conversation are scored), `formats` (a
+row to tokens), `truncation` (pairs that are too long), `tokenisation` (all rows), `shown` (rows to
+look at), `report`, `mixing` (several datasets) and `streams`, then `collate` (rows to batches).
+Nothing is cut or dropped silently: a `DatasetReport` counts it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from prefkern.data.columns import (
     check_labels,
     without_unused,
 )
+from prefkern.data.mixing import DatasetMix
 from prefkern.data.report import DatasetReport, Lengths, show
 from prefkern.data.truncation import TRUNCATION_MODES, truncate
 from prefkern.version import install_line
@@ -35,15 +37,18 @@ if TYPE_CHECKING:
     from prefkern.data.formats import extract_prompt
     from prefkern.data.loading import load_preference_dataset
     from prefkern.data.tokenisation import tokenize_examples, tokenize_preferences
+    from prefkern.data.turns import conversation_labels
 
 __all__ = [
     "COLUMNS",
     "REFERENCE_COLUMNS",
     "TRUNCATION_MODES",
+    "DatasetMix",
     "DatasetReport",
     "Lengths",
     "check_columns",
     "check_labels",
+    "conversation_labels",
     "extract_prompt",
     "load_preference_dataset",
     "show",
@@ -55,6 +60,7 @@ __all__ = [
 
 # These need `datasets`, `jinja2` or `transformers`, so they are imported at first use.
 _LAZY = {
+    "conversation_labels": "turns",
     "extract_prompt": "formats",
     "load_preference_dataset": "loading",
     "tokenize_examples": "tokenisation",

@@ -16,8 +16,9 @@ A packed batch of pairs may hold each prompt once (`share_prompt`):
 t is the last token of the prompt again, which predicts the first token of the response r or g. So every token has one label, and `cu_seqlens` and `labels` are as in other packed batches.
 `prefixes` says which earlier tokens a sequence sees: `t1 r1` sees p1 without its last token.
 
-Only responses have labels; the labels of the prompt and of the padding are -100. Labels are not
-shifted here.
+Only responses have labels; the labels of the prompt and of the padding are -100. So are those of
+tokens that a row's mask leaves out (`chosen_mask`, `rejected_mask`, `completion_mask`). Labels are
+not shifted here.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.data.columns import GOLD_IDS, REFERENCE_COLUMNS
+from prefkern.data.columns import GOLD, REFERENCE_COLUMNS
 from prefkern.data.truncation import truncate
+from prefkern.data.turns import labels_of
 from prefkern.models.scoring import IGNORE_INDEX
 
 
@@ -68,12 +70,13 @@ class PreferenceCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [list(example["prompt_ids"]) for example in examples]
-        columns = ("chosen_ids", "rejected_ids", *([GOLD_IDS] if self.gold else []))
-        responses = [list(example[column]) for column in columns for example in examples]
+        sides = ("chosen", "rejected", *([GOLD] if self.gold else []))
+        responses = [list(example[f"{side}_ids"]) for side in sides for example in examples]
+        labels = [label for side in sides for label in _labels(examples, side)]
         if self.share_prompt:
-            batch = _shared(prompts, responses)
+            batch = _shared(prompts, responses, labels)
         else:
-            batch = _batch(self, prompts * len(columns), responses)
+            batch = _batch(self, prompts * len(sides), responses, labels)
         if all(column in examples[0] for column in REFERENCE_COLUMNS):
             batch["ref_logps"] = torch.tensor(
                 [example[column] for column in REFERENCE_COLUMNS for example in examples],
@@ -109,7 +112,8 @@ class ExampleCollator:
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [list(example["prompt_ids"]) for example in examples]
         responses = [list(example["completion_ids"]) for example in examples]
-        batch = _batch(self, prompts, responses)
+        labels = _labels(examples, "completion")
+        batch = _batch(self, prompts, responses, labels)
         batch["desirable"] = torch.tensor([bool(example["desirable"]) for example in examples])
         count = len(examples)
         mismatched = []
@@ -119,10 +123,8 @@ class ExampleCollator:
             if other is not None:
                 response = responses[other]
                 cut, response, _ = truncate(prompt, response, response, self.max_length, None)
-                mismatched.append((cut, response))
-        rows = _batch(
-            self, [prompt for prompt, _ in mismatched], [response for _, response in mismatched]
-        )
+                mismatched.append((cut, response, labels[other][: len(response)]))
+        rows = _batch(self, *([row[part] for row in mismatched] for part in range(3)))
         return {**batch, **{f"mismatched_{name}": value for name, value in rows.items()}}
 
 
@@ -142,35 +144,50 @@ def first_sequence(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**row, "cu_seqlens": bounds}
 
 
+def _labels(examples: Sequence[dict[str, Any]], side: str) -> list[list[int]]:
+    """The labels of responses: their tokens, but for those that the row's mask leaves out."""
+    ids, mask = f"{side}_ids", f"{side}_mask"
+    if mask not in examples[0]:
+        return [list(example[ids]) for example in examples]
+    return [labels_of(example[ids], example[mask]) for example in examples]
+
+
 def _batch(
     collator: PreferenceCollator | ExampleCollator,
     prompts: list[list[int]],
     responses: list[list[int]],
+    labels: list[list[int]],
 ) -> dict[str, Tensor]:
     if collator.padding_free:
-        return _packed(prompts, responses)
-    return _padded(prompts, responses, collator.pad_token_id, collator.pad_to_multiple_of)
+        return _packed(prompts, responses, labels)
+    return _padded(prompts, responses, labels, collator.pad_token_id, collator.pad_to_multiple_of)
 
 
-def _packed(prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Tensor]:
+def _packed(
+    prompts: list[list[int]], responses: list[list[int]], labels: list[list[int]]
+) -> dict[str, Tensor]:
     """Prompts and responses end to end in one row; only responses have labels."""
     pairs = [*zip(prompts, responses, strict=True)]
     ends = [0, *accumulate(len(prompt) + len(response) for prompt, response in pairs)]
     tokens = [token for prompt, response in pairs for token in (*prompt, *response)]
-    labels = [
-        label for prompt, response in pairs for label in (*[IGNORE_INDEX] * len(prompt), *response)
+    targets = [
+        label
+        for prompt, own in zip(prompts, labels, strict=True)
+        for label in (*[IGNORE_INDEX] * len(prompt), *own)
     ]
     return {
         "input_ids": torch.tensor([tokens], dtype=torch.int64),
-        "labels": torch.tensor([labels], dtype=torch.int64),
+        "labels": torch.tensor([targets], dtype=torch.int64),
         "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
     }
 
 
-def _shared(prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Tensor]:
+def _shared(
+    prompts: list[list[int]], responses: list[list[int]], labels: list[list[int]]
+) -> dict[str, Tensor]:
     """A packed row in which each response but the chosen one follows on the prompt's last token."""
     others = len(responses) // max(len(prompts), 1) - 1
-    batch = _packed(prompts + [prompt[-1:] for prompt in prompts] * others, responses)
+    batch = _packed(prompts + [prompt[-1:] for prompt in prompts] * others, responses, labels)
     starts = batch["cu_seqlens"].tolist()
     prefixes = [(0, 0)] * len(prompts)
     prefixes += [
@@ -182,6 +199,7 @@ def _shared(prompts: list[list[int]], responses: list[list[int]]) -> dict[str, T
 def _padded(
     prompts: list[list[int]],
     responses: list[list[int]],
+    labels: list[list[int]],
     pad_token_id: int,
     pad_to_multiple_of: int | None,
 ) -> dict[str, Tensor]:
@@ -191,10 +209,10 @@ def _padded(
     shape = (len(prompts), math.ceil(longest / multiple) * multiple)
     input_ids = torch.full(shape, pad_token_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX)
+    targets = torch.full(shape, IGNORE_INDEX)
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
         input_ids[row, :end] = torch.tensor(prompt + response)
         attention_mask[row, :end] = 1
-        labels[row, start:end] = torch.tensor(response)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        targets[row, start:end] = torch.tensor(labels[row])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": targets}

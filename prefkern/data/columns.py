@@ -19,13 +19,20 @@ if TYPE_CHECKING:
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# Which tokens of a response are scored, beside the tokens; without them all are.
+MASK_COLUMNS = ("chosen_mask", "rejected_mask")
+EXAMPLE_MASK = "completion_mask"
+GOLD_MASK = "reference_mask"
 EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
 MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
 # TRL's names of a third, gold response to the prompt (TPO), as text and as tokens.
 GOLD, GOLD_IDS = "reference", "reference_ids"
 ID_COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, EXAMPLE_COLUMNS[1])
 # The columns that the collators read; all others are dropped.
-COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, *REFERENCE_COLUMNS, "reward_margin", *EXAMPLE_COLUMNS[1:])
+COLUMNS = (
+    *(*TOKEN_COLUMNS, GOLD_IDS, *MASK_COLUMNS, GOLD_MASK, *REFERENCE_COLUMNS, "reward_margin"),
+    *(*EXAMPLE_COLUMNS[1:], EXAMPLE_MASK),
+)
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", SYSTEM)
 # TRL's names. They are part of the prompt: to ignore them would train another task.
 _MEDIA = {

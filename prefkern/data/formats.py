@@ -24,9 +24,9 @@ from prefkern.data.messages import (
     has_other_turns,
     present,
     read_cell,
-    says_something,
 )
 from prefkern.data.rendering import check_tools, leaves_out, render
+from prefkern.data.turns import Turns, common_length
 
 
 class TokenizedPair(NamedTuple):
@@ -41,7 +41,8 @@ class TokenizedPair(NamedTuple):
     unasked: bool = False  # nothing stands before the responses
     stops: bool = False  # a response is only its end token, and the other goes on
     unsaid: bool = False  # the template leaves out text or thoughts of an earlier answer
-    turns: bool = False  # a response has turns of other roles
+    turns: bool = False  # a response has turns of other roles, and they are scored
+    masks: list[list[bool]] | None = None  # which tokens of responses are scored
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Reading:
     """What holds for all rows of a dataset.
 
     `written` are the columns in which every row is a conversation as text, `names` the responses'
-    columns in errors: the third is there if gold responses are read. `end_ids` and `end_texts` are the tokens that may end a text. The tokenizer
-    looks its special tokens up anew at every call, so they are read once.
+    columns in errors: the third is there if gold responses are read. `turns` says what is scored of
+    them. `end_ids` and `end_texts` are the tokens that may end a text. The tokenizer looks its
+    special tokens up anew at every call, so they are read once.
     """
 
     end_ids: tuple[int, ...]
@@ -59,9 +61,12 @@ class Reading:
     bos: int | None
     written: tuple[str, ...]
     names: tuple[str, ...]
+    turns: Turns
 
     @classmethod
-    def of(cls, tokenizer: Any, written: tuple[str, ...], names: tuple[str, ...]) -> Reading:
+    def of(
+        cls, tokenizer: Any, written: tuple[str, ...], names: tuple[str, ...], turns: Turns
+    ) -> Reading:
         """The reading of a tokenizer: its special tokens, such as ChatML's, end a text."""
         added = getattr(tokenizer, "added_tokens_decoder", {})
         ends = {number: str(token) for number, token in added.items() if token.special}
@@ -70,7 +75,7 @@ class Reading:
         eos, bos = tokenizer.eos_token_id, getattr(tokenizer, "bos_token_id", None)
         if eos is not None:
             ends[eos] = str(tokenizer.eos_token)
-        return cls(tuple(ends), tuple(ends.values()), eos, bos, written, names)
+        return cls(tuple(ends), tuple(ends.values()), eos, bos, written, names, turns)
 
     def has_end(self, text: str, ids: list[int]) -> bool:
         """Whether a text ends with an end token; ChatML has a line break after it."""
@@ -92,6 +97,11 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> 
     parts = read_row(example, reading.names, reading.written)
     if isinstance(parts[-1], list):
         return _conversation(example, parts, tokenizer, reading)
+    if reading.turns.name is not None:
+        raise ValueError(
+            f"{reading.turns.name} scores turns of a conversation, and the row is text, which has "
+            f"none; make it lists of messages, or leave {reading.turns.name} out"
+        )
     return _texts(parts, example.get("prompt") is None, tokenizer, reading)
 
 
@@ -187,16 +197,20 @@ def _conversation(
     answered = [render(tokenizer, prompt + rest, options) for rest in responses]
     is_unsaid = [leaves_out(tokenizer, each, options) for each in answered]
     # A template adds tokens even to an empty message, so lengths do not show an empty response.
-    is_empty = not all(any(map(says_something, rest)) for rest in responses)
+    is_empty = not all(map(reading.turns.say_something, responses))
     ids = [each.ids for each in answered]
-    start = min(_common_length(asked.ids, each) for each in ids)
+    start = min(common_length(asked.ids, each) for each in ids)
+    masks, scores_all = None, reading.turns.name is None
+    if not scores_all:
+        masks = [reading.turns.scored(tokenizer, each, options, start)[start:] for each in answered]
     return TokenizedPair(
         asked.ids[:start],
         [each[start:] for each in ids],
         is_empty,
         merged=start < len(asked.ids),
         unsaid=any(is_unsaid),
-        turns=any(map(has_other_turns, responses)),
+        turns=scores_all and any(map(has_other_turns, responses)),
+        masks=masks,
     )
 
 
@@ -214,7 +228,7 @@ def _texts(
             ids if reading.has_end(text, ids) and response.strip() else [*ids, reading.eos]
             for text, response, ids in zip(texts[1:], responses, sequences, strict=True)
         ]
-    start = min(_common_length(prompt_ids, ids) for ids in sequences)
+    start = min(common_length(prompt_ids, ids) for ids in sequences)
     return TokenizedPair(
         prompt_ids[:start],
         [ids[start:] for ids in sequences],
@@ -352,11 +366,3 @@ def _text_ids(
     if not any(doubled) or tokenizer("")["input_ids"][:1] != [bos]:
         return ids, False
     return [each[is_double:] for each, is_double in zip(ids, doubled, strict=True)], True
-
-
-def _common_length(first: list[int], second: list[int]) -> int:
-    limit = min(len(first), len(second))
-    # The usual case: one comparison is far quicker than a loop over tokens.
-    if first[:limit] == second[:limit]:
-        return limit
-    return next(i for i in range(limit) if first[i] != second[i])

@@ -9,6 +9,9 @@ message. Then the row would be trained on as another row, so the texts are compa
 - Rows with `tool_calls` or thoughts are rendered once more with a mark in each; rows with `tools`
   once more without them.
 
+Arguments of a call may be a mapping or JSON in text; where a template would print that text as JSON
+again, it gets the mapping.
+
 What is missing is an error, with one exception. Many templates leave out thoughts of an assistant
 before a later question, in training as in use, so there a missing text is only counted.
 """
@@ -44,11 +47,19 @@ def render(
 
     Raises ValueError for messages that the template does not take.
     """
-    messages = present(messages)
+    messages, given = present(messages), {**options, **kwargs}
     try:
-        text = _text(tokenizer, messages, {**options, **kwargs})
+        text, refusal = _text(tokenizer, messages, given), None
     except _REFUSALS as error:
-        raise ValueError(f"the chat template does not take these messages: {error}") from error
+        text, refusal = "", error
+    written = [json.dumps(each, ensure_ascii=False) for each in _written_arguments(messages)]
+    if written and (refusal is not None or any(each in text for each in written)):
+        read = _with_read_arguments(messages)
+        again = text_or_none(tokenizer, read, given)
+        if again is not None:
+            messages, text, refusal = read, again, None
+    if refusal is not None:
+        raise ValueError(f"the chat template does not take these messages: {refusal}") from refusal
     _check_blocks(messages, text)
     # The template writes the special tokens itself.
     return Rendering(messages, text, tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -59,7 +70,7 @@ def check_tools(tokenizer: Any, prompt: Rendering, options: dict[str, Any]) -> N
     if not options.get("tools"):
         return
     without = {**options, "tools": None, "add_generation_prompt": True}
-    if _render_or_none(tokenizer, prompt.messages, without) == prompt.text:
+    if text_or_none(tokenizer, prompt.messages, without) == prompt.text:
         _refuse("'tools'")
 
 
@@ -91,7 +102,7 @@ def _missing_contents(
     if _in_order(contents, rendering.text):
         return []
     marked = [_marked_content(at, message) for at, message in enumerate(messages)]
-    text = _render_or_none(tokenizer, marked, options)
+    text = text_or_none(tokenizer, marked, options)
     if text is None:
         return []
     return [
@@ -150,7 +161,7 @@ def _missing_fields(
         marked.append(changed)
     if not marks:
         return []
-    text = _render_or_none(tokenizer, marked, options)
+    text = text_or_none(tokenizer, marked, options)
     if text is None:
         return []
     return [(at, what) for at, what, names in marks if not any(name in text for name in names)]
@@ -187,6 +198,50 @@ def _with_argument(arguments: Any, value: str) -> Any:
     return json.dumps({**read, _MARK: value}) if isinstance(read, dict) else None
 
 
+def _written_arguments(messages: list[dict[str, Any]]) -> list[str]:
+    """The arguments of calls that are JSON in text, as OpenAI's API writes them."""
+    return [
+        call["function"]["arguments"]
+        for message in messages
+        for call in _calls_of(message)
+        if _reads_arguments(call)
+    ]
+
+
+def _with_read_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with such arguments as mappings.
+
+    Templates that print arguments as JSON would print JSON in JSON, and some take mappings alone.
+    """
+
+    def read(call: Any) -> Any:
+        if not _reads_arguments(call):
+            return call
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+
+    return [
+        {**message, "tool_calls": [read(call) for call in _calls_of(message)]}
+        if _calls_of(message)
+        else message
+        for message in messages
+    ]
+
+
+def _calls_of(message: dict[str, Any]) -> list[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else []
+
+
+def _reads_arguments(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    try:
+        return isinstance(arguments, str) and isinstance(json.loads(arguments), dict)
+    except ValueError:
+        return False
+
+
 def _check_blocks(messages: list[dict[str, Any]], text: str) -> None:
     """Raise ValueError if a template expects text but printed the repr of a list of blocks."""
     for message in messages:
@@ -202,7 +257,7 @@ def _text(tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
-def _render_or_none(
+def text_or_none(
     tokenizer: Any, messages: list[dict[str, Any]], options: dict[str, Any]
 ) -> str | None:
     """The text of changed messages; None if the template does not take them."""

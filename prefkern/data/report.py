@@ -26,6 +26,8 @@ from prefkern.data.shown import Said
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+# What the lengths of a response's scored tokens are called, after its name.
+SCORED = ", scored"
 _BARS = 12
 _BAR_WIDTH = 40
 
@@ -91,10 +93,11 @@ class Histogram:
 class DatasetReport:
     """What tokenisation did to a dataset; print it to see everything.
 
-    It counts pairs, or single responses where `unit` says so. `empty` and `too_long` count dropped
-    rows; all other counts are of kept rows. `lengths` has the lengths that training sees, with keys
-    "prompt", "chosen" and "rejected" (or "response"), and "reference" where gold responses are
-    read. `histogram` shows the length of the prompt plus the longest response, before truncation.
+    It counts pairs, or single responses where `unit` says so. `empty`, `masked` and `too_long` count
+    dropped rows; all other counts are of kept rows. `lengths` has the lengths that training sees,
+    with keys "prompt", "chosen" and "rejected" (or "response"), "reference" where gold responses are
+    read, and "chosen, scored" and so on where turns are left out. `histogram` shows the length of
+    the prompt plus the longest response, before truncation.
     """
 
     name: str
@@ -115,6 +118,9 @@ class DatasetReport:
     begun: int = 0  # the text has a beginning-of-sequence token already; no second one was added
     unsaid: int = 0  # the chat template leaves out text or thoughts of an earlier answer
     turns: int = 0  # responses have turns of other roles, which are scored
+    masked: int = 0  # dropped: no token of a response is in a turn that is scored
+    scored: int = 0  # tokens of responses
+    unscored: int = 0  # tokens of responses in other turns, or without anything before them
     unread: tuple[str, ...] = ()  # columns with text that nothing reads
     read_as: str = ""  # the format of others that all rows were converted from, and its columns
     converted: int = 0  # rows, before any was dropped
@@ -122,7 +128,7 @@ class DatasetReport:
 
     @property
     def dropped(self) -> int:
-        return self.empty + self.too_long
+        return self.empty + self.masked + self.too_long
 
     @property
     def summary(self) -> str:
@@ -149,6 +155,11 @@ class DatasetReport:
     def _unread(self) -> str:
         return f"text columns not read: {', '.join(self.unread)}"
 
+    @property
+    def _leaves_out(self) -> bool:
+        """Whether tokens of responses are in turns that are not scored, or might have been."""
+        return any(part.endswith(SCORED) for part in self.lengths)
+
     def _counts(self) -> list[tuple[int, str]]:
         counts = [
             (self.empty, "dropped for an empty response"),
@@ -162,6 +173,10 @@ class DatasetReport:
                 f", {self.made_identical:,} by truncation" if self.made_identical else ""
             )
             counts.insert(4, (self.identical, f"with identical responses{by_truncation}"))
+        if self._leaves_out:
+            counts.insert(1, (self.masked, "dropped for a response without a scored turn"))
+            tokens = f"tokens of responses not scored, {self.scored:,} scored"
+            counts.append((self.unscored, tokens))
         # Text that looks wrong is rare: these counts are shown only if they are not 0.
         suspicious = [
             (self.repeated, "whose responses repeat the prompt"),

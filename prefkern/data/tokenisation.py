@@ -24,9 +24,12 @@ import transformers
 from prefkern.data.columns import (
     COLUMNS,
     EXAMPLE_COLUMNS,
+    EXAMPLE_MASK,
     GOLD,
     GOLD_IDS,
+    GOLD_MASK,
     MARGIN_SOURCES,
+    MASK_COLUMNS,
     REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
     before_prompts,
@@ -45,9 +48,10 @@ from prefkern.data.columns import (
 from prefkern.data.foreign import Format, is_text, recognise
 from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
 from prefkern.data.messages import may_be_written
-from prefkern.data.report import DatasetReport, Histogram, Lengths
+from prefkern.data.report import SCORED, DatasetReport, Histogram, Lengths
 from prefkern.data.shown import Said, said
-from prefkern.data.truncation import check_mode, truncate_responses
+from prefkern.data.truncation import NothingToScore, check_mode, truncate_responses
+from prefkern.data.turns import Turns, brings_masks_of, mask_of
 from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ logger = logging.getLogger(__name__)
 # What happened to a row: a few numbers and no tokens, so that a report on many rows is cheap.
 _MARKS = (
     "_empty",
+    "_masked",
     "_too_long",
     "_prompt_truncated",
     "_truncated",
@@ -68,10 +73,12 @@ _MARKS = (
     "_turns",
     "_found_lengths",
     "_lengths",
+    "_scored",
 )
 _ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
 _Marks = dict[str, numpy.ndarray]
 _Tokens = list[list[int]]  # prompt, chosen, rejected and, where it is read, the gold response
+_Masks = list[list[bool]] | None  # of the responses; None: every token is scored
 
 
 def tokenize_preferences(
@@ -85,6 +92,8 @@ def tokenize_preferences(
     name: str = "train",
     columns: Mapping[str, str] | None = None,
     gold: bool = False,
+    assistant_only_loss: bool = False,
+    last_turn_only: bool = False,
 ) -> tuple[datasets.Dataset, DatasetReport]:
     """Tokenise preference pairs into columns `prompt_ids`, `chosen_ids`, `rejected_ids`.
 
@@ -105,9 +114,14 @@ def tokenize_preferences(
             row becomes a conversation that begins with that column's text.
         gold: also read a third response, `reference` (TPO's gold one, under TRL's name), into
             `reference_ids`.
+        assistant_only_loss: score only what the chat template marks as the assistant's
+            (`{% generation %}`), and no turn of another role inside a response.
+        last_turn_only: score only the last message of each response.
 
     Returns:
-        The tokenised dataset, without pairs that have no token to score, and the report.
+        The tokenised dataset, without pairs that have no token to score, and the report. With one
+        of the last two, it also has `chosen_mask` and `rejected_mask`: whether each token of a
+        response is scored. A dataset that is tokenised already keeps those that it has.
 
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
@@ -118,12 +132,14 @@ def tokenize_preferences(
     unread = unread_columns(dataset, gold=gold)
     names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
     samples = _samples(dataset, names) if form is not None else ()
-    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, names)
+    turns = Turns(assistant_only_loss, last_turn_only)
+    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, turns, names)
     marks = _marks(marked)
     _check_prompts(dataset, marks, unread, name)
     what = f"pair with {'three' if gold else 'two'} responses"
     kept = _without_dropped(marked, marks, name, what)
-    report = _report(name, "pairs", marks, bounds, unread, form, samples, len(dataset))
+    has_masks = MASK_COLUMNS[0] in kept.column_names
+    report = _report(name, "pairs", marks, bounds, unread, form, samples, len(dataset), has_masks)
     return kept.remove_columns(list(_MARKS)), report
 
 
@@ -137,10 +153,12 @@ def tokenize_examples(
     num_proc: int | None = None,
     name: str = "train",
     columns: Mapping[str, str] | None = None,
+    assistant_only_loss: bool = False,
+    last_turn_only: bool = False,
 ) -> tuple[datasets.Dataset, DatasetReport]:
     """Tokenise single responses into columns `prompt_ids`, `completion_ids`, `desirable`.
 
-    Args: as in `tokenize_preferences`. A row of `dataset` is one response (`prompt`, `completion`,
+    Args: as in `tokenize_preferences`; the mask is `completion_mask`. A row of `dataset` is one response (`prompt`, `completion`,
     `label`), or a pair: its chosen response is desirable, its rejected one is not. The report
     counts responses.
 
@@ -157,7 +175,7 @@ def tokenize_examples(
     numbers = (*REFERENCE_COLUMNS, *itertools.chain(*MARGIN_SOURCES))
     dataset = dataset.remove_columns([c for c in numbers if c in dataset.column_names])
     if not is_paired:
-        own = ("completion", "label", "completion_ids")
+        own = ("completion", "label", "completion_ids", EXAMPLE_MASK)
         dataset = dataset.map(
             _AsOfNow(lambda example, row: _as_pair(example, row, name)),
             with_indices=True,
@@ -167,14 +185,18 @@ def tokenize_examples(
         )
     names = ("chosen", "rejected") if is_paired else ("completion", "completion")
     samples = _samples(dataset, names) if form is not None else ()
-    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, names)
+    turns = Turns(assistant_only_loss, last_turn_only)
+    marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, turns, names)
     marks = _marks(marked)
     _check_prompts(dataset, marks, unread, name)
     kept = _without_dropped(marked, marks, name, "response")
     sides = ("chosen", "rejected")[: 1 + is_paired]
+    has_masks = MASK_COLUMNS[0] in kept.column_names
 
     def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {column: [] for column in EXAMPLE_COLUMNS}
+        if has_masks:
+            rows[EXAMPLE_MASK] = [mask for side in sides for mask in batch[f"{side}_mask"]]
         # All chosen, then all rejected, not pair by pair: neighbours then have different prompts,
         # so that an unshuffled batch also gets mismatched rows.
         for side in sides:
@@ -188,7 +210,10 @@ def tokenize_examples(
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
     marks = _responses(marks, len(sides))
-    return examples, _report(name, "responses", marks, bounds, unread, form, samples, len(dataset))
+    report = _report(
+        name, "responses", marks, bounds, unread, form, samples, len(dataset), has_masks
+    )
+    return examples, report
 
 
 @dataclass(frozen=True)
@@ -258,12 +283,15 @@ def _with_tokens(
     bounds: _Bounds,
     num_proc: int | None,
     name: str,
+    turns: Turns,
     names: tuple[str, ...] = ("chosen", "rejected"),
 ) -> datasets.Dataset:
     """Adds the token columns of pairs and the columns `_MARKS`; keeps every row."""
     columns = dataset.column_names
     has_gold = len(names) == 3
     id_columns = (*TOKEN_COLUMNS, GOLD_IDS) if has_gold else TOKEN_COLUMNS
+    mask_columns = (*MASK_COLUMNS, GOLD_MASK) if has_gold else MASK_COLUMNS
+    brings_masks = brings_masks_of(columns, turns, name, names, mask_columns)
     references = [column in columns for column in REFERENCE_COLUMNS]
     if any(references) and not all(references):
         raise ValueError(f"dataset {name!r} has only one of {' and '.join(REFERENCE_COLUMNS)}")
@@ -280,7 +308,7 @@ def _with_tokens(
     hint = ""
     if "prompt" not in columns and unread:
         hint = f"; {listed(unread)} would not be read, {unread_hint(unread)}"
-    reading = Reading.of(tokenizer, _written_columns(dataset, has_gold), names)
+    reading = Reading.of(tokenizer, _written_columns(dataset, has_gold), names, turns)
 
     def ends_only(tokens: _Tokens) -> bool:
         """Whether a response is only an end token."""
@@ -307,6 +335,12 @@ def _with_tokens(
                     )
             prompt, *responses = (list(example[column]) for column in id_columns)
             pair = TokenizedPair(prompt, responses)
+            if brings_masks:
+                masks = [
+                    mask_of(example[column], ids, f"dataset {name!r}, row {row}", side)
+                    for column, ids, side in zip(mask_columns, responses, names, strict=True)
+                ]
+                pair = pair._replace(masks=masks)
         else:
             try:
                 pair = tokenize_pair(example, tokenizer, reading)
@@ -314,12 +348,17 @@ def _with_tokens(
                 raise ValueError(f"dataset {name!r}, row {row}: {error}{hint}") from error
         found = [pair.prompt, *pair.responses]
         kept = bounds.cut(found)
-        is_empty = pair.empty or ends_only(found) or not _can_be_scored(*found)
+        is_empty = pair.empty or ends_only(found) or not _can_be_scored(found)
         if pair.stops:
             # The other text goes on, so the end token is a response.
-            is_empty = not _can_be_scored(*found)
+            is_empty = not _can_be_scored(found)
+        masks = pair.masks and [
+            mask[: len(ids)] for mask, ids in zip(pair.masks, kept[1:], strict=True)
+        ]
+        is_masked = not is_empty and not _can_be_scored(found, pair.masks)
+        can_be_scored = _can_be_scored(kept, masks)
         is_cut = [len(after) < len(before) for before, after in zip(found, kept, strict=True)]
-        if all(references) and any(is_cut[:3]) and _can_be_scored(*kept):
+        if all(references) and any(is_cut[:3]) and can_be_scored:
             raise ValueError(
                 f"dataset {name!r}, row {row}: truncation would cut it, but its reference sums "
                 f"({' and '.join(REFERENCE_COLUMNS)}) belong to the whole row; raise max_length or "
@@ -327,9 +366,11 @@ def _with_tokens(
             )
         return {
             **dict(zip(id_columns, kept, strict=True)),
+            **(dict(zip(mask_columns, masks, strict=True)) if masks else {}),
             **({"reward_margin": reward_margin(example, margins)} if margins else {}),
             "_empty": is_empty,
-            "_too_long": not is_empty and not _can_be_scored(*kept),
+            "_masked": is_masked,
+            "_too_long": not (is_empty or is_masked or can_be_scored),
             "_prompt_truncated": is_cut[0],
             "_truncated": is_cut[1:],
             "_identical": kept[1] == kept[2],
@@ -342,9 +383,11 @@ def _with_tokens(
             "_turns": pair.turns,
             "_found_lengths": [len(ids) for ids in found],
             "_lengths": [len(ids) for ids in kept],
+            "_scored": _scored_counts(kept, masks),
         }
 
-    used = set(COLUMNS) if has_gold else set(COLUMNS) - {GOLD_IDS}
+    used = set(COLUMNS) if has_gold else set(COLUMNS) - {GOLD_IDS, GOLD_MASK}
+    used -= set() if brings_masks else {*MASK_COLUMNS, GOLD_MASK}
     unused = [column for column in dataset.column_names if column not in used]
     return dataset.map(
         _AsOfNow(process),
@@ -441,23 +484,35 @@ def _check_prompts(
         )
 
 
-def _can_be_scored(prompt: list[int], *responses: list[int]) -> bool:
+def _scored_counts(tokens: _Tokens, masks: _Masks) -> list[int]:
+    """How many tokens of each response are scored."""
+    prompt, *responses = tokens
     # The first token of a sequence has no context, so it is not scored.
-    unscored = 0 if prompt else 1
-    return min(map(len, responses)) > unscored
+    first = 0 if prompt else 1
+    if masks is None:
+        return [max(len(ids) - first, 0) for ids in responses]
+    return [sum(mask[first:]) for mask in masks]
+
+
+def _can_be_scored(tokens: _Tokens, masks: _Masks = None) -> bool:
+    return min(_scored_counts(tokens, masks)) > 0
 
 
 def _marks(marked: datasets.Dataset) -> _Marks:
     return marked.select_columns(list(_MARKS)).with_format("numpy")[:]
 
 
+def _is_kept(marks: _Marks) -> numpy.ndarray:
+    return ~(marks["_empty"] | marks["_masked"] | marks["_too_long"])
+
+
 def _without_dropped(
     marked: datasets.Dataset, marks: _Marks, name: str, what: str
 ) -> datasets.Dataset:
-    kept = numpy.flatnonzero(~(marks["_empty"] | marks["_too_long"]))
+    kept = numpy.flatnonzero(_is_kept(marks))
     if len(kept) == 0:
         bound = " within max_length and max_prompt_length" if marks["_too_long"].any() else ""
-        raise ValueError(f"dataset {name!r} has no {what} that can be scored{bound}")
+        raise NothingToScore(f"dataset {name!r} has no {what} that can be scored{bound}")
     return marked if len(kept) == len(marked) else marked.select(kept)
 
 
@@ -466,6 +521,7 @@ def _responses(marks: _Marks, sides: int) -> _Marks:
     responses = {name: numpy.concatenate([values] * sides) for name, values in marks.items()}
     columns = [marks["_truncated"][:, side] for side in range(sides)]
     responses["_truncated"] = numpy.concatenate(columns)[:, None]
+    responses["_scored"] = numpy.concatenate([marks["_scored"][:, [s]] for s in range(sides)])
     for name in ("_found_lengths", "_lengths"):
         of_side = [marks[name][:, [0, 1 + side]] for side in range(sides)]
         responses[name] = numpy.concatenate(of_side)
@@ -483,19 +539,28 @@ def _report(
     form: Format | None,
     samples: tuple[Said, ...],
     rows: int,
+    has_masks: bool,
 ) -> DatasetReport:
     before = before_prompts(unread)
     if before:
         logger.warning("dataset %r: nothing reads the %s", name, listed(before))
-    is_kept = ~(marks["_empty"] | marks["_too_long"])
+    is_kept = _is_kept(marks)
     kept = {mark: values[is_kept] for mark, values in marks.items()}
     found = marks["_found_lengths"]
     sides = ("chosen", "rejected", GOLD)[: found.shape[1] - 1] if unit == "pairs" else ("response",)
+    lengths = {
+        part: Lengths.of(kept["_lengths"][:, at]) for at, part in enumerate(("prompt", *sides))
+    }
+    if has_masks:
+        lengths |= {
+            f"{side}{SCORED}": Lengths.of(kept["_scored"][:, at]) for at, side in enumerate(sides)
+        }
     return DatasetReport(
         name=name,
         unit=unit,
         pairs=int(is_kept.sum()),
         empty=int(marks["_empty"].sum()),
+        masked=int(marks["_masked"].sum()),
         too_long=int(marks["_too_long"].sum()),
         prompts_truncated=int(kept["_prompt_truncated"].sum()),
         responses_truncated=int(kept["_truncated"].any(1).sum()),
@@ -512,9 +577,9 @@ def _report(
         samples=samples,
         max_length=bounds.max_length,
         truncation_mode=bounds.truncation_mode,
-        lengths={
-            part: Lengths.of(kept["_lengths"][:, at]) for at, part in enumerate(("prompt", *sides))
-        },
+        lengths=lengths,
+        scored=int(kept["_scored"].sum()),
+        unscored=int(kept["_lengths"][:, 1:].sum() - kept["_scored"].sum()),
         histogram=Histogram.of(found[:, 0] + found[:, 1:].max(1), bounds.max_length),
     )
 
@@ -523,7 +588,10 @@ def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
     """A single response as a pair: it is both chosen and rejected."""
     if set(EXAMPLE_COLUMNS) <= example.keys():
         ids = example["completion_ids"]
-        return {"chosen_ids": ids, "rejected_ids": ids}
+        pair = {"chosen_ids": ids, "rejected_ids": ids}
+        if EXAMPLE_MASK in example:
+            pair |= dict.fromkeys(MASK_COLUMNS, example[EXAMPLE_MASK])
+        return pair
     if example["prompt"] is None:
         # A pair's common beginning would become the prompt: here that is the whole response.
         raise ValueError(f"dataset {name!r}, row {row}: 'prompt' must not be null")

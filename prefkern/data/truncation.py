@@ -21,6 +21,10 @@ TRUNCATION_HELP = (
 )
 
 
+class NothingToScore(ValueError):
+    """A dataset has no row with a token to score."""
+
+
 def check_mode(mode: str) -> None:
     """Raise ValueError for a truncation mode that does not exist."""
     if mode not in TRUNCATION_MODES:

@@ -217,6 +217,9 @@ class CardTrainer(ItemTrainer):
         args: Any = self.args
         if self.loss_fn.ld_alpha is not None:
             yield "ld_alpha", self.loss_fn.ld_alpha
+        for name in ("assistant_only_loss", "last_turn_only"):
+            if getattr(args, name, False):
+                yield name, True
         for name in _LISTED:
             value = getattr(args, name, None)
             # max_steps is -1 where epochs count, and then overrides nothing.

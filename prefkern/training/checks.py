@@ -6,12 +6,14 @@ datasets whose last batches would leave a rank with nothing to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from prefkern.data.columns import REFERENCE_COLUMNS
+from prefkern.data.mixing import DatasetMix
 from prefkern.objectives import Objective, UnpairedObjective
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.token_batches import check_budget
@@ -49,6 +51,25 @@ def given_objective(objective: Any, args: PreferenceConfig) -> Objective | Unpai
     return objective
 
 
+def check_data_arguments(args: PreferenceConfig, train_dataset: Any, data_collator: Any) -> None:
+    """Raise for several training datasets in a dict, and for options of another collator."""
+    if isinstance(train_dataset, dict):
+        raise TypeError(
+            f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
+            f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...], or "
+            "train on several as a prefkern.data.DatasetMix"
+        )
+    if args.padding_free and data_collator is not None:
+        raise ValueError(
+            "padding_free has no effect on a data_collator that is given; leave it out, and "
+            "let the collator return cu_seqlens if it packs"
+        )
+    if args.pad_to_multiple_of is not None and data_collator is not None:
+        raise ValueError(
+            "pad_to_multiple_of has no effect on a data_collator that is given; leave it out"
+        )
+
+
 def check_reference_arguments(model: Any, ref_model: Any, args: PreferenceConfig) -> None:
     """Raise for a reference that is given twice or of another type, and for unused keywords."""
     if not (ref_model is None or isinstance(ref_model, str | nn.Module)):
@@ -82,22 +103,28 @@ def reference_arguments(args: PreferenceConfig, ref_model: Any) -> dict[str, Any
 
 
 def check_carried_sums(
-    dataset: Any, name: str, needs: Needs, given: dict[str, Any], ld_alpha: float | None
+    dataset: Any, name: str, needs: Needs, given: dict[str, Any], args: PreferenceConfig
 ) -> None:
     """Raise ValueError if a dataset carries reference sums and arguments name a reference.
 
     The sums would be used, whatever reference they are of, and the arguments would have no effect.
-    Nor is it known which weights of tokens they are of.
+    Nor is it known which tokens they are of, and with which weights.
     """
     carried = [column for column in REFERENCE_COLUMNS if column in dataset.column_names]
     if not (carried and needs.reference and needs.sums_suffice):
         return
-    if ld_alpha is not None:
-        raise ValueError(
-            f"dataset {name!r} carries reference sums ({' and '.join(carried)}), which do not tell "
-            f"the weights of their tokens, and ld_alpha is {ld_alpha!r}: remove the columns "
-            f"(dataset.remove_columns({carried!r})) to have sums with these weights computed"
-        )
+    weights = {
+        "ld_alpha": args.ld_alpha,
+        "assistant_only_loss": args.assistant_only_loss or None,
+        "last_turn_only": args.last_turn_only or None,
+    }
+    for option, value in weights.items():
+        if value is not None:
+            raise ValueError(
+                f"dataset {name!r} carries reference sums ({' and '.join(carried)}), which do not "
+                f"tell the weights of their tokens, and {option} is {value!r}: remove the columns "
+                f"(dataset.remove_columns({carried!r})) to have sums with these weights computed"
+            )
     if not given:
         return
     argument, value = next(iter(given.items()))
@@ -146,8 +173,9 @@ def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
 def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
     if dataset is None:
         return []
-    if isinstance(dataset, dict):
-        return [(f"{name}_{key}", value) for key, value in dataset.items()]
+    parts = dataset.parts if isinstance(dataset, DatasetMix) else dataset
+    if isinstance(parts, Mapping):
+        return [(f"{name}_{key}", value) for key, value in parts.items()]
     return [(name, dataset)]
 
 

@@ -89,6 +89,16 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
     columns: dict[str, str] | str | list[str] | None = field(
         default=None, metadata={"help": COLUMNS_HELP}
     )
+    assistant_only_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the assistant's tokens alone, by the generation marks of the chat "
+            "template: no turn of a user or a tool inside a response."
+        },
+    )
+    last_turn_only: bool = field(
+        default=False, metadata={"help": "Score the last message of each response alone."}
+    )
     max_length: int | None = field(
         default=1024, metadata={"help": "Bound on prompt plus response, in tokens."}
     )

@@ -75,6 +75,8 @@ _WITHOUT_EFFECT_ON_REWARDS = (
 # How far and how often a reference moves, TRL's defaults.
 MOVING_REFERENCE = {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
 _BOOLS = (
+    "assistant_only_loss",
+    "last_turn_only",
     "use_weighting",
     "padding_free",
     "share_prompt",

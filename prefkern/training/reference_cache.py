@@ -2,7 +2,7 @@
 
 A sum depends on the reference and the tokens, and so does the cache's key: a hash of the
 reference's weights, its configuration, adapter and logits transform; a hash of the token ids of all
-pairs (after chat template and truncation); and the arithmetic: autocast's dtype, attention,
+pairs (after chat template and truncation), and of which of them are scored; and the arithmetic: autocast's dtype, attention,
 backend, device, whether a CPU has bfloat16 units, and the versions of prefkern, of its sums, of
 torch and of transformers. A run that differs in anything else (objective, learning rate, output
 folder) finds the sums of an earlier run.
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader
 
-from prefkern.data.columns import REFERENCE_COLUMNS
+from prefkern.data.columns import MASK_COLUMNS, REFERENCE_COLUMNS
 from prefkern.models.adapters import is_peft_model
 from prefkern.models.heads import unwrap
 from prefkern.models.transform import head_transform
@@ -215,11 +215,14 @@ def hash_weights(model: nn.Module) -> str | None:
 
 
 def hash_tokens(dataset: Any) -> str:
-    """A hash of the token ids of all pairs, in their order."""
+    """A hash of the token ids of all pairs, in their order, and of their masks."""
     digest = xxhash.xxh3_128()
-    tokens = dataset.select_columns(list(_TOKEN_COLUMNS)).with_format("arrow")
+    # Without masks, keys stay what they were.
+    masks = [column for column in MASK_COLUMNS if column in dataset.column_names]
+    columns = [*_TOKEN_COLUMNS, *masks]
+    tokens = dataset.select_columns(columns).with_format("arrow")
     for table in tokens.iter(batch_size=4096):
-        for column in _TOKEN_COLUMNS:
+        for column in columns:
             lengths = pc.list_value_length(table[column])  # pyright: ignore[reportAttributeAccessIssue]
             values = pc.list_flatten(table[column])  # pyright: ignore[reportAttributeAccessIssue]
             for numbers in (lengths, values):

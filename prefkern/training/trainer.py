@@ -18,9 +18,8 @@ the initial model. A model of its own may follow the policy (`prefkern.training.
 
 from __future__ import annotations
 
-import copy
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.data import (
+    DatasetMix,
     DatasetReport,
     check_columns,
     check_labels,
@@ -41,6 +41,7 @@ from prefkern.data.collate import (
     PreferenceCollator,
 )
 from prefkern.data.columns import ID_COLUMNS, renamed
+from prefkern.data.streams import TokenStream, first_rows, is_stream
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
     BASE,
@@ -76,6 +77,7 @@ from prefkern.training.checks import (
     carry_sums,
     check_batches,
     check_carried_sums,
+    check_data_arguments,
     check_needs,
     check_reference_arguments,
     given_objective,
@@ -93,9 +95,11 @@ from prefkern.training.moving_reference import (
 )
 from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import add_to
+from prefkern.training.reference_setup import check_reference_of_shards, second_copy
 from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.samples import ShowsSamples, check_samples
-from prefkern.training.sharding import check_sharded_reference, mode_of, sharded
+from prefkern.training.sharding import mode_of, sharded
+from prefkern.training.streams import check_resumed_stream, check_stream, save_stream
 from prefkern.training.tensor_parallel import (
     check_summed_gradients,
     check_tensor_parallel,
@@ -104,7 +108,7 @@ from prefkern.training.tensor_parallel import (
     size_of,
     with_parallelism,
 )
-from prefkern.training.zero import check_zero, gather_whole, is_partitioned
+from prefkern.training.zero import check_zero, gather_whole
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +119,9 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
     Args:
         model: a Hugging Face causal LM, a PEFT model of one, or a name or path to load.
         args: a `PreferenceConfig`.
-        train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`;
-            the latter may be a dict of them.
+        train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`, or
+            a `DatasetMix` of several; the latter may also be a dict of them, the former a
+            `datasets.IterableDataset`, with `max_steps`.
         processing_class: the tokenizer; None loads the model's own.
         objective: overrides `args.objective`.
         ref_model: the reference, a model, name or path. None: the initial model. With PEFT that is
@@ -158,25 +163,17 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             raise TypeError(
                 f"model must be a causal LM, or a name or path to load, got {type(model).__name__}"
             )
-        if isinstance(train_dataset, dict):
-            raise TypeError(
-                f"train_dataset must be one dataset, got a {type(train_dataset).__name__} of "
-                f"{', '.join(map(repr, train_dataset))}: choose one, as train_dataset[...]"
-            )
-        if args.padding_free and data_collator is not None:
-            raise ValueError(
-                "padding_free has no effect on a data_collator that is given; leave it out, and "
-                "let the collator return cu_seqlens if it packs"
-            )
-        if args.pad_to_multiple_of is not None and data_collator is not None:
-            raise ValueError(
-                "pad_to_multiple_of has no effect on a data_collator that is given; leave it out"
-            )
+        check_data_arguments(args, train_dataset, data_collator)
         if isinstance(ref_model, nn.Module) and unwrap(ref_model) is unwrap(model):
             raise ValueError(
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         check_reference_arguments(model, ref_model, args)
+        check_stream(args, train_dataset, eval_dataset)
+        stream = train_dataset if is_stream(train_dataset) else None
+        if stream is not None:
+            # What is checked and reported before training; the others are as they are read.
+            train_dataset = first_rows(stream, "train")
         seed = args.seed if objective is None else None
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)
@@ -204,7 +201,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 f"sync_ref_model is not supported yet under {mode_of(args)}, which shards weights; "
                 "train under DDP, or leave it out"
             )
-        self._check_sharded_reference(args, (train_dataset, eval_dataset))
+        check_reference_of_shards(args, self._objective_needs, train_dataset, eval_dataset)
         check_samples(args, eval_dataset)
         check_zero(args)
         check_liger(args, args.device)
@@ -258,9 +255,13 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         check_summed_gradients(model, args)
         ranks = self._ranks_with_batches = args.world_size // size_of(model)
         gold = self._objective_needs.gold
-        check_batches(
-            train_dataset, args.train_batch_size, args, "train", ranks, gold=gold, trains=True
-        )
+        if stream is None:
+            check_batches(
+                train_dataset, args.train_batch_size, args, "train", ranks, gold=gold, trains=True
+            )
+        else:
+            report = self.dataset_reports["train"]
+            self.dataset_reports["train"] = replace(report, name="train, first rows")
         check_batches(eval_dataset, args.eval_batch_size, args, "eval", ranks, gold=gold)
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums are not enough for distributions or for mismatched pairs.
@@ -300,7 +301,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 )
         has_reference = ref_model is not None or carried or is_adapted
         if needs_reference and not has_reference and not args.precompute_ref_log_probs:
-            ref_model = self._second_copy(model, name, init_kwargs)
+            ref_model = second_copy(model, name, init_kwargs)
         casts = [name for name in ("bf16_full_eval", "fp16_full_eval") if getattr(args, name)]
         is_cast_too = is_adapted and ref_model is None
         is_cast_too = is_cast_too and not (carried or args.precompute_ref_log_probs)
@@ -323,6 +324,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
         )
 
+        if stream is not None:
+            train_dataset = TokenStream(
+                stream, self._tokens_of_stream, train_dataset, shuffles=not is_paired
+            )
         super().__init__(
             model=model,
             args=args,
@@ -448,11 +453,36 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
     def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, DatasetMix):
+            parts = {
+                f"{name}_{key}": self._tokenized(value, args, f"{name}_{key}")
+                for key, value in dataset.parts.items()
+            }
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return dataset.of(parts).mixed(seed)
         if isinstance(dataset, dict):
             return {
                 key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
             }
         is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
+        dataset, report = self._tokens_of(dataset, args, name)
+        # A dataset that was tokenised before adds nothing to a report that is there already.
+        if not is_prepared or report.dropped or name not in self.dataset_reports:
+            self.dataset_reports[name] = report
+            logger.info("%s", report.summary)
+        return dataset
+
+    def _tokens_of_stream(self, rows: Any) -> Any:
+        """The tokens of some rows of a stream, checked as those of a dataset are."""
+        self._check_columns(rows, self.args, "train")
+        tokens, _ = self._tokens_of(rows, self.args, "train")
+        base = unwrap(self.accelerator.unwrap_model(self.model))
+        self._check_positions(tokens, self.args, "train", base)
+        return tokens
+
+    def _tokens_of(
+        self, dataset: Any, args: PreferenceConfig, name: str
+    ) -> tuple[Any, DatasetReport]:
         needs = self._objective_needs
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
         dataset = without_unused(
@@ -464,17 +494,15 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             "truncation_mode": args.truncation_mode,
             "num_proc": args.dataset_num_proc,
             "name": name,
+            "assistant_only_loss": args.assistant_only_loss,
+            "last_turn_only": args.last_turn_only,
         }
         if needs.paired:
             options["gold"] = needs.gold
         tokenize = tokenize_preferences if needs.paired else tokenize_examples
         dataset, report = tokenize(dataset, self._tokenizer, **options)
         check_tokens(dataset, ID_COLUMNS, self._rows, name)
-        # A dataset that was tokenised before adds nothing to a report that is there already.
-        if not is_prepared or report.dropped or name not in self.dataset_reports:
-            self.dataset_reports[name] = report
-            logger.info("%s", report.summary)
-        return dataset
+        return dataset, report
 
     def _check_positions(
         self, dataset: Any, args: PreferenceConfig, name: str, base: Any, whose: str = "model"
@@ -510,12 +538,15 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_stream(self.train_dataset, output_dir)
         if self.args.sync_ref_model and self.args.should_save:
             save_reference(self.ref_model, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            check_resumed_stream(self.train_dataset, checkpoint, not self.args.ignore_data_skip)
             self._load_reference(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -540,33 +571,9 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
         check_columns(dataset, name, paired=needs.paired, margins=needs.margins, gold=needs.gold)
         if dataset._fingerprint not in self._computed_sums:
-            check_carried_sums(dataset, name, needs, self._reference_given, args.ld_alpha)
+            check_carried_sums(dataset, name, needs, self._reference_given, args)
         if not needs.paired:
             check_labels(dataset, name)
-
-    def _check_sharded_reference(self, args: PreferenceConfig, datasets: Any) -> None:
-        needs = self._objective_needs
-        parts = [
-            renamed(part, args.columns, name)  # pyright: ignore[reportArgumentType]
-            for dataset, name in zip(datasets, ("train", "eval"), strict=True)
-            for name, part in named(dataset, name)
-        ]
-        check_sharded_reference(
-            mode_of(args), needs, is_carried=needs.sums_suffice and carry_sums(*parts)
-        )
-
-    def _second_copy(self, model: Any, name: str | None, init_kwargs: Any) -> Any:
-        """A copy of the model that is trained, to be its reference."""
-        holder = "ZeRO-3" if is_partitioned(model) else "tensor parallelism"
-        if not is_partitioned(model) and size_of(model) == 1:
-            return copy.deepcopy(model)
-        if name is None:
-            raise ValueError(
-                f"{holder} holds the weights of the model that was given, so that they cannot be copied "
-                "for the reference: give the model by its name, pass ref_model, or set "
-                "precompute_ref_log_probs"
-            )
-        return load_model(name, {"dtype": model.dtype, **init_kwargs})
 
     def _refuse_unsupported_setups(self) -> None:
         super()._refuse_unsupported_setups()

@@ -249,3 +249,15 @@ def test_missing_inputs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert cli.main(_argv(tmp_path, ROWS)) == 2
     assert "this needs datasets, which is not installed: pip install" in capsys.readouterr().err
+
+
+def test_turns_that_are_not_scored_are_shown_so(tmp_path, capsys):
+    """By the same options as training: one message of a response of three."""
+    said = [("assistant", "Red."), ("user", "Name a fruit."), ("assistant", "An apple.")]
+    row = {**CHAT[0], "chosen": [{"role": role, "content": text} for role, text in said]}
+    whole = _shown(tmp_path, [row], capsys)
+    last = _shown(tmp_path, [row], capsys, "--last-turn-only")
+    assert "Red.<|im_end|>" in whole.split("⟦")[1] and "scored turns of other roles" in whole
+    assert last.split("⟦")[1].startswith("An apple.") and "tokens of responses not scored" in last
+    assert cli.main(_argv(tmp_path, [row], "--assistant-only-loss")) == 2
+    assert "{% generation %}" in capsys.readouterr().err

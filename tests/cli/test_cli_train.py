@@ -372,7 +372,7 @@ def test_what_yaml_says(files, tmp_path):
     model, data, lora, config = train.parse([str(path), "--beta", "0.2"])
     assert (model.model_name_or_path, data.dataset) == (
         files["model_name_or_path"],
-        files["dataset"],
+        [files["dataset"]],
     )
     assert (config.max_length, model.dtype, config.gradient_checkpointing) == (
         None,

@@ -136,7 +136,7 @@ def test_a_file_stands_anywhere(files, tmp_path) -> None:
             assert (config.learning_rate, config.seed, config.max_steps) == (1e-5, 3, 2), argv
         # A dataset is a .json file as well, and is the value of its option.
         _, data, _, config = train.parse(["--dataset", str(pairs), file])
-        assert data.dataset == str(pairs) and config.seed == 3
+        assert data.dataset == [str(pairs)] and config.seed == 3
 
 
 def test_errors_of_files(tmp_path, capsys) -> None:

@@ -210,7 +210,7 @@ def test_unknown_lines_are_all_named(tmp_path, capsys) -> None:
     for part in (
         "line 1: unknown option 'env': set these variables in the shell, before the command; ",
         "line 2: unknown option 'num_processes': accelerate launch takes it: ",
-        "line 3: unknown option 'dataset_streaming': streamed datasets are not supported; ",
+        "line 3: unknown option 'dataset_streaming': a stream goes to PreferenceTrainer, as train_dataset; ",
         "line 5: unknown option 'test_split_size': here it is 'eval_fraction'; ",
         "line 6: unknown option 'no_such_thing'",
     ):

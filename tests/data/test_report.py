@@ -154,11 +154,11 @@ def test_numbers_are_short():
 
 def test_many_rows_cost_little(monkeypatch):
     """The report reads no tokens, only a few numbers of each row."""
-    from prefkern.data import tokenisation
+    from prefkern.data import tokenisation, turns
 
     rows = datasets.Dataset.from_list(tiny.pairs(30))
     bounds = tokenisation._Bounds(None, None, "keep_end")
-    marked = tokenisation._with_tokens(rows, TOKENIZER, bounds, None, "x")
+    marked = tokenisation._with_tokens(rows, TOKENIZER, bounds, None, "x", turns.Turns())
     read = []
     original = datasets.Dataset.select_columns
     monkeypatch.setattr(
@@ -166,4 +166,4 @@ def test_many_rows_cost_little(monkeypatch):
     )
     marks = tokenisation._marks(marked)
     assert set(read) == set(marks) and not any(name.endswith("_ids") for name in marks)
-    assert sum(values.shape[-1] if values.ndim > 1 else 1 for values in marks.values()) < 20
+    assert sum(values.shape[-1] if values.ndim > 1 else 1 for values in marks.values()) < 23

@@ -266,6 +266,12 @@ WITH_KERNEL = [
 ]
 
 
+def of_pairs(name: str) -> Objective:
+    """An objective by name; TPO without its gold part, which the kernel does not compute."""
+    objective = build(name)
+    return build(name, tpo_alpha=0.0) if objective.needs_gold else objective
+
+
 @pytest.fixture
 def as_gpus_compare(monkeypatch) -> None:
     """A GPU's maximum of NaN and a number is the number; the interpreter's is NaN."""
@@ -311,7 +317,7 @@ def one_pair(objective, place: str, value: float, device: str, **others: float):
 @pytest.mark.parametrize("place", ["L_w", "L_l", "R_w", "R_l", "h"])
 @pytest.mark.parametrize("name", WITH_KERNEL)
 def test_nan_stays_nan_in_the_pair_kernel(name, place, as_gpus_compare, device):
-    objective = build(name).eval().to(device)
+    objective = of_pairs(name).eval().to(device)
     is_used = place[0] == "L" or (objective.needs_reference and place[0] == "R")
     is_used = is_used or (objective.needs_reward_margins and place == "h")
     # Before its first batch alpha-DPO has no spread, and takes no part of the reference. SFT has
@@ -331,7 +337,7 @@ def of_no_weight() -> AlphaDPO:
 
 
 OBJECTIVES = {
-    **{name: functools.partial(build, name) for name in WITH_KERNEL},
+    **{name: functools.partial(of_pairs, name) for name in WITH_KERNEL},
     "dpo, smoothed": lambda: DPO(label_smoothing=0.1),
     "adadpo, smoothed": lambda: DPO(label_smoothing=0.1, adaptive=Adaptive()),
     "adadpo, unbounded": lambda: DPO(adaptive=Adaptive("policy", 1.0, None)),

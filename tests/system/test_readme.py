@@ -502,6 +502,27 @@ def test_columns_of_other_names(key, folder, capsys):
     assert capsys.readouterr().out.startswith("train: 1 pairs (0 dropped")
 
 
+@runs(("docs/data.md", "Which turns are scored", "python"))
+def test_turns_that_are_scored(key, folder, capsys):
+    names: dict[str, Any] = {}
+    exec(BLOCKS[key], names)
+    (pair,) = names["pairs"]
+    tokens = zip(pair["chosen_ids"], pair["chosen_mask"], strict=True)
+    scored = [token for token, kept in tokens if kept]
+    assert tiny.tokenizer().decode(scored) == "<unk> <eos>"
+    assert capsys.readouterr().out.startswith("4 tokens scored, 9 not: [False,")
+
+
+@runs(("docs/data.md", "Several datasets", "sh"))
+def test_several_datasets(key, folder, capsys):
+    datasets.Dataset.from_list(tiny.pairs(6)).to_json("pairs.jsonl")
+    datasets.Dataset.from_list(tiny.pairs(4, seed=1)).to_parquet("chats.parquet")
+    (line,) = BLOCKS[key].splitlines()
+    assert run(f"{line} --max_steps 1 --use_cpu true --report_to none") == 0
+    out = capsys.readouterr().out
+    assert "train_pairs: 6 pairs" in out and "train_chats: 4 pairs" in out
+
+
 @runs(COLUMNS_OF_A_RUN)
 def test_columns_of_a_run(key, folder):
     rows = [

@@ -1,0 +1,94 @@
+"""A streamed dataset as tokenised rows, made as training reads them.
+
+Rows are tokenised in groups, by the same code as a dataset that is there at once, so that each row
+has the same tokens. The stream is read again when it ends, with its `set_epoch`. A run that resumes
+reads it from its beginning and skips what it has trained on: `description` tells whether the first
+rows are still the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+from torch.utils.data import IterableDataset
+
+from prefkern.data.truncation import NothingToScore
+
+# Rows that are tokenised together; the first ones are checked and reported before training.
+ROWS = 256
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset is streamed by `datasets`."""
+    return isinstance(dataset, datasets.IterableDataset)
+
+
+def first_rows(stream: datasets.IterableDataset, name: str) -> datasets.Dataset:
+    """The first rows of a stream. Raises ValueError if there are none."""
+    rows = list(stream.take(ROWS))
+    if not rows:
+        raise ValueError(f"dataset {name!r} is empty")
+    return datasets.Dataset.from_list(rows)
+
+
+class TokenStream(IterableDataset):
+    """The tokenised rows of a stream, without end.
+
+    Args:
+        stream: the raw rows.
+        tokenize: raw rows -> tokenised rows; it raises ValueError for what cannot be used.
+        first: the first rows, tokenised.
+        shuffles: mix the rows of a group: a pair's responses would come apart from others'.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        tokenize: Callable[[datasets.Dataset], datasets.Dataset],
+        first: datasets.Dataset,
+        shuffles: bool,
+    ) -> None:
+        self._stream = stream
+        self._tokenize = tokenize
+        self._shuffles = shuffles
+        self.column_names = first.column_names
+        digest = hashlib.sha256(json.dumps([*first]).encode())
+        self.description = {"rows": len(first), "first rows": digest.hexdigest()}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        times = 0
+        while True:
+            self._stream.set_epoch(times)
+            start = 0
+            for group in self._stream.batch(ROWS):
+                rows = _rows_of(group)
+                yield from self._tokens(rows, start)
+                start += len(rows)
+            if not start:
+                # A worker may have no shard of the stream.
+                return
+            times += 1
+
+    def _tokens(self, rows: list[dict[str, Any]], start: int) -> Iterator[dict[str, Any]]:
+        hidden = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            tokens = self._tokenize(datasets.Dataset.from_list(rows))
+        except NothingToScore:
+            return
+        except ValueError as error:
+            raise ValueError(f"in rows {start} to {start + len(rows) - 1}: {error}") from error
+        finally:
+            if not hidden:
+                datasets.enable_progress_bars()
+        mixed: Any = tokens.shuffle(seed=start) if self._shuffles else tokens
+        yield from mixed
+
+
+def _rows_of(group: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    count = len(next(iter(group.values())))
+    return [{name: values[row] for name, values in group.items()} for row in range(count)]
