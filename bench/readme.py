@@ -321,7 +321,9 @@ def summary(name: str = "bench-cpu.json") -> str:
     unit = PLANNED_BATCH.scored * PLANNED_HEAD.hidden_size * PLANNED_HEAD.vocab_size
 
     def cell(cost: Cost) -> str:
-        return f"{cost.bytes / 2**30:.1f} GiB, {cost.operations / unit:g} NHV"
+        unit_of_bytes, size = ("GiB", 2**30) if cost.bytes >= 2**30 else ("MiB", 2**20)
+        value = round(cost.bytes / size, 1 if size == 2**30 else 0)
+        return f"{value:g} {unit_of_bytes}, {cost.operations / unit:g} NHV"
 
     lines = [
         (

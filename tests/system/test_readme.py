@@ -240,7 +240,7 @@ def test_the_readmes_plan_is_the_commands(folder, capsys):
         ("reference", "reference"),
     ):
         (row,) = (line for line in table.splitlines() if line.startswith(f"| {label} |"))
-        cells = re.findall(r"([\d.]+) GiB, ([\d.]+) NHV(?: at ([\d,]+))?", row)
+        cells = re.findall(r"([\d.]+) (?:GiB|MiB), ([\d.]+) NHV(?: at ([\d,]+))?", row)
         rows = [line.split() for line in printed.splitlines() if line.strip().startswith(task)]
         shown = {(row[-3], row[-1]) for row in rows}
         assert len(cells) >= 2
