@@ -203,10 +203,13 @@ def _is_trained(gradients: list[dict[str, Tensor]], key: str) -> Tensor:
     Adam makes whole steps of the others too: half of a key's bias with rotary positions, say, which
     changes no attention.
     """
+    if not any(key in step for step in gradients):
+        return torch.tensor(True)  # It has no gradient: the two runs leave it alone alike.
     return torch.stack(
         [
             step[key].abs() > 1e-4 * max(gradient.abs().max() for gradient in step.values())
             for step in gradients
+            if key in step
         ]
     ).all(0)
 

@@ -68,6 +68,8 @@ def test_a_model_that_sees(objective):
         "eval_dataset": rows,
         "processing_class": processor,
         "max_length": None,
+        # Adam makes whole steps of the vision tower's smallest gradients, which are rounding.
+        "optim": "sgd",
         **QUICK,
         **twins.WHOLE,
     }

@@ -302,7 +302,8 @@ def test_the_page_needs_no_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     page = (tmp_path / "gpu.md").read_text()
-    assert page == verdicts.page(records(), verdicts.judged(records()))
+    costs = json.loads((ROOT / "bench/results/launch-costs.json").read_text())
+    assert page == verdicts.page(records(), verdicts.judged(records(), costs), costs)
     for part in ("holds", "MISS", "not measured", "a processor", "| check | quick | done | 3 |"):
         assert part in page and part.strip("| ").split(" | ")[0] in done.stdout + page
 
