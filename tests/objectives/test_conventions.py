@@ -185,7 +185,7 @@ def test_the_first_token_without_a_prompt_is_no_token_of_a_mean(tmp_path):
     assert logs[1]["loss"] == pytest.approx(loss(logs[0], 2, 3), rel=1e-4)
 
 
-@row("NLL of chosen responses")
+@row("NLL of chosen (TPO: gold) responses")
 def test_nll(tmp_path):
     data = uneven()
     chosen, rejected, n, _ = halves(data)
