@@ -347,6 +347,13 @@ def test_what_is_beside_pairs_is_not_their_label():
     assert report.read_as == "LLaMA-Factory (prompt, output, kto_tag)" and report.pairs == 1
 
 
+def test_rows_without_tools_may_have_an_empty_text():
+    row = {"conversations": HUMAN, "chosen": GOOD[0], "rejected": BAD[0]}
+    (found,), _ = _tokenize(_dataset({**row, "tools": ""}), True)
+    (without,), _ = _tokenize(_dataset(row), True)
+    assert found == without
+
+
 def test_a_tokenizer_without_a_template_is_refused():
     row = {"question": "film ?", **TEXTS}
     with pytest.raises(ValueError, match="row 0: .*no chat template"):
