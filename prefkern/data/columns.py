@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prefkern.data.foreign import SYSTEM, is_text, recognise
+from prefkern.data.foreign import GOLD, SYSTEM, is_text, recognise
 
 if TYPE_CHECKING:
     import datasets
@@ -25,8 +25,8 @@ EXAMPLE_MASK = "completion_mask"
 GOLD_MASK = "reference_mask"
 EXAMPLE_COLUMNS = ("prompt_ids", "completion_ids", "desirable")
 MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejected"))
-# TRL's names of a third, gold response to the prompt (TPO), as text and as tokens.
-GOLD, GOLD_IDS = "reference", "reference_ids"
+# The gold response (`GOLD`) as tokens.
+GOLD_IDS = "reference_ids"
 ID_COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, EXAMPLE_COLUMNS[1])
 # The columns that the collators read; all others are dropped.
 COLUMNS = (

@@ -13,13 +13,16 @@ In all but HH's the texts become messages, because their homes render them with 
 row gets a `SYSTEM` column, which may be empty. HH's stay text, and the prompt ends with the last
 "Assistant:" of the common beginning. A format is that of a dataset, not of a row: no row is left
 out, and one that does not have the format is an error. Where two readings are possible, the error
-has the mapping `columns` that chooses.
+has the mapping `columns` that chooses. Of a stream, whose rows come in groups, the first ones decide
+(`decided_by`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 # The column of system messages, which makes a row a conversation.
 SYSTEM = "_system"
+# TRL's name of a third, gold response to the prompt (TPO).
+GOLD = "reference"
 _PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 _SYSTEMS = ("system", "system_prompt")
 _LABELS = ("label", "kto_tag")
@@ -40,6 +45,7 @@ _NAMES = {"question": "Orca", "instruction": "Alpaca", "input": "Orca, question 
 TEXTS = ("question", "instruction", "input", "output", *_PAIRS[1], *_SYSTEMS)
 # Rows that decide what a text is.
 _FIRST = 1000
+_DECIDING: ContextVar[datasets.Dataset | None] = ContextVar("deciding rows", default=None)
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,19 @@ class Format:
             roles = ("user", "assistant")
             turns += [{"role": r, "content": t} for r, t in zip(roles, turn, strict=True)]
         return [*turns, {"role": "user", "content": text}]
+
+
+@contextmanager
+def decided_by(rows: datasets.Dataset) -> Iterator[None]:
+    """Within it, these rows decide what the texts of a dataset are, not the dataset's own.
+
+    A few rows may all look like another format than that of their dataset.
+    """
+    token = _DECIDING.set(rows.with_format(None))
+    try:
+        yield
+    finally:
+        _DECIDING.reset(token)
 
 
 def recognise(dataset: datasets.Dataset, name: str, *, paired: bool = True) -> Format | None:
@@ -281,9 +300,8 @@ def _check_repeated(
     dataset: datasets.Dataset, question: tuple[str, ...], pair: tuple[str, ...], name: str
 ) -> None:
     """Raise ValueError if the responses have the question already, in all of the first rows."""
-    first: Any = dataset.select(range(min(len(dataset), _FIRST)))
     asked = question[0]
-    for row in first:
+    for row in _first(dataset, (asked, *pair)):
         text, common = row[asked], os.path.commonprefix([row[pair[0]] or "", row[pair[1]] or ""])
         if not (text and text.strip() and text.strip() in common):
             return
@@ -294,11 +312,20 @@ def _check_repeated(
     )
 
 
+def _first(dataset: datasets.Dataset, columns: Sequence[str]) -> Any:
+    """The rows that decide what the texts of some columns are."""
+    deciding = _DECIDING.get()
+    rows = dataset
+    if deciding is not None and {*columns} <= {*deciding.column_names}:
+        rows = deciding
+    return rows.select(range(min(len(rows), _FIRST)))
+
+
 def _begins_with_a_question(dataset: datasets.Dataset, column: str) -> bool:
     """Whether the responses of a dataset are whole conversations: its first one decides."""
     if not _is_messages(dataset.features[column]):
         return False
-    messages = dataset[0][column]
+    messages = _first(dataset, (column,))[0][column]
     messages = messages if isinstance(messages, list) else [messages]
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     return (first.get("role") or first.get("from")) not in (*ASSISTANT, "gpt", None)
@@ -311,8 +338,7 @@ def _spoken(features: Mapping[str, Any], pair: tuple[str, ...]) -> Format | None
 
 
 def _hh(dataset: datasets.Dataset, pair: tuple[str, ...]) -> Format | None:
-    first: Any = dataset.select(range(min(len(dataset), _FIRST)))
-    for row in first:
+    for row in _first(dataset, pair):
         for column in pair:
             text = row[column] or ""
             if not text.lstrip().startswith(_HUMAN) or _ASSISTANT not in text:
@@ -321,7 +347,7 @@ def _hh(dataset: datasets.Dataset, pair: tuple[str, ...]) -> Format | None:
 
 
 def _split(row: dict[str, Any]) -> dict[str, Any]:
-    """Two dialogues as text, cut after the last "Assistant:" that both have in common."""
+    """Dialogues as text, cut after the last "Assistant:" that chosen and rejected have in common."""
     chosen, rejected = row["chosen"] or "", row["rejected"] or ""
     at = os.path.commonprefix([chosen, rejected]).rfind(_ASSISTANT)
     if at < 0:
@@ -330,7 +356,16 @@ def _split(row: dict[str, Any]) -> dict[str, Any]:
             f"their common beginning, {os.path.commonprefix([chosen, rejected])[:60]!r}"
         )
     at += len(_ASSISTANT)
-    return {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
+    made = {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[at:]}
+    gold = row.get(GOLD)
+    if isinstance(gold, str) and gold.lstrip().startswith(_HUMAN):
+        if not gold.startswith(made["prompt"]):
+            raise ValueError(
+                f"{GOLD!r} is a dialogue that does not begin as 'chosen' and 'rejected' do, with "
+                f"{made['prompt'][:60]!r}; expected the same beginning, or the answer alone"
+            )
+        made[GOLD] = gold[at:]
+    return made
 
 
 def is_text(feature: Any) -> bool:

@@ -340,7 +340,8 @@ def _template_options(example: dict[str, Any]) -> dict[str, Any]:
     tools, kwargs = example.get("tools"), example.get("chat_template_kwargs")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            # LLaMA-Factory's rows without tools have an empty text.
+            tools = json.loads(tools) if tools.strip() else None
         except json.JSONDecodeError as error:
             raise ValueError(f"'tools' is text but not JSON: {error}") from error
     if tools is not None and not isinstance(tools, list):

@@ -29,10 +29,10 @@ def is_stream(dataset: Any) -> bool:
 
 def first_rows(stream: datasets.IterableDataset, name: str) -> datasets.Dataset:
     """The first rows of a stream. Raises ValueError if there are none."""
-    rows = list(stream.take(ROWS))
-    if not rows:
+    group = next(iter(stream.batch(ROWS)), None)
+    if group is None:
         raise ValueError(f"dataset {name!r} is empty")
-    return datasets.Dataset.from_list(rows)
+    return _dataset_of(group)
 
 
 class TokenStream(IterableDataset):
@@ -63,21 +63,23 @@ class TokenStream(IterableDataset):
         times = 0
         while True:
             self._stream.set_epoch(times)
-            start = 0
+            start, is_idle = 0, True
             for group in self._stream.batch(ROWS):
-                rows = _rows_of(group)
-                yield from self._tokens(rows, start)
+                rows = _dataset_of(group)
+                for row in self._tokens(rows, start):
+                    is_idle = False
+                    yield row
                 start += len(rows)
-            if not start:
-                # A worker may have no shard of the stream.
+            if is_idle:
+                # A worker may have no shard of the stream, or one without a row to train on.
                 return
             times += 1
 
-    def _tokens(self, rows: list[dict[str, Any]], start: int) -> Iterator[dict[str, Any]]:
+    def _tokens(self, rows: datasets.Dataset, start: int) -> Iterator[dict[str, Any]]:
         hidden = datasets.are_progress_bars_disabled()
         datasets.disable_progress_bars()
         try:
-            tokens = self._tokenize(datasets.Dataset.from_list(rows))
+            tokens = self._tokenize(rows)
         except NothingToScore:
             return
         except ValueError as error:
@@ -89,6 +91,8 @@ class TokenStream(IterableDataset):
         yield from mixed
 
 
-def _rows_of(group: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def _dataset_of(group: dict[str, list[Any]]) -> datasets.Dataset:
+    """Rows with the columns that any of them has: `from_list` alone takes those of its first."""
     count = len(next(iter(group.values())))
-    return [{name: values[row] for name, values in group.items()} for row in range(count)]
+    rows = [{name: values[row] for name, values in group.items()} for row in range(count)]
+    return datasets.Dataset.from_list(rows)

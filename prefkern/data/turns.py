@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefkern.data.columns import TOKEN_COLUMNS
+from prefkern.data.columns import REFERENCE_COLUMNS, TOKEN_COLUMNS
 from prefkern.data.messages import ASSISTANT, check_message, content_of, says_something, short
 from prefkern.data.rendering import Rendering, check_tools, leaves_out, render, text_or_none
 from prefkern.models.scoring import IGNORE_INDEX
@@ -120,8 +120,17 @@ def brings_masks_of(
     names: tuple[str, ...],
     mask_columns: tuple[str, ...],
 ) -> bool:
-    """Whether rows are tokens with masks. Raises ValueError for tokens that need masks."""
+    """Whether rows are tokens with masks.
+
+    Raises ValueError for tokens that need masks, and for reference sums beside masks to be made.
+    """
     if not set(TOKEN_COLUMNS) <= set(columns):
+        if turns.name is not None and set(REFERENCE_COLUMNS) <= set(columns):
+            raise ValueError(
+                f"dataset {name!r} carries reference sums ({' and '.join(REFERENCE_COLUMNS)}), which "
+                f"do not tell the turns that they are of, and {turns.name} leaves turns out: remove "
+                "the columns, or give token ids and masks beside sums of what the masks score"
+            )
         return False
     found = [column in columns for column in mask_columns]
     written = dict.fromkeys(f"{side}_mask" for side in names)

@@ -41,6 +41,7 @@ from prefkern.data.collate import (
     PreferenceCollator,
 )
 from prefkern.data.columns import ID_COLUMNS, renamed
+from prefkern.data.foreign import decided_by
 from prefkern.data.streams import TokenStream, first_rows, is_stream
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
@@ -173,7 +174,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         stream = train_dataset if is_stream(train_dataset) else None
         if stream is not None:
             # What is checked and reported before training; the others are as they are read.
-            train_dataset = first_rows(stream, "train")
+            train_dataset = self._first_rows = first_rows(stream, "train")
         seed = args.seed if objective is None else None
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)
@@ -474,8 +475,9 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
 
     def _tokens_of_stream(self, rows: Any) -> Any:
         """The tokens of some rows of a stream, checked as those of a dataset are."""
-        self._check_columns(rows, self.args, "train")
-        tokens, _ = self._tokens_of(rows, self.args, "train")
+        with decided_by(renamed(self._first_rows, self.args.columns, "train")):  # pyright: ignore[reportArgumentType]
+            self._check_columns(rows, self.args, "train")
+            tokens, _ = self._tokens_of(rows, self.args, "train")
         base = unwrap(self.accelerator.unwrap_model(self.model))
         self._check_positions(tokens, self.args, "train", base)
         return tokens

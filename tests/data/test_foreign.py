@@ -285,6 +285,22 @@ def test_the_last_answer_of_hhs_dialogues_is_scored_whole():
     assert _read(rows, True)[0]["prompt"] == f"{begun} very"
 
 
+def test_the_gold_response_of_hhs_dialogues_is_cut_as_the_others_are():
+    """It may be the whole dialogue, as chosen and rejected are, or the answer alone."""
+    begun = "\n\nHuman: film ?\n\nAssistant:"
+    row = {"chosen": f"{begun} good", "rejected": f"{begun} bad", "reference": f"{begun} best"}
+    rows = _dataset(row, {**row, "reference": " best"})
+    tokens, _ = data.tokenize_preferences(rows, TOKENIZER, gold=True)
+    whole, own = tokens
+    assert whole == own
+    form = foreign.recognise(rows, "x")
+    assert form is not None
+    assert [{**row, **form.convert(row)}["reference"] for row in rows] == [" best"] * 2
+    other = _dataset({**row, "reference": "\n\nHuman: plot ?\n\nAssistant: best"})
+    with pytest.raises(ValueError, match="row 0, .* 'reference' is a dialogue that does not begin"):
+        data.tokenize_preferences(other, TOKENIZER, gold=True)
+
+
 def test_columns_come_first_and_trls_formats_stay():
     # As text, without the chat template: that is what the mapping asks for.
     row = {"question": "film", "extra": 1, **APART}
@@ -329,6 +345,13 @@ def test_what_is_beside_pairs_is_not_their_label():
     single = {"prompt": "film ?", "output": "very good", "kto_tag": False}
     _, report = _tokenize(_dataset(single), False)
     assert report.read_as == "LLaMA-Factory (prompt, output, kto_tag)" and report.pairs == 1
+
+
+def test_rows_without_tools_may_have_an_empty_text():
+    row = {"conversations": HUMAN, "chosen": GOOD[0], "rejected": BAD[0]}
+    (found,), _ = _tokenize(_dataset({**row, "tools": ""}), True)
+    (without,), _ = _tokenize(_dataset(row), True)
+    assert found == without
 
 
 def test_a_tokenizer_without_a_template_is_refused():

@@ -225,6 +225,11 @@ SINGLE = {"prompt_ids": [3], "completion_ids": [5, 6], "desirable": True}
             {},
             r"'rejected_mask' must have True or False for each of the 1 tokens .* got \[2\]",
         ),
+        (
+            {**chats.pair(), "ref_chosen_logps": -9.0, "ref_rejected_logps": -9.0},
+            LAST,
+            "'train' carries reference sums .* and last_turn_only leaves turns out: remove the col",
+        ),
         ({**SINGLE, "completion_mask": None}, LAST, "'completion_mask' must have .* got None"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},

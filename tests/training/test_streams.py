@@ -11,6 +11,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from prefkern.data import streams
+from prefkern.data.truncation import NothingToScore
 from support import chats, tiny
 from support.training import assert_same_weights, made, step_logs, trainer, weights
 
@@ -86,6 +87,53 @@ def test_sums_that_a_stream_carries_are_used(tmp_path):
     other = trainer(tmp_path, train_dataset=_stream(), **given)
     assert run.ref_model is None
     assert _losses(run) == pytest.approx(_losses(other), rel=1e-5)
+
+
+DIALOGUE = {
+    "chosen": "\n\nHuman: film ?\n\nAssistant: the plot is good",
+    "rejected": "\n\nHuman: film ?\n\nAssistant: the plot is bad",
+}
+ASKED = {"question": "film", "chosen": "very good", "rejected": "very bad"}
+REPEATED = {"question": "film", "chosen": "film is good", "rejected": "film is bad"}
+FILM = {"chosen": "the film is good", "rejected": "the film is bad"}
+
+
+@pytest.mark.parametrize(
+    "rows", [[ASKED] * 4 + [REPEATED], [FILM] * 4 + [DIALOGUE] * 4], ids=["question", "dialogue"]
+)
+def test_the_first_rows_decide_on_the_format_of_a_stream(tmp_path, monkeypatch, rows):
+    """A few rows at its end may look like another one."""
+    monkeypatch.setattr(streams, "ROWS", 4)
+    given = {"objective": "simpo", "max_steps": 2}
+    run = trainer(tmp_path, train_dataset=_stream(rows), **given)
+    whole = trainer(tmp_path, train_dataset=made(rows), **given)
+    found = [row for row, _ in zip(run.train_dataset, rows, strict=False)]
+    assert found == [*whole.train_dataset]
+
+
+def test_rows_of_another_format_than_the_first_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "ROWS", 4)
+    stream = _stream([DIALOGUE] * 4 + [FILM] * 4)
+    run = trainer(tmp_path, train_dataset=stream, objective="simpo", max_steps=2)
+    with pytest.raises(
+        ValueError, match="in rows 4 to 7: .* row 0, read as HH: .* different quest"
+    ):
+        run.train()
+
+
+def test_the_first_rows_have_the_columns_of_all():
+    first = streams.first_rows(_stream([ASKED, {**ASKED, "system": "be brief"}]), "train")
+    assert first["system"][:] == [None, "be brief"]
+
+
+def test_a_stream_without_a_row_to_train_on_ends():
+    """As a worker's part of one may be."""
+
+    def tokenize(rows):
+        raise NothingToScore
+
+    stream = streams.TokenStream(_stream(), tokenize, made(ROWS), shuffles=False)
+    assert [*stream] == []
 
 
 @pytest.mark.parametrize("stop", [2, 6])
