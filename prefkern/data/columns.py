@@ -217,9 +217,10 @@ def check_columns(
     import datasets
 
     if not isinstance(dataset, datasets.Dataset):
+        is_stream = isinstance(dataset, datasets.IterableDataset)
+        hint = "; only PreferenceTrainer's train_dataset may be a stream" if is_stream else ""
         raise TypeError(
-            f"dataset {name!r} must be a datasets.Dataset (not streaming), "
-            f"got {type(dataset).__name__}"
+            f"dataset {name!r} must be a datasets.Dataset, got {type(dataset).__name__}{hint}"
         )
     if len(dataset) == 0:
         raise ValueError(f"dataset {name!r} is empty")

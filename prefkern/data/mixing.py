@@ -7,13 +7,12 @@ with the first dataset that has no row left: no row is there twice.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from prefkern.data.report import DatasetReport
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,11 @@ class DatasetMix:
         """The same mix of other forms of its datasets."""
         return DatasetMix(parts, self.weights)
 
-    def mixed(self, seed: int) -> Any:
-        """One tokenised dataset of these. Raises ValueError unless all have the same columns."""
+    def mixed(self, seed: int, reports: dict[str, DatasetReport]) -> Any:
+        """One tokenised dataset of these, whose weights put into the reports what was drawn.
+
+        Raises ValueError unless all have the same columns.
+        """
         import datasets
 
         (first, model), *others = self.parts.items()
@@ -59,9 +61,8 @@ class DatasetMix:
         marked = [part.add_column("_part", [at] * len(part)) for at, part in enumerate(parts)]
         mix = datasets.interleave_datasets(marked, probabilities=probabilities, seed=seed)
         drawn = mix.with_format("numpy")["_part"][:]
-        for at, (name, part) in enumerate(self.parts.items()):
-            rows = int((drawn == at).sum())
-            logger.info("%s: %d of %d rows are in the mix", name, rows, len(part))
+        for at, name in enumerate(self.parts):
+            reports[name] = replace(reports[name], drawn=int((drawn == at).sum()))
         return mix.remove_columns("_part")
 
 

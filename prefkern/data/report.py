@@ -125,6 +125,7 @@ class DatasetReport:
     read_as: str = ""  # the format of others that all rows were converted from, and its columns
     converted: int = 0  # rows, before any was dropped
     samples: tuple[Said, ...] = ()  # the first of these rows, converted
+    drawn: int | None = None  # how many of them a mix by weights trains on
 
     @property
     def dropped(self) -> int:
@@ -136,7 +137,8 @@ class DatasetReport:
         counts = ", ".join(f"{count:,} {what}" for count, what in self._counts())
         unread = f"; {self._unread}" if self.unread else ""
         converted = f"; {self._from_others}" if self.read_as else ""
-        return f"{self.name}: {self.pairs:,} {self.unit} ({counts}){unread}{converted}"
+        drawn = "" if self.drawn is None else f"; {self.drawn:,} of them are in the mix"
+        return f"{self.name}: {self.pairs:,} {self.unit} ({counts}){unread}{converted}{drawn}"
 
     @property
     def _from_others(self) -> str:

@@ -460,7 +460,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 for key, value in dataset.parts.items()
             }
             seed = args.seed if args.data_seed is None else args.data_seed
-            return dataset.of(parts).mixed(seed)
+            return dataset.of(parts).mixed(seed, self.dataset_reports)
         if isinstance(dataset, dict):
             return {
                 key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()

@@ -46,7 +46,10 @@ def test_weights_on_the_command_line(files, tmp_path, capsys):
     argv = [*flags(rest), "--dataset", *sources, "--dataset_weights", "3", "1"]
     assert train.parse(argv)[1].dataset_weights == [3.0, 1.0]
     assert cli.main(["train", *argv]) == 0
-    assert "train_chats: 5 pairs" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "train_chats: 5 pairs" in out
+    # A line of the report for each dataset.
+    assert out.count(" of them are in the mix") == 2
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_files_are_loaded_with_names_of_columns(tmp_path):
     with pytest.raises(ValueError, match="columns={'chosen': 'Chosen'} reads another column"):
         data.check_columns(datasets.Dataset.from_list([{"prompt": "a", "Chosen": "b"}]), "x")
     stream = loaded.to_iterable_dataset()
-    with pytest.raises(TypeError, match="not streaming"):
+    with pytest.raises(TypeError, match="only PreferenceTrainer's train_dataset may be a stream"):
         data.tokenize_preferences(stream, TOKENIZER, columns=names)
 
 

@@ -46,15 +46,16 @@ def test_by_sizes_every_row_is_there_once(tmp_path):
     assert run.evaluate(DatasetMix(_parts(6))).keys() >= {"eval_loss"}
 
 
-def test_by_weights_a_mix_ends_with_the_first_part(tmp_path, caplog):
+def test_by_weights_a_mix_ends_with_the_first_part(tmp_path):
     mix = DatasetMix(_parts(400, 400), [3, 1])
-    with caplog.at_level("INFO", logger="prefkern.data.mixing"):
-        run = trainer(tmp_path, train_dataset=mix)
+    run = trainer(tmp_path, train_dataset=mix)
     rows, chats = len(run.train_dataset), _chats(run)
     # The texts are drawn three times of four, and are used up first.
     assert rows - chats == 400
     assert abs(chats - 400 / 3) < 4 * math.sqrt(400 / 3)
-    assert f"train_chats: {chats} of 400 rows are in the mix" in caplog.text
+    drawn = {name: report.drawn for name, report in run.dataset_reports.items()}
+    assert drawn == {"train_texts": 400, "train_chats": chats}
+    assert f"; {chats} of them are in the mix" in run.dataset_reports["train_chats"].summary
     same = trainer(tmp_path, train_dataset=mix).train_dataset
     assert same[:] == run.train_dataset[:]
     other = trainer(tmp_path, train_dataset=mix, seed=7).train_dataset
