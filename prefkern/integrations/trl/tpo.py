@@ -106,11 +106,7 @@ class TPOTrainer(OnTRL, PlainTPOTrainer):
             outputs = replace(
                 outputs, chosen_rewards=beta * chosen, rejected_rewards=beta * rejected
             )
-        mode = "train" if model.training else "eval"
-        if model.training:
-            tokens: Any = self.accelerator.gather(inputs["attention_mask"].sum())
-            self._total_train_tokens += int(tokens.sum())
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._count_tokens(model, inputs)
         return outputs, outputs.loss + zero
 
     def _trls_logps(self, outputs: PreferenceOutput) -> tuple[Tensor, Tensor]:  # (B,) each
