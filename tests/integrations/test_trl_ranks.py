@@ -17,6 +17,13 @@ os.environ.setdefault("CI", "1")
 if Version(transformers.__version__) < Version("5.23"):
     pytest.skip("older ones are refused", allow_module_level=True)
 
+from accelerate.parallelism_config import ParallelismConfig
+from transformers.trainer_pt_utils import AcceleratorConfig
+from trl import DPOConfig
+from trl.experimental.tpo import TPOConfig
+
+from prefkern.integrations.trl import DPOTrainer, TPOTrainer
+from support import tiny
 from support.tensor_parallel import launch, save_models, through_trl
 
 
@@ -32,3 +39,26 @@ def test_a_batch_of_all_ranks_counts_once(tmp_path):
             for mine, true in zip(found[name], logs, strict=True):
                 assert mine["num_tokens"] == true["num_tokens"] > 0
                 assert mine == pytest.approx(true, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("kind", [DPOTrainer, TPOTrainer])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, "parallelism_config has cp_size=2"),
+        ({"parallelism_config": ParallelismConfig(sp_size=2)}, "parallelism_config has sp_size=2"),
+        (
+            {"accelerator_config": AcceleratorConfig(dispatch_batches=True)},
+            "dispatch_batches cuts a batch by its",
+        ),
+    ],
+    ids=["cp", "sp", "dispatch"],
+)
+def test_what_would_cut_pairs_is_refused(kind, options, message, tmp_path):
+    configure = TPOConfig if kind is TPOTrainer else DPOConfig
+    args = configure(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    for name, value in options.items():
+        setattr(args, name, value)
+    rows = tiny.triple_dataset(4) if kind is TPOTrainer else tiny.dataset(4)
+    with pytest.raises(ValueError, match=message):
+        kind("no model", args=args, train_dataset=rows)
