@@ -348,9 +348,8 @@ class FusedPreferenceLoss(nn.Module):
         ref_logps = ref_logps if objective.needs_reference else None
         needs_margins = is_paired and objective.needs_reward_margins
         reward_margins = given.reward_margins if needs_margins else None
-        others = "sequence_group" if self.sequence_group is not None else None
-        if others is None and given.vocab is not None:
-            others = "vocab's group"
+        groups = {"sequence_group": self.sequence_group, "vocab's group": given.vocab}
+        others = " or ".join(name for name, group in groups.items() if group is not None) or None
         assert self.on_nonfinite is not None
         nonfinite.report(
             self.on_nonfinite,

@@ -198,7 +198,7 @@ def report(
 ) -> None:
     """Raise FloatingPointError, or warn, if a loss, a log-prob or a given vector is not finite.
 
-    Takes one synchronisation. `others`: the group whose other ranks hold tokens of the
+    Takes one synchronisation. `others`: the group or groups whose other ranks hold tokens of the
     same sequences, or rows of the same head.
     """
     if isinstance(out, PreferenceOutput):
@@ -217,7 +217,9 @@ def report(
         losses = _vector("losses", out.losses)
         parts = [losses, *(_vector(f"{name} log-probs", value) for name, value in sums.items())]
         found = explain()
-        cause = f"These are not finite:\n{found}"
+        # A rank of a sequence's tokens counts them from its own first one.
+        part = "" if others is None else " in this rank's part"
+        cause = f"These are not finite{part}:\n{found}"
         if found is None and others is not None:
             cause = (
                 f"Every input of this rank is finite: another rank of {others} names what is not "

@@ -231,11 +231,11 @@ def read_json(args: TrainingArguments) -> None:
 
 
 def refuse_dispatched_rows(args: Any) -> None:
-    """Raise ValueError if accelerate would cut packed batches."""
-    if args.padding_free and getattr(args.accelerator_config, "dispatch_batches", None):
+    """Raise ValueError if accelerate would cut batches for the ranks."""
+    if getattr(args.accelerator_config, "dispatch_batches", None):
         raise ValueError(
-            "dispatch_batches cuts a batch by its rows, and under padding_free it has one; "
-            "leave dispatch_batches out of accelerator_config"
+            "dispatch_batches cuts a batch by its rows, also between a pair's two responses; leave "
+            "dispatch_batches out of accelerator_config"
         )
 
 

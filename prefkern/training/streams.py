@@ -40,12 +40,7 @@ def check_stream(args: Any, train_dataset: Any, eval_dataset: Any) -> None:
                 f"{name} is {getattr(args, name)!r}, which needs all rows, and train_dataset is a "
                 "stream; leave it out, or give a datasets.Dataset"
             )
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError(
-            "dispatch_batches would cut a batch of a stream between a pair's two responses; leave "
-            "it out of accelerator_config"
-        )
-    # accelerate's own choice for streams.
+    # accelerate would choose True for streams, and cut a batch by its rows.
     args.accelerator_config.dispatch_batches = False
 
 

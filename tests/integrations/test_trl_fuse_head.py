@@ -243,6 +243,25 @@ def test_generation_and_logits_are_the_models_own(tmp_path):
     assert trainer.model is model
 
 
+def test_a_copy_of_the_model_has_its_own_weights(tmp_path):
+    """Copied while it is fused, a model is not the one that goes on training."""
+    model = tiny.model()
+    trainer = fuse_head(made(DPOTrainer, tmp_path, model=model))
+    ids = torch.tensor([[3, 7, 9, 4]])
+    ask = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        logits, answer = model(ids).logits, model(**ask)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert not torch.allclose(model(**ask).log_probs, answer.log_probs)
+        for _ in range(2):
+            assert torch.equal(copied(ids).logits, logits)
+            assert torch.equal(copied(**ask).log_probs, answer.log_probs)
+            # What is undone for the model leaves the copy as it is.
+            restore_head(trainer)
+
+
 def test_what_the_model_answers(tmp_path):
     """Every field, against TRL's; labels that are shifted already; a batch without a label."""
     model = tiny.model("Gemma2", final_logit_softcapping=5.0)

@@ -234,11 +234,15 @@ def test_ranks_that_disagree_all_raise(ranks):
 @pytest.mark.long
 def test_ranks_of_two_groups_all_raise(ranks):
     found = [each["disagreements with vocab"] for each in ranks(4)]
-    assert len(found[0]) == 3
+    assert len(found[0]) == 4
     for name in found[0]:
         assert "nothing" not in [each[name] for each in found], name
     assert [each["a wrong argument on one rank"].count("refused") for each in found] == [2, 1, 1, 0]
     assert all("softcap must be > 0" in each["a wrong argument on one rank"] for each in found)
+    *others, last = (each["a row of one rank's part"] for each in found)
+    assert "weight: 1 of 33 vocabulary entries, the first is 53" in last
+    for each in others:
+        assert "another rank of sequence_group or vocab's group names what is not finite" in each
 
 
 def test_a_token_that_is_not_finite(ranks):
@@ -246,6 +250,8 @@ def test_a_token_that_is_not_finite(ranks):
     assert first.startswith("FloatingPointError: the loss is nan;")
     assert "Every input of this rank is finite: another rank of sequence_group names" in first
     assert "hidden: 1 of" in second and "token 15 of sequence 0" in second
+    # Its tokens are counted from the rank's own first one.
+    assert "These are not finite in this rank's part:" in second
 
 
 def test_items_that_ranks_share_count_once(ranks):

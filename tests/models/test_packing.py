@@ -420,7 +420,7 @@ def test_refusals_come_with_the_trainer(tmp_path):
     with pytest.raises(ValueError, match=r"pad_to_multiple_of \(8\) has no effect under padding_f"):
         trainer(tmp_path, padding_free=True, pad_to_multiple_of=8)
     with pytest.raises(ValueError, match="dispatch_batches cuts a batch by its rows"):
-        trainer(tmp_path, padding_free=True, accelerator_config={"dispatch_batches": True})
+        trainer(tmp_path, accelerator_config={"dispatch_batches": True})
     with pytest.raises(ValueError, match="padding_free has no effect on a data_collator"):
         trainer(tmp_path, padding_free=True, data_collator=PreferenceCollator(0))
 

@@ -113,6 +113,10 @@ KINDS = {
     "a reference with its own head": Case(given=REFERENCE, options=TRANSFORM),
     "a reference through the same head": Case(given=("ref_hidden",), split="empty"),
     "tdpo, nothing on a rank": Case(named("tdpo2"), REFERENCE, split="empty", options=TRANSFORM),
+    "gold rows, a reference of the pairs": Case(named("dpo+tpo"), REFERENCE, options=TRANSFORM),
+    "gold rows, packed, nothing on a rank": Case(
+        named("dpo+tpo"), ("ref_hidden",), split="empty", packed=True
+    ),
     "finite": Case(settings={"on_nonfinite": "raise"}),
 }
 ROUNDED = {
@@ -225,6 +229,7 @@ VALUES = (
     *("chosen_rewards", "rejected_rewards", "chosen_lengths", "rejected_lengths"),
     *("beta_chosen", "beta_rejected", "chosen_gradients", "rejected_gradients"),
     *("logps", "ref_logps", "rewards", "lengths", "reference_point"),
+    *("gold_logps", "gold_lengths"),
 )
 
 
@@ -312,7 +317,7 @@ def _with_vocab() -> dict[str, Any]:
             each: tensors[each][start:stop].clone() for each in (*WEIGHTS, "ref_weight", "ref_bias")
         }
         given, leaves = arguments(case, tensors)
-        loss_fn = prefkern.FusedPreferenceLoss(case.make(), sequence_group=column)
+        loss_fn = prefkern.FusedPreferenceLoss(case.make(), sequence_group=column, **case.settings)
         out = loss_fn(**given, vocab=prefkern.VocabShard(row, start, V))
         found[name] = seen(out, leaves, loss_fn.objective)
     return found
@@ -324,6 +329,7 @@ WITH_VOCAB = {
     "alphadpo": Case(EVERY["alphadpo"], given=("ref_hidden",), options={"return_stats": True}),
     "tdpo2": Case(EVERY["tdpo2"], given=REFERENCE, split="empty"),
     "wpo": Case(EVERY["wpo"], packed=True),
+    "gold rows": Case(named("dpo+tpo"), REFERENCE, settings={"on_nonfinite": "raise"}),
 }
 
 
@@ -442,10 +448,14 @@ def _disagreements_with_vocab() -> dict[str, str]:
     start, stop = (0, 50) if entries == 0 else (50, V)
     rank = dist.get_rank()
 
-    def call(objective: Any = None, **change: Any) -> Any:
+    spoilt = tensors["weight"][start:stop].clone()
+    spoilt[3] += torch.nan if rank == 3 else 0
+
+    def call(objective: Any = None, *, settings: Any = (), **change: Any) -> Any:
         given = {name: tensors[name] for name in ("hidden", "labels", "ref_logps")}
         given |= {"weight": tensors["weight"][start:stop], **change}
-        loss_fn = prefkern.FusedPreferenceLoss(objective or DPO(), sequence_group=column)
+        settings = {"sequence_group": column} | dict(settings)
+        loss_fn = prefkern.FusedPreferenceLoss(objective or DPO(), **settings)
         return loss_fn(**given, vocab=prefkern.VocabShard(row, start, V))
 
     return messages(
@@ -457,6 +467,9 @@ def _disagreements_with_vocab() -> dict[str, str]:
             ),
             "reference sums of one rank": lambda: call(
                 ref_logps=tensors["ref_logps"] + (rank == 2)
+            ),
+            "a row of one rank's part": lambda: call(
+                weight=spoilt, settings={"on_nonfinite": "raise"}
             ),
         },
     )  # fmt: skip

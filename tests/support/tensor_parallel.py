@@ -98,6 +98,19 @@ CASES: dict[str, Any] = {
         "ref_model": "other",
         "plan": WHOLE_HEAD,
     },
+    "gold rows": lambda: {
+        "objective": "dpo+tpo",
+        "ref_model": "other",
+        "train_dataset": tiny.triple_dataset(8),
+    },
+    "gold rows, shared prompts": lambda: {
+        "objective": "tpo",
+        "train_dataset": tiny.triple_dataset(8),
+        "padding_free": True,
+        "share_prompt": True,
+        "eval_dataset": tiny.triple_dataset(5, seed=3),
+        "per_device_eval_batch_size": 2,
+    },
     "lora, checkpointed, packed, accumulated, clipped": lambda: {
         "adapter": "new",
         "gradient_checkpointing": True,
@@ -288,6 +301,39 @@ def _refused(path: Path, models: Path) -> dict[str, str]:
     return said
 
 
+def through_trl(path: Path, models: Path, ranks: int) -> dict[str, list[dict]]:
+    """The logs of prefkern's trainers on TRL's: pairs, and pairs with a gold row."""
+    from trl import DPOConfig
+    from trl.experimental.tpo import TPOConfig
+
+    from prefkern.integrations.trl import DPOTrainer, TPOTrainer
+
+    found = {}
+    for name, make, configure, rows, options in (
+        # Draws from the pairs of a batch, which is one of all ranks.
+        ("dpo", DPOTrainer, DPOConfig, tiny.dataset(8), CASES["draws, whole head"]()),
+        ("tpo", TPOTrainer, TPOConfig, tiny.triple_dataset(8), {}),
+    ):
+        plan = options.pop("plan", None)
+        if "ref_model" in options:
+            options["ref_model"] = loaded(models, options["ref_model"], ranks, plan)
+        args = configure(
+            str(path / name), max_steps=2, logging_steps=1, report_to="none", use_cpu=True,
+            per_device_train_batch_size=4, learning_rate=0.1, optim="sgd", bf16=False,
+            gradient_checkpointing=False, save_strategy="no", max_grad_norm=0.0,
+        )  # fmt: skip
+        run = make(
+            loaded(models, "model", ranks, plan),
+            args=args,
+            train_dataset=rows,
+            processing_class=tiny.tokenizer(),
+            **options,
+        )
+        run.train()
+        found[name] = step_logs(run)
+    return found
+
+
 # Of models that are loaded already.
 REFUSED: dict[str, Any] = {
     "a copy": lambda: {"objective": "dpo"},
@@ -301,6 +347,8 @@ OTHERS = {
     "new adapter": _new_adapter,
     "refused": _refused,
 }
+# With TRL, which the others do without.
+ON_TRL = {"trl": lambda path, models: through_trl(path, models, ranks_of_launch())}
 
 
 def launch(folder: Path, *names: str, count: int = 2, **settings: str) -> None:
@@ -313,8 +361,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     outcomes = {}
     for case in sys.argv[2:]:
-        if case in OTHERS:
-            outcomes[case] = OTHERS[case](folder / case, folder)
+        if case in OTHERS | ON_TRL:
+            outcomes[case] = (OTHERS | ON_TRL)[case](folder / case, folder)
         else:
             outcomes[case] = outcome_of(folder / case, folder, case, ranks_of_launch())
     torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")

@@ -153,6 +153,9 @@ CASES = {
     # A draw from the pairs of all ranks, which have the same ones.
     "betadpo, drawn": Case("betadpo, drawn", TRAINED, (*REFERENCE, "bias")),
     "wpo": Case("wpo", given=("ref_hidden",), options=TRANSFORM),
+    # With a third, gold row of each pair.
+    "dpo+tpo": Case("dpo+tpo", TRAINED, (*REFERENCE, "bias"), STATS),
+    "dpo+tpo, one head, an empty shard": Case("dpo+tpo", given=("ref_hidden",), cut="empty"),
 }  # fmt: skip
 # Of the same kinds, in dtypes that round.
 ROUNDED = {
@@ -192,20 +195,21 @@ def drawn(case: Case) -> dict[str, Tensor]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    labels = torch.randint(V, (4, TOKENS // 4), generator=generator)
+    rows = (6, TOKENS // 6) if "tpo" in case.call else (4, TOKENS // 4)
+    labels = torch.randint(V, rows, generator=generator)
     labels[0, :2] = -100
     labels[3, -1] = -100
     tensors = {
-        "hidden": randn(4, TOKENS // 4, H) * case.spread / H**0.5,
+        "hidden": randn(*rows, H) * case.spread / H**0.5,
         "weight": randn(V, H),
         "labels": labels,
         "bias": randn(V),
-        "lora_hidden": randn(4, TOKENS // 4, R),
+        "lora_hidden": randn(*rows, R),
         "lora_weight": randn(V, R) * 0.5,
-        "ref_hidden": randn(4, TOKENS // 4, H) * case.spread / H**0.5,
+        "ref_hidden": randn(*rows, H) * case.spread / H**0.5,
         "ref_weight": randn(V, H),
         "ref_bias": randn(V),
-        "grad": randn(3, 4, TOKENS // 4),
+        "grad": randn(3, *rows),
     }
     tensors = {name: x.to(DEVICE) for name, x in tensors.items()}
     if case.spoil is not None:
@@ -272,6 +276,8 @@ def _called(
     out = prefkern.FusedPreferenceLoss(objective, workspace_mb=workspace_mb)(**given, **options)
     names = ("losses", "chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     values = {name: getattr(out, name) for name in names}
+    if out.gold_logps is not None:
+        values["gold_logps"] = out.gold_logps
     if out.token_stats is not None:
         values |= {f"token {name}": x for name, x in out.token_stats._asdict().items()}
     return values, out.loss

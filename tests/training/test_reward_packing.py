@@ -267,7 +267,10 @@ def test_models_that_cannot_are_refused(monkeypatch):
     [
         ({"share_prompt": True}, "share_prompt needs padding_free: only a packed row can share"),
         ({"padding_free": "maybe"}, "padding_free must be True or False"),
-        ({"padding_free": True, "accelerator_config": {"dispatch_batches": True}}, "dispatch_bat"),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "dispatch_batches cuts a batch by its",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(tmp_path, options, message):

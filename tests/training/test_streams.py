@@ -188,7 +188,7 @@ def test_later_rows_are_checked_as_they_are_read(tmp_path, monkeypatch):
         (
             {"accelerator_config": {"dispatch_batches": True}},
             ValueError,
-            "dispatch_batches would cut a batch of a stream",
+            "dispatch_batches cuts a batch by its rows",
         ),
         ({"eval_dataset": _stream()}, TypeError, "eval_dataset must be a datasets.Dataset, got a"),
         (

@@ -15,6 +15,7 @@ from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.objectives import Objective, citations
 from prefkern.training.cards import objective_tags
 from prefkern.training.objective_trainer import ObjectiveTrainer
+from prefkern.training.tensor_parallel import shares_batches
 
 MARGINS = "reward_margins"
 # What a packed batch has in place of a mask.
@@ -62,6 +63,17 @@ class OnTRL(ObjectiveTrainer):
             packed[name] = inputs[name][is_token][None]
         packed[BOUNDS] = F.pad(is_token.sum(1).cumsum(0), (1, 0)).int()
         return packed
+
+    def _count_tokens(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """TRL's `num_tokens`: the real tokens of all ranks' training batches so far."""
+        trls: Any = self
+        if model.training:
+            tokens: Any = real_tokens(inputs)
+            if not shares_batches(self.accelerator):
+                tokens = self.accelerator.gather(tokens)
+            trls._total_train_tokens += int(tokens.sum())
+        mode = "train" if model.training else "eval"
+        trls._metrics[mode]["num_tokens"] = [trls._total_train_tokens]
 
     def _card_tags(self) -> list[str]:
         return list(self._tag_names)

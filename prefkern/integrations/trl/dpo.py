@@ -50,7 +50,6 @@ from prefkern.integrations.trl.batches import (
     aligned_labels,
     count_sequences,
     of_the_model,
-    real_tokens,
     scored,
     tag_names,
 )
@@ -78,6 +77,7 @@ from prefkern.training.objective_trainer import (
     sums_alone,
     sums_of,
 )
+from prefkern.training.tensor_parallel import counting_batches_once
 from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,6 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[PreferenceOutput, Tensor]:
         objective: Any = self.loss_fn.objective
-        mode = "train" if model.training else "eval"
         options: dict[str, Any] = {"return_stats": True}
         reference: Any = self.ref_model or self.model
         if objective.needs_kls:
@@ -261,21 +260,20 @@ class DPOTrainer(OnTRL, PlainDPOTrainer):
         if objective.needs_reward_margins:
             options["reward_margins"] = inputs[MARGINS]
         self.loss_fn.train(model.training)
-        outputs, zero, router_loss = scored(
-            model, inputs, self.loss_fn, self.aux_loss_enabled, **options
-        )
+        with counting_batches_once(self.accelerator):
+            outputs, zero, router_loss = scored(
+                model, inputs, self.loss_fn, self.aux_loss_enabled, **options
+            )
         if self._has_trls_losses:
             outputs = _with_trls_rewards(outputs, self.args.beta)
         if self.aux_loss_enabled:
             assert router_loss is not None
             added = self.router_aux_loss_coef * router_loss
             outputs = replace(outputs, loss=outputs.loss + added, losses=outputs.losses + added)
+            mode = "train" if model.training else "eval"
             everyones: Any = self.accelerator.gather_for_metrics(router_loss.detach())
             self._metrics[mode]["aux_loss"].append(everyones.mean().item())
-        if model.training:
-            tokens: Any = self.accelerator.gather(real_tokens(inputs))
-            self._total_train_tokens += int(tokens.sum())
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._count_tokens(model, inputs)
         return outputs, outputs.loss + zero
 
     def evaluation_loop(

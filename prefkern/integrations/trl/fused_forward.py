@@ -80,9 +80,14 @@ def serve(
         num_items_in_batch: Any = None,
         **inputs: Any,
     ) -> Any:
-        if fused_lm_head and served.is_active:
+        direct, before, is_copy = inner, served.before, self is not base
+        if is_copy:
+            # A deep copy of the model has this forward too; those below it read the model's weights.
+            before = type(self).forward.__get__(self)
+            direct = _Direct(self, before)
+        if fused_lm_head and (served.is_active or is_copy):
             inputs |= dict(zip(names, args, strict=False))
-            return _answer(inner, inputs, labels, shift_labels, num_items_in_batch, score)
+            return _answer(direct, inputs, labels, shift_labels, num_items_in_batch, score)
         given = {
             "labels": labels,
             "shift_labels": shift_labels,
@@ -90,7 +95,7 @@ def serve(
             "fused_lm_head": fused_lm_head or None,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        return served.before(*args, **given, **inputs)
+        return before(*args, **given, **inputs)
 
     vars(forward)["served"] = served
     base.forward = MethodType(forward, base)

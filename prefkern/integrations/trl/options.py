@@ -19,6 +19,7 @@ from trl.trainer.dpo_config import DPOConfig
 from prefkern import objectives
 from prefkern.data.columns import REFERENCE_COLUMNS
 from prefkern.objectives import Objective
+from prefkern.training.config import refuse_dispatched_rows, refuse_split_sequences
 from prefkern.training.options import refuse_batches_by_length
 
 
@@ -91,6 +92,8 @@ def objective_of(
         if getattr(args, name) != _default(name):
             raise ValueError(f"args.{name} is {getattr(args, name)!r}, which {why}; leave it out")
     refuse_batches_by_length(args)
+    refuse_split_sequences(args)
+    refuse_dispatched_rows(args)
     if objective is not None:
         _refuse_trls_losses(args)
     if options and not isinstance(objective, str):

@@ -20,6 +20,7 @@ from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import check_unmerged
 from prefkern.models.heads import find_head
 from prefkern.objectives import TPO, Adaptive
+from prefkern.training.config import refuse_dispatched_rows, refuse_split_sequences
 from prefkern.training.metrics import per_item
 from prefkern.training.options import refuse_batches_by_length
 
@@ -106,11 +107,7 @@ class TPOTrainer(OnTRL, PlainTPOTrainer):
             outputs = replace(
                 outputs, chosen_rewards=beta * chosen, rejected_rewards=beta * rejected
             )
-        mode = "train" if model.training else "eval"
-        if model.training:
-            tokens: Any = self.accelerator.gather(inputs["attention_mask"].sum())
-            self._total_train_tokens += int(tokens.sum())
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._count_tokens(model, inputs)
         return outputs, outputs.loss + zero
 
     def _trls_logps(self, outputs: PreferenceOutput) -> tuple[Tensor, Tensor]:  # (B,) each
@@ -142,6 +139,8 @@ def _objective(args: TPOConfig, adaptive: Adaptive | None) -> TPO:
         if getattr(args, name) != defaults[name]:
             raise ValueError(f"args.{name} is {getattr(args, name)!r}, which {why}; leave it out")
     refuse_batches_by_length(args)
+    refuse_split_sequences(args)
+    refuse_dispatched_rows(args)
     for name, losses in _OF_LOSSES.items():
         value = getattr(args, name)
         if value != defaults[name] and args.loss_type not in losses:
