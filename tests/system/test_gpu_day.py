@@ -41,6 +41,8 @@ def script(name: str, text: str, seconds: float = 20.0, **options: Any) -> Part:
     return Part(name, ["-c", head + text, RESULT, "{counts}"], seconds, **options)
 
 
+# Seconds, in which a busy machine still starts Python.
+SHORT = 10.0
 GOOD = "result.write_text(json.dumps({'fine': 1}))"
 FAULTS = [
     script("good", GOOD),
@@ -56,9 +58,9 @@ FAULTS = [
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "counter.with_name('child').write_text(str(child.pid))\n"
         "time.sleep(600)",
-        4.0,
+        SHORT,
     ),
-    script("writes when interrupted", f"try: time.sleep(600)\nfinally: {GOOD}", 4.0),
+    script("writes when interrupted", f"try: time.sleep(600)\nfinally: {GOOD}", SHORT),
     script("says nothing", "pass"),
     script("half a result", "result.write_text('{')"),
     script("lacks a tool", "print('there is no such tool'); sys.exit(2)", reads="", absent=2),
@@ -106,7 +108,7 @@ def count(folder: Path, name: str) -> int:
 def test_a_fault_is_a_result_and_takes_nothing_with_it(faults: Path) -> None:
     begin = time.monotonic()
     assert gpu.main(["--dry", "--results", str(faults)]) == 1
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 200
     found = outcomes(faults)
     assert {name: part["status"] for name, part in found.items()} == {
         "good": "done",
@@ -122,7 +124,7 @@ def test_a_fault_is_a_result_and_takes_nothing_with_it(faults: Path) -> None:
     }
     assert found["fails"]["error"] == "exit status 3\nwhat went wrong"
     assert found["fails with a result"]["result"] == {"rows": []}
-    assert found["hangs"]["error"] == "stopped after 4 s" and found["hangs"]["result"] is None
+    assert found["hangs"]["error"] == "stopped after 10 s" and found["hangs"]["result"] is None
     assert found["writes when interrupted"]["result"] == {"fine": 1}
     assert found["says nothing"]["error"] == "it wrote no result"
     assert "cannot be read" in found["half a result"]["error"]
@@ -147,7 +149,7 @@ def is_gone(pid: int) -> bool:
 def test_what_is_done_is_not_done_again(faults: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second time only what failed runs; a result that cannot be read is made again."""
     first, second = stages.dry()
-    fast = [part for part in first.parts if part.seconds > 4]
+    fast = [part for part in first.parts if part.seconds > SHORT]
     monkeypatch.setattr(stages, "dry", lambda: [Stage("check", "", 100, fast), second])
     gpu.main(["--dry", "--results", str(faults)])
     gpu.main(["--dry", "--results", str(faults)])
