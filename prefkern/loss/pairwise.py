@@ -3,9 +3,9 @@
 `scores_of` forms the sums, over ranks if each has a part of the tokens. All that follows works on
 `[2B]` numbers, in one of two ways. On the triton backend, an objective of the pair kernel's form
 takes one launch, which returns the losses and `d loss / d logps` of each sequence; a mixture takes
-one for each of its objectives, and what gold responses add is torch code. Otherwise the objective's own torch code runs, and autograd
-differentiates it. Both ways return those gradients: they are the push on each response, and
-`prefkern.diagnostics` reads them.
+one for each of its objectives; what gold responses add is torch code. Otherwise the objective's own
+torch code runs, and autograd differentiates it. Both ways return those gradients: they are the push
+on each response, and `prefkern.diagnostics` reads them.
 """
 
 from __future__ import annotations

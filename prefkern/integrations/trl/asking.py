@@ -51,21 +51,6 @@ class AsksForLogProbs:
             served.append(serve(reference, ("log_probs",), **options))
         setattr(trainer, _SERVED, served)
 
-    @contextmanager
-    def accepting_adapted_heads(self) -> Iterator[None]:
-        """Within the context TRL's constructor takes an adapter on the head.
-
-        TRL refuses one, since its own operator would ignore it.
-        """
-        module = sys.modules[self.module]
-        # TRL asks whether the head is one of these. Without PEFT it has none of them.
-        layer: Any = vars(module).get(_ADAPTED_LAYER)
-        setattr(module, _ADAPTED_LAYER, _NoLayer)
-        try:
-            yield
-        finally:
-            setattr(module, _ADAPTED_LAYER, layer)
-
     @staticmethod
     def check_adapted_head(trainer: Any) -> None:
         """Raise ValueError if TRL's constructor has computed log-probs without the head's adapter."""
@@ -75,6 +60,22 @@ class AsksForLogProbs:
                 "args.precompute_ref_log_probs is True, but TRL computes these sums while the trainer "
                 "is made, without the adapter on the output head: set it to False"
             )
+
+
+@contextmanager
+def accepting_adapted_heads(module: str) -> Iterator[None]:
+    """Within the context the constructor of a module's trainer takes an adapter on the head.
+
+    TRL refuses one, since its own operator would ignore it.
+    """
+    trls = sys.modules[module]
+    # TRL asks whether the head is one of these. Without PEFT it has none of them.
+    layer: Any = vars(trls).get(_ADAPTED_LAYER)
+    setattr(trls, _ADAPTED_LAYER, _NoLayer)
+    try:
+        yield
+    finally:
+        setattr(trls, _ADAPTED_LAYER, layer)
 
 
 class _NoLayer:

@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import EvalLoopOutput
-from trl.trainer import dpo_trainer as trls
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer as PlainDPOTrainer
 
 from prefkern.data.columns import MARGIN_SOURCES, is_number, margin_columns, reward_margin
+from prefkern.integrations.trl.asking import accepting_adapted_heads
 from prefkern.integrations.trl.batches import (
     BOUNDS,
     MARGINS,
@@ -81,9 +81,6 @@ from prefkern.training.tensor_parallel import counting_batches_once
 from prefkern.version import VERSION
 
 logger = logging.getLogger(__name__)
-
-# TRL's name for the class of PEFT's layers.
-_ADAPTED_LAYER = "BaseTunerLayer"
 
 
 class DPOTrainer(OnTRL, PlainDPOTrainer):
@@ -344,17 +341,13 @@ def _will_shard(args: DPOConfig) -> bool:
 def _accepted_by_trl(args: DPOConfig) -> Iterator[None]:
     """Within the context TRL's constructor lets through what this trainer does and TRL's does not.
 
-    TRL refuses an adapter on the output head, since its own operator would ignore it, and it warns
-    that it has switched `padding_free` off.
+    TRL refuses an adapter on the output head, and it warns that it has switched `padding_free` off.
     """
     padding_free, args.padding_free = args.padding_free, False
-    # TRL asks whether the head is one of these. Without PEFT it has none of them.
-    layer: Any = vars(trls).get(_ADAPTED_LAYER)
-    setattr(trls, _ADAPTED_LAYER, _NoReference)
     try:
-        yield
+        with accepting_adapted_heads(PlainDPOTrainer.__module__):
+            yield
     finally:
-        setattr(trls, _ADAPTED_LAYER, layer)
         args.padding_free = padding_free
 
 

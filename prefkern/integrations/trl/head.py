@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefkern.integrations.trl.asking import ASKING, AsksForLogProbs, check_version, restore
+from prefkern.integrations.trl.asking import (
+    ASKING,
+    AsksForLogProbs,
+    accepting_adapted_heads,
+    check_version,
+    restore,
+)
 from prefkern.models.heads import ONE_PROCESS_PER_GPU, find_head
 from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.models.transform import DECODER_IDS
@@ -92,7 +98,7 @@ def _build(kind: type, known: Any, options: dict[str, Any], /, *args: Any, **key
     """Make a trainer of this class, and fuse it."""
     if not isinstance(known, AsksForLogProbs):
         return fuse_head(kind(*args, **keywords), **options)
-    with known.accepting_adapted_heads():
+    with accepting_adapted_heads(known.module):
         trainer = kind(*args, **keywords)
     known.check_adapted_head(trainer)
     return fuse_head(trainer, **options)
