@@ -1630,6 +1630,20 @@ MUTATIONS = (
         "tests/integrations/test_trl_fuse_head.py -k undone",
     ),
     Mutation(
+        "a copy of a fused model answers with the weights of the original",
+        "prefkern/integrations/trl/fused_forward.py",
+        "is_copy = inner, served.before, self is not base",
+        "is_copy = inner, served.before, False",
+        "tests/integrations/test_trl_fuse_head.py -k copy_of_the_model",
+    ),
+    Mutation(
+        "a batch that ranks share is each rank's own through TRL",
+        "prefkern/integrations/trl/dpo.py",
+        "with counting_batches_once(self.accelerator):",
+        "with nullcontext():",
+        "tests/integrations/test_trl_ranks.py -k counts_once",
+    ),
+    Mutation(
         "precomputed sums of chosen and rejected are swapped in TRL",
         "prefkern/integrations/trl/dpo.py",
         'sums = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]',
