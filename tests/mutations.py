@@ -1192,8 +1192,8 @@ MUTATIONS = (
     Mutation(
         "the loss ignores its workspace",
         "prefkern/loss/fused.py",
-        "workspace_mb = call.resolve_workspace(self.workspace_mb, given.hidden.device)",
-        "workspace_mb = call.resolve_workspace(None, given.hidden.device)",
+        "            self.workspace_mb,\n            backend,\n            return_stats,",
+        "            None,\n            backend,\n            return_stats,",
         "tests/ops/test_memory.py -k tile_of_forward",
     ),
     Mutation(

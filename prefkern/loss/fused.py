@@ -179,7 +179,6 @@ class FusedPreferenceLoss(nn.Module):
             bounds = self._check(given)
             if torch.compiler.is_compiling():
                 return self._compiled(given, bounds)
-            workspace_mb = call.resolve_workspace(self.workspace_mb, given.hidden.device)
             backend = call.resolve_backend(self.backend, given.hidden.device, given.hidden.dtype)
             scored = sequences.select(
                 given.labels.reshape(-1),
@@ -202,7 +201,7 @@ class FusedPreferenceLoss(nn.Module):
             is_one_head,
             scored,
             given.transform(),
-            workspace_mb,
+            self.workspace_mb,
             backend,
             return_stats,
             given.vocab,
@@ -483,7 +482,7 @@ def _score_tokens(
     is_one_head: bool,  # the reference's is the policy's
     scored: sequences.Scored,
     transform: Transform,
-    workspace_mb: float,
+    workspace_mb: float | None,
     backend: str,
     return_stats: bool,
     shard: VocabShard | None,

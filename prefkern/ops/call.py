@@ -26,7 +26,7 @@ def run(
     head: Head,
     scored: sequences.Scored,
     transform: Transform,
-    workspace_mb: float,
+    workspace_mb: float | None,
     backend: str,
     *,
     reference: Head | None = None,
@@ -71,6 +71,10 @@ def run(
         product_row=product_row,
         is_shard=shard is not None,
     )
+    if workspace_mb is None:
+        sizes = (scored.count, head.weight.shape[0], head.size, gradients, with_divergence)
+        share = plan.share_of_logits(*sizes)
+        workspace_mb = plan.default_workspace_mb(head.hidden.device, share)
     made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
     retries = shard is None and not sequences.is_capturing(head.hidden)
@@ -118,11 +122,15 @@ def place(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:  # 
     return values.view(shape)
 
 
+def check_workspace(workspace_mb: float | None) -> None:
+    if workspace_mb is not None:
+        plain.positive("workspace_mb", workspace_mb)
+
+
 def resolve_workspace(workspace_mb: float | None, device: torch.device) -> float:
-    if workspace_mb is None:
-        return plan.default_workspace_mb(device)
-    plain.positive("workspace_mb", workspace_mb)
-    return float(workspace_mb)
+    """The bound for a call of any size: a compiled one may be of many."""
+    check_workspace(workspace_mb)
+    return plan.default_workspace_mb(device) if workspace_mb is None else float(workspace_mb)
 
 
 def resolve_backend(

@@ -93,7 +93,7 @@ def linear_kl(
             )
             assert values.ref_logps is not None and values.kl is not None
             return TokenKL(values.logps, values.ref_logps, values.kl)
-        workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
+        call.check_workspace(workspace_mb)
         backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
         scored = sequences.select(labels.reshape(-1), ignore_index, shards.size_of(vocab, weight))
         if vocab is not None:

@@ -105,7 +105,7 @@ def linear_logprobs(
             )
             stats = values.stats
             return values.logps if stats is None else TokenStats(values.logps, *stats[:3])
-        workspace_mb = call.resolve_workspace(workspace_mb, hidden.device)
+        call.check_workspace(workspace_mb)
         backend = call.resolve_backend(backend, hidden.device, hidden.dtype)
         scored = sequences.select(labels.reshape(-1), ignore_index, shards.size_of(vocab, weight))
         if vocab is not None:
@@ -179,17 +179,23 @@ def plan_for(
             "workspace_mb must be given: its default depends on a GPU, and none is here"
         )
     operands = operands_for(dtype, device.type)
+    head = plan.HeadSize(
+        hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank, operands.rounds
+    )
+    gradients = plan.Gradients(
+        trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
+    )
+    call.check_workspace(workspace_mb)
+    if workspace_mb is None:
+        share = plan.share_of_logits(tokens, vocab_size, head, gradients, with_divergence=False)
+        workspace_mb = plan.default_workspace_mb(device, share)
     return plan.make_plan(
         tokens=tokens,
         vocab_size=vocab_size,
-        head=plan.HeadSize(
-            hidden_size, dtype, operands.upcasts, dtype, dtype, lora_rank, operands.rounds
-        ),
-        gradients=plan.Gradients(
-            trains_hidden, trains_head, False, trains_hidden and lora_rank > 0, lora_rank > 0
-        ),
+        head=head,
+        gradients=gradients,
         backend=call.resolve_backend(backend, device, dtype, name="dtype"),
-        workspace_mb=call.resolve_workspace(workspace_mb, device),
+        workspace_mb=workspace_mb,
         has_softcap=softcap,
         with_stats=return_stats,
     )

@@ -64,6 +64,10 @@ _OPERATIONS_A_BYTE_OF_CPU = 20
 # The largest block of memory, in bytes, that glibc's allocator hands out twice. It maps a larger one
 # afresh, page by page, at each allocation.
 _LARGEST_BLOCK_OF_CPU = 31 * MIB
+# Temporary memory of a call on a CPU, unless the caller says otherwise.
+_MOST_MB_OF_CPU = 64.0
+# Narrower tiles beside kept probabilities make a small batch's products slow.
+_TILES_MB_OF_CPU = 16.0
 # The share of kept tokens is a multiple of one eighth.
 _EIGHTHS = 8
 
@@ -171,12 +175,29 @@ def recorder() -> Callable[[Plan], None]:
     return functools.partial(vars(_local).__setitem__, "plan")
 
 
-def default_workspace_mb(device: torch.device) -> float:
-    """The default bound: 64 MiB on a CPU, 1/128 of a GPU's memory (at least 256 MiB)."""
+def default_workspace_mb(device: torch.device, share: float | None = None) -> float:
+    """The default bound: 64 MiB on a CPU, 1/128 of a GPU's memory (at least 256 MiB).
+
+    On a CPU it is less for a small call: its `share` (`share_of_logits`), and at least 8 MiB.
+    """
     if device.type != "cuda":
-        return 64.0
+        return _MOST_MB_OF_CPU if share is None else min(max(share, 8.0), _MOST_MB_OF_CPU)
     total = torch.cuda.get_device_properties(device).total_memory
     return max(256.0, total / 128 / MIB)
+
+
+def share_of_logits(
+    tokens: int, vocab_size: int, head: HeadSize, gradients: Gradients, with_divergence: bool
+) -> float:
+    """A quarter of what logits in memory take, in MiB, for bfloat16: 10 bytes an entry, or 12.
+
+    A trained head gets as much as keeps all its probabilities, in any dtype, and tiles beside them
+    that are worth a product. With a divergence there are logits of two models.
+    """
+    entries = (1 + with_divergence) * tokens * vocab_size / MIB
+    if not gradients.head:
+        return 2.5 * entries
+    return head.compute_dtype.itemsize * entries + max(entries, _TILES_MB_OF_CPU)
 
 
 def kept_row(vocab_size: int) -> int:

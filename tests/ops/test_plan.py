@@ -245,3 +245,40 @@ def test_plan_for_a_gpu_that_is_not_here():
 def test_plan_for_refuses_no_shape(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         prefkern.plan_for(*arguments)
+
+
+def temporary_bytes(score, case: str, shape: tuple[int, int, int]) -> int:
+    """Peak beyond the inputs and the gradients that a call returns."""
+    hidden, weight, labels = problem(case, torch.bfloat16, "cpu", shape)
+    with Meter() as meter:
+        logps = score(hidden, weight, labels)
+        if case != "forward":
+            logps.sum().backward()
+    grads = [x.grad for x in (hidden, weight) if x.grad is not None]
+    return meter.peak_bytes - sum(grad.nbytes for grad in grads)
+
+
+def in_memory(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logps = (hidden @ weight.T).float().log_softmax(-1)
+    return logps.gather(-1, labels[:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("shape", [(512, 64, 49152), (2048, 128, 8192)], ids=str)
+@pytest.mark.parametrize("case", ["forward", "frozen", "trained"])
+def test_by_default_a_cpu_takes_a_quarter_of_the_memory_of_logits(case, shape):
+    ours = temporary_bytes(prefkern.linear_logprobs, case, shape)
+    eager = temporary_bytes(in_memory, case, shape)
+    assert ours <= eager / 4
+
+
+@pytest.mark.parametrize(("case", "tokens"), [("frozen", 4096), ("trained", 4096)])
+def test_a_large_call_on_a_cpu_has_64_mib(case, tokens):
+    made = prefkern.plan_for(tokens, 64, 32768, device="cpu", trains_head=case == "trained")
+    assert 0.75 * 64 * MIB <= made.workspace_bytes <= 64 * MIB
+
+
+def test_a_default_that_shrinks_keeps_all_probabilities_of_a_small_batch():
+    for tokens in (1, 64, 512):
+        for dtype in (torch.bfloat16, torch.float32):
+            made = prefkern.plan_for(tokens, 64, 16384, dtype=dtype, device="cpu", trains_head=True)
+            assert made.kept_tokens == tokens
