@@ -1802,6 +1802,20 @@ MUTATIONS = (
         "tests/training/test_streams.py -k another",
     ),
     Mutation(
+        "streams of other weights resume",
+        "prefkern/data/streams.py",
+        '"weights": self._weights,',
+        '"weights": None,',
+        "tests/training/test_streams.py -k mixed_by_weights",
+    ),
+    Mutation(
+        "streams are drawn from alike",
+        "prefkern/data/streams.py",
+        "drawn.choices(range(len(rows)), weights)",
+        "drawn.choices(range(len(rows)))",
+        "tests/training/test_streams.py -k mixed_by_weights",
+    ),
+    Mutation(
         "a stream's batches are cut between ranks",
         "prefkern/training/streams.py",
         "args.accelerator_config.dispatch_batches = False",

@@ -88,8 +88,20 @@ class DataArguments(DatasetArguments):
         default=None,
         metadata={"help": "How often to draw from each of several datasets. Default: by size."},
     )
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "File, folder or hub name to evaluate on."}
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the rows of --dataset as training needs them; needs --max_steps.",
+            "aliases": ["--dataset_streaming"],
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10_000,
+        metadata={"help": "Rows among which --streaming draws the next. 0: in their order."},
+    )
+    eval_dataset: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files, folders or hub names to evaluate on; several one by one."},
     )
     eval_split: str = field(
         default="test",
@@ -209,16 +221,30 @@ def parse(
         raise ValueError(f"--eval_fraction must be in [0, 1), got {data.eval_fraction}")
     if data.eval_fraction and data.eval_dataset:
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
-    assert data.dataset is not None
-    sources = [data.dataset] if isinstance(data.dataset, str) else data.dataset
-    data.dataset = sources
+    sources = data.dataset = _listed("dataset", data.dataset) or []
+    data.eval_dataset = _listed("eval_dataset", data.eval_dataset)
+    if "shuffle_buffer" in parsed.given and not data.streaming:
+        raise ValueError("--shuffle_buffer has no effect without --streaming")
+    if data.shuffle_buffer < 0:
+        raise ValueError(f"--shuffle_buffer must be >= 0, got {data.shuffle_buffer}")
+    if data.streaming and data.eval_fraction:
+        raise ValueError(
+            "--eval_fraction needs the number of rows, which --streaming does not know; give "
+            "--eval_dataset"
+        )
     if data.dataset_weights is not None and len(sources) == 1:
         raise ValueError(f"--dataset_weights has no effect on one dataset, {sources[0]}")
     check_weights("--dataset_weights", data.dataset_weights, len(sources))
-    for source in sources:
-        if sources.count(source) > 1:
-            raise ValueError(f"--dataset has {source} twice; give each dataset once")
     is_file = all(Path(source).expanduser().is_file() for source in sources)
+    if data.streaming and args.max_steps <= 0:
+        raise ValueError(
+            f"--streaming needs --max_steps above 0, got {args.max_steps}: a stream does not tell "
+            "how many rows it has"
+        )
+    if data.streaming and len(sources) > 1 and data.dataset_weights is None:
+        raise ValueError(
+            "--streaming of several datasets needs --dataset_weights, since their sizes are not known"
+        )
     if "eval_split" in parsed.given and data.eval_fraction:
         raise ValueError("--eval_split has no effect with --eval_fraction")
     if data.eval_dataset is None and not data.eval_fraction:
@@ -233,7 +259,7 @@ def parse(
             # As `trl dpo` has it: another split of the same dataset.
             if len(sources) > 1:
                 raise ValueError("--eval_dataset is required beside several datasets")
-            data.eval_dataset = sources[0]
+            data.eval_dataset = sources
     if not 0 <= lora.lora_dropout < 1:
         raise ValueError(f"--lora_dropout must be in [0, 1), got {lora.lora_dropout}")
     read_peft(lora, parsed.given)
@@ -245,9 +271,8 @@ def parse(
         raise ValueError("--dataset_config has no effect on a file")
     if lora.lora_dropout and args.disable_dropout:
         raise ValueError("--lora_dropout has no effect without --disable_dropout false")
-    for source in (*sources, data.eval_dataset):
-        if source is not None:
-            local_path(source)
+    for source in (*sources, *(data.eval_dataset or [])):
+        local_path(source)
     check_output_dir(args.output_dir)
     check_model_folder("--model_name_or_path", model.model_name_or_path)
     check_model_folder("--adapter", model.adapter)
@@ -289,24 +314,12 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     keep_freed_memory(config.device.type)
     check_options(config)
 
-    from prefkern.data import load_preference_dataset
-
     assert model.model_name_or_path is not None and data.dataset is not None
-    names: Any = config.columns  # a mapping or None, since __post_init__
-    parts = {
-        name: load_preference_dataset(
-            source,
-            data.dataset_split,
-            None if Path(source).expanduser().is_file() else data.dataset_config,
-            names,
-        )
-        for name, source in _named(data.dataset).items()
-    }
+    parts = _loaded(data.dataset, data.dataset_split, data, config, data.streaming)
     evaluation = None
     if data.eval_dataset is not None:
-        evaluation = load_preference_dataset(
-            data.eval_dataset, data.eval_split, data.dataset_config, names
-        )
+        tested = _loaded(data.eval_dataset, data.eval_split, data, config)
+        evaluation = tested if len(tested) > 1 else next(iter(tested.values()))
     elif data.eval_fraction:
         split = {
             name: part.train_test_split(test_size=data.eval_fraction, seed=config.seed)
@@ -350,6 +363,38 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     check_optimizer(config, trainer.model)
     check_best_metric(trainer)
     return trainer, config
+
+
+def _listed(option: str, given: list[str] | str | None) -> list[str] | None:
+    """The datasets of an option: a file of options may give one as a text."""
+    sources = [given] if isinstance(given, str) else given
+    for source in sources or []:
+        if sources and sources.count(source) > 1:
+            raise ValueError(f"--{option} has {source} twice; give each dataset once")
+    return sources
+
+
+def _loaded(
+    sources: list[str],
+    split: str,
+    data: DataArguments,
+    config: PreferenceConfig,
+    streaming: bool = False,
+) -> dict[str, Any]:
+    """Datasets, or streams, by their names."""
+    from prefkern.data import load_preference_dataset, load_preference_stream
+
+    load = load_preference_stream if streaming else load_preference_dataset
+    seed = config.seed if config.data_seed is None else config.data_seed
+    columns: Any = config.columns  # a mapping or None, since __post_init__
+    parts = {}
+    for name, source in _named(sources).items():
+        is_file = Path(source).expanduser().is_file()
+        part: Any = load(source, split, None if is_file else data.dataset_config, columns)
+        if streaming and data.shuffle_buffer:
+            part = part.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+        parts[name] = part
+    return parts
 
 
 def _named(sources: list[str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from prefkern.version import install_line
 
 if TYPE_CHECKING:
     from prefkern.data.formats import extract_prompt
-    from prefkern.data.loading import load_preference_dataset
+    from prefkern.data.loading import load_preference_dataset, load_preference_stream
     from prefkern.data.tokenisation import tokenize_examples, tokenize_preferences
     from prefkern.data.turns import conversation_labels
 
@@ -51,6 +51,7 @@ __all__ = [
     "conversation_labels",
     "extract_prompt",
     "load_preference_dataset",
+    "load_preference_stream",
     "show",
     "tokenize_examples",
     "tokenize_preferences",
@@ -63,6 +64,7 @@ _LAZY = {
     "conversation_labels": "turns",
     "extract_prompt": "formats",
     "load_preference_dataset": "loading",
+    "load_preference_stream": "loading",
     "tokenize_examples": "tokenisation",
     "tokenize_preferences": "tokenisation",
 }

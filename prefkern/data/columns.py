@@ -218,7 +218,7 @@ def check_columns(
 
     if not isinstance(dataset, datasets.Dataset):
         is_stream = isinstance(dataset, datasets.IterableDataset)
-        hint = "; only PreferenceTrainer's train_dataset may be a stream" if is_stream else ""
+        hint = "; only PreferenceTrainer takes streams" if is_stream else ""
         raise TypeError(
             f"dataset {name!r} must be a datasets.Dataset, got {type(dataset).__name__}{hint}"
         )

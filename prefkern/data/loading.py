@@ -1,13 +1,15 @@
 """Loads one split of a preference dataset: from a file, a folder, or a name on the hub.
 
 A split may be a slice in the syntax of `datasets`: `train[:10000]`, `train[90%:]`. A single file is
-one split; it may be requested under any name.
+one split; it may be requested under any name. `load_preference_stream` reads the rows as they are
+needed instead, and takes no slices.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from datasets.exceptions import DatasetsError
 from prefkern.data import faults, foreign
 from prefkern.data.columns import check_columns, plain, renamed
 from prefkern.data.sources import FORMATS, local_path
+from prefkern.data.streams import first_rows
 
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", *foreign.TEXTS)
 # The texts that pandas reads as a missing value.
@@ -46,22 +49,56 @@ def load_preference_dataset(
     Raises FileNotFoundError for a file that does not exist, and ValueError for one that cannot be
     read, lacks a column or has no rows.
     """
-    path = local_path(source)
-    try:
-        if path.is_file():
-            dataset = _load_file(path, split, columns or {})
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            dataset = _load_saved(path, split)
-        else:
-            dataset = datasets.load_dataset(
-                str(path) if path.is_dir() else source, config, split=split
-            )
-    # `datasets` raises RuntimeError for a dataset that is a script, which it does not run.
-    except (DatasetsError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
+    with _named_failures(source):
+        dataset = _load(source, split, config, columns, streaming=False)
     check_columns(renamed(dataset, columns, source), source, paired=False)
     # `save_to_disk` also saves the format that was set on the dataset.
     return plain(dataset)
+
+
+def load_preference_stream(
+    source: str,
+    split: str = "train",
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> datasets.IterableDataset:
+    """A preference dataset as a stream, whose first rows are checked.
+
+    Args, and errors: as of `load_preference_dataset`; a slice of a split is refused.
+    """
+    if "[" in split:
+        raise ValueError(
+            f"split must be the name of a split for a stream, which has no length to slice, got {split!r}"
+        )
+    with _named_failures(source):
+        stream = _load(source, split, config, columns, streaming=True)
+        first = first_rows(stream, source)
+    check_columns(renamed(first, columns, source), source, paired=False)
+    return stream
+
+
+def _load(
+    source: str, split: str, config: str | None, columns: Mapping[str, str] | None, streaming: bool
+) -> Any:
+    path = local_path(source)
+    if path.is_file():
+        return _load_file(path, split, columns or {}, streaming)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = _load_saved(path, split)
+        return saved.to_iterable_dataset() if streaming else saved
+    name = str(path) if path.is_dir() else source
+    return datasets.load_dataset(name, config, split=split, streaming=streaming)
+
+
+@contextmanager
+def _named_failures(source: str) -> Iterator[None]:
+    """Raise ValueError for what the readers of files raise, with the dataset and the fault."""
+    path = local_path(source)
+    try:
+        yield
+    # `datasets` raises RuntimeError for a dataset that is a script, which it does not run.
+    except (DatasetsError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -77,7 +114,7 @@ def _reason(path: Path, error: Exception) -> str:
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)
 
 
-def _load_file(path: Path, split: str, columns: Mapping[str, str]) -> datasets.Dataset:
+def _load_file(path: Path, split: str, columns: Mapping[str, str], streaming: bool) -> Any:
     builder = FORMATS.get(path.suffix)
     if builder is None:
         raise ValueError(f"unknown file type {path.suffix!r}; known: {', '.join(FORMATS)}")
@@ -86,7 +123,9 @@ def _load_file(path: Path, split: str, columns: Mapping[str, str]) -> datasets.D
             raise ValueError("the file is empty")
     files = {_split_name(split): str(path)}
     options = _text_as_it_is(path, columns) if builder == "csv" else {}
-    return datasets.load_dataset(builder, data_files=files, split=split, **options)
+    return datasets.load_dataset(
+        builder, data_files=files, split=split, streaming=streaming, **options
+    )
 
 
 def _text_as_it_is(path: Path, names: Mapping[str, str]) -> dict[str, Any]:

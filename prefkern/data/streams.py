@@ -1,21 +1,24 @@
 """A streamed dataset as tokenised rows, made as training reads them.
 
 Rows are tokenised in groups, by the same code as a dataset that is there at once, so that each row
-has the same tokens. The stream is read again when it ends, with its `set_epoch`. A run that resumes
-reads it from its beginning and skips what it has trained on: `description` tells whether the first
-rows are still the same.
+has the same tokens. The stream is read again when it ends, with its `set_epoch`. Several streams are
+mixed by weights (`MixedStream`). A run that resumes reads from the beginning and skips what it has
+trained on: `description` tells whether the first rows, and what mixes them, are still the same. An
+evaluation reads a stream once and keeps its rows (`whole`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
+from prefkern.data.mixing import DatasetMix
 from prefkern.data.truncation import NothingToScore
 
 # Rows that are tokenised together; the first ones are checked and reported before training.
@@ -35,8 +38,24 @@ def first_rows(stream: datasets.IterableDataset, name: str) -> datasets.Dataset:
     return _dataset_of(group)
 
 
-class TokenStream(IterableDataset):
-    """The tokenised rows of a stream, without end.
+def whole(dataset: Any) -> Any:
+    """A dataset, or each of several, with the rows of a stream in memory; others as they are."""
+    if isinstance(dataset, DatasetMix):
+        return dataset.of({name: whole(part) for name, part in dataset.parts.items()})
+    if isinstance(dataset, dict):
+        return {name: whole(part) for name, part in dataset.items()}
+    return datasets.Dataset.from_list(list(dataset)) if is_stream(dataset) else dataset
+
+
+class EndlessRows(IterableDataset):
+    """Tokenised rows without end; `description` is equal for rows that are."""
+
+    column_names: list[str]
+    description: dict[str, Any]
+
+
+class TokenStream(EndlessRows):
+    """The tokenised rows of a stream.
 
     Args:
         stream: the raw rows.
@@ -89,6 +108,38 @@ class TokenStream(IterableDataset):
                 datasets.enable_progress_bars()
         mixed: Any = tokens.shuffle(seed=start) if self._shuffles else tokens
         yield from mixed
+
+
+class MixedStream(EndlessRows):
+    """The rows of several streams, each drawn from one of them with the probability of its weight.
+
+    A stream that ends is read again, so that the shares stay those of the weights.
+    """
+
+    def __init__(self, parts: Sequence[TokenStream], weights: Sequence[float], seed: int) -> None:
+        self._parts = parts
+        self._weights = [float(weight) for weight in weights]
+        self._seed = seed
+        self.column_names = parts[0].column_names
+        self.description = {
+            "parts": [part.description for part in parts],
+            "weights": self._weights,
+            "seed": seed,
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        drawn = random.Random(f"{self._seed} {0 if worker is None else worker.id}")
+        rows = [iter(part) for part in self._parts]
+        weights = [*self._weights]
+        while any(weights):
+            (at,) = drawn.choices(range(len(rows)), weights)
+            row = next(rows[at], None)
+            if row is None:
+                # A worker without a shard of this stream.
+                weights[at] = 0.0
+            else:
+                yield row
 
 
 def _dataset_of(group: dict[str, list[Any]]) -> datasets.Dataset:

@@ -171,11 +171,16 @@ def check_needs(needs: Needs, args: PreferenceConfig, ref_model: Any) -> None:
 
 
 def named(dataset: Any, name: str) -> list[tuple[str, Any]]:
+    """The datasets of a dict or a mix, at any depth, with their names in reports."""
     if dataset is None:
         return []
     parts = dataset.parts if isinstance(dataset, DatasetMix) else dataset
     if isinstance(parts, Mapping):
-        return [(f"{name}_{key}", value) for key, value in parts.items()]
+        return [
+            found
+            for key, value in parts.items()
+            for found in named(value, f"{name}_{key}") or [(f"{name}_{key}", None)]
+        ]
     return [(name, dataset)]
 
 

@@ -117,7 +117,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "chat_template": ("", "the tokenizer's own chat template is used"),
     "preprocessing_num_workers": ("dataset_num_proc", ""),
     "dataset_num_workers": ("dataset_num_proc", ""),
-    "dataset_streaming": ("", "a stream goes to PreferenceTrainer, as train_dataset"),
+    "dataset_streaming": ("streaming", "a stream goes to PreferenceTrainer, as train_dataset"),
     "streaming": ("", "a stream goes to PreferenceTrainer, as train_dataset"),
     "padding_side": ("", "it makes no difference here: leave it out"),
     "pad_token": ("", "the tokenizer's pad token is used, or its end token"),

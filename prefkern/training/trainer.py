@@ -19,7 +19,8 @@ the initial model. A model of its own may follow the policy (`prefkern.training.
 from __future__ import annotations
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -41,8 +42,7 @@ from prefkern.data.collate import (
     PreferenceCollator,
 )
 from prefkern.data.columns import ID_COLUMNS, renamed
-from prefkern.data.foreign import decided_by
-from prefkern.data.streams import TokenStream, first_rows, is_stream
+from prefkern.data.streams import whole
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
     BASE,
@@ -121,8 +121,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         model: a Hugging Face causal LM, a PEFT model of one, or a name or path to load.
         args: a `PreferenceConfig`.
         train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`, or
-            a `DatasetMix` of several; the latter may also be a dict of them, the former a
-            `datasets.IterableDataset`, with `max_steps`.
+            a `DatasetMix` of several; the latter may also be a dict of them. Each may be a stream
+            (`datasets.IterableDataset`): trained on with `max_steps`, read whole for evaluations.
         processing_class: the tokenizer; None loads the model's own.
         objective: overrides `args.objective`.
         ref_model: the reference, a model, name or path. None: the initial model. With PEFT that is
@@ -170,11 +170,11 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         check_reference_arguments(model, ref_model, args)
-        check_stream(args, train_dataset, eval_dataset)
-        stream = train_dataset if is_stream(train_dataset) else None
-        if stream is not None:
+        streams = check_stream(args, train_dataset)
+        if streams is not None:
             # What is checked and reported before training; the others are as they are read.
-            train_dataset = self._first_rows = first_rows(stream, "train")
+            train_dataset = streams.first
+        eval_dataset = whole(eval_dataset)
         seed = args.seed if objective is None else None
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)
@@ -256,13 +256,12 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         check_summed_gradients(model, args)
         ranks = self._ranks_with_batches = args.world_size // size_of(model)
         gold = self._objective_needs.gold
-        if stream is None:
+        if streams is None:
             check_batches(
                 train_dataset, args.train_batch_size, args, "train", ranks, gold=gold, trains=True
             )
         else:
-            report = self.dataset_reports["train"]
-            self.dataset_reports["train"] = replace(report, name="train, first rows")
+            streams.rename(self.dataset_reports)
         check_batches(eval_dataset, args.eval_batch_size, args, "eval", ranks, gold=gold)
         self._dropout_of_configs = disable_dropout(model) if args.disable_dropout else []
         # Sums are not enough for distributions or for mismatched pairs.
@@ -325,10 +324,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
         )
 
-        if stream is not None:
-            train_dataset = TokenStream(
-                stream, self._tokens_of_stream, train_dataset, shuffles=not is_paired
-            )
+        if streams is not None:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            tokens = partial(self._tokens_of_stream, args, base)
+            train_dataset = streams.tokenised(tokens, args.columns, not is_paired, seed)
         super().__init__(
             model=model,
             args=args,
@@ -466,24 +465,23 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
             }
         is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
-        dataset, report = self._tokens_of(dataset, args, name)
+        dataset, report = self._tokens_of(dataset, args, name, args.dataset_num_proc)
         # A dataset that was tokenised before adds nothing to a report that is there already.
         if not is_prepared or report.dropped or name not in self.dataset_reports:
             self.dataset_reports[name] = report
             logger.info("%s", report.summary)
         return dataset
 
-    def _tokens_of_stream(self, rows: Any) -> Any:
+    def _tokens_of_stream(self, args: PreferenceConfig, base: Any, rows: Any, name: str) -> Any:
         """The tokens of some rows of a stream, checked as those of a dataset are."""
-        with decided_by(renamed(self._first_rows, self.args.columns, "train")):  # pyright: ignore[reportArgumentType]
-            self._check_columns(rows, self.args, "train")
-            tokens, _ = self._tokens_of(rows, self.args, "train")
-        base = unwrap(self.accelerator.unwrap_model(self.model))
-        self._check_positions(tokens, self.args, "train", base)
+        self._check_columns(rows, args, name)
+        # A worker of the loader may start no processes, and so few rows need none.
+        tokens, _ = self._tokens_of(rows, args, name, num_proc=None)
+        self._check_positions(tokens, args, name, base)
         return tokens
 
     def _tokens_of(
-        self, dataset: Any, args: PreferenceConfig, name: str
+        self, dataset: Any, args: PreferenceConfig, name: str, num_proc: int | None
     ) -> tuple[Any, DatasetReport]:
         needs = self._objective_needs
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
@@ -494,7 +492,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             "max_length": args.max_length,
             "max_prompt_length": args.max_prompt_length,
             "truncation_mode": args.truncation_mode,
-            "num_proc": args.dataset_num_proc,
+            "num_proc": num_proc,
             "name": name,
             "assistant_only_loss": args.assistant_only_loss,
             "last_turn_only": args.last_turn_only,
@@ -517,6 +515,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """A dataset to evaluate on, from raw pairs."""
+        dataset = whole(dataset)
         for each, part in named(dataset, name):
             self._check_columns(part, self.args, each)
         dataset = self._tokenized(dataset, self.args, name)

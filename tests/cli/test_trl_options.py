@@ -202,7 +202,7 @@ def test_names_of_data_and_adapters(hub, tmp_path) -> None:
 
 
 def test_unknown_lines_are_all_named(tmp_path, capsys) -> None:
-    lines = ["env: {A: 1}", "num_processes: 4", "dataset_streaming: true", "beta: 0.1"]
+    lines = ["env: {A: 1}", "num_processes: 4", "activation_offloading: true", "beta: 0.1"]
     lines += ["test_split_size: 0.1", "no_such_thing: 1"]
     path = tmp_path / "trl.yaml"
     path.write_text("\n".join(lines))
@@ -210,7 +210,7 @@ def test_unknown_lines_are_all_named(tmp_path, capsys) -> None:
     for part in (
         "line 1: unknown option 'env': set these variables in the shell, before the command; ",
         "line 2: unknown option 'num_processes': accelerate launch takes it: ",
-        "line 3: unknown option 'dataset_streaming': a stream goes to PreferenceTrainer, as train_dataset; ",
+        "line 3: unknown option 'activation_offloading'",
         "line 5: unknown option 'test_split_size': here it is 'eval_fraction'; ",
         "line 6: unknown option 'no_such_thing'",
     ):

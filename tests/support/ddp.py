@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 
+from prefkern.data import DatasetMix
 from prefkern.data.collate import ExampleCollator
 from prefkern.training import reference_cache
 from support import tiny
@@ -26,7 +27,7 @@ from support.packed import rows_of_lengths, uneven_rows
 from support.processes import environment
 from support.reference_sums import precomputing, shards, sums
 from support.resumed import logs_of, run_of
-from support.training import Record, lora, made, single_rows, step_logs, trainer, weights
+from support.training import Record, lora, made, single_rows, step_logs, stream, trainer, weights
 
 # Older ones hand torch.load the device "cpu:0", which it does not know.
 RESUMES = Version(transformers.__version__) >= Version("5.23")
@@ -155,6 +156,30 @@ CASES = {
         },
     ),
 }
+# Each rank reads the streams, and takes its part of every joint batch. A worker has its own shards.
+CASES |= {
+    "streams": (
+        8,
+        2,
+        1,
+        lambda: {
+            "train_dataset": DatasetMix({"a": stream(8), "b": stream(5, seed=1)}, [1, 2]),
+            "max_steps": 4,
+            "eval_dataset": stream(5, seed=2),
+            "per_device_eval_batch_size": 2,
+        },
+    ),
+    "stream, workers": (
+        8,
+        2,
+        1,
+        lambda: {
+            "train_dataset": stream(16, shards=2).shuffle(seed=1, buffer_size=5),
+            "max_steps": 6,
+            "dataloader_num_workers": 2,
+        },
+    ),
+}
 # By tokens a rank's batch is not a number of pairs. Two ranks take two batches at a time; the one
 # process accumulates these two.
 BY_TOKENS = {"padding_free": True, "share_prompt": True, "max_tokens_per_batch": 60}
@@ -237,6 +262,19 @@ def _resumed(path: Path) -> list[dict]:
     return runs
 
 
+def _resumed_stream(path: Path) -> list[dict]:
+    """Two workers on each rank, stopped after the stream began again."""
+    given = {"max_steps": 8, "dataloader_num_workers": 2, "per_device_train_batch_size": 2}
+    given |= {"save_strategy": "steps", "save_steps": 5, "ref_model": tiny.model(seed=1)}
+    runs = []
+    for start in (None, str(path / "checkpoint-5")):
+        rows = stream(12, shards=2).shuffle(seed=1, buffer_size=5)
+        run = trainer(path, train_dataset=rows, **given)
+        run.train(resume_from_checkpoint=start)
+        runs.append({"weights": weights(run.model), "losses": [x["loss"] for x in step_logs(run)]})
+    return runs
+
+
 def _refused(path: Path) -> list[str]:
     messages = []
     for options in ({"count": 5}, {"count": 8, "eval_dataset": tiny.dataset(7)}):
@@ -262,7 +300,7 @@ def _cached(path: Path) -> dict:
 # By name; each case is a run of its own on both ranks.
 OTHERS = {"refused": _refused, "cached": _cached}
 if RESUMES:
-    OTHERS["resumed"] = _resumed
+    OTHERS |= {"resumed": _resumed, "resumed stream": _resumed_stream}
 
 
 def torchrun(module: str, *arguments: str, count: int = 2, **settings: str) -> None:

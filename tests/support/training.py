@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,18 @@ def single_rows(count: int, seed: int = 0) -> list[dict]:
 
 def made(rows: list[dict]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
+
+
+def _rows_of_shard(shard: list[list[dict]]) -> Iterator[dict]:
+    for rows in shard:
+        yield from rows
+
+
+def stream(rows: int | list[dict], shards: int = 1, seed: int = 0) -> datasets.IterableDataset:
+    """A stream of these rows, or of so many drawn pairs; every `shards`-th is in one shard."""
+    rows = tiny.pairs(rows, seed) if isinstance(rows, int) else rows
+    parts = {"shard": [rows[first::shards] for first in range(shards)]}
+    return datasets.IterableDataset.from_generator(_rows_of_shard, gen_kwargs=parts)
 
 
 def rows_of(name: str, count: int = 8) -> list[dict]:

@@ -81,6 +81,14 @@ def test_two_ranks_resume_bit_for_bit(ranks):
         assert whole["logs"] == resumed["logs"]
 
 
+@pytest.mark.skipif(not RESUMES, reason="this transformers loads no optimiser on two CPU ranks")
+def test_two_ranks_resume_on_a_stream(ranks):
+    for rank in range(2):
+        whole, resumed = torch.load(ranks / f"rank{rank}.pt")["resumed stream"]
+        assert len(whole["losses"]) == 8 and resumed["losses"] == whole["losses"]
+        assert_same_weights(whole["weights"], resumed["weights"], atol=0, rtol=0)
+
+
 def test_ranks_with_different_numbers_of_batches_are_refused(ranks):
     """Such ranks would wait for each other for ever."""
     for rank in range(2):

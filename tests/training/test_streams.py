@@ -8,12 +8,13 @@ pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 
 from accelerate.data_loader import prepare_data_loader
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
-from prefkern.data import streams
+from prefkern.data import DatasetMix, streams
 from prefkern.data.truncation import NothingToScore
 from support import chats, tiny
-from support.training import assert_same_weights, made, step_logs, trainer, weights
+from support.training import assert_same_weights, made, step_logs, stream, trainer, weights
 
 ROWS = tiny.pairs(20)
 # In the dataset's own order, as a stream is read.
@@ -21,7 +22,7 @@ IN_ORDER = {"train_sampling_strategy": "sequential"}
 
 
 def _stream(rows=ROWS):
-    return datasets.IterableDataset.from_generator(lambda: iter(rows))
+    return stream(rows)
 
 
 def _losses(run) -> list[float]:
@@ -190,11 +191,26 @@ def test_later_rows_are_checked_as_they_are_read(tmp_path, monkeypatch):
             ValueError,
             "dispatch_batches cuts a batch by its rows",
         ),
-        ({"eval_dataset": _stream()}, TypeError, "eval_dataset must be a datasets.Dataset, got a"),
+        ({"eval_dataset": _stream([])}, ValueError, "dataset 'eval' is empty"),
         (
-            {"eval_dataset": {"a": tiny.dataset(4), "b": _stream()}},
+            {"train_dataset": DatasetMix({"a": tiny.dataset(4), "b": _stream()}, [1, 1])},
             TypeError,
-            "take rows of it: datasets.Dataset.from_list",
+            r"train_dataset mixes streams \('b'\) and datasets \('a'\): make all of them streams",
+        ),
+        (
+            {"train_dataset": DatasetMix({"a": _stream(), "b": _stream()})},
+            ValueError,
+            "weights is None, and the sizes of streams are not known: give .* each of 'a', 'b'",
+        ),
+        (
+            {"train_dataset": DatasetMix({"a": _stream(), "b": _stream([DIALOGUE, {}])}, [1, 0.5])},
+            ValueError,
+            "dataset 'train_b', row 1",
+        ),
+        (
+            {"train_dataset": split_dataset_by_node(_stream(), rank=0, world_size=2)},
+            ValueError,
+            "train_dataset was split by split_dataset_by_node, and the trainer spreads a stream",
         ),
         ({"train_dataset": _stream([])}, ValueError, "dataset 'train' is empty"),
         ({"train_dataset": _stream([{"a": "b"}])}, ValueError, "'train' has no column 'chosen'"),
@@ -234,7 +250,85 @@ def test_ranks_take_their_own_rows_of_a_stream(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_read_a_stream_once(tmp_path, workers):
-    given = {"objective": "simpo", "max_steps": 5}
+    given = {"objective": "simpo", "max_steps": 5, "dataset_num_proc": 2}
     alone = trainer(tmp_path, train_dataset=_stream(), **given)
     run = trainer(tmp_path, train_dataset=_stream(), dataloader_num_workers=workers, **given)
     assert _losses(run) == _losses(alone)
+
+
+def _prompts(run, count: int) -> list[list[int]]:
+    return [row["prompt_ids"] for row, _ in zip(run.train_dataset, range(count), strict=False)]
+
+
+def test_workers_take_the_shards_of_a_stream(tmp_path):
+    """Each row is read once before one is read again, and a run resumes on them bit for bit."""
+    given = {"objective": "simpo", "max_steps": 8, "dataloader_num_workers": 2}
+    given |= {"save_strategy": "steps", "save_steps": 3}
+    sharded = stream(ROWS, shards=2)
+    whole = trainer(tmp_path / "a", train_dataset=sharded, **given)
+    loader = iter(whole.get_train_dataloader())
+    batches = [next(loader)["input_ids"][:4].tolist() for _ in range(4)]
+    seen = [tuple(token for token in row if token) for batch in batches for row in batch]
+    assert len({*seen}) == 16
+    losses = _losses(whole)
+    resumed = trainer(tmp_path / "b", train_dataset=sharded, **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    assert [log["loss"] for log in step_logs(resumed)] == losses
+    assert_same_weights(weights(resumed.model), weights(whole.model), atol=0, rtol=0)
+
+
+CHAT = {
+    "prompt": [{"role": "user", "content": "film"}],
+    "chosen": [{"role": "assistant", "content": "good"}],
+    "rejected": [{"role": "assistant", "content": "bad"}],
+}
+
+
+def test_streams_are_mixed_by_weights(tmp_path):
+    """Texts and conversations, three to one; one of them is read again while the other goes on."""
+    mix = DatasetMix({"texts": _stream(), "chats": _stream([CHAT] * 3)}, [3, 1])
+    given = {"objective": "simpo", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(tmp_path / "a", train_dataset=mix, **given)
+    (chat,) = trainer(tmp_path, train_dataset=made([CHAT])).train_dataset["prompt_ids"][:]
+    prompts = _prompts(run, 400)
+    assert abs(prompts.count(chat) - 100) < 4 * (400 * 3 / 16) ** 0.5
+    own = [prompt for prompt in prompts if prompt != chat]
+    texts = trainer(tmp_path, train_dataset=made(ROWS)).train_dataset["prompt_ids"][:]
+    assert own[:40] == [*texts, *texts]
+    names = {key: report.name for key, report in run.dataset_reports.items()}
+    assert names == {f"train_{key}": f"train_{key}, first rows" for key in ("texts", "chats")}
+    losses = _losses(run)
+    again = trainer(tmp_path / "b", train_dataset=mix, **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert [log["loss"] for log in step_logs(again)] == losses
+    for other in (DatasetMix(mix.parts, [1, 1]), DatasetMix(dict([*mix.parts.items()][:1]), [3])):
+        differs = trainer(tmp_path / "c", train_dataset=other, **given)
+        with pytest.raises(
+            ValueError, match="or the weights or the seed of several streams differ"
+        ):
+            differs.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert _prompts(trainer(tmp_path, train_dataset=mix, seed=1, **given), 50) != prompts[:50]
+
+
+def test_a_worker_without_a_shard_of_one_stream_reads_the_others(tmp_path):
+    class Idle(streams.TokenStream):
+        def __iter__(self):
+            return iter(())
+
+    run = trainer(tmp_path, train_dataset=_stream(), objective="simpo", max_steps=1)
+    idle = Idle(_stream(), lambda rows: rows, made(ROWS), shuffles=False)
+    mixed = streams.MixedStream([idle, run.train_dataset], [5, 1], seed=0)
+    found = [row["prompt_ids"] for row, _ in zip(mixed, range(9), strict=False)]
+    assert found == _prompts(run, 9)
+    assert [*streams.MixedStream([idle], [1], seed=0)] == []
+
+
+def test_a_stream_is_evaluated_on_whole(tmp_path):
+    given = {"objective": "simpo", "train_dataset": made(ROWS)}
+    expected = trainer(tmp_path, eval_dataset=made(ROWS[:5]), **given).evaluate()["eval_loss"]
+    taken = _stream().take(5)
+    run = trainer(tmp_path, eval_dataset={"a": taken, "b": DatasetMix({"c": taken})}, **given)
+    assert run.dataset_reports["eval_a"].pairs == run.dataset_reports["eval_b_c"].pairs == 5
+    found = run.evaluate()
+    assert found["eval_a_loss"] == found["eval_b_loss"] == expected
+    assert run.evaluate(taken)["eval_loss"] == run.predict(taken).metrics["test_loss"] == expected
