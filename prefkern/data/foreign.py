@@ -19,14 +19,15 @@ has the mapping `columns` that chooses. Of a stream, whose rows come in groups, 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from prefkern.data.messages import ASSISTANT
+from prefkern.data.messages import ANSWERS, present
 
 if TYPE_CHECKING:
     import datasets
@@ -64,6 +65,7 @@ class Format:
     label: str | None = None
     system: str | None = None
     history: str | None = None
+    tools: bool = False
     is_text: bool = False  # HH's
 
     @property
@@ -78,7 +80,7 @@ class Format:
         if self.question == ("prompt",) and self.responses == _PAIRS[0]:
             return ()
         if not (self.question or self.turns or self.is_text):
-            return ()
+            return _PAIRS[0] if self.tools else ()
         return ("prompt", *(("completion", "label") if self.label else _PAIRS[0]))
 
     def after(self, columns: Sequence[str]) -> list[str]:
@@ -94,6 +96,9 @@ class Format:
         """
         if self.is_text:
             return _split(row)
+        tools = {"tools": schemas(row["tools"])} if self.tools else {}
+        if not (self.question or self.turns):
+            return {**{side: row[side] for side in self.responses}, **tools}
         prompt, responses = self._prompt(row), [row[column] for column in self.responses]
         if not responses:
             *prompt, last = prompt
@@ -111,7 +116,7 @@ class Format:
         if self.label is not None:
             made["label"] = row[self.label]
         system = {} if SYSTEM in row else {SYSTEM: (row[self.system] if self.system else "") or ""}
-        return {"prompt": prompt, **made, **system}
+        return {"prompt": prompt, **made, **system, **tools}
 
     def _prompt(self, row: dict[str, Any]) -> Any:
         if self.turns is not None:
@@ -167,11 +172,9 @@ def recognise(dataset: datasets.Dataset, name: str, *, paired: bool = True) -> F
     if not paired and {"prompt", "completion", "label"} <= set(found):
         return None
     labels = [column for column in _LABELS if column in found]
-    if not paired and labels:
-        form = _single(features, labels, name)
-        if form is not None:
-            return form
-    return _pair(dataset, name)
+    form = _single(features, labels, name) if labels and not paired else None
+    form = form or _pair(dataset, name)
+    return form if form is None else replace(form, tools="tools" in found)
 
 
 def _single(features: Mapping[str, Any], labels: list[str], name: str) -> Format | None:
@@ -328,7 +331,7 @@ def _begins_with_a_question(dataset: datasets.Dataset, column: str) -> bool:
     messages = _first(dataset, (column,))[0][column]
     messages = messages if isinstance(messages, list) else [messages]
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
-    return (first.get("role") or first.get("from")) not in (*ASSISTANT, "gpt", None)
+    return (first.get("role") or first.get("from")) not in (*ANSWERS, None)
 
 
 def _spoken(features: Mapping[str, Any], pair: tuple[str, ...]) -> Format | None:
@@ -366,6 +369,27 @@ def _split(row: dict[str, Any]) -> dict[str, Any]:
             )
         made[GOLD] = gold[at:]
     return made
+
+
+def schemas(tools: Any) -> Any:
+    """The tools of a row in JSON, each as `{"type": "function", "function": ...}`.
+
+    LLaMA-Factory's are the inner part, which it wraps so for most models. What cannot be read stays
+    as it is.
+    """
+    try:
+        found = json.loads(tools) if isinstance(tools, str) else present(tools)
+    except json.JSONDecodeError:
+        return tools
+    if not (isinstance(found, list) and all(isinstance(each, dict) for each in found)):
+        return tools
+    wrapped = [
+        {"type": "function", "function": each}
+        if "name" in each and "function" not in each
+        else each
+        for each in found
+    ]
+    return json.dumps(wrapped, ensure_ascii=False)
 
 
 def is_text(feature: Any) -> bool:

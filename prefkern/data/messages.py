@@ -4,6 +4,11 @@ A conversation is a list of messages `{'role': ..., 'content': ...}`. Three othe
 read: one message alone; ShareGPT's `{'from': 'human', 'value': ...}`; and a conversation written as
 text, in JSON or as Python prints it, which CSV files and pandas leave behind. The last is read only
 if every row of the column is one, since a text may well begin with a bracket.
+
+ShareGPT's calls of tools become `tool_calls`:
+
+    {'from': 'function_call', 'value': '{"name": "rate", "arguments": {"film": "Alien"}}'}
+    {'from': 'observation', 'value': '9 of ten'}        # role 'tool'
 """
 
 from __future__ import annotations
@@ -19,16 +24,20 @@ _PERHAPS = re.compile(r"""\s*(array\(\s*)?["']?[\[{]""")
 _NAMED = re.compile(r"""['"](role|from)\\?['"]\s*:""")
 _WRAPPERS = {"messages", "conversations", "conversation"}
 _SPEAKER = re.compile(r"""['"](role|from)['"]\s*:\s*['"]""")
-# ShareGPT's names of roles. Its calls of tools and their results have no one form.
+# ShareGPT's name of a call of tools, whose value is JSON; LLaMA-Factory's too.
+_CALL = "function_call"
+# ShareGPT's names of roles.
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", _CALL), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
     "system": "system",
 }
 # Gemma's templates render both of these as the model.
 ASSISTANT = ("assistant", "model")
+# Those who answer, under any name.
+ANSWERS = (*ASSISTANT, *(name for name, role in _ROLES.items() if role == "assistant"))
+_THINKING = re.compile(r"\s*(<think>.*?</think>)?(.*)\Z", re.DOTALL)
 # Keys of a message, in chat templates, that hold what an assistant says outside of its content.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
@@ -213,7 +222,30 @@ def _with_role(column: str, message: Any) -> Any:
     if speaker not in _ROLES:
         raise ValueError(
             f"a message in {column!r} is from {speaker!r}; known are {', '.join(_ROLES)}: make it "
-            "{'role': ..., 'content': ...}, with calls of tools as 'tool_calls'"
+            "{'role': ..., 'content': ...}"
         )
     rest = {key: item for key, item in message.items() if key not in ("from", "value", "role")}
-    return {**rest, "role": _ROLES[speaker], "content": message["value"]}
+    said = {"content": message["value"]}
+    if speaker == _CALL:
+        said = _calls(column, message["value"])
+    return {**rest, "role": _ROLES[speaker], **said}
+
+
+def _calls(column: str, value: Any) -> dict[str, Any]:
+    """Content and `tool_calls` of a message that calls tools: a call in JSON, or a list of them.
+
+    Thoughts may stand before it.
+    """
+    try:
+        thoughts, text = _THINKING.match(value).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        found = json.loads(text)
+        calls = [
+            {"type": "function", "function": {"name": each["name"], "arguments": each["arguments"]}}
+            for each in (found if isinstance(found, list) else [found])
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"a message in {column!r} is from {_CALL!r}, and its value is not a call in JSON, such as "
+            f'{{"name": "rate", "arguments": {{"film": "Alien"}}}}, nor a list of calls: {short(value)}'
+        ) from error
+    return {"content": thoughts or "", "tool_calls": calls}

@@ -13,13 +13,22 @@ both.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefkern.data.columns import REFERENCE_COLUMNS, TOKEN_COLUMNS
-from prefkern.data.messages import ASSISTANT, check_message, content_of, says_something, short
+from prefkern.data.foreign import schemas
+from prefkern.data.messages import (
+    ASSISTANT,
+    check_message,
+    content_of,
+    read_cell,
+    says_something,
+    short,
+)
 from prefkern.data.rendering import Rendering, check_tools, leaves_out, render, text_or_none
 from prefkern.models.scoring import IGNORE_INDEX
 from prefkern.ops import plain
@@ -81,7 +90,7 @@ def conversation_labels(
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        messages: the conversation, `{"role": ..., "content": ...}` each.
+        messages: the conversation, `{"role": ..., "content": ...}` each, or ShareGPT's messages.
         assistant_only_loss: score what stands between the template's `{% generation %}` marks.
         last_turn_only: score the last message; without marks if `assistant_only_loss` is False.
         tools, chat_template_kwargs: passed to the chat template.
@@ -96,6 +105,9 @@ def conversation_labels(
     turns = Turns(assistant_only_loss, last_turn_only)
     if not (isinstance(messages, list) and messages):
         raise ValueError(f"messages must be a list of messages, got {messages!r}")
+    if any(isinstance(each, dict) and "from" in each for each in messages):
+        tools = json.loads(schemas(tools or []))
+    messages = read_cell("messages", messages, is_written=False)
     for message in messages:
         check_message("messages", message)
     options = {"tools": tools or None, **(chat_template_kwargs or {})}

@@ -892,5 +892,5 @@ def test_loading_errors(tmp_path):
         data.load_preference_dataset(written("e.jsonl", "{not json\n"))
     with pytest.raises(ValueError, match=r"unknown file type '\.txt'"):
         data.load_preference_dataset(written("f.txt", "x"))
-    with pytest.raises(TypeError, match="only PreferenceTrainer's train_dataset may be a stream"):
+    with pytest.raises(TypeError, match="only PreferenceTrainer takes streams"):
         data.check_columns(datasets.Dataset.from_list([STANDARD]).to_iterable_dataset(), "x")

@@ -224,7 +224,7 @@ def test_files_are_loaded_with_names_of_columns(tmp_path):
     with pytest.raises(ValueError, match="columns={'chosen': 'Chosen'} reads another column"):
         data.check_columns(datasets.Dataset.from_list([{"prompt": "a", "Chosen": "b"}]), "x")
     stream = loaded.to_iterable_dataset()
-    with pytest.raises(TypeError, match="only PreferenceTrainer's train_dataset may be a stream"):
+    with pytest.raises(TypeError, match="only PreferenceTrainer takes streams"):
         data.tokenize_preferences(stream, TOKENIZER, columns=names)
 
 
@@ -365,11 +365,9 @@ def test_messages_of_other_formats():
         for column, messages in CHAT.items()
     }
     assert _tokenize([theirs])[0][0] == _tokenize([convert(theirs)])[0][0] == expected
-    called = [{"from": "function_call", "value": "{}"}]
-    with pytest.raises(
-        ValueError, match="row 0: a message in 'prompt' is from 'function_call'; kno"
-    ):
-        _tokenize([{**chat, "prompt": called}])
+    strange = [{"from": "narrator", "value": "{}"}]
+    with pytest.raises(ValueError, match="row 0: a message in 'prompt' is from 'narrator'; known"):
+        _tokenize([{**chat, "prompt": strange}])
 
 
 def test_a_response_that_ends_where_the_prompt_does_is_dropped():

@@ -42,6 +42,10 @@ def _tokenize(rows: list[dict], tokenizer=TOKENIZER, **options):
     return data.tokenize_preferences(datasets.Dataset.from_list(rows), tokenizer, **options)
 
 
+def _examples(rows: list[dict], tokenizer, **options):
+    return data.tokenize_examples(datasets.Dataset.from_list(rows), tokenizer, **options)
+
+
 def _scored(row: dict, side: str, tokenizer=TOKENIZER) -> str:
     pairs = zip(row[f"{side}_ids"], row[f"{side}_mask"], strict=True)
     return tokenizer.decode([token for token, kept in pairs if kept])
@@ -84,6 +88,106 @@ def test_trajectories_are_scored_as_transformers_marks_them(name, implicit):
         **dict.fromkeys(("chosen_mask", "rejected_mask")),
     }
     assert "chosen_mask" not in whole and report.turns == 1
+
+
+def _forms_of_the_trajectory() -> dict[str, dict]:
+    """ShareGPT's ways to write a trajectory with calls of tools."""
+    spoken = chats.spoken_trajectory()
+    turns = spoken["conversations"]
+    whole = {side: turns + spoken[side] for side in SIDES}
+    tools = json.loads(spoken["tools"])
+    renamed = json.loads(json.dumps(spoken).replace("observation", "tool"))
+    return {
+        "turns": spoken,
+        "turns, other names": renamed,
+        "tools as a list": {**spoken, "tools": tools},
+        "tools as TRL has them": {**spoken, "tools": chats.TOOLS},
+        "whole": {**whole, "tools": spoken["tools"]},
+        "prompt": {**spoken, "prompt": turns, "conversations": "x"},
+        "one message": {**spoken, "rejected": spoken["rejected"][0]},
+    }
+
+
+@pytest.mark.parametrize("name", [*REAL])
+@pytest.mark.parametrize("form", _forms_of_the_trajectory())
+def test_sharegpts_trajectories_have_the_tokens_of_tool_calls(form, name):
+    """LLaMA-Factory's and others' calls of tools, their results, and tools without an outer part."""
+    tokenizer = chats.tokenizer(chats.training_template(name))
+    row = _forms_of_the_trajectory()[form]
+    for options in ({}, ASSISTANT, LAST, {**ASSISTANT, **LAST}):
+        (expected,), _ = _tokenize([chats.trajectory()], tokenizer, **options)
+        (found,), _ = _tokenize([row], tokenizer, **options)
+        assert found == expected
+
+
+@pytest.mark.parametrize("options", [ASSISTANT, LAST, {**ASSISTANT, **LAST}], ids=str)
+def test_single_responses_of_trajectories(options):
+    """KTO's rows, TRL's and LLaMA-Factory's: the masks of a pair's responses."""
+    tokenizer = chats.tokenizer(chats.training_template("qwen3"))
+    row, spoken = chats.trajectory(), chats.spoken_trajectory()
+    (pair,), _ = _tokenize([row], tokenizer, **options)
+    single = {
+        "prompt": row["prompt"],
+        "completion": row["chosen"],
+        "label": True,
+        "tools": chats.TOOLS,
+    }
+    (found,), report = _examples([single], tokenizer, **options)
+    assert found == {
+        "prompt_ids": pair["prompt_ids"],
+        "completion_ids": pair["chosen_ids"],
+        "completion_mask": pair["chosen_mask"],
+        "desirable": True,
+    }
+    assert report.scored == sum(pair["chosen_mask"]) < len(pair["chosen_mask"])
+    (of_pair, rejected), _ = _examples([spoken], tokenizer, **options)
+    assert of_pair == found and rejected["completion_mask"] == pair["rejected_mask"]
+    # LLaMA-Factory's response is the last message.
+    turns = spoken["conversations"] + spoken["rejected"]
+    rows = [{"conversations": turns, "kto_tag": False, "tools": spoken["tools"]}]
+    assert [*_examples(rows, tokenizer, **options)[0]] == [rejected]
+
+
+@pytest.mark.parametrize("spoken", [False, True])
+@pytest.mark.parametrize("options", [ASSISTANT, {"assistant_only_loss": False, **LAST}], ids=str)
+def test_labels_of_a_trajectory_are_what_token_logprobs_scores(spoken, options):
+    """Each assistant's turn, its calls of tools too, against the model's own logits."""
+    tokenizer = chats.tokenizer(chats.training_template("qwen3_instruct_2507"))
+    row = chats.spoken_trajectory() if spoken else chats.trajectory()
+    turns = [*row["conversations" if spoken else "prompt"], *row["chosen"]]
+    tools = json.loads(row["tools"]) if spoken else row["tools"]
+    found = data.conversation_labels(tokenizer, turns, tools=tools, **options)
+    ids, labels = (torch.tensor([found[key]]) for key in ("input_ids", "labels"))
+    texts = [turn for turn in tokenizer.decode(labels[labels != -100]).split(f"{END}\n") if turn]
+    of_prompt = [CALL.replace("Gigli", "Alien"), "Yes, 9."]
+    assert texts == (["No, 2."] if "last_turn_only" in options else [*of_prompt, CALL, "No, 2."])
+    model = tiny.model(vocab_size=chats.SIZE)
+    logps = prefkern.token_logprobs(model, ids, labels=labels)
+    true = model(ids).logits.double().log_softmax(-1)[0, :-1]
+    true = true.gather(-1, ids[0, 1:, None])[:, 0] * (labels[0, 1:] != -100)
+    torch.testing.assert_close(logps[0].double(), true, atol=1e-5, rtol=1e-5)
+
+
+def test_several_calls_and_thoughts_of_sharegpts():
+    tokenizer = chats.tokenizer(chats.training_template("qwen3_instruct_2507"))
+    call = {"name": "rate", "arguments": {"film": "Gigli"}}
+    row = chats.spoken_trajectory()
+    value = "<think>hm</think>\n" + json.dumps([call, {**call, "arguments": {"film": "Alien"}}])
+    (found,), _ = _tokenize(
+        [{**row, "rejected": [{"from": "function_call", "value": value}]}], tokenizer
+    )
+    text = tokenizer.decode(found["rejected_ids"])
+    assert text == f"<think>hm</think>\n{CALL}\n{CALL.replace('Gigli', 'Alien')}{END}\n"
+    for wrong in ("rate(Gigli)", "{}", '["a"]', "7"):
+        bad = {**row, "rejected": [{"from": "function_call", "value": wrong}]}
+        with pytest.raises(
+            ValueError, match="'rejected' is from 'function_call', and its value is"
+        ):
+            _tokenize([bad], tokenizer)
+    with pytest.raises(ValueError, match="row 0: 'tools' is text but not JSON"):
+        _tokenize([{**row, "tools": "rate"}], tokenizer)
+    with pytest.raises(ValueError, match="row 0: 'tools' must be a list of schemas"):
+        _tokenize([{**row, "tools": '{"name": "rate"}'}], tokenizer)
 
 
 def test_the_last_turn_needs_no_marks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,23 @@ def trajectory() -> dict:
         "rejected": [message("assistant", "", tool_calls=[call("Alien")])],
         "tools": TOOLS,
     }
+
+
+def _spoken(one: dict) -> dict:
+    """A message as ShareGPT's rows have it, with LLaMA-Factory's calls of tools."""
+    if one.get("tool_calls"):
+        calls = [each["function"] for each in one["tool_calls"]]
+        return {
+            "from": "function_call",
+            "value": json.dumps(calls[0] if len(calls) == 1 else calls),
+        }
+    speakers = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system"}
+    return {"from": speakers[one["role"]], "value": one["content"]}
+
+
+def spoken_trajectory() -> dict:
+    """The trajectory as LLaMA-Factory's rows have it: the inner parts of the tools, as text."""
+    row = trajectory()
+    sides = {name: [*map(_spoken, row[name])] for name in ("chosen", "rejected")}
+    tools = json.dumps([tool["function"] for tool in row["tools"]])
+    return {"conversations": [*map(_spoken, row["prompt"])], **sides, "tools": tools}
