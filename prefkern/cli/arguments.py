@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefkern.cli import fields
 from prefkern.cli.fields import UNKNOWN, Option
+from prefkern.data.mixing import check_weights
+from prefkern.data.sources import local_path
 from prefkern.training.names import asks_nothing, hint
 from prefkern.version import install_line
 
@@ -335,6 +337,17 @@ def check_model_folder(option: str, name: str | None) -> None:
     """Raise FileNotFoundError for a model's name that is clearly a folder and does not exist."""
     if name is not None and name.startswith((".", "/", "~")) and not Path(name).exists():
         raise FileNotFoundError(f"{option}: no such folder: {name}")
+
+
+def check_sources(option: str, sources: Sequence[str], weights: Sequence[float] | None) -> None:
+    """Raise for datasets given twice or that do not exist, and for weights that do not fit them."""
+    if weights is not None and len(sources) == 1:
+        raise ValueError(f"--dataset_weights has no effect on one dataset, {sources[0]}")
+    check_weights("--dataset_weights", weights, len(sources))
+    for source in sources:
+        if sources.count(source) > 1:
+            raise ValueError(f"{option} has {source} twice; give each dataset once")
+        local_path(source)
 
 
 def check_output_dir(output_dir: str | None) -> None:

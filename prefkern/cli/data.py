@@ -2,9 +2,10 @@
 
     prefkern data pairs.jsonl --model Qwen/Qwen3-0.6B
     prefkern data pairs.jsonl --model Qwen/Qwen3-0.6B --rows 10 > rows.txt
+    prefkern data pairs.jsonl chats.parquet --dataset-weights 3 1 --model Qwen/Qwen3-0.6B
 
-It prints the report that `prefkern train` prints with the same options, and the first rows as the
-model sees them: the tokens after the chat template and truncation. On a terminal scored tokens are
+It prints the report that `prefkern train` prints with the same options, and the first rows of each
+dataset as the model sees them: the tokens after the chat template and truncation. On a terminal scored tokens are
 green, in two shades in turn. Elsewhere they stand between the marks `⟦` and `⟧`. A `‖` is the
 boundary of prompt and response. The model's tokenizer is read, and nothing else of it. An error is
 one line on stderr and exit status 2.
@@ -18,9 +19,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefkern.cli import fields
-from prefkern.cli.arguments import check_model_folder, fail, spelled
+from prefkern.cli.arguments import check_model_folder, check_sources, fail, spelled
 from prefkern.data.columns import COLUMNS_HELP, read_renaming
-from prefkern.data.sources import local_path
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
 from prefkern.version import install_line
 
@@ -48,12 +48,12 @@ def main(argv: list[str]) -> int:
     """Run the command; returns the exit status."""
     try:
         args = parse(argv)
-        report, rows = read(args)
+        reports, rows = read(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return fail("data", str(error))
     from prefkern.data import show
 
-    show([report])
+    show(reports)
     show_rows(rows)
     return 0
 
@@ -69,14 +69,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Shows what would be trained on: the report, and rows as the model sees them.",
         allow_abbrev=False,
     )
-    parser.add_argument("dataset", help=".jsonl, .json, .parquet or .csv file, folder, or hub name")
+    parser.add_argument(
+        "dataset",
+        nargs="+",
+        help=".jsonl, .json, .parquet or .csv files, folders, or hub names",
+    )
+    parser.add_argument(
+        "--dataset-weights",
+        type=float,
+        nargs="+",
+        help="how often to draw from each of several (default: by size)",
+    )
     parser.add_argument(
         "--model",
         "--model-name-or-path",
         required=True,
         help="folder or hub name of the model, for its tokenizer and chat template",
     )
-    parser.add_argument("--rows", type=int, default=3, help="rows to show (default: 3)")
+    parser.add_argument(
+        "--rows", type=int, default=3, help="rows to show of each dataset (default: 3)"
+    )
     responses = parser.add_mutually_exclusive_group()
     responses.add_argument(
         "--unpaired",
@@ -127,34 +139,55 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     args.columns = read_renaming(args.columns)
     check_model_folder("--model", args.model)
-    local_path(args.dataset)
+    check_sources("dataset", args.dataset, args.dataset_weights)
     if importlib.util.find_spec("datasets") is None:
         raise ImportError(f"this needs datasets, which is not installed: {install_line('train')}")
     return args
 
 
-def read(args: argparse.Namespace) -> tuple[DatasetReport, list[tuple[str, list[Tokens]]]]:
-    """The report, and the first rows, each with a title, in tokens.
+def read(args: argparse.Namespace) -> tuple[list[DatasetReport], list[tuple[str, list[Tokens]]]]:
+    """The reports, and the first rows of each dataset, each with a title, in tokens.
 
     Raises ValueError and OSError for a dataset or tokenizer that cannot be read.
     """
-    from prefkern.data import (
-        load_preference_dataset,
-        tokenize_examples,
-        tokenize_preferences,
-        without_unused,
-    )
+    from prefkern.data import DatasetMix, load_preference_dataset
     from prefkern.data.columns import holds_examples, renamed
     from prefkern.models.loading import load_tokenizer
 
-    dataset = load_preference_dataset(
-        args.dataset, args.dataset_split, args.dataset_config, args.columns
-    )
-    dataset = renamed(dataset, args.columns, args.dataset)
-    is_single = args.unpaired or (not args.gold and holds_examples(dataset, args.dataset))
+    found, are_single = {}, {}
+    for source in args.dataset:
+        dataset = load_preference_dataset(
+            source, args.dataset_split, args.dataset_config, args.columns
+        )
+        found[source] = renamed(dataset, args.columns, source)
+        are_single[source] = not args.gold and holds_examples(found[source], source)
+    # A run trains on pairs or on single responses: beside the latter, pairs are taken one by one.
+    is_single = args.unpaired or any(are_single.values())
     tokenizer = load_tokenizer(args.model, {"trust_remote_code": args.trust_remote_code})
+    parts, reports = {}, {}
+    for source, dataset in found.items():
+        parts[source], reports[source] = _tokenized(args, source, dataset, tokenizer, is_single)
+    if len(parts) > 1:
+        options = fields.of_source("transformers.training_args", "TrainingArguments")
+        seed = next(option.default for option in options if option.name == "seed")
+        DatasetMix(parts, args.dataset_weights).mixed(seed, reports)
+    unit = "response" if is_single else "pair"
+    rows = []
+    for source, tokens in parts.items():
+        of = f" of {source}" if len(parts) > 1 else ""
+        for number, row in enumerate(tokens.select(range(min(len(tokens), args.rows))), 1):
+            title = f"{unit} {number} of {len(tokens):,}{of}"
+            rows.append((title, [*_sequences(row, is_single, tokenizer)]))
+    return [*reports.values()], rows
+
+
+def _tokenized(
+    args: argparse.Namespace, source: str, dataset: Any, tokenizer: Any, is_single: bool
+) -> tuple[Any, DatasetReport]:
+    from prefkern.data import tokenize_examples, tokenize_preferences, without_unused
+
     tokenize = tokenize_examples if is_single else partial(tokenize_preferences, gold=args.gold)
-    tokens, report = tokenize(
+    return tokenize(
         without_unused(dataset, references=False, margins=False),
         tokenizer,
         max_length=args.max_length,
@@ -163,15 +196,8 @@ def read(args: argparse.Namespace) -> tuple[DatasetReport, list[tuple[str, list[
         assistant_only_loss=args.assistant_only_loss,
         last_turn_only=args.last_turn_only,
         num_proc=args.dataset_num_proc,
-        name=args.dataset,
+        name=source,
     )
-    unit = "response" if is_single else "pair"
-    first = tokens.select(range(min(len(tokens), args.rows)))
-    rows = []
-    for number, row in enumerate(first, 1):
-        title = f"{unit} {number} of {len(tokens):,}"
-        rows.append((title, [*_sequences(row, is_single, tokenizer)]))
-    return report, rows
 
 
 def _sequences(row: Any, is_single: bool, tokenizer: Any) -> Iterator[Tokens]:

@@ -57,11 +57,12 @@ class ModelHead:
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs of 2T tokens that go through forward and backward together."""
+    """B pairs of 2T tokens (TPO: 3T) that go through forward and backward together."""
 
     pairs: int
     length: int
     scored: int  # N
+    responses: int = 2
 
     @classmethod
     def of_lengths(cls, pairs: int, length: int, prompt_length: int) -> Batch:
@@ -70,14 +71,14 @@ class Batch:
 
     @property
     def positions(self) -> int:
-        return 2 * self.pairs * self.length
+        return self.responses * self.pairs * self.length
 
 
 @dataclass(frozen=True)
 class _PairsPlan:
     """What --data adds."""
 
-    summary: str  # of the file
+    summaries: list[str]  # of each file
     steps: int
     pairs: int  # of each step but the last
     workspace_mb: float  # of the head whose operations are counted
@@ -141,19 +142,21 @@ def _planned_pairs(
     from prefkern.models.body_cost import body_cost
 
     body = body_cost(model, dtype, trains_weights=not args.lora)
-    pairs, report = read_pairs(args)
+    pairs, reports = read_pairs(args)
     steps = [*pairs.batches(args.batch, args.seed)]
     trained = "frozen head" if args.lora else "trained head"
 
     @functools.cache
     def operations(scored: int) -> int:
         plans = _plans(head, scored, dtype, args.device, args.backend)
-        return sum(plans(task, workspace_mb).operations for task in ("reference", trained))
+        tasks = (trained,) if args.gold else ("reference", trained)
+        return sum(plans(task, workspace_mb).operations for task in tasks)
 
     largest = max(steps, key=lambda step: step.scored)
-    batch = Batch(len(largest), largest.padded_length, largest.scored)
-    found = epochs(steps, body, operations)
-    return batch, _PairsPlan(report.summary, len(steps), len(steps[0]), workspace_mb, found)
+    batch = Batch(len(largest), largest.padded_length, largest.scored, len(largest.responses))
+    found = epochs(steps, body, operations, reference=not args.gold)
+    summaries = [report.summary for report in reports]
+    return batch, _PairsPlan(summaries, len(steps), len(steps[0]), workspace_mb, found)
 
 
 def empty_model(name: str, trust_remote_code: bool = False) -> Any:
@@ -304,7 +307,8 @@ def _show(
     )
     console.print(
         f"{'' if args.data is None else 'the step with the most scored tokens: '}"
-        f"{_counted(batch.pairs, 'pair')} on {args.device}, 2 x {batch.length:,} tokens each: "
+        f"{_counted(batch.pairs, 'pair')} on {args.device}, {batch.responses} x {batch.length:,} tokens "
+        f"each: "
         f"N = {batch.scored:,} scored of {batch.positions:,}",
         soft_wrap=not is_terminal,
     )
@@ -350,7 +354,8 @@ def _show_pairs(args: Namespace, plan: _PairsPlan) -> None:
 
     is_terminal = sys.stdout.isatty()
     console = Console(highlight=False, width=None if is_terminal else 120)
-    console.print(f"[bold]{escape(plan.summary)}[/bold]", soft_wrap=not is_terminal)
+    for summary in plan.summaries:
+        console.print(f"[bold]{escape(summary)}[/bold]", soft_wrap=not is_terminal)
     console.print(
         f"an epoch: {_counted(plan.steps, 'step')} of {_counted(plan.pairs, 'pair')}, in a random "
         f"order (seed {args.seed}), with {'LoRA' if args.lora else 'all weights trained'}",
@@ -361,6 +366,7 @@ def _show_pairs(args: Namespace, plan: _PairsPlan) -> None:
     columns = ("tokens", "operations", "activations", "checkpointed: operations", "activations")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+    of_heads = "and its head" if args.gold else "the reference's forward and both heads"
     of_adapters = ", nor are the adapters' own products and states" if args.lora else ""
     first = plan.epochs[0]
     for epoch in plan.epochs:
@@ -381,8 +387,8 @@ def _show_pairs(args: Namespace, plan: _PairsPlan) -> None:
     console.print(
         "In parentheses: to padded. Packed: padding_free; prompt shared: share_prompt as well, if "
         "the model can, which training finds out (known families: bench/FAMILIES.md). Operations: "
-        "matrix products of an epoch, of the policy's forward and backward, the reference's "
-        f"forward and both heads ({_bytes(plan.workspace_mb * 2**20)} of workspace), with sdpa "
+        "matrix products of an epoch, of the policy's forward and backward, "
+        f"{of_heads} ({_bytes(plan.workspace_mb * 2**20)} of workspace), with sdpa "
         "attention. Activations: what the body keeps for backward in the largest step, in "
         f"{args.dtype}; checkpointed, also one layer that is computed again. Weights, gradients, "
         f"optimizer and head are not in it{of_adapters}.",

@@ -7,9 +7,8 @@ import importlib.util
 from typing import NoReturn
 
 from prefkern.cli import fields
-from prefkern.cli.arguments import check_model_folder, spelled
+from prefkern.cli.arguments import check_model_folder, check_sources, spelled
 from prefkern.data.columns import COLUMNS_HELP, read_renaming
-from prefkern.data.sources import local_path
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
 from prefkern.version import install_line
 
@@ -24,6 +23,10 @@ _OF_DATA = {
     "truncation_mode": None,
     "dataset_num_proc": None,
     "seed": None,
+    "dataset_weights": None,
+    "assistant_only_loss": None,
+    "last_turn_only": None,
+    "gold": False,
 }
 
 
@@ -116,9 +119,30 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         "--dataset",
         "--dataset-name",
+        nargs="+",
+        action="extend",
         metavar="FILE",
-        help="pairs to take the lengths from: .jsonl, .json, .parquet or .csv file, folder, or hub "
-        "name; in place of --seq-len",
+        help="pairs to take the lengths from: .jsonl, .json, .parquet or .csv files, folders, or hub "
+        "names; in place of --seq-len",
+    )
+    data.add_argument(
+        "--dataset-weights",
+        type=float,
+        nargs="+",
+        help="how often to draw from each of several (default: by size)",
+    )
+    for name in ("--assistant-only-loss", "--last-turn-only"):
+        data.add_argument(
+            name,
+            action="store_true",
+            default=None,
+            help="score only those turns of a response, as training does",
+        )
+    data.add_argument(
+        "--gold",
+        action="store_true",
+        default=None,
+        help="take the third response of pairs too, and no reference, as the objective tpo does",
     )
     data.add_argument("--dataset-config", help="configuration of a hub dataset")
     data.add_argument("--dataset-split", help="split to use, or a slice of it: train[:1000]")
@@ -164,4 +188,4 @@ def _check_data_options(args: argparse.Namespace) -> None:
     if args.seed >= 2**32:
         raise ValueError(f"--seed must be below 2**32, got {args.seed}")
     args.columns = read_renaming(args.columns)
-    local_path(args.data)
+    check_sources("--data", args.data, args.dataset_weights)

@@ -26,14 +26,14 @@ from prefkern.cli.arguments import (
     check_lora,
     check_model_folder,
     check_output_dir,
+    check_sources,
     fail,
     importing,
     lora_config,
     resume_from,
 )
 from prefkern.cli.trl_options import LossArguments, quantization, read_losses, read_peft
-from prefkern.data.mixing import DatasetMix, check_weights
-from prefkern.data.sources import local_path
+from prefkern.data.mixing import DatasetMix
 
 if TYPE_CHECKING:
     from prefkern.training.config import PreferenceConfig
@@ -221,8 +221,9 @@ def parse(
         raise ValueError(f"--eval_fraction must be in [0, 1), got {data.eval_fraction}")
     if data.eval_fraction and data.eval_dataset:
         raise ValueError("give either --eval_dataset or --eval_fraction, not both")
-    sources = data.dataset = _listed("dataset", data.dataset) or []
-    data.eval_dataset = _listed("eval_dataset", data.eval_dataset)
+    sources = data.dataset = _listed(data.dataset)
+    data.eval_dataset = _listed(data.eval_dataset) or None
+    check_sources("--dataset", sources, data.dataset_weights)
     if "shuffle_buffer" in parsed.given and not data.streaming:
         raise ValueError("--shuffle_buffer has no effect without --streaming")
     if data.shuffle_buffer < 0:
@@ -232,9 +233,6 @@ def parse(
             "--eval_fraction needs the number of rows, which --streaming does not know; give "
             "--eval_dataset"
         )
-    if data.dataset_weights is not None and len(sources) == 1:
-        raise ValueError(f"--dataset_weights has no effect on one dataset, {sources[0]}")
-    check_weights("--dataset_weights", data.dataset_weights, len(sources))
     is_file = all(Path(source).expanduser().is_file() for source in sources)
     if data.streaming and args.max_steps <= 0:
         raise ValueError(
@@ -271,8 +269,7 @@ def parse(
         raise ValueError("--dataset_config has no effect on a file")
     if lora.lora_dropout and args.disable_dropout:
         raise ValueError("--lora_dropout has no effect without --disable_dropout false")
-    for source in (*sources, *(data.eval_dataset or [])):
-        local_path(source)
+    check_sources("--eval_dataset", data.eval_dataset or [], None)
     check_output_dir(args.output_dir)
     check_model_folder("--model_name_or_path", model.model_name_or_path)
     check_model_folder("--adapter", model.adapter)
@@ -365,13 +362,9 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     return trainer, config
 
 
-def _listed(option: str, given: list[str] | str | None) -> list[str] | None:
+def _listed(given: list[str] | str | None) -> list[str]:
     """The datasets of an option: a file of options may give one as a text."""
-    sources = [given] if isinstance(given, str) else given
-    for source in sources or []:
-        if sources and sources.count(source) > 1:
-            raise ValueError(f"--{option} has {source} twice; give each dataset once")
-    return sources
+    return [given] if isinstance(given, str) else given or []
 
 
 def _loaded(

@@ -261,3 +261,52 @@ def test_turns_that_are_not_scored_are_shown_so(tmp_path, capsys):
     assert last.split("⟦")[1].startswith("An apple.") and "tokens of responses not scored" in last
     assert cli.main(_argv(tmp_path, [row], "--assistant-only-loss")) == 2
     assert "{% generation %}" in capsys.readouterr().err
+
+
+def test_several_files_have_a_report_and_rows_each(tmp_path, capsys):
+    argv = _argv(tmp_path, ROWS)
+    other = tmp_path / "chats.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in CHAT[:1]))
+    argv = [argv[0], argv[1], str(other), *argv[2:]]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    first = str(tmp_path / "pairs.jsonl")
+    assert f"{first}: 2 pairs (" in out and f"{other}: 1 pairs (" in out
+    for title in (f"pair 2 of 2 of {first}", f"pair 1 of 1 of {other}"):
+        assert f"\n{title}\n" in out
+    assert "are in the mix" not in out
+    assert cli.main([*argv, "--dataset-weights", "1", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of them are in the mix" in out
+    # Beside single responses pairs are taken one by one, as kto trains on them.
+    single = {"prompt": "Name a fruit.", "completion": " Red.", "label": False}
+    other.write_text(json.dumps(single) + "\n")
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"{first}: 4 responses (" in out and f"response 1 of 1 of {other}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--dataset-weights", "1"], "--dataset_weights has no effect on one dataset"),
+        (["--dataset-weights", "1", "2"], "--dataset_weights has no effect on one dataset"),
+    ],
+)
+def test_weights_of_one_file_are_refused(tmp_path, capsys, words, says):
+    assert cli.main(_argv(tmp_path, ROWS, *words)) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_wrong_weights_and_files_are_named(tmp_path, capsys):
+    path = _file(tmp_path, ROWS)
+    (tmp_path / "b.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    two = [path, str(tmp_path / "b.jsonl")]
+    for words, says in (
+        ([*two, "--dataset-weights", "1"], "--dataset_weights must be finite and above 0, one for"),
+        ([*two, "--dataset-weights", "1", "0"], "--dataset_weights must be finite and above 0"),
+        ([path, path], "dataset has"),
+        ([path, "nowhere.jsonl"], "dataset 'nowhere.jsonl': no such file"),
+    ):
+        assert cli.main(["data", *words, "--model", str(tmp_path / "model")]) == 2
+        assert says in capsys.readouterr().err

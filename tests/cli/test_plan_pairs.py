@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support import tiny
+from support import chats, tiny
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -17,7 +17,8 @@ peft = pytest.importorskip("peft")
 
 from prefkern.cli import __main__ as cli
 from prefkern.cli import plan, plan_options, plan_pairs
-from prefkern.data import load_preference_dataset
+from prefkern.data import load_preference_dataset, tokenize_preferences
+from prefkern.data.collate import PreferenceCollator
 from prefkern_bench.measure import Meter
 from support.training import trainer
 
@@ -63,7 +64,8 @@ def planned(folder, *options: str):
 
 def steps(pairs, args) -> list[list[int]]:
     """The rows of each step."""
-    numbers = plan_pairs.Pairs(*[torch.arange(len(pairs)).numpy()] * 3)
+    row = torch.arange(len(pairs)).numpy()
+    numbers = plan_pairs.Pairs(row, row[None], row)
     return [step.prompts.tolist() for step in numbers.batches(args.batch, args.seed)]
 
 
@@ -76,7 +78,7 @@ def test_the_table_is_what_training_costs(folder, layout, lora):
         folder / "run",
         model=tiny.model(**SIZES),
         peft_config=LORA if lora else None,
-        train_dataset=load_preference_dataset(args.data),
+        train_dataset=load_preference_dataset(args.data[0]),
         max_length=30,
         workspace_mb=8,
         backend="torch",
@@ -172,24 +174,89 @@ def test_it_reads_what_train_reads(folder):
     args, _, _ = planned(folder, *names, "--dataset_split", "train[:6]")
     assert args.columns == {"prompt": "question", "chosen": "good", "rejected": "bad"}
     assert (args.max_length, args.truncation_mode, args.seed) == (1024, "keep_end", 42)
-    pairs, report = plan_pairs.read_pairs(args)
+    pairs, (report,) = plan_pairs.read_pairs(args)
     assert len(pairs) == report.pairs == 6
     run = trainer(
         folder / "run",
         model=tiny.model(),
         columns=args.columns,
-        train_dataset=load_preference_dataset(args.data, "train[:6]", columns=args.columns),
+        train_dataset=load_preference_dataset(args.data[0], "train[:6]", columns=args.columns),
     )
-    for column, lengths in zip(plan_pairs.TOKEN_COLUMNS, vars(pairs).values(), strict=True):
-        assert lengths.tolist() == [len(ids) for ids in run.train_dataset[column]]
+    lengths = (pairs.prompts, *pairs.responses)
+    for column, found in zip(("prompt_ids", "chosen_ids", "rejected_ids"), lengths, strict=True):
+        assert found.tolist() == [len(ids) for ids in run.train_dataset[column]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gold_responses_are_a_third_sequence_and_have_no_reference(folder, layout):
+    """Every product of a step of TPO, as it is measured."""
+    rows = tiny.triples(7)
+    rows[3]["reference"] += LONG
+    write(folder, rows)
+    args, batch, found = planned(folder, "--gold")
+    run = trainer(
+        folder / "run",
+        model=tiny.model(**SIZES),
+        objective="tpo",
+        train_dataset=load_preference_dataset(args.data[0]),
+        workspace_mb=8,
+        backend="torch",
+        **LAYOUTS[layout],
+    )
+    batches = [
+        run.data_collator([run.train_dataset[row] for row in rows])
+        for rows in steps(run.train_dataset, args)
+    ]
+    (epoch,) = [each for each in found.epochs if each.layout == layout]
+    assert sum(each["input_ids"].numel() for each in batches) == epoch.tokens
+    assert sum(step(run, each) for each in batches) == epoch.operations
+    if layout == "padded":
+        assert batch.positions == max(each["input_ids"].numel() for each in batches)
+
+
+def test_what_is_scored_of_turns(folder, capsys):
+    """The masks of training, and of several files a mix by weights."""
+    rows = [chats.pair(number) for number in range(9)]
+    chats.tokenizer().save_pretrained(folder / "model")
+    write(folder, rows)
+    whole = planned(folder)[1].scored
+    for options in (["--assistant-only-loss"], ["--last-turn-only"]):
+        args, batch, _ = planned(folder, *options)
+        name = options[0].strip("-").replace("-", "_")
+        given = datasets.Dataset.from_list(rows)
+        tokens, _ = tokenize_preferences(given, chats.tokenizer(), **{name: True})
+        collate = PreferenceCollator(pad_token_id=0)
+        labels = [collate([tokens[row] for row in rows])["labels"] for rows in steps(tokens, args)]
+        assert batch.scored == max(int((each != -100).sum()) for each in labels) < whole
+    other = folder / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert (
+        planned(folder, "--data", str(other))[2].epochs[0].tokens
+        > planned(folder)[2].epochs[0].tokens
+    )
+    args = plan_options.parse(arguments(folder, "--data", str(other)))
+    assert len(plan_pairs.read_pairs(args)[0]) == 12
+    options = arguments(folder, "--data", str(other), "--dataset-weights", "1", "9")
+    pairs, reports = plan_pairs.read_pairs(plan_options.parse(options))
+    assert [report.drawn for report in reports] == [len(pairs) - 3, 3]
+    assert cli.main(["plan", *options]) == 0
+    assert "3 of them are in the mix" in capsys.readouterr().out
 
 
 def test_pairs_without_a_prompt_share_nothing():
-    pairs = plan_pairs.Pairs(*(torch.tensor(x).numpy() for x in ([0, 3], [4, 2], [5, 1])))
+    ids = {"prompt_ids": [[], [1] * 3], "chosen_ids": [[1] * 4, [1] * 2]}
+    ids |= {"rejected_ids": [[1] * 5, [1]]}
+    pairs = plan_pairs.pairs_of(datasets.Dataset.from_dict(ids))
     shared = pairs.sequences("prompt shared")
     assert shared.lengths.tolist() == [4, 5, 5, 2]
     assert shared.prefixes.tolist() == [0, 0, 0, 2]
     assert pairs.scored == 4 + 2 + 5 + 1 - 2
+    ids |= {
+        "chosen_mask": [[True] * 4, [True, False]],
+        "rejected_mask": [[False, True] * 2 + [True], [True]],
+    }
+    pairs = plan_pairs.pairs_of(datasets.Dataset.from_dict(ids))
+    assert pairs.scored_tokens.tolist() == [3 + 3, 1 + 1]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +273,12 @@ def test_pairs_without_a_prompt_share_nothing():
         (["--columns", "question"], "columns must be a mapping"),
         (["--dataset-split", "test[1"], "cannot be loaded"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--dataset-weights", "1"], "--dataset_weights has no effect on one dataset"),
+        (["--gold"], "has no column 'reference', the third response"),
+        (
+            ["--last-turn-only"],
+            "last_turn_only scores turns of a conversation, and the row is text",
+        ),
     ],
 )
 def test_errors_are_one_line(folder, capsys, options, message):
