@@ -1667,8 +1667,8 @@ MUTATIONS = (
     Mutation(
         "num_tokens starts again with each log",
         "prefkern/training/objective_trainer.py",
-        "self._num_tokens += round(tokens[0].item())",
-        "self._num_tokens = round(tokens[0].item())",
+        "self._num_tokens += int(tokens[0].item())",
+        "self._num_tokens = int(tokens[0].item())",
         "tests/integrations/test_trl_habits.py -k counts_tokens",
     ),
     # Memory.

@@ -8,7 +8,8 @@ and their common beginning is the prompt. KTO needs no pairs: a row is `prompt`,
 videos and audio are not supported: an error names the column. `columns` maps other names. The
 formats of others (Alpaca's, ShareGPT's, Orca's and more) are recognised and converted to these.
 
-In reading order: `columns` (the columns that a dataset needs), `foreign` (the formats of others),
+In reading order: `columns` (the columns that a dataset needs), `foreign` (the formats of others,
+`rankings` among them),
 `sources` (where a dataset is), `loading`, `messages` (what a cell holds), `rendering` (the chat
 template, and what it leaves out), `turns` (which tokens of a conversation are scored), `formats` (a
 row to tokens), `truncation` (pairs that are too long), `tokenisation` (all rows), `shown` (rows to
@@ -29,6 +30,7 @@ from prefkern.data.columns import (
     without_unused,
 )
 from prefkern.data.mixing import DatasetMix
+from prefkern.data.rankings import ranked_pairs
 from prefkern.data.report import DatasetReport, Lengths, show
 from prefkern.data.truncation import TRUNCATION_MODES, truncate
 from prefkern.version import install_line
@@ -52,6 +54,7 @@ __all__ = [
     "extract_prompt",
     "load_preference_dataset",
     "load_preference_stream",
+    "ranked_pairs",
     "show",
     "tokenize_examples",
     "tokenize_preferences",

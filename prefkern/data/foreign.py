@@ -8,9 +8,11 @@
     Argilla                 instruction [system], chosen_response and rejected_response
     UltraFeedback           prompt as text, chosen and rejected as whole conversations
     HH                      chosen and rejected as one text each, "\\n\\nHuman: ...\\n\\nAssistant: ..."
+    rankings                prompt, instruction or question, and several answers with ranks or scores
+                            (`rankings`): the best against the worst
 
-In all but HH's the texts become messages, because their homes render them with a chat template: a
-row gets a `SYSTEM` column, which may be empty. HH's stay text, and the prompt ends with the last
+In all but HH's and Nectar's the texts become messages, because their homes render them with a chat
+template: a row gets a `SYSTEM` column, which may be empty. HH's stay text, and the prompt ends with the last
 "Assistant:" of the common beginning. A format is that of a dataset, not of a row: no row is left
 out, and one that does not have the format is an error. Where two readings are possible, the error
 has the mapping `columns` that chooses. Of a stream, whose rows come in groups, the first ones decide
@@ -28,6 +30,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prefkern.data.messages import ANSWERS, present
+from prefkern.data.rankings import Ranking, as_dialogue, find_ranking, is_dialogue
 
 if TYPE_CHECKING:
     import datasets
@@ -41,6 +44,8 @@ _SYSTEMS = ("system", "system_prompt")
 _LABELS = ("label", "kto_tag")
 _TURNS = ("conversations", "messages", "conversation")
 _HUMAN, _ASSISTANT = "Human:", "\n\nAssistant:"
+# A turn of a person inside a response of HH's.
+NEXT_TURN = f"\n\n{_HUMAN}"
 _NAMES = {"question": "Orca", "instruction": "Alpaca", "input": "Orca, question as input"}
 # What CSV files have as text.
 TEXTS = ("question", "instruction", "input", "output", *_PAIRS[1], *_SYSTEMS)
@@ -66,12 +71,14 @@ class Format:
     system: str | None = None
     history: str | None = None
     tools: bool = False
+    ranking: Ranking | None = None  # in place of `responses`: a row may have no pair
     is_text: bool = False  # HH's
 
     @property
     def read(self) -> tuple[str, ...]:
         """The columns that are read."""
-        named = (self.system, self.history, self.turns, *self.question, *self.responses, self.label)
+        answers = self.ranking.columns if self.ranking else self.responses
+        named = (self.system, self.history, self.turns, *self.question, *answers, self.label)
         return tuple(column for column in named if column is not None)
 
     @property
@@ -99,7 +106,10 @@ class Format:
         tools = {"tools": schemas(row["tools"])} if self.tools else {}
         if not (self.question or self.turns):
             return {**{side: row[side] for side in self.responses}, **tools}
-        prompt, responses = self._prompt(row), [row[column] for column in self.responses]
+        prompt = self._prompt(row)
+        if self.ranking is not None:
+            return {**self._ranked(prompt, row, self.ranking), **tools}
+        responses = [row[column] for column in self.responses]
         if not responses:
             *prompt, last = prompt
             if not prompt:
@@ -110,13 +120,28 @@ class Format:
             if len(responses) != 2 or None in responses:
                 raise ValueError(
                     f"{self.responses[0]!r} must be two texts, chosen and rejected, got "
-                    f"{len(responses)}"
+                    f"{len(responses)}; more answers need 'scores' or 'ranks' beside 'responses'"
                 )
         made = dict(zip(self.made[1:], responses, strict=False))
         if self.label is not None:
             made["label"] = row[self.label]
         system = {} if SYSTEM in row else {SYSTEM: (row[self.system] if self.system else "") or ""}
         return {"prompt": prompt, **made, **system, **tools}
+
+    def _ranked(self, prompt: Any, row: dict[str, Any], ranking: Ranking) -> dict[str, Any]:
+        """A row of a ranking as a pair; its responses are None if all have one score."""
+        pair = ranking.best_and_worst(row) or (None, None)
+        made = dict(zip(_PAIRS[0], pair, strict=True))
+        if not ranking.is_dialogue:
+            system = (
+                {} if SYSTEM in row else {SYSTEM: (row[self.system] if self.system else "") or ""}
+            )
+            return {"prompt": prompt, **made, **system}
+        if not is_dialogue(prompt):
+            raise ValueError(
+                f"'prompt' must be a dialogue up to 'Assistant:', as in the first row, got {prompt[:60]!r}"
+            )
+        return {**made, **as_dialogue(prompt, made)}
 
     def _prompt(self, row: dict[str, Any]) -> Any:
         if self.turns is not None:
@@ -185,6 +210,9 @@ def _single(features: Mapping[str, Any], labels: list[str], name: str) -> Format
     if set(_PAIRS[0]) <= set(features):
         # Beside pairs, a conversation is their prompt.
         turns = []
+    elif not texts and "prompt" not in features and _is_messages(features.get("completion")):
+        # axolotl's `argilla_chat`: the question is in the response's column.
+        turns = ["completion"]
     if not (texts and answers or turns):
         return None
     label = _one([(c,) for c in labels], "the label", "", features, name)[0]
@@ -202,6 +230,14 @@ def _pair(dataset: datasets.Dataset, name: str) -> Format | None:
     sides = [pair for pair in _PAIRS if set(pair) <= set(features)]
     texts = _prompts(features)
     if not sides:
+        ranking = find_ranking(features)
+        if ranking is not None and texts:
+            question = _one(texts, "the prompt", "prompt", features, name)
+            form = _asked(question, (), features, name)
+            if question == ("prompt",):
+                first = _first(dataset, question)[0]["prompt"]
+                ranking = replace(ranking, is_dialogue=is_dialogue(first))
+            return replace(form, name=ranking.name, ranking=ranking)
         output = features.get("output")
         if texts and is_text(getattr(output, "feature", None)):
             question = _one(texts, "the prompt", "prompt", features, name)

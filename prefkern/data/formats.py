@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prefkern.data.columns import GOLD
-from prefkern.data.foreign import SYSTEM
+from prefkern.data.foreign import NEXT_TURN, SYSTEM
 from prefkern.data.messages import (
     check_message,
     check_response,
@@ -238,6 +238,7 @@ def _texts(
         begun=is_begun,
         unasked=not prompt.strip(),
         stops=stops,
+        turns=any(NEXT_TURN in response for response in responses),
     )
 
 

@@ -125,6 +125,7 @@ class DatasetReport:
     read_as: str = ""  # the format of others that all rows were converted from, and its columns
     converted: int = 0  # rows, before any was dropped
     samples: tuple[Said, ...] = ()  # the first of these rows, converted
+    tied: int = 0  # of these, rankings without a best answer; no pair, and no row here
     drawn: int | None = None  # how many of them a mix by weights trains on
 
     @property
@@ -181,6 +182,7 @@ class DatasetReport:
             counts.append((self.unscored, tokens))
         # Text that looks wrong is rare: these counts are shown only if they are not 0.
         suspicious = [
+            (self.tied, "rankings left out, whose answers have one score"),
             (self.repeated, "whose responses repeat the prompt"),
             (self.begun, "whose text has the tokenizer's first token already"),
             (self.unsaid, "whose chat template leaves out parts of earlier answers"),

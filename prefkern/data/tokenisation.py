@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from prefkern.data.columns import (
     check_columns,
     check_labels,
     has_examples,
-    is_number,
     listed,
     margin_columns,
     plain,
@@ -48,6 +47,7 @@ from prefkern.data.columns import (
 from prefkern.data.foreign import Format, is_text, recognise
 from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
 from prefkern.data.messages import may_be_written
+from prefkern.data.rankings import is_number, without_ties
 from prefkern.data.report import SCORED, DatasetReport, Histogram, Lengths
 from prefkern.data.shown import Said, said
 from prefkern.data.truncation import NothingToScore, check_mode, truncate_responses
@@ -128,7 +128,7 @@ def tokenize_preferences(
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, gold=gold)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
-    dataset, form = _converted(plain(dataset), num_proc, name)
+    given, (dataset, form) = len(dataset), _converted(plain(dataset), num_proc, name)
     unread = unread_columns(dataset, gold=gold)
     names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
     samples = _samples(dataset, names) if form is not None else ()
@@ -139,8 +139,8 @@ def tokenize_preferences(
     what = f"pair with {'three' if gold else 'two'} responses"
     kept = _without_dropped(marked, marks, name, what)
     has_masks = MASK_COLUMNS[0] in kept.column_names
-    report = _report(name, "pairs", marks, bounds, unread, form, samples, len(dataset), has_masks)
-    return kept.remove_columns(list(_MARKS)), report
+    report = _report(name, "pairs", marks, bounds, unread, form, samples, given, has_masks)
+    return kept.remove_columns(list(_MARKS)), replace(report, tied=given - len(dataset))
 
 
 def tokenize_examples(
@@ -167,6 +167,8 @@ def tokenize_examples(
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, paired=False)
     bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    given = len(dataset)
+    given = len(dataset)
     dataset, form = _converted(plain(dataset), num_proc, name, paired=False)
     check_labels(dataset, name)
     is_paired = not has_examples(dataset.column_names)
@@ -210,10 +212,8 @@ def tokenize_examples(
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
     marks = _responses(marks, len(sides))
-    report = _report(
-        name, "responses", marks, bounds, unread, form, samples, len(dataset), has_masks
-    )
-    return examples, report
+    report = _report(name, "responses", marks, bounds, unread, form, samples, given, has_masks)
+    return examples, replace(report, tied=given - len(dataset))
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _converted(
         num_proc=num_proc,
         desc=f"Converting {name} dataset",
     )
-    return converted, form
+    return without_ties(converted, name) if form.ranking else converted, form
 
 
 def _samples(dataset: datasets.Dataset, names: tuple[str, ...]) -> tuple[Said, ...]:

@@ -38,12 +38,12 @@ def item_values(
     return _of_pairs(out, objective, cu_seqlens)
 
 
-def token_count(batch: Mapping[str, Any]) -> Tensor:  # (2,)
-    """The real tokens of a batch, as a numerator and a weight."""
+def token_count(batch: Mapping[str, Any]) -> Tensor:  # (2,) int64
+    """The real tokens of a batch, as a numerator and a weight: exact, as sums in float32 are not."""
     mask = batch.get("attention_mask")
     ids: Tensor = batch["input_ids"]
     count = ids.new_tensor(ids.numel()) if mask is None else mask.sum()
-    return torch.stack([count.float(), torch.ones_like(count, dtype=torch.float32)])
+    return torch.stack([count, torch.ones_like(count)]).long()
 
 
 def per_item(numerators: Tensor, weights: Tensor | None = None) -> Tensor:  # (B,) -> (B, 2)

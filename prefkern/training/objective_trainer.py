@@ -142,15 +142,17 @@ class ObjectiveTrainer(CardTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training log gets the metrics since the last one. Called on every rank."""
         if self._train_sums and ("loss" in logs or "train_loss" in logs):
+            tokens = self._train_sums.pop(NUM_TOKENS, None)
             names = list(self._train_sums)
             sums = torch.stack([*self._train_sums.values()])
             if not shares_batches(self.accelerator):
                 sums = self.accelerator.reduce(sums, "sum")
+                # Not with the others: a sum in float32 is not exact beyond 2**24 tokens.
+                tokens = tokens if tokens is None else self.accelerator.reduce(tokens, "sum")
             totals = dict(zip(names, sums, strict=True))
-            tokens = totals.pop(NUM_TOKENS, None)
             logs.update(means(totals, self._zero_metrics))
             if tokens is not None:
-                self._num_tokens += round(tokens[0].item())
+                self._num_tokens += int(tokens[0].item())
                 logs[NUM_TOKENS] = self._num_tokens
             self._train_sums = {}
         super().log(logs, start_time)

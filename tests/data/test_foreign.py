@@ -380,5 +380,18 @@ def test_files_of_others_are_loaded(tmp_path):
         data.check_columns(_dataset({"question": "a", **TEXTS}), "x", margins=True)
 
 
+def test_turns_of_people_in_hhs_responses_are_counted():
+    """They are scored: chosen and rejected part before the last question."""
+    asked = "\n\nHuman: film ?\n\nAssistant:"
+    rows = [
+        {"chosen": f"{asked} fine\n\nHuman: film\n\nAssistant: good", "rejected": f"{asked} bad"},
+        {"chosen": f"{asked} good", "rejected": f"{asked} bad"},
+        {"chosen": f"{asked} good", "rejected": asked},
+    ]
+    _, report = _tokenize(_dataset(*rows), True)
+    assert (report.pairs, report.empty, report.turns) == (2, 1, 1)
+    assert "1 whose responses have scored turns of other roles" in report.summary
+
+
 def test_the_page_has_the_table():
     assert foreign_cases.table() in PAGE.read_text()

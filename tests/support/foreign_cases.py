@@ -149,6 +149,51 @@ CASES = (
         },
     ),
     Case(
+        "Nectar, ranked",
+        "Nectar",
+        {
+            "prompt": "\n\nHuman: film ?\n\nAssistant: ",
+            "answers": [
+                {"answer": "the plot is fine", "rank": 2.0},
+                {"answer": "the plot is very good", "rank": 1.0},
+                {"answer": "the plot is bad", "rank": 3.0},
+            ],
+        },
+        {
+            "prompt": "\n\nHuman: film ?\n\nAssistant:",
+            "chosen": " the plot is very good",
+            "rejected": " the plot is bad",
+        },
+    ),
+    Case(
+        "UltraFeedback, ranked",
+        "UltraFeedback, ranked",
+        {
+            "instruction": "was the film good ?",
+            "completions": [
+                {"response": "bad", "fine-grained_score": 2.5},
+                {"response": "very good", "fine-grained_score": 4.75},
+            ],
+        },
+        PAIR,
+    ),
+    Case(
+        "answers with `scores` or `ranks` beside them",
+        "rankings",
+        {
+            "prompt": "was the film good ?",
+            "responses": ["fine", "bad", "very good"],
+            "scores": [0.5, -1.0, 2.0],
+        },
+        PAIR,
+    ),
+    Case(
+        "axolotl's KTO, `argilla_chat`",
+        "OpenAI's messages",
+        {"completion": [*ASKED, *GOOD], "label": True},
+        SINGLE,
+    ),
+    Case(
         "UltraFeedback",
         "UltraFeedback",
         {

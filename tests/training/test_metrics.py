@@ -7,7 +7,9 @@ import torch
 
 from prefkern import FusedPreferenceLoss
 from prefkern.objectives import DPO, IPO, WPO, Adaptive, AlphaDPO, BetaDPO, WithNLL
-from prefkern.training.metrics import item_values
+from prefkern.training import trainer as trainer_module
+from prefkern.training.metrics import item_values, token_count
+from support.training import step_logs, trainer
 
 
 class _Renamed(BetaDPO):
@@ -60,3 +62,23 @@ def test_rewards_at_the_given_beta_are_logged_where_pairs_train_with_another(nam
         )
         expected = objective.beta * (rho[0] - rho[1])
         torch.testing.assert_close(values["rewards/base_margins"][:, 0], expected)
+
+
+MANY = 2**24 + 1
+
+
+def test_tokens_are_counted_exactly(tmp_path, monkeypatch):
+    """Beyond what float32 counts: in a batch, and over the steps between two logs, saved ones too."""
+    ids = torch.zeros(1, 1, dtype=torch.int64).expand(1, MANY)
+    for batch in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones(1, MANY)}):
+        batch = {name: value.long() for name, value in batch.items()}
+        assert token_count(batch).tolist() == [MANY, 1]
+    monkeypatch.setattr(trainer_module, "token_count", lambda batch: torch.tensor([MANY, 1]))
+    given = {"objective": "simpo", "logging_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    given |= {"num_train_epochs": 2}
+    whole = trainer(tmp_path / "a", **given)
+    whole.train()
+    assert [log["num_tokens"] for log in step_logs(whole)] == [3 * MANY, 6 * MANY]
+    resumed = trainer(tmp_path / "b", **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert [log["num_tokens"] for log in step_logs(resumed)] == [3 * MANY, 6 * MANY]
