@@ -1802,6 +1802,27 @@ MUTATIONS = (
         "tests/training/test_streams.py -k another",
     ),
     Mutation(
+        "ranks are read as scores",
+        "prefkern/data/rankings.py",
+        "sign = -1 if self.value in _RANKS else 1",
+        "sign = 1",
+        "tests/data/test_rankings.py",
+    ),
+    Mutation(
+        "tokens are counted in float32",
+        "prefkern/training/metrics.py",
+        "torch.stack([count, torch.ones_like(count)]).long()",
+        "torch.stack([count.float(), torch.ones_like(count).float()])",
+        "tests/training/test_metrics.py -k exactly",
+    ),
+    Mutation(
+        "plan counts two responses of TPO",
+        "prefkern/cli/plan_pairs.py",
+        'sides = ("chosen", "rejected", GOLD)',
+        'sides = ("chosen", "rejected")',
+        "tests/cli/test_plan_pairs.py -k gold",
+    ),
+    Mutation(
         "streams of other weights resume",
         "prefkern/data/streams.py",
         '"weights": self._weights,',
