@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -346,3 +347,8 @@ def reward_margin(example: dict[str, Any], sources: tuple[str, ...]) -> float:
     """A row's margin, from what `margin_columns` found."""
     chosen, *rejected = (float(example[column]) for column in sources)
     return chosen - sum(rejected)
+
+
+def is_number(value: Any) -> bool:
+    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_plain and math.isfinite(value)

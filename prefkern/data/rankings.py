@@ -71,7 +71,8 @@ class Ranking:
             answers = [answer[self.text] for answer in answers]
         sign = -1 if self.value in _RANKS else 1
         for answer, value in zip(answers, values, strict=True):
-            if not (isinstance(answer, str) and is_number(value)):
+            is_number = isinstance(value, int | float) and math.isfinite(value)
+            if not (isinstance(answer, str) and is_number):
                 raise ValueError(
                     f"each of {self.answers!r} must be a text with a number in {self.value!r}, got "
                     f"{str(answer)[:40]!r} with {value!r}"
@@ -175,12 +176,6 @@ def is_dialogue(prompt: Any) -> bool:
     return isinstance(prompt, str) and (
         prompt.lstrip().startswith(_HUMAN) and prompt.rstrip().endswith(_ASSISTANT)
     )
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    is_plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_plain and math.isfinite(value)
 
 
 def _are_numbers(feature: Any) -> bool:

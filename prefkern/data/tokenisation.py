@@ -36,6 +36,7 @@ from prefkern.data.columns import (
     check_columns,
     check_labels,
     has_examples,
+    is_number,
     listed,
     margin_columns,
     plain,
@@ -47,7 +48,7 @@ from prefkern.data.columns import (
 from prefkern.data.foreign import Format, is_text, recognise
 from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
 from prefkern.data.messages import may_be_written
-from prefkern.data.rankings import is_number, without_ties
+from prefkern.data.rankings import without_ties
 from prefkern.data.report import SCORED, DatasetReport, Histogram, Lengths
 from prefkern.data.shown import Said, said
 from prefkern.data.truncation import NothingToScore, check_mode, truncate_responses

@@ -124,7 +124,7 @@ def test_what_is_refused_beside_a_stream(files, capsys, words, says):
         ([0, 1], ["--dataset_weights", "1"], "one for each of 2 datasets, got [1.0]"),
         ([0, 1], ["--dataset_weights", "1", "-1"], "--dataset_weights must be finite and above 0"),
         ([0], ["--dataset_weights", "1"], "--dataset_weights has no effect on one dataset"),
-        ([0, 0], [], "--dataset has"),
+        ([0, 0], [], "twice; give each dataset once"),
         (
             [0, 1],
             ["--eval_dataset", "a.jsonl", "a.jsonl"],

@@ -34,7 +34,7 @@ from prefkern.data.collate import PreferenceCollator
 from prefkern.objectives import REGISTRY
 from prefkern.training import zero
 from prefkern.training.sharding import mode_of
-from support import chatml, tiny
+from support import chatml, chats, tiny
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -511,6 +511,25 @@ def test_turns_that_are_scored(key, folder, capsys):
     scored = [token for token, kept in tokens if kept]
     assert tiny.tokenizer().decode(scored) == "<unk> <eos>"
     assert capsys.readouterr().out.startswith("4 tokens scored, 9 not: [False,")
+
+
+@runs(("docs/data.md", "Which turns are scored", "json"))
+def test_a_call_of_tools(key, folder):
+    tokenizer = chats.tokenizer(chats.training_template("qwen3_instruct_2507"))
+    rows = datasets.Dataset.from_list([json.loads(BLOCKS[key])])
+    (pair,), _ = tokenize_preferences(rows, tokenizer, assistant_only_loss=True)
+    scored = [t for t, kept in zip(pair["chosen_ids"], pair["chosen_mask"], strict=True) if kept]
+    call = '{"name": "rate", "arguments": {"film": "Alien"}}'
+    text = f"<tool_call>\n{call}\n</tool_call><|im_end|>\nYes, 9.<|im_end|>\n"
+    assert tokenizer.decode(scored) == text
+
+
+@runs(("docs/data.md", "Streams", "sh"))
+def test_a_stream(key, folder, capsys):
+    datasets.Dataset.from_list(tiny.pairs(6)).to_json("pairs.jsonl")
+    line = BLOCKS[key].strip().replace("--max_steps 1000", "--max_steps 2")
+    assert run(f"{line} --use_cpu true --report_to none") == 0
+    assert "train, first rows: 6 pairs" in capsys.readouterr().out
 
 
 @runs(("docs/data.md", "Several datasets", "sh"))
