@@ -846,8 +846,8 @@ MUTATIONS = (
     Mutation(
         "the plan forgets the prompt's last token before a rejected response",
         "prefkern/cli/plan_pairs.py",
-        "numpy.minimum(self.prompts, 1) + self.rejected",
-        "self.rejected",
+        "(numpy.minimum(self.prompts, 1) + self.responses[1:])",
+        "(0 * self.prompts + self.responses[1:])",
         "tests/cli/test_plan_pairs.py -k without_a_prompt",
     ),
     Mutation(
