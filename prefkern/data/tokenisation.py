@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy
 import tokenizers
 import transformers
 
@@ -32,7 +30,6 @@ from prefkern.data.columns import (
     MASK_COLUMNS,
     REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
-    before_prompts,
     check_columns,
     check_labels,
     has_examples,
@@ -47,36 +44,15 @@ from prefkern.data.columns import (
 )
 from prefkern.data.foreign import Format, is_text, recognise
 from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
+from prefkern.data.marks import MARKS, Marks, marks_of, of_responses, report_of, without_dropped
 from prefkern.data.messages import may_be_written
-from prefkern.data.report import SCORED, DatasetReport, Histogram, Lengths
+from prefkern.data.report import DatasetReport
 from prefkern.data.shown import Said, said
-from prefkern.data.truncation import NothingToScore, check_mode, truncate_responses
+from prefkern.data.truncation import Bounds
 from prefkern.data.turns import Turns, brings_masks_of, mask_of
 from prefkern.version import VERSION
 
-logger = logging.getLogger(__name__)
-
-# What happened to a row: a few numbers and no tokens, so that a report on many rows is cheap.
-_MARKS = (
-    "_empty",
-    "_masked",
-    "_too_long",
-    "_prompt_truncated",
-    "_truncated",
-    "_identical",
-    "_was_identical",
-    "_merged",
-    "_repeated",
-    "_begun",
-    "_unasked",
-    "_unsaid",
-    "_turns",
-    "_found_lengths",
-    "_lengths",
-    "_scored",
-)
 _ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
-_Marks = dict[str, numpy.ndarray]
 _Tokens = list[list[int]]  # prompt, chosen, rejected and, where it is read, the gold response
 _Masks = list[list[bool]] | None  # of the responses; None: every token is scored
 
@@ -127,20 +103,20 @@ def tokenize_preferences(
     """
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, gold=gold)
-    bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    bounds = Bounds(max_length, max_prompt_length, truncation_mode)
     dataset, form = _converted(plain(dataset), num_proc, name)
     unread = unread_columns(dataset, gold=gold)
     names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
     samples = _samples(dataset, names) if form is not None else ()
     turns = Turns(assistant_only_loss, last_turn_only)
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, turns, names)
-    marks = _marks(marked)
+    marks = marks_of(marked)
     _check_prompts(dataset, marks, unread, name)
     what = f"pair with {'three' if gold else 'two'} responses"
-    kept = _without_dropped(marked, marks, name, what)
+    kept = without_dropped(marked, marks, name, what)
     has_masks = MASK_COLUMNS[0] in kept.column_names
-    report = _report(name, "pairs", marks, bounds, unread, form, samples, len(dataset), has_masks)
-    return kept.remove_columns(list(_MARKS)), report
+    report = report_of(name, "pairs", marks, bounds, unread, form, samples, len(dataset), has_masks)
+    return kept.remove_columns(list(MARKS)), report
 
 
 def tokenize_examples(
@@ -166,7 +142,7 @@ def tokenize_examples(
     """
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, paired=False)
-    bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
+    bounds = Bounds(max_length, max_prompt_length, truncation_mode)
     dataset, form = _converted(plain(dataset), num_proc, name, paired=False)
     check_labels(dataset, name)
     is_paired = not has_examples(dataset.column_names)
@@ -187,9 +163,9 @@ def tokenize_examples(
     samples = _samples(dataset, names) if form is not None else ()
     turns = Turns(assistant_only_loss, last_turn_only)
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, turns, names)
-    marks = _marks(marked)
+    marks = marks_of(marked)
     _check_prompts(dataset, marks, unread, name)
-    kept = _without_dropped(marked, marks, name, "response")
+    kept = without_dropped(marked, marks, name, "response")
     sides = ("chosen", "rejected")[: 1 + is_paired]
     has_masks = MASK_COLUMNS[0] in kept.column_names
 
@@ -209,32 +185,11 @@ def tokenize_examples(
         return rows
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
-    marks = _responses(marks, len(sides))
-    report = _report(
+    marks = of_responses(marks, len(sides))
+    report = report_of(
         name, "responses", marks, bounds, unread, form, samples, len(dataset), has_masks
     )
     return examples, report
-
-
-@dataclass(frozen=True)
-class _Bounds:
-    """How long a pair may be. Raises ValueError for bounds that no pair can meet."""
-
-    max_length: int | None
-    max_prompt_length: int | None
-    truncation_mode: str
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
-        check_mode(self.truncation_mode)
-
-    def cut(self, tokens: _Tokens) -> _Tokens:
-        bounds = (self.max_length, self.max_prompt_length, self.truncation_mode)
-        prompt, responses = truncate_responses(tokens[0], tokens[1:], *bounds)
-        return [prompt, *responses]
 
 
 def _converted(
@@ -280,13 +235,13 @@ def _samples(dataset: datasets.Dataset, names: tuple[str, ...]) -> tuple[Said, .
 def _with_tokens(
     dataset: datasets.Dataset,
     tokenizer: Any,
-    bounds: _Bounds,
+    bounds: Bounds,
     num_proc: int | None,
     name: str,
     turns: Turns,
     names: tuple[str, ...] = ("chosen", "rejected"),
 ) -> datasets.Dataset:
-    """Adds the token columns of pairs and the columns `_MARKS`; keeps every row."""
+    """Adds the token columns of pairs and the columns `MARKS`; keeps every row."""
     columns = dataset.column_names
     has_gold = len(names) == 3
     id_columns = (*TOKEN_COLUMNS, GOLD_IDS) if has_gold else TOKEN_COLUMNS
@@ -460,7 +415,7 @@ def _written_columns(dataset: datasets.Dataset, gold: bool) -> tuple[str, ...]:
 
 
 def _check_prompts(
-    dataset: datasets.Dataset, marks: _Marks, unread: tuple[str, ...], name: str
+    dataset: datasets.Dataset, marks: Marks, unread: tuple[str, ...], name: str
 ) -> None:
     """Raise ValueError where prompts are empty while columns with text are not read.
 
@@ -496,92 +451,6 @@ def _scored_counts(tokens: _Tokens, masks: _Masks) -> list[int]:
 
 def _can_be_scored(tokens: _Tokens, masks: _Masks = None) -> bool:
     return min(_scored_counts(tokens, masks)) > 0
-
-
-def _marks(marked: datasets.Dataset) -> _Marks:
-    return marked.select_columns(list(_MARKS)).with_format("numpy")[:]
-
-
-def _is_kept(marks: _Marks) -> numpy.ndarray:
-    return ~(marks["_empty"] | marks["_masked"] | marks["_too_long"])
-
-
-def _without_dropped(
-    marked: datasets.Dataset, marks: _Marks, name: str, what: str
-) -> datasets.Dataset:
-    kept = numpy.flatnonzero(_is_kept(marks))
-    if len(kept) == 0:
-        bound = " within max_length and max_prompt_length" if marks["_too_long"].any() else ""
-        raise NothingToScore(f"dataset {name!r} has no {what} that can be scored{bound}")
-    return marked if len(kept) == len(marked) else marked.select(kept)
-
-
-def _responses(marks: _Marks, sides: int) -> _Marks:
-    """The marks of pairs as marks of single responses: all of one side, then all of the other."""
-    responses = {name: numpy.concatenate([values] * sides) for name, values in marks.items()}
-    columns = [marks["_truncated"][:, side] for side in range(sides)]
-    responses["_truncated"] = numpy.concatenate(columns)[:, None]
-    responses["_scored"] = numpy.concatenate([marks["_scored"][:, [s]] for s in range(sides)])
-    for name in ("_found_lengths", "_lengths"):
-        of_side = [marks[name][:, [0, 1 + side]] for side in range(sides)]
-        responses[name] = numpy.concatenate(of_side)
-    # "Identical" compares the two responses of a pair, so it says nothing of single ones.
-    responses["_identical"] = numpy.zeros_like(responses["_identical"])
-    return responses
-
-
-def _report(
-    name: str,
-    unit: str,
-    marks: _Marks,
-    bounds: _Bounds,
-    unread: tuple[str, ...],
-    form: Format | None,
-    samples: tuple[Said, ...],
-    rows: int,
-    has_masks: bool,
-) -> DatasetReport:
-    before = before_prompts(unread)
-    if before:
-        logger.warning("dataset %r: nothing reads the %s", name, listed(before))
-    is_kept = _is_kept(marks)
-    kept = {mark: values[is_kept] for mark, values in marks.items()}
-    found = marks["_found_lengths"]
-    sides = ("chosen", "rejected", GOLD)[: found.shape[1] - 1] if unit == "pairs" else ("response",)
-    lengths = {
-        part: Lengths.of(kept["_lengths"][:, at]) for at, part in enumerate(("prompt", *sides))
-    }
-    if has_masks:
-        lengths |= {
-            f"{side}{SCORED}": Lengths.of(kept["_scored"][:, at]) for at, side in enumerate(sides)
-        }
-    return DatasetReport(
-        name=name,
-        unit=unit,
-        pairs=int(is_kept.sum()),
-        empty=int(marks["_empty"].sum()),
-        masked=int(marks["_masked"].sum()),
-        too_long=int(marks["_too_long"].sum()),
-        prompts_truncated=int(kept["_prompt_truncated"].sum()),
-        responses_truncated=int(kept["_truncated"].any(1).sum()),
-        identical=int(kept["_identical"].sum()),
-        made_identical=int((kept["_identical"] & ~kept["_was_identical"]).sum()),
-        merged=int(kept["_merged"].sum()),
-        repeated=int(kept["_repeated"].sum()),
-        begun=int(kept["_begun"].sum()),
-        unsaid=int(kept["_unsaid"].sum()),
-        turns=int(kept["_turns"].sum()),
-        unread=unread,
-        read_as="" if form is None else f"{form.name} ({', '.join(form.read)})",
-        converted=0 if form is None else rows,
-        samples=samples,
-        max_length=bounds.max_length,
-        truncation_mode=bounds.truncation_mode,
-        lengths=lengths,
-        scored=int(kept["_scored"].sum()),
-        unscored=int(kept["_lengths"][:, 1:].sum() - kept["_scored"].sum()),
-        histogram=Histogram.of(found[:, 0] + found[:, 1:].max(1), bounds.max_length),
-    )
 
 
 def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:
