@@ -299,13 +299,14 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
             data.dataset_split,
             None if Path(source).expanduser().is_file() else data.dataset_config,
             names,
+            pictures=True,
         )
         for name, source in _named(data.dataset).items()
     }
     evaluation = None
     if data.eval_dataset is not None:
         evaluation = load_preference_dataset(
-            data.eval_dataset, data.eval_split, data.dataset_config, names
+            data.eval_dataset, data.eval_split, data.dataset_config, names, pictures=True
         )
     elif data.eval_fraction:
         split = {

@@ -32,6 +32,7 @@ def load_preference_dataset(
     split: str = "train",
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
+    pictures: bool = False,
 ) -> datasets.Dataset:
     """Load a preference dataset and check that it is one.
 
@@ -42,6 +43,7 @@ def load_preference_dataset(
         config: which configuration of a hub dataset.
         columns: the dataset's own names of columns, `{"prompt": "question"}`; the dataset keeps
             its names, and whoever tokenises it gets the mapping again.
+        pictures: whether the caller reads the pictures of prompts.
 
     Raises FileNotFoundError for a file that does not exist, and ValueError for one that cannot be
     read, lacks a column or has no rows.
@@ -59,7 +61,7 @@ def load_preference_dataset(
     # `datasets` raises RuntimeError for a dataset that is a script, which it does not run.
     except (DatasetsError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"dataset {source!r} cannot be loaded: {_reason(path, error)}") from error
-    check_columns(renamed(dataset, columns, source), source, paired=False)
+    check_columns(renamed(dataset, columns, source), source, paired=False, pictures=pictures)
     # `save_to_disk` also saves the format that was set on the dataset.
     return plain(dataset)
 

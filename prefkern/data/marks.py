@@ -36,6 +36,7 @@ MARKS = (
     "_found_lengths",
     "_lengths",
     "_scored",
+    "_pictures",
 )
 Marks = dict[str, numpy.ndarray]
 
@@ -113,6 +114,7 @@ def report_of(
         begun=int(kept["_begun"].sum()),
         unsaid=int(kept["_unsaid"].sum()),
         turns=int(kept["_turns"].sum()),
+        pictures=int(kept["_pictures"].sum()),
         unread=unread,
         read_as="" if form is None else f"{form.name} ({', '.join(form.read)})",
         converted=0 if form is None else rows,

@@ -28,14 +28,18 @@ from prefkern.data.columns import (
     GOLD_MASK,
     MARGIN_SOURCES,
     MASK_COLUMNS,
+    PICTURE_COLUMNS,
     REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
+    TYPE_COLUMNS,
     check_columns,
     check_labels,
     has_examples,
     is_number,
     listed,
     margin_columns,
+    picture_column,
+    pictures_of,
     plain,
     renamed,
     reward_margin,
@@ -46,6 +50,15 @@ from prefkern.data.foreign import Format, is_text, recognise
 from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
 from prefkern.data.marks import MARKS, Marks, marks_of, of_responses, report_of, without_dropped
 from prefkern.data.messages import may_be_written
+from prefkern.data.pictures import (
+    PictureTokenizer,
+    beside,
+    check_processor,
+    check_uncut,
+    refuse_marks,
+    type_names,
+    with_pictures,
+)
 from prefkern.data.report import DatasetReport
 from prefkern.data.shown import Said, said
 from prefkern.data.truncation import Bounds
@@ -78,7 +91,7 @@ def tokenize_preferences(
             is only truncated. `ref_chosen_logps` and `ref_rejected_logps` are kept.
             `reward_margin` comes from the column of that name, or from `margin`, or from
             `score_chosen` - `score_rejected`.
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: a Hugging Face tokenizer; a processor for rows with pictures (`images`, `image`).
         max_length: bound on prompt plus response, in tokens; None for no bound.
         max_prompt_length: bound on the prompt, in tokens; None for no bound.
         truncation_mode: one of `TRUNCATION_MODES`; see `prefkern.data.truncation`. A pair with
@@ -102,9 +115,9 @@ def tokenize_preferences(
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
     dataset = renamed(dataset, columns, name)
-    check_columns(dataset, name, gold=gold)
+    check_columns(dataset, name, gold=gold, pictures=True)
     bounds = Bounds(max_length, max_prompt_length, truncation_mode)
-    dataset, form = _converted(plain(dataset), num_proc, name)
+    dataset, form = _converted(with_pictures(plain(dataset), name), num_proc, name)
     unread = unread_columns(dataset, gold=gold)
     names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
     samples = _samples(dataset, names) if form is not None else ()
@@ -141,9 +154,9 @@ def tokenize_examples(
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
     dataset = renamed(dataset, columns, name)
-    check_columns(dataset, name, paired=False)
+    check_columns(dataset, name, paired=False, pictures=True)
     bounds = Bounds(max_length, max_prompt_length, truncation_mode)
-    dataset, form = _converted(plain(dataset), num_proc, name, paired=False)
+    dataset, form = _converted(with_pictures(plain(dataset), name), num_proc, name, paired=False)
     check_labels(dataset, name)
     is_paired = not has_examples(dataset.column_names)
     # KTO reads no number of a pair, so a missing one is no error here.
@@ -168,16 +181,19 @@ def tokenize_examples(
     kept = without_dropped(marked, marks, name, "response")
     sides = ("chosen", "rejected")[: 1 + is_paired]
     has_masks = MASK_COLUMNS[0] in kept.column_names
+    types = [column for column in TYPE_COLUMNS.values() if column in kept.column_names]
+    of_prompt = ["prompt_ids", *types]
 
     def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows: dict[str, list[Any]] = {column: [] for column in EXAMPLE_COLUMNS}
+        rows: dict[str, list[Any]] = {column: [] for column in (*EXAMPLE_COLUMNS, *types)}
         if has_masks:
             rows[EXAMPLE_MASK] = [mask for side in sides for mask in batch[f"{side}_mask"]]
         # All chosen, then all rejected, not pair by pair: neighbours then have different prompts,
         # so that an unshuffled batch also gets mismatched rows.
         for side in sides:
             responses = batch[f"{side}_ids"]
-            rows["prompt_ids"] += batch["prompt_ids"]
+            for column in of_prompt:
+                rows[column] += batch[column]
             rows["completion_ids"] += responses
             rows["desirable"] += (
                 [side == "chosen"] * len(responses) if is_paired else batch["desirable"]
@@ -185,6 +201,9 @@ def tokenize_examples(
         return rows
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
+    if picture_column(kept.column_names) is not None:
+        each = kept.select([*range(len(kept))] * len(sides))
+        examples = beside(examples, each)
     marks = of_responses(marks, len(sides))
     report = report_of(
         name, "responses", marks, bounds, unread, form, samples, len(dataset), has_masks
@@ -225,7 +244,7 @@ def _samples(dataset: datasets.Dataset, names: tuple[str, ...]) -> tuple[Said, .
     first: Any = dataset.select(range(min(len(dataset), 3)))
     for row in first:
         try:
-            prompt, *responses = read_row(row, names, written)
+            prompt, *responses = read_row(row, names, written, _kinds(row))
         except ValueError:
             break
         samples.append(said(prompt, dict(zip(names, responses, strict=True))))
@@ -243,6 +262,12 @@ def _with_tokens(
 ) -> datasets.Dataset:
     """Adds the token columns of pairs and the columns `MARKS`; keeps every row."""
     columns = dataset.column_names
+    pictures = picture_column(columns)
+    processor = tokenizer
+    if pictures is not None:
+        check_processor(processor, f"dataset {name!r}")
+        refuse_marks(turns.assistant_only_loss, f"dataset {name!r}")
+    tokenizer = getattr(processor, "tokenizer", processor)
     has_gold = len(names) == 3
     id_columns = (*TOKEN_COLUMNS, GOLD_IDS) if has_gold else TOKEN_COLUMNS
     mask_columns = (*MASK_COLUMNS, GOLD_MASK) if has_gold else MASK_COLUMNS
@@ -263,7 +288,9 @@ def _with_tokens(
     hint = ""
     if "prompt" not in columns and unread:
         hint = f"; {listed(unread)} would not be read, {unread_hint(unread)}"
-    reading = Reading.of(tokenizer, _written_columns(dataset, has_gold), names, turns)
+    written = _written_columns(dataset, has_gold)
+    reading = Reading.of(tokenizer, written, names, turns, _kinds(columns))
+    types = [] if pictures is None else [TYPE_COLUMNS[each] for each in type_names(processor)]
 
     def ends_only(tokens: _Tokens) -> bool:
         """Whether a response is only an end token."""
@@ -282,7 +309,16 @@ def _with_tokens(
                         f"dataset {name!r}, row {row}: {column!r} is {value!r}, but a sum of "
                         "log-probs is never above 0; is it a negative log-likelihood?"
                     )
+        shown = pictures_of(example)
+        type_ids: dict[str, list[int]] = {}
         if all(example.get(column) is not None for column in id_columns):
+            missing = [column for column in types if example.get(column) is None]
+            if missing:
+                raise ValueError(
+                    f"dataset {name!r}, row {row} has token ids and pictures, and no {missing[0]!r}: "
+                    "what each token of the prompt is; give text, which is tokenised with both"
+                )
+            type_ids = {column: example[column] for column in types}
             for column in id_columns:
                 if None in example[column]:
                     raise ValueError(
@@ -297,12 +333,19 @@ def _with_tokens(
                 ]
                 pair = pair._replace(masks=masks)
         else:
+            of_row = tokenizer if pictures is None else PictureTokenizer(processor, shown)
             try:
-                pair = tokenize_pair(example, tokenizer, reading)
+                pair = tokenize_pair(example, of_row, reading)
+                if isinstance(of_row, PictureTokenizer):
+                    type_ids = of_row.types_of(pair.prompt)
             except ValueError as error:
                 raise ValueError(f"dataset {name!r}, row {row}: {error}{hint}") from error
         found = [pair.prompt, *pair.responses]
         kept = bounds.cut(found)
+        try:
+            check_uncut(found, kept, len(shown), bounds.max_length)
+        except ValueError as error:
+            raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
         is_empty = pair.empty or ends_only(found) or not _can_be_scored(found)
         if pair.stops:
             # The other text goes on, so the end token is a response.
@@ -321,6 +364,8 @@ def _with_tokens(
             )
         return {
             **dict(zip(id_columns, kept, strict=True)),
+            # Without a picture the beginning of a prompt may be cut.
+            **{column: each[len(each) - len(kept[0]) :] for column, each in type_ids.items()},
             **(dict(zip(mask_columns, masks, strict=True)) if masks else {}),
             **({"reward_margin": reward_margin(example, margins)} if margins else {}),
             "_empty": is_empty,
@@ -339,18 +384,21 @@ def _with_tokens(
             "_found_lengths": [len(ids) for ids in found],
             "_lengths": [len(ids) for ids in kept],
             "_scored": _scored_counts(kept, masks),
+            "_pictures": len(shown),
         }
 
     used = set(COLUMNS) if has_gold else set(COLUMNS) - {GOLD_IDS, GOLD_MASK}
     used -= set() if brings_masks else {*MASK_COLUMNS, GOLD_MASK}
+    used -= {*PICTURE_COLUMNS}
     unused = [column for column in dataset.column_names if column not in used]
-    return dataset.map(
+    tokens = dataset.map(
         _AsOfNow(process),
         with_indices=True,
         remove_columns=unused,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
+    return tokens if pictures is None else beside(tokens, dataset)
 
 
 @functools.cache
@@ -376,6 +424,11 @@ class _AsOfNow:
 
     def __call__(self, *args: Any) -> dict[str, Any]:
         return self.function(*args)
+
+
+def _kinds(columns: Any) -> tuple[str, ...]:
+    """What a message may hold."""
+    return ("text",) if picture_column(columns) is None else ("text", "image")
 
 
 def _check_token_types(dataset: datasets.Dataset, name: str) -> None:

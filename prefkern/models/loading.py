@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import (
@@ -238,6 +239,23 @@ def load_tokenizer(name: str, kwargs: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"the tokenizer of {name!r} cannot be loaded: {where}: {reason}. Repair its files, or "
             "pass processing_class"
+        ) from error
+
+
+def load_processor(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The processor of a model that sees, as `load_tokenizer` loads a tokenizer.
+
+    Raises ValueError if it cannot be loaded.
+    """
+    try:
+        return AutoProcessor.from_pretrained(
+            name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the processor of {name!r}, which pictures need, cannot be loaded: {reason}. Pass "
+            "processing_class, or remove the pictures to train on the text alone"
         ) from error
 
 

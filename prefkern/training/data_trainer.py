@@ -45,6 +45,8 @@ class DataTrainer(ReferenceTrainer):
     # The arguments that name a reference.
     _reference_given: dict[str, Any]
     _tokenizer: Any
+    # What tokenises rows: the tokenizer, or a processor, which rows with pictures need.
+    _processor: Any
     # The rows of the model's embedding; None: unknown.
     _rows: int | None
     _ranks_with_batches: int
@@ -102,7 +104,7 @@ class DataTrainer(ReferenceTrainer):
         if needs.paired:
             options["gold"] = needs.gold
         tokenize = tokenize_preferences if needs.paired else tokenize_examples
-        dataset, report = tokenize(dataset, self._tokenizer, **options)
+        dataset, report = tokenize(dataset, self._processor, **options)
         check_tokens(dataset, ID_COLUMNS, self._rows, name)
         return dataset, report
 
@@ -141,7 +143,14 @@ class DataTrainer(ReferenceTrainer):
     def _check_columns(self, dataset: Any, args: PreferenceConfig, name: str) -> None:
         needs = self._objective_needs
         dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
-        check_columns(dataset, name, paired=needs.paired, margins=needs.margins, gold=needs.gold)
+        check_columns(
+            dataset,
+            name,
+            paired=needs.paired,
+            margins=needs.margins,
+            gold=needs.gold,
+            pictures=True,
+        )
         if dataset._fingerprint not in self._computed_sums:
             check_carried_sums(dataset, name, needs, self._reference_given, args)
         if not needs.paired:

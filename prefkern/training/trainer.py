@@ -88,6 +88,12 @@ from prefkern.training.moving_reference import (
 )
 from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import add_to
+from prefkern.training.pictures import (
+    picture_collator,
+    picture_processor,
+    refuse_picture_stream,
+    shows_pictures,
+)
 from prefkern.training.reference_setup import check_reference_of_shards, second_copy
 from prefkern.training.samples import ShowsSamples, check_samples
 from prefkern.training.sharding import mode_of, sharded
@@ -114,7 +120,8 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
         train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`, or
             a `DatasetMix` of several; the latter may also be a dict of them, the former a
             `datasets.IterableDataset`, with `max_steps`.
-        processing_class: the tokenizer; None loads the model's own.
+        processing_class: the tokenizer, or the processor for rows with pictures; None loads the
+            model's own.
         objective: overrides `args.objective`.
         ref_model: the reference, a model, name or path. None: the initial model. With PEFT that is
             the base model if the adapter is new, and a frozen copy of the adapter if a trained one
@@ -162,6 +169,7 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
             )
         check_reference_arguments(model, ref_model, args)
         check_stream(args, train_dataset, eval_dataset)
+        refuse_picture_stream(train_dataset)
         stream = train_dataset if is_stream(train_dataset) else None
         if stream is not None:
             # What is checked and reported before training; the others are as they are read.
@@ -205,6 +213,10 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
         check_tensor_parallel(args, model, given_reference, peft_config, init_kwargs)
         # It is not known how a model that is given was loaded.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
+        parts = named(train_dataset, "train") + named(eval_dataset, "eval")
+        seen = shows_pictures(parts)
+        if seen is not None:
+            processing_class = picture_processor(processing_class, model, own_kwargs, args, seen)
         name = model if isinstance(model, str) else None
         model = load_model(model, init_kwargs) if isinstance(model, str) else model
         processing_class = processing_class or load_tokenizer(
@@ -235,7 +247,7 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
             check_pad_token(tokenizer, self._rows)
         self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
 
-        self._tokenizer = tokenizer
+        self._tokenizer, self._processor = tokenizer, processing_class
         self.dataset_reports: dict[str, DatasetReport] = {}
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
@@ -316,6 +328,8 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
             else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
         )
 
+        if seen is not None:
+            collator = picture_collator(collator, processing_class, base)
         if stream is not None:
             train_dataset = TokenStream(
                 stream, self._tokens_of_stream, train_dataset, shuffles=not is_paired
