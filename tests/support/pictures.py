@@ -323,3 +323,29 @@ def rows(family: Family, count: int, seed: int = 0, chats: bool = False) -> list
 
 def dataset(family: Family, count: int, seed: int = 0, chats: bool = False) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows(family, count, seed, chats))
+
+
+def seen_alone(
+    model: nn.Module, processor: Any, row: dict[str, Any], side: str, dtype: torch.dtype
+) -> torch.Tensor:  # a scalar
+    """A response's log-prob sum from the model's own logits: one row, from its own processor."""
+    if isinstance(row["prompt"], str):
+        texts = [row["prompt"], row["prompt"] + row[side]]
+    else:
+        question, answer = row["prompt"][0]["content"], row[side][0]["content"]
+        blocks = [{"type": "image"}] * len(row["images"]) + [{"type": "text", "text": question}]
+        asked = [{"role": "user", "content": blocks}]
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        texts = [
+            processor.apply_chat_template(asked, add_generation_prompt=True),
+            processor.apply_chat_template([*asked, said]),
+        ]
+    given = {"images": [row["images"]]} if row["images"] else {}
+    asked_ids, inputs = (
+        processor(text=[text], return_tensors="pt", add_special_tokens=False, **given)
+        for text in texts
+    )
+    ids = inputs["input_ids"]
+    logps = model(**inputs).logits[0, :-1].to(dtype).log_softmax(-1)
+    picked = logps.gather(-1, ids[0, 1:, None])[:, 0]
+    return picked[asked_ids["input_ids"].shape[1] - 1 :].sum()

@@ -1,0 +1,170 @@
+"""Pairs with pictures: every family held to its own logits, row by row, and whole runs to TRL."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+pytest.importorskip("PIL")
+
+import prefkern
+from prefkern import PreferenceTrainer
+from support import pictures
+from support.pictures import FAMILIES, Family
+from support.training import config
+
+BETA = 0.1
+QWEN, LLAVA, GEMMA, IDEFICS = FAMILIES[0], FAMILIES[2], FAMILIES[3], FAMILIES[4]
+
+
+def run(path: Path, model, processor, data, **options) -> PreferenceTrainer:
+    names = ("ref_model", "peft_config", "eval_dataset", "data_collator")
+    given = {name: options.pop(name) for name in names if name in options}
+    options = {"objective": "dpo", "beta": BETA, **options}
+    return PreferenceTrainer(
+        model, config(path, **options), data, processing_class=processor, **given
+    )
+
+
+def sums(model, processor, rows, dtype=torch.float64) -> torch.Tensor:  # (2B,)
+    """The sums of the chosen responses, then of the rejected ones, one row at a time."""
+    return torch.stack(
+        [
+            pictures.seen_alone(model, processor, row, side, dtype)
+            for side in ("chosen", "rejected")
+            for row in rows
+        ]
+    )
+
+
+def dpo(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    chosen, rejected = (policy - reference).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference, by each gradient's own size or a thousandth of the largest one."""
+    assert ours.keys() == theirs.keys()
+    least = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
+    return max(
+        ((ours[n] - g).abs().max() / g.abs().max().clamp(min=least)).item()
+        for n, g in theirs.items()
+    )
+
+
+@pytest.mark.parametrize("chats", [False, True], ids=["texts", "chats"])
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_a_step_is_that_of_the_models_own_logits(
+    tmp_path: Path, family: Family, chats: bool
+) -> None:
+    """In float64: a padded batch against its rows one by one, each from its own processor."""
+    model, processor = family.make()
+    reference = family.make(1)[0].double()
+    model.double()
+    rows = pictures.rows(family, 6, chats=chats)
+    data = pictures.dataset(family, 6, chats=chats)
+    options = {"per_device_train_batch_size": 6, "train_sampling_strategy": "sequential"}
+    trained = run(tmp_path, model, processor, data, ref_model=reference, **options)
+    batch = next(iter(trained.get_train_dataloader()))
+    assert {"pixel_values", *family.inputs} <= batch.keys()
+    assert len({int(each.sum()) for each in batch["attention_mask"]}) > 2, "nothing is padded"
+
+    with torch.no_grad():
+        found = prefkern.token_logprobs(model, **batch).sum(1)
+        of_reference = sums(reference, processor, rows)
+    expected = sums(model, processor, rows)
+    torch.testing.assert_close(found.double(), expected.detach(), atol=1e-4, rtol=0)
+    loss = trained.compute_loss(model, batch)
+    loss.backward()
+    ours = gradients(model)
+    dpo(expected, of_reference).backward()
+    theirs = gradients(model)
+    for part in family.parts:
+        assert any(part in name and g.abs().max() > 0 for name, g in theirs.items()), part
+    assert worst(ours, theirs) < 1e-5
+
+
+def lora(family: Family) -> peft.LoraConfig:
+    """On the language model alone, in names that all five families have."""
+    pattern = r".*(language_model|text_model).*\.(q_proj|v_proj|down_proj)"
+    return peft.LoraConfig(r=4, target_modules=pattern, init_lora_weights=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_an_adapter_with_itself_switched_off_as_the_reference(
+    tmp_path: Path, family: Family
+) -> None:
+    model, processor = family.make()
+    rows, data = pictures.rows(family, 4), pictures.dataset(family, 4)
+    options = {"train_sampling_strategy": "sequential", "gradient_checkpointing": True}
+    trained = run(tmp_path, model.double(), processor, data, peft_config=lora(family), **options)
+    policy = trained.model
+    policy.double()
+    batch = next(iter(trained.get_train_dataloader()))
+    trained.compute_loss(policy, batch).backward()
+    ours = gradients(policy)
+    with torch.no_grad(), policy.disable_adapter():
+        of_reference = sums(policy, processor, rows)
+    dpo(sums(policy, processor, rows), of_reference).backward()
+    theirs = gradients(policy)
+    assert all("lora" in name for name in theirs) and len(theirs) == 12
+    assert worst(ours, theirs) < 1e-5
+
+
+FORMS = ["copy", "model", "beforehand", "carried"]
+
+
+@pytest.mark.parametrize("family", [QWEN, IDEFICS], ids=str)
+def test_the_forms_of_the_reference_train_alike(tmp_path: Path, family: Family) -> None:
+    model, processor = family.make()
+    data = pictures.dataset(family, 8)
+    with torch.no_grad():
+        found = sums(copy.deepcopy(model).double(), processor, pictures.rows(family, 8))
+    chosen, rejected = found.chunk(2)
+    carried = data.add_column("ref_chosen_logps", chosen.tolist())
+    carried = carried.add_column("ref_rejected_logps", rejected.tolist())
+    ends = {}
+    for form in FORMS:
+        given = {"ref_model": copy.deepcopy(model)} if form == "model" else {}
+        policy = copy.deepcopy(model)
+        trained = run(
+            tmp_path / form,
+            policy,
+            processor,
+            carried if form == "carried" else data,
+            precompute_ref_log_probs=form == "beforehand",
+            optim="sgd",
+            num_train_epochs=2,
+            **given,
+        )
+        trained.train()
+        first, *_, last = [log for log in trained.state.log_history if "loss" in log]
+        assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+        assert last["loss"] < first["loss"]
+        ends[form] = {n: p.detach() for n, p in policy.named_parameters()}
+    for form in FORMS[1:]:
+        for name, weight in ends["copy"].items():
+            torch.testing.assert_close(ends[form][name], weight, atol=2e-6, rtol=1e-4)
+
+
+def test_a_reference_that_moves(tmp_path: Path) -> None:
+    model, processor = QWEN.make()
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    trained = run(tmp_path, model, processor, pictures.dataset(QWEN, 8), **options)
+    trained.train()
+    # After each step it is the policy, so that every step begins at ln 2.
+    losses = [log["loss"] for log in trained.state.log_history if "loss" in log]
+    assert losses == pytest.approx([0.693147] * 2, abs=1e-5)
