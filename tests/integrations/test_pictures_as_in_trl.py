@@ -15,10 +15,10 @@ peft = pytest.importorskip("peft")
 # So that TRL sends nothing over the network.
 os.environ.setdefault("CI", "1")
 
-import twins
 from trl import DPOConfig
 from trl import DPOTrainer as PlainDPOTrainer
 
+import twins
 from prefkern import PreferenceConfig, PreferenceTrainer
 from support import pictures
 from support.pictures import FAMILIES, Family

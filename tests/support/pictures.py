@@ -326,7 +326,7 @@ def dataset(family: Family, count: int, seed: int = 0, chats: bool = False) -> d
 
 
 def seen_alone(
-    model: nn.Module, processor: Any, row: dict[str, Any], side: str, dtype: torch.dtype
+    model: nn.Module, processor: Any, row: dict[str, Any], side: str
 ) -> torch.Tensor:  # a scalar
     """A response's log-prob sum from the model's own logits: one row, from its own processor."""
     if isinstance(row["prompt"], str):
@@ -346,6 +346,6 @@ def seen_alone(
         for text in texts
     )
     ids = inputs["input_ids"]
-    logps = model(**inputs).logits[0, :-1].to(dtype).log_softmax(-1)
+    logps = model(**inputs).logits[0, :-1].double().log_softmax(-1)
     picked = logps.gather(-1, ids[0, 1:, None])[:, 0]
     return picked[asked_ids["input_ids"].shape[1] - 1 :].sum()

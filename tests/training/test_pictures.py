@@ -14,6 +14,8 @@ pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 pytest.importorskip("PIL")
 
+from datasets import Dataset
+
 import prefkern
 from prefkern import PreferenceTrainer
 from support import pictures
@@ -33,11 +35,11 @@ def run(path: Path, model, processor, data, **options) -> PreferenceTrainer:
     )
 
 
-def sums(model, processor, rows, dtype=torch.float64) -> torch.Tensor:  # (2B,)
+def sums(model, processor, rows) -> torch.Tensor:  # (2B,)
     """The sums of the chosen responses, then of the rejected ones, one row at a time."""
     return torch.stack(
         [
-            pictures.seen_alone(model, processor, row, side, dtype)
+            pictures.seen_alone(model, processor, row, side)
             for side in ("chosen", "rejected")
             for row in rows
         ]
@@ -86,7 +88,7 @@ def test_a_step_is_that_of_the_models_own_logits(
         found = prefkern.token_logprobs(model, **batch).sum(1)
         of_reference = sums(reference, processor, rows)
     expected = sums(model, processor, rows)
-    torch.testing.assert_close(found.double(), expected.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0)
     loss = trained.compute_loss(model, batch)
     loss.backward()
     ours = gradients(model)
@@ -168,3 +170,80 @@ def test_a_reference_that_moves(tmp_path: Path) -> None:
     # After each step it is the policy, so that every step begins at ln 2.
     losses = [log["loss"] for log in trained.state.log_history if "loss" in log]
     assert losses == pytest.approx([0.693147] * 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("chats", [False, True], ids=["texts", "chats"])
+@pytest.mark.parametrize("family", FAMILIES[:5], ids=str)
+def test_rows_of_text_among_rows_with_pictures(tmp_path: Path, family: Family, chats: bool) -> None:
+    model, processor = family.make()
+    rows = pictures.rows(family, 4, chats=chats)
+    for row in rows[1:3]:
+        row["images"] = []
+        if not chats:
+            row["prompt"] = row["prompt"].replace(family.placeholder, "").strip()
+    trained = run(
+        tmp_path,
+        model.double(),
+        processor,
+        Dataset.from_list(rows),
+        train_sampling_strategy="sequential",
+    )
+    expected = sums(model, processor, rows)
+    batch = next(iter(trained.get_train_dataloader()))
+    found = prefkern.token_logprobs(model, **batch).sum(1)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    trained.compute_loss(model, batch).backward()
+    ours = gradients(model)
+    dpo(expected, expected.detach()).backward()
+    assert worst(ours, gradients(model)) < 1e-5
+    without = trained.data_collator([trained.train_dataset[row] for row in (1, 2)])
+    assert "pixel_values" not in without
+    found = prefkern.token_logprobs(model, **without).sum(1)
+    torch.testing.assert_close(found, expected[[1, 2, 5, 6]], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:5], ids=str)
+def test_three_responses_to_a_picture(tmp_path: Path, family: Family) -> None:
+    """TPO's gold response: its row has the pictures, too."""
+    model, processor = family.make()
+    rows = pictures.rows(family, 4)
+    for row in rows:
+        row["reference"] = f" this is{row['chosen']}"
+    options = {"objective": "tpo", "train_sampling_strategy": "sequential"}
+    data = Dataset.from_list(rows)
+    trained = run(tmp_path, model.double(), processor, data, **options)
+    batch = next(iter(trained.get_train_dataloader()))
+    found = prefkern.token_logprobs(model, **batch).sum(1)
+    gold = [pictures.seen_alone(model, processor, row, "reference") for row in rows]
+    expected = torch.cat([sums(model, processor, rows), torch.stack(gold)])
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    trained.train()
+
+
+@pytest.mark.parametrize("family", FAMILIES[:5], ids=str)
+def test_single_responses_to_pictures(tmp_path: Path, family: Family) -> None:
+    """KTO: the rows, and prompts beside responses to other pictures, though the question is one."""
+    model, processor = family.make()
+    rows = pictures.rows(family, 4)
+    for row in rows:
+        row["prompt"] = f"{' '.join([family.placeholder] * len(row['images']))} what is this"
+    options = {"objective": "kto", "train_sampling_strategy": "sequential"}
+    data = Dataset.from_list(rows)
+    trained = run(tmp_path, model.double(), processor, data, eval_dataset=data, **options)
+    first, second = trained.get_train_dataloader()
+    expected = sums(model, processor, rows)
+    names = [name for name in first if not name.startswith("mismatched_")]
+    for batch, sides in ((first, expected[:4]), (second, expected[4:])):
+        given = {name: batch[name] for name in names if name != "desirable"}
+        found = prefkern.token_logprobs(model, **given).sum(1)
+        torch.testing.assert_close(found, sides, atol=1e-10, rtol=0)
+    assert len(first["mismatched_input_ids"]) == 4, "pictures tell prompts apart"
+    others = {name: first[f"mismatched_{name}"] for name in names if name != "desirable"}
+    found = prefkern.token_logprobs(model, **others).sum(1)
+    mixed = [{**row, "chosen": rows[(at + 1) % 4]["chosen"]} for at, row in enumerate(rows)]
+    alone = [pictures.seen_alone(model, processor, row, "chosen") for row in mixed]
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-10, rtol=0)
+    trained.train()
+    # A batch of one question and one picture has no mismatched rows.
+    same = Dataset.from_list([rows[0]] * 2)
+    assert trained.evaluate(same)["eval_loss"] > 0
