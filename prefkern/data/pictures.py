@@ -17,25 +17,28 @@ one, is another prompt, so a prompt with pictures is never cut.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
 
-from prefkern.data.columns import PICTURE_COLUMNS, TYPE_COLUMNS, picture_column
+from prefkern.data.columns import PICTURE_COLUMNS, TYPE_COLUMNS, picture_column, pictures_of
 from prefkern.data.messages import present
 
 _BLOCK = "image"
 
 
-def with_pictures(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
+def with_pictures(dataset: datasets.Dataset, name: str, processor: Any) -> datasets.Dataset:
     """The dataset with its pictures under `datasets`' own type: paths and bytes are read as files.
 
-    Raises ValueError for a column of another kind, for two columns, and under a transform.
+    Raises ValueError for a column of another kind, for two columns, under a transform, and as
+    `check_processor`.
     """
     column = picture_column(dataset.column_names)
     if column is None:
         return dataset
+    check_processor(processor, f"dataset {name!r}")
     if {*PICTURE_COLUMNS} <= {*dataset.column_names}:
         raise ValueError(f"dataset {name!r} has both 'images' and 'image'; remove one of them")
     if dataset.format["type"] == "custom":
@@ -52,12 +55,20 @@ def with_pictures(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
         wanted = datasets.List(wanted)
     try:
         return dataset.cast_column(column, wanted)
-    except (TypeError, ValueError, DatasetsError) as error:
+    except (TypeError, ValueError, NotImplementedError, DatasetsError) as error:
         one = "a list of pictures" if column == "images" else "a picture"
         raise ValueError(
             f"dataset {name!r}: {column!r} must be {one} (datasets.Image, paths or bytes), got "
             f"{feature}"
         ) from error
+
+
+def read_pictures(example: Mapping[str, Any]) -> list[Any]:
+    """The pictures of a row of a dataset, which may be none. Raises ValueError for a broken file."""
+    try:
+        return pictures_of(example)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"a picture cannot be read: {error}") from error
 
 
 def beside(tokens: datasets.Dataset, dataset: datasets.Dataset) -> datasets.Dataset:

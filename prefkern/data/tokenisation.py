@@ -39,7 +39,6 @@ from prefkern.data.columns import (
     listed,
     margin_columns,
     picture_column,
-    pictures_of,
     plain,
     renamed,
     reward_margin,
@@ -53,8 +52,8 @@ from prefkern.data.messages import may_be_written
 from prefkern.data.pictures import (
     PictureTokenizer,
     beside,
-    check_processor,
     check_uncut,
+    read_pictures,
     refuse_marks,
     type_names,
     with_pictures,
@@ -117,7 +116,7 @@ def tokenize_preferences(
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, gold=gold, pictures=True)
     bounds = Bounds(max_length, max_prompt_length, truncation_mode)
-    dataset, form = _converted(with_pictures(plain(dataset), name), num_proc, name)
+    dataset, form = _converted(with_pictures(plain(dataset), name, tokenizer), num_proc, name)
     unread = unread_columns(dataset, gold=gold)
     names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
     samples = _samples(dataset, names) if form is not None else ()
@@ -156,7 +155,9 @@ def tokenize_examples(
     dataset = renamed(dataset, columns, name)
     check_columns(dataset, name, paired=False, pictures=True)
     bounds = Bounds(max_length, max_prompt_length, truncation_mode)
-    dataset, form = _converted(with_pictures(plain(dataset), name), num_proc, name, paired=False)
+    dataset, form = _converted(
+        with_pictures(plain(dataset), name, tokenizer), num_proc, name, paired=False
+    )
     check_labels(dataset, name)
     is_paired = not has_examples(dataset.column_names)
     # KTO reads no number of a pair, so a missing one is no error here.
@@ -241,10 +242,13 @@ def _samples(dataset: datasets.Dataset, names: tuple[str, ...]) -> tuple[Said, .
     """The first rows as they are read. A row with an error is left to `_with_tokens`."""
     written = _written_columns(dataset, gold=GOLD in names)
     samples = []
-    first: Any = dataset.select(range(min(len(dataset), 3)))
+    kinds = _kinds(dataset.column_names)
+    # Pictures are not shown, and a broken one is an error later.
+    texts = [column for column in dataset.column_names if column not in PICTURE_COLUMNS]
+    first: Any = dataset.select_columns(texts).select(range(min(len(dataset), 3)))
     for row in first:
         try:
-            prompt, *responses = read_row(row, names, written, _kinds(row))
+            prompt, *responses = read_row(row, names, written, kinds)
         except ValueError:
             break
         samples.append(said(prompt, dict(zip(names, responses, strict=True))))
@@ -265,7 +269,6 @@ def _with_tokens(
     pictures = picture_column(columns)
     processor = tokenizer
     if pictures is not None:
-        check_processor(processor, f"dataset {name!r}")
         refuse_marks(turns.assistant_only_loss, f"dataset {name!r}")
     tokenizer = getattr(processor, "tokenizer", processor)
     has_gold = len(names) == 3
@@ -309,7 +312,10 @@ def _with_tokens(
                         f"dataset {name!r}, row {row}: {column!r} is {value!r}, but a sum of "
                         "log-probs is never above 0; is it a negative log-likelihood?"
                     )
-        shown = pictures_of(example)
+        try:
+            shown = read_pictures(example)
+        except ValueError as error:
+            raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
         type_ids: dict[str, list[int]] = {}
         if all(example.get(column) is not None for column in id_columns):
             missing = [column for column in types if example.get(column) is None]

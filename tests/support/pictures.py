@@ -267,6 +267,9 @@ FAMILIES = [
 ]
 
 
+QWEN, LLAVA, GEMMA, IDEFICS = (FAMILIES[at] for at in (0, 2, 3, 4))
+
+
 def picture(colour: str, shape: str, width: int = 16, height: int = 16) -> Image.Image:
     """A shape that fills most of a picture."""
     made = Image.new("RGB", (width, height), "white")

@@ -19,11 +19,10 @@ from datasets import Dataset
 import prefkern
 from prefkern import PreferenceTrainer
 from support import pictures
-from support.pictures import FAMILIES, Family
+from support.pictures import FAMILIES, IDEFICS, QWEN, Family
 from support.training import config
 
 BETA = 0.1
-QWEN, LLAVA, GEMMA, IDEFICS = FAMILIES[0], FAMILIES[2], FAMILIES[3], FAMILIES[4]
 
 
 def run(path: Path, model, processor, data, **options) -> PreferenceTrainer:
