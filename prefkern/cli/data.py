@@ -6,8 +6,9 @@
 It prints the report that `prefkern train` prints with the same options, and the first rows as the
 model sees them: the tokens after the chat template and truncation. On a terminal scored tokens are
 green, in two shades in turn. Elsewhere they stand between the marks `⟦` and `⟧`. A `‖` is the
-boundary of prompt and response. The model's tokenizer is read, and nothing else of it. An error is
-one line on stderr and exit status 2.
+boundary of prompt and response. A picture is the tokens that the processor makes of it. The model's
+tokenizer (or processor) is read, and nothing else of it. An error is one line on stderr and exit
+status 2.
 """
 
 from __future__ import annotations
@@ -144,15 +145,17 @@ def read(args: argparse.Namespace) -> tuple[DatasetReport, list[tuple[str, list[
         tokenize_preferences,
         without_unused,
     )
-    from prefkern.data.columns import holds_examples, renamed
-    from prefkern.models.loading import load_tokenizer
+    from prefkern.data.columns import holds_examples, picture_column, renamed
+    from prefkern.models.loading import load_processor, load_tokenizer
 
     dataset = load_preference_dataset(
-        args.dataset, args.dataset_split, args.dataset_config, args.columns
+        args.dataset, args.dataset_split, args.dataset_config, args.columns, pictures=True
     )
     dataset = renamed(dataset, args.columns, args.dataset)
     is_single = args.unpaired or (not args.gold and holds_examples(dataset, args.dataset))
-    tokenizer = load_tokenizer(args.model, {"trust_remote_code": args.trust_remote_code})
+    sees = picture_column(dataset.column_names) is not None
+    load = load_processor if sees else load_tokenizer
+    tokenizer = load(args.model, {"trust_remote_code": args.trust_remote_code})
     tokenize = tokenize_examples if is_single else partial(tokenize_preferences, gold=args.gold)
     tokens, report = tokenize(
         without_unused(dataset, references=False, margins=False),
@@ -170,7 +173,9 @@ def read(args: argparse.Namespace) -> tuple[DatasetReport, list[tuple[str, list[
     rows = []
     for number, row in enumerate(first, 1):
         title = f"{unit} {number} of {len(tokens):,}"
-        rows.append((title, [*_sequences(row, is_single, tokenizer)]))
+        rows.append(
+            (title, [*_sequences(row, is_single, getattr(tokenizer, "tokenizer", tokenizer))])
+        )
     return report, rows
 
 

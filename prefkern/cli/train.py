@@ -321,11 +321,18 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     policy: Any = model.model_name_or_path
     tokenizer = None
     if model.adapter is not None:
-        from prefkern.models.loading import load_adapted, load_own_tokenizer
+        from prefkern.data.columns import picture_column
+        from prefkern.models.loading import (
+            load_adapted,
+            load_own_processor,
+            load_own_tokenizer,
+        )
 
         init_kwargs: Any = config.model_init_kwargs  # a mapping, since `parse`
         policy = load_adapted(policy, model.adapter, init_kwargs)
-        tokenizer = load_own_tokenizer(model.adapter, model.model_name_or_path, init_kwargs)
+        sees = any(picture_column(part.column_names) for part in parts.values())
+        load = load_own_processor if sees else load_own_tokenizer
+        tokenizer = load(model.adapter, model.model_name_or_path, init_kwargs)
         if config.ref_model_name_or_path is None:
             config.model_init_kwargs = None
     trainer = PreferenceTrainer(

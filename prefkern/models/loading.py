@@ -157,6 +157,13 @@ def load_own_tokenizer(adapter: str, name: str, kwargs: Mapping[str, Any]) -> An
         return load_tokenizer(name, kwargs)
 
 
+def load_own_processor(adapter: str, name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The processor beside an adapter, as `load_own_tokenizer` finds a tokenizer."""
+    if (Path(adapter) / "processor_config.json").exists():
+        return load_processor(adapter, {key: x for key, x in kwargs.items() if key != "revision"})
+    return load_processor(name, kwargs)
+
+
 def from_files(
     loader: Any, name: str, what: str, *, trust_remote_code: bool, **kwargs: Any
 ) -> tuple[Any, list[str]]:
