@@ -223,8 +223,6 @@ class _Once:
         self._answer: Any = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         return getattr(self._processor, name)
 
     def __call__(self, *args: Any, **options: Any) -> Any:

@@ -55,7 +55,7 @@ _WHENCE = (
 def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: str = "model") -> Any:
     """Loads a causal LM, in float32 unless `init_kwargs` name another dtype.
 
-    A model that also takes images is accepted; it is trained on text.
+    A model that also takes images is accepted.
 
     Args:
         name: a folder or hub name.

@@ -68,7 +68,7 @@ def test_other_commands_refuse_pictures(seen, tmp_path: Path, capsys) -> None:
     file, model = str(seen["dataset"]), str(seen["model_name_or_path"])
     for argv in (
         ["margins", "--dataset", file, "--model_name_or_path", model, "--output", "x.jsonl"],
-        ["plan", "--model", model, "--data", file, "--batch", "2"],
+        ["plan", model, "--data", file, "--batch", "2"],
     ):
         assert cli.main(argv) == 2
         said = capsys.readouterr().err

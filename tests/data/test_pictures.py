@@ -167,7 +167,11 @@ LONG = {"images": [pictures.picture("red", "circle", 24, 16)]}
         ),
         (LONG, {"max_prompt_length": 4}, "would cut its prompt, .* raise .* or max_prompt_length"),
         ({"images": ["no.png"]}, {}, "row 0: a picture cannot be read: .*no.png"),
-        ({"images": "a"}, {}, "'images' must be a list of pictures .*, got"),
+        (
+            {"images": "a"},
+            {},
+            r"'images' must be a list of pictures \(datasets.Image, paths or bytes\), got",
+        ),
         ({"images": [3]}, {}, "'images' must be a list of pictures .*, got"),
         (
             {"image": pictures.picture("red", "circle")},

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from support import tiny
 from support.family_table import drawn
 
+BETA = 0.1
 COLOURS = ["red", "green", "blue", "yellow"]
 SHAPES = ["circle", "square", "triangle"]
 _WORDS = ["what", "is", "this", "which", "shape", "a", "and", "one", "it", "look", "at"]
@@ -352,3 +354,39 @@ def seen_alone(
     logps = model(**inputs).logits[0, :-1].double().log_softmax(-1)
     picked = logps.gather(-1, ids[0, 1:, None])[:, 0]
     return picked[asked_ids["input_ids"].shape[1] - 1 :].sum()
+
+
+def sums(model: nn.Module, processor: Any, rows: list[dict[str, Any]]) -> torch.Tensor:  # (2B,)
+    """The sums of the chosen responses, then of the rejected ones, one row at a time."""
+    return torch.stack(
+        [seen_alone(model, processor, row, side) for side in ("chosen", "rejected") for row in rows]
+    )
+
+
+def dpo(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    chosen, rejected = (policy - reference).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The largest difference, by each gradient's own size or a thousandth of the largest one."""
+    assert ours.keys() == theirs.keys()
+    least = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
+    return max(
+        ((ours[n] - g).abs().max() / g.abs().max().clamp(min=least)).item()
+        for n, g in theirs.items()
+    )
+
+
+def lora() -> Any:
+    """An adapter of the language model alone, by names that all families have."""
+    import peft
+
+    pattern = r".*(language_model|text_model).*\.(q_proj|v_proj|down_proj)"
+    return peft.LoraConfig(r=4, target_modules=pattern, init_lora_weights=False)

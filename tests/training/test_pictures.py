@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -22,47 +21,13 @@ from support import pictures
 from support.pictures import FAMILIES, IDEFICS, QWEN, Family
 from support.training import config
 
-BETA = 0.1
-
 
 def run(path: Path, model, processor, data, **options) -> PreferenceTrainer:
     names = ("ref_model", "peft_config", "eval_dataset", "data_collator")
     given = {name: options.pop(name) for name in names if name in options}
-    options = {"objective": "dpo", "beta": BETA, **options}
+    options = {"objective": "dpo", "beta": pictures.BETA, **options}
     return PreferenceTrainer(
         model, config(path, **options), data, processing_class=processor, **given
-    )
-
-
-def sums(model, processor, rows) -> torch.Tensor:  # (2B,)
-    """The sums of the chosen responses, then of the rejected ones, one row at a time."""
-    return torch.stack(
-        [
-            pictures.seen_alone(model, processor, row, side)
-            for side in ("chosen", "rejected")
-            for row in rows
-        ]
-    )
-
-
-def dpo(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    chosen, rejected = (policy - reference).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def worst(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference, by each gradient's own size or a thousandth of the largest one."""
-    assert ours.keys() == theirs.keys()
-    least = 1e-3 * max(gradient.abs().max() for gradient in theirs.values())
-    return max(
-        ((ours[n] - g).abs().max() / g.abs().max().clamp(min=least)).item()
-        for n, g in theirs.items()
     )
 
 
@@ -85,23 +50,17 @@ def test_a_step_is_that_of_the_models_own_logits(
 
     with torch.no_grad():
         found = prefkern.token_logprobs(model, **batch).sum(1)
-        of_reference = sums(reference, processor, rows)
-    expected = sums(model, processor, rows)
+        of_reference = pictures.sums(reference, processor, rows)
+    expected = pictures.sums(model, processor, rows)
     torch.testing.assert_close(found, expected.detach(), atol=1e-10, rtol=0)
     loss = trained.compute_loss(model, batch)
     loss.backward()
-    ours = gradients(model)
-    dpo(expected, of_reference).backward()
-    theirs = gradients(model)
+    ours = pictures.gradients(model)
+    pictures.dpo(expected, of_reference).backward()
+    theirs = pictures.gradients(model)
     for part in family.parts:
         assert any(part in name and g.abs().max() > 0 for name, g in theirs.items()), part
-    assert worst(ours, theirs) < 1e-5
-
-
-def lora(family: Family) -> peft.LoraConfig:
-    """On the language model alone, in names that all five families have."""
-    pattern = r".*(language_model|text_model).*\.(q_proj|v_proj|down_proj)"
-    return peft.LoraConfig(r=4, target_modules=pattern, init_lora_weights=False)
+    assert pictures.worst(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -111,18 +70,18 @@ def test_an_adapter_with_itself_switched_off_as_the_reference(
     model, processor = family.make()
     rows, data = pictures.rows(family, 4), pictures.dataset(family, 4)
     options = {"train_sampling_strategy": "sequential", "gradient_checkpointing": True}
-    trained = run(tmp_path, model.double(), processor, data, peft_config=lora(family), **options)
+    trained = run(tmp_path, model.double(), processor, data, peft_config=pictures.lora(), **options)
     policy = trained.model
     policy.double()
     batch = next(iter(trained.get_train_dataloader()))
     trained.compute_loss(policy, batch).backward()
-    ours = gradients(policy)
+    ours = pictures.gradients(policy)
     with torch.no_grad(), policy.disable_adapter():
-        of_reference = sums(policy, processor, rows)
-    dpo(sums(policy, processor, rows), of_reference).backward()
-    theirs = gradients(policy)
+        of_reference = pictures.sums(policy, processor, rows)
+    pictures.dpo(pictures.sums(policy, processor, rows), of_reference).backward()
+    theirs = pictures.gradients(policy)
     assert all("lora" in name for name in theirs) and len(theirs) == 12
-    assert worst(ours, theirs) < 1e-5
+    assert pictures.worst(ours, theirs) < 1e-5
 
 
 FORMS = ["copy", "model", "beforehand", "carried"]
@@ -133,7 +92,7 @@ def test_the_forms_of_the_reference_train_alike(tmp_path: Path, family: Family) 
     model, processor = family.make()
     data = pictures.dataset(family, 8)
     with torch.no_grad():
-        found = sums(copy.deepcopy(model).double(), processor, pictures.rows(family, 8))
+        found = pictures.sums(copy.deepcopy(model).double(), processor, pictures.rows(family, 8))
     chosen, rejected = found.chunk(2)
     carried = data.add_column("ref_chosen_logps", chosen.tolist())
     carried = carried.add_column("ref_rejected_logps", rejected.tolist())
@@ -187,14 +146,14 @@ def test_rows_of_text_among_rows_with_pictures(tmp_path: Path, family: Family, c
         Dataset.from_list(rows),
         train_sampling_strategy="sequential",
     )
-    expected = sums(model, processor, rows)
+    expected = pictures.sums(model, processor, rows)
     batch = next(iter(trained.get_train_dataloader()))
     found = prefkern.token_logprobs(model, **batch).sum(1)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     trained.compute_loss(model, batch).backward()
-    ours = gradients(model)
-    dpo(expected, expected.detach()).backward()
-    assert worst(ours, gradients(model)) < 1e-5
+    ours = pictures.gradients(model)
+    pictures.dpo(expected, expected.detach()).backward()
+    assert pictures.worst(ours, pictures.gradients(model)) < 1e-5
     without = trained.data_collator([trained.train_dataset[row] for row in (1, 2)])
     assert "pixel_values" not in without
     found = prefkern.token_logprobs(model, **without).sum(1)
@@ -214,7 +173,7 @@ def test_three_responses_to_a_picture(tmp_path: Path, family: Family) -> None:
     batch = next(iter(trained.get_train_dataloader()))
     found = prefkern.token_logprobs(model, **batch).sum(1)
     gold = [pictures.seen_alone(model, processor, row, "reference") for row in rows]
-    expected = torch.cat([sums(model, processor, rows), torch.stack(gold)])
+    expected = torch.cat([pictures.sums(model, processor, rows), torch.stack(gold)])
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     trained.train()
 
@@ -230,7 +189,7 @@ def test_single_responses_to_pictures(tmp_path: Path, family: Family) -> None:
     data = Dataset.from_list(rows)
     trained = run(tmp_path, model.double(), processor, data, eval_dataset=data, **options)
     first, second = trained.get_train_dataloader()
-    expected = sums(model, processor, rows)
+    expected = pictures.sums(model, processor, rows)
     names = [name for name in first if not name.startswith("mismatched_")]
     for batch, sides in ((first, expected[:4]), (second, expected[4:])):
         given = {name: batch[name] for name in names if name != "desirable"}
