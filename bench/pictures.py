@@ -49,7 +49,7 @@ prompt, and captions. Each number is a largest error of a padded batch of 6 pair
 logits in float64, one row at a time, each row from the family's own processor. *logps*: of a response's
 sum, in nats. *gradients*: of DPO's gradient of any weight (language model, projector, vision tower; with
 LoRA of its factors), relative to the largest entry of that gradient, or to a thousandth of the largest of
-all. The reference is another model.
+all. The reference is another model, except beside LoRA.
 """
 OF_TRL = """
 ## Against TRL's DPOTrainer

@@ -71,7 +71,8 @@ class PictureCollator:
                 continue
             made[name] = torch.zeros_like(input_ids)
             for at, row in enumerate([*rows] * sides):
-                own = torch.tensor(row[TYPE_COLUMNS[name]], dtype=input_ids.dtype)
+                # A dataset of text alone, to evaluate on, does not have the column.
+                own = torch.tensor(row.get(TYPE_COLUMNS[name], []), dtype=input_ids.dtype)
                 made[name][at, : len(own)] = own
         return made
 

@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetsError
 
 from prefkern.data.columns import PICTURE_COLUMNS, TYPE_COLUMNS, picture_column, pictures_of
 from prefkern.data.messages import present
+from prefkern.data.truncation import Bounds
 
 _BLOCK = "image"
 
@@ -66,9 +67,12 @@ def with_pictures(dataset: datasets.Dataset, name: str, processor: Any) -> datas
 def read_pictures(example: Mapping[str, Any]) -> list[Any]:
     """The pictures of a row of a dataset, which may be none. Raises ValueError for a broken file."""
     try:
-        return pictures_of(example)
+        pictures = pictures_of(example)
     except (OSError, ValueError) as error:
         raise ValueError(f"a picture cannot be read: {error}") from error
+    if None in pictures:
+        raise ValueError("one of its pictures is null; leave it out of 'images'")
+    return pictures
 
 
 def beside(tokens: datasets.Dataset, dataset: datasets.Dataset) -> datasets.Dataset:
@@ -232,24 +236,23 @@ class _Once:
         return copy.copy(self._answer)
 
 
-def check_uncut(
-    found: list[list[int]], kept: list[list[int]], count: int, max_length: int | None
-) -> None:
+def check_uncut(found: list[list[int]], kept: list[list[int]], count: int, bounds: Bounds) -> None:
     """Raise ValueError if truncation has cut the prompt of a row with pictures.
 
     Args:
         found, kept: the tokens of prompt and responses, before and after.
         count: the number of pictures.
-        max_length: the bound that the row was cut to.
+        bounds: what the row was cut to.
     """
     if not count or len(kept[0]) == len(found[0]) or not any(kept[1:]):
         return
     longest = len(found[0]) + max(map(len, found[1:]))
     raise ValueError(
         f"truncation would cut its prompt, which has {_count(count, 'picture')}: the row has "
-        f"{longest} tokens, {len(found[0])} of them the prompt's, and max_length is {max_length}; "
-        "raise max_length or max_prompt_length, have the processor make smaller pictures, or set "
-        "truncation_mode to 'drop' (leaves such rows out) or 'keep_start' (cuts the responses)"
+        f"{longest} tokens, {len(found[0])} of them the prompt's, and max_length is "
+        f"{bounds.max_length} (max_prompt_length {bounds.max_prompt_length}); raise it, have the "
+        "processor make smaller pictures, or set truncation_mode to 'drop' (leaves such rows out) "
+        "or 'keep_start' (cuts the responses)"
     )
 
 

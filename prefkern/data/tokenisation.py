@@ -349,7 +349,7 @@ def _with_tokens(
         found = [pair.prompt, *pair.responses]
         kept = bounds.cut(found)
         try:
-            check_uncut(found, kept, len(shown), bounds.max_length)
+            check_uncut(found, kept, len(shown), bounds)
         except ValueError as error:
             raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
         is_empty = pair.empty or ends_only(found) or not _can_be_scored(found)

@@ -32,6 +32,7 @@ from prefkern.training.checks import (
     named,
 )
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.pictures import check_sees
 from prefkern.training.reference_trainer import ReferenceTrainer
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ class DataTrainer(ReferenceTrainer):
         """A dataset to evaluate on, from raw pairs."""
         for each, part in named(dataset, name):
             self._check_columns(part, self.args, each)
+            if not self._collates_otherwise:
+                check_sees(self.data_collator, part, each)
         dataset = self._tokenized(dataset, self.args, name)
         ranks = self._ranks_with_batches
         gold = self._objective_needs.gold

@@ -82,6 +82,17 @@ def picture_collator(
     return PictureCollator(tokens, processor, accepted)
 
 
+def check_sees(collator: Any, dataset: Any, name: str) -> None:
+    """Raise ValueError for pictures beside a collator of text: they would be left out."""
+    if picture_column(dataset.column_names) is not None and not isinstance(
+        collator, PictureCollator
+    ):
+        raise ValueError(
+            f"dataset {name!r} has pictures, and those given to the constructor have none; give one "
+            "with pictures there (eval_dataset), or remove the column"
+        )
+
+
 def hash_pictures(dataset: Any, processor: Any) -> str:
     """A hash of the pictures of all rows, as files, and of how they are made into pixels."""
     column: Any = picture_column(dataset.column_names)

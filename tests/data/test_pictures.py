@@ -11,7 +11,9 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("PIL")
 
 from prefkern import data
+from prefkern.data.collate import ExampleCollator, PreferenceCollator
 from prefkern.data.columns import pictures_of
+from prefkern.data.picture_batches import PictureCollator
 from support import pictures, tiny
 from support.pictures import FAMILIES, QWEN
 
@@ -163,9 +165,10 @@ LONG = {"images": [pictures.picture("red", "circle", 24, 16)]}
         (
             LONG,
             {"max_length": 12},
-            "row 0: .* cut its prompt, which has 1 picture: the row has 16 tokens, 12 of them the prompt's, and max_length is 12; raise max_length",
+            r"row 0: .* cut its prompt, which has 1 picture: the row has 16 tokens, 12 of them the prompt's, and max_length is 12 \(max_prompt_length None\); raise it, have",
         ),
-        (LONG, {"max_prompt_length": 4}, "would cut its prompt, .* raise .* or max_prompt_length"),
+        (LONG, {"max_prompt_length": 4}, "max_length is None \\(max_prompt_length 4\\); raise it"),
+        ({"images": [None]}, {}, "row 0: one of its pictures is null; leave it out of 'images'"),
         ({"images": ["no.png"]}, {}, "row 0: a picture cannot be read: .*no.png"),
         (
             {"images": "a"},
@@ -246,3 +249,23 @@ def test_other_datasets_and_processors_are_refused() -> None:
         data.tokenize_preferences(rows, tiny.tokenizer())
     with pytest.raises(ValueError, match="pictures are not read here; remove the column"):
         data.check_columns(rows, "x")
+
+
+def test_a_mismatched_response_is_cut_and_not_its_prompt() -> None:
+    """KTO's mismatched rows: the tokens of a picture stay, whatever the bound."""
+    seen = [pictures.picture(colour, "circle") for colour in ("red", "blue")]
+    rows = [
+        {"prompt_ids": [9] * 6, "completion_ids": ids, "desirable": True, "images": [one]}
+        for ids, one in zip(([5, 6, 7], [8]), seen, strict=True)
+    ]
+    batch = ExampleCollator(0, max_length=8)(rows)
+    assert batch["mismatched_input_ids"].tolist() == [[9] * 6 + [8, 0], [9] * 6 + [5, 6]]
+    for each in rows:
+        each["images"] = []
+    assert "mismatched_input_ids" in ExampleCollator(0, max_length=8)(rows)
+    assert not len(ExampleCollator(0, max_length=8)(rows)["mismatched_input_ids"])
+
+
+def test_a_packed_batch_with_pictures_is_refused() -> None:
+    with pytest.raises(ValueError, match="a packed row cannot have pictures; leave padding_free"):
+        PictureCollator(PreferenceCollator(0, padding_free=True), PROCESSOR, frozenset())

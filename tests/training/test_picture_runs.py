@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer
+from prefkern.data import DatasetMix
 from prefkern.training import pictures as of_training
 from support import pictures, tiny
 from support.pictures import IDEFICS, QWEN
@@ -172,3 +173,38 @@ def test_kwargs_of_the_loss_for_a_loop_of_ones_own() -> None:
     picked = logps.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets != -100)
     found = torch.cat([out.chosen_logps, out.rejected_logps])
     torch.testing.assert_close(found, picked.sum(1), atol=1e-4, rtol=0)
+
+
+def test_evaluation_on_text_after_pictures_and_on_pictures_after_text(tmp_path: Path) -> None:
+    model, processor = QWEN.make()
+    rows = pictures.rows(QWEN, 4)
+    text = Dataset.from_list(
+        [{"prompt": "what is this", "chosen": row["chosen"], "rejected": " a"} for row in rows]
+    )
+    seen = Dataset.from_list(rows)
+    trained = PreferenceTrainer(model, config(tmp_path), seen, processing_class=processor)
+    assert trained.evaluate(text)["eval_loss"] > 0
+    trained = PreferenceTrainer(model, config(tmp_path), text, processing_class=processor)
+    with pytest.raises(ValueError, match="'eval' has pictures, and those given to the constructor"):
+        trained.evaluate(seen)
+
+
+def test_two_sets_with_pictures_are_mixed(tmp_path: Path) -> None:
+    model, processor = QWEN.make()
+    parts = {name: pictures.dataset(QWEN, 4, seed=at) for at, name in enumerate(("a", "b"))}
+    options = {"objective": "dpo", "dataset_num_proc": 2}
+    for weights in (None, [0.5, 0.5]):
+        mix = DatasetMix(parts, weights)
+        trained = PreferenceTrainer(
+            model, config(tmp_path, **options), mix, processing_class=processor
+        )
+        trained.train()
+        assert sum(each.pictures for each in trained.dataset_reports.values()) == 10
+    blind = tiny.dataset(4)
+    with pytest.raises(ValueError, match="cannot be mixed: one of them alone has 'images'"):
+        PreferenceTrainer(
+            model,
+            config(tmp_path),
+            DatasetMix({"a": parts["a"], "b": blind}),
+            processing_class=processor,
+        )
