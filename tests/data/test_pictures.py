@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("PIL")
@@ -269,3 +270,20 @@ def test_a_mismatched_response_is_cut_and_not_its_prompt() -> None:
 def test_a_packed_batch_with_pictures_is_refused() -> None:
     with pytest.raises(ValueError, match="a packed row cannot have pictures; leave padding_free"):
         PictureCollator(PreferenceCollator(0, padding_free=True), PROCESSOR, frozenset())
+
+
+@pytest.mark.parametrize("written", ["", "<user> "], ids=["added", "in the text already"])
+def test_a_first_token_is_there_once(written: str) -> None:
+    """Types of tokens stay beside their tokens."""
+    _, processor = QWEN.make()
+    first = processor.tokenizer.convert_tokens_to_ids("<user>")
+    processor.tokenizer.bos_token = "<user>"
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<user> $A", special_tokens=[("<user>", first)]
+    )
+    rows = datasets.Dataset.from_list([row(prompt=f"{written}{PLACE} what is this")])
+    tokens, report = data.tokenize_preferences(rows, processor)
+    ids = tokens[0]["prompt_ids"]
+    assert ids[0] == first and ids.count(first) == 1 and ids.count(PAD) == 4
+    assert tokens[0]["prompt_mm_token_types"] == [int(token == PAD) for token in ids]
+    assert report.begun == bool(written)

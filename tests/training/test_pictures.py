@@ -205,3 +205,26 @@ def test_single_responses_to_pictures(tmp_path: Path, family: Family) -> None:
     # A batch of one question and one picture has no mismatched rows.
     same = Dataset.from_list([rows[0]] * 2)
     assert trained.evaluate(same)["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("family", [QWEN, IDEFICS], ids=str)
+def test_distributions_over_the_next_token(tmp_path: Path, family: Family) -> None:
+    """TDPO1 compares policy and reference at every token: both see the pictures."""
+    model, processor = family.make()
+    reference = family.make(1)[0]
+    options = {"objective": "tdpo1", "ref_model": reference}
+    trained = run(tmp_path, model, processor, pictures.dataset(family, 4), **options)
+    batch = next(iter(trained.get_train_dataloader()))
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:]
+    scored = targets != -100
+    with torch.no_grad():
+        ours, theirs = (
+            each(**given).logits[:, :-1].double().log_softmax(-1) for each in (model, reference)
+        )
+    picked = (ours - theirs).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    chosen, rejected = ((picked * scored).sum(1)).chunk(2)
+    kl_chosen, kl_rejected = (((theirs.exp() * (theirs - ours)).sum(-1) * scored).sum(1)).chunk(2)
+    logits = pictures.BETA * ((chosen - rejected) - (kl_rejected - kl_chosen))
+    expected = -torch.nn.functional.logsigmoid(logits).mean()
+    assert trained.compute_loss(model, batch).item() == pytest.approx(expected.item(), abs=2e-6)
