@@ -36,13 +36,18 @@ MARKS = (
     "_found_lengths",
     "_lengths",
     "_scored",
-    "_pictures",
 )
+# The number of pictures: only rows of a dataset with pictures have it.
+PICTURES = "_pictures"
 Marks = dict[str, numpy.ndarray]
 
 
 def marks_of(marked: datasets.Dataset) -> Marks:
-    return marked.select_columns(list(MARKS)).with_format("numpy")[:]
+    return marked.select_columns(mark_columns(marked)).with_format("numpy")[:]
+
+
+def mark_columns(marked: datasets.Dataset) -> list[str]:
+    return [column for column in (*MARKS, PICTURES) if column in marked.column_names]
 
 
 def is_kept(marks: Marks) -> numpy.ndarray:
@@ -114,7 +119,7 @@ def report_of(
         begun=int(kept["_begun"].sum()),
         unsaid=int(kept["_unsaid"].sum()),
         turns=int(kept["_turns"].sum()),
-        pictures=int(kept["_pictures"].sum()),
+        pictures=int(kept[PICTURES].sum()) if PICTURES in kept else 0,
         unread=unread,
         read_as="" if form is None else f"{form.name} ({', '.join(form.read)})",
         converted=0 if form is None else rows,

@@ -47,7 +47,15 @@ from prefkern.data.columns import (
 )
 from prefkern.data.foreign import Format, is_text, recognise
 from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
-from prefkern.data.marks import MARKS, Marks, marks_of, of_responses, report_of, without_dropped
+from prefkern.data.marks import (
+    PICTURES,
+    Marks,
+    mark_columns,
+    marks_of,
+    of_responses,
+    report_of,
+    without_dropped,
+)
 from prefkern.data.messages import may_be_written
 from prefkern.data.pictures import (
     PictureTokenizer,
@@ -128,7 +136,7 @@ def tokenize_preferences(
     kept = without_dropped(marked, marks, name, what)
     has_masks = MASK_COLUMNS[0] in kept.column_names
     report = report_of(name, "pairs", marks, bounds, unread, form, samples, len(dataset), has_masks)
-    return kept.remove_columns(list(MARKS)), report
+    return kept.remove_columns(mark_columns(kept)), report
 
 
 def tokenize_examples(
@@ -264,7 +272,7 @@ def _with_tokens(
     turns: Turns,
     names: tuple[str, ...] = ("chosen", "rejected"),
 ) -> datasets.Dataset:
-    """Adds the token columns of pairs and the columns `MARKS`; keeps every row."""
+    """Adds the token columns of pairs and the columns of marks; keeps every row."""
     columns = dataset.column_names
     pictures = picture_column(columns)
     processor = tokenizer
@@ -390,7 +398,7 @@ def _with_tokens(
             "_found_lengths": [len(ids) for ids in found],
             "_lengths": [len(ids) for ids in kept],
             "_scored": _scored_counts(kept, masks),
-            "_pictures": len(shown),
+            **({} if pictures is None else {PICTURES: len(shown)}),
         }
 
     used = set(COLUMNS) if has_gold else set(COLUMNS) - {GOLD_IDS, GOLD_MASK}
