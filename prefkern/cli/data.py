@@ -7,8 +7,9 @@
 It prints the report that `prefkern train` prints with the same options, and the first rows of each
 dataset as the model sees them: the tokens after the chat template and truncation. On a terminal scored tokens are
 green, in two shades in turn. Elsewhere they stand between the marks `⟦` and `⟧`. A `‖` is the
-boundary of prompt and response. The model's tokenizer is read, and nothing else of it. An error is
-one line on stderr and exit status 2.
+boundary of prompt and response. A picture is the tokens that the processor makes of it. The model's
+tokenizer (or processor) is read, and nothing else of it. An error is one line on stderr and exit
+status 2.
 """
 
 from __future__ import annotations
@@ -151,22 +152,25 @@ def read(args: argparse.Namespace) -> tuple[list[DatasetReport], list[tuple[str,
     Raises ValueError and OSError for a dataset or tokenizer that cannot be read.
     """
     from prefkern.data import DatasetMix, load_preference_dataset
-    from prefkern.data.columns import holds_examples, renamed
-    from prefkern.models.loading import load_tokenizer
+    from prefkern.data.columns import holds_examples, picture_column, renamed
+    from prefkern.models.loading import load_processor, load_tokenizer
 
     found, are_single = {}, {}
     for source in args.dataset:
         dataset = load_preference_dataset(
-            source, args.dataset_split, args.dataset_config, args.columns
+            source, args.dataset_split, args.dataset_config, args.columns, pictures=True
         )
         found[source] = renamed(dataset, args.columns, source)
         are_single[source] = not args.gold and holds_examples(found[source], source)
     # A run trains on pairs or on single responses: beside the latter, pairs are taken one by one.
     is_single = args.unpaired or any(are_single.values())
-    tokenizer = load_tokenizer(args.model, {"trust_remote_code": args.trust_remote_code})
+    sees = any(picture_column(dataset.column_names) is not None for dataset in found.values())
+    load = load_processor if sees else load_tokenizer
+    processor = load(args.model, {"trust_remote_code": args.trust_remote_code})
+    tokenizer = getattr(processor, "tokenizer", processor)
     parts, reports = {}, {}
     for source, dataset in found.items():
-        parts[source], reports[source] = _tokenized(args, source, dataset, tokenizer, is_single)
+        parts[source], reports[source] = _tokenized(args, source, dataset, processor, is_single)
     if len(parts) > 1:
         options = fields.of_source("transformers.training_args", "TrainingArguments")
         seed = next(option.default for option in options if option.name == "seed")
@@ -182,14 +186,14 @@ def read(args: argparse.Namespace) -> tuple[list[DatasetReport], list[tuple[str,
 
 
 def _tokenized(
-    args: argparse.Namespace, source: str, dataset: Any, tokenizer: Any, is_single: bool
+    args: argparse.Namespace, source: str, dataset: Any, processor: Any, is_single: bool
 ) -> tuple[Any, DatasetReport]:
     from prefkern.data import tokenize_examples, tokenize_preferences, without_unused
 
     tokenize = tokenize_examples if is_single else partial(tokenize_preferences, gold=args.gold)
     return tokenize(
         without_unused(dataset, references=False, margins=False),
-        tokenizer,
+        processor,
         max_length=args.max_length,
         max_prompt_length=args.max_prompt_length,
         truncation_mode=args.truncation_mode,

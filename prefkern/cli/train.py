@@ -330,11 +330,18 @@ def _prepare(argv: list[str]) -> tuple[PreferenceTrainer, PreferenceConfig]:
     policy: Any = model.model_name_or_path
     tokenizer = None
     if model.adapter is not None:
-        from prefkern.models.loading import load_adapted, load_own_tokenizer
+        from prefkern.data.columns import picture_column
+        from prefkern.models.loading import (
+            load_adapted,
+            load_own_processor,
+            load_own_tokenizer,
+        )
 
         init_kwargs: Any = config.model_init_kwargs  # a mapping, since `parse`
         policy = load_adapted(policy, model.adapter, init_kwargs)
-        tokenizer = load_own_tokenizer(model.adapter, model.model_name_or_path, init_kwargs)
+        sees = any(picture_column(part.column_names) for part in parts.values())
+        load = load_own_processor if sees else load_own_tokenizer
+        tokenizer = load(model.adapter, model.model_name_or_path, init_kwargs)
         if config.ref_model_name_or_path is None:
             config.model_init_kwargs = None
     trainer = PreferenceTrainer(
@@ -377,13 +384,14 @@ def _loaded(
     """Datasets, or streams, by their names."""
     from prefkern.data import load_preference_dataset, load_preference_stream
 
-    load = load_preference_stream if streaming else load_preference_dataset
+    load: Any = load_preference_stream if streaming else load_preference_dataset
     seed = config.seed if config.data_seed is None else config.data_seed
     columns: Any = config.columns  # a mapping or None, since __post_init__
     parts = {}
     for name, source in _named(sources).items():
         is_file = Path(source).expanduser().is_file()
-        part: Any = load(source, split, None if is_file else data.dataset_config, columns)
+        given = (source, split, None if is_file else data.dataset_config, columns)
+        part: Any = load(*given) if streaming else load(*given, pictures=True)
         if streaming and data.shuffle_buffer:
             part = part.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
         parts[name] = part

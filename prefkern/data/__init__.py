@@ -4,16 +4,18 @@ The formats are TRL's. Standard: `prompt`, `chosen` and `rejected` are text. Con
 are lists of messages, which the tokenizer's chat template renders; a row may also have `tools` (a
 list, or JSON) and `chat_template_kwargs`. Implicit prompt: a row has `chosen` and `rejected` only,
 and their common beginning is the prompt. KTO needs no pairs: a row is `prompt`, `completion` and
-`label` (true if the response is desirable), or a pair whose two responses count one by one. Images,
-videos and audio are not supported: an error names the column. `columns` maps other names. The
-formats of others (Alpaca's, ShareGPT's, Orca's and more) are recognised and converted to these.
+`label` (true if the response is desirable), or a pair whose two responses count one by one. A prompt
+may have pictures (`images` or `image`); videos and audio are not supported: an error names the
+column. `columns` maps other names. The formats of others (Alpaca's, ShareGPT's, Orca's and more) are
+recognised and converted to these.
 
 In reading order: `columns` (the columns that a dataset needs), `foreign` (the formats of others,
 `rankings` among them),
 `sources` (where a dataset is), `loading`, `messages` (what a cell holds), `rendering` (the chat
-template, and what it leaves out), `turns` (which tokens of a conversation are scored), `formats` (a
-row to tokens), `truncation` (pairs that are too long), `tokenisation` (all rows), `shown` (rows to
-look at), `report`, `mixing` (several datasets) and `streams`, then `collate` (rows to batches).
+template, and what it leaves out), `turns` (which tokens of a conversation are scored), `pictures` (of
+a prompt), `formats` (a row to tokens), `truncation` (pairs that are too long), `tokenisation` (all
+rows), `shown` (rows to look at), `report`, with its counts in `marks`, `mixing` (several datasets) and
+`streams`, then `collate` and `picture_batches` (rows to batches).
 Nothing is cut or dropped silently: a `DatasetReport` counts it.
 """
 

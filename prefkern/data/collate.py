@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefkern.data.columns import GOLD, REFERENCE_COLUMNS
+from prefkern.data.columns import GOLD, REFERENCE_COLUMNS, pictures_of
 from prefkern.data.truncation import truncate
 from prefkern.data.turns import labels_of
 from prefkern.models.scoring import IGNORE_INDEX
@@ -96,7 +96,8 @@ class ExampleCollator:
     Args:
         pad_token_id, pad_to_multiple_of, padding_free: as in `PreferenceCollator`.
         max_length: bound on a mismatched prompt plus response. The prompt loses its beginning,
-            whatever mode truncates the dataset, because each mismatched row needs a response.
+            whatever mode truncates the dataset, because each mismatched row needs a response. Beside
+            pictures the response loses its end.
 
     A batch holds `input_ids`, `attention_mask`, `labels` ([S, T] int64) and `desirable` ([S] bool).
     It holds the first three again as `mismatched_...` ([M, T']): each prompt with the next response
@@ -115,17 +116,27 @@ class ExampleCollator:
         labels = _labels(examples, "completion")
         batch = _batch(self, prompts, responses, labels)
         batch["desirable"] = torch.tensor([bool(example["desirable"]) for example in examples])
-        count = len(examples)
         mismatched = []
-        for row, prompt in enumerate(prompts):
-            others = ((row + step) % count for step in range(1, count))
-            other = next((each for each in others if prompts[each] != prompt), None)
-            if other is not None:
-                response = responses[other]
-                cut, response, _ = truncate(prompt, response, response, self.max_length, None)
-                mismatched.append((cut, response, labels[other][: len(response)]))
+        for row, other in self.mismatches(examples):
+            response = responses[other]
+            # A picture's tokens cannot be cut.
+            mode = "keep_start" if pictures_of(examples[row]) else "keep_end"
+            bounds = (self.max_length, None, mode)
+            cut, response, _ = truncate(prompts[row], response, response, *bounds)
+            mismatched.append((cut, response, labels[other][: len(response)]))
         rows = _batch(self, *([row[part] for row in mismatched] for part in range(3)))
         return {**batch, **{f"mismatched_{name}": value for name, value in rows.items()}}
+
+    def mismatches(self, examples: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+        """Rows with, for each, the next row of the batch that answers another prompt."""
+        asked = [(list(example["prompt_ids"]), pictures_of(example)) for example in examples]
+        count, found = len(examples), []
+        for row in range(count):
+            others = ((row + step) % count for step in range(1, count))
+            other = next((each for each in others if asked[each] != asked[row]), None)
+            if other is not None:
+                found.append((row, other))
+        return found
 
 
 def sequence_count(batch: Mapping[str, Any]) -> int:

@@ -28,15 +28,21 @@ MARGIN_SOURCES = (("reward_margin",), ("margin",), ("score_chosen", "score_rejec
 # The gold response (`GOLD`) as tokens.
 GOLD_IDS = "reference_ids"
 ID_COLUMNS = (*TOKEN_COLUMNS, GOLD_IDS, EXAMPLE_COLUMNS[1])
+# The pictures of a prompt, TRL's names: a list, or one.
+PICTURE_COLUMNS = ("images", "image")
+# What each token of a prompt is, text or part of a picture: the model's input, and our column.
+TYPE_COLUMNS = {
+    "token_type_ids": "prompt_token_types",
+    "mm_token_type_ids": "prompt_mm_token_types",
+}
 # The columns that the collators read; all others are dropped.
 COLUMNS = (
     *(*TOKEN_COLUMNS, GOLD_IDS, *MASK_COLUMNS, GOLD_MASK, *REFERENCE_COLUMNS, "reward_margin"),
-    *(*EXAMPLE_COLUMNS[1:], EXAMPLE_MASK),
+    *(*EXAMPLE_COLUMNS[1:], EXAMPLE_MASK, *PICTURE_COLUMNS, *TYPE_COLUMNS.values()),
 )
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", SYSTEM)
-# TRL's names. They are part of the prompt: to ignore them would train another task.
+# TRL's names. They are part of the prompt, as pictures are: to ignore them would train another task.
 _MEDIA = {
-    **dict.fromkeys(("image", "images"), "images are"),
     **dict.fromkeys(("video", "videos"), "videos are"),
     **dict.fromkeys(("audio", "audios"), "audio is"),
 }
@@ -201,7 +207,13 @@ def _has_text(feature: Any) -> bool:
 
 
 def check_columns(
-    dataset: Any, name: str, *, paired: bool = True, margins: bool = False, gold: bool = False
+    dataset: Any,
+    name: str,
+    *,
+    paired: bool = True,
+    margins: bool = False,
+    gold: bool = False,
+    pictures: bool = False,
 ) -> None:
     """Raise unless `dataset` is a map-style dataset with rows and the necessary columns.
 
@@ -211,8 +223,9 @@ def check_columns(
         paired: False also accepts single responses (`prompt`, `completion`, `label`).
         margins: True if each pair needs a reward model's margin.
         gold: True if each pair needs a third, gold response (TPO).
+        pictures: True if the caller reads the pictures of prompts.
 
-    Raises TypeError for another kind of dataset, ValueError for missing columns, images or no rows.
+    Raises TypeError for another kind of dataset, ValueError for missing columns, media or no rows.
     """
     import datasets
 
@@ -230,6 +243,12 @@ def check_columns(
             raise ValueError(
                 f"dataset {name!r} has a column {column!r}, but {_MEDIA[column.lower()]} not "
                 "supported yet; remove the column to train on the text alone"
+            )
+        if column.lower() in PICTURE_COLUMNS and not (pictures and column in PICTURE_COLUMNS):
+            hint = "; pictures are read under the names 'images' and 'image'" if pictures else ""
+            raise ValueError(
+                f"dataset {name!r} has a column {column!r}, and pictures are not read here{hint}; "
+                "remove the column to go on with the text alone"
             )
     if not paired and has_examples(found):
         return
@@ -320,6 +339,20 @@ def without_unused(
     if not margins:
         unused += [column for sources in MARGIN_SOURCES for column in sources]
     return dataset.remove_columns([c for c in unused if c in dataset.column_names])
+
+
+def picture_column(columns: Any) -> str | None:
+    """The column of pictures among the names of columns, if there is one."""
+    return next((column for column in PICTURE_COLUMNS if column in columns), None)
+
+
+def pictures_of(example: Mapping[str, Any]) -> list[Any]:
+    """The pictures of a row, which may be none."""
+    column = picture_column(example)
+    value = None if column is None else example[column]
+    if value is None:
+        return []
+    return [value] if column == "image" else list(value)
 
 
 def has_examples(columns: Sequence[str]) -> bool:

@@ -25,6 +25,7 @@ from prefkern.data.messages import (
     present,
     read_cell,
 )
+from prefkern.data.pictures import PictureTokenizer
 from prefkern.data.rendering import check_tools, leaves_out, render
 from prefkern.data.turns import Turns, common_length
 
@@ -62,10 +63,16 @@ class Reading:
     written: tuple[str, ...]
     names: tuple[str, ...]
     turns: Turns
+    kinds: tuple[str, ...] = ("text",)
 
     @classmethod
     def of(
-        cls, tokenizer: Any, written: tuple[str, ...], names: tuple[str, ...], turns: Turns
+        cls,
+        tokenizer: Any,
+        written: tuple[str, ...],
+        names: tuple[str, ...],
+        turns: Turns,
+        kinds: tuple[str, ...] = ("text",),
     ) -> Reading:
         """The reading of a tokenizer: its special tokens, such as ChatML's, end a text."""
         added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -75,7 +82,7 @@ class Reading:
         eos, bos = tokenizer.eos_token_id, getattr(tokenizer, "bos_token_id", None)
         if eos is not None:
             ends[eos] = str(tokenizer.eos_token)
-        return cls(tuple(ends), tuple(ends.values()), eos, bos, written, names, turns)
+        return cls(tuple(ends), tuple(ends.values()), eos, bos, written, names, turns, kinds)
 
     def has_end(self, text: str, ids: list[int]) -> bool:
         """Whether a text ends with an end token; ChatML has a line break after it."""
@@ -94,7 +101,9 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> 
 
     Raises ValueError for a row that has none of the formats.
     """
-    parts = read_row(example, reading.names, reading.written)
+    parts = read_row(example, reading.names, reading.written, reading.kinds)
+    if isinstance(tokenizer, PictureTokenizer):
+        parts = tokenizer.placed(parts, reading.names)
     if isinstance(parts[-1], list):
         return _conversation(example, parts, tokenizer, reading)
     if reading.turns.name is not None:
@@ -106,16 +115,19 @@ def tokenize_pair(example: dict[str, Any], tokenizer: Any, reading: Reading) -> 
 
 
 def read_row(
-    example: dict[str, Any], names: tuple[str, ...], written: tuple[str, ...]
+    example: dict[str, Any],
+    names: tuple[str, ...],
+    written: tuple[str, ...],
+    kinds: tuple[str, ...] = ("text",),
 ) -> tuple[Any, ...]:
     """Prompt and responses of a row: texts, or lists of messages.
 
     Args:
-        names, written: as in `Reading`.
+        names, written, kinds: as in `Reading`.
 
     Raises ValueError for a row that has none of the formats.
     """
-    prompt, *responses = _cells(example, names, written)
+    prompt, *responses = _cells(example, names, written, kinds)
     is_implicit = prompt is None
     are_messages = isinstance(responses[0], list)
     if is_implicit:
@@ -134,7 +146,12 @@ def read_row(
     return prompt, *responses
 
 
-def _cells(example: dict[str, Any], names: tuple[str, ...], written: tuple[str, ...]) -> list[Any]:
+def _cells(
+    example: dict[str, Any],
+    names: tuple[str, ...],
+    written: tuple[str, ...],
+    kinds: tuple[str, ...],
+) -> list[Any]:
     """Prompt and responses: texts, or lists of messages; the prompt may be None.
 
     A row with a `system` column is a conversation, so its texts become messages.
@@ -154,7 +171,7 @@ def _cells(example: dict[str, Any], names: tuple[str, ...], written: tuple[str, 
     for name, cell in zip(("prompt", *names), (prompt, *responses), strict=True):
         if isinstance(cell, list):
             for message in cell:
-                check_message(name, message)
+                check_message(name, message, kinds)
     if SYSTEM not in example:
         return [prompt, *responses]
     system = example[SYSTEM]

@@ -35,6 +35,7 @@ def load_preference_dataset(
     split: str = "train",
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
+    pictures: bool = False,
 ) -> datasets.Dataset:
     """Load a preference dataset and check that it is one.
 
@@ -45,13 +46,14 @@ def load_preference_dataset(
         config: which configuration of a hub dataset.
         columns: the dataset's own names of columns, `{"prompt": "question"}`; the dataset keeps
             its names, and whoever tokenises it gets the mapping again.
+        pictures: whether the caller reads the pictures of prompts.
 
     Raises FileNotFoundError for a file that does not exist, and ValueError for one that cannot be
     read, lacks a column or has no rows.
     """
     with _named_failures(source):
         dataset = _load(source, split, config, columns, streaming=False)
-    check_columns(renamed(dataset, columns, source), source, paired=False)
+    check_columns(renamed(dataset, columns, source), source, paired=False, pictures=pictures)
     # `save_to_disk` also saves the format that was set on the dataset.
     return plain(dataset)
 

@@ -74,8 +74,11 @@ def may_be_written(text: str) -> bool:
     return bool(_PERHAPS.match(text) and _NAMED.search(text))
 
 
-def check_message(column: str, message: Any) -> None:
-    """Raise ValueError for a message that a chat template would silently render wrong."""
+def check_message(column: str, message: Any, kinds: tuple[str, ...] = ("text",)) -> None:
+    """Raise ValueError for a message that a chat template would silently render wrong.
+
+    `kinds` are the kinds of blocks that its content may have.
+    """
     is_mapping = isinstance(message, dict)
     if not is_mapping:
         raise ValueError(
@@ -109,10 +112,11 @@ def check_message(column: str, message: Any) -> None:
         return
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-        if kind != "text":
+        if kind not in kinds:
+            hint = "; the pictures themselves belong into a column 'images'"
             raise ValueError(
-                f"a message of role {role!r} has content of type {kind!r}, but only text is "
-                "supported yet"
+                f"a message of role {role!r} has content of type {kind!r}, but only "
+                f"{' and '.join(kinds)} is read here{hint if kind == 'image' else ''}"
             )
 
 

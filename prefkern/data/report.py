@@ -118,6 +118,7 @@ class DatasetReport:
     begun: int = 0  # the text has a beginning-of-sequence token already; no second one was added
     unsaid: int = 0  # the chat template leaves out text or thoughts of an earlier answer
     turns: int = 0  # responses have turns of other roles, which are scored
+    pictures: int = 0  # in the prompts of kept rows
     masked: int = 0  # dropped: no token of a response is in a turn that is scored
     scored: int = 0  # tokens of responses
     unscored: int = 0  # tokens of responses in other turns, or without anything before them
@@ -189,6 +190,8 @@ class DatasetReport:
             (self.turns, "whose responses have scored turns of other roles"),
         ]
         counts += [(count, what) for count, what in suspicious if count]
+        if self.pictures:
+            counts.append((self.pictures, "pictures, whose tokens are the prompts'"))
         return counts
 
     @property

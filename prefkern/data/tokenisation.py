@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy
 import tokenizers
 import transformers
 
@@ -30,15 +28,17 @@ from prefkern.data.columns import (
     GOLD_MASK,
     MARGIN_SOURCES,
     MASK_COLUMNS,
+    PICTURE_COLUMNS,
     REFERENCE_COLUMNS,
     TOKEN_COLUMNS,
-    before_prompts,
+    TYPE_COLUMNS,
     check_columns,
     check_labels,
     has_examples,
     is_number,
     listed,
     margin_columns,
+    picture_column,
     plain,
     renamed,
     reward_margin,
@@ -47,37 +47,33 @@ from prefkern.data.columns import (
 )
 from prefkern.data.foreign import Format, is_text, recognise
 from prefkern.data.formats import Reading, TokenizedPair, read_row, tokenize_pair
+from prefkern.data.marks import (
+    PICTURES,
+    Marks,
+    mark_columns,
+    marks_of,
+    of_responses,
+    report_of,
+    without_dropped,
+)
 from prefkern.data.messages import may_be_written
+from prefkern.data.pictures import (
+    PictureTokenizer,
+    beside,
+    check_uncut,
+    read_pictures,
+    refuse_marks,
+    type_names,
+    with_pictures,
+)
 from prefkern.data.rankings import without_ties
-from prefkern.data.report import SCORED, DatasetReport, Histogram, Lengths
+from prefkern.data.report import DatasetReport
 from prefkern.data.shown import Said, said
-from prefkern.data.truncation import NothingToScore, check_mode, truncate_responses
+from prefkern.data.truncation import Bounds
 from prefkern.data.turns import Turns, brings_masks_of, mask_of
 from prefkern.version import VERSION
 
-logger = logging.getLogger(__name__)
-
-# What happened to a row: a few numbers and no tokens, so that a report on many rows is cheap.
-_MARKS = (
-    "_empty",
-    "_masked",
-    "_too_long",
-    "_prompt_truncated",
-    "_truncated",
-    "_identical",
-    "_was_identical",
-    "_merged",
-    "_repeated",
-    "_begun",
-    "_unasked",
-    "_unsaid",
-    "_turns",
-    "_found_lengths",
-    "_lengths",
-    "_scored",
-)
 _ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
-_Marks = dict[str, numpy.ndarray]
 _Tokens = list[list[int]]  # prompt, chosen, rejected and, where it is read, the gold response
 _Masks = list[list[bool]] | None  # of the responses; None: every token is scored
 
@@ -103,7 +99,7 @@ def tokenize_preferences(
             is only truncated. `ref_chosen_logps` and `ref_rejected_logps` are kept.
             `reward_margin` comes from the column of that name, or from `margin`, or from
             `score_chosen` - `score_rejected`.
-        tokenizer: a Hugging Face tokenizer.
+        tokenizer: a Hugging Face tokenizer; a processor for rows with pictures (`images`, `image`).
         max_length: bound on prompt plus response, in tokens; None for no bound.
         max_prompt_length: bound on the prompt, in tokens; None for no bound.
         truncation_mode: one of `TRUNCATION_MODES`; see `prefkern.data.truncation`. A pair with
@@ -127,21 +123,22 @@ def tokenize_preferences(
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
     dataset = renamed(dataset, columns, name)
-    check_columns(dataset, name, gold=gold)
-    bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
-    given, (dataset, form) = len(dataset), _converted(plain(dataset), num_proc, name)
+    check_columns(dataset, name, gold=gold, pictures=True)
+    bounds = Bounds(max_length, max_prompt_length, truncation_mode)
+    dataset = with_pictures(plain(dataset), name, tokenizer)
+    given, (dataset, form) = len(dataset), _converted(dataset, num_proc, name)
     unread = unread_columns(dataset, gold=gold)
     names = ("chosen", "rejected", GOLD) if gold else ("chosen", "rejected")
     samples = _samples(dataset, names) if form is not None else ()
     turns = Turns(assistant_only_loss, last_turn_only)
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, turns, names)
-    marks = _marks(marked)
+    marks = marks_of(marked)
     _check_prompts(dataset, marks, unread, name)
     what = f"pair with {'three' if gold else 'two'} responses"
-    kept = _without_dropped(marked, marks, name, what)
+    kept = without_dropped(marked, marks, name, what)
     has_masks = MASK_COLUMNS[0] in kept.column_names
-    report = _report(name, "pairs", marks, bounds, unread, form, samples, given, has_masks)
-    return kept.remove_columns(list(_MARKS)), replace(report, tied=given - len(dataset))
+    report = report_of(name, "pairs", marks, bounds, unread, form, samples, given, has_masks)
+    return kept.remove_columns(mark_columns(kept)), replace(report, tied=given - len(dataset))
 
 
 def tokenize_examples(
@@ -166,11 +163,10 @@ def tokenize_examples(
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """
     dataset = renamed(dataset, columns, name)
-    check_columns(dataset, name, paired=False)
-    bounds = _Bounds(max_length, max_prompt_length, truncation_mode)
-    given = len(dataset)
-    given = len(dataset)
-    dataset, form = _converted(plain(dataset), num_proc, name, paired=False)
+    check_columns(dataset, name, paired=False, pictures=True)
+    bounds = Bounds(max_length, max_prompt_length, truncation_mode)
+    dataset = with_pictures(plain(dataset), name, tokenizer)
+    given, (dataset, form) = len(dataset), _converted(dataset, num_proc, name, paired=False)
     check_labels(dataset, name)
     is_paired = not has_examples(dataset.column_names)
     # KTO reads no number of a pair, so a missing one is no error here.
@@ -190,21 +186,24 @@ def tokenize_examples(
     samples = _samples(dataset, names) if form is not None else ()
     turns = Turns(assistant_only_loss, last_turn_only)
     marked = _with_tokens(dataset, tokenizer, bounds, num_proc, name, turns, names)
-    marks = _marks(marked)
+    marks = marks_of(marked)
     _check_prompts(dataset, marks, unread, name)
-    kept = _without_dropped(marked, marks, name, "response")
+    kept = without_dropped(marked, marks, name, "response")
     sides = ("chosen", "rejected")[: 1 + is_paired]
     has_masks = MASK_COLUMNS[0] in kept.column_names
+    types = [column for column in TYPE_COLUMNS.values() if column in kept.column_names]
+    of_prompt = ["prompt_ids", *types]
 
     def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows: dict[str, list[Any]] = {column: [] for column in EXAMPLE_COLUMNS}
+        rows: dict[str, list[Any]] = {column: [] for column in (*EXAMPLE_COLUMNS, *types)}
         if has_masks:
             rows[EXAMPLE_MASK] = [mask for side in sides for mask in batch[f"{side}_mask"]]
         # All chosen, then all rejected, not pair by pair: neighbours then have different prompts,
         # so that an unshuffled batch also gets mismatched rows.
         for side in sides:
             responses = batch[f"{side}_ids"]
-            rows["prompt_ids"] += batch["prompt_ids"]
+            for column in of_prompt:
+                rows[column] += batch[column]
             rows["completion_ids"] += responses
             rows["desirable"] += (
                 [side == "chosen"] * len(responses) if is_paired else batch["desirable"]
@@ -212,30 +211,12 @@ def tokenize_examples(
         return rows
 
     examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
-    marks = _responses(marks, len(sides))
-    report = _report(name, "responses", marks, bounds, unread, form, samples, given, has_masks)
+    if picture_column(kept.column_names) is not None:
+        each = kept.select([*range(len(kept))] * len(sides))
+        examples = beside(examples, each)
+    marks = of_responses(marks, len(sides))
+    report = report_of(name, "responses", marks, bounds, unread, form, samples, given, has_masks)
     return examples, replace(report, tied=given - len(dataset))
-
-
-@dataclass(frozen=True)
-class _Bounds:
-    """How long a pair may be. Raises ValueError for bounds that no pair can meet."""
-
-    max_length: int | None
-    max_prompt_length: int | None
-    truncation_mode: str
-
-    def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
-        check_mode(self.truncation_mode)
-
-    def cut(self, tokens: _Tokens) -> _Tokens:
-        bounds = (self.max_length, self.max_prompt_length, self.truncation_mode)
-        prompt, responses = truncate_responses(tokens[0], tokens[1:], *bounds)
-        return [prompt, *responses]
 
 
 def _converted(
@@ -268,10 +249,13 @@ def _samples(dataset: datasets.Dataset, names: tuple[str, ...]) -> tuple[Said, .
     """The first rows as they are read. A row with an error is left to `_with_tokens`."""
     written = _written_columns(dataset, gold=GOLD in names)
     samples = []
-    first: Any = dataset.select(range(min(len(dataset), 3)))
+    kinds = _kinds(dataset.column_names)
+    # Pictures are not shown, and a broken one is an error later.
+    texts = [column for column in dataset.column_names if column not in PICTURE_COLUMNS]
+    first: Any = dataset.select_columns(texts).select(range(min(len(dataset), 3)))
     for row in first:
         try:
-            prompt, *responses = read_row(row, names, written)
+            prompt, *responses = read_row(row, names, written, kinds)
         except ValueError:
             break
         samples.append(said(prompt, dict(zip(names, responses, strict=True))))
@@ -281,14 +265,19 @@ def _samples(dataset: datasets.Dataset, names: tuple[str, ...]) -> tuple[Said, .
 def _with_tokens(
     dataset: datasets.Dataset,
     tokenizer: Any,
-    bounds: _Bounds,
+    bounds: Bounds,
     num_proc: int | None,
     name: str,
     turns: Turns,
     names: tuple[str, ...] = ("chosen", "rejected"),
 ) -> datasets.Dataset:
-    """Adds the token columns of pairs and the columns `_MARKS`; keeps every row."""
+    """Adds the token columns of pairs and the columns of marks; keeps every row."""
     columns = dataset.column_names
+    pictures = picture_column(columns)
+    processor = tokenizer
+    if pictures is not None:
+        refuse_marks(turns.assistant_only_loss, f"dataset {name!r}")
+    tokenizer = getattr(processor, "tokenizer", processor)
     has_gold = len(names) == 3
     id_columns = (*TOKEN_COLUMNS, GOLD_IDS) if has_gold else TOKEN_COLUMNS
     mask_columns = (*MASK_COLUMNS, GOLD_MASK) if has_gold else MASK_COLUMNS
@@ -309,7 +298,9 @@ def _with_tokens(
     hint = ""
     if "prompt" not in columns and unread:
         hint = f"; {listed(unread)} would not be read, {unread_hint(unread)}"
-    reading = Reading.of(tokenizer, _written_columns(dataset, has_gold), names, turns)
+    written = _written_columns(dataset, has_gold)
+    reading = Reading.of(tokenizer, written, names, turns, _kinds(columns))
+    types = [] if pictures is None else [TYPE_COLUMNS[each] for each in type_names(processor)]
 
     def ends_only(tokens: _Tokens) -> bool:
         """Whether a response is only an end token."""
@@ -328,7 +319,19 @@ def _with_tokens(
                         f"dataset {name!r}, row {row}: {column!r} is {value!r}, but a sum of "
                         "log-probs is never above 0; is it a negative log-likelihood?"
                     )
+        try:
+            shown = read_pictures(example)
+        except ValueError as error:
+            raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
+        type_ids: dict[str, list[int]] = {}
         if all(example.get(column) is not None for column in id_columns):
+            missing = [column for column in types if example.get(column) is None]
+            if missing:
+                raise ValueError(
+                    f"dataset {name!r}, row {row} has token ids and pictures, and no {missing[0]!r}: "
+                    "what each token of the prompt is; give text, which is tokenised with both"
+                )
+            type_ids = {column: example[column] for column in types}
             for column in id_columns:
                 if None in example[column]:
                     raise ValueError(
@@ -343,12 +346,19 @@ def _with_tokens(
                 ]
                 pair = pair._replace(masks=masks)
         else:
+            of_row = tokenizer if pictures is None else PictureTokenizer(processor, shown)
             try:
-                pair = tokenize_pair(example, tokenizer, reading)
+                pair = tokenize_pair(example, of_row, reading)
+                if isinstance(of_row, PictureTokenizer):
+                    type_ids = of_row.types_of(pair.prompt)
             except ValueError as error:
                 raise ValueError(f"dataset {name!r}, row {row}: {error}{hint}") from error
         found = [pair.prompt, *pair.responses]
         kept = bounds.cut(found)
+        try:
+            check_uncut(found, kept, len(shown), bounds)
+        except ValueError as error:
+            raise ValueError(f"dataset {name!r}, row {row}: {error}") from error
         is_empty = pair.empty or ends_only(found) or not _can_be_scored(found)
         if pair.stops:
             # The other text goes on, so the end token is a response.
@@ -367,6 +377,8 @@ def _with_tokens(
             )
         return {
             **dict(zip(id_columns, kept, strict=True)),
+            # Without a picture the beginning of a prompt may be cut.
+            **{column: each[len(each) - len(kept[0]) :] for column, each in type_ids.items()},
             **(dict(zip(mask_columns, masks, strict=True)) if masks else {}),
             **({"reward_margin": reward_margin(example, margins)} if margins else {}),
             "_empty": is_empty,
@@ -385,18 +397,21 @@ def _with_tokens(
             "_found_lengths": [len(ids) for ids in found],
             "_lengths": [len(ids) for ids in kept],
             "_scored": _scored_counts(kept, masks),
+            **({} if pictures is None else {PICTURES: len(shown)}),
         }
 
     used = set(COLUMNS) if has_gold else set(COLUMNS) - {GOLD_IDS, GOLD_MASK}
     used -= set() if brings_masks else {*MASK_COLUMNS, GOLD_MASK}
+    used -= {*PICTURE_COLUMNS}
     unused = [column for column in dataset.column_names if column not in used]
-    return dataset.map(
+    tokens = dataset.map(
         _AsOfNow(process),
         with_indices=True,
         remove_columns=unused,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
     )
+    return tokens if pictures is None else beside(tokens, dataset)
 
 
 @functools.cache
@@ -422,6 +437,11 @@ class _AsOfNow:
 
     def __call__(self, *args: Any) -> dict[str, Any]:
         return self.function(*args)
+
+
+def _kinds(columns: Any) -> tuple[str, ...]:
+    """What a message may hold."""
+    return ("text",) if picture_column(columns) is None else ("text", "image")
 
 
 def _check_token_types(dataset: datasets.Dataset, name: str) -> None:
@@ -461,7 +481,7 @@ def _written_columns(dataset: datasets.Dataset, gold: bool) -> tuple[str, ...]:
 
 
 def _check_prompts(
-    dataset: datasets.Dataset, marks: _Marks, unread: tuple[str, ...], name: str
+    dataset: datasets.Dataset, marks: Marks, unread: tuple[str, ...], name: str
 ) -> None:
     """Raise ValueError where prompts are empty while columns with text are not read.
 
@@ -497,92 +517,6 @@ def _scored_counts(tokens: _Tokens, masks: _Masks) -> list[int]:
 
 def _can_be_scored(tokens: _Tokens, masks: _Masks = None) -> bool:
     return min(_scored_counts(tokens, masks)) > 0
-
-
-def _marks(marked: datasets.Dataset) -> _Marks:
-    return marked.select_columns(list(_MARKS)).with_format("numpy")[:]
-
-
-def _is_kept(marks: _Marks) -> numpy.ndarray:
-    return ~(marks["_empty"] | marks["_masked"] | marks["_too_long"])
-
-
-def _without_dropped(
-    marked: datasets.Dataset, marks: _Marks, name: str, what: str
-) -> datasets.Dataset:
-    kept = numpy.flatnonzero(_is_kept(marks))
-    if len(kept) == 0:
-        bound = " within max_length and max_prompt_length" if marks["_too_long"].any() else ""
-        raise NothingToScore(f"dataset {name!r} has no {what} that can be scored{bound}")
-    return marked if len(kept) == len(marked) else marked.select(kept)
-
-
-def _responses(marks: _Marks, sides: int) -> _Marks:
-    """The marks of pairs as marks of single responses: all of one side, then all of the other."""
-    responses = {name: numpy.concatenate([values] * sides) for name, values in marks.items()}
-    columns = [marks["_truncated"][:, side] for side in range(sides)]
-    responses["_truncated"] = numpy.concatenate(columns)[:, None]
-    responses["_scored"] = numpy.concatenate([marks["_scored"][:, [s]] for s in range(sides)])
-    for name in ("_found_lengths", "_lengths"):
-        of_side = [marks[name][:, [0, 1 + side]] for side in range(sides)]
-        responses[name] = numpy.concatenate(of_side)
-    # "Identical" compares the two responses of a pair, so it says nothing of single ones.
-    responses["_identical"] = numpy.zeros_like(responses["_identical"])
-    return responses
-
-
-def _report(
-    name: str,
-    unit: str,
-    marks: _Marks,
-    bounds: _Bounds,
-    unread: tuple[str, ...],
-    form: Format | None,
-    samples: tuple[Said, ...],
-    rows: int,
-    has_masks: bool,
-) -> DatasetReport:
-    before = before_prompts(unread)
-    if before:
-        logger.warning("dataset %r: nothing reads the %s", name, listed(before))
-    is_kept = _is_kept(marks)
-    kept = {mark: values[is_kept] for mark, values in marks.items()}
-    found = marks["_found_lengths"]
-    sides = ("chosen", "rejected", GOLD)[: found.shape[1] - 1] if unit == "pairs" else ("response",)
-    lengths = {
-        part: Lengths.of(kept["_lengths"][:, at]) for at, part in enumerate(("prompt", *sides))
-    }
-    if has_masks:
-        lengths |= {
-            f"{side}{SCORED}": Lengths.of(kept["_scored"][:, at]) for at, side in enumerate(sides)
-        }
-    return DatasetReport(
-        name=name,
-        unit=unit,
-        pairs=int(is_kept.sum()),
-        empty=int(marks["_empty"].sum()),
-        masked=int(marks["_masked"].sum()),
-        too_long=int(marks["_too_long"].sum()),
-        prompts_truncated=int(kept["_prompt_truncated"].sum()),
-        responses_truncated=int(kept["_truncated"].any(1).sum()),
-        identical=int(kept["_identical"].sum()),
-        made_identical=int((kept["_identical"] & ~kept["_was_identical"]).sum()),
-        merged=int(kept["_merged"].sum()),
-        repeated=int(kept["_repeated"].sum()),
-        begun=int(kept["_begun"].sum()),
-        unsaid=int(kept["_unsaid"].sum()),
-        turns=int(kept["_turns"].sum()),
-        unread=unread,
-        read_as="" if form is None else f"{form.name} ({', '.join(form.read)})",
-        converted=0 if form is None else rows,
-        samples=samples,
-        max_length=bounds.max_length,
-        truncation_mode=bounds.truncation_mode,
-        lengths=lengths,
-        scored=int(kept["_scored"].sum()),
-        unscored=int(kept["_lengths"][:, 1:].sum() - kept["_scored"].sum()),
-        histogram=Histogram.of(found[:, 0] + found[:, 1:].max(1), bounds.max_length),
-    )
 
 
 def _as_pair(example: dict[str, Any], row: int, name: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ and counts it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 TRUNCATION_MODES = ("keep_end", "keep_start", "drop")
 TRUNCATION_HELP = (
     "How to shorten a pair that is too long: keep_end cuts the beginning of the prompt, keep_start "
@@ -83,3 +85,25 @@ def truncate_responses(
         prompt = prompt[-max(max_length - longest, 1) :]
     budget = max_length - len(prompt)
     return prompt, [response[:budget] for response in responses]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How long a pair may be. Raises ValueError for bounds that no pair can meet."""
+
+    max_length: int | None
+    max_prompt_length: int | None
+    truncation_mode: str
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
+        check_mode(self.truncation_mode)
+
+    def cut(self, tokens: list[list[int]]) -> list[list[int]]:
+        """A prompt and its responses within the bounds."""
+        bounds = (self.max_length, self.max_prompt_length, self.truncation_mode)
+        prompt, responses = truncate_responses(tokens[0], tokens[1:], *bounds)
+        return [prompt, *responses]

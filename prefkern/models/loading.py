@@ -27,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import (
@@ -54,7 +55,7 @@ _WHENCE = (
 def load_model(name: str, init_kwargs: Mapping[str, Any] | None = None, what: str = "model") -> Any:
     """Loads a causal LM, in float32 unless `init_kwargs` name another dtype.
 
-    A model that also takes images is accepted; it is trained on text.
+    A model that also takes images is accepted.
 
     Args:
         name: a folder or hub name.
@@ -156,6 +157,13 @@ def load_own_tokenizer(adapter: str, name: str, kwargs: Mapping[str, Any]) -> An
         return load_tokenizer(name, kwargs)
 
 
+def load_own_processor(adapter: str, name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The processor beside an adapter, as `load_own_tokenizer` finds a tokenizer."""
+    if (Path(adapter) / "processor_config.json").exists():
+        return load_processor(adapter, {key: x for key, x in kwargs.items() if key != "revision"})
+    return load_processor(name, kwargs)
+
+
 def from_files(
     loader: Any, name: str, what: str, *, trust_remote_code: bool, **kwargs: Any
 ) -> tuple[Any, list[str]]:
@@ -238,6 +246,23 @@ def load_tokenizer(name: str, kwargs: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"the tokenizer of {name!r} cannot be loaded: {where}: {reason}. Repair its files, or "
             "pass processing_class"
+        ) from error
+
+
+def load_processor(name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The processor of a model that sees, as `load_tokenizer` loads a tokenizer.
+
+    Raises ValueError if it cannot be loaded.
+    """
+    try:
+        return AutoProcessor.from_pretrained(
+            name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the processor of {name!r}, which pictures need, cannot be loaded: {reason}. Pass "
+            "processing_class, or remove the pictures to train on the text alone"
         ) from error
 
 

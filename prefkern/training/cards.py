@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from prefkern.data.columns import picture_column
 from prefkern.models.adapters import is_peft_model
 from prefkern.objectives import REGISTRY, Adaptive, Mixture, Objective
 from prefkern.objectives.citations import ADADPO, LD_DPO, Paper, without_repeats
@@ -149,6 +150,7 @@ class CardTrainer(ItemTrainer):
         base = base_name(model)
         base_id = base if is_hub_id(base) else None
         data = dataset_name or self.dataset_name or hub_name(self.train_dataset)
+        sees = picture_column(getattr(self.train_dataset, "column_names", None) or ()) is not None
         hub_id = self.hub_model_id
         papers = without_repeats(
             [*objective.citations(), *([] if self.loss_fn.ld_alpha is None else [LD_DPO])]
@@ -164,7 +166,7 @@ class CardTrainer(ItemTrainer):
             library_name="peft" if is_adapter else "transformers",
             license=license,
             model_name=model_name,
-            pipeline_tag="text-generation",
+            pipeline_tag="image-text-to-text" if sees else "text-generation",
             tags=[*dict.fromkeys([GENERATED, *self._card_tags(), *adapters, *given_tags])],
         )
         return ModelCard.from_template(
@@ -175,13 +177,14 @@ class CardTrainer(ItemTrainer):
             model_name=model_name,
             kind="a fine-tuned version of" if not is_adapter else f"{_kind(model)} of",
             base=described_base(model, base),
-            data=described_data(data, self.train_dataset, objective),
+            data=described_data(data, self.train_dataset, objective, sees),
             software=[*self._software()],
             quick_start=quick_start(
                 hub_id or (str(folder) if not folder.is_absolute() else folder.name),
                 is_adapter=is_adapter,
                 has_base=bool(base),
                 has_template=getattr(self.processing_class, "chat_template", None) is not None,
+                sees=sees,
             ),
             badges=self._badges(),
             method=objective.title,
@@ -277,10 +280,11 @@ def described_base(model: Any, name: str) -> str:
     return f"`{Path(name).name}`, {kind}" if name else f"{kind} that was made in memory"
 
 
-def described_data(name: str | None, dataset: Any, objective: Any) -> str:
+def described_data(name: str | None, dataset: Any, objective: Any, sees: bool = False) -> str:
     if dataset is None:
         return ""
     items = "pairs" if isinstance(objective, Objective) else "responses"
+    items += " with pictures" if sees else ""
     size = f"{len(dataset):,} {items}" if hasattr(dataset, "__len__") else items
     if name is None:
         return size
@@ -346,9 +350,18 @@ def adapter_tags(model: Any, base_id: str | None) -> list[str]:
     return [str(getattr(kind, "value", kind)).lower(), *of_base]
 
 
-def quick_start(place: str, *, is_adapter: bool, has_base: bool, has_template: bool) -> str:
+def quick_start(
+    place: str, *, is_adapter: bool, has_base: bool, has_template: bool, sees: bool = False
+) -> str:
     """Code that generates with the model in a folder or of that name on the hub."""
     asked = '[{"role": "user", "content": question}]' if has_template else "question"
+    task, kind, reader, question = "text-generation", "CausalLM", "tokenizer", f'"{_QUESTION}"'
+    if sees:
+        task, kind, reader = "image-text-to-text", "ImageTextToText", "processor"
+        question = (
+            '[{"type": "image", "url": "picture.png"}, {"type": "text", "text": "What is this?"}]'
+        )
+        asked = 'text=[{"role": "user", "content": question}]'
     place = json.dumps(place)
     imports, loaded = "from transformers import pipeline", f"model={place}"
     before = ""
@@ -356,19 +369,19 @@ def quick_start(place: str, *, is_adapter: bool, has_base: bool, has_template: b
         # The adapter's config names no base that could be loaded.
         imports = (
             "from peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline"
+            f"from transformers import AutoModelFor{kind}, Auto{reader.title()}, pipeline"
         )
         before = (
-            'base = AutoModelForCausalLM.from_pretrained("...")  # the model before training\n'
+            f'base = AutoModelFor{kind}.from_pretrained("...")  # the model before training\n'
             f"model = PeftModel.from_pretrained(base, {place})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({place})\n"
+            f"{reader} = Auto{reader.title()}.from_pretrained({place})\n"
         )
-        loaded = "model=model, tokenizer=tokenizer"
+        loaded = f"model=model, {reader}={reader}"
     return (
         f"{imports}\n\n"
-        f'question = "{_QUESTION}"\n'
+        f"question = {question}\n"
         f"{before}"
-        f'generator = pipeline("text-generation", {loaded})\n'
+        f'generator = pipeline("{task}", {loaded})\n'
         f"output = generator({asked}, max_new_tokens=128, return_full_text=False)[0]\n"
         'print(output["generated_text"])'
     )

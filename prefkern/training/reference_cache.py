@@ -279,7 +279,8 @@ def with_sums(
             else _scored_by_tokens(chosen, batches, score, collate, accelerator)
         )
         for by_pair in scored:
-            sums[rows[done : done + len(by_pair)]] = by_pair.cpu()
+            # Those of a float64 model are float64.
+            sums[rows[done : done + len(by_pair)]] = by_pair.float().cpu()
             done += len(by_pair)
             bar.update(len(by_pair))
             # Missing rows are in order, so a shard is complete once its last row is there.

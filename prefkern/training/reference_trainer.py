@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prefkern.data.collate import first_sequence, sequence_count
+from prefkern.data.columns import picture_column
 from prefkern.loss.fused import FusedPreferenceLoss
 from prefkern.models.adapters import is_peft_model
 from prefkern.models.calls import evaluation_mode
@@ -31,6 +32,7 @@ from prefkern.ops import cpu
 from prefkern.ops.call import resolve_backend
 from prefkern.training.checks import carry_sums
 from prefkern.training.objective_trainer import reference_states, sums_alone, sums_of
+from prefkern.training.pictures import hash_pictures
 from prefkern.training.reference_cache import (
     SumsOnDisk,
     default_folder,
@@ -219,6 +221,9 @@ class ReferenceTrainer(TokenBatchTrainer):
             precision = f"{precision} by {'FSDP2' if self.accelerator.is_fsdp2 else 'DeepSpeed'}"
         # Without it, keys stay what they were.
         ld_alpha = {} if self._sum_fn.ld_alpha is None else {"ld_alpha": self._sum_fn.ld_alpha}
+        pictures = {}
+        if picture_column(dataset.column_names) is not None:
+            pictures["pictures"] = hash_pictures(dataset, self.processing_class)
         return open_cache(
             folder,
             self._description(),
@@ -230,6 +235,7 @@ class ReferenceTrainer(TokenBatchTrainer):
             backend=resolve_backend(self.args.backend, self.args.device),
             layout=self._layout,
             **ld_alpha,
+            **pictures,
         )
 
     def _description(self) -> dict[str, Any] | None:

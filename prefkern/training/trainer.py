@@ -29,19 +29,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PredictionOutput
 
 from prefkern.data import (
-    DatasetMix,
     DatasetReport,
-    check_columns,
-    check_labels,
-    tokenize_examples,
-    tokenize_preferences,
-    without_unused,
 )
 from prefkern.data.collate import (
     ExampleCollator,
     PreferenceCollator,
 )
-from prefkern.data.columns import ID_COLUMNS, renamed
+from prefkern.data.columns import ID_COLUMNS
 from prefkern.data.streams import whole
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
@@ -64,7 +58,6 @@ from prefkern.models.packing import (
     require_packing,
     require_shared_router_loss,
 )
-from prefkern.models.positions import check_positions
 from prefkern.models.routers import RouterLoss
 from prefkern.models.scoring import (
     preference_outputs,
@@ -77,7 +70,6 @@ from prefkern.training.checks import (
     Needs,
     carry_sums,
     check_batches,
-    check_carried_sums,
     check_data_arguments,
     check_needs,
     check_reference_arguments,
@@ -86,6 +78,7 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.data_trainer import DataTrainer
 from prefkern.training.metrics import NUM_TOKENS, token_count
 from prefkern.training.moving_reference import (
     MovesReference,
@@ -96,8 +89,13 @@ from prefkern.training.moving_reference import (
 )
 from prefkern.training.names import NamedArguments
 from prefkern.training.objective_trainer import add_to
+from prefkern.training.pictures import (
+    picture_collator,
+    picture_processor,
+    refuse_picture_stream,
+    shows_pictures,
+)
 from prefkern.training.reference_setup import check_reference_of_shards, second_copy
-from prefkern.training.reference_trainer import ReferenceTrainer
 from prefkern.training.samples import ShowsSamples, check_samples
 from prefkern.training.sharding import mode_of, sharded
 from prefkern.training.streams import check_resumed_stream, check_stream, save_stream
@@ -114,7 +112,7 @@ from prefkern.training.zero import check_zero, gather_whole
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(NamedArguments, ReferenceTrainer):
+class PreferenceTrainer(NamedArguments, DataTrainer):
     """Trains a causal LM on preference pairs.
 
     Args:
@@ -123,7 +121,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         train_dataset, eval_dataset: `datasets.Dataset` in one of the formats of `prefkern.data`, or
             a `DatasetMix` of several; the latter may also be a dict of them. Each may be a stream
             (`datasets.IterableDataset`): trained on with `max_steps`, read whole for evaluations.
-        processing_class: the tokenizer; None loads the model's own.
+        processing_class: the tokenizer, or the processor for rows with pictures; None loads the
+            model's own.
         objective: overrides `args.objective`.
         ref_model: the reference, a model, name or path. None: the initial model. With PEFT that is
             the base model if the adapter is new, and a frozen copy of the adapter if a trained one
@@ -170,6 +169,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         check_reference_arguments(model, ref_model, args)
+        for each, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
+            refuse_picture_stream(dataset, each)
         streams = check_stream(args, train_dataset)
         if streams is not None:
             # What is checked and reported before training; the others are as they are read.
@@ -214,6 +215,10 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
         check_tensor_parallel(args, model, given_reference, peft_config, init_kwargs)
         # It is not known how a model that is given was loaded.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
+        parts = named(train_dataset, "train") + named(eval_dataset, "eval")
+        seen = shows_pictures(parts)
+        if seen is not None:
+            processing_class = picture_processor(processing_class, model, own_kwargs, args, seen)
         name = model if isinstance(model, str) else None
         model = load_model(model, init_kwargs) if isinstance(model, str) else model
         processing_class = processing_class or load_tokenizer(
@@ -244,7 +249,7 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             check_pad_token(tokenizer, self._rows)
         self._router_loss = RouterLoss.of(model, args.router_aux_loss_coef)
 
-        self._tokenizer = tokenizer
+        self._tokenizer, self._processor = tokenizer, processing_class
         self.dataset_reports: dict[str, DatasetReport] = {}
         with args.main_process_first(desc="tokenisation", local=False):
             train_dataset = self._tokenized(train_dataset, args, "train")
@@ -324,6 +329,8 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             else ExampleCollator(*layout, args.max_length, padding_free=args.padding_free)
         )
 
+        if seen is not None:
+            collator = picture_collator(collator, processing_class, base)
         if streams is not None:
             seed = args.seed if args.data_seed is None else args.data_seed
             tokens = partial(self._tokens_of_stream, args, base)
@@ -450,93 +457,6 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
             )
         return outputs, outputs.loss
 
-    def _tokenized(self, dataset: Any, args: PreferenceConfig, name: str) -> Any:
-        if dataset is None:
-            return None
-        if isinstance(dataset, DatasetMix):
-            parts = {
-                f"{name}_{key}": self._tokenized(value, args, f"{name}_{key}")
-                for key, value in dataset.parts.items()
-            }
-            seed = args.seed if args.data_seed is None else args.data_seed
-            return dataset.of(parts).mixed(seed, self.dataset_reports)
-        if isinstance(dataset, dict):
-            return {
-                key: self._tokenized(value, args, f"{name}_{key}") for key, value in dataset.items()
-            }
-        is_prepared = any(column.endswith("_ids") for column in dataset.column_names)
-        dataset, report = self._tokens_of(dataset, args, name, args.dataset_num_proc)
-        # A dataset that was tokenised before adds nothing to a report that is there already.
-        if not is_prepared or report.dropped or name not in self.dataset_reports:
-            self.dataset_reports[name] = report
-            logger.info("%s", report.summary)
-        return dataset
-
-    def _tokens_of_stream(self, args: PreferenceConfig, base: Any, rows: Any, name: str) -> Any:
-        """The tokens of some rows of a stream, checked as those of a dataset are."""
-        self._check_columns(rows, args, name)
-        # A worker of the loader may start no processes, and so few rows need none.
-        tokens, _ = self._tokens_of(rows, args, name, num_proc=None)
-        self._check_positions(tokens, args, name, base)
-        return tokens
-
-    def _tokens_of(
-        self, dataset: Any, args: PreferenceConfig, name: str, num_proc: int | None
-    ) -> tuple[Any, DatasetReport]:
-        needs = self._objective_needs
-        dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
-        dataset = without_unused(
-            dataset, references=needs.reference and needs.sums_suffice, margins=needs.margins
-        )
-        options: dict[str, Any] = {
-            "max_length": args.max_length,
-            "max_prompt_length": args.max_prompt_length,
-            "truncation_mode": args.truncation_mode,
-            "num_proc": num_proc,
-            "name": name,
-            "assistant_only_loss": args.assistant_only_loss,
-            "last_turn_only": args.last_turn_only,
-        }
-        if needs.paired:
-            options["gold"] = needs.gold
-        tokenize = tokenize_preferences if needs.paired else tokenize_examples
-        dataset, report = tokenize(dataset, self._tokenizer, **options)
-        check_tokens(dataset, ID_COLUMNS, self._rows, name)
-        return dataset, report
-
-    def _check_positions(
-        self, dataset: Any, args: PreferenceConfig, name: str, base: Any, whose: str = "model"
-    ) -> None:
-        if self._collates_otherwise:
-            return
-        bounds = {"max_length": args.max_length, "multiple": args.pad_to_multiple_of}
-        for each, part in named(dataset, name):
-            check_positions(part, base, each, **bounds, whose=whose)
-
-    def _prepared(self, dataset: Any, name: str) -> Any:
-        """A dataset to evaluate on, from raw pairs."""
-        dataset = whole(dataset)
-        for each, part in named(dataset, name):
-            self._check_columns(part, self.args, each)
-        dataset = self._tokenized(dataset, self.args, name)
-        ranks = self._ranks_with_batches
-        gold = self._objective_needs.gold
-        check_batches(dataset, self.args.eval_batch_size, self.args, name, ranks, gold=gold)
-        if self._objective_needs.reference and not carry_sums(dataset):
-            # The constructor did not check this if its datasets carried sums.
-            model = self.accelerator.unwrap_model(self.model)
-            check_reference_adapter(
-                model, self.args.ref_adapter_name, self.ref_model, self._initial_adapter
-            )
-        for model in (self.accelerator.unwrap_model(self.model), self.ref_model):
-            if model is not None:
-                whose = "model" if model is not self.ref_model else "reference"
-                self._check_positions(dataset, self.args, name, unwrap(model), whose)
-        if self._objective_needs.reference and self.args.precompute_ref_log_probs:
-            with self._computing_sums():
-                dataset = self._with_reference(dataset)
-        return dataset
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -566,15 +486,6 @@ class PreferenceTrainer(NamedArguments, ReferenceTrainer):
     def _save_into(self, folder: str, state_dict: Any) -> None:
         with with_own_rates(self._dropout_of_configs):
             super()._save_into(folder, state_dict)
-
-    def _check_columns(self, dataset: Any, args: PreferenceConfig, name: str) -> None:
-        needs = self._objective_needs
-        dataset = renamed(dataset, args.columns, name)  # pyright: ignore[reportArgumentType]
-        check_columns(dataset, name, paired=needs.paired, margins=needs.margins, gold=needs.gold)
-        if dataset._fingerprint not in self._computed_sums:
-            check_carried_sums(dataset, name, needs, self._reference_given, args)
-        if not needs.paired:
-            check_labels(dataset, name)
 
     def _refuse_unsupported_setups(self) -> None:
         super()._refuse_unsupported_setups()

@@ -527,7 +527,7 @@ def test_text_prompts_of_conversations():
         ({"chosen": [_assistant("a"), None]}, "'chosen' must be .* one of its messages is None"),
         (
             {"prompt": [_user([{"type": "image", "url": "a.png"}])]},
-            "of role 'user' has content of type 'image', but only text is supported yet",
+            "'user' has content of type 'image', but only text is read here; the pictures .* 'images'",
         ),
         (
             {"prompt": [_user([{"type": "text", "text": "film ?"}])]},

@@ -154,16 +154,17 @@ def test_numbers_are_short():
 
 def test_many_rows_cost_little(monkeypatch):
     """The report reads no tokens, only a few numbers of each row."""
-    from prefkern.data import tokenisation, turns
+    from prefkern.data import marks as of_rows
+    from prefkern.data import tokenisation, truncation, turns
 
     rows = datasets.Dataset.from_list(tiny.pairs(30))
-    bounds = tokenisation._Bounds(None, None, "keep_end")
+    bounds = truncation.Bounds(None, None, "keep_end")
     marked = tokenisation._with_tokens(rows, TOKENIZER, bounds, None, "x", turns.Turns())
     read = []
     original = datasets.Dataset.select_columns
     monkeypatch.setattr(
         datasets.Dataset, "select_columns", lambda s, c: read.extend(c) or original(s, c)
     )
-    marks = tokenisation._marks(marked)
+    marks = of_rows.marks_of(marked)
     assert set(read) == set(marks) and not any(name.endswith("_ids") for name in marks)
     assert sum(values.shape[-1] if values.ndim > 1 else 1 for values in marks.values()) < 23

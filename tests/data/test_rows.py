@@ -229,17 +229,22 @@ def test_files_are_loaded_with_names_of_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "column", ["image", "images", "video", "videos", "audio", "audios", "Images"]
+    ("column", "message"),
+    [
+        *((name, f"a column '{name}', but {name[:5]}.* not") for name in ("video", "videos")),
+        *((name, f"a column '{name}', but {name[:5]}.* not") for name in ("audio", "audios")),
+        *((name, "has pictures, which need the model's processor") for name in ("image", "images")),
+        ("Images", "a column 'Images', .* pictures are read under the names 'images' and 'image'"),
+    ],
 )
-def test_what_is_not_text_is_refused_by_name(column):
+def test_what_is_not_text_is_refused_by_name(column, message):
     for row, tokenize in (
         (CHAT, data.tokenize_preferences),
         ({"prompt": "a", "completion": "b", "label": True}, data.tokenize_examples),
     ):
-        with pytest.raises(
-            ValueError, match=f"a column '{column}', but {column[:5].lower()}.* not supported"
-        ):
-            tokenize(datasets.Dataset.from_list([{**row, column: ["a.mp4"]}]), TOKENIZER)
+        cell = "a.mp4" if column == "image" else ["a.mp4"]
+        with pytest.raises(ValueError, match=message):
+            tokenize(datasets.Dataset.from_list([{**row, column: cell}]), TOKENIZER)
 
 
 # Conversations in other spellings.

@@ -81,6 +81,23 @@ def test_the_page_of_sharded_training_is_of_its_record() -> None:
     assert sharded.misses(result) == ["ZeRO-3, full, none: gradients nan"]
 
 
+def test_the_page_of_pictures_is_of_its_record() -> None:
+    pytest.importorskip("trl")
+    import pictures
+
+    result = json.loads(pictures.RESULT.read_text())
+    assert pictures.PAGE.read_text() == pictures.page(result)
+    assert pictures.misses(result) == []
+    assert result["rows"].keys() == result["trl"].keys() == {f.name for f in pictures.FAMILIES}
+    first = next(iter(result["rows"]))
+    result["rows"][first]["texts"]["float32"]["logps"] = math.nan
+    result["trl"][first]["LoRA"]["loss"] = 1.0
+    assert pictures.misses(result) == [
+        f"{first}, texts, float32: logps nan",
+        f"{first}, TRL, LoRA: loss 1.0e+00",
+    ]
+
+
 def test_the_results_page_s_numbers_are_the_result_s() -> None:
     """The numbers of the page's tables are in the file, row by row."""
     section = (ROOT / "docs/results.md").read_text().split(readme.MARKERS[0])[1]
