@@ -84,11 +84,15 @@ def test_the_table_is_what_training_costs(folder, layout, lora):
         backend="torch",
         **LAYOUTS[layout],
     )
-    tokens = operations = checkpointed = 0
+    tokens = operations = checkpointed = of_positions = 0
     for rows in steps(run.train_dataset, args):
         batch = run.data_collator([run.train_dataset[row] for row in rows])
         tokens += batch["input_ids"].numel()
         operations += step(run, batch)
+        if layout == "padded":
+            # transformers 5.16 turns the positions of one row for all, in policy and reference.
+            length, half = batch["input_ids"].shape[1], run.model.config.head_dim // 2
+            of_positions += 2 * 2 * (len(batch["input_ids"]) - 1) * length * half
     run.model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
         run.model.enable_input_require_grads()
@@ -101,8 +105,8 @@ def test_the_table_is_what_training_costs(folder, layout, lora):
     assert checkpointed == pytest.approx(epoch.operations_checkpointed, rel=0.03)
     if not lora:
         # Nothing is left out: full training is counted to the last product.
-        assert operations == epoch.operations
-        assert checkpointed == epoch.operations_checkpointed
+        assert epoch.operations - operations in {0, of_positions}
+        assert epoch.operations_checkpointed - checkpointed in {0, of_positions}
 
 
 def step(run, batch) -> int:
