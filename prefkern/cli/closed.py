@@ -54,7 +54,7 @@ class _Stream:
     def _ending(self) -> Iterator[None]:
         # A thread that draws a progress bar may have met the closed pipe, and ended alone.
         if self._is_closed:
-            raise SystemExit(STATUS)
+            sys.exit(STATUS)
         try:
             yield
         except BrokenPipeError:
@@ -63,4 +63,4 @@ class _Stream:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-            raise SystemExit(STATUS) from None
+            sys.exit(STATUS)

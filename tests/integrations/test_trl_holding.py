@@ -48,7 +48,9 @@ def test_fuse_head_refuses_by_name(tmp_path):
         fuse_head(trainer)
     del trainer.model.final_logits_bias
     trainer.concatenated_forward = print
-    with pytest.raises(ValueError, match="concatenated_forward was replaced"):
+    with pytest.raises(
+        ValueError, match="the trainer's concatenated_forward was replaced by .* already"
+    ):
         fuse_head(trainer)
 
 
