@@ -26,7 +26,9 @@ CONSTRAINTS := constraints.txt
 
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c $(CONSTRAINTS)
+# Without compiling: of torch, transformers and the rest, a run compiles the small part that it imports.
+INSTALL := install -qq --no-input --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip $(INSTALL)
 
 # The two packages of data are large, and neither's dependencies are wanted. A demo that is given
 # both a model and a data set does without them.
@@ -141,7 +143,7 @@ dist:
 	@rm -rf dist .venv-build .venv-dist
 	@echo "set-up: what builds and checks a package"
 	@$(PYTHON) -m venv .venv-build
-	@.venv-build/bin/python -m pip install -qq --no-input -c $(CONSTRAINTS) build twine
+	@.venv-build/bin/python -m pip $(INSTALL) build twine
 	.venv-build/bin/python -m build --quiet
 	.venv-build/bin/twine check --strict dist/*
 	@$(MAKE) installed VENV=.venv-dist

@@ -50,12 +50,17 @@ def current_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return others | ({"dtype": dtypes[0]} if dtypes else {})
 
 
+def full_dtype(name: str) -> str:
+    """A dtype's own name, of "torch.bfloat16" and "bf16" too; another text is left as it is."""
+    plain = name.removeprefix("torch.")
+    return _SHORT.get(plain, plain)
+
+
 def _dtype(name: str, value: Any) -> Any:
     """A dtype's own name, "bfloat16"; "auto" and a dict of a model's parts are left as they are."""
     if isinstance(value, dict) or value == "auto":
         return value
-    plain = str(value).removeprefix("torch.")
-    plain = _SHORT.get(plain, plain)
+    plain = full_dtype(str(value))
     if plain not in _FLOATS:
         raise ValueError(
             f'{name} must be "auto" or a floating dtype such as "bfloat16", got {value!r}'

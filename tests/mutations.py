@@ -1592,7 +1592,7 @@ MUTATIONS = (
         "prefkern/integrations/trl/head.py",
         'full = align_labels(rows["concatenated_input_ids"].masked_fill(~is_token, IGNORE_INDEX))',
         'full = rows["concatenated_input_ids"].masked_fill(~is_token, IGNORE_INDEX)',
-        "tests/integrations/test_trl.py -k 'twins or terms'",
+        "tests/integrations/test_trl.py tests/integrations/test_trl_holding.py -k 'twins or terms'",
     ),
     Mutation(
         "labels that are shifted already are shifted again for TRL",

@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from prefkern.keywords import full_dtype
 from prefkern_bench import models, shapes
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -61,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--tasks", "--heads", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME",
         help=f"one of {', '.join(TASKS)}; the last two belong to suite step",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", type=full_dtype, choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--workspace-mb", type=float, help="bound on prefkern's temporary memory")
     parser.add_argument("--repeats", type=int, help="largest number of timed rounds")

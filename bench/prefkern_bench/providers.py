@@ -21,6 +21,7 @@ also becomes such a row.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import warnings
@@ -293,9 +294,12 @@ class Trl(Provider):
     CHUNK_SIZE = 32768  # vocabulary entries, the value that TRL's trainers pass
 
     def __init__(self) -> None:
-        import trl.kernels
+        import trl
 
-        self.function = trl.kernels.ChunkedLogProbFunction
+        if importlib.util.find_spec("trl.kernels") is None:
+            raise NotImplementedError(f"TRL {trl.__version__} holds logits; its tiles need 1.14")
+        kernels = importlib.import_module("trl.kernels")
+        self.function = kernels.ChunkedLogProbFunction
         known = inspect.signature(self.function.forward).parameters
         # Later versions compute entropy and similar outputs only on request.
         self.options = [()] if "outputs" in known else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from prefkern.cli.closed import ending_with_the_reader
 from prefkern.typos import nearest
 
 COMMANDS = {
@@ -24,7 +25,11 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; 2 for a command that does not exist."""
-    argv = sys.argv[1:] if argv is None else argv
+    with ending_with_the_reader():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> int:
     if "--version" in argv[:2]:
         from prefkern.version import VERSION
 

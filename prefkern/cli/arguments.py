@@ -24,6 +24,7 @@ from prefkern.cli import fields
 from prefkern.cli.fields import UNKNOWN, Option
 from prefkern.data.mixing import check_weights
 from prefkern.data.sources import local_path
+from prefkern.keywords import full_dtype
 from prefkern.training.names import asks_nothing, hint
 from prefkern.version import install_line
 
@@ -49,6 +50,7 @@ class ModelArguments:
         metadata={
             "help": "Dtype of the weights; auto: as in the file.",
             "choices": _DTYPES,
+            "reads": full_dtype,
             "aliases": ["--torch_dtype"],
         },
     )
@@ -380,7 +382,7 @@ def _reader(option: Option) -> Callable[[str], Any]:
                 return json.loads(text)
             except json.JSONDecodeError as error:
                 raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
-        return text
+        return text if option.reads is None else option.reads(text)
 
     return read
 

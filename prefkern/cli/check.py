@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from prefkern.cli.arguments import spelled
+from prefkern.keywords import full_dtype
 
 # Half-precision results that are rounded once may exceed eager's error a little, by chance.
 EAGER_SLACK = 1.02
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype",
         action="append",
+        type=full_dtype,
         choices=list(LOGP_BOUND),
         help="only this dtype; may be given more than once",
     )

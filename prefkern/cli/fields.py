@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Option:
     help: str = ""
     aliases: tuple[str, ...] = ()  # as flags
     is_flag: bool = False  # may stand without a value, which then means true
+    reads: Callable[[str], str] | None = None  # the choice that a text means
 
 
 def of_class(kind: type) -> list[Option]:
@@ -89,6 +91,7 @@ def _option(name: str, annotation: ast.expr, default: Any, metadata: Any) -> Opt
         "" if text is UNKNOWN else text,
         (aliases,) if isinstance(aliases, str) else tuple(aliases),
         "bool" in kinds or metadata.get("nargs") == "?",
+        metadata.get("reads"),
     )
 
 

@@ -10,6 +10,7 @@ from prefkern.cli import fields
 from prefkern.cli.arguments import check_model_folder, check_sources, spelled
 from prefkern.data.columns import COLUMNS_HELP, read_renaming
 from prefkern.data.truncation import TRUNCATION_HELP, TRUNCATION_MODES
+from prefkern.keywords import full_dtype
 from prefkern.version import install_line
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -60,6 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype",
+        type=full_dtype,
         choices=DTYPES,
         default="bfloat16",
         help="dtype of hidden states and head (default: bfloat16)",

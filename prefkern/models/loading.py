@@ -5,8 +5,9 @@ run trains them. For a folder that holds only an adapter it says that the model 
 for a damaged file it says where its parser stopped. Here each case is an error that names the
 folder, the fault and the remedy.
 
-A revision, a cache folder or an access token for a model also applies to its tokenizer, because
-another revision may have another vocabulary and chat template. Code among the files runs only if
+A revision, a subfolder, a cache folder or an access token for a model also applies to its tokenizer,
+because another revision may have another vocabulary and chat template. Where the subfolder has no
+tokenizer, it is the one above. Code among the files runs only if
 the user trusts it. `trust_remote_code` is always passed: without a value transformers asks on
 stdin.
 """
@@ -34,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
+from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from prefkern.keywords import current_names
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 _WHENCE = (
     "revision",
     "code_revision",
+    "subfolder",
     "token",
     "cache_dir",
     "force_download",
@@ -151,8 +154,7 @@ def load_own_tokenizer(adapter: str, name: str, kwargs: Mapping[str, Any]) -> An
     if Path(adapter).is_dir() and not (Path(adapter) / "tokenizer_config.json").exists():
         return load_tokenizer(name, kwargs)
     try:
-        # The revision is that of the base model.
-        return load_tokenizer(adapter, {key: x for key, x in kwargs.items() if key != "revision"})
+        return load_tokenizer(adapter, of_another(kwargs))
     except OSError:
         return load_tokenizer(name, kwargs)
 
@@ -233,9 +235,10 @@ def load_tokenizer(name: str, kwargs: Mapping[str, Any]) -> Any:
             "so its tokenizer is unknown: pass processing_class"
         )
     try:
-        return AutoTokenizer.from_pretrained(
-            name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
-        )
+        given = whence(kwargs)
+        if "subfolder" in given and not _has_tokenizer(name, **given):
+            del given["subfolder"]
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted(kwargs), **given)
     except Exception as error:
         # The Rust library raises plain Exceptions. Errors of transformers itself are clear enough.
         broken = _broken_json(name)
@@ -271,9 +274,24 @@ def whence(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _WHENCE if name in kwargs}
 
 
+def of_another(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's keywords for `from_pretrained` as they are for its adapter.
+
+    Its revision and subfolder are not those of the adapter.
+    """
+    return {name: x for name, x in kwargs.items() if name not in ("revision", "subfolder")}
+
+
 def is_trusted(kwargs: Mapping[str, Any]) -> bool:
     """Whether a model's keywords for `from_pretrained` allow code among its files to run."""
     return bool(kwargs.get("trust_remote_code", False))
+
+
+def _has_tokenizer(name: str, subfolder: str, **given: Any) -> bool:
+    """Whether a subfolder of a model's files has a tokenizer of its own."""
+    asked = ("revision", "token", "cache_dir", "local_files_only")
+    file = f"{subfolder}/tokenizer_config.json"
+    return has_file(name, file, **{key: given[key] for key in asked if key in given})
 
 
 def _refuse_adapter(name: str, what: str) -> None:

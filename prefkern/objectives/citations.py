@@ -302,3 +302,12 @@ LD_DPO = Paper(
     2024,
     "2409.06411",
 )
+# Of the option `sync_ref_model`, which is the trainer's.
+TR_DPO = Paper(
+    "gorbatovski2024learn",
+    "Learn Your Reference Model for Real Good Alignment",
+    "Alexey Gorbatovski and Boris Shaposhnikov and Alexey Malakhov and Nikita Surnachev and "
+    "Yaroslav Aksenov and Ian Maksimov and Nikita Balagansky and Daniil Gavrilov",
+    2024,
+    "2404.09656",
+)

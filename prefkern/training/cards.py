@@ -25,10 +25,11 @@ from huggingface_hub.utils import validate_repo_id
 from prefkern.data.columns import picture_column
 from prefkern.models.adapters import is_peft_model
 from prefkern.objectives import REGISTRY, Adaptive, Mixture, Objective
-from prefkern.objectives.citations import ADADPO, LD_DPO, Paper, without_repeats
+from prefkern.objectives.citations import ADADPO, LD_DPO, TR_DPO, Paper, without_repeats
 from prefkern.objectives.composed import WPO, Wrapper
 from prefkern.training.files import write_atomically
 from prefkern.training.item_trainer import ItemTrainer
+from prefkern.training.options import MOVING_REFERENCE
 from prefkern.training.saving import (
     ADAPTERS,
     GENERATED,
@@ -152,9 +153,7 @@ class CardTrainer(ItemTrainer):
         data = dataset_name or self.dataset_name or hub_name(self.train_dataset)
         sees = picture_column(getattr(self.train_dataset, "column_names", None) or ()) is not None
         hub_id = self.hub_model_id
-        papers = without_repeats(
-            [*objective.citations(), *([] if self.loss_fn.ld_alpha is None else [LD_DPO])]
-        )
+        papers = without_repeats([*objective.citations(), *self._papers_of_options()])
         if model_name is None:
             model_name = hub_id.split("/")[-1] if hub_id else folder.resolve().name
         adapters = adapter_tags(model, base_id)
@@ -201,6 +200,12 @@ class CardTrainer(ItemTrainer):
             ],
         )
 
+    def _papers_of_options(self) -> Iterator[Paper]:
+        if self.loss_fn.ld_alpha is not None:
+            yield LD_DPO
+        if getattr(self.args, "sync_ref_model", False):
+            yield TR_DPO
+
     def _card_tags(self) -> list[str]:
         return ["prefkern", *objective_tags(self.loss_fn.objective)]
 
@@ -223,10 +228,14 @@ class CardTrainer(ItemTrainer):
         for name in ("assistant_only_loss", "last_turn_only"):
             if getattr(args, name, False):
                 yield name, True
+        if getattr(args, "sync_ref_model", False):
+            yield "sync_ref_model", True
+            yield from ((name, getattr(args, name)) for name in MOVING_REFERENCE)
         for name in _LISTED:
             value = getattr(args, name, None)
-            # max_steps is -1 where epochs count, and then overrides nothing.
-            if value is not None and not (name == "max_steps" and value <= 0):
+            # Where max_steps is set, not -1, no epochs count.
+            without = "num_train_epochs" if args.max_steps > 0 else "max_steps"
+            if value is not None and name != without:
                 yield name, getattr(value, "value", value)
         if getattr(args, "max_tokens_per_batch", None) is None:
             yield "total_train_batch_size", self.get_total_train_batch_size(args)

@@ -50,7 +50,13 @@ from prefkern.models.adapters import check_no_native_adapter
 from prefkern.models.calls import without_cache
 from prefkern.models.heads import unwrap
 from prefkern.models.liger import apply_liger, check_liger
-from prefkern.models.loading import from_files, is_trusted, load_tokenizer, whence
+from prefkern.models.loading import (
+    from_files,
+    is_trusted,
+    load_tokenizer,
+    of_another,
+    whence,
+)
 from prefkern.models.packing import WHOLE_ROW, reads_whole_row
 from prefkern.models.positions import check_positions
 from prefkern.models.scores import packed_scores, require_packed_scores
@@ -390,9 +396,7 @@ def load_reward_model(name: str, **kwargs: Any) -> tuple[Any, Any]:
             f"the adapter {name!r} does not fit {base!r} with one output: {error}"
         ) from error
     try:
-        # The revision is that of the base's weights, and not the adapter's.
-        unversioned = {key: value for key, value in kwargs.items() if key != "revision"}
-        tokenizer = load_tokenizer(name, unversioned)
+        tokenizer = load_tokenizer(name, of_another(kwargs))
     except (OSError, ValueError):
         return model, load_tokenizer(base, kwargs)
     # An adapter is saved without its model's configuration: take the tokenizer's pad token.

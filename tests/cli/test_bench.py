@@ -44,6 +44,10 @@ MODULES = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
 MISSING = {name for name, module in MODULES.items() if importlib.util.find_spec(module) is None}
 if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
     MISSING.add("torch-lce")
+# TRL has had tiles since 1.14.
+IS_TILED = "trl" not in MISSING and importlib.util.find_spec("trl.kernels") is not None
+if not IS_TILED:
+    MISSING.add("trl")
 # compile takes a compiler and a minute; cce a GPU.
 HERE = [n for n in ("prefkern", "eager", "torch-lce", "liger", "trl") if n not in MISSING]
 
@@ -274,9 +278,21 @@ def test_a_package_that_is_missing_is_a_row(
     options = ["--suite", "operator", "--tasks", "forward", "--providers"]
     _, report = run(tmp_path, *options, "trl", "liger", "torch-lce")
     trl, liger, torch_lce = report["rows"]
-    assert trl["failure"] == "not installed (trl.kernels)" or "trl" in trl["failure"]
+    assert trl["failure"] == "not installed (trl)"
     assert "not installed (liger_kernel" in liger["failure"]
     assert "needs 2.13" in torch_lce["failure"]
+
+
+def test_a_trl_that_holds_logits_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "trl.kernels" else find(name)
+    )
+    options = ["--suite", "operator", "--tasks", "forward", "--providers", "trl"]
+    _, report = run(tmp_path, *options)
+    (row,) = report["rows"]
+    assert row["failure"].endswith(" holds logits; its tiles need 1.14")
 
 
 def test_prefkern_failing_is_the_exit_status(

@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 yaml = pytest.importorskip("yaml")
 
 from prefkern.cli import __main__ as cli
-from prefkern.cli import arguments, fields, margins, train, trl_options
+from prefkern.cli import arguments, fields, margins, plan_options, train, trl_options
 from prefkern.training import names
 from prefkern.version import VERSION
 from support.command_line import error, flags
@@ -185,6 +185,20 @@ def test_a_file_may_say_null_for_report_to(files, tmp_path) -> None:
     path.write_text(yaml.safe_dump({**files, "report_to": None, "max_length": None}))
     config = train.parse([str(path)])[3]
     assert config.report_to == [] and config.max_length is None
+
+
+@pytest.mark.parametrize("name", ["bf16", "torch.bfloat16", "bfloat16"])
+def test_a_dtype_has_the_names_that_model_init_kwargs_take(name, files, tmp_path) -> None:
+    assert train.parse(flags({**files, "dtype": name}))[3].model_init_kwargs["dtype"] == "bfloat16"
+    given = {**files, "model_init_kwargs": json.dumps({"dtype": name})}
+    assert train.parse(flags(given))[3].model_init_kwargs["dtype"] == "bfloat16"
+    # In a file too, and where both are given in different words.
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**given, "torch_dtype": name}))
+    assert train.parse([str(path)])[3].model_init_kwargs["dtype"] == "bfloat16"
+    assert plan_options.parse(["m", "--seq-len", "8", "--batch", "1", "--dtype", name]).dtype == (
+        "bfloat16"
+    )
 
 
 def test_a_dtype_of_a_file_is_not_shadowed_by_the_flags_default(files, capsys) -> None:

@@ -84,11 +84,15 @@ def test_the_table_is_what_training_costs(folder, layout, lora):
         backend="torch",
         **LAYOUTS[layout],
     )
-    tokens = operations = checkpointed = 0
+    tokens = operations = checkpointed = of_positions = 0
     for rows in steps(run.train_dataset, args):
         batch = run.data_collator([run.train_dataset[row] for row in rows])
         tokens += batch["input_ids"].numel()
         operations += step(run, batch)
+        if layout == "padded":
+            # transformers 5.16 turns the positions of one row for all, in policy and reference.
+            length, half = batch["input_ids"].shape[1], run.model.config.head_dim // 2
+            of_positions += 2 * 2 * (len(batch["input_ids"]) - 1) * length * half
     run.model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora:
         run.model.enable_input_require_grads()
@@ -101,8 +105,8 @@ def test_the_table_is_what_training_costs(folder, layout, lora):
     assert checkpointed == pytest.approx(epoch.operations_checkpointed, rel=0.03)
     if not lora:
         # Nothing is left out: full training is counted to the last product.
-        assert operations == epoch.operations
-        assert checkpointed == epoch.operations_checkpointed
+        assert epoch.operations - operations in {0, of_positions}
+        assert epoch.operations_checkpointed - checkpointed in {0, of_positions}
 
 
 def step(run, batch) -> int:
@@ -294,9 +298,9 @@ def test_single_responses_and_models_without_sdpa_are_refused(folder, capsys):
     assert cli.main(["plan", *arguments(folder)]) == 2
     assert "single responses are for the objective 'kto'" in capsys.readouterr().err
     write(folder, tiny.pairs(4))
-    tiny.model("Gemma2").config.save_pretrained(folder / "model")
+    tiny.model("Mamba", state_size=8).config.save_pretrained(folder / "model")
     assert cli.main(["plan", *arguments(folder)]) == 2
-    assert "the body of Gemma2ForCausalLM cannot be counted" in capsys.readouterr().err
+    assert "the body of MambaForCausalLM cannot be counted" in capsys.readouterr().err
 
 
 def test_data_needs_datasets(folder, capsys, monkeypatch):

@@ -57,6 +57,10 @@ def test_every_option_of_trl_is_taken_or_named() -> None:
                 assert option.default is None
             elif option.default != default and each.name not in ("optim",):
                 otherwise.add(each.name)
+    if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
+        # TRL 1.9 pads to no multiple, and has another share of a router's loss.
+        assert otherwise ^ OTHERWISE <= {"pad_to_multiple_of", "router_aux_loss_coef"}
+        otherwise = OTHERWISE
     assert otherwise == OTHERWISE
     page = (Path(__file__).parent.parent.parent / "docs/commands.md").read_text()
     assert all(f"`{name}`" in page for name in OTHERWISE - {"logging_nan_inf_filter"})

@@ -1,10 +1,9 @@
-"""prefkern in TRL against TRL, logits in memory, and itself resumed and on two ranks."""
+"""prefkern in TRL against TRL, logits in memory, and itself resumed."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import re
 import runpy
@@ -16,7 +15,6 @@ import torch
 import transformers
 
 from support import tiny
-from support.ranks import run_on_two_ranks
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -37,7 +35,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 import prefkern
 import twins
 from prefkern import objectives
-from prefkern.integrations.trl import DPOTrainer, fuse_head, restore_head
+from prefkern.integrations.trl import DPOTrainer, fuse_head
 from support.trl_runs import build
 
 V = tiny.VOCAB_SIZE
@@ -424,128 +422,6 @@ def test_the_cache_of_reference_sums_is_not_trls(tmp_path, monkeypatch):
     assert sums(DPOTrainer) == mine
 
 
-def _with_margins(*values) -> datasets.Dataset:
-    return tiny.dataset(len(values)).add_column("margin", list(values))
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (tiny.dataset(4), "dataset 'train' has no column reward_margin or margin"),
-        (_with_margins(1.0, None, 1.0, 1.0), r"dataset 'train', row 1: no margin \('margin' is No"),
-        (_with_margins(1.0, 1.0, math.nan), r"dataset 'train', row 2: no margin \('margin' is nan"),
-    ],
-    ids=["none", "null", "nan"],
-)
-def test_margins_are_numbers(tmp_path, rows, message):
-    """In a stream a bad one is refused when its batch is made, before it is trained on."""
-    options = {"objective": "madpo", "ref_model": tiny.model(seed=1), "max_steps": 1}
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path, train_dataset=rows, **options)
-    with pytest.raises(ValueError, match="no margin|no column reward_margin"):
-        build(tmp_path, train_dataset=rows.to_iterable_dataset(), **options).train()
-
-
-REFUSED = [
-    ({"loss_type": ["ipo"], "objective": "adadpo"}, "args.loss_type .* objective was given"),
-    ({"ld_alpha": 0.5, "objective": "tdpo1"}, "ld_alpha is 0.5, and TDPO1's divergences"),
-    ({"loss_weights": [2.0], "objective": "dpo"}, r"args.loss_weights is \[2.0\].*objective was"),
-    ({"label_smoothing": 0.1}, "args.label_smoothing is 0.1.*option of robust, exo_pair, aot"),
-    ({"label_smoothing": 0.1, "objective": "dpo"}, "args.label_smoothing .* objective_options"),
-    (
-        {"f_divergence_type": "forward_kl", "loss_type": ["nca_pair"]},
-        r"args.f_divergence_type is 'forward_kl'.*\['nca_pair'\]; TRL takes it for sigmoid",
-    ),
-    ({"f_divergence_type": "forward_kl", "objective": "dpo"}, "args.f_divergence_type"),
-    ({"f_alpha_divergence_coef": 0.7}, "args.f_alpha_divergence_coef is 0.7.*'reverse_kl'"),
-    ({"discopop_tau": 0.1}, "args.discopop_tau is 0.1.*option of discopop"),
-    ({"loss_type": ["exo_pair"]}, "label_smoothing"),
-    ({"loss_type": ["sigmoid", "nope"]}, r"'nope'\], but TRL's losses are sigmoid, sigmoid_norm"),
-    ({"torch_compile": True}, "args.torch_compile"),
-    ({"label_smoothing_factor": 0.1}, "args.label_smoothing_factor"),
-    ({"use_weighting": True, "objective": objectives.DPO(0.1)}, "args.use_weighting .*WPO"),
-    ({"beta": 0.3, "objective": objectives.DPO(0.2)}, "args.beta is 0.3.* is 0.2"),
-    (
-        {"beta": 0.3, "objective": "dpo", "objective_options": {"beta": 0.2}},
-        "args.beta is 0.3.* is 0.2",
-    ),
-    ({"beta": 0.3, "objective": "ipo"}, "args.beta is 0.3.*no beta"),
-    ({"objective": "simpo"}, r"args.beta is 0.1, TRL's default.* is 2.0"),
-    ({"objective_options": {"clip": 2.0}}, "objective_options .* needs an objective by name"),
-    ({"objective": "simpo", "beta": 1.0, "precompute_ref_log_probs": True}, "SimPO has no ref"),
-    ({"objective": "simpo", "beta": 1.0, "sync_ref_model": True}, "args.sync_ref_model"),
-    ({"objective": "simpo", "beta": 1.0, "ref_model": "tiny"}, "ref_model was given"),
-    ({"objective": "tdpo1", "precompute_ref_log_probs": True}, "args.precompute_ref_log_probs"),
-    ({"objective": "adadp"}, "unknown objective 'adadp'"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[m[:30] for _, m in REFUSED])
-def test_what_would_have_no_effect_is_refused_by_name(tmp_path, options, message):
-    if options.get("ref_model") == "tiny":
-        options = {**options, "ref_model": tiny.model(seed=1)}
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path, **options)
-
-
-@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm"])
-def test_divergences_that_trl_1_9_defines_otherwise_are_refused_there(
-    tmp_path, monkeypatch, loss_type
-):
-    monkeypatch.setattr("prefkern.integrations.trl.options.metadata.version", lambda name: "1.9.2")
-    with pytest.raises(ValueError, match=f"with loss_type '{loss_type}', .* needs TRL 1.10"):
-        build(tmp_path, loss_type=["hinge", loss_type], f_divergence_type="forward_kl")
-
-
-def test_what_is_no_objective_of_pairs_is_refused(tmp_path):
-    for objective in ("kto", objectives.KTO(0.1)):
-        with pytest.raises(TypeError, match="KTO is on single responses"):
-            build(tmp_path, objective=objective)
-    with pytest.raises(TypeError, match="must be an objective of prefkern.objectives"):
-        build(tmp_path, objective=3)
-
-
-def test_fuse_head_is_of_one_trainer_and_undone(tmp_path):
-    one, other = (build(tmp_path, CPOTrainer, CPOConfig) for _ in range(2))
-    assert fuse_head(fuse_head(one), workspace_mb=64) is one
-    assert one.concatenated_forward.workspace_mb == 64
-    assert "concatenated_forward" not in vars(other)
-    assert restore_head(restore_head(one)) is one
-    assert one.concatenated_forward.__func__ is CPOTrainer.concatenated_forward
-
-
-def test_fuse_head_refuses_by_name(tmp_path):
-    class Own(CPOTrainer):
-        def get_batch_loss_metrics(self, *args, **kwargs):
-            return super().get_batch_loss_metrics(*args, **kwargs)
-
-    with pytest.raises(
-        ValueError, match="Own overrides get_batch_loss_metrics, which may read logits"
-    ):
-        fuse_head(build(tmp_path, Own, CPOConfig))
-    trainer = build(tmp_path, CPOTrainer, CPOConfig)
-    with pytest.raises(ValueError, match="backend must be"):
-        fuse_head(trainer, backend="cuda")
-    with pytest.raises(ValueError, match="workspace_mb"):
-        fuse_head(trainer, workspace_mb=-1)
-    trainer.model.final_logits_bias = torch.zeros(1, V)
-    with pytest.raises(ValueError, match="LlamaForCausalLM adds final_logits_bias to its logits"):
-        fuse_head(trainer)
-    del trainer.model.final_logits_bias
-    trainer.concatenated_forward = print
-    with pytest.raises(ValueError, match="concatenated_forward was replaced"):
-        fuse_head(trainer)
-
-
-def test_orpos_terms_must_name_the_same_tokens(tmp_path):
-    trainer = fuse_head(build(tmp_path, ORPOTrainer, ORPOConfig))
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    labels = batch["chosen_labels"]
-    labels[labels != -100] = 5
-    with pytest.raises(ValueError, match="chosen_labels and chosen_input_ids differ, and both"):
-        trainer.compute_loss(trainer.model, batch)
-
-
 def test_example(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "model"
     tiny.model().save_pretrained(folder)
@@ -560,67 +436,3 @@ def test_example(tmp_path, monkeypatch, capsys):
     assert float(printed[1]) == pytest.approx(1, rel=0, abs=1e-2 if IS_TRL_1_9 else 0)
     assert (tmp_path / "out/checkpoint-2/optimizer.pt").exists()
     assert (tmp_path / "out/adapter_config.json").exists()
-
-
-def _outcome(path: Path, ranks: int) -> dict:
-    """AdaDPO and fused SimPO: 2 ranks x 1 pair x 2 accumulated, or one batch of 4."""
-    shape = {
-        "per_device_train_batch_size": 4 if ranks == 1 else 1,
-        "gradient_accumulation_steps": 1 if ranks == 1 else 2,
-        "per_device_eval_batch_size": 2,
-        "eval_dataset": tiny.dataset(5, seed=2),
-    }
-    outcome = {}
-    for name in ("adadpo", "simpo"):
-        record = twins.Record()
-        if name == "adadpo":
-            given = {"objective": name, "ref_model": tiny.model(seed=1)}
-            trainer = build(path, callbacks=[record], **given, **shape)
-        else:
-            options = {"loss_type": "simpo", "cpo_alpha": 0.0, "remove_unused_columns": False}
-            trainer = build(path, CPOTrainer, CPOConfig, callbacks=[record], **options, **shape)
-            fuse_head(trainer)
-        trainer.train()
-        assert trainer.args.world_size == ranks
-        gradients = [
-            {key.removeprefix("module."): value for key, value in step.items()}
-            for step in record.gradients
-        ]
-        metrics = trainer.evaluate() if name == "adadpo" else {}
-        outcome[name] = {"gradients": gradients, "logs": [*step_logs(trainer), metrics]}
-    return outcome
-
-
-@pytest.mark.long
-def test_two_ranks_train_as_one(tmp_path):
-    run_on_two_ranks(__file__, str(tmp_path))
-    expected = _outcome(tmp_path, ranks=1)
-    for rank in range(2):
-        actual = torch.load(tmp_path / f"rank{rank}.pt")
-        for name, true in expected.items():
-            assert len(true["gradients"]) == 2
-            for mine, theirs in zip(actual[name]["gradients"], true["gradients"], strict=True):
-                assert mine.keys() == theirs.keys()
-                for key, gradient in theirs.items():
-                    torch.testing.assert_close(mine[key], gradient, atol=1e-6, rtol=1e-3)
-            for mine, theirs in zip(actual[name]["logs"], true["logs"], strict=True):
-                for key in theirs.keys() - {"grad_norm"}:
-                    if key.endswith(twins._OF_TIME):
-                        continue
-                    # What CPO logs of a step is each rank's last batches': compare its loss.
-                    if name == "adadpo" or key == "loss":
-                        assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    torch.save(_outcome(folder, ranks=2), folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_a_forward_without_a_body_says_so():
-    from prefkern.integrations.trl.head import _FusedForward
-
-    with pytest.raises(NotImplementedError, match=r"does not define __call__\(model, batch\)"):
-        _FusedForward(None, None, None)(torch.nn.Linear(1, 1), {})

@@ -44,7 +44,6 @@ import twins
 from prefkern.integrations import trl as integration
 from prefkern.integrations.trl import fuse_head, fused_forward, restore_head
 from support import tiny
-from support.ranks import run_on_two_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = {"max_steps": 2}
@@ -474,40 +473,3 @@ def test_options_that_need_more_are_refused_by_name(tmp_path, options, message):
 def test_options_are_checked_before_a_trainer_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         fuse_head(SFTTrainer, **options)
-
-
-def _outcome(path: Path, ranks: int) -> dict:
-    """Fused SFT and DPO: 2 ranks x 2 rows, or one batch of 4."""
-    outcome = {}
-    for kind in (SFTTrainer, DPOTrainer):
-        record = twins.Record()
-        size = {"per_device_train_batch_size": 4 // ranks, "max_steps": 2, "max_grad_norm": 0.0}
-        trainer = fuse_head(made(kind, path, callbacks=[record], optim="sgd", **size))
-        trainer.train()
-        assert trainer.args.world_size == ranks
-        outcome[kind.__name__] = [
-            {key.removeprefix("module."): value for key, value in step.items()}
-            for step in record.gradients
-        ]
-    return outcome
-
-
-@pytest.mark.long
-def test_two_ranks_train_as_one(tmp_path):
-    run_on_two_ranks(__file__, str(tmp_path))
-    expected = _outcome(tmp_path, ranks=1)
-    for rank in range(2):
-        actual = torch.load(tmp_path / f"rank{rank}.pt")
-        for name, steps in expected.items():
-            assert len(steps) == 2
-            for mine, theirs in zip(actual[name], steps, strict=True):
-                assert mine.keys() == theirs.keys()
-                for key, gradient in theirs.items():
-                    torch.testing.assert_close(mine[key], gradient, atol=1e-6, rtol=1e-3)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    torch.save(_outcome(folder, ranks=2), folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()

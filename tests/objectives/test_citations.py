@@ -30,7 +30,11 @@ def test_every_objective_cites_its_paper(name):
 def test_each_paper_is_an_objectives_or_an_options():
     """No paper is left over, and none has the key or the number of another."""
     given = {"use_weighting": True, "rpo_alpha": 1.0, "f_divergence_type": "js_divergence"}
-    cited = {*objectives.build("adadpo+simpo", **given).citations(), citations.LD_DPO}
+    cited = {
+        *objectives.build("adadpo+simpo", **given).citations(),
+        citations.LD_DPO,
+        citations.TR_DPO,
+    }
     for name in objectives.names():
         cited |= {*objectives.build(name).citations()}
     assert cited == {*PAPERS.values()}

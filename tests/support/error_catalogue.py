@@ -6,7 +6,7 @@ expected or what to do. `test_errors` runs all rows. It also checks that every p
 call here has a row, and that a row or another test reaches every `raise` in the package.
 
 Cases that need a dataset on disk, a checkpoint or a trained model are in test_corrupt.py,
-test_data.py, test_cli_train.py, test_margins.py, test_trainer*.py and test_trl.py.
+test_data.py, test_cli_train.py, test_margins.py, test_trainer*.py and test_trl_refusals.py.
 """
 
 from __future__ import annotations

@@ -141,6 +141,18 @@ def test_options_that_wrap_an_objective_and_are_the_losss(tmp_path):
         assert paper.bibtex in text
 
 
+def test_a_reference_that_moves(tmp_path):
+    moves = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+    made_by = trainer(tmp_path, ref_model=tiny.model(seed=1), max_steps=3, **moves)
+    made_by.create_model_card()
+    text = card(tmp_path).text
+    rows = {"sync_ref_model": "True", "ref_model_sync_steps": "2", "ref_model_mixup_alpha": "0.5"}
+    # Epochs do not count beside steps.
+    assert {**rows, "max_steps": "3"}.items() <= options(text).items()
+    assert "num_train_epochs" not in options(text)
+    assert citations.TR_DPO.bibtex in text
+
+
 def test_names_of_the_hub_are_linked_and_in_the_metadata(tmp_path):
     model = tiny.model()
     model.config._name_or_path = "org/base-1B"
