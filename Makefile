@@ -95,10 +95,11 @@ zero: $(VENV)/.zero
 	  $(BIN)/python -m pytest -q --long tests/training/test_zero.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu $(BIN)/python bench/sharded.py
 
-# The default build, which on Linux is one for CUDA: it needs neither a GPU nor a driver here. For
-# another version: make trace-cuda TORCH=torch==2.11.0 CONSTRAINTS=constraints-oldest.txt.
+# The package index's own build, which on Linux is one for CUDA: it needs neither a GPU nor a driver
+# here. "===" leaves out builds like 2.13.0+cpu, which pip may know and would prefer. For another
+# version: make trace-cuda TORCH=torch===2.11.0 CONSTRAINTS=constraints-oldest.txt.
 trace-cuda:
-	@$(MAKE) trace VENV=.venv-cuda TORCH="$(or $(TORCH),torch==$(TORCH_VERSION))"
+	@$(MAKE) trace VENV=.venv-cuda TORCH="$(or $(TORCH),torch===$(TORCH_VERSION))"
 
 trace: $(VENV)/.train
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=bench $(BIN)/python bench/trace_cuda.py

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ def main(argv: Sequence[str]) -> int:
         print(stage.title, flush=True)
         try:
             run(stage, folder, about, environment, deadline, stage.name in arguments.again)
-        except Exception as error:  # noqa: BLE001, the next stage runs whatever happened to this one
-            print(f"  {stage.name}: {error!r}", flush=True)
+        except Exception:  # noqa: BLE001, the next stage runs whatever happened to this one
+            note_broken(stage, folder, about, traceback.format_exc())
     print(f"{time.monotonic() - begin:.0f} s in all", flush=True)
     return show(folder)
 
@@ -137,7 +138,8 @@ def run(
     path = file_of(folder, stage.name)
     record = read(path)
     if record is None or again:
-        record = {**about, "stage": stage.name, "title": stage.title, "parts": {}}
+        record = blank(stage, about)
+    record.pop("broken", None)
     kept: dict[str, Any] = record["parts"]
     for part in stage.parts:
         if kept.get(part.name, {}).get("status") in ("done", "absent"):
@@ -155,6 +157,23 @@ def run(
                 f"  {part.name}: {outcome['status']}, {outcome['seconds']:.0f} s{why}", flush=True
             )
         write_json(path, record, indent=1)
+
+
+def note_broken(stage: Stage, folder: Path, about: dict[str, Any], trace: str) -> None:
+    """Print where this script itself broke, and keep it in the stage's file if that can be written."""
+    print(f"  {stage.name}: {trace}", flush=True)
+    path = file_of(folder, stage.name)
+    record = read(path) or blank(stage, about)
+    record["broken"] = trace
+    try:
+        write_json(path, record, indent=1)
+    except OSError as error:
+        print(f"  {path}: cannot be written: {error}", flush=True)
+
+
+def blank(stage: Stage, about: dict[str, Any]) -> dict[str, Any]:
+    """The record of a stage of which nothing has run."""
+    return {**about, "stage": stage.name, "title": stage.title, "parts": {}}
 
 
 def show(folder: Path) -> int:

@@ -50,7 +50,7 @@ def report(target: str, shapes: list[str] | None = None) -> dict[str, Any]:
 
     backend = compile_ahead.compile_for(target).backend
     if backend == "hip":
-        # The operator asks torch whether it has products with a float32 result.
+        # The launchers ask torch for the architecture's tiles.
         torch.version.hip = "offline"
     devices = [device for device in time_model.DEVICES if device.target == target]
     rows: dict[int, dict[str, Any]] = {}
@@ -97,23 +97,28 @@ def report(target: str, shapes: list[str] | None = None) -> dict[str, Any]:
     calls = []
     for shape in (shape for shape in GPU if shapes is None or shape.name in shapes):
         for device in devices:
-            for task in launch_trace.TASKS:
+            tasks = dict(launch_trace.TASKS)
+            if shape.name == launch_trace.MORE_AT:
+                tasks |= launch_trace.MORE_TASKS
+            for name, task in tasks.items():
+                workspace_mb = device.workspace_mb(task.gradients.head)
                 plan, launches = launch_trace.operator(
-                    shape, task, device.workspace_mb, kernels, compiled
+                    shape, task, workspace_mb, kernels, compiled, device.upcasts
                 )
                 costs = time_model.call_cost(launches, device)
-                eager = time_model.total(
-                    time_model.call_cost(launch_trace.eager(shape, task), device)
-                )
                 size = (shape.tokens, shape.hidden_size, shape.vocab_size)
                 plain = time_model.plain_seconds(*size, plan.operations_nhv, device)
                 whole = time_model.total(costs)
+                eager = None
+                if name in launch_trace.TASKS:
+                    made = time_model.call_cost(launch_trace.eager(shape, name), device)
+                    eager = time_model.as_record({"": time_model.total(made)})[""]
                 calls.append(
                     {
                         "device": device.name,
                         "shape": shape.name,
                         "logits": shape.tokens * shape.vocab_size,
-                        "task": task,
+                        "task": name,
                         "nhv": round(plan.operations_nhv, 4),
                         "plain_operations": plan.operations,
                         "forward_tiles": [
@@ -121,11 +126,12 @@ def report(target: str, shapes: list[str] | None = None) -> dict[str, Any]:
                             plan.forward_tiles.vocab_tile,
                         ],
                         "kept_tokens": plan.kept_tokens,
+                        "workspace_mb": round(plan.workspace_bytes / 2**20),
                         "plain_ms": round(1e3 * plain, 3),
                         "host_ms": round(1e3 * whole.launches * time_model.HOST, 3),
                         "kernels": time_model.as_record(costs),
                         "total": time_model.as_record({"": whole})[""],
-                        "eager": time_model.as_record({"": eager})[""],
+                        "eager": eager,
                     }
                 )
         dpo = build("dpo")
@@ -239,9 +245,10 @@ def totals(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "launches": call["total"]["launches"],
             "forward_tiles": call["forward_tiles"],
             "fold_ms": call["kernels"]["fold"]["ms"],
-            "fold_hbm_bytes": call["kernels"]["fold"]["hbm_bytes"],
+            "nhv": call["nhv"],
         }
         for call in calls_of(result)
+        if "fold" in call["kernels"]
     }
 
 

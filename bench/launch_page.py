@@ -6,6 +6,7 @@ from typing import Any
 
 import time_model
 from launch_costs import SHOWN, calls_of
+from prefkern_bench.shapes import GPU
 
 HEAD = """\
 # What the kernels cost as compiled, and a model of time
@@ -50,8 +51,10 @@ MODEL = """
   for its launches, but streams only, with no latency and no instructions.
 - *x* is the time by that of plain bf16 products of as many operations, by the same rules. The
   targets are 1.15 for H >= 2048 and 1.5 below, and 1.18 for a forward.
-- On gfx942 the operator raises half-precision operands to float32, unless torch has products with a
-  float32 result: products then run at the rate of float32.
+- *MI300X*: torch for ROCm has products of half-precision operands with a float32 result
+  ([pytorch#162600](https://github.com/pytorch/pytorch/pull/162600), of September 2025), and the operator tries them on the device
+  (`prefkern/ops/wide_products.py`). *float32 operands* is what a build without them costs: operands are
+  raised, and products run at the rate of float32.
 - The kernel with product and fold in one (`PREFKERN_PRODUCT_FOLD=1`) stays off. It would save a
   forward the fold and its bytes, but the rate of its product decides, and only a GPU's numbers can
   say that. So no time is given for it.
@@ -62,12 +65,18 @@ MODEL = """
 CALLS = """
 ## Calls
 
-N scored tokens, default workspace. *before*: {before}. HBM: bytes a logit.
+N scored tokens, default workspace (1/128 of the memory, 1/24 if the head is trained; *MB* is what the
+plan takes of it). *before*: {before}. HBM: bytes a logit. *packed*: every second row of hidden is a
+prompt's, and those of the scored tokens are gathered. *LoRA on the head*: of rank 16. *KL*: to a
+reference with a head of its own.
 
-| device | shape | task | NHV | tiles | launches | plain ms | ms | x | HBM | before ms | before HBM | eager ms | eager HBM | of eager |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| device | shape | task | NHV | tiles | MB | launches | plain ms | ms | x | HBM | before ms | before HBM | eager ms | eager HBM | of eager |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
-BEFORE = "tiles as wide as the workspace allows, whose rows a fold read twice"
+BEFORE = (
+    "the same workspace for all calls, a fold that waited for its label and compared it as 64 bits, "
+    "rows with a softcap read twice, and float32 operands on MI300X"
+)
 ONE_BY_ONE = """
 ## Kernel by kernel, {device}
 
@@ -80,19 +89,39 @@ most of the time in the model. `torch ...` are torch's own operators.
 REWORKED = """
 ## What the model changed
 
-`_fold_kernel` read each row twice. With several programs on each processor, the rows in flight are
-larger than L2, so the second reading came from HBM as well: 4 of 10 bytes a logit. Now a row of at
-most 8,192 entries is held in registers and read once, and the plan makes no wider tiles (without a
-softcap). The accumulator `[n, H]` is then read and written more often, but by a product that has
-time to spare. Rows of 16,384 would need all registers of a multiprocessor: most variants spill
-with one of the versions of Triton. With a softcap, instructions take more time than memory, and
-the tiles stay as wide as before.
+First, `_fold_kernel` read each row twice, and the second reading came from HBM as well: 4 of 10 bytes a
+logit. A row of at most 8,192 entries is held in registers and read once, and the plan makes no wider
+tiles. The accumulator `[n, H]` is then read and written more often, but by a product that has time to
+spare. Rows of 16,384 would need all registers of a multiprocessor: most variants spill with one of the
+versions of Triton.
+
+Then three things that the model still showed as slow:
+
+- **A trained head at the shape of Llama-3-8B** took longer than logits in memory. What it cost was the
+  second product for the logits of 7 tokens in 8, a quarter of their operations each. The default
+  workspace of a call that trains the head is now 1/24 of the memory, for probabilities that forward
+  keeps; it is bounded as before, and still a fraction of what logits in memory take.
+- **The fold** was bound by instructions and by waiting, not by memory. Labels are compared as 32 bits,
+  a row is masked once and not twice, and the label's own logit is stored at the end, so that nothing
+  waits for its reading. With a softcap one reciprocal serves tanh and its slope, and rows are held there
+  too: they no longer need more registers than a multiprocessor has for two programs.
+- **MI300X** was modelled with float32 operands, at an eighth of the rate. Supported versions of torch
+  have the product that the operator asks for.
 
 {table}
 
-Not changed, since the model shows no clear gain: tiles small enough to stay in L2. On H200 such a tile
-has some 1,024 x 4,096 logits. At H = 640 its products take 14 us, and its four launches take the
-host {host:.0f} us.
+## What no plan of a product and a fold mends
+
+A fold reads the 4 bytes of every logit that a product has written, and for a frozen head writes 2 more,
+while no product runs. At a small H this is much beside the product's 2 H operations a logit, so the
+time by that of plain products has a lower bound, whatever the tiles are:
+
+{bounds}
+
+Tiles small enough to stay in L2 avoid HBM, and cost more in launches: on H200 such a tile has some
+1,024 x 4,096 logits. At H = 640 its products take 14 us, and its four launches take the host
+{host:.0f} us. The kernel with product and fold in one writes no logit, and waits for a GPU's numbers.
+On an A100 a trained head at the long context recomputes: the probabilities of 32,768 tokens are 8.4 GB.
 """
 
 
@@ -119,7 +148,10 @@ def page(result: dict[str, Any]) -> str:
         CALLS.format(before=BEFORE)
         + "\n".join(call_row(call, result["before"]) for call in calls_of(result))
     )
-    lines.append(REWORKED.format(table=fold_table(result), host=4e6 * time_model.HOST))
+    bounds = bound_table(result)
+    lines.append(
+        REWORKED.format(table=change_table(result), bounds=bounds, host=4e6 * time_model.HOST)
+    )
     lines.append(
         ONE_BY_ONE.format(device=SHOWN)
         + "\n".join(
@@ -192,6 +224,7 @@ def call_row(call: dict[str, Any], before: dict[str, Any]) -> str:
         call["task"],
         f"{call['nhv']:.2f}",
         " x ".join(map(str, call["forward_tiles"])),
+        call["workspace_mb"],
         whole["launches"],
         f"{call['plain_ms']:.1f}",
         f"**{whole['ms']:.1f}**",
@@ -199,36 +232,66 @@ def call_row(call: dict[str, Any], before: dict[str, Any]) -> str:
         f"{whole['hbm_bytes'] / logits:.1f}",
         f"{old['ms']:.1f}" if old else "",
         f"{old['hbm_bytes'] / logits:.1f}" if old else "",
-        f"{eager['ms']:.1f}",
-        f"{eager['hbm_bytes'] / logits:.1f}",
-        f"{whole['ms'] / eager['ms']:.2f}",
+        f"{eager['ms']:.1f}" if eager else "",
+        f"{eager['hbm_bytes'] / logits:.1f}" if eager else "",
+        f"{whole['ms'] / eager['ms']:.2f}" if eager else "",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def fold_table(result: dict[str, Any]) -> str:
-    """The fold's bytes and time, and the call's, before and after, on the shown device."""
-    columns = ["tiles before", "now", "fold's HBM before", "now", "fold ms before", "now"]
-    columns += ["call ms before", "now"]
+def change_table(result: dict[str, Any]) -> str:
+    """Operations, the fold's time and the call's, before and after, on the shown device."""
+    columns = ["tiles before", "now", "NHV before", "now", "fold ms before", "now"]
+    columns += ["call ms before", "now", "of eager before", "now"]
     lines = [f"| {SHOWN} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for call in calls_of(result):
         old = result["before"].get(name_of(call))
         if call["device"] != SHOWN or old is None:
             continue
-        fold, logits = call["kernels"]["fold"], call["logits"]
         cells = [
             f"{call['shape']}, {call['task']}",
             " x ".join(map(str, old["forward_tiles"])),
             " x ".join(map(str, call["forward_tiles"])),
-            f"{old['fold_hbm_bytes'] / logits:.1f}",
-            f"{fold['hbm_bytes'] / logits:.1f}",
+            f"{old['nhv']:.2f}",
+            f"{call['nhv']:.2f}",
             f"{old['fold_ms']:.2f}",
-            f"{fold['ms']:.2f}",
+            f"{call['kernels']['fold']['ms']:.2f}",
             f"{old['ms']:.1f}",
             f"{call['total']['ms']:.1f}",
+            *(f"{ms / call['eager']['ms']:.2f}" for ms in (old["ms"], call["total"]["ms"])),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+# Bytes of a logit that a fold reads and writes, and products of 2NHV, of two tasks.
+FOLDED = {"forward": (4, 1), "frozen": (6, 2)}
+
+
+def bound_table(result: dict[str, Any]) -> str:
+    """The least time by that of plain products, and the model's, of small H on each device."""
+    found = {name_of(call): call for call in calls_of(result)}
+    shapes = [shape for shape in GPU if shape.hidden_size <= 1024]
+    columns = [f"{shape.name}, {task}" for shape in shapes for task in FOLDED]
+    lines = [f"| bound, model | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for device in time_model.DEVICES:
+        if device.upcasts:
+            continue
+        cells = []
+        for shape in shapes:
+            for task in FOLDED:
+                call = found[f"{device.name}, {shape.name}, {task}"]
+                ratio = call["total"]["ms"] / call["plain_ms"]
+                cells.append(f"{least_ratio(device, shape.hidden_size, task):.2f}, {ratio:.2f}")
+        lines.append(f"| {device.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def least_ratio(device: time_model.Device, hidden_size: int, task: str) -> float:
+    """Of products at their rate and of the fold's bytes at HBM's, one after the other."""
+    moved, products = FOLDED[task]
+    product = products * 2 * hidden_size / (time_model.PRODUCT_SHARE * device.half)
+    return 1 + moved / (time_model.HBM_SHARE * device.hbm) / product
 
 
 def kernel_rows(call: dict[str, Any]) -> list[str]:

@@ -21,16 +21,47 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefkern.ops import backward, passes
-from prefkern.ops.operands import Head, Transform, operands_for
+from prefkern.ops.operands import Head, LowRank, Operands, Transform
 from prefkern.ops.plan import Gradients, Plan, make_plan
 from prefkern_bench.providers import eager_logps
 from prefkern_bench.shapes import Shape
 
+
+@dataclass(frozen=True)
+class Task:
+    """A call of the operator, forward and, if it has gradients, backward."""
+
+    gradients: Gradients
+    with_divergence: bool = False  # the KL to a reference with a head of its own
+    rank: int = 0  # of a LoRA adapter on the head
+    rows: int = 1  # hidden has so many times N rows, of which N are scored: packed with prompts
+    workspace_mb: float | None = None  # None: the default
+
+    @property
+    def has_gradients(self) -> bool:
+        return self.gradients.states or self.gradients.head
+
+
+_FROZEN = Gradients(hidden=True, weight=False, bias=False)
+_TRAINED = Gradients(hidden=True, weight=True, bias=False)
+# At every shape, and beside logits in memory.
 TASKS = {
-    "forward": Gradients(hidden=False, weight=False, bias=False),
-    "frozen": Gradients(hidden=True, weight=False, bias=False),
-    "trained": Gradients(hidden=True, weight=True, bias=False),
+    "forward": Task(Gradients(hidden=False, weight=False, bias=False)),
+    "frozen": Task(_FROZEN),
+    "trained": Task(_TRAINED),
 }
+# At the shape `MORE_AT` alone.
+MORE_TASKS = {
+    "trained, in 1 GiB": Task(_TRAINED, workspace_mb=1024),
+    "frozen, packed": Task(_FROZEN, rows=2),
+    "frozen, LoRA on the head": Task(
+        Gradients(hidden=True, weight=False, bias=False, lora_hidden=True, lora_weight=True),
+        rank=16,
+    ),
+    "frozen, KL": Task(_FROZEN, with_divergence=True),
+    "trained, KL": Task(_TRAINED, with_divergence=True),
+}
+MORE_AT = "Llama-3-8B"
 DTYPE = torch.bfloat16
 # They reserve memory and launch nothing.
 _NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -68,6 +99,7 @@ class Launch:
     row_bytes: float = 0.0  # that a program reads and writes of memory in one walk
     share: float = 1.0  # of the programs, that walk their rows; the others return at once
     readings: int = 1
+    tiles: int = 1  # float32 rows that each program reads: two of a pair
     serial: int = 1  # loads that a program waits for, one after the other, beside those of its row
     compiled: Any = None  # what Triton compiled for this launch
 
@@ -104,7 +136,9 @@ class Recorder(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if func.is_view or name in (*_NO_LAUNCH, "detach") or not isinstance(out, Tensor):
             return out
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        # An operator on several tensors has them in a list.
+        flat = [y for x in args for y in (x if isinstance(x, list | tuple) else [x])]
+        given = [x for x in (*flat, *kwargs.values()) if isinstance(x, Tensor)]
         if name in ("mm", "addmm", "addmm_"):
             a, b = given[-3:-1] if "out" in kwargs else given[-2:]
             reads = [a, b, *([] if name == "mm" else [out])]
@@ -145,18 +179,23 @@ class RecordedOps:
         self._number = 1 if more["first"] else self._number + 1
         *state, _rescale, weights = args[:6]
         self._kernels.fold(tile, labels, bias, *args, **more)
-        is_held = tile.shape[1] <= self._compiled().block
-        row_bytes = tile.shape[1] * (4 + (0 if weights is None else weights.element_size()))
+        pair = {name: x for name, x in more.items() if isinstance(x, Tensor)}
+        ref_tile, ref_weights = pair.pop("ref_tile", None), pair.pop("ref_weights", None)
+        pair.pop("ref_rescale", None)
+        tiles = 1 if ref_tile is None else 2
+        is_held = tiles == 1 and tile.shape[1] <= self._compiled().block
+        size = 4 + (0 if weights is None else weights.element_size())
         self._add(
-            "fold",
-            [tile, labels, bias, *state],
-            [weights, *state],
+            "fold" if tiles == 1 else "fold of pairs",
+            [tile, ref_tile, labels, bias, *state, *pair.values()],
+            [weights, ref_weights, *state, *pair.values()],
             tile,
-            row_bytes=row_bytes,
+            row_bytes=tiles * tile.shape[1] * size,
             readings=1 if is_held else 2,
-            # The label's part is loaded beside the row if the row is held; else the label, the
+            tiles=tiles,
+            # Of a held row nothing waits for the label, or for the old state. Else the label, the
             # maximum and the sum each wait for what is before them.
-            serial=1 if is_held else 3,
+            serial=0 if is_held else 3,
         )
 
     def rescale_rows(self, accumulator: Tensor, factor: Tensor) -> None:
@@ -184,7 +223,9 @@ class RecordedOps:
     def remake_weights(self, tile: Tensor, *args: Any, **more: Any) -> None:
         self._kernels.remake_weights(tile, *args, **more)
         *vectors, weights = args[:6]
-        self._add("remake_weights", [tile, *vectors], [weights], tile)
+        pair = [x for x in more.values() if isinstance(x, Tensor)]
+        name = "remake_weights" if more.get("ref_tile") is None else "remake_weights of pairs"
+        self._add(name, [tile, *vectors, *pair], [weights], tile)
 
     def scatter_scaled(self, values: Tensor, scale: Tensor, rows: Any, out: Tensor, *args) -> None:
         self._kernels.scatter_scaled(values, scale, rows, out, *args)
@@ -200,36 +241,61 @@ def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 def operator(
     shape: Shape,
-    task: str,
+    task: Task,
     workspace_mb: float,
     kernels: ModuleType,
     compiled: Callable[[], Any],
-    product_row: int | None = None,
+    upcasts: bool = False,
 ) -> tuple[Plan, list[Launch]]:
-    """The launches of the operator, forward and, if the task has one, backward."""
+    """The launches of the operator, forward and, if the task has one, backward.
+
+    `upcasts`: the device has no products with a float32 result.
+    """
     hidden, weight, labels = inputs(shape)
-    head = Head(hidden, weight, None, operands_for(DTYPE, "cuda"))
+    rows = None
+    if task.rows > 1:
+        hidden = hidden.new_empty(task.rows * shape.tokens, shape.hidden_size)
+        rows = torch.empty_like(labels)
+    low_rank = None
+    if task.rank:
+        low_rank = LowRank(
+            hidden.new_empty(len(hidden), task.rank), weight.new_empty(len(weight), task.rank)
+        )
+    operands = Operands(DTYPE, upcasts)
+    head = Head(hidden, weight, None, operands, low_rank)
+    reference = None
+    if task.with_divergence:
+        head, reference = head.unrounded(), Head(*inputs(shape)[:2], None, operands).unrounded()
     transform = Transform(softcap=shape.softcap)
     plan = make_plan(
         tokens=shape.tokens,
         vocab_size=shape.vocab_size,
         head=head.size,
-        gradients=TASKS[task],
+        gradients=task.gradients,
         backend="triton",
-        workspace_mb=workspace_mb,
+        workspace_mb=task.workspace_mb or workspace_mb,
         has_softcap=shape.softcap is not None,
-        product_row=product_row,
+        reference=None if reference is None else reference.size,
+        with_divergence=task.with_divergence,
     )
     with Recorder() as recorder:
         ops: Any = RecordedOps(recorder, kernels, compiled)
-        passed = passes.forward(head, None, None, labels, transform, plan, ops)
-        if task != "forward":
-            given = head if plan.trains_head else None
-            states = [(hidden.shape, hidden.dtype)]
+        passed = passes.forward(head, reference, rows, labels, transform, plan, ops)
+        if task.has_gradients:
+            states = [hidden] if low_rank is None else [hidden, low_rank.hidden]
             backward.backward(
-                [passed.logps], given, None, None, labels, passed.gathered, states, transform,
-                plan, ops, TASKS[task],
-            )  # fmt: skip
+                [passed.logps, *([] if passed.kl is None else [passed.kl])],
+                head if plan.trains_head else None,
+                reference if plan.trains_head else None,
+                rows,
+                labels,
+                passed.gathered,
+                [(x.shape, x.dtype) for x in states],
+                transform,
+                plan,
+                ops,
+                task.gradients,
+            )
     return plan, recorder.launches
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launch_trace import Launch
+from prefkern.ops.plan import workspace_of_gpu
 
 # What a large product reaches of its peak, a kernel that streams of HBM's and of L2's.
 PRODUCT_SHARE, HBM_SHARE, L2_SHARE = 0.8, 0.9, 0.6
@@ -56,13 +57,18 @@ class Device:
     special: int  # exponentials, logarithms and reciprocals in a clock
     granule: int = 8  # registers of a thread are handed out in so many
     warp: int = 32
+    upcasts: bool = False  # no products of half-precision operands with a float32 result
 
-    @property
-    def workspace_mb(self) -> float:
-        """The operator's default: `prefkern.ops.plan.default_workspace_mb`."""
-        return max(256.0, self.memory / 128 / 2**20)
+    def workspace_mb(self, trains_head: bool) -> float:
+        """The operator's default."""
+        return workspace_of_gpu(self.memory, trains_head)
 
 
+_MI300X = Device(
+    "MI300X", "gfx942", "AMD Instinct MI300X data sheet and CDNA 3 whitepaper",
+    192 * 2**30, 1307e12, 163e12, 5.3e12, 256 * 2**20, 17.2e12, 304, 2.1e9,
+    threads=2048, registers=131_072, lanes=64, special=16, shared=65_536, warp=64,
+)  # fmt: skip
 _NVIDIA = {"threads": 2048, "registers": 65536, "lanes": 128, "special": 16}
 DEVICES = [
     Device(
@@ -85,11 +91,8 @@ DEVICES = [
         180e9, 2250e12, 75e12, 8e12, 126 * 2**20, 2 * 5120 * 1.85e9, 148, 1.85e9,
         **_NVIDIA, shared=233_472,
     ),
-    Device(
-        "MI300X", "gfx942", "AMD Instinct MI300X data sheet and CDNA 3 whitepaper",
-        192 * 2**30, 1307e12, 163e12, 5.3e12, 256 * 2**20, 17.2e12, 304, 2.1e9,
-        threads=2048, registers=131_072, lanes=64, special=16, shared=65_536, warp=64,
-    ),
+    _MI300X,
+    replace(_MI300X, name="MI300X, float32 operands", upcasts=True),
 ]  # fmt: skip
 
 
@@ -212,7 +215,7 @@ def launch_cost(launch: Launch, hbm_bytes: float, device: Device) -> Cost:
     if compiled is not None:
         slots = compiled.resident(device)[0] * device.processors
         if launch.readings > 1:
-            again = 4.0 * launch.rows * launch.row_size * (launch.readings - 1)
+            again = 4.0 * launch.tiles * launch.rows * launch.row_size * (launch.readings - 1)
             l2_bytes += again
             in_flight = min(slots, launch.rows) * launch.row_bytes
             hbm_bytes += 0.0 if in_flight <= L2_FILL * device.l2 else again

@@ -206,8 +206,8 @@ MUTATIONS = (
     Mutation(
         "softcap's derivative in the kernels",
         f"{KERNELS}/primitives.py",
-        "return t, 4.0 * e / ((1.0 + e) * (1.0 + e))",
-        "return t, 4.0 * e / (1.0 + e)",
+        "return t, 4.0 * e * r * r",
+        "return t, 4.0 * e * r",
         "tests/kernels/test_kernels.py -k softcap_near_0",
     ),
     Mutation(
@@ -227,8 +227,8 @@ MUTATIONS = (
     Mutation(
         "a row that a fold holds is folded beside its label",
         f"{KERNELS}/fold.py",
-        "tile_max = tl.max(_without(offs_v == local, z, mask), axis=0)",
-        "tile_max = tl.max(tl.where(mask, z, -float('inf')), axis=0)",
+        "others = _without(offs_v == local, z, mask)",
+        "others = tl.where(mask, z, -float('inf'))",
         "tests/kernels/test_kernels.py -k test_fold",
     ),
     Mutation(
@@ -237,6 +237,20 @@ MUTATIONS = (
         "return FOLD_ENTRIES",
         "return self._most_entries(tokens)",
         "tests/ops/test_plan.py -k reads_its_rows_once",
+    ),
+    Mutation(
+        "a trained head's default workspace is a frozen one's",
+        "prefkern/ops/plan.py",
+        "share = _SHARE_OF_GPU_TRAINED if trains_head else _SHARE_OF_GPU",
+        "share = _SHARE_OF_GPU",
+        "tests/ops/test_plan.py -k default_has_room",
+    ),
+    Mutation(
+        "a tile of dW is the whole vocabulary",
+        "prefkern/ops/plan.py",
+        'return min(entries, _MOST_OF_A_GRADIENT) if self.backend == "triton" else entries',
+        "return entries",
+        "tests/ops/test_plan.py -k no_float32_copy",
     ),
     Mutation(
         "a fold's sum sees what lies beyond the tile",

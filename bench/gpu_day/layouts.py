@@ -30,7 +30,7 @@ from prefkern_bench.models import QUICK, STACK, Model
 from prefkern_bench.problem import BETA, IGNORE_INDEX, dpo_loss
 from prefkern_bench.providers import label_logps
 from prefkern_bench.step import TASKS, build
-from prefkern_bench.timing import describe_failure, release, time_in_turns
+from prefkern_bench.timing import Failure, describe_failure, release, time_in_turns
 
 LAYOUTS = {
     "padded": {},
@@ -117,6 +117,10 @@ def steps_of(model: Any, given: dict[str, dict[str, Tensor]]) -> dict[str, Step]
     return made
 
 
+def fail(row: dict[str, Any], failure: Failure) -> None:
+    row |= {"failure": str(failure), "traceback": failure.traceback}
+
+
 def measure(model: Model, task: str, settings: Settings, dry: bool) -> list[dict[str, Any]]:
     """A row for each way, of one task."""
     built = build(model, task, settings.dtype, settings.device)
@@ -129,8 +133,8 @@ def measure(model: Model, task: str, settings: Settings, dry: bool) -> list[dict
         try:
             loss, norm = step()
             cost = cost_of(step, settings.device)
-        except Exception as error:  # noqa: BLE001, out of memory is a result
-            row["failure"] = describe_failure(error)
+        except Exception as error:  # noqa: BLE001, a failure is a result, with its traceback
+            fail(row, describe_failure(error))
             del steps[name], error
         else:
             row |= {"loss": loss.item(), "gradient_norm": norm.item()}
@@ -144,8 +148,8 @@ def measure(model: Model, task: str, settings: Settings, dry: bool) -> list[dict
         seconds=settings.seconds,
     )
     for name, outcome in times.items():
-        if isinstance(outcome, str):
-            rows[name]["failure"] = outcome
+        if isinstance(outcome, Failure):
+            fail(rows[name], outcome)
         else:
             rows[name]["median_ms"] = statistics.median(each.wall for each in outcome)
     return list(rows.values())

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ def _read(path: Path, kind: str) -> tuple[Any, str | None]:
         return None, "it wrote no result"
     try:
         return (outcomes(path) if kind == "junit" else json.loads(path.read_text())), None
-    except Exception as error:  # noqa: BLE001, whatever is in the file
-        return None, f"its result cannot be read: {error!r}"
+    except Exception:  # noqa: BLE001, whatever is in the file
+        return None, f"its result cannot be read:\n{traceback.format_exc()}"
 
 
 def _last_lines(text: str) -> list[str]:

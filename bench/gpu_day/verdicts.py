@@ -45,7 +45,8 @@ def judged(records: Records, costs: dict[str, Any] | None = None) -> list[Verdic
 
 
 def is_complete(record: Mapping[str, Any]) -> bool:
-    return all(part["status"] in ("done", "absent") for part in record["parts"].values())
+    ended = all(part["status"] in ("done", "absent") for part in record["parts"].values())
+    return ended and not record.get("broken")
 
 
 def _part(record: Mapping[str, Any] | None, name: str) -> tuple[Any, str]:
@@ -277,6 +278,9 @@ def page(records: Records, found: list[Verdict], costs: dict[str, Any] | None = 
             seconds = part.get("seconds")
             cells = [stage, name, part["status"], "-" if seconds is None else f"{seconds:.0f}"]
             lines.append(f"| {' | '.join([*cells, _cell(error[-1] if error else '')])} |")
+        if record.get("broken"):
+            last = record["broken"].strip().splitlines()[-1]
+            lines.append(f"| {stage} | the script itself | failed | - | {_cell(last)} |")
     lines += [*_kernels(records, costs), *_tiles(records)]
     return "\n".join(lines) + "\n"
 

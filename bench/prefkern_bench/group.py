@@ -22,7 +22,14 @@ from rich.progress import Progress
 from prefkern_bench.measure import Meter, cuda_peak_bytes
 from prefkern_bench.providers import ONLY, PROVIDERS, Provider
 from prefkern_bench.report import PLAIN_PRODUCT, Row
-from prefkern_bench.timing import Step, Time, describe_failure, release, time_in_turns
+from prefkern_bench.timing import (
+    Failure,
+    Step,
+    Time,
+    describe_failure,
+    release,
+    time_in_turns,
+)
 
 MIB = 2**20
 
@@ -78,7 +85,7 @@ def measure(group: Group, settings: Settings, progress: Progress) -> list[Row]:
             _examine(row, provider, group, settings.device)
             steps[name] = lambda provider=provider: group.run(provider)
         except Exception as error:  # noqa: BLE001, a peer's failure is a result
-            row.failure = describe_failure(error)
+            row.fail(describe_failure(error))
             del error
         progress.advance(task)
         release(settings.device)
@@ -135,15 +142,15 @@ def _record_operations(row: Row, operations: int, nhv: int | None) -> None:
 
 
 def _record_times(
-    rows: Mapping[str, Row], times: Mapping[str, list[Time] | str], group: Group
+    rows: Mapping[str, Row], times: Mapping[str, list[Time] | Failure], group: Group
 ) -> None:
     plain = times.get(PLAIN_PRODUCT)
     # Milliseconds of a plain product with one NHV of operations.
     unit = _median(plain) / 2 if isinstance(plain, list) and plain else None
     for name, outcome in times.items():
         row = rows[name]
-        if isinstance(outcome, str):
-            row.failure = outcome
+        if isinstance(outcome, Failure):
+            row.fail(outcome)
             continue
         row.all_ms = [round(each.wall, 4) for each in outcome]
         row.median_ms = statistics.median(each.wall for each in outcome)

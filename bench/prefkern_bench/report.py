@@ -19,6 +19,7 @@ import torch
 
 import prefkern
 from prefkern.training.files import write_json
+from prefkern_bench.timing import Failure
 
 PACKAGES = (
     "torch",
@@ -42,6 +43,7 @@ class Row:
     provider: str
     tokens: int  # N, scored
     failure: str | None = None  # why there are no numbers, in one line
+    traceback: str | None = None  # of a failure that was not foreseen
     note: str | None = None  # what a number leaves out
     operations: int | None = None  # counted operations of the matrix products
     operations_nhv: float | None = None  # the same in units of N H V
@@ -62,6 +64,9 @@ class Row:
     dhidden_error: float | None = None
     dweight_error: float | None = None
     plan: dict[str, Any] | None = None  # prefkern's plan
+
+    def fail(self, failure: Failure) -> None:
+        self.failure, self.traceback = str(failure), failure.traceback
 
     def add_note(self, note: str | None) -> None:
         if note:

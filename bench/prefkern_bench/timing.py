@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -25,7 +26,17 @@ class Time(NamedTuple):
     processor: float | None = None  # summed over threads; None on a GPU
 
 
+class Failure(str):
+    """A failure in one line, and where it was raised; None if the line says it all.
+
+    As text: an exception would keep the memory of the frames that it passed.
+    """
+
+    traceback: str | None = None
+
+
 FEWEST_ROUNDS = 3
+KEPT_OF_A_TRACEBACK = 4000
 
 
 def time_in_turns(
@@ -36,7 +47,7 @@ def time_in_turns(
     rounds: int,
     seconds: float,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, list[Time] | str]:
+) -> dict[str, list[Time] | Failure]:
     """The time of each step in each round after the warm-up, or its failure in one line.
 
     Args:
@@ -45,7 +56,7 @@ def time_in_turns(
         advance: called after each round.
     """
     times: dict[str, list[Time]] = {name: [] for name in steps}
-    failures: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     names = list(steps)
 
     def one_round(number: int) -> None:
@@ -103,13 +114,15 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def describe_failure(error: Exception) -> str:
-    """One line for a table."""
+def describe_failure(error: Exception) -> Failure:
+    """One line for a table, with the traceback of what was not foreseen."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+        return Failure("out of memory")
     if isinstance(error, ModuleNotFoundError):
-        return f"not installed ({error.name})"
+        return Failure(f"not installed ({error.name})")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # A first line that ends with a colon says nothing without the second one.
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return f"{type(error).__name__}: {text}"[:120]
+    failure = Failure(f"{type(error).__name__}: {text}"[:120])
+    failure.traceback = "".join(traceback.format_exception(error))[-KEPT_OF_A_TRACEBACK:]
+    return failure

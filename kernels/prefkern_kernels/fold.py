@@ -47,35 +47,9 @@ from .tiles import fold_config, pair_config
 
 
 @triton.jit
-def _store_label(
-    row_ptr,
-    bias_ptr,
-    label_logit_ptr,
-    label_slope_ptr,
-    local,
-    first,
-    n_entries,
-    logit_scale,
-    softcap,
-    temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """The label's logit and slope, if it lies in the tile, by a reading of their own."""
+def _store_label(label_logit_ptr, label_slope_ptr, z, slope, is_here, first):
+    """The label's logit and slope, if it lies in the tile, (1,) each."""
     at = tl.arange(0, 1)
-    entries = local + at
-    is_here = (entries >= 0) & (entries < n_entries)
-    z, slope = load_logits(
-        row_ptr,
-        bias_ptr,
-        entries,
-        is_here,
-        logit_scale,
-        softcap,
-        temperature,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-    )
     # A token's first tile begins its state; a later one without the label leaves it as it is.
     is_stored = is_here | (first != 0)
     tl.store(label_logit_ptr + at, tl.where(is_here, z, -float("inf")), mask=is_stored)
@@ -223,17 +197,18 @@ def _fold_kernel(
         )
         old = tl.load(maximum_ptr + row, mask=first == 0, other=-float("inf"))
         total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
-    local = tl.load(labels_ptr + row) - start
+    # Of 32 bits, so that each comparison with an entry is one instruction.
+    local = (tl.load(labels_ptr + row) - start).to(tl.int32)
 
     if ONE_BLOCK:
-        _store_label(
+        # The label's logit, by a reading of its own, which nothing waits for before the end.
+        label = local + tl.arange(0, 1)
+        label_is_here = (label >= 0) & (label < n_entries)
+        label_z, label_t = load_logits(
             tile_row,
             bias_ptr,
-            label_logit_ptr + row,
-            label_slope_ptr + row,
-            local,
-            first,
-            n_entries,
+            label,
+            label_is_here,
             logit_scale,
             softcap,
             temperature,
@@ -241,7 +216,8 @@ def _fold_kernel(
             HAS_SOFTCAP,
         )
         mask = offs_v < n_entries
-        tile_max = tl.max(_without(offs_v == local, z, mask), axis=0)
+        others = _without(offs_v == local, z, mask)
+        tile_max = tl.max(others, axis=0)
         if HAS_STATS:
             tile_logits = tl.sum(tl.where(mask, z, 0.0), axis=0)
             tile_before = tl.max(_without(offs_v >= local, z, mask), axis=0)
@@ -309,7 +285,7 @@ def _fold_kernel(
                 HAS_BIAS,
                 HAS_SOFTCAP,
             )
-        distance = tl.where(counts, z - offset, -float("inf"))
+        distance = others - offset if ONE_BLOCK else tl.where(counts, z - offset, -float("inf"))
         e = tl.exp(distance)
         sums += e
         if HAS_STATS:
@@ -339,7 +315,11 @@ def _fold_kernel(
                 ref_value = round_to(ref_e * slope, ref_weights_ptr.dtype.element_ty)
                 tl.store(ref_weights_ptr + row * stride_un + entries, ref_value, mask=mask)
 
-    if not ONE_BLOCK:
+    if ONE_BLOCK:
+        _store_label(
+            label_logit_ptr + row, label_slope_ptr + row, label_z, label_t, label_is_here, first
+        )
+    else:
         total = tl.load(total_ptr + row, mask=first == 0, other=0.0)
     tl.store(total_ptr + row, total * factor + tl.sum(sums, axis=0))
     if HAS_WEIGHTS:

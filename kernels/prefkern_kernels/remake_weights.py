@@ -92,7 +92,8 @@ def _remake_weights_kernel(
 ):
     """One token: turn its row of the tile, or of both, into its row of weights."""
     row = tl.program_id(0).to(tl.int64)
-    local = tl.load(labels_ptr + row) - start
+    # Of 32 bits, so that each comparison with an entry is one instruction.
+    local = (tl.load(labels_ptr + row) - start).to(tl.int32)
     unit = tl.load(unit_ptr + row)
     factor = tl.load(factor_ptr + row)
     label_gradient = tl.load(label_gradient_ptr + row)

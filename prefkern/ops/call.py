@@ -74,7 +74,7 @@ def run(
     if workspace_mb is None:
         sizes = (scored.count, head.weight.shape[0], head.size, gradients, with_divergence)
         share = plan.share_of_logits(*sizes)
-        workspace_mb = plan.default_workspace_mb(head.hidden.device, share)
+        workspace_mb = plan.default_workspace_mb(head.hidden.device, gradients.head, share)
     made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
     retries = shard is None and not sequences.is_capturing(head.hidden)
@@ -127,10 +127,12 @@ def check_workspace(workspace_mb: float | None) -> None:
         plain.positive("workspace_mb", workspace_mb)
 
 
-def resolve_workspace(workspace_mb: float | None, device: torch.device) -> float:
+def resolve_workspace(workspace_mb: float | None, device: torch.device, trains_head: bool) -> float:
     """The bound for a call of any size: a compiled one may be of many."""
     check_workspace(workspace_mb)
-    return plan.default_workspace_mb(device) if workspace_mb is None else float(workspace_mb)
+    if workspace_mb is None:
+        return plan.default_workspace_mb(device, trains_head)
+    return float(workspace_mb)
 
 
 def resolve_backend(

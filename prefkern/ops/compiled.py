@@ -370,7 +370,7 @@ def token_logprobs(
         transform.logit_scale,
         transform.softcap,
         transform.temperature,
-        call.resolve_workspace(workspace_mb, hidden.device),
+        call.resolve_workspace(workspace_mb, hidden.device, wanted.head),
         call.resolve_backend(backend, hidden.device, hidden.dtype),
         head.operands.compute_dtype,
         (reference or head).operands.compute_dtype,

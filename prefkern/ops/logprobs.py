@@ -188,7 +188,7 @@ def plan_for(
     call.check_workspace(workspace_mb)
     if workspace_mb is None:
         share = plan.share_of_logits(tokens, vocab_size, head, gradients, with_divergence=False)
-        workspace_mb = plan.default_workspace_mb(device, share)
+        workspace_mb = plan.default_workspace_mb(device, gradients.head, share)
     return plan.make_plan(
         tokens=tokens,
         vocab_size=vocab_size,

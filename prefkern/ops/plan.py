@@ -53,6 +53,12 @@ _NARROWEST_VOCAB_TILE = 16
 # tile saves traffic of the accumulator, which the second product hides; a second reading of every
 # logit is not hidden.
 FOLD_ENTRIES = 8192
+# The widest tile of dW on a GPU. A wider one saves less than 1% of a call's time, and a float32
+# copy of a whole `[V, H]` is never made.
+_MOST_OF_A_GRADIENT = 32768
+# Of a GPU's memory, the default workspace; and where the head is trained, with the probabilities
+# that forward keeps for backward.
+_SHARE_OF_GPU, _SHARE_OF_GPU_TRAINED = 1 / 128, 1 / 24
 # Below so many tokens in a tile, its launches cost more than the second reading.
 _LEAST_TOKENS_OF_A_FOLD = 2048
 # The narrowest tile for kept tokens, whose maximum is stored after each tile.
@@ -175,15 +181,26 @@ def recorder() -> Callable[[Plan], None]:
     return functools.partial(vars(_local).__setitem__, "plan")
 
 
-def default_workspace_mb(device: torch.device, share: float | None = None) -> float:
-    """The default bound: 64 MiB on a CPU, 1/128 of a GPU's memory (at least 256 MiB).
+def default_workspace_mb(
+    device: torch.device, trains_head: bool = False, share: float | None = None
+) -> float:
+    """The default bound: 64 MiB on a CPU, `workspace_of_gpu` on a GPU.
 
     On a CPU it is less for a small call: its `share` (`share_of_logits`), and at least 8 MiB.
     """
     if device.type != "cuda":
         return _MOST_MB_OF_CPU if share is None else min(max(share, 8.0), _MOST_MB_OF_CPU)
-    total = torch.cuda.get_device_properties(device).total_memory
-    return max(256.0, total / 128 / MIB)
+    return workspace_of_gpu(torch.cuda.get_device_properties(device).total_memory, trains_head)
+
+
+def workspace_of_gpu(memory: float, trains_head: bool) -> float:
+    """The default on a GPU of so many bytes: 1/128 of them, at least 256 MiB.
+
+    If the head is trained, 1/24: each token whose probabilities are kept saves a quarter of its
+    operations. A call takes no more than these and its tiles need.
+    """
+    share = _SHARE_OF_GPU_TRAINED if trains_head else _SHARE_OF_GPU
+    return max(256.0, memory * share / MIB)
 
 
 def share_of_logits(
@@ -428,12 +445,8 @@ class _Sizes:
         return self.head.width + (0 if self.pairs is None else self.pairs.width)
 
     def _most_of_a_fold(self, tokens: int) -> int:
-        """The widest tile that a fold of so many tokens takes.
-
-        Pairs are read twice at any width, and with a softcap instructions take more time than
-        memory.
-        """
-        reads_once = self.backend == "triton" and self.pairs is None and not self.has_softcap
+        """The widest tile that a fold of so many tokens takes; pairs are read twice at any width."""
+        reads_once = self.backend == "triton" and self.pairs is None
         if reads_once and tokens >= _LEAST_TOKENS_OF_A_FOLD:
             return FOLD_ENTRIES
         return self._most_entries(tokens)
@@ -443,6 +456,11 @@ class _Sizes:
         if not self.head.rounds:
             return self.vocab_size
         return _LARGEST_BLOCK_OF_CPU // (self.head.wide_size * max(tokens, self.head.width))
+
+    def _most_of_a_gradient(self, tokens: int) -> int:
+        """The widest tile of dW, and of what it is made of."""
+        entries = self._most_entries(tokens)
+        return min(entries, _MOST_OF_A_GRADIENT) if self.backend == "triton" else entries
 
     def kept_bytes(self, kept: int) -> int:
         row = kept_row(self.vocab_size) * self.head.operand_size
@@ -527,7 +545,7 @@ class _Sizes:
             # The tile of dW is read and written once for each token tile; hidden is read, scaled
             # and read again once for each vocabulary tile.
             traffic=(8, 6),
-            most_entries=self._most_entries,
+            most_entries=self._most_of_a_gradient,
         )
 
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from prefkern_bench import (
 from prefkern_bench.group import Settings
 from prefkern_bench.measure import Meter
 from prefkern_bench.report import PLAIN_PRODUCT, Row
-from prefkern_bench.timing import Time, describe_failure, time_in_turns
+from prefkern_bench.timing import Failure, Time, describe_failure, time_in_turns
 from support.processes import environment
 
 CPU = torch.device("cpu")
@@ -515,6 +516,23 @@ def test_failures_fit_a_line() -> None:
     error = RuntimeError("backend raised:\n\nwhat happened " + "x" * 200 + "\nmore")
     assert describe_failure(error).startswith("RuntimeError: backend raised: what happened x")
     assert len(describe_failure(error)) == 120
+
+
+def test_what_was_not_foreseen_keeps_its_traceback() -> None:
+    """As text, in the row; memory that ran out and a peer that is not installed need none."""
+
+    def steps() -> None:
+        raise RuntimeError("what happened")
+
+    found = time_in_turns({"a": steps}, CPU, warm_up=0, rounds=1, seconds=1)["a"]
+    assert isinstance(found, Failure) and found == "RuntimeError: what happened"
+    assert found.traceback is not None and ", in steps\n" in found.traceback
+    row = Row("operator", "tiny", "forward", "prefkern", 1)
+    row.fail(found)
+    assert json.loads(json.dumps(asdict(row)))["traceback"] == found.traceback
+    assert type(row.failure) is str
+    for error in (torch.OutOfMemoryError("x"), ModuleNotFoundError(name="trl")):
+        assert describe_failure(error).traceback is None
 
 
 def test_help_needs_no_gpu_and_no_peer() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import prefkern
-from prefkern.ops import plan
+from prefkern.ops import call, plan
+from prefkern.ops.operands import Operands
 from prefkern_bench.measure import Meter
 
 N, H, V = 512, 64, 8192
@@ -166,8 +167,8 @@ def test_the_plan_uses_the_workspace():
 def test_a_fold_reads_its_rows_once():
     """Tiles of many tokens are no wider than a row that the fold's kernel holds.
 
-    The bound is the Triton backend's. With a softcap, and for a divergence, rows are read twice at
-    any width: tiles are as wide as the workspace allows.
+    The bound is the Triton backend's. For a divergence rows are read twice at any width: tiles are
+    as wide as the workspace allows.
     """
     head = plan.HeadSize(1024, torch.bfloat16, False, torch.bfloat16, torch.bfloat16)
     given = {**COMMON, "head": head, "gradients": plan.Gradients(True, False, False)}
@@ -177,10 +178,52 @@ def test_a_fold_reads_its_rows_once():
 
     assert tile() == plan.FOLD_ENTRIES == tile(workspace_mb=4096)
     assert tile(gradients=plan.Gradients(False, False, False)) == plan.FOLD_ENTRIES
-    wider = {"softcap": {"has_softcap": True}, "torch": {"backend": "torch"}}
+    assert tile(has_softcap=True) == plan.FOLD_ENTRIES
+    wider = {"torch": {"backend": "torch"}}
     wider["divergence"] = {"reference": head, "with_divergence": True}
     for name, options in wider.items():
         assert tile(**options) > plan.FOLD_ENTRIES, name
+
+
+def test_a_gpu_has_no_float32_copy_of_a_heads_gradient():
+    """However much a workspace allows, a tile of dW is a part of the vocabulary."""
+    given = {**COMMON, "gradients": plan.Gradients(True, True, False), "workspace_mb": 60_000}
+    made = plan.make_plan(**given)
+    assert made.structure == "one_pass" and made.backward_tiles is not None
+    assert made.backward_tiles.vocab_tile == 32_768 < made.vocab_size
+    of_torch = plan.make_plan(**{**given, "backend": "torch"}).backward_tiles
+    assert of_torch is not None and of_torch.vocab_tile == made.vocab_size
+
+
+def test_the_default_has_room_for_what_a_trained_head_keeps(monkeypatch):
+    """On a GPU of 141 GB that is 1/128 of its memory, and 1/24 if the head or its adapter is trained."""
+    properties = type("Properties", (), {"total_memory": 141 * 10**9})()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    size = {"device": "cuda", "backend": "triton"}
+
+    def most(**options) -> float:
+        made = prefkern.plan_for(10**6, 4096, 128256, **size, **options)
+        return made.workspace_bytes / 141e9
+
+    monkeypatch.setattr(
+        "prefkern.ops.logprobs.operands_for", lambda *_: Operands(torch.bfloat16, False)
+    )
+    monkeypatch.setattr(call, "resolve_backend", lambda backend, *_, **__: backend)
+    assert 1 / 300 < most() <= 1 / 128
+    assert 1 / 26 < most(trains_head=True) <= 1 / 24
+    assert 1 / 26 < most(lora_rank=8) <= 1 / 24
+    # At 16,384 tokens it holds all probabilities, and a call takes no more than these and its tiles.
+    made = prefkern.plan_for(16384, 4096, 128256, **size, trains_head=True)
+    assert made.structure == "one_pass" and made.operations_nhv == 6
+    assert made.workspace_bytes < made.kept_bytes + 1300 * MIB
+    for total, share, expected in (
+        (8e9, False, 256),
+        (8e9, True, 8e9 / 24 / MIB),
+        (1e9, True, 256),
+    ):
+        assert plan.workspace_of_gpu(total, share) == pytest.approx(expected)
+    assert plan.default_workspace_mb(torch.device("cpu"), trains_head=True) == 64
 
 
 def test_a_small_batch_is_one_tile():

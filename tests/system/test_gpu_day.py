@@ -202,6 +202,30 @@ def test_a_stage_that_breaks_the_script_takes_nothing_with_it(
     monkeypatch.setattr(runs, "run", broken)
     gpu.main(["--dry", "--results", str(faults)])
     assert outcomes(faults)["good after all that"]["status"] == "done"
+    kept = gpu.read(gpu.file_of(faults, "check"))
+    assert kept is not None and "in broken\n" in kept["broken"]
+    assert kept["broken"].endswith("OSError: no space left\n")
+    assert not verdicts.is_complete(kept)
+    page = (faults / "gpu.md").read_text()
+    assert "| check | the script itself | failed | - | OSError: no space left |" in page
+    # Another time it is whole.
+    monkeypatch.setattr(runs, "run", right)
+    gpu.main(["--dry", "--results", str(faults), "--stages", "check"])
+    assert "broken" not in gpu.file_of(faults, "check").read_text()
+
+
+def test_a_stage_whose_file_cannot_be_written_is_printed(
+    faults: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, *rest: Any, **options: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gpu, "write_json", full)
+    fast = [Stage("check", "", 100, stages.dry()[0].parts[:1])]
+    monkeypatch.setattr(stages, "dry", lambda: fast)
+    assert gpu.main(["--dry", "--results", str(faults)]) == 2
+    said = capsys.readouterr().out
+    assert "in full\n" in said and "cannot be written: no space left" in said
 
 
 @pytest.mark.parametrize("change", [{"device": "another"}, {"versions": {}}, {"dry": False}])
