@@ -38,7 +38,8 @@ class FusedPreferenceLoss(nn.Module):
     Args:
         objective: an objective of `prefkern.objectives`.
         ignore_index: label of tokens that are not scored.
-        workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
+        workspace_mb: bound on temporary memory in MiB; None: chosen for the device, and larger on a
+            GPU if the head is trained.
         backend: None, "triton" or "torch"; see `prefkern.linear_logprobs`.
         on_nonfinite: "raise" (FloatingPointError) or "warn" if the loss, a log-prob, the
             reference's sums or the margins are NaN or infinite. The message names the cause and its

@@ -47,7 +47,8 @@ def linear_logprobs(
         weight: [V, H] in hidden's dtype; under autocast in float32, bfloat16 or float16.
         labels: [...] int64.
         bias: [V] or None.
-        workspace_mb: bound on temporary memory in MiB; None: chosen for the device.
+        workspace_mb: bound on temporary memory in MiB; None: chosen for the device, and larger on a
+            GPU if the head is trained.
         backend: "triton" (GPUs; CPU under TRITON_INTERPRET=1), "torch" (any device), or None:
             triton on a GPU that has it, else torch.
         return_stats: return TokenStats, with entropy, mean logit and top-1 beside the log-probs.
