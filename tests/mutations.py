@@ -90,6 +90,7 @@ PASSES = "prefkern/ops/passes.py"
 BACKWARD = "prefkern/ops/backward.py"
 TORCH = "prefkern/ops/torch_tiles.py"
 SHARDS = "prefkern/ops/shards.py"
+CONTEXT_PARALLEL = "prefkern/training/context_parallel.py"
 TENSOR_PARALLEL = "prefkern/training/tensor_parallel.py"
 KERNELS = "kernels/prefkern_kernels"
 
@@ -586,11 +587,40 @@ MUTATIONS = (
         "lambda row: str(row)",
         "tests/loss/test_loss_shards.py -k disagree",
     ),
+    # Accelerate's context parallelism.
+    Mutation(
+        "a rank's part of a loss is averaged over the parts",
+        CONTEXT_PARALLEL,
+        "return items / self._cp_size",
+        "return items",
+        "tests/training/test_context_parallel.py -k gradients",
+    ),
+    Mutation(
+        "labels are shifted in parts",
+        CONTEXT_PARALLEL,
+        '"shift_labels": _padded(align_labels(labels), length, IGNORE_INDEX),',
+        '"shift_labels": _padded(labels, length, IGNORE_INDEX),',
+        "tests/training/test_context_parallel.py -k shifted",
+    ),
+    Mutation(
+        "statistics of tokens are of one rank's tokens",
+        CONTEXT_PARALLEL,
+        "dist.all_reduce(numerators, group=self._cp_mesh.get_group())",
+        "pass",
+        "tests/training/test_context_parallel.py -k gradients",
+    ),
+    Mutation(
+        "a reference's attention does not reach other ranks",
+        "prefkern/training/reference_trainer.py",
+        "with self._cut(self._prepare_inputs(inputs)) as rows:",
+        "with nullcontext(self._prepare_inputs(inputs)) as rows:",
+        "tests/training/test_context_parallel.py -k gradients",
+    ),
     # transformers' tensor parallelism.
     Mutation(
         "ranks with one batch gather it once for each",
-        TENSOR_PARALLEL,
-        "return given is not None and given.tp_enabled",
+        "prefkern/training/sharing.py",
+        "return count > 1 and count == accelerator.num_processes",
         "return False",
         "tests/training/test_tensor_parallel.py -k gradients",
     ),

@@ -208,7 +208,7 @@ class PreferenceConfig(NamedArguments, TrainingArguments):
         if getattr(self, "activation_checkpointing", False) is None:
             # The newer name of gradient_checkpointing, from transformers 5.2x on.
             self.activation_checkpointing = self.gradient_checkpointing
-        refuse_split_sequences(self)
+        refuse_split_sequences(self, "sp_size")
         super().__post_init__()
         refuse_dispatched_rows(self)
         options.check_spreading(self)
@@ -239,19 +239,19 @@ def refuse_dispatched_rows(args: Any) -> None:
         )
 
 
-def refuse_split_sequences(args: Any) -> None:
-    """Raise ValueError for context or sequence parallelism, by the arguments or the launcher."""
+def refuse_split_sequences(args: Any, *names: str) -> None:
+    """Raise ValueError for these kinds of parallelism (`cp_size`, `sp_size`), by arguments or launcher."""
     from prefkern.training.launched import launched_parallelism
 
     given = launched_parallelism(args)
-    for name in ("cp_size", "sp_size"):
+    for name in names:
         size = getattr(given, name, 1)
         if size > 1:
             raise ValueError(
-                f"parallelism_config has {name}={size}: the trainers do not cut sequences over "
-                "ranks yet. PreferenceTrainer spreads each batch by tensor parallelism "
-                f"(tp_size={size}). A loop of your own can: prefkern.preference_outputs with "
-                "FusedPreferenceLoss(objective, sequence_group=group)"
+                f"parallelism_config has {name}={size}, which this trainer does not support: "
+                f"PreferenceTrainer cuts sequences over ranks by cp_size={size} under FSDP2, and so "
+                "can a loop of your own (prefkern.preference_outputs with "
+                "FusedPreferenceLoss(objective, sequence_group=group))"
             )
 
 

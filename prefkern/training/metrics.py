@@ -20,6 +20,8 @@ from prefkern.ops.sequences import sequence_sums
 
 # The tokens of all training batches so far, padding left out: TRL's name.
 NUM_TOKENS = "num_tokens"
+# Sums over tokens, of which a rank may have some alone.
+OF_TOKENS = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
 
 
 @torch.no_grad()

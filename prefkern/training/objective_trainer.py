@@ -27,7 +27,7 @@ from prefkern.objectives import KTO, TPO, Objective, UnpairedObjective
 from prefkern.training.cards import CardTrainer
 from prefkern.training.metrics import NUM_TOKENS, item_values, means, per_item
 from prefkern.training.run_state import SinceLastLog, load_objective, save_objective
-from prefkern.training.tensor_parallel import shares_batches
+from prefkern.training.sharing import gathered_once, ranks_a_batch, shares_batches
 
 
 class ObjectiveTrainer(CardTrainer):
@@ -127,9 +127,7 @@ class ObjectiveTrainer(CardTrainer):
 
     def _gathered(self, values: Tensor) -> Tensor:  # (B, metrics, 2)
         """Values of all ranks' pairs, without the pairs that pad the ranks' last batch."""
-        if shares_batches(self.accelerator):
-            return values
-        return self.accelerator.gather_for_metrics(values)  # pyright: ignore[reportReturnType]
+        return gathered_once(values, self.accelerator)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's loop, with means over pairs in place of its mean over batches."""
@@ -146,9 +144,11 @@ class ObjectiveTrainer(CardTrainer):
             names = list(self._train_sums)
             sums = torch.stack([*self._train_sums.values()])
             if not shares_batches(self.accelerator):
+                # The weights of means have a pair as often as their numerators.
                 sums = self.accelerator.reduce(sums, "sum")
                 # Not with the others: a sum in float32 is not exact beyond 2**24 tokens.
-                tokens = tokens if tokens is None else self.accelerator.reduce(tokens, "sum")
+                if tokens is not None:
+                    tokens = self.accelerator.reduce(tokens, "sum") // ranks_a_batch(self.accelerator)  # pyright: ignore[reportOperatorIssue]
             totals = dict(zip(names, sums, strict=True))
             logs.update(means(totals, self._zero_metrics))
             if tokens is not None:

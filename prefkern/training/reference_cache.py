@@ -48,7 +48,7 @@ from prefkern.models.adapters import is_peft_model
 from prefkern.models.heads import unwrap
 from prefkern.models.transform import head_transform
 from prefkern.training.files import write_atomically
-from prefkern.training.tensor_parallel import shares_batches
+from prefkern.training.sharing import gathered_once, shares_batches
 from prefkern.training.token_batches import TokenBatches, with_batches
 from prefkern.version import VERSION
 
@@ -312,8 +312,7 @@ def _scored(
         torch_device_mesh=accelerator.torch_device_mesh,
     )
     for batch in loader:
-        mine = _by_pair(score(batch))
-        yield mine if shares_batches(accelerator) else accelerator.gather_for_metrics(mine)  # pyright: ignore[reportReturnType]
+        yield gathered_once(_by_pair(score(batch)), accelerator)
 
 
 def _scored_by_tokens(

@@ -31,6 +31,7 @@ from prefkern.models.transform import forget_transform
 from prefkern.ops import cpu
 from prefkern.ops.call import resolve_backend
 from prefkern.training.checks import carry_sums
+from prefkern.training.context_parallel import ContextParallelTrainer
 from prefkern.training.objective_trainer import reference_states, sums_alone, sums_of
 from prefkern.training.pictures import hash_pictures
 from prefkern.training.reference_cache import (
@@ -41,15 +42,14 @@ from prefkern.training.reference_cache import (
     with_sums,
 )
 from prefkern.training.sharding import is_sharded, sharded
-from prefkern.training.token_trainer import TokenBatchTrainer
 from prefkern.training.unsaved import fingerprint
 from prefkern.training.zero import destroy, forward_engine
 
 logger = logging.getLogger(__name__)
 
 
-class ReferenceTrainer(TokenBatchTrainer):
-    """TokenBatchTrainer with a reference; PreferenceTrainer sets these attributes."""
+class ReferenceTrainer(ContextParallelTrainer):
+    """ContextParallelTrainer with a reference; PreferenceTrainer sets these attributes."""
 
     # The reference, if it is a model of its own.
     ref_model: Any
@@ -70,6 +70,10 @@ class ReferenceTrainer(TokenBatchTrainer):
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor:  # (S,), of pairs (2B,)
         with torch.no_grad(), self._reference() as model, self._autocast():
             return self._sums(model, inputs)
+
+    def _whole_reference_logps(self, inputs: dict[str, Any]) -> Tensor:
+        with self._cut(self._prepare_inputs(inputs)) as rows:
+            return self._reference_logps(rows)
 
     def _autocast(self) -> Any:
         """The policy's autocast for the reference: a wrapped model has its own, another has none.
@@ -114,7 +118,8 @@ class ReferenceTrainer(TokenBatchTrainer):
     def _reference_states(self, policy: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """The reference's hidden states and head, for objectives that compare distributions."""
         cu_seqlens = inputs.get("cu_seqlens")
-        labels = align_labels(inputs["labels"], cu_seqlens)
+        is_part = "shift_labels" in inputs
+        labels = inputs["shift_labels"] if is_part else align_labels(inputs["labels"], cu_seqlens)
         # FSDP2 frees a head when its forward ends. That of an adapter's base is gathered again, into
         # the same memory, with the policy's own head, for its forward and for its backward.
         is_base = self.ref_model is None and self._initial_adapter is None
@@ -199,7 +204,7 @@ class ReferenceTrainer(TokenBatchTrainer):
         args = self.args
         return with_sums(
             dataset,
-            lambda batch: self._reference_logps(self._prepare_inputs(batch)),
+            self._whole_reference_logps,
             self.data_collator,
             self.accelerator,
             batch_size=args.precompute_ref_batch_size or args.per_device_eval_batch_size,
@@ -220,10 +225,13 @@ class ReferenceTrainer(TokenBatchTrainer):
         if self._shards_reference and precision != "no":
             precision = f"{precision} by {'FSDP2' if self.accelerator.is_fsdp2 else 'DeepSpeed'}"
         # Without it, keys stay what they were.
-        ld_alpha = {} if self._sum_fn.ld_alpha is None else {"ld_alpha": self._sum_fn.ld_alpha}
-        pictures = {}
+        further: dict[str, Any] = {}
+        if self._sum_fn.ld_alpha is not None:
+            further["ld_alpha"] = self._sum_fn.ld_alpha
         if picture_column(dataset.column_names) is not None:
-            pictures["pictures"] = hash_pictures(dataset, self.processing_class)
+            further["pictures"] = hash_pictures(dataset, self.processing_class)
+        if self._cp_size > 1:
+            further["cp_size"] = self._cp_size
         return open_cache(
             folder,
             self._description(),
@@ -234,8 +242,7 @@ class ReferenceTrainer(TokenBatchTrainer):
             bfloat16_units=self.args.device.type == "cpu" and cpu.has_bfloat16_units(),
             backend=resolve_backend(self.args.backend, self.args.device),
             layout=self._layout,
-            **ld_alpha,
-            **pictures,
+            **further,
         )
 
     def _description(self) -> dict[str, Any] | None:

@@ -143,7 +143,7 @@ class RewardConfig(NamedArguments, TrainingArguments):
         # The best model must be a saved one.
         self.save_strategy = self.eval_strategy
         self.save_steps = self.eval_steps or self.logging_steps
-        refuse_split_sequences(self)
+        refuse_split_sequences(self, "cp_size", "sp_size")
         refuse_tensor_parallel(self)
         super().__post_init__()
         refuse_dispatched_rows(self)

@@ -88,6 +88,10 @@ def sharded(model: nn.Module, accelerator: Accelerator) -> Any:
     layers = (plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap)
     model.requires_grad_(False).eval()
     untie_originals(model)
+    given = accelerator.parallelism_config
+    if given is not None and given.cp_enabled:
+        # Its attention leaves the mask out, as the policy's does.
+        accelerator._prepare_cp(model)
     try:
         with own_ties(model):
             prepared: Any = fsdp2_prepare_model(accelerator, model)

@@ -245,18 +245,13 @@ def _copy_part(weight: Any, whole: Tensor) -> None:
     weight.copy_(part)
 
 
-def shares_batches(accelerator: Accelerator) -> bool:
-    """Whether all processes have the same batch, and compute it together."""
-    given = accelerator.parallelism_config
-    return given is not None and given.tp_enabled
-
-
 def counting_batches_once(accelerator: Accelerator) -> AbstractContextManager[None]:
     """In this region an objective counts a batch that all processes have once.
 
     With a head over the processes it does so anyway; a plan may leave the head whole.
     """
-    if not shares_batches(accelerator):
+    given = accelerator.parallelism_config
+    if given is None or not given.tp_enabled:
         return nullcontext()
     mesh: Any = accelerator.torch_device_mesh
     return counted_once(None, mesh.get_group("tp"))

@@ -25,7 +25,7 @@ from prefkern.data.collate import sequence_count
 from prefkern.training.config import PreferenceConfig
 from prefkern.training.files import write_json
 from prefkern.training.objective_trainer import ObjectiveTrainer, add_to
-from prefkern.training.tensor_parallel import shares_batches
+from prefkern.training.sharing import shares_batches
 from prefkern.training.token_batches import TokenBatches, pair_tokens, with_batches
 
 logger = logging.getLogger(__name__)

@@ -78,8 +78,8 @@ from prefkern.training.checks import (
     reference_arguments,
 )
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.context_parallel import check_context_parallel, size_of_launch
 from prefkern.training.data_trainer import DataTrainer
-from prefkern.training.metrics import NUM_TOKENS, token_count
 from prefkern.training.moving_reference import (
     MovesReference,
     check_can_follow,
@@ -88,7 +88,6 @@ from prefkern.training.moving_reference import (
     save_reference,
 )
 from prefkern.training.names import NamedArguments
-from prefkern.training.objective_trainer import add_to
 from prefkern.training.pictures import (
     picture_collator,
     picture_processor,
@@ -213,6 +212,7 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
         init_kwargs = with_parallelism(own, args, model)
         given_reference = ref_model if ref_model is not None else args.ref_model_name_or_path
         check_tensor_parallel(args, model, given_reference, peft_config, init_kwargs)
+        check_context_parallel(args)
         # It is not known how a model that is given was loaded.
         own_kwargs = init_kwargs if isinstance(model, str) else {}
         parts = named(train_dataset, "train") + named(eval_dataset, "eval")
@@ -259,7 +259,7 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
         self._check_positions(train_dataset, args, "train", base)
         self._check_positions(eval_dataset, args, "eval", base)
         check_summed_gradients(model, args)
-        ranks = self._ranks_with_batches = args.world_size // size_of(model)
+        ranks = self._ranks_with_batches = args.world_size // size_of(model) // size_of_launch(args)
         gold = self._objective_needs.gold
         if streams is None:
             check_batches(
@@ -449,8 +449,6 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
             options["desirable"] = inputs["desirable"]
             options["mismatched_log_ratios"] = self._mismatched_log_ratios(model, inputs)
         self.loss_fn.train(model.training)
-        if model.training:
-            add_to(self._train_sums, NUM_TOKENS, token_count(inputs))
         with counting_batches_once(self.accelerator):
             outputs = preference_outputs(
                 model, inputs, self.loss_fn, router_loss=self._router_loss, **options

@@ -15,7 +15,7 @@ from prefkern.models.scoring import IGNORE_INDEX, align_labels, forward_scored
 from prefkern.objectives import Objective, citations
 from prefkern.training.cards import objective_tags
 from prefkern.training.objective_trainer import ObjectiveTrainer
-from prefkern.training.tensor_parallel import shares_batches
+from prefkern.training.sharing import shares_batches
 
 MARGINS = "reward_margins"
 # What a packed batch has in place of a mask.

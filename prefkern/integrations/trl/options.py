@@ -92,7 +92,7 @@ def objective_of(
         if getattr(args, name) != _default(name):
             raise ValueError(f"args.{name} is {getattr(args, name)!r}, which {why}; leave it out")
     refuse_batches_by_length(args)
-    refuse_split_sequences(args)
+    refuse_split_sequences(args, "cp_size", "sp_size")
     refuse_dispatched_rows(args)
     if objective is not None:
         _refuse_trls_losses(args)

@@ -139,7 +139,7 @@ def _objective(args: TPOConfig, adaptive: Adaptive | None) -> TPO:
         if getattr(args, name) != defaults[name]:
             raise ValueError(f"args.{name} is {getattr(args, name)!r}, which {why}; leave it out")
     refuse_batches_by_length(args)
-    refuse_split_sequences(args)
+    refuse_split_sequences(args, "cp_size", "sp_size")
     refuse_dispatched_rows(args)
     for name, losses in _OF_LOSSES.items():
         value = getattr(args, name)
