@@ -74,10 +74,9 @@ class ObjectiveTrainer(CardTrainer):
 
     def _refuse_unsupported_setups(self) -> None:
         needs_kls = getattr(self.loss_fn.objective, "needs_kls", False)
-        will_shard = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if needs_kls and will_shard and not self.accelerator.is_fsdp2:
+        if needs_kls and self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             # The reference's head is freed when its forward ends.
-            raise ValueError("TDPO is not supported yet under DeepSpeed or FSDP1: use FSDP2")
+            raise ValueError("TDPO is not supported under FSDP1: use FSDP2")
 
     def _preference_outputs(
         self, model: nn.Module, inputs: dict[str, Any]

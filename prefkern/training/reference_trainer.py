@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prefkern.data.collate import first_sequence, sequence_count
 from prefkern.data.columns import picture_column
@@ -120,10 +121,10 @@ class ReferenceTrainer(ContextParallelTrainer):
         cu_seqlens = inputs.get("cu_seqlens")
         is_part = "shift_labels" in inputs
         labels = inputs["shift_labels"] if is_part else align_labels(inputs["labels"], cu_seqlens)
-        # FSDP2 frees a head when its forward ends. That of an adapter's base is gathered again, into
-        # the same memory, with the policy's own head, for its forward and for its backward.
+        # FSDP2 and ZeRO-3 free a head when its forward ends. FSDP2 gathers that of an adapter's base
+        # again, into the same memory, with the policy's own head, for its forward and its backward.
         is_base = self.ref_model is None and self._initial_adapter is None
-        copies_head = self.accelerator.is_fsdp2 and not is_base
+        copies_head = self.accelerator.is_fsdp2 and not is_base or is_deepspeed_zero3_enabled()
         with torch.no_grad(), self._reference() as model, self._autocast():
             inputs = {**model_inputs(model, inputs), **RouterLoss().asked_of(model)}
             return reference_states(

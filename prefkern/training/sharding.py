@@ -56,10 +56,10 @@ def check_sharded_reference(mode: str | None, needs: Needs, *, is_carried: bool)
     """
     if mode is None or not needs.reference or is_carried:
         return
-    if needs.distributions and mode != "FSDP2":
+    if needs.distributions and mode == "FSDP1":
         raise ValueError(
-            f"TDPO is not supported yet under {mode}: {_FSDP2} or DDP, or take an objective that "
-            "needs sums alone"
+            f"TDPO is not supported under FSDP1: {_FSDP2}, DeepSpeed's ZeRO or DDP, or take an "
+            "objective that needs sums alone"
         )
     if mode == "FSDP1":
         raise ValueError(

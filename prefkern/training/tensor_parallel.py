@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -190,6 +190,42 @@ def refuse_tensor_parallel(args: Any, model: Any = None) -> None:
         raise ValueError(
             f"tensor parallelism is not supported for reward models: leave it out, and {_INSTEAD}"
         )
+
+
+def check_split_heads(model: Any) -> None:
+    """Raise ValueError for heads of attention that do not divide among the processes that split them."""
+    base, size = unwrap(model), size_of(model)
+    plan: dict[str, str] = getattr(base, "_tp_plan", None) or {}
+    if not any(
+        rule == "colwise" and name.endswith("self_attn.k_proj") for name, rule in plan.items()
+    ):
+        return
+    config = base.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = getattr(config, name, None) or size
+        if count % size:
+            raise ValueError(
+                f"tensor parallelism (tp_size={size}) splits the heads of attention, and the "
+                f"model's {name}={count} does not divide by that: set tp_size to a divisor of "
+                f"{count}, or {_INSTEAD}"
+            )
+
+
+@contextmanager
+def adapting(model: Any, peft_config: Any) -> Iterator[None]:
+    """Within the context PEFT makes an adapter. Raises ValueError for layers that it does not split."""
+    check_split_heads(model)
+    try:
+        yield
+    except AttributeError as error:
+        if size_of(model) == 1:
+            raise
+        # It takes a layer's weight for its width, and the experts of a mixture are not such layers.
+        raise ValueError(
+            f"PEFT does not adapt {peft_config.target_modules!r} under tensor parallelism ({error}),"
+            " as where a mixture's experts are one weight: leave these out of target_modules, or "
+            f"{_INSTEAD}"
+        ) from error
 
 
 def complete_adapter(model: Any, seed: int | None) -> None:

@@ -99,6 +99,7 @@ from prefkern.training.samples import ShowsSamples, check_samples
 from prefkern.training.sharding import mode_of, sharded
 from prefkern.training.streams import check_resumed_stream, check_stream, save_stream
 from prefkern.training.tensor_parallel import (
+    adapting,
     check_summed_gradients,
     check_tensor_parallel,
     complete_adapter,
@@ -234,12 +235,13 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
         pad_token_id: int | None = tokenizer.pad_token_id
         if pad_token_id is None:
             raise ValueError("the tokenizer has neither a pad nor an eos token; set pad_token")
-        model = adapt(
-            model,
-            peft_config,
-            disable_dropout=args.disable_dropout,
-            gradient_checkpointing=args.gradient_checkpointing,
-        )
+        with adapting(model, peft_config):
+            model = adapt(
+                model,
+                peft_config,
+                disable_dropout=args.disable_dropout,
+                gradient_checkpointing=args.gradient_checkpointing,
+            )
         check_unmerged(model)
         complete_adapter(model, None if peft_config is None else args.seed)
         find_head(model)

@@ -20,7 +20,7 @@ from support import tiny
 _PLAIN = HeadTransform()
 _CAP = 0.5
 _CAPPED = {"final_logit_softcapping": _CAP}
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _MLA = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
@@ -37,9 +37,9 @@ _MAMBA = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
 }
-_DEEPSEEK = {
+DEEPSEEK = {
     **_MLA,
-    **_EXPERTS,
+    **EXPERTS,
     "n_routed_experts": 4,
     "n_group": 1,
     "topk_group": 1,
@@ -143,11 +143,11 @@ FAMILIES = [
     Family("SmolLM3"),
     Family("StableLm"),
     Family("Mixtral", {"num_local_experts": 4}),
-    Family("Qwen3Moe", {**_EXPERTS, "num_experts": 4}),
+    Family("Qwen3Moe", {**EXPERTS, "num_experts": 4}),
     Family("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     Family("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     Family("Llama4Text", {"num_local_experts": 4, "intermediate_size_mlp": 32}),
-    Family("DeepseekV3", _DEEPSEEK),
+    Family("DeepseekV3", DEEPSEEK),
     Family(
         "RecurrentGemma",
         {"logits_soft_cap": 0.25, "lru_width": 32, "num_hidden_layers": 3},

@@ -24,6 +24,7 @@ from prefkern.cli import __main__ as cli
 from support import tiny
 from support.command_line import flags
 from support.ddp import torchrun
+from support.family_table import DEEPSEEK, EXPERTS
 from support.fsdp import SUMS, TDPO, carried, lora, record, taken_for_gpus, weights_and_gradients
 from support.training import made, single_rows, step_logs, trainer
 
@@ -41,6 +42,15 @@ def save_models(folder: Path) -> None:
         "tied": {"tie_word_embeddings": True},
         "norms": {"family": "Qwen3"},
         "norms2": {"family": "Qwen3", "seed": 1},
+        # Experts as one weight, of which each rank has a part; q, k and v as one weight, whose outputs
+        # are gathered; latent attention, which is whole; a softcap of logits on a tied head.
+        "experts": {"family": "Mixtral", "num_local_experts": 4},
+        "many experts": {"family": "Qwen3Moe", **EXPERTS, "num_experts": 4},
+        "packed": {"family": "Phi3"},
+        "latent": {"family": "DeepseekV3", **DEEPSEEK},
+        "capped": {"family": "Gemma2", "final_logit_softcapping": 3.0},
+        # Four ranks have a head of attention each.
+        "four heads": {"num_key_value_heads": 4},
     }.items():
         tiny.model(**options).save_pretrained(folder / name)
         tiny.tokenizer().save_pretrained(folder / name)
@@ -51,6 +61,8 @@ def save_models(folder: Path) -> None:
 LAST = {"dataloader_drop_last": True, "num_train_epochs": 2}
 # The layers' columns are split, or their rows.
 SPLIT = ["q_proj", "v_proj", "up_proj", "o_proj", "down_proj"]
+# Latent attention has others, which are whole on each rank.
+ATTENTION = ["q_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_b_proj"]
 # Beside these options each run has 8 pairs and a batch of 4. The models are folders of `save_models`;
 # "plan" overrides rules of how they are split, and "adapter" is LoRA with given values.
 CASES: dict[str, Any] = {
@@ -131,6 +143,18 @@ CASES: dict[str, Any] = {
         **EVAL,
         "per_device_eval_batch_size": 8,
     },
+    "full, experts": lambda: {"model": "experts", "named": True, "router_aux_loss_coef": 0.0},
+    "full, many experts, balanced": lambda: {
+        "objective": "simpo",
+        "model": "many experts",
+        "router_aux_loss_coef": 0.5,
+    },
+    "lora beside experts": lambda: {"model": "many experts", "adapter": "of attention"},
+    "full, packed projections": lambda: {"model": "packed", "named": True},
+    "full, latent attention": lambda: {"model": "latent", "named": True},
+    "lora on latent attention": lambda: {"model": "latent", "adapter": "of attention"},
+    "full, softcap": lambda: {"model": "capped", "named": True},
+    "lora, softcap": lambda: {"model": "capped", "adapter": "new"},
     "adamw, uneven last batches": lambda: {
         "ref_model": "other",
         "optim": "adamw_torch",
@@ -143,7 +167,8 @@ CASES: dict[str, Any] = {
 
 def adapted(model: Any, kind: str) -> Any:
     """A model with LoRA, whose values do not depend on how the model is split."""
-    made = peft.get_peft_model(model, lora(target_modules=SPLIT))
+    targets = ATTENTION if kind == "of attention" else SPLIT
+    made = peft.get_peft_model(model, lora(target_modules=targets))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if not parameter.requires_grad:
@@ -203,7 +228,7 @@ def run_of(path: Path, models: Path, options: dict[str, Any], ranks: int) -> Any
 
 
 def outcome_of(path: Path, models: Path, case: str, ranks: int) -> dict:
-    options = CASES[case]()
+    options = {**CASES, **FOUR}[case]()
     is_evaluated_first = options.get("first", False)
     run = run_of(path, models, options, ranks)
     steps = record(run)
@@ -340,13 +365,36 @@ REFUSED: dict[str, Any] = {
     "a whole reference": lambda: {"objective": "dpo", "ref_model": tiny.model(seed=1)},
     "the head": lambda: {"peft_config": lora(target_modules=["q_proj", "lm_head"])},
     "summed gradients": lambda: {"model": "norms", "accumulated": 2},
+    "experts": lambda: {
+        "model": "many experts",
+        "peft_config": lora(target_modules=["gate_proj", "up_proj", "down_proj"]),
+    },
+    "packed projections": lambda: {
+        "model": "packed",
+        "peft_config": lora(target_modules=["o_proj"]),
+    },
 }
+
+
+def _heads(path: Path, models: Path) -> str:
+    """What is said of a model whose heads do not divide among the ranks."""
+    with pytest.raises(ValueError) as raised:
+        run_of(path, models, {"objective": "simpo"}, ranks_of_launch())
+    return str(raised.value)
+
+
 OTHERS = {
     "saved": _saved,
     "commands": _commands,
     "new adapter": _new_adapter,
     "refused": _refused,
 }
+# On four ranks; as cases, which one process has too.
+FOUR = {
+    "full, four ranks": lambda: {"objective": "simpo", "model": "four heads"},
+    "lora, four ranks": lambda: {"model": "four heads", "adapter": "new"},
+}
+OF_FOUR = (*FOUR, "heads")
 # With TRL, which the others do without.
 ON_TRL = {"trl": lambda path, models: through_trl(path, models, ranks_of_launch())}
 
@@ -361,8 +409,9 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     outcomes = {}
     for case in sys.argv[2:]:
-        if case in OTHERS | ON_TRL:
-            outcomes[case] = (OTHERS | ON_TRL)[case](folder / case, folder)
+        others = {**OTHERS, **ON_TRL, "heads": _heads}
+        if case in others:
+            outcomes[case] = others[case](folder / case, folder)
         else:
             outcomes[case] = outcome_of(folder / case, folder, case, ranks_of_launch())
     torch.save(outcomes, folder / f"rank{os.environ['RANK']}.pt")

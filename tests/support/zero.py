@@ -65,10 +65,8 @@ def only(trained: Callable[[str], bool]):
     return model
 
 
-# Of FSDP2's cases DeepSpeed's runs refuse TDPO.
-_TAKEN = {case: options for case, options in FSDP_CASES.items() if not case.startswith("tdpo")}
 CASES = {
-    **_TAKEN,
+    **FSDP_CASES,
     "head alone": lambda: {"objective": "simpo", "model": only(lambda name: "lm_head" in name)},
     "all but the head": lambda: {
         "objective": "simpo",
@@ -95,6 +93,7 @@ REFUSED = {
         "trained adapter",
         "trained adapter, whole head, checkpointed, bf16",
         "trained adapter, evaluated first",
+        "tdpo, trained adapter, whole head",
     ]
 }
 

@@ -33,6 +33,8 @@ from support.fsdp import lora
 from support.tensor_parallel import (
     CASES,
     COMMANDS,
+    FOUR,
+    OF_FOUR,
     OTHERS,
     SAVED,
     command,
@@ -77,6 +79,21 @@ def test_gradients_are_those_of_one_process(ranks, case):
         is_equal = any(name in case for name in ("off", "copy", "precomputed", "trained adapter"))
         if is_equal:
             assert found["logs"][0]["loss"] == pytest.approx(LN2, abs=1e-6)
+
+
+@pytest.mark.long
+def test_four_ranks_and_heads_that_do_not_divide_among_them(ranks, tmp_path):
+    for each in (ranks / "four heads", ranks / "model"):
+        (tmp_path / each.name).symlink_to(each)
+    launch(tmp_path, *OF_FOUR, count=4)
+    for rank in range(4):
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        for case in FOUR:
+            expected = outcome_of(tmp_path / "one process", tmp_path, case, ranks=1)
+            worst = errors(case, found[case], expected)
+            assert worst["still"] <= 0.5
+            assert max(worst["gradients"], worst["weights"], worst["logs"]) <= 1e-5, worst
+        assert "num_key_value_heads=2 does not divide by that: set tp_size" in found["heads"]
 
 
 @pytest.mark.parametrize("case", SAVED)
@@ -132,6 +149,8 @@ SAID = {
     "a copy": "tensor parallelism holds the weights of the model that was given, .*by its name",
     "a whole reference": "loaded for tp_size=2 and ref_model for tp_size=1: load both with the same",
     "the head": "LoRA on lm_head is not supported under tensor parallelism: .*use FSDP2",
+    "experts": "PEFT does not adapt .* as where a mixture's experts are one weight: leave these out",
+    "packed projections": "LoRA on model.layers.0.self_attn.o_proj is not .*leave it out of target",
     "summed gradients": "gradient_accumulation_steps=2 is not supported .*q_norm is trained",
 }
 
