@@ -66,6 +66,11 @@ def check_context_parallel(args: Any) -> None:
             f"{given} is not supported together with tensor parallelism (tp_size={tensor_size}): "
             "leave one of them out"
         )
+    if not args.disable_dropout:
+        raise ValueError(
+            f"dropout is not supported under {given}, in whose ring each part of attention would draw "
+            "for itself: set disable_dropout"
+        )
     for name in ("padding_free", "share_prompt", "ld_alpha", "use_liger_kernel"):
         value = getattr(args, name)
         if value not in (None, False):

@@ -78,7 +78,7 @@ CASES: dict[str, Any] = {
     "full, none": lambda: {
         "objective": "simpo",
         **EVAL,
-        "include_num_input_tokens_seen": True,
+        "include_num_input_tokens_seen": "non_padding",
     },
     "full, carried": lambda: {"train_dataset": carried()},
     "full, precomputed": lambda: {**SUMS, **EVAL, "precompute_ref_batch_size": 3},
@@ -148,7 +148,8 @@ def _resumed(path: Path) -> list[dict]:
     found = []
     for resumes in (False, True):
         options = {"save_strategy": "no"} if resumes else {}
-        run = run_of(path, "alphadpo", eval_strategy="no", **options)
+        options |= {"eval_strategy": "no", "disable_dropout": True}
+        run = run_of(path, "alphadpo", **options)
         run.train(resume_from_checkpoint=str(path / "checkpoint-3") if resumes else None)
         whole = weights_and_gradients(run.model)["weights"]
         found.append({"steps": run.state.global_step, "weights": whole, "logs": logs_of(run)})

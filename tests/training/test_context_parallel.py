@@ -143,6 +143,7 @@ BEFORE = {
         {"padding_free": True},
         "padding_free=True is not supported under context",
     ),
+    "dropout": ("FSDP2", {"disable_dropout": False}, "dropout is not .*: set disable_dropout"),
     "shared prompts": (
         "FSDP2",
         {"padding_free": True, "share_prompt": True},

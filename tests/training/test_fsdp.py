@@ -196,7 +196,7 @@ def test_references_that_fsdp1_does_not_compute_are_refused_before_anything_is_l
         assert "use FSDP2 (fsdp_config={'version': 2}, or accelerate launch" in said
     # Of TDPO the sums are no reference.
     said = fails(ValueError, carried(), objective="tdpo1")
-    assert "TDPO is not supported yet under FSDP1: use FSDP2" in said and "or DDP" in said
+    assert "TDPO is not supported under FSDP1: use FSDP2" in said and "ZeRO or DDP" in said
     # What needs no reference, or has it, or another mode, goes on to be loaded.
     fails(OSError, objective="simpo")
     fails(OSError, carried())

@@ -993,7 +993,7 @@ def test_unshuffled_pairs_have_mismatched_responses(tmp_path, caplog):
 def test_sharded_setups_refuse_tdpo(tmp_path, monkeypatch):
     run = trainer(tmp_path, objective="tdpo2", peft_config=lora())
     run.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="TDPO is not supported yet under DeepSpeed or FSDP1: use"):
+    with pytest.raises(ValueError, match="TDPO is not supported under FSDP1: use FSDP2"):
         run._refuse_unsupported_setups()
 
 
