@@ -178,7 +178,7 @@ class ContextParallelTrainer(TokenBatchTrainer):
 
     @property
     def _cp_size(self) -> int:
-        given = self.accelerator.parallelism_config
+        given: Any = self.accelerator.parallelism_config
         return 1 if given is None else given.cp_size
 
     @property

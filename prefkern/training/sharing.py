@@ -15,7 +15,7 @@ from torch import Tensor
 
 def ranks_a_batch(accelerator: Accelerator) -> int:
     """How many processes compute each batch together."""
-    given = accelerator.parallelism_config
+    given: Any = accelerator.parallelism_config
     return 1 if given is None else given.tp_size * given.cp_size
 
 

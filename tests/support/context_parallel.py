@@ -118,15 +118,17 @@ CASES: dict[str, Any] = {
 
 # What these go through others go through as well.
 LONG = ("full, carried", "lora, tied head", "lora on the head", "tdpo, adapter off", "gold rows")
-# Of four ranks.
-GROUPS = ("full, none", "full, precomputed", "kto", "statistics", "draws", "tdpo, reference")
+# Of four ranks: batches of two groups. KTO's mismatched pairs are of a group's own batch.
+BY_GROUPS = {"kto by groups": fsdp.CASES["kto"]}
+GROUPS = ("full, none", "full, precomputed", "statistics", "draws", "tdpo, reference", *BY_GROUPS)
 
 
 def outcome_of(path: Path, case: str, ranks: int) -> dict:
     """A run of two steps; ranks in twos have a sequence together, one process has it alone."""
-    accumulated = CASES[case]().get("accumulated", 1)
+    cases = {**CASES, **BY_GROUPS}
+    accumulated = cases[case]().get("accumulated", 1)
     size = 4 // max(ranks // 2, 1) // accumulated
-    return fsdp.outcome_of(path, case, ranks, cases=CASES, per_device_train_batch_size=size)
+    return fsdp.outcome_of(path, case, ranks, cases=cases, per_device_train_batch_size=size)
 
 
 def launch(folder: Path, *names: str, count: int = 2) -> None:

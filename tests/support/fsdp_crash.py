@@ -22,6 +22,7 @@ import transformers
 from torch.distributed.checkpoint import FileSystemWriter
 
 from prefkern.training import checkpoint_files, checkpoints
+from support import zero
 from support.fsdp import SETTINGS, VERSIONS, fsdp_on_cpus, weights_and_gradients
 from support.killed import (
     BEFORE,
@@ -40,6 +41,8 @@ from support.killed import (
 )
 from support.resumed import logs_of, run_of
 
+# Makes a run: a folder, the name of the run, how it saves, and options.
+Make = Callable[..., Any]
 RANKS = 2
 STEPS = 6
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
@@ -154,15 +157,15 @@ def made(folder: Path, case: str, kind: str, **options: Any) -> Any:
     return run_of(folder, case, **{**SAVING, "num_train_epochs": 3}, **options)
 
 
-def killed(folder: Path, moment: str) -> None:
-    arrange, who, case, kind, _ = MOMENTS[moment]
-    run = made(folder, case, kind)
+def killed(folder: Path, make: Make, moment: tuple) -> None:
+    arrange, who, case, kind, _ = moment
+    run = make(folder, case, kind)
     if run.args.process_index in who:
         arrange(run)
     run.train()
 
 
-def finished(folder: Path, case: str, kind: str, resumes: bool) -> None:
+def finished(folder: Path, make: Make, case: str, kind: str, resumes: bool) -> None:
     """A run from the start or from the last whole checkpoint; each rank keeps what it saw."""
     begun = []
 
@@ -170,13 +173,13 @@ def finished(folder: Path, case: str, kind: str, resumes: bool) -> None:
         def on_train_begin(self, args, state, control, **_):
             begun.append(state.global_step)
 
-    run = made(folder, case, kind, callbacks=[Begin()])
+    run = make(folder, case, kind, callbacks=[Begin()])
     run.train(resume_from_checkpoint=True if resumes else None)
     found = {
         "begun": begun,
         "step": run.state.global_step,
         "best": run.state.best_global_step,
-        "weights": weights_and_gradients(run.model)["weights"],
+        "weights": weights_of(run.model),
         "logs": logs_of(run),
         "objective": str(run.loss_fn.objective.state_dict()),
     }
@@ -224,26 +227,31 @@ def _rank(what: Callable[..., None], *args: Any) -> None:
         torch.distributed.destroy_process_group()
         status = 0
     except (Exception, SystemExit) as error:  # noqa: BLE001
-        print(f"{what.__name__}, {args[1:]}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{what.__name__}, {args[2:]}: {type(error).__name__}: {error}", file=sys.stderr)
     finally:
         # Nothing of the parent's is run.
         sys.stderr.flush()
         os._exit(status)
 
 
-def main(folder: Path, moments: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {**SETTINGS, **VERSIONS[2]}
-    fsdp_on_cpus()
-    for case, kind in sorted({MOMENTS[moment][2:4] for moment in moments}):
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """Of every trained parameter, whole: of FSDP2's, or of DeepSpeed's."""
+    if any(hasattr(each, "device_mesh") for each in model.parameters()):
+        return weights_and_gradients(model)["weights"]
+    return zero.weights(model)
+
+
+def try_moments(folder: Path, moments: dict[str, tuple], make: Make, names: list[str]) -> None:
+    """Runs that are killed at these moments and then resumed, and those that are not."""
+    for case, kind in sorted({moments[name][2:4] for name in names}):
         whole = folder / f"{case}, {kind}"
         whole.mkdir()
-        assert on_ranks(finished, whole, case, kind, False) == [0] * RANKS
-    for moment in moments:
-        _, who, case, kind, _ = MOMENTS[moment]
-        left = folder / folder_of(moment)
+        assert on_ranks(finished, whole, make, case, kind, False) == [0] * RANKS
+    for moment in names:
+        _, who, case, kind, _ = moments[moment]
+        left = folder / str([*moments].index(moment))
         left.mkdir()
-        statuses = on_ranks(killed, left, moment)
+        statuses = on_ranks(killed, left, make, moments[moment])
         # Of two that die, one may see first that the other is gone.
         assert any(statuses[rank] == -signal.SIGKILL for rank in who), (moment, statuses)
         assert 0 not in statuses, (moment, statuses)
@@ -252,7 +260,14 @@ def main(folder: Path, moments: list[str]) -> None:
             path.name: checkpoint_files.problem(path) for path in sorted(left.glob("checkpoint-*"))
         }
         torch.save(problems, left / "problems.pt")
-        assert on_ranks(finished, left, case, kind, True) == [0] * RANKS, moment
+        assert on_ranks(finished, left, make, case, kind, True) == [0] * RANKS, moment
+
+
+def main(folder: Path, moments: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {**SETTINGS, **VERSIONS[2]}
+    fsdp_on_cpus()
+    try_moments(folder, MOMENTS, made, moments)
 
 
 if __name__ == "__main__":
