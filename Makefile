@@ -92,7 +92,8 @@ test-zero:
 
 zero: $(VENV)/.zero
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu \
-	  $(BIN)/python -m pytest -q --long tests/training/test_zero.py tests/integrations/test_trl_shards.py
+	  $(BIN)/python -m pytest -q --long tests/training/test_zero.py tests/training/test_zero_crash.py \
+	    tests/integrations/test_trl_shards.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu $(BIN)/python bench/sharded.py
 
 # The package index's own build, which on Linux is one for CUDA: it needs neither a GPU nor a driver
