@@ -76,6 +76,7 @@ def test_the_page_of_sharded_training_is_of_its_record() -> None:
     assert {mode for row in result["rows"].values() for mode in row} == {
         *sharded.MODES,
         sharded.PARALLEL,
+        sharded.CONTEXT,
     }
     result["rows"]["full, none"]["ZeRO-3"]["gradients"] = math.nan
     assert sharded.misses(result) == ["ZeRO-3, full, none: gradients nan"]
