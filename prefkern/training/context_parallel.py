@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prefkern.data.columns import REFERENCE_COLUMNS
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.heads import unwrap
 from prefkern.models.scoring import IGNORE_INDEX, MISMATCHED, align_labels
@@ -117,11 +116,7 @@ def cut_rows(batch: Mapping[str, Any], size: int) -> tuple[dict[str, Any], list[
     Raises ValueError for a batch that is not padded on the right, or has other entries.
     """
     prefixes = [prefix for prefix in ("", MISMATCHED) if f"{prefix}input_ids" in batch]
-    known = {
-        *_OF_PAIRS,
-        *REFERENCE_COLUMNS,
-        *(prefix + name for prefix in prefixes for name in _ROWS),
-    }
+    known = {*_OF_PAIRS, *(prefix + name for prefix in prefixes for name in _ROWS)}
     others = sorted(batch.keys() - known)
     if others:
         raise ValueError(
