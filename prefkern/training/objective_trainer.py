@@ -147,7 +147,9 @@ class ObjectiveTrainer(CardTrainer):
                 sums = self.accelerator.reduce(sums, "sum")
                 # Not with the others: a sum in float32 is not exact beyond 2**24 tokens.
                 if tokens is not None:
-                    tokens = self.accelerator.reduce(tokens, "sum") // ranks_a_batch(self.accelerator)  # pyright: ignore[reportOperatorIssue]
+                    tokens = self.accelerator.reduce(tokens, "sum") // ranks_a_batch(
+                        self.accelerator
+                    )  # pyright: ignore[reportOperatorIssue]
             totals = dict(zip(names, sums, strict=True))
             logs.update(means(totals, self._zero_metrics))
             if tokens is not None:
