@@ -7,7 +7,7 @@ import torch
 
 from prefkern import FusedPreferenceLoss
 from prefkern.objectives import DPO, IPO, WPO, Adaptive, AlphaDPO, BetaDPO, WithNLL
-from prefkern.training import trainer as trainer_module
+from prefkern.training import context_parallel
 from prefkern.training.metrics import item_values, token_count
 from support.training import step_logs, trainer
 
@@ -73,7 +73,7 @@ def test_tokens_are_counted_exactly(tmp_path, monkeypatch):
     for batch in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones(1, MANY)}):
         batch = {name: value.long() for name, value in batch.items()}
         assert token_count(batch).tolist() == [MANY, 1]
-    monkeypatch.setattr(trainer_module, "token_count", lambda batch: torch.tensor([MANY, 1]))
+    monkeypatch.setattr(context_parallel, "token_count", lambda batch: torch.tensor([MANY, 1]))
     given = {"objective": "simpo", "logging_steps": 3, "save_strategy": "steps", "save_steps": 2}
     given |= {"num_train_epochs": 2}
     whole = trainer(tmp_path / "a", **given)
