@@ -121,7 +121,7 @@ def cut_rows(batch: Mapping[str, Any], size: int) -> tuple[dict[str, Any], list[
     if others:
         raise ValueError(
             f"a batch has {', '.join(others)}, which context parallelism does not know how to cut: "
-            "leave the data_collator out, or cp_size"
+            "leave cp_size out"
         )
     longest = max(batch[f"{prefix}input_ids"].shape[1] for prefix in prefixes)
     length = longest + -longest % (2 * size)
