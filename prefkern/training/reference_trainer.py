@@ -226,13 +226,11 @@ class ReferenceTrainer(ContextParallelTrainer):
         if self._shards_reference and precision != "no":
             precision = f"{precision} by {'FSDP2' if self.accelerator.is_fsdp2 else 'DeepSpeed'}"
         # Without it, keys stay what they were.
-        further: dict[str, Any] = {}
-        if self._sum_fn.ld_alpha is not None:
-            further["ld_alpha"] = self._sum_fn.ld_alpha
+        ld_alpha = {} if self._sum_fn.ld_alpha is None else {"ld_alpha": self._sum_fn.ld_alpha}
+        pictures = {}
         if picture_column(dataset.column_names) is not None:
-            further["pictures"] = hash_pictures(dataset, self.processing_class)
-        if self._cp_size > 1:
-            further["cp_size"] = self._cp_size
+            pictures["pictures"] = hash_pictures(dataset, self.processing_class)
+        cut = {"cp_size": self._cp_size} if self._cp_size > 1 else {}
         return open_cache(
             folder,
             self._description(),
@@ -243,7 +241,9 @@ class ReferenceTrainer(ContextParallelTrainer):
             bfloat16_units=self.args.device.type == "cpu" and cpu.has_bfloat16_units(),
             backend=resolve_backend(self.args.backend, self.args.device),
             layout=self._layout,
-            **further,
+            **ld_alpha,
+            **pictures,
+            **cut,
         )
 
     def _description(self) -> dict[str, Any] | None:
