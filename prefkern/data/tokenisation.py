@@ -156,9 +156,9 @@ def tokenize_examples(
 ) -> tuple[datasets.Dataset, DatasetReport]:
     """Tokenise single responses into columns `prompt_ids`, `completion_ids`, `desirable`.
 
-    Args: as in `tokenize_preferences`; the mask is `completion_mask`. A row of `dataset` is one response (`prompt`, `completion`,
-    `label`), or a pair: its chosen response is desirable, its rejected one is not. The report
-    counts responses.
+    Args: as in `tokenize_preferences`; the mask is `completion_mask`. A row of `dataset` is one
+    response (`prompt`, `completion`, `label`), or a pair: its chosen response is desirable, its
+    rejected one is not. The report counts responses.
 
     Raises ValueError for a dataset, row, length or mode that cannot be used.
     """

@@ -476,6 +476,9 @@ def test_bad_rows_are_named(row, message):
     good = {key: value for key, value in STANDARD.items()}
 
     class Rows:
+        def __len__(self):
+            return 2
+
         def map(self, function, **_):
             for i, example in enumerate((good, row)):
                 function(example, i)
