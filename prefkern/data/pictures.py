@@ -2,8 +2,8 @@
 
 A row has its pictures in the column `images` (a list) or `image` (one), TRL's names. They belong to
 its prompt. In a text each stands where the processor's placeholder is (`<image>`). In a conversation
-a block `{"type": "image"}` says where; messages that are all text get the pictures before the text
-of the first user message, as in TRL.
+a block `{"type": "image"}` or the placeholder says where; messages that are all text, without either,
+get the pictures before the text of the first user message, as in TRL.
 
     images  [a circle]            prompt  <image> What is this?
     tokens  <image> x n What is this?     n: by the processor, of this picture
@@ -76,7 +76,10 @@ def read_pictures(example: Mapping[str, Any]) -> list[Any]:
 
 
 def beside(tokens: datasets.Dataset, dataset: datasets.Dataset) -> datasets.Dataset:
-    """Rows of tokens with the pictures of a dataset of as many rows, which are not copied."""
+    """Rows of tokens with the pictures of a dataset of as many rows.
+
+    Pictures are copied, as files, only where the dataset is a selection of rows.
+    """
     column: Any = picture_column(dataset.column_names)
     return datasets.concatenate_datasets([tokens, dataset.select_columns([column])], axis=1)
 
@@ -105,6 +108,15 @@ def refuse_marks(assistant_only_loss: bool, where: str) -> None:
             f"assistant_only_loss is not supported beside pictures, which {where} has; set "
             "last_turn_only, or leave it out"
         )
+
+
+def alone_has_template(processor: Any, tokenizer: Any) -> bool:
+    """Whether conversations without pictures need a processor too: its tokenizer has no template."""
+    return (
+        isinstance(getattr(processor, "image_token", None), str)
+        and getattr(processor, "chat_template", None) is not None
+        and tokenizer.chat_template is None
+    )
 
 
 def type_names(processor: Any) -> tuple[str, ...]:
@@ -187,13 +199,16 @@ class PictureTokenizer:
         count = len(self._pictures)
         users = [message for message in prompt if message["role"] == "user"]
         are_texts = users and all(isinstance(each.get("content"), str) for each in users)
-        if count and are_texts and not blocks:
+        texts = (message.get("content") for message in prompt)
+        # A text that became a message keeps its placeholders; they are counted once it is rendered.
+        written = any(isinstance(text, str) and self._placeholder in text for text in texts)
+        if count and are_texts and not (blocks or written):
             first = users[0]
             placed = [{"type": _BLOCK}] * count + _as_blocks(first)["content"]
             prompt = [
                 {**first, "content": placed} if message is first else message for message in prompt
             ]
-        elif count != len(blocks):
+        elif count != len(blocks) and not written:
             raise ValueError(
                 f"the row has {_count(count, 'picture')}, and its prompt has "
                 f"{_count(len(blocks), 'block')} {{'type': 'image'}}; expected one for each picture"

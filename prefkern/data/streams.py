@@ -44,7 +44,7 @@ def whole(dataset: Any) -> Any:
         return dataset.of({name: whole(part) for name, part in dataset.parts.items()})
     if isinstance(dataset, dict):
         return {name: whole(part) for name, part in dataset.items()}
-    return datasets.Dataset.from_list(list(dataset)) if is_stream(dataset) else dataset
+    return _with_all_columns([*dataset]) if is_stream(dataset) else dataset
 
 
 class EndlessRows(IterableDataset):
@@ -143,7 +143,13 @@ class MixedStream(EndlessRows):
 
 
 def _dataset_of(group: dict[str, list[Any]]) -> datasets.Dataset:
-    """Rows with the columns that any of them has: `from_list` alone takes those of its first."""
     count = len(next(iter(group.values())))
-    rows = [{name: values[row] for name, values in group.items()} for row in range(count)]
-    return datasets.Dataset.from_list(rows)
+    return _with_all_columns(
+        [{name: values[row] for name, values in group.items()} for row in range(count)]
+    )
+
+
+def _with_all_columns(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """Rows with the columns that any of them has: `from_list` alone takes those of its first."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])

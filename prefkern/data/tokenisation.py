@@ -59,6 +59,7 @@ from prefkern.data.marks import (
 from prefkern.data.messages import may_be_written
 from prefkern.data.pictures import (
     PictureTokenizer,
+    alone_has_template,
     beside,
     check_uncut,
     read_pictures,
@@ -73,6 +74,7 @@ from prefkern.data.truncation import Bounds
 from prefkern.data.turns import Turns, brings_masks_of, mask_of
 from prefkern.version import VERSION
 
+_NUMBER = "_number"  # of the row that a response is of
 _ROUNDING = 1e-3  # error of a sum of log-probs whose true value is 0
 _Tokens = list[list[int]]  # prompt, chosen, rejected and, where it is read, the gold response
 _Masks = list[list[bool]] | None  # of the responses; None: every token is scored
@@ -194,11 +196,12 @@ def tokenize_examples(
     types = [column for column in TYPE_COLUMNS.values() if column in kept.column_names]
     of_prompt = ["prompt_ids", *types]
 
-    def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def split(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {column: [] for column in (*EXAMPLE_COLUMNS, *types)}
+        rows[_NUMBER] = numbers * len(sides)
         if has_masks:
             rows[EXAMPLE_MASK] = [mask for side in sides for mask in batch[f"{side}_mask"]]
-        # All chosen, then all rejected, not pair by pair: neighbours then have different prompts,
+        # Of a batch all chosen, then all rejected, not pair by pair: neighbours then have different prompts,
         # so that an unshuffled batch also gets mismatched rows.
         for side in sides:
             responses = batch[f"{side}_ids"]
@@ -210,10 +213,13 @@ def tokenize_examples(
             )
         return rows
 
-    examples = kept.map(_AsOfNow(split), batched=True, remove_columns=kept.column_names)
+    examples = kept.map(
+        _AsOfNow(split), with_indices=True, batched=True, remove_columns=kept.column_names
+    )
+    of_rows: Any = examples[_NUMBER]
+    examples = examples.remove_columns(_NUMBER)
     if picture_column(kept.column_names) is not None:
-        each = kept.select([*range(len(kept))] * len(sides))
-        examples = beside(examples, each)
+        examples = beside(examples, kept.select(of_rows[:]))
     marks = of_responses(marks, len(sides))
     report = report_of(name, "responses", marks, bounds, unread, form, samples, given, has_masks)
     return examples, replace(report, tied=given - len(dataset))
@@ -300,6 +306,8 @@ def _with_tokens(
         hint = f"; {listed(unread)} would not be read, {unread_hint(unread)}"
     written = _written_columns(dataset, has_gold)
     reading = Reading.of(tokenizer, written, names, turns, _kinds(columns))
+    marks = turns.assistant_only_loss
+    sees = pictures is not None or (not marks and alone_has_template(processor, tokenizer))
     types = [] if pictures is None else [TYPE_COLUMNS[each] for each in type_names(processor)]
 
     def ends_only(tokens: _Tokens) -> bool:
@@ -346,10 +354,10 @@ def _with_tokens(
                 ]
                 pair = pair._replace(masks=masks)
         else:
-            of_row = tokenizer if pictures is None else PictureTokenizer(processor, shown)
+            of_row = PictureTokenizer(processor, shown) if sees else tokenizer
             try:
                 pair = tokenize_pair(example, of_row, reading)
-                if isinstance(of_row, PictureTokenizer):
+                if types:
                     type_ids = of_row.types_of(pair.prompt)
             except ValueError as error:
                 raise ValueError(f"dataset {name!r}, row {row}: {error}{hint}") from error

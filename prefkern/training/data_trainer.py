@@ -19,7 +19,6 @@ from prefkern.data import (
     without_unused,
 )
 from prefkern.data.columns import ID_COLUMNS, renamed
-from prefkern.data.streams import whole
 from prefkern.models.adapters import check_reference_adapter
 from prefkern.models.heads import unwrap
 from prefkern.models.positions import check_positions
@@ -32,7 +31,7 @@ from prefkern.training.checks import (
     named,
 )
 from prefkern.training.config import PreferenceConfig
-from prefkern.training.pictures import check_sees, refuse_picture_stream
+from prefkern.training.pictures import check_sees, read_whole, refuse_streamed_pictures
 from prefkern.training.reference_trainer import ReferenceTrainer
 
 logger = logging.getLogger(__name__)
@@ -76,6 +75,8 @@ class DataTrainer(ReferenceTrainer):
 
     def _tokens_of_stream(self, args: PreferenceConfig, base: Any, rows: Any, name: str) -> Any:
         """The tokens of some rows of a stream, checked as those of a dataset are."""
+        # The first rows had none.
+        refuse_streamed_pictures(rows.column_names, name)
         self._check_columns(rows, args, name)
         # A worker of the loader may start no processes, and so few rows need none.
         tokens, _ = self._tokens_of(rows, args, name, num_proc=None)
@@ -117,9 +118,7 @@ class DataTrainer(ReferenceTrainer):
 
     def _prepared(self, dataset: Any, name: str) -> Any:
         """A dataset to evaluate on, from raw pairs."""
-        for each, part in named(dataset, name):
-            refuse_picture_stream(part, each)
-        dataset = whole(dataset)
+        dataset = read_whole(dataset, name)
         for each, part in named(dataset, name):
             self._check_columns(part, self.args, each)
             if not self._collates_otherwise:

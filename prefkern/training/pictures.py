@@ -18,9 +18,11 @@ from prefkern.data.collate import ExampleCollator, PreferenceCollator
 from prefkern.data.columns import picture_column
 from prefkern.data.picture_batches import PictureCollator
 from prefkern.data.pictures import check_processor, refuse_marks
-from prefkern.data.streams import is_stream
+from prefkern.data.streams import is_stream, whole
 from prefkern.models.loading import load_processor
+from prefkern.training.checks import named
 from prefkern.training.config import PreferenceConfig
+from prefkern.training.context_parallel import size_of_launch
 
 
 def shows_pictures(parts: Iterable[tuple[str, Any]]) -> str | None:
@@ -53,6 +55,12 @@ def picture_processor(
                 f"{option} is {getattr(args, option)!r} and {where} has pictures: {why}"
             )
     refuse_marks(args.assistant_only_loss, where)
+    size = size_of_launch(args)
+    if size > 1:
+        raise ValueError(
+            f"context parallelism (cp_size={size}) does not cut pictures, which {where} has: leave "
+            "cp_size out, and use FSDP2 alone, or remove the column to train on the text alone"
+        )
     if processing_class is None:
         path = model if isinstance(model, str) else model.config._name_or_path
         processing_class = load_processor(path, init_kwargs)
@@ -61,12 +69,32 @@ def picture_processor(
 
 
 def refuse_picture_stream(stream: Any, name: str) -> None:
-    """Raise ValueError for a stream with pictures: its rows are decoded and encoded on the way."""
-    if is_stream(stream) and picture_column(stream.column_names or ()) is not None:
+    """Raise ValueError for a stream that says that it has pictures."""
+    refuse_streamed_pictures(stream.column_names, name)
+
+
+def refuse_streamed_pictures(columns: Iterable[str] | None, name: str) -> None:
+    """Raise ValueError for pictures among a stream's columns: its rows are decoded on the way.
+
+    Those of a generator are known once its rows are read; until then they are None.
+    """
+    if picture_column(columns or ()) is not None:
         raise ValueError(
             f"dataset {name!r} is a stream with pictures, which is not supported yet; give a "
             "datasets.Dataset, or remove the column to train on the text alone"
         )
+
+
+def read_whole(dataset: Any, name: str) -> Any:
+    """`whole` of a dataset, or of several. Raises ValueError for streams with pictures."""
+    streams = [(each, part) for each, part in named(dataset, name) if is_stream(part)]
+    for each, part in streams:
+        refuse_picture_stream(part, each)
+    dataset = whole(dataset)
+    read = dict(named(dataset, name))
+    for each, _ in streams:
+        refuse_streamed_pictures(read[each].column_names, each)
+    return dataset
 
 
 def picture_collator(
@@ -94,10 +122,12 @@ def check_sees(collator: Any, dataset: Any, name: str) -> None:
 
 
 def hash_pictures(dataset: Any, processor: Any) -> str:
-    """A hash of the pictures of all rows, as files, and of how they are made into pixels."""
+    """A hash of the pictures of all rows, as files, and of how they are read and made into pixels."""
     column: Any = picture_column(dataset.column_names)
     settings = processor.image_processor.to_dict()
     digest = xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode())
+    # The mode that files are read in, such as "L", is the column's.
+    digest.update(str(dataset.features[column]).encode())
     feature: Any = datasets.Image(decode=False)
     kept = dataset.select_columns([column])
     kept = kept.cast_column(column, feature if column == "image" else datasets.List(feature))

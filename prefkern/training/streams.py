@@ -24,6 +24,7 @@ from prefkern.data.mixing import DatasetMix
 from prefkern.data.report import DatasetReport
 from prefkern.data.streams import EndlessRows, MixedStream, TokenStream, first_rows, is_stream
 from prefkern.training.files import write_json
+from prefkern.training.pictures import refuse_picture_stream, refuse_streamed_pictures
 
 _FILE = "stream.json"
 
@@ -46,7 +47,11 @@ class Streams:
             else {"train": given}
         )
         self._weights = given.weights if is_mix else None
+        for name, part in self._parts.items():
+            refuse_picture_stream(part, name)
         self._first = {name: first_rows(part, name) for name, part in self._parts.items()}
+        for name, rows in self._first.items():
+            refuse_streamed_pictures(rows.column_names, name)
         named = {key: self._first[f"train_{key}"] for key in given.parts} if is_mix else {}
         self.first: Any = DatasetMix(named) if is_mix else self._first["train"]
 

@@ -36,7 +36,6 @@ from prefkern.data.collate import (
     PreferenceCollator,
 )
 from prefkern.data.columns import ID_COLUMNS
-from prefkern.data.streams import whole
 from prefkern.loss.outputs import PreferenceOutput, UnpairedOutput
 from prefkern.models.adapters import (
     BASE,
@@ -91,7 +90,7 @@ from prefkern.training.names import NamedArguments
 from prefkern.training.pictures import (
     picture_collator,
     picture_processor,
-    refuse_picture_stream,
+    read_whole,
     shows_pictures,
 )
 from prefkern.training.reference_setup import check_reference_of_shards, second_copy
@@ -169,13 +168,11 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
                 "ref_model is the model that is trained; pass None to have a copy made, or a copy"
             )
         check_reference_arguments(model, ref_model, args)
-        for each, dataset in named(train_dataset, "train") + named(eval_dataset, "eval"):
-            refuse_picture_stream(dataset, each)
         streams = check_stream(args, train_dataset)
         if streams is not None:
             # What is checked and reported before training; the others are as they are read.
             train_dataset = streams.first
-        eval_dataset = whole(eval_dataset)
+        eval_dataset = read_whole(eval_dataset, "eval")
         seed = args.seed if objective is None else None
         objective = (
             args.build_objective() if objective is None else given_objective(objective, args)

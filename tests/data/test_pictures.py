@@ -88,6 +88,76 @@ def test_pictures_stand_before_the_first_question() -> None:
     assert before.count("<|image_pad|>") == 8 and "<|image_pad|>" not in after
 
 
+def test_a_text_that_becomes_a_message_keeps_its_placeholders() -> None:
+    """A system column and rankings make conversations of texts, in which pictures stand already."""
+    two = [pictures.picture("red", "circle"), pictures.picture("blue", "square")]
+    asked = f"look at {PLACE} and {PLACE} what is this"
+    expected = f"<user> {asked} <eos> <assistant>"
+    ((ids,),) = (tokenized([row(images=two, prompt=expected)])[0]["prompt_ids"][:],)
+    made = [row(images=two, prompt=asked, said="which")]
+    ((found,),) = (tokenized(made, columns={"system": "said"})[0]["prompt_ids"][:],)
+    assert found[-len(ids) :] == ids and len(found) > len(ids)
+    one_short = [row(images=two, prompt=f"{PLACE} what is this", said="which")]
+    with pytest.raises(ValueError, match="has 2 pictures, and its text has 1 placeholder"):
+        tokenized(one_short, columns={"system": "said"})
+
+
+def test_pictures_beside_a_ranking_stay_with_their_rows() -> None:
+    colours = ["red", "blue", "red", "blue"]
+    rows = [
+        {
+            "prompt": f"{PLACE} what is this",
+            "responses": ["a blue square", "a red circle"],
+            "scores": [1.0, 1.0 if at == 1 else 2.0],
+            "images": [pictures.picture(colour, "circle", 8 + 8 * at)],
+        }
+        for at, colour in enumerate(colours)
+    ]
+    kept = [rows[0], *rows[2:]]
+    tokens, report = tokenized(rows)
+    every = data.ranked_pairs(datasets.Dataset.from_list(rows))
+    assert report.tied == 1
+    for found in (tokens, tokenized(every)[0]):
+        assert [pictures_of(each)[0].size for each in found] == [
+            each["images"][0].size for each in kept
+        ]
+        for each, ids in zip(kept, found["prompt_ids"], strict=True):
+            alone = tokenized([row(images=each["images"], prompt=each["prompt"])])
+            text = tokenized(
+                [chat(each["prompt"].removeprefix(PLACE).strip(), images=each["images"])]
+            )
+            assert ids == text[0]["prompt_ids"][0] and alone[1].pictures == 1
+
+
+def test_pictures_of_single_responses_stay_with_their_rows() -> None:
+    """More pairs than `datasets` maps at once: of each batch all chosen, then all rejected."""
+    rows = [row(images=[pictures.picture("red", "circle", 8 + 8 * (at % 2), 8)]) for at in range(2)]
+    pairs = datasets.Dataset.from_list(rows).select([0, 1] * 501)
+    tokens, _ = data.tokenize_examples(pairs, PROCESSOR)
+    assert len(tokens) == 2004
+    expected = [{8: 1, 16: 2}[pictures_of(each)[0].width] for each in tokens]
+    assert [ids.count(PAD) for ids in tokens["prompt_ids"]] == expected
+
+
+def test_conversations_of_text_take_the_processors_template() -> None:
+    """A processor may have a template, and its tokenizer none: with pictures and without."""
+    asked = chat("what is this", images=[])
+    text = {name: value for name, value in asked.items() if name != "images"}
+    assert PROCESSOR.tokenizer.chat_template is None
+    shape = datasets.List(datasets.Image())
+    beside = datasets.Dataset.from_list([asked]).cast_column("images", shape)
+    for tokenize in (data.tokenize_preferences, data.tokenize_examples):
+        (alone, _), (among, _) = (
+            tokenize(each, PROCESSOR) for each in (datasets.Dataset.from_list([text]), beside)
+        )
+        assert alone["prompt_ids"][:] == among["prompt_ids"][:]
+        assert "prompt_mm_token_types" not in alone.column_names
+    with pytest.raises(ValueError, match="has 0 pictures, and its text has 1 placeholder"):
+        tokenized([{**text, "prompt": [{"role": "user", "content": f"{PLACE} what"}]}])
+    with pytest.raises(ValueError, match="conversational and the tokenizer has no chat template"):
+        tokenized([text], assistant_only_loss=True)
+
+
 def test_the_last_turn_alone_is_scored() -> None:
     turns = [*chat("what is this")["chosen"], {"role": "user", "content": "which shape"}]
     said = [*turns, {"role": "assistant", "content": "a circle"}]
@@ -208,7 +278,12 @@ def test_rows_that_cannot_be_read(change, options, message) -> None:
             {},
             "the row has 1 picture, and its prompt has 2 blocks",
         ),
-        ("what is this <|image_pad|>", {}, "has 2 placeholders '<|image_pad|>'"),
+        ("<|image_pad|> is this <|image_pad|>", {}, "has 2 placeholders '<|image_pad|>'"),
+        (
+            [IMAGE, {"type": "text", "text": "what is <|image_pad|>"}],
+            {},
+            "has 2 placeholders '<|image_pad|>'",
+        ),
         (
             [{**IMAGE, "url": "a.png"}, {"type": "text", "text": "what is this"}],
             {},

@@ -11,16 +11,25 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("PIL")
 
-from datasets import Dataset
+from accelerate import ParallelismConfig
+from datasets import Dataset, Image, IterableDataset, List
 from huggingface_hub import ModelCard
 
 import prefkern
 from prefkern import PreferenceConfig, PreferenceTrainer
-from prefkern.data import DatasetMix
+from prefkern.data import DatasetMix, streams
+from prefkern.training import context_parallel
 from prefkern.training import pictures as of_training
 from support import pictures, tiny
 from support.pictures import IDEFICS, QWEN
 from support.training import config
+
+
+def text_first(count: int = 1) -> IterableDataset:
+    """A stream that does not say what columns it has: some rows of text, then four with pictures."""
+    text = {"prompt": "what is this", "chosen": " a red circle", "rejected": " a blue square"}
+    rows = [text] * count + pictures.rows(QWEN, 4)
+    return IterableDataset.from_generator(lambda: iter(rows))
 
 
 @pytest.mark.parametrize(
@@ -38,19 +47,32 @@ from support.training import config
         ),
         ({"processing_class": None}, "the processor of 'nowhere', which pictures need, cannot be"),
         ({"train_dataset": "stream", "max_steps": 1}, "dataset 'train' is a stream with pictures"),
+        ({"eval_dataset": "rows of text first"}, "dataset 'eval' is a stream with pictures"),
+        (
+            {"train_dataset": "rows of text first", "max_steps": 1},
+            "dataset 'train' is a stream with pictures",
+        ),
+        (
+            {"parallelism_config": ParallelismConfig(cp_size=2)},
+            r"context parallelism \(cp_size=2\) does not cut pictures, which dataset 'train' has",
+        ),
     ],
 )
-def test_what_is_refused_before_a_model_is_loaded(tmp_path: Path, options, message) -> None:
+def test_what_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch, options, message
+) -> None:
+    # Context parallelism needs FSDP2 beside it, which needs several processes.
+    monkeypatch.setattr(context_parallel, "mode_of", lambda args: "FSDP2")
     data = pictures.dataset(QWEN, 4)
     given = {"train_dataset": data, "processing_class": QWEN.make()[1]}
     for name in ("train_dataset", "eval_dataset", "processing_class"):
         if name in options:
             options = {**options}
             given[name] = options.pop(name)
-    if given["train_dataset"] == "stream":
-        given["train_dataset"] = data.to_iterable_dataset()
-    if given.get("eval_dataset"):
-        given["eval_dataset"] = data
+    values = {"stream": data.to_iterable_dataset(), "rows of text first": text_first(), True: data}
+    for name in ("train_dataset", "eval_dataset"):
+        if isinstance(given.get(name), str | bool):
+            given[name] = values[given[name]]
     # There is no such model, and that is no matter yet.
     with pytest.raises(ValueError, match=message):
         PreferenceTrainer("nowhere", config(tmp_path, **options), **given)
@@ -100,6 +122,14 @@ def test_the_hash_of_pictures_is_of_their_files(tmp_path: Path, name: str) -> No
         return of_training.hash_pictures(Dataset.from_list([{name: cell}] * 2), processor)
 
     assert found("red") == found("red") != found("blue")
+    cell = str(path) if name == "image" else [str(path)]
+    hashes = set()
+    for mode in ("RGB", "L"):
+        shape = Image(mode=mode)
+        data = Dataset.from_list([{name: cell}])
+        data = data.cast_column(name, shape if name == "image" else List(shape))
+        hashes.add(of_training.hash_pictures(data, processor))
+    assert len(hashes) == 2, "the mode in which files are read is left out"
 
 
 def test_it_is_evaluated_saved_and_loaded_again(tmp_path: Path) -> None:
@@ -187,6 +217,18 @@ def test_evaluation_on_text_after_pictures_and_on_pictures_after_text(tmp_path: 
     trained = PreferenceTrainer(model, config(tmp_path), text, processing_class=processor)
     with pytest.raises(ValueError, match="'eval' has pictures, and those given to the constructor"):
         trained.evaluate(seen)
+
+
+def test_pictures_after_the_first_rows_of_a_stream_are_refused(tmp_path: Path, monkeypatch) -> None:
+    """A generator does not say what columns it has, and the first rows that are read have none."""
+    monkeypatch.setattr(streams, "ROWS", 4)
+    model, processor = QWEN.make()
+    options = {"max_steps": 4, "objective": "simpo", "per_device_train_batch_size": 2}
+    trained = PreferenceTrainer(
+        model, config(tmp_path, **options), text_first(4), processing_class=processor
+    )
+    with pytest.raises(ValueError, match="in rows 4 to 7: dataset 'train' is a stream with pict"):
+        trained.train()
 
 
 def test_two_sets_with_pictures_are_mixed(tmp_path: Path) -> None:

@@ -332,3 +332,6 @@ def test_a_stream_is_evaluated_on_whole(tmp_path):
     found = run.evaluate()
     assert found["eval_a_loss"] == found["eval_b_loss"] == expected
     assert run.evaluate(taken)["eval_loss"] == run.predict(taken).metrics["test_loss"] == expected
+    # The first row has no column of tools, and is read as a dataset's.
+    ragged = datasets.IterableDataset.from_generator(lambda: iter([{"a": 1}, {"a": 2, "b": 3}]))
+    assert streams.whole(ragged)["b"][:] == [None, 3]
