@@ -357,6 +357,9 @@ def _first(dataset: datasets.Dataset, columns: Sequence[str]) -> Any:
     rows = dataset
     if deciding is not None and {*columns} <= {*deciding.column_names}:
         rows = deciding
+    if rows.format["type"] != "custom":
+        # A picture beside them would be read; a transform takes whole rows.
+        rows = rows.select_columns([*columns])
     return rows.select(range(min(len(rows), _FIRST)))
 
 

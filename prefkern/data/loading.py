@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetsError
 from prefkern.data import faults, foreign
 from prefkern.data.columns import check_columns, plain, renamed
 from prefkern.data.sources import FORMATS, local_path
-from prefkern.data.streams import first_rows
+from prefkern.data.streams import first_rows, refuse_streamed_pictures
 
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", *foreign.TEXTS)
 # The texts that pandas reads as a missing value.
@@ -75,6 +75,7 @@ def load_preference_stream(
     with _named_failures(source):
         stream = _load(source, split, config, columns, streaming=True)
         first = first_rows(stream, source)
+    refuse_streamed_pictures(first.column_names, source)
     check_columns(renamed(first, columns, source), source, paired=False)
     return stream
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prefkern.data.columns import TYPE_COLUMNS
 from prefkern.data.report import DatasetReport
 
 
@@ -47,11 +48,13 @@ class DatasetMix:
 
         (first, model), *others = self.parts.items()
         for name, part in others:
-            different = sorted({*model.column_names} ^ {*part.column_names})
+            different = {*model.column_names} ^ {*part.column_names}
             if different:
+                # A dataset has the types of tokens by its pictures.
+                given = sorted(different - {*TYPE_COLUMNS.values()} or different)
                 raise ValueError(
                     f"datasets {first!r} and {name!r} cannot be mixed: one of them alone has "
-                    f"{', '.join(map(repr, different))}; give it to both, or remove it"
+                    f"{', '.join(map(repr, given))}; give it to both, or remove it"
                 )
         parts = [model, *(part.cast(model.features) for _, part in others)]
         if self.weights is None:

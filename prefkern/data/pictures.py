@@ -25,9 +25,11 @@ from datasets.exceptions import DatasetsError
 
 from prefkern.data.columns import PICTURE_COLUMNS, TYPE_COLUMNS, picture_column, pictures_of
 from prefkern.data.messages import present
+from prefkern.data.rendering import text_or_none
 from prefkern.data.truncation import Bounds
 
 _BLOCK = "image"
+_PROBE = "Is this text left out?"
 
 
 def with_pictures(dataset: datasets.Dataset, name: str, processor: Any) -> datasets.Dataset:
@@ -110,13 +112,17 @@ def refuse_marks(assistant_only_loss: bool, where: str) -> None:
         )
 
 
-def alone_has_template(processor: Any, tokenizer: Any) -> bool:
-    """Whether conversations without pictures need a processor too: its tokenizer has no template."""
-    return (
-        isinstance(getattr(processor, "image_token", None), str)
-        and getattr(processor, "chat_template", None) is not None
-        and tokenizer.chat_template is None
-    )
+def text_needs_blocks(processor: Any, tokenizer: Any) -> bool:
+    """Whether conversations without pictures need the processor's template too.
+
+    Its tokenizer may have no template, or one that reads blocks and leaves out a content of text.
+    """
+    has_template = getattr(processor, "chat_template", None) is not None
+    if not (has_template and isinstance(getattr(processor, "image_token", None), str)):
+        return False
+    probe = [{"role": "user", "content": _PROBE}]
+    has_own = tokenizer.chat_template is not None
+    return not has_own or _PROBE not in (text_or_none(tokenizer, probe, {}) or "")
 
 
 def type_names(processor: Any) -> tuple[str, ...]:

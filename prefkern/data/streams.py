@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset, get_worker_info
 
+from prefkern.data.columns import picture_column
 from prefkern.data.mixing import DatasetMix
 from prefkern.data.truncation import NothingToScore
 
@@ -28,6 +29,18 @@ ROWS = 256
 def is_stream(dataset: Any) -> bool:
     """Whether a dataset is streamed by `datasets`."""
     return isinstance(dataset, datasets.IterableDataset)
+
+
+def refuse_streamed_pictures(columns: Iterable[str] | None, name: str) -> None:
+    """Raise ValueError for pictures among a stream's columns: its rows are decoded on the way.
+
+    Those of a generator are known once its rows are read; until then they are None.
+    """
+    if picture_column(columns or ()) is not None:
+        raise ValueError(
+            f"dataset {name!r} is a stream with pictures, which is not supported yet; give a "
+            "datasets.Dataset (no --streaming), or remove the column to train on the text alone"
+        )
 
 
 def first_rows(stream: datasets.IterableDataset, name: str) -> datasets.Dataset:

@@ -59,11 +59,11 @@ from prefkern.data.marks import (
 from prefkern.data.messages import may_be_written
 from prefkern.data.pictures import (
     PictureTokenizer,
-    alone_has_template,
     beside,
     check_uncut,
     read_pictures,
     refuse_marks,
+    text_needs_blocks,
     type_names,
     with_pictures,
 )
@@ -307,7 +307,7 @@ def _with_tokens(
     written = _written_columns(dataset, has_gold)
     reading = Reading.of(tokenizer, written, names, turns, _kinds(columns))
     marks = turns.assistant_only_loss
-    sees = pictures is not None or (not marks and alone_has_template(processor, tokenizer))
+    sees = pictures is not None or (not marks and text_needs_blocks(processor, tokenizer))
     types = [] if pictures is None else [TYPE_COLUMNS[each] for each in type_names(processor)]
 
     def ends_only(tokens: _Tokens) -> bool:

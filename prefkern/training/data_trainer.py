@@ -19,6 +19,7 @@ from prefkern.data import (
     without_unused,
 )
 from prefkern.data.columns import ID_COLUMNS, renamed
+from prefkern.data.streams import refuse_streamed_pictures
 from prefkern.models.adapters import check_reference_adapter
 from prefkern.models.heads import unwrap
 from prefkern.models.positions import check_positions
@@ -31,7 +32,7 @@ from prefkern.training.checks import (
     named,
 )
 from prefkern.training.config import PreferenceConfig
-from prefkern.training.pictures import check_sees, read_whole, refuse_streamed_pictures
+from prefkern.training.pictures import check_sees, read_whole
 from prefkern.training.reference_trainer import ReferenceTrainer
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from prefkern.data.collate import ExampleCollator, PreferenceCollator
 from prefkern.data.columns import picture_column
 from prefkern.data.picture_batches import PictureCollator
 from prefkern.data.pictures import check_processor, refuse_marks
-from prefkern.data.streams import is_stream, whole
+from prefkern.data.streams import is_stream, refuse_streamed_pictures, whole
 from prefkern.models.loading import load_processor
 from prefkern.training.checks import named
 from prefkern.training.config import PreferenceConfig
@@ -71,18 +71,6 @@ def picture_processor(
 def refuse_picture_stream(stream: Any, name: str) -> None:
     """Raise ValueError for a stream that says that it has pictures."""
     refuse_streamed_pictures(stream.column_names, name)
-
-
-def refuse_streamed_pictures(columns: Iterable[str] | None, name: str) -> None:
-    """Raise ValueError for pictures among a stream's columns: its rows are decoded on the way.
-
-    Those of a generator are known once its rows are read; until then they are None.
-    """
-    if picture_column(columns or ()) is not None:
-        raise ValueError(
-            f"dataset {name!r} is a stream with pictures, which is not supported yet; give a "
-            "datasets.Dataset, or remove the column to train on the text alone"
-        )
 
 
 def read_whole(dataset: Any, name: str) -> Any:

@@ -22,9 +22,16 @@ from prefkern.data.columns import renamed
 from prefkern.data.foreign import decided_by
 from prefkern.data.mixing import DatasetMix
 from prefkern.data.report import DatasetReport
-from prefkern.data.streams import EndlessRows, MixedStream, TokenStream, first_rows, is_stream
+from prefkern.data.streams import (
+    EndlessRows,
+    MixedStream,
+    TokenStream,
+    first_rows,
+    is_stream,
+    refuse_streamed_pictures,
+)
 from prefkern.training.files import write_json
-from prefkern.training.pictures import refuse_picture_stream, refuse_streamed_pictures
+from prefkern.training.pictures import refuse_picture_stream
 
 _FILE = "stream.json"
 

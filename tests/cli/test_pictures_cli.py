@@ -73,5 +73,10 @@ def test_other_commands_refuse_pictures(seen, tmp_path: Path, capsys) -> None:
         assert cli.main(argv) == 2
         said = capsys.readouterr().err
         assert "a column 'images', and pictures are not read here" in said, argv
+    message = error(flags({**seen, "streaming": True}), capsys)
+    assert (
+        "is a stream with pictures, which is not supported yet; give a datasets.Dataset" in message
+    )
+    assert "(no --streaming)" in message
     message = error(flags({**seen, "padding_free": True}), capsys)
     assert "padding_free is True and dataset 'train' has pictures" in message

@@ -139,11 +139,13 @@ def test_pictures_of_single_responses_stay_with_their_rows() -> None:
     assert [ids.count(PAD) for ids in tokens["prompt_ids"]] == expected
 
 
-def test_conversations_of_text_take_the_processors_template() -> None:
-    """A processor may have a template, and its tokenizer none: with pictures and without."""
+@pytest.mark.parametrize("name", ["none", "the processor's, of blocks"])
+def test_conversations_of_text_take_the_processors_template(monkeypatch, name) -> None:
+    """A tokenizer beside a processor may have no template, or one that leaves out plain text."""
+    own = None if name == "none" else PROCESSOR.chat_template
+    monkeypatch.setattr(PROCESSOR.tokenizer, "chat_template", own)
     asked = chat("what is this", images=[])
     text = {name: value for name, value in asked.items() if name != "images"}
-    assert PROCESSOR.tokenizer.chat_template is None
     shape = datasets.List(datasets.Image())
     beside = datasets.Dataset.from_list([asked]).cast_column("images", shape)
     for tokenize in (data.tokenize_preferences, data.tokenize_examples):
@@ -154,7 +156,10 @@ def test_conversations_of_text_take_the_processors_template() -> None:
         assert "prompt_mm_token_types" not in alone.column_names
     with pytest.raises(ValueError, match="has 0 pictures, and its text has 1 placeholder"):
         tokenized([{**text, "prompt": [{"role": "user", "content": f"{PLACE} what"}]}])
-    with pytest.raises(ValueError, match="conversational and the tokenizer has no chat template"):
+    refused = (
+        "has no chat template" if own is None else "template leaves out 'content' of a message"
+    )
+    with pytest.raises(ValueError, match=refused):
         tokenized([text], assistant_only_loss=True)
 
 
@@ -164,6 +169,18 @@ def test_the_last_turn_alone_is_scored() -> None:
     tokens, _ = tokenized([chat("what is this", chosen=said)], last_turn_only=True)
     mask = tokens[0]["chosen_mask"]
     assert sum(mask) == 3 and mask[-3:] == [True] * 3
+
+
+def test_a_missing_file_is_an_error_of_its_row(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.png"
+    pictures.picture("red", "circle").save(kept)
+    rows = [chat("what is this", images=[str(path)]) for path in (kept, "nowhere.png")]
+    for given, number in ((rows, 1), (rows[::-1], 0)):
+        message = f"dataset 'train', row {number}: a picture cannot be read: .*nowhere.png"
+        with pytest.raises(ValueError, match=message):
+            tokenized(given)
+        with pytest.raises(ValueError, match=message):
+            data.tokenize_examples(datasets.Dataset.from_list(given), PROCESSOR)
 
 
 def _png(picture) -> bytes:

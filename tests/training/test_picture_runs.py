@@ -243,7 +243,7 @@ def test_two_sets_with_pictures_are_mixed(tmp_path: Path) -> None:
         trained.train()
         assert sum(each.pictures for each in trained.dataset_reports.values()) == 10
     blind = tiny.dataset(4)
-    with pytest.raises(ValueError, match="cannot be mixed: one of them alone has 'images'"):
+    with pytest.raises(ValueError, match="cannot be mixed: one of them alone has 'images'; give"):
         PreferenceTrainer(
             model,
             config(tmp_path),
