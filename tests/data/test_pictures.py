@@ -131,11 +131,12 @@ def test_pictures_beside_a_ranking_stay_with_their_rows() -> None:
 
 def test_pictures_of_single_responses_stay_with_their_rows() -> None:
     """More pairs than `datasets` maps at once: of each batch all chosen, then all rejected."""
-    rows = [row(images=[pictures.picture("red", "circle", 8 + 8 * (at % 2), 8)]) for at in range(2)]
-    pairs = datasets.Dataset.from_list(rows).select([0, 1] * 501)
+    rows = [row(images=[pictures.picture("red", "circle", width, 8)]) for width in (8, 16, 24)]
+    # Three do not divide the 1,000 rows of a batch.
+    pairs = datasets.Dataset.from_list(rows).select([0, 1, 2] * 334)
     tokens, _ = data.tokenize_examples(pairs, PROCESSOR)
     assert len(tokens) == 2004
-    expected = [{8: 1, 16: 2}[pictures_of(each)[0].width] for each in tokens]
+    expected = [pictures_of(each)[0].width // 8 for each in tokens]
     assert [ids.count(PAD) for ids in tokens["prompt_ids"]] == expected
 
 
