@@ -1832,6 +1832,20 @@ MUTATIONS = (
         "tests/data/test_pictures.py -k cannot_be_read",
     ),
     Mutation(
+        "the pictures of single responses stand beside those of other rows",
+        "prefkern/data/tokenisation.py",
+        "kept.select(of_rows[:])",
+        "kept.select([*range(len(kept))] * len(sides))",
+        "tests/data/test_pictures.py -k of_single_responses",
+    ),
+    Mutation(
+        "pictures after the first rows of a stream are left out",
+        "prefkern/training/data_trainer.py",
+        "refuse_streamed_pictures(rows.column_names, name)",
+        "pass",
+        "tests/training/test_picture_runs.py -k after_the_first_rows",
+    ),
+    Mutation(
         "the cache of reference sums does not know the pictures",
         "prefkern/training/reference_trainer.py",
         'pictures["pictures"] = hash_pictures(dataset, self.processing_class)',
