@@ -50,7 +50,9 @@ class Since:
 
 
 # Before, tables of rotations are products, and of one row for all rows of a padded batch.
-ROTATIONS_WITHOUT_PRODUCTS = Since("transformers", "5.19", "rotations are no matrix products")
+ROTATIONS_WITHOUT_PRODUCTS = Since(
+    "transformers", "5.19", "tables of rotations take no matrix product"
+)
 GEMMA2_EAGER = Since("transformers", "5.21", "Gemma 2 has eager attention, which has its softcap")
 CHUNKS_PER_SEQUENCE = Since("transformers", "5.23", "chunks begin with each packed sequence")
 TENSOR_PARALLEL = Since("transformers", "5.23", "tensor parallelism is not refused")
