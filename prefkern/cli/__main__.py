@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from prefkern.cli.closed import ending_with_the_reader
+from prefkern.cli.closed import until_the_reader_goes
 from prefkern.typos import nearest
 
 COMMANDS = {
@@ -25,8 +25,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status; 2 for a command that does not exist."""
-    with ending_with_the_reader():
-        return _run(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    return until_the_reader_goes(lambda: _run(given))
 
 
 def _run(argv: list[str]) -> int:

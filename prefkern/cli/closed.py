@@ -1,7 +1,8 @@
 """Output whose reader has gone, as in `prefkern env | head -1`: the command ends, without a word.
 
 A command catches the OSErrors of its own work, and would take that of a closed pipe for one of
-them. So the streams themselves turn it into an exit.
+them. So the streams themselves turn it into an exit. From `go_on` on they drop the output instead:
+a run that trains is not lost because nobody reads its log.
 """
 
 from __future__ import annotations
@@ -9,35 +10,51 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # What a shell reports for a program that SIGPIPE ended.
 STATUS = 141
 
 
-@contextlib.contextmanager
-def ending_with_the_reader() -> Iterator[None]:
-    """Within the context, output into a closed pipe raises SystemExit(STATUS)."""
+def until_the_reader_goes(command: Callable[[], int]) -> int:
+    """The command's status. Within it, output into a closed pipe raises SystemExit(STATUS).
+
+    A failure stays one: neither its status nor its traceback gives way to the closed pipe.
+    """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Stream(stream) for stream in before)
+    status: Any = 1  # of an exception
     try:
         try:
-            yield
+            status = command()
+        except SystemExit as ended:
+            status = ended.code
+            raise
         finally:
             # What is still in a buffer meets the closed pipe here, and not in the interpreter's exit.
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(*[SystemExit] if status else []):
+                    stream.flush()
     finally:
         sys.stdout, sys.stderr = before
+    return status
+
+
+def go_on() -> None:
+    """From here on, the command goes on without a reader."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _Stream):
+            stream.goes_on = True
 
 
 class _Stream:
-    """A text stream, all of whose methods are the other stream's but for two."""
+    """A text stream, all of whose methods are the other stream's but for three."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._is_closed = False
+        self.goes_on = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -45,6 +62,11 @@ class _Stream:
     def write(self, text: str) -> int:
         with self._ending():
             return self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def flush(self) -> None:
         with self._ending():
@@ -53,7 +75,7 @@ class _Stream:
     @contextlib.contextmanager
     def _ending(self) -> Iterator[None]:
         # A thread that draws a progress bar may have met the closed pipe, and ended alone.
-        if self._is_closed:
+        if self._is_closed and not self.goes_on:
             sys.exit(STATUS)
         try:
             yield
@@ -63,4 +85,10 @@ class _Stream:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
-            sys.exit(STATUS)
+            if not self.goes_on:
+                sys.exit(STATUS)
+            if self is sys.stdout:
+                print(
+                    "prefkern: nobody reads this command's output any more; it goes on without",
+                    file=sys.stderr,
+                )

@@ -43,6 +43,7 @@ from prefkern.cli.arguments import (
     lora_config,
     resume_from,
 )
+from prefkern.cli.closed import go_on
 from prefkern.data.sources import local_path
 from prefkern.training.files import replacing
 
@@ -159,6 +160,7 @@ def main(argv: list[str]) -> int:
         from prefkern.cli.before_training import interrupted
         from prefkern.training.checkpoint_files import CheckpointError
 
+        go_on()
         is_writer = run.trainer.args.process_index == 0
         if run.held_out:
             try:

@@ -32,6 +32,7 @@ from prefkern.cli.arguments import (
     lora_config,
     resume_from,
 )
+from prefkern.cli.closed import go_on
 from prefkern.cli.trl_options import LossArguments, quantization, read_losses, read_peft
 from prefkern.data.mixing import DatasetMix
 
@@ -154,6 +155,7 @@ def main(argv: list[str]) -> int:
             return fail("train", str(error))
         from prefkern.training.checkpoint_files import CheckpointError
 
+        go_on()
         try:
             _run(trainer, config)
         except (CheckpointError, FloatingPointError) as error:

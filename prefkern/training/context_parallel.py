@@ -70,7 +70,13 @@ def check_context_parallel(args: Any) -> None:
             f"dropout is not supported under {given}, in whose ring each part of attention would draw "
             "for itself: set disable_dropout"
         )
-    for name in ("padding_free", "share_prompt", "ld_alpha", "use_liger_kernel"):
+    for name in (
+        "padding_free",
+        "share_prompt",
+        "ld_alpha",
+        "use_liger_kernel",
+        "neftune_noise_alpha",
+    ):
         value = getattr(args, name)
         if value not in (None, False):
             raise ValueError(f"{name}={value} is not supported under {given}: leave it out")

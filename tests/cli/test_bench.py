@@ -39,15 +39,14 @@ from prefkern_bench.measure import Meter
 from prefkern_bench.report import PLAIN_PRODUCT, Row
 from prefkern_bench.timing import Failure, Time, describe_failure, time_in_turns
 from support.processes import environment
+from support.versions import TRL_TILES
 
 CPU = torch.device("cpu")
 MODULES = {"liger": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
 MISSING = {name for name, module in MODULES.items() if importlib.util.find_spec(module) is None}
 if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
     MISSING.add("torch-lce")
-# TRL has had tiles since 1.14.
-IS_TILED = "trl" not in MISSING and importlib.util.find_spec("trl.kernels") is not None
-if not IS_TILED:
+if TRL_TILES.is_too_old:
     MISSING.add("trl")
 # compile takes a compiler and a minute; cce a GPU.
 HERE = [n for n in ("prefkern", "eager", "torch-lce", "liger", "trl") if n not in MISSING]
@@ -196,7 +195,15 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name not in MISSING])
+def of_peer(name: str) -> Any:
+    """A case of a peer, which is skipped where the peer is too old or missing."""
+    if name == "trl" and TRL_TILES.is_too_old:
+        return TRL_TILES.param(name)
+    missing = pytest.mark.skipif(name in MISSING, reason=f"{name} is not installed")
+    return pytest.param(name, marks=missing)
+
+
+@pytest.mark.parametrize("name", [of_peer(name) for name in PEERS])
 def test_a_peer_s_row_is_the_peer_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each package's own function is called, and its result is the one that is scored."""
     module, attribute = importlib.import_module(PEERS[name][0]), PEERS[name][1]

@@ -15,17 +15,20 @@ import pytest
 from prefkern.cli import __main__ as cli
 from prefkern.cli import closed
 from support import tiny
+from support.command_line import flags
 from support.processes import environment
 
 COMMANDS = [["--help"], ["--version"], ["env"], *([name, "--help"] for name in cli.COMMANDS)]
 
 
-def into_a_closed_pipe(argv: list[str], with_errors: bool = False) -> tuple[int, str]:
+def into_a_closed_pipe(
+    argv: list[str], with_errors: bool = False, by: tuple[str, ...] = ("-m", "prefkern.cli")
+) -> tuple[int, str]:
     """The exit status, and what was written on stderr."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "prefkern.cli", *argv],
+        [sys.executable, *by, *argv],
         stdout=writer, stderr=writer if with_errors else subprocess.PIPE,
         env=environment(), text=True, check=False,
     )  # fmt: skip
@@ -53,6 +56,78 @@ def test_errors_into_the_same_pipe() -> None:
     # These are on stderr, which is open.
     status, said = into_a_closed_pipe(["no-such-command"])
     assert status == 2 and "unknown command" in said
+
+
+def test_a_run_is_not_lost_with_its_reader(files: dict) -> None:
+    """`prefkern train ... | head`: it trains on and saves; stderr says that nobody reads the rest."""
+    status, said = into_a_closed_pipe(["train", *flags({**files, "logging_steps": 1})])
+    assert status == 0 and said.count("nobody reads this command's output any more") == 1
+    assert "Traceback" not in said
+    results = json.loads((Path(files["output_dir"]) / "all_results.json").read_text())
+    assert "train_loss" in results and (Path(files["output_dir"]) / "model.safetensors").exists()
+
+
+# As the work begins, the reader goes: of stdout, and of stderr if that is asked for.
+CLOSING = """
+import importlib, os, sys
+from prefkern.cli import __main__ as cli
+
+command = importlib.import_module(f"prefkern.cli.{sys.argv[2]}")
+go_on = command.go_on
+
+def closing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    for number in range(1, 1 + int(sys.argv[1])):
+        os.dup2(writer, number)
+    go_on()
+
+command.go_on = closing
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("command", "closed_streams"), [("train", 2), ("margins", 1)])
+def test_a_reader_that_goes_while_it_works(
+    files: dict, tmp_path: Path, command: str, closed_streams: int
+) -> None:
+    made = tmp_path / ("out/model.safetensors" if command == "train" else "margins.jsonl")
+    given = {**files, "disable_tqdm": False}
+    if command == "margins":
+        given |= {"output_dir": tmp_path / "reward", "output": made}
+    argv = [sys.executable, "-c", CLOSING, str(closed_streams), command, *flags(given)]
+    done = subprocess.run(
+        argv, env=environment(), stderr=subprocess.PIPE, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0 and made.exists(), done.stderr
+    assert done.stderr.count("nobody reads") == (closed_streams == 1)
+
+
+FAILURES = {
+    "status": ("return 2", 2, ""),
+    "exit": ("raise SystemExit(3)", 3, ""),
+    "error": ("raise ZeroDivisionError('lost')", 1, "ZeroDivisionError: lost"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_not_hidden_by_the_closed_pipe(name: str) -> None:
+    """Output that waits in a buffer meets the closed pipe after the failure."""
+    failure, expected, said = FAILURES[name]
+    program = f"""
+import io, sys
+from prefkern.cli import closed
+
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")))
+
+def command():
+    print("in the buffer")
+    {failure}
+
+sys.exit(closed.until_the_reader_goes(command))
+"""
+    status, errors = into_a_closed_pipe(["-c", program], by=())
+    assert status == expected and said in errors and bool(errors) == bool(said)
 
 
 class Closed:

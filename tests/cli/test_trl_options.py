@@ -20,7 +20,7 @@ from prefkern.cli import __main__ as cli
 from prefkern.cli import arguments, train, trl_options
 from prefkern.objectives import AOT, BCO, DPO, EXO, IPO, SFT, DiscoPOP, Hinge, Mixture, RobustDPO
 from prefkern.training import names
-from support import tiny
+from support import tiny, versions
 from support.command_line import error, flags
 
 # Whose default here is another than TRL's; docs/commands.md lists them.
@@ -57,11 +57,10 @@ def test_every_option_of_trl_is_taken_or_named() -> None:
                 assert option.default is None
             elif option.default != default and each.name not in ("optim",):
                 otherwise.add(each.name)
-    if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
-        # TRL 1.9 pads to no multiple, and has another share of a router's loss.
-        assert otherwise ^ OTHERWISE <= {"pad_to_multiple_of", "router_aux_loss_coef"}
-        otherwise = OTHERWISE
-    assert otherwise == OTHERWISE
+    expected = OTHERWISE - (set() if versions.TRL_PADS.is_here else {"pad_to_multiple_of"})
+    if not versions.TRL_ROUTER_DEFAULT.is_here:
+        expected |= {"router_aux_loss_coef"}
+    assert otherwise == expected
     page = (Path(__file__).parent.parent.parent / "docs/commands.md").read_text()
     assert all(f"`{name}`" in page for name in OTHERWISE - {"logging_nan_inf_filter"})
 

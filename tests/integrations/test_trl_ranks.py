@@ -6,16 +6,16 @@ import os
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
+
+from support.versions import TENSOR_PARALLEL
 
 pytest.importorskip("trl.experimental.tpo")
 pytest.importorskip("peft")
 # So that TRL sends nothing over the network.
 os.environ.setdefault("CI", "1")
 
-if Version(transformers.__version__) < Version("5.23"):
-    pytest.skip("older ones are refused", allow_module_level=True)
+if not TENSOR_PARALLEL.is_here:
+    pytest.skip(TENSOR_PARALLEL.reason, allow_module_level=True)
 
 from accelerate.parallelism_config import ParallelismConfig
 from transformers.trainer_pt_utils import AcceleratorConfig

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from support import tiny
+from support import tiny, versions
 from support.ranks import run_on_two_ranks
 
 pytest.importorskip("accelerate")
@@ -368,8 +368,8 @@ def test_positions_that_a_model_counts_itself_are_found():
         require_packing(model)
 
 
-def test_chunks_of_attention_begin_with_each_sequence_or_are_refused():
-    """Llama 4's; transformers before 5.2x lays them over the row."""
+def test_chunks_of_attention_begin_with_each_sequence():
+    """Llama 4's. Older transformers lay them over the row, so there each sequence goes alone."""
     options = {
         "num_local_experts": 2,
         "intermediate_size_mlp": 32,
@@ -382,19 +382,13 @@ def test_chunks_of_attention_begin_with_each_sequence_or_are_refused():
     with torch.no_grad():
         packed = model(**inputs).logits[0]
         alone = torch.cat([model(input_ids=part[None]).logits[0] for part in parts])
-    is_right = bool((packed - alone).abs().max() < 1e-4)
+    is_right = versions.CHUNKS_PER_SEQUENCE.is_here
+    assert bool((packed - alone).abs().max() < 1e-4) == is_right
     # Of a model whose chunks are too long for the probe's sequences.
     model.config.attention_chunk_size = 8192
-    if is_right:
-        require_packing(model)
-        assert model.config.attention_chunk_size == 8192
-        return
-    try:
-        require_packing(model)
-    except ValueError as error:
-        assert "packed" in str(error)
-        return
-    # By another way than positions, then.
+    require_packing(model)
+    assert model.config.attention_chunk_size == 8192
+    assert packing._way(model, shares=False) == ("positions" if is_right else "branches")
     model.config.attention_chunk_size = 12
     with torch.no_grad():
         logps = prefkern.token_logprobs(model, row, cu_seqlens=bounds)

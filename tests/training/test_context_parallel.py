@@ -151,6 +151,8 @@ BEFORE = {
         {"padding_free": True, "share_prompt": True},
         "padding_free=True is not supported under context",
     ),
+    # Its size is by the length of the rows that an embedding sees, which is a rank's part.
+    "noise": ("FSDP2", {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 is not supported"),
     "weights of tokens": (
         "FSDP2",
         {"ld_alpha": 0.5},

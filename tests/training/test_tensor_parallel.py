@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from packaging.version import Version
+
+from support.versions import TENSOR_PARALLEL, TENSOR_PARALLEL_ADAPTERS
 
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 
-if Version(transformers.__version__) < Version("5.23") or Version(peft.__version__) < Version(
-    "0.21"
-):
-    pytest.skip("older ones are refused", allow_module_level=True)
+for each in (TENSOR_PARALLEL, TENSOR_PARALLEL_ADAPTERS):
+    if not each.is_here:
+        pytest.skip(each.reason, allow_module_level=True)
 
 from accelerate.parallelism_config import ParallelismConfig
 from transformers.distributed import DistributedConfig

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
 
-from support import tiny
+from support import tiny, versions
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -68,12 +67,14 @@ def test_nor_in_a_later_evaluation(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(PreferenceConfig, "sp_size"), (RewardConfig, "cp_size"), (RewardConfig, "sp_size")],
+    [
+        versions.ULYSSES.param(PreferenceConfig, "sp_size"),
+        (RewardConfig, "cp_size"),
+        versions.ULYSSES.param(RewardConfig, "sp_size"),
+    ],
 )
 def test_sequences_over_several_ranks(tmp_path, monkeypatch, kind, name):
     """By the arguments, and as `accelerate launch` says it; with what works instead."""
-    if name not in inspect.signature(ParallelismConfig).parameters:
-        pytest.skip(f"this accelerate has no {name}")
     message = f"parallelism_config has {name}=2, .*by cp_size=2 under FSDP2, .*sequence_group=group"
     with pytest.raises(ValueError, match=message):
         kind(str(tmp_path), parallelism_config=ParallelismConfig(**{name: 2}))
