@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from types import ModuleType
 
 import torch
@@ -71,14 +72,16 @@ def run(
         product_row=product_row,
         is_shard=shard is not None,
     )
+    most_again_mb = math.inf
     if workspace_mb is None:
         sizes = (scored.count, head.weight.shape[0], head.size, gradients, with_divergence)
         share = plan.share_of_logits(*sizes)
         workspace_mb = plan.default_workspace_mb(head.hidden.device, gradients.head, share)
+        most_again_mb = plan.default_workspace_mb(head.hidden.device)
     made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
     retries = shard is None and not sequences.is_capturing(head.hidden)
-    budget = memory.Budget(workspace_mb, plan_of, plan.recorder(), retries)
+    budget = memory.Budget(workspace_mb, plan_of, plan.recorder(), retries, most_again_mb)
     places = None
     # Ranks of one head have plans of their own, and one order of tokens.
     splits = shard is not None or passes.splits_tokens(made)

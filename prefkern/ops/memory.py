@@ -2,7 +2,8 @@
 
 The plan decides how much a pass holds at its peak, and smaller tiles give the same numbers. So a
 step need not be lost when memory runs out. `Budget.attempt` runs a pass. If the allocator refuses,
-it plans the pass again for half of what the first attempt took, and runs that. By then no tensor of
+it plans the pass again for half of what the first attempt took, and runs that; after a trained
+head's default on a GPU for no more than the default of other calls. By then no tensor of
 the first attempt is alive: they hang on the frames of the exception's traceback, which is dropped
 first.
 
@@ -51,6 +52,8 @@ class Budget:
     # A CUDA graph that is being captured would replay the failed attempt as well; and the other
     # ranks of a head in shards would wait.
     retries: bool = True
+    # Of a second attempt, where the first had a default that is larger than others.
+    most_again_mb: float = math.inf
 
     def attempt(
         self,
@@ -76,7 +79,7 @@ class Budget:
         tried = [(self.workspace_mb, first)]
         if self.retries:
             most = max(min(self.workspace_mb * MIB, took), held_bytes)
-            half_mb = (held_bytes + (most - held_bytes) / 2) / MIB
+            half_mb = min((most - held_bytes) / 2 / MIB, self.most_again_mb) + held_bytes / MIB
             second = (again or self._plan)(half_mb)
             if _took(second, phase) < took:
                 warnings.warn(
