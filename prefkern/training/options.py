@@ -138,6 +138,11 @@ def check_preference(args: Any, defaults: Mapping[str, Any]) -> None:
             f"pad_to_multiple_of ({args.pad_to_multiple_of}) has no effect under padding_free, "
             "which pads nothing; give one of them"
         )
+    if args.padding_free and args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} scales its noise by the length of a row, "
+            "and under padding_free all pairs of a batch are one row; leave one of them out"
+        )
     _check_sharing(args)
     if args.max_tokens_per_batch is not None:
         if not args.padding_free:

@@ -314,6 +314,12 @@ class PreferenceTrainer(NamedArguments, DataTrainer):
                 f"{casts[0]} casts the policy and not its reference, so that rewards would be "
                 "differences of two precisions; leave it out, or train with bf16"
             )
+        if args.neftune_noise_alpha is not None and needs_reference and is_cast_too:
+            raise ValueError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha} adds its noise to the reference as "
+                "well, which goes through the policy's own embeddings; set precompute_ref_log_probs, "
+                "or leave it out"
+            )
         self.ref_model = ref_model
         apply_liger(args, *(each for each in (model, ref_model) if each is not None))
         layout = (pad_token_id, args.pad_to_multiple_of)

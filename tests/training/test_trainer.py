@@ -458,6 +458,11 @@ def test_wrong_kinds_of_arguments(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, ref_model=tiny.model(seed=1), **options)
+    noisy = {"neftune_noise_alpha": 5.0, "objective": "dpo"}
+    with pytest.raises(ValueError, match="neftune_noise_alpha=5.0 scales .* under padding_free"):
+        trainer(tmp_path, padding_free=True, **noisy)
+    with pytest.raises(ValueError, match="neftune_noise_alpha=5.0 adds its noise to the reference"):
+        trainer(tmp_path, peft_config=lora(), **noisy)
     with pytest.raises(ValueError, match="pad_to_multiple_of has no effect on a data_collator"):
         trainer(tmp_path, pad_to_multiple_of=8, data_collator=PreferenceCollator(0))
     model = tiny.model()
@@ -485,6 +490,29 @@ def test_evaluation_casts_an_adapter_and_its_base_alike(tmp_path):
     assert trainer(tmp_path, **adapted).evaluate()["eval_rewards/margins"] == 0
     with pytest.raises(ValueError, match="casts the policy and not its reference"):
         trainer(tmp_path, precompute_ref_log_probs=True, **adapted)
+
+
+def test_noise_of_embeddings_is_the_policys_alone(tmp_path):
+    """Sums that are computed before training have none, nor has a reference model."""
+    for reference in ({"precompute_ref_log_probs": True}, {"ref_model": tiny.model()}):
+        adapted = {"peft_config": lora()} if "ref_model" not in reference else {}
+        wanted = []
+        for alpha in (None, 5.0):
+            run = trainer(
+                tmp_path,
+                objective="dpo",
+                neftune_noise_alpha=alpha,
+                max_steps=1,
+                eval_dataset=tiny.dataset(4),
+                **reference,
+                **adapted,
+            )
+            before = run.evaluate()["eval_loss"]
+            run.train()
+            wanted.append((before, step_logs(run)[0]["loss"]))
+        (quiet, first), (noisy_before, noisy_first) = wanted
+        assert quiet == noisy_before == pytest.approx(math.log(2), abs=1e-6)
+        assert first == pytest.approx(math.log(2), abs=1e-6) != noisy_first
 
 
 def test_a_model_that_is_no_number_is_not_trained(tmp_path):
