@@ -30,6 +30,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from prefkern.data import (
     DatasetReport,
+    tokenize_preferences,  # noqa: F401  # imported first: without the extra it says what to install
 )
 from prefkern.data.collate import (
     ExampleCollator,

@@ -251,6 +251,7 @@ def test_what_hints_name_exists() -> None:
         assert ours in {*known, "", "processing_class"}, name
     # Of `prefkern train` alone, in TRL's words: in Python, and to `prefkern margins`, they are not.
     of_train = {f"dataset_{which}_split" for which in ("train", "test")} | {"use_peft"}
+    of_train |= {"streaming", "dataset_streaming"}
     for kind in (train.TrainedModelArguments, train.LoraArguments, trl_options.LossArguments):
         of_train |= {each.name for each in dataclasses.fields(kind)}
     # `activation_checkpointing` is newer than the oldest transformers.

@@ -34,7 +34,7 @@ from prefkern.data.collate import PreferenceCollator
 from prefkern.objectives import REGISTRY
 from prefkern.training import zero
 from prefkern.training.sharding import mode_of
-from support import chatml, chats, tiny
+from support import chatml, chats, pictures, tiny
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -482,6 +482,18 @@ def test_a_line_of_data(key, folder):
     (folder / "one.jsonl").write_text(BLOCKS[key])
     pairs = load_preference_dataset("one.jsonl")
     assert len(pairs) == 1 and set(pairs.column_names) == {"prompt", "chosen", "rejected"}
+
+
+@runs(("docs/data.md", "Pictures", "json"))
+def test_a_row_with_a_picture(key, folder):
+    """The printed row, under a family whose placeholder is the printed one."""
+    family = next(each for each in pictures.FAMILIES if each.placeholder == "<image>")
+    _, processor = family.make()
+    pictures.picture("red", "circle").save(folder / "circle.png")
+    (folder / "one.jsonl").write_text(BLOCKS[key])
+    rows = load_preference_dataset("one.jsonl", pictures=True)
+    (pair,), report = tokenize_preferences(rows, processor)
+    assert report.pictures == 1 and pair["images"][0].size == (16, 16)
 
 
 COLUMNS = ("docs/data.md", "Columns of other names", "python")
