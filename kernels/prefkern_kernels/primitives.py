@@ -29,8 +29,9 @@ def tanh_and_slope(x):
     t = tl.where(x < 0, -t, t)
     # Near 0 the quotient cancels; take tanh's series there. Its next term is below 2e-8 of x.
     s = x * x
-    series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-    t = tl.where(tl.abs(x) < 0.25, series, t)
+    fifth = 62.0 / 2835 + s * (-1382.0 / 155925)
+    series = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * fifth))))
+    t = tl.where(tl.abs(x) < 0.35, series, t)
     return t, 4.0 * e * r * r
 
 
