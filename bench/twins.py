@@ -39,7 +39,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from trl import (
     DPOConfig,
     GRPOConfig,
@@ -153,9 +153,12 @@ def run(kind: type, make_config: Callable[..., Any], fuse: bool = False, **optio
     given.setdefault("train_dataset", tiny.dataset(PAIRS))
     given.setdefault("eval_dataset", tiny.dataset(8, seed=3))
     with tempfile.TemporaryDirectory() as folder:
+        args = make_config(folder, **{**defaults, **options})
+        # An adapter's weights: TRL before 1.16 draws them without a seed.
+        set_seed(args.seed)
         trainer = kind(
             model=tiny.model() if model is None else model,
-            args=make_config(folder, **{**defaults, **options}),
+            args=args,
             callbacks=[record],
             **given,
         )
