@@ -365,7 +365,8 @@ def token_logprobs(
     """Log-probs of all tokens; with a reference, its log-probs and the divergence from it."""
     hidden, low_rank = head.hidden, head.low_rank
     wanted = call.wanted_gradients(head)
-    options = Options(
+    # The fields of `Options`, in their order: torch 2.11 does not trace those of an object.
+    options = (
         ignore_index,
         transform.logit_scale,
         transform.softcap,
@@ -394,7 +395,7 @@ def token_logprobs(
         labels.reshape(-1),
         bounds,
         with_stats,
-        *vars(options).values(),
+        *options,
     )[:_VALUES]
     shape = labels.shape
     of_stats = None
