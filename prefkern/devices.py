@@ -30,8 +30,11 @@ def of_doubles(device: torch.device) -> torch.device:
 
 def back(x: Tensor, like: Tensor) -> Tensor:
     """A result of `as_double` in the dtype and on the device of what it was made from."""
-    # The dtype first: float64 must not reach a device that lacks it.
-    return x.to(like.dtype).to(like.device)
+    # The dtype first: float64 must not reach a device that lacks it. And no `to` that changes nothing:
+    # where torch 2.11 traces an autograd.Function that returns its result, the gradient is 0.
+    if x.dtype != like.dtype:
+        x = x.to(like.dtype)
+    return x if x.device == like.device else x.to(like.device)
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
