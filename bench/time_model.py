@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launch_trace import Launch
-from prefkern.ops.plan import workspace_of_gpu
+from prefkern.ops.workspace import workspace_of_gpu
 
 # What a large product reaches of its peak, a kernel that streams of HBM's and of L2's.
 PRODUCT_SHARE, HBM_SHARE, L2_SHARE = 0.8, 0.9, 0.6

@@ -241,7 +241,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a trained head's default workspace is a frozen one's",
-        "prefkern/ops/plan.py",
+        "prefkern/ops/workspace.py",
         "share = _SHARE_OF_GPU_TRAINED if trains_head else _SHARE_OF_GPU",
         "share = _SHARE_OF_GPU",
         "tests/ops/test_plan.py -k default_has_room",

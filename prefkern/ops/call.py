@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prefkern.ops import memory, passes, plain, plan, sequences, torch_tiles
+from prefkern.ops import memory, passes, plain, plan, sequences, torch_tiles, workspace
 from prefkern.ops.autograd import Call, Result, scored_logprobs
 from prefkern.ops.operands import Head, Transform
 from prefkern.ops.shards import VocabShard
@@ -74,10 +74,11 @@ def run(
     )
     most_again_mb = math.inf
     if workspace_mb is None:
-        sizes = (scored.count, head.weight.shape[0], head.size, gradients, with_divergence)
-        share = plan.share_of_logits(*sizes)
-        workspace_mb = plan.default_workspace_mb(head.hidden.device, gradients.head, share)
-        most_again_mb = plan.default_workspace_mb(head.hidden.device)
+        device, entries = head.hidden.device, head.weight.shape[0]
+        workspace_mb = workspace.workspace_of_call(
+            device, scored.count, entries, head.size, gradients, with_divergence
+        )
+        most_again_mb = workspace.default_workspace_mb(device)
     made = plan_of(workspace_mb=workspace_mb)
     plan.record(made)
     retries = shard is None and not sequences.is_capturing(head.hidden)
@@ -134,7 +135,7 @@ def resolve_workspace(workspace_mb: float | None, device: torch.device, trains_h
     """The bound for a call of any size: a compiled one may be of many."""
     check_workspace(workspace_mb)
     if workspace_mb is None:
-        return plan.default_workspace_mb(device, trains_head)
+        return workspace.default_workspace_mb(device, trains_head)
     return float(workspace_mb)
 
 

@@ -16,6 +16,7 @@ from prefkern.ops.agreement import Agreement
 from prefkern.ops.operands import Head, LowRank, Transform, operands_for
 from prefkern.ops.outputs import TokenStats
 from prefkern.ops.shards import VocabShard
+from prefkern.ops.workspace import workspace_of_call
 
 
 def linear_logprobs(
@@ -188,8 +189,7 @@ def plan_for(
     )
     call.check_workspace(workspace_mb)
     if workspace_mb is None:
-        share = plan.share_of_logits(tokens, vocab_size, head, gradients, with_divergence=False)
-        workspace_mb = plan.default_workspace_mb(device, gradients.head, share)
+        workspace_mb = workspace_of_call(device, tokens, vocab_size, head, gradients)
     return plan.make_plan(
         tokens=tokens,
         vocab_size=vocab_size,

@@ -56,9 +56,6 @@ FOLD_ENTRIES = 8192
 # The widest tile of dW on a GPU. A wider one saves less than 1% of a call's time, and a float32
 # copy of a whole `[V, H]` is never made.
 _MOST_OF_A_GRADIENT = 32768
-# Of a GPU's memory, the default workspace; and where the head is trained, with the probabilities
-# that forward keeps for backward.
-_SHARE_OF_GPU, _SHARE_OF_GPU_TRAINED = 1 / 128, 1 / 24
 # Below so many tokens in a tile, its launches cost more than the second reading.
 _LEAST_TOKENS_OF_A_FOLD = 2048
 # The narrowest tile for kept tokens, whose maximum is stored after each tile.
@@ -70,10 +67,6 @@ _OPERATIONS_A_BYTE_OF_CPU = 20
 # The largest block of memory, in bytes, that glibc's allocator hands out twice. It maps a larger one
 # afresh, page by page, at each allocation.
 _LARGEST_BLOCK_OF_CPU = 31 * MIB
-# Temporary memory of a call on a CPU, unless the caller says otherwise.
-_MOST_MB_OF_CPU = 64.0
-# Narrower tiles beside kept probabilities make a small batch's products slow.
-_TILES_MB_OF_CPU = 16.0
 # The share of kept tokens is a multiple of one eighth.
 _EIGHTHS = 8
 
@@ -179,42 +172,6 @@ def record(plan: Plan) -> None:
 def recorder() -> Callable[[Plan], None]:
     """`record` for this thread, to be called from any: autograd's backward may have its own."""
     return functools.partial(vars(_local).__setitem__, "plan")
-
-
-def default_workspace_mb(
-    device: torch.device, trains_head: bool = False, share: float | None = None
-) -> float:
-    """The default bound: 64 MiB on a CPU, `workspace_of_gpu` on a GPU.
-
-    On a CPU it is less for a small call: its `share` (`share_of_logits`), and at least 8 MiB.
-    """
-    if device.type != "cuda":
-        return _MOST_MB_OF_CPU if share is None else min(max(share, 8.0), _MOST_MB_OF_CPU)
-    return workspace_of_gpu(torch.cuda.get_device_properties(device).total_memory, trains_head)
-
-
-def workspace_of_gpu(memory: float, trains_head: bool) -> float:
-    """The default on a GPU of so many bytes: 1/128 of them, at least 256 MiB.
-
-    If the head is trained, 1/24: each token whose probabilities are kept saves a quarter of its
-    operations. A call takes no more than these and its tiles need.
-    """
-    share = _SHARE_OF_GPU_TRAINED if trains_head else _SHARE_OF_GPU
-    return max(256.0, memory * share / MIB)
-
-
-def share_of_logits(
-    tokens: int, vocab_size: int, head: HeadSize, gradients: Gradients, with_divergence: bool
-) -> float:
-    """A quarter of what logits in memory take, in MiB, for bfloat16: 10 bytes an entry, or 12.
-
-    A trained head gets as much as keeps all its probabilities, in any dtype, and tiles beside them
-    that are worth a product. With a divergence there are logits of two models.
-    """
-    entries = (1 + with_divergence) * tokens * vocab_size / MIB
-    if not gradients.head:
-        return 2.5 * entries
-    return head.compute_dtype.itemsize * entries + max(entries, _TILES_MB_OF_CPU)
 
 
 def kept_row(vocab_size: int) -> int:

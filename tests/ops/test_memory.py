@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import prefkern
 from prefkern import objectives, reference
-from prefkern.ops import memory, plan, sequences
+from prefkern.ops import memory, sequences, workspace
 from support import tiny
 from support.logprobs import relative
 from support.machine import BACKENDS, DEVICE
@@ -285,17 +285,17 @@ def test_a_tile_of_forward_is_halved(device, backend):
 def test_after_a_larger_default_there_is_the_default_of_other_calls(monkeypatch):
     """On a GPU a trained head has more by default; half of it may still be too much."""
 
-    def default(device, trains_head=False, share=None):
+    def default(device, trains_head=False):
         return WORKSPACE_MB if trains_head else WORKSPACE_MB / 8
 
-    monkeypatch.setattr(plan, "default_workspace_mb", default)
+    monkeypatch.setattr(workspace, "default_workspace_mb", default)
     made = call("trained head", workspace_mb=None)
     _, _, error = attempt(made, Allocator())
     assert error is None
     first = prefkern.last_plan()
     loss, leaves, error = attempt(made, refused_once(first.kept_bytes))
     assert error is None
-    assert 0 < prefkern.last_plan().workspace_bytes <= WORKSPACE_MB / 8 * plan.MIB
+    assert 0 < prefkern.last_plan().workspace_bytes <= WORKSPACE_MB / 8 * memory.MIB
     assert prefkern.last_plan().workspace_bytes < first.workspace_bytes / 2
     assert_right("trained head", loss, leaves, made.expected())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prefkern
-from prefkern.ops import call, plan
+from prefkern.ops import call, plan, workspace
 from prefkern.ops.operands import Operands
 from prefkern_bench.measure import Meter
 
@@ -222,8 +222,8 @@ def test_the_default_has_room_for_what_a_trained_head_keeps(monkeypatch):
         (8e9, True, 8e9 / 24 / MIB),
         (1e9, True, 256),
     ):
-        assert plan.workspace_of_gpu(total, share) == pytest.approx(expected)
-    assert plan.default_workspace_mb(torch.device("cpu"), trains_head=True) == 64
+        assert workspace.workspace_of_gpu(total, share) == pytest.approx(expected)
+    assert workspace.default_workspace_mb(torch.device("cpu"), trains_head=True) == 64
 
 
 def test_a_small_batch_is_one_tile():
