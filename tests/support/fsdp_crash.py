@@ -40,6 +40,7 @@ from support.killed import (
     on_call,
 )
 from support.resumed import logs_of, run_of
+from support.training import assert_same_weights
 
 # Makes a run: a folder, the name of the run, how it saves, and options.
 Make = Callable[..., Any]
@@ -268,6 +269,29 @@ def main(folder: Path, moments: list[str]) -> None:
     os.environ |= {**SETTINGS, **VERSIONS[2]}
     fsdp_on_cpus()
     try_moments(folder, MOMENTS, made, moments)
+
+
+def assert_went_on(folder: Path, of_whole: Path, step: int) -> None:
+    """A run that was killed, and resumed from a step, is bit for bit the one that was not.
+
+    Args:
+        folder, of_whole: of the killed run, and of the other.
+    """
+    # A folder had a checkpoint's name only if it was complete.
+    left = torch.load(folder / "problems.pt")
+    assert f"checkpoint-{step}" in left
+    assert set(left.values()) == {None}
+    for rank in range(RANKS):
+        resumed = torch.load(folder / f"found{rank}.pt")
+        whole = torch.load(of_whole / f"found{rank}.pt")
+        assert (resumed["begun"], whole["begun"]) == ([step], [0])
+        assert resumed["step"] == whole["step"] == STEPS
+        assert resumed["logs"] == whole["logs"]
+        assert resumed["objective"] == whole["objective"]
+        assert_same_weights(resumed["weights"], whole["weights"], atol=0, rtol=0)
+    # Nothing of what was interrupted is left; at a limit of one, the best and the last.
+    names = {path.name for path in folder.iterdir() if path.name.startswith((".", "check"))}
+    assert names == {f"checkpoint-{each}" for each in (resumed["best"], STEPS)}
 
 
 if __name__ == "__main__":

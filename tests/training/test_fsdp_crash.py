@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 from support.ddp import RESUMES
-from support.fsdp_crash import MOMENTS, RANKS, STEPS, folder_of
+from support.fsdp_crash import MOMENTS, assert_went_on, folder_of
 from support.processes import environment
-from support.training import assert_same_weights
 
 # Each of the others is of another file, or another side of what these are of.
 SHORT = ("in the second rank's shard", "in FSDP's weights", "after the rename")
@@ -52,18 +50,4 @@ def ran(request, tmp_path_factory) -> Path:
 def test_killed_and_resumed(ran, moment):
     _, _, case, kind, step = MOMENTS[moment]
     folder = ran / folder_of(moment)
-    # A folder had a checkpoint's name only if it was complete.
-    left = torch.load(folder / "problems.pt")
-    assert f"checkpoint-{step}" in left
-    assert set(left.values()) == {None}
-    for rank in range(RANKS):
-        resumed = torch.load(folder / f"found{rank}.pt")
-        whole = torch.load(ran / f"{case}, {kind}" / f"found{rank}.pt")
-        assert (resumed["begun"], whole["begun"]) == ([step], [0])
-        assert resumed["step"] == whole["step"] == STEPS
-        assert resumed["logs"] == whole["logs"]
-        assert resumed["objective"] == whole["objective"]
-        assert_same_weights(resumed["weights"], whole["weights"], atol=0, rtol=0)
-    # Nothing of what was interrupted is left; at a limit of one, the best and the last.
-    names = {path.name for path in folder.iterdir() if path.name.startswith((".", "check"))}
-    assert names == {f"checkpoint-{step}" for step in (resumed["best"], STEPS)}
+    assert_went_on(folder, ran / f"{case}, {kind}", step)

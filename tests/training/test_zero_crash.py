@@ -10,15 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 pytest.importorskip("deepspeed")
 
-from support.fsdp_crash import RANKS, STEPS
+from support.fsdp_crash import assert_went_on
 from support.processes import environment
-from support.training import assert_same_weights
 from support.zero_crash import MOMENTS
 
 pytestmark = pytest.mark.long
@@ -44,18 +42,4 @@ def ran(tmp_path_factory) -> Path:
 def test_killed_and_resumed(ran, moment):
     _, _, case, stage, step = MOMENTS[moment]
     folder = ran / str([*MOMENTS].index(moment))
-    # A folder had a checkpoint's name only if it was complete.
-    left = torch.load(folder / "problems.pt")
-    assert f"checkpoint-{step}" in left
-    assert set(left.values()) == {None}
-    for rank in range(RANKS):
-        resumed = torch.load(folder / f"found{rank}.pt")
-        whole = torch.load(ran / f"{case}, {stage}" / f"found{rank}.pt")
-        assert (resumed["begun"], whole["begun"]) == ([step], [0])
-        assert resumed["step"] == whole["step"] == STEPS
-        assert resumed["logs"] == whole["logs"]
-        assert resumed["objective"] == whole["objective"]
-        assert_same_weights(resumed["weights"], whole["weights"], atol=0, rtol=0)
-    # Nothing of what was interrupted is left; at a limit of one, the best and the last.
-    names = {path.name for path in folder.iterdir() if path.name.startswith((".", "check"))}
-    assert names == {f"checkpoint-{each}" for each in (resumed["best"], STEPS)}
+    assert_went_on(folder, ran / f"{case}, {stage}", step)
