@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from prefkern.objectives import CPO, DPO, IPO, KTO, SFT, TDPO1, WPO, Adaptive, M
 from prefkern.ops import sequences
 from support.machine import BACKENDS
 from support.ranks import group_of_one
+from support.trl_loss import Says, trl_output, trl_state
 
 F = torch.nn.functional
 B, T, H, V = 4, 11, 16, 129
@@ -201,41 +201,17 @@ def test_a_batch_is_trls(loss_types, alpha):
     theirs = leaves(given)
     scored = theirs["labels"] != IGNORED
     tokens, other = (torch.where(scored, token_logps(theirs, p), 0.0) for p in ("", "ref_"))
-    completion_mask = F.pad(scored.long(), (1, 0))
-
-    def outputs(log_probs):
-        zeros = torch.zeros_like(log_probs)
-        return lambda **_: SimpleNamespace(
-            log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=scored
-        )
-
-    policy = torch.nn.Module().eval()
-    policy.is_gradient_checkpointing = False
-    state = SimpleNamespace(
-        model=policy,
-        ref_model=outputs(other.detach()),
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        accelerator=SimpleNamespace(
-            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x
-        ),
-        aux_loss_enabled=False,
-        precompute_ref_logps=False,
-        _total_train_tokens=0,
-        _metrics={"eval": defaultdict(list)},
+    policy, other = (Says(trl_output(x, scored)).eval() for x in (tokens, other.detach()))
+    state, inputs = trl_state(
+        scored,
+        loss_types,
         beta=0.5,
-        loss_types=list(loss_types),
-        loss_weights=list(loss_types.values()),
-        label_smoothing=0.0,
-        use_weighting=False,
-        f_divergence_type="reverse_kl",
         ld_alpha=alpha,
+        model=policy,
+        precompute_ref_logps=False,
+        ref_model=other,
     )
-    inputs = {
-        "input_ids": torch.zeros_like(completion_mask),
-        "attention_mask": torch.ones_like(completion_mask),
-        "completion_mask": completion_mask,
-    }
-    expected = trainer._compute_loss(state, outputs(tokens), inputs, return_outputs=False)
+    expected = trainer._compute_loss(state, policy, inputs, return_outputs=False)
     expected.backward()
     objective = IPO(0.5, length_normalized=True) if "ipo" in loss_types else DPO(0.5)
     if "sft" in loss_types:

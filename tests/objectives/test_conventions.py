@@ -6,6 +6,7 @@ the three. The last test asserts that every row has a test.
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Callable
@@ -21,7 +22,7 @@ pytest.importorskip("trl")
 pytest.importorskip("liger_kernel")
 
 import datasets
-import trl.kernels
+import trl
 from liger_kernel.chunked_loss import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
@@ -43,6 +44,7 @@ from support.liger_cases import CASES, SHAPES, batch, liger, run, sums
 from support.oracles import Pair
 from support.trl_loss import trl_dpo
 from support.trl_runs import build
+from support.versions import TRL_TILES
 
 PAGE = Path(__file__).parent.parent.parent / "docs/objectives.md"
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -429,16 +431,23 @@ def test_the_reference_gets_no_gradient(tmp_path):
         assert all(p.grad is None for p in trainer.ref_model.parameters())
 
 
+def trl_logprobs(data) -> torch.Tensor:
+    """Those of TRL's DPO trainer: in tiles, or from logits in versions before."""
+    if TRL_TILES.is_too_old:
+        logits, labels = data.hidden @ data.weight.T, data.labels.clamp(min=0)
+        return trl.trainer.utils.selective_log_softmax(logits, labels)
+    flat = (data.hidden.flatten(0, 1), data.weight, None, data.labels.flatten(), 1.0, 32768, None)
+    function = importlib.import_module("trl.kernels").ChunkedLogProbFunction
+    return function.apply(*flat, 1.0, ("log_probs",))[0].view_as(data.labels)
+
+
 @row("logits in bfloat16")
 def test_what_logits_are_rounded_to():
     data = batch((2, 64, 64, 300), torch.bfloat16)
     exact, _ = sums(data.hidden.double(), data.weight.double(), None, data.labels, -100)
     ours = prefkern.linear_logprobs(data.hidden, data.weight, data.labels).sum(1)
     _, aux = liger(CASES["cpo"], data.leaves())
-    flat = (data.hidden.flatten(0, 1), data.weight, None, data.labels.flatten(), 1.0, 32768, None)
-    function = trl.kernels.ChunkedLogProbFunction
-    trls = function.apply(*flat, 1.0, ("log_probs",))[0].view_as(data.labels)
-    trls = trls.where(data.labels != -100, 0.0).sum(1)
+    trls = trl_logprobs(data).where(data.labels != -100, 0.0).sum(1)
     errors = [(x.double() - exact).abs().max() for x in (ours, torch.cat(aux[:2]), trls)]
     assert errors[0] < 1e-3 and min(errors[1:]) > 30 * errors[0]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from prefkern.objectives import (
 )
 from prefkern.objectives.running import counted_once
 from support.ranks import run_on_two_ranks
+from support.trl_loss import trl_batch
 
 F = torch.nn.functional
 
@@ -57,41 +56,13 @@ def part_of(pairs: Pairs, rows: slice) -> Pairs:
 
 def trl(loss_type: str, pairs: Pairs, beta: float, label_smoothing: float) -> torch.Tensor:
     """TRL's mean loss of a batch, from its trainer: each response is one token."""
-    trainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
+    pytest.importorskip("trl")
     tokens = torch.cat([pairs.chosen_logps, pairs.rejected_logps])[:, None]
-    mask = torch.ones_like(tokens).bool()
-    outputs = SimpleNamespace(
-        log_probs=tokens,
-        entropy=torch.zeros_like(tokens),
-        mean_logits=torch.zeros_like(tokens),
-        is_top1=mask,
-    )
-    state = SimpleNamespace(
-        model=SimpleNamespace(training=False),
-        accelerator=SimpleNamespace(
-            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x
-        ),
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
-        _total_train_tokens=0,
-        _metrics={"eval": defaultdict(list)},
-        beta=beta,
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        label_smoothing=label_smoothing,
-        use_weighting=False,
-        f_divergence_type="reverse_kl",
-        ld_alpha=None,
-    )
-    completion_mask = F.pad(mask.long(), (1, 0))
-    batch = {
-        "input_ids": torch.zeros_like(completion_mask),
-        "attention_mask": torch.ones_like(completion_mask),
-        "completion_mask": completion_mask,
-        "ref_chosen_logps": pairs.ref_chosen_logps,
-        "ref_rejected_logps": pairs.ref_rejected_logps,
-    }
-    return trainer._compute_loss(state, lambda **_: outputs, batch, return_outputs=False)
+    reference = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps])
+    # The losses are of log-ratios; and no token may have a probability above 1.
+    tokens, reference = tokens - 64, reference - 64
+    options = {"beta": beta, "label_smoothing": label_smoothing}
+    return trl_batch(tokens, torch.ones_like(tokens).bool(), reference, {loss_type: 1.0}, **options)
 
 
 TRLS = {

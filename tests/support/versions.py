@@ -62,6 +62,8 @@ TENSOR_PARALLEL_ADAPTERS = Since(
 ULYSSES = Since("accelerate", "1.12", "ParallelismConfig has sp_size")
 # PEFT before puts an adaption prompt that is added in the place of the one in use.
 PROMPTS_ADDED_UNUSED = Since("peft", "0.21", "an added adaption prompt is not in use")
+# They cancel between two responses, unless each is divided by its length.
+TRL_CONSTANTS = Since("trl", "1.10", "TRL's f-divergences keep their constants")
 TRL_TILES = Since("trl", "1.14", "TRL computes log-probs in tiles")
 TRL_ROUTER_DEFAULT = Since("trl", "1.14", "router_aux_loss_coef is None by default")
 TRL_PADS = Since("trl", "1.16", "pad_to_multiple_of is 'auto' by default")
