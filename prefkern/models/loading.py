@@ -262,7 +262,8 @@ def load_processor(name: str, kwargs: Mapping[str, Any]) -> Any:
             name, trust_remote_code=is_trusted(kwargs), **whence(kwargs)
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        # To its end: which package is missing is said last.
+        reason = " ".join(str(error).split())[:600].rstrip(".")
         raise ValueError(
             f"the processor of {name!r}, which pictures need, cannot be loaded: {reason}. Pass "
             "processing_class, or remove the pictures to train on the text alone"

@@ -40,6 +40,7 @@ def seen(tmp_path: Path) -> dict[str, object]:
 
 
 def test_a_run_on_pictures(seen, tmp_path: Path, capsys) -> None:
+    pictures.skip_unless_idefics_loads()
     given = {**seen, "lora_r": 4, "lora_target_modules": "q_proj", "eval_fraction": 0.25}
     assert cli.main(["train", *flags(given)]) == 0
     out = capsys.readouterr().out
@@ -57,6 +58,7 @@ def test_a_run_on_pictures(seen, tmp_path: Path, capsys) -> None:
 
 
 def test_rows_with_pictures_are_shown(seen, capsys) -> None:
+    pictures.skip_unless_idefics_loads()
     argv = ["data", str(seen["dataset"]), "--model", str(seen["model_name_or_path"]), "--rows", "1"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from support import tiny
@@ -17,7 +18,7 @@ peft = pytest.importorskip("peft")
 
 from prefkern import PreferenceTrainer
 from prefkern.cli import plan
-from prefkern.models.loading import load_model, load_tokenizer
+from prefkern.models.loading import load_model, load_processor, load_tokenizer
 from prefkern.training import rewards
 from support.training import config, lora
 
@@ -146,3 +147,20 @@ def test_a_broken_tokenizer_is_named(tmp_path, file):
     with pytest.raises(ValueError, match=f"cannot be loaded: {tmp_path / file}: ") as caught:
         load_tokenizer(str(tmp_path), {})
     assert "Repair its files, or pass processing_class" in str(caught.value)
+
+
+def test_what_a_processor_lacks_is_said(monkeypatch):
+    """Versions of transformers before 5.18 need torchvision for some: their message says so last."""
+    reason = (
+        "Could not load any image processor class for /a/model. The model configuration resolves to "
+        f"these classes: {', '.join(['pil: Idefics3ImageProcessorPil'] * 8)}. None could be imported. "
+        "Missing optional dependencies: torchvision. Please install them."
+    )
+
+    def refuse(*_, **__):
+        raise ValueError(reason)
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match="the processor of 'a', which pictures") as caught:
+        load_processor("a", {})
+    assert f"cannot be loaded: {reason} Pass processing_class, or" in str(caught.value)

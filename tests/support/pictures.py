@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import datasets
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from support import tiny
 from support.family_table import drawn
+from support.versions import PIL_IDEFICS
 
 BETA = 0.1
 COLOURS = ["red", "green", "blue", "yellow"]
@@ -390,3 +392,9 @@ def lora() -> Any:
 
     pattern = r".*(language_model|text_model).*\.(q_proj|v_proj|down_proj)"
     return peft.LoraConfig(r=4, target_modules=pattern, init_lora_weights=False)
+
+
+def skip_unless_idefics_loads() -> None:
+    """Of the families here, Idefics alone needs no video processor, and so no torchvision."""
+    if PIL_IDEFICS.is_too_old and find_spec("torchvision") is None:
+        pytest.skip(PIL_IDEFICS.reason)

@@ -49,6 +49,7 @@ class Since:
             return None
 
 
+PIL_IDEFICS = Since("transformers", "5.18", "Idefics 3's processor loads without torchvision")
 # Before, tables of rotations are products, and of one row for all rows of a padded batch.
 ROTATIONS_WITHOUT_PRODUCTS = Since(
     "transformers", "5.19", "tables of rotations take no matrix product"
