@@ -132,7 +132,9 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        # torch 2.11 cannot run it on meta tensors: it takes the dtype for beta.
+        is_meta_sum = func is torch.ops.aten.addmm.dtype_out and kwargs["out"].is_meta
+        out = kwargs["out"] if is_meta_sum else func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if func.is_view or name in (*_NO_LAUNCH, "detach") or not isinstance(out, Tensor):
             return out

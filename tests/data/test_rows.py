@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support import tiny
+from support.versions import TRL_DEEPSEEK, TRL_SMOLVLM
 
 datasets = pytest.importorskip("datasets")
 
@@ -511,7 +512,12 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+SINCE = {"deepseek_r1_distill": TRL_DEEPSEEK, "smolvlm": TRL_SMOLVLM}
+
+
+@pytest.mark.parametrize(
+    "name", [SINCE[name].param(name) if name in SINCE else name for name in REAL]
+)
 def test_real_templates(name):
     trl = pytest.importorskip("trl")
     path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"

@@ -65,6 +65,8 @@ ULYSSES = Since("accelerate", "1.12", "ParallelismConfig has sp_size")
 PROMPTS_ADDED_UNUSED = Since("peft", "0.21", "an added adaption prompt is not in use")
 # They cancel between two responses, unless each is divided by its length.
 TRL_CONSTANTS = Since("trl", "1.10", "TRL's f-divergences keep their constants")
+TRL_DEEPSEEK = Since("trl", "1.11", "TRL carries the chat template of DeepSeek-R1-Distill")
+TRL_SMOLVLM = Since("trl", "1.15", "TRL carries the chat template of SmolVLM")
 TRL_TILES = Since("trl", "1.14", "TRL computes log-probs in tiles")
 TRL_ROUTER_DEFAULT = Since("trl", "1.14", "router_aux_loss_coef is None by default")
 TRL_PADS = Since("trl", "1.16", "pad_to_multiple_of is 'auto' by default")
