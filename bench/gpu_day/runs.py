@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,33 @@ def _shown(part: Part) -> str:
     return shlex.join(["python", *part.command])
 
 
+@contextlib.contextmanager
+def _interrupts_heeded() -> Iterator[None]:
+    """What starts in here heeds an interrupt, which a shell has its background jobs ignore."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _watched(
     command: list[str], limit: float, environment: dict[str, str], output: Any
 ) -> int | None:
     """The exit status; None if the limit ended it."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with _interrupts_heeded():
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         return process.wait(max(limit - GRACE, limit / 2))
     except subprocess.TimeoutExpired:

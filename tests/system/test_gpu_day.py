@@ -6,9 +6,11 @@ import copy
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,15 @@ def count(folder: Path, name: str) -> int:
     return int((folder.parent / "counts" / name).read_text())
 
 
+@pytest.fixture
+def interrupts_ignored() -> Iterator[None]:
+    """As for what a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_ignored")
 def test_a_fault_is_a_result_and_takes_nothing_with_it(faults: Path) -> None:
     begin = time.monotonic()
     assert gpu.main(["--dry", "--results", str(faults)]) == 1
