@@ -222,6 +222,7 @@ class CheckpointTrainer(SavingTrainer):
         with switches_put_back(self.model):  # pyright: ignore[reportArgumentType]
             if not self._load_converted(Path(resume_from_checkpoint), model):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+                self._load_default(Path(resume_from_checkpoint))
 
     def _load_callback_state(self) -> None:
         # Trainer has just read its state, and dropped a best checkpoint whose path does not exist
@@ -261,6 +262,17 @@ class CheckpointTrainer(SavingTrainer):
         for name, each in zip(model.active_adapters, folders, strict=True):
             model.load_adapter(str(each), name, is_trainable=True)
         return True
+
+    def _load_default(self, folder: Path) -> None:
+        """Load the adapter "default" where others lie beside it, of which Trainer loads those alone
+        in transformers before 5.23.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        names = getattr(model, "peft_config", {}).keys()
+        if "default" in names and any((folder / name).is_dir() for name in names):
+            model.load_adapter(str(folder), "default", is_trainable=True)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

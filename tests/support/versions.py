@@ -61,6 +61,7 @@ TENSOR_PARALLEL_ADAPTERS = Since(
     "peft", "0.21", "adapters under tensor parallelism are not refused"
 )
 ULYSSES = Since("accelerate", "1.12", "ParallelismConfig has sp_size")
+ADAPTERS_LOADED_BESIDE = Since("peft", "0.21", "an adapter stays trainable when another is loaded")
 # PEFT before puts an adaption prompt that is added in the place of the one in use.
 PROMPTS_ADDED_UNUSED = Since("peft", "0.21", "an added adaption prompt is not in use")
 # They cancel between two responses, unless each is divided by its length.

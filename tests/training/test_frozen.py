@@ -149,6 +149,19 @@ def test_a_frozen_adapter_is_not_trained_but_evaluated(tmp_path, checkpointed):
     assert run.state.global_step == 0
 
 
+def test_an_adapter_that_another_froze_is_not_trained(tmp_path):
+    """So does PEFT before 0.21, where the other is loaded beside it."""
+    model = loaded(tmp_path / "adapter")
+    model.load_adapter(str(tmp_path / "adapter"), "other")
+    run = trainer(tmp_path, model=model, objective="dpo", ref_adapter_name="other", max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"is_trainable=True\). .*: call model.set_adapter\('default'"
+    ):
+        run.train()
+    model.set_adapter("default")
+    run.train()
+
+
 @pytest.mark.parametrize("objective", ["dpo", "simpo"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 def test_a_frozen_model_is_not_trained_but_evaluated(tmp_path, checkpointed, objective):

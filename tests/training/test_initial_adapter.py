@@ -19,6 +19,7 @@ peft = pytest.importorskip("peft")
 from support.adapters import ADAPTERS, lora, trained
 from support.reference_sums import sums
 from support.training import single_rows, step_logs, trainer
+from support.versions import ADAPTERS_LOADED_BESIDE
 
 LN2 = math.log(2)
 COPIED = "the reference is a frozen copy of the adapter"
@@ -99,6 +100,12 @@ def test_in_every_kind_of_run_the_policy_is_its_reference_at_first(tmp_path, opt
 def test_another_reference_is_asked_for_by_name(tmp_path, caplog, name):
     model = trained()
     model.load_adapter(_saved(tmp_path / "frozen", trained(seed=3)), "frozen")
+    if ADAPTERS_LOADED_BESIDE.is_too_old:
+        run = trainer(tmp_path, model=model, objective="dpo", ref_adapter_name=name, max_steps=1)
+        with pytest.raises(ValueError, match=r"adapter is frozen.*set_adapter\('default'\)"):
+            run.train()
+        model.set_adapter("default")
+        caplog.clear()
     run = trainer(tmp_path, model=model, objective="dpo", ref_adapter_name=name, max_steps=1)
     assert COPIED not in caplog.text
     other = tiny.model() if name == BASE else trained(seed=3)

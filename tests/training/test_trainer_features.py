@@ -136,7 +136,8 @@ def test_the_cache_is_as_it_was(tmp_path, use_cache, adapted):
     """Trainer sets use_cache to False. It would be saved, and generate() would run without one."""
     model = tiny.model(use_cache=use_cache)
     calls = []
-    model.register_forward_pre_hook(
+    # PEFT before 0.21 calls the causal LM's forward, past its hooks.
+    model.model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs["use_cache"]), with_kwargs=True
     )
     run = trainer(tmp_path, model=model, **({"peft_config": lora()} if adapted else {}))
