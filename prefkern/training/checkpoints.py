@@ -32,6 +32,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from prefkern.models.adapters import is_peft_model
 from prefkern.models.own_reference import switches_put_back
 from prefkern.training import fsdp_files, zero
 from prefkern.training.checkpoint_files import (
@@ -80,13 +81,15 @@ class CheckpointTrainer(SavingTrainer):
         A finished run that is resumed takes no step. Its result has the loss NaN, and no metrics of
         steps.
 
-        Raises CheckpointError for a checkpoint that is incomplete, damaged or of another model.
+        Raises CheckpointError for a checkpoint that is incomplete, damaged or of another model, and
+        if checkpoints would not hold the adapter.
         """
         if resume_from_checkpoint and size_of(self.model) > 1:
             raise ValueError(
                 "resuming is not supported under tensor parallelism, whose checkpoints are of weights "
                 "alone: give the checkpoint's folder as the model to train its weights on"
             )
+        self._check_adapters_are_kept(bool(resume_from_checkpoint))
         folder = Path(self.args.output_dir or ".")
         if self.args.should_save:
             take_places(folder)
@@ -121,6 +124,17 @@ class CheckpointTrainer(SavingTrainer):
             self.state.max_steps,
         )
         return output._replace(training_loss=math.nan)
+
+    def _check_adapters_are_kept(self, resumes: bool) -> None:
+        """Raise CheckpointError if FSDP2 would write or read checkpoints without the adapter."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        keeps = resumes or self.args.save_strategy != "no"
+        is_cut = plugin is not None and plugin.fsdp_version == 2 and self.args.world_size > 1
+        if not (is_cut and keeps and is_peft_model(self.model)):
+            return
+        problem = fsdp_files.adapter_problem(plugin.state_dict_type.name)
+        if problem is not None:
+            raise CheckpointError(problem)
 
     def _is_over(self) -> bool:
         """Whether the run was resumed where it had finished."""

@@ -11,8 +11,11 @@ wanted. torch, which loads the checkpoint later, does call it.
 from __future__ import annotations
 
 import pickle
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 WHOLE = "pytorch_model_fsdp.bin"
 SHARDS, OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -28,13 +31,13 @@ def problem(checkpoint: Path) -> str | None:
     for folder in folders:
         if not folder.is_dir():
             return f"{checkpoint} is incomplete: it has no {folder.name}"
-        metadata = folder / _METADATA
-        if not metadata.exists():
+        written_last = folder / _METADATA
+        if not written_last.exists():
             return f"{folder} is incomplete: it has no {_METADATA}, which is written last"
         try:
-            ends = _ends(metadata)
+            ends = _ends(written_last)
         except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError) as error:
-            return f"{metadata} is damaged or was not written to its end ({error})"
+            return f"{written_last} is damaged or was not written to its end ({error})"
         for name, end in sorted(ends.items()):
             file = folder / name
             if not file.is_file():
@@ -67,9 +70,25 @@ def other_kind(checkpoint: Path, kind: str) -> str | None:
     )
 
 
-def _ends(metadata: Path) -> dict[str, int]:
+def adapter_problem(kind: str) -> str | None:
+    """Why an adapter is in no checkpoint of this state dict type; None if it is.
+
+    accelerate before 1.15 gathers whole weights of a model, and of an adapter none: rank 0 writes its
+    shards alone.
+    """
+    version = metadata.version("accelerate")
+    if kind != "FULL_STATE_DICT" or Version(version).release >= (1, 15):
+        return None
+    return (
+        f"{_SETTING} FULL_STATE_DICT keeps no whole adapter in accelerate {version}: set "
+        "SHARDED_STATE_DICT (state_dict_type in fsdp_config, --fsdp_state_dict_type of accelerate "
+        "launch), or pip install 'accelerate>=1.15', or set save_strategy='no'"
+    )
+
+
+def _ends(written_last: Path) -> dict[str, int]:
     """How many bytes each file has at least, by its name."""
-    with metadata.open("rb") as file:
+    with written_last.open("rb") as file:
         reader = _Places(file)
         reader.load()
     ends: dict[str, int] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib import metadata
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -19,12 +20,21 @@ _REMEDY = "torchrun --nproc-per-node N starts N processes that train together"
 
 
 def launched_parallelism(args: Any) -> Any:
-    """Accelerate's ParallelismConfig, by a run's arguments or its launcher; None without one."""
+    """Accelerate's ParallelismConfig, by a run's arguments or its launcher; None without one.
+
+    Raises ValueError for one of an accelerate that is too old for transformers' Trainer.
+    """
     given = args.parallelism_config
     if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
         from accelerate.parallelism_config import ParallelismConfig
 
-        return ParallelismConfig()
+        given = ParallelismConfig()
+    # Trainer asks every one for this.
+    if given is not None and not hasattr(given, "sp_backend"):
+        raise ValueError(
+            "parallelism_config needs accelerate 1.12 or newer, but "
+            f"{metadata.version('accelerate')} is installed: pip install 'accelerate>=1.12'"
+        )
     return given
 
 

@@ -14,6 +14,7 @@ from support import tiny
 from support.command_line import flags
 from support.fsdp import record, run_cases
 from support.training import step_logs
+from support.versions import WHOLE_ADAPTERS
 
 CASES = {
     "full": {},
@@ -31,6 +32,8 @@ def outcome_of(folder: Path, case: str, ranks: int) -> dict:
     """Rewards before training, each step's gradients, rewards and loss after it."""
     adapter = None
     if "lora" in case:
+        if WHOLE_ADAPTERS.is_too_old:
+            os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
         targets = ["q_proj", "v_proj", "up_proj"]
         adapter = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=targets)
     args = rewards.RewardConfig(

@@ -38,9 +38,14 @@ class Since:
         """Of a skip."""
         return f"{self.package} {self._installed()} is before {self.version}: {self.what}"
 
+    @property
+    def needed(self) -> pytest.MarkDecorator:
+        """The mark of a test that an older version skips, where the skip is seen."""
+        return pytest.mark.skipif(self.is_too_old, reason=self.reason)
+
     def param(self, *values: Any) -> Any:
-        """A case that an older version skips, where the skip is seen."""
-        return pytest.param(*values, marks=pytest.mark.skipif(self.is_too_old, reason=self.reason))
+        """A case that an older version skips."""
+        return pytest.param(*values, marks=self.needed)
 
     def _installed(self) -> str | None:
         try:
@@ -60,8 +65,9 @@ TENSOR_PARALLEL = Since("transformers", "5.23", "tensor parallelism is not refus
 TENSOR_PARALLEL_ADAPTERS = Since(
     "peft", "0.21", "adapters under tensor parallelism are not refused"
 )
-ULYSSES = Since("accelerate", "1.12", "ParallelismConfig has sp_size")
+PARALLELISM = Since("accelerate", "1.12", "Trainer takes a ParallelismConfig")
 ADAPTERS_LOADED_BESIDE = Since("peft", "0.21", "an adapter stays trainable when another is loaded")
+WHOLE_ADAPTERS = Since("accelerate", "1.15", "FSDP2's whole checkpoints hold adapters")
 # PEFT before puts an adaption prompt that is added in the place of the one in use.
 PROMPTS_ADDED_UNUSED = Since("peft", "0.21", "an added adaption prompt is not in use")
 # They cancel between two responses, unless each is divided by its length.

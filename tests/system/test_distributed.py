@@ -26,6 +26,7 @@ from support import tiny
 from support.command_line import flags
 from support.processes import ROOT, environment
 from support.training import made, weights
+from support.versions import PARALLELISM
 
 FOLDER = ROOT / "examples" / "distributed"
 PAGE = ROOT / "docs" / "distributed.md"
@@ -107,6 +108,7 @@ def test_fsdp2(files, given):
     assert_trained_as_on_one_process(files, name, **given)
 
 
+@PARALLELISM.needed
 def test_several_nodes_by_slurm_with_hsdp(files, tmp_path):
     """Two machines of two ranks: Slurm's commands are stand-ins, and the script is run as it is."""
     fakes = {

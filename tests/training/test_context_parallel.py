@@ -27,6 +27,7 @@ from support import tiny
 from support.context_parallel import CASES, GROUPS, LONG, OTHERS, launch, outcome_of
 from support.ddp import RESUMES
 from support.training import config
+from support.versions import PARALLELISM
 from support.zero import errors
 
 LN2 = math.log(2)
@@ -34,6 +35,8 @@ LN2 = math.log(2)
 
 @pytest.fixture(scope="module")
 def ranks(request, tmp_path_factory) -> Path:
+    if PARALLELISM.is_too_old:
+        pytest.skip(PARALLELISM.reason)
     folder = tmp_path_factory.mktemp("ranks")
     is_long = request.config.getoption("--long")
     others = OTHERS if is_long and RESUMES else ()
@@ -62,6 +65,7 @@ def test_gradients_and_logs_are_those_of_one_process(ranks, case):
     assert_same_runs(ranks, case, 2)
 
 
+@PARALLELISM.needed
 @pytest.mark.long
 def test_two_sequences_beside_one_another(tmp_path):
     """Four ranks, two to a sequence: the losses of two batches, and each pair in the metrics once."""
@@ -161,6 +165,7 @@ BEFORE = {
 }
 
 
+@PARALLELISM.needed
 @pytest.mark.parametrize("name", BEFORE)
 def test_what_cannot_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, name):
     mode, options, message = BEFORE[name]
@@ -212,6 +217,7 @@ def test_a_router_loss_and_the_models_that_are_taken(monkeypatch):
         check_cut_model(model, 2, 0.0)
 
 
+@PARALLELISM.needed
 def test_the_size_as_accelerate_launch_says_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from support import tiny
+
+pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+
 from prefkern.training import fsdp_files
+from prefkern.training.checkpoint_files import CheckpointError
+from prefkern.training.checkpoints import CheckpointTrainer
 from prefkern.training.fsdp_files import OPTIMIZER, SHARDS, WHOLE, other_kind, problem
+from support.training import lora
 
 
 @pytest.fixture
@@ -90,3 +99,40 @@ def test_the_kind_that_a_run_reads(checkpoint):
     (checkpoint / WHOLE).touch()
     assert other_kind(checkpoint, "FULL_STATE_DICT") is None
     assert "set FULL_STATE_DICT" in (other_kind(checkpoint, "SHARDED_STATE_DICT") or "")
+
+
+@pytest.mark.parametrize("version", ["1.10.1", "1.14.0", "1.15.0"])
+def test_adapters_in_whole_checkpoints(version, monkeypatch):
+    monkeypatch.setattr(fsdp_files.metadata, "version", lambda name: version)
+    assert fsdp_files.adapter_problem("SHARDED_STATE_DICT") is None
+    found = fsdp_files.adapter_problem("FULL_STATE_DICT")
+    if version == "1.15.0":
+        assert found is None
+        return
+    assert found is not None
+    assert f"FULL_STATE_DICT keeps no whole adapter in accelerate {version}: set SHARDED_" in found
+    run = run_under_fsdp()
+    for changed in (
+        {"model": tiny.model()},
+        {"args": types.SimpleNamespace(save_strategy="no", world_size=2)},
+        {"args": types.SimpleNamespace(save_strategy="steps", world_size=1)},
+        {"accelerator": types.SimpleNamespace(state=types.SimpleNamespace())},
+    ):
+        CheckpointTrainer._check_adapters_are_kept(run_under_fsdp(**changed), resumes=False)
+    with pytest.raises(CheckpointError, match="pip install 'accelerate>=1.15'"):
+        CheckpointTrainer._check_adapters_are_kept(run, resumes=False)
+    run.args.save_strategy = "no"
+    with pytest.raises(CheckpointError, match="or set save_strategy='no'"):
+        CheckpointTrainer._check_adapters_are_kept(run, resumes=True)
+
+
+def run_under_fsdp(**changed: object) -> types.SimpleNamespace:
+    """What is asked of a trainer of an adapter under FSDP2."""
+    kind = types.SimpleNamespace(name="FULL_STATE_DICT")
+    plugin = types.SimpleNamespace(fsdp_version=2, state_dict_type=kind)
+    given = {
+        "accelerator": types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)),
+        "args": types.SimpleNamespace(save_strategy="steps", world_size=2),
+        "model": peft.get_peft_model(tiny.model(), lora()),
+    }
+    return types.SimpleNamespace(**given | changed)

@@ -23,6 +23,7 @@ from prefkern.training import pictures as of_training
 from support import pictures, tiny
 from support.pictures import IDEFICS, QWEN
 from support.training import config
+from support.versions import PARALLELISM
 
 
 def text_first(count: int = 1) -> IterableDataset:
@@ -52,7 +53,7 @@ def text_first(count: int = 1) -> IterableDataset:
             {"train_dataset": "rows of text first", "max_steps": 1},
             "dataset 'train' is a stream with pictures",
         ),
-        (
+        PARALLELISM.param(
             {"parallelism_config": ParallelismConfig(cp_size=2)},
             r"context parallelism \(cp_size=2\) does not cut pictures, which dataset 'train' has",
         ),

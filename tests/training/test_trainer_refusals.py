@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 
@@ -68,11 +69,12 @@ def test_nor_in_a_later_evaluation(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        versions.ULYSSES.param(PreferenceConfig, "sp_size"),
+        (PreferenceConfig, "sp_size"),
         (RewardConfig, "cp_size"),
-        versions.ULYSSES.param(RewardConfig, "sp_size"),
+        (RewardConfig, "sp_size"),
     ],
 )
+@versions.PARALLELISM.needed
 def test_sequences_over_several_ranks(tmp_path, monkeypatch, kind, name):
     """By the arguments, and as `accelerate launch` says it; with what works instead."""
     message = f"parallelism_config has {name}=2, .*by cp_size=2 under FSDP2, .*sequence_group=group"
@@ -82,6 +84,16 @@ def test_sequences_over_several_ranks(tmp_path, monkeypatch, kind, name):
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
     with pytest.raises(ValueError, match=message):
         kind(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [PreferenceConfig, RewardConfig])
+def test_a_parallelism_config_before_accelerate_1_12(tmp_path, kind):
+    """Trainer itself, of transformers, would end with an AttributeError."""
+    message = (
+        r"parallelism_config needs accelerate 1.12 or newer, but 1\.\d+.* is installed: pip inst"
+    )
+    with pytest.raises(ValueError, match=message):
+        kind(str(tmp_path), parallelism_config=types.SimpleNamespace(cp_size=1))
 
 
 # Families with a table of positions, and what makes one of 16; OPT's and RoBERTa's have rows to spare.
