@@ -1420,8 +1420,8 @@ MUTATIONS = (
     Mutation(
         "a mixture forgets its weights in torch",
         "prefkern/objectives/mixture.py",
-        "return results[0]._replace(losses=self.weighted([result.losses for result in results]))",
-        "return results[0]._replace(losses=sum(result.losses for result in results))",
+        "return results[0].with_losses(self.weighted([result.losses for result in results]))",
+        "return results[0].with_losses(sum(result.losses for result in results))",
         "tests/objectives/test_mixture.py -k oracles",
     ),
     Mutation(

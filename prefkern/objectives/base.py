@@ -156,6 +156,10 @@ class PairLoss(NamedTuple):
     chosen_rewards: Tensor
     rejected_rewards: Tensor
 
+    def with_losses(self, losses: Tensor) -> PairLoss:
+        # Not `_replace`, whose result torch 2.11 cannot return from a compiled function.
+        return PairLoss(losses, *self[1:])
+
 
 class Objective(nn.Module):
     """A pairwise objective: `forward(Pairs) -> PairLoss`.

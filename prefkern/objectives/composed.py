@@ -84,7 +84,7 @@ class WithNLL(Wrapper):
         lengths, _ = pairs.lengths("rpo_alpha")
         result = self.objective(pairs)
         nll = -pairs.whole()[0] / lengths
-        return result._replace(losses=result.losses + self.rpo_alpha * nll)
+        return result.with_losses(result.losses + self.rpo_alpha * nll)
 
     def gold_terms(self, pairs: Pairs) -> Tensor | None:
         return self.objective.gold_terms(pairs)
@@ -133,7 +133,7 @@ class WPO(Wrapper):
         require_kind("pairs", pairs, Pairs)
         weight = self.weight(pairs)
         result = self.objective(pairs)
-        return result._replace(losses=weighed(weight, result.losses))
+        return result.with_losses(weighed(weight, result.losses))
 
     @torch.no_grad()
     def weight(self, pairs: Pairs) -> Tensor:  # (B,)

@@ -102,7 +102,7 @@ class Mixture(Objective):
     def combined(self, results: Sequence[PairLoss]) -> PairLoss:
         """The mixture of what its objectives returned, in their order; kept for the metrics."""
         self._results = [PairLoss(*(value.detach() for value in result)) for result in results]
-        return results[0]._replace(losses=self.weighted([result.losses for result in results]))
+        return results[0].with_losses(self.weighted([result.losses for result in results]))
 
     def weighted(self, values: Iterable[Tensor]) -> Tensor:
         """`sum_i w_i x_i` of one tensor for each objective."""

@@ -116,7 +116,7 @@ class TPO(Contrastive):
     def forward(self, pairs: Pairs) -> PairLoss:
         result = super().forward(pairs)
         gold = self.gold_terms(pairs)
-        return result if gold is None else result._replace(losses=result.losses + gold)
+        return result if gold is None else result.with_losses(result.losses + gold)
 
     def gold_terms(self, pairs: Pairs) -> Tensor | None:
         if not self.needs_gold:

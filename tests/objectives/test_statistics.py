@@ -16,7 +16,20 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from prefkern import Pairs
-from prefkern.objectives import BCO, KTO, WPO, Adaptive, AlphaDPO, BetaDPO, Examples, WithNLL
+from prefkern.objectives import (
+    BCO,
+    DPO,
+    IPO,
+    KTO,
+    TPO,
+    WPO,
+    Adaptive,
+    AlphaDPO,
+    BetaDPO,
+    Examples,
+    Mixture,
+    WithNLL,
+)
 from prefkern.objectives.running import RunningStatistics, gather
 from support.ranks import run_on_two_ranks
 
@@ -409,6 +422,26 @@ def test_statistics_follow_the_batch_under_torch_compile():
     for _ in range(2):
         assert compiled(pairs_with_gaps(torch.empty(4, device="meta"))).losses.is_meta
     assert all(buffer.is_meta for buffer in objective.buffers())
+
+
+CHANGES_LOSSES = {
+    "an NLL": lambda: WithNLL(DPO(0.3)),
+    "a mixture": lambda: Mixture([DPO(0.3), IPO(0.2)], [0.7, 0.3]),
+    "weights": lambda: WPO(DPO(0.3), alignment=False),
+    "gold": lambda: TPO(0.3, tpo_alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES_LOSSES)
+def test_losses_that_another_makes_are_compiled(name):
+    """torch 2.11 cannot return what `_replace` of a named tuple makes."""
+    objective = CHANGES_LOSSES[name]()
+    gaps = torch.randn(5, generator=torch.Generator().manual_seed(2))
+    pairs = replace(pairs_with_gaps(gaps), gold_logps=-gaps.exp(), gold_lengths=torch.ones(5))
+    expected = objective(pairs)
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    for found, true in zip(compiled(pairs), expected, strict=True):
+        torch.testing.assert_close(found, true)
 
 
 def test_float64_is_scored_in_float64():
