@@ -208,8 +208,7 @@ $(VENV)/.zero: $(VENV)/.test
 
 $(VENV)/.axolotl: $(VENV)/.torch
 	@echo "set-up: prefkern and axolotl"
-	@$(PIP) axolotl hypothesis pytest pytest-xdist triton xxhash
-	@$(PIP) --no-deps -e .
+	@$(PIP) axolotl hypothesis pytest pytest-xdist triton -e ".[train,trl]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch

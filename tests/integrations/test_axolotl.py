@@ -7,11 +7,14 @@ installs it, in an environment of its own.
 from __future__ import annotations
 
 import re
+import tomllib
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 pytest.importorskip("axolotl", reason="axolotl is not installed: make test-axolotl")
 
@@ -24,7 +27,24 @@ from support.training import assert_same_weights, transformers, weights
 
 pytestmark = pytest.mark.long
 
+ROOT = Path(__file__).parents[2]
 _OF_TIME = ("runtime", "per_second")
+
+
+def test_what_axolotl_pins_is_within_our_bounds():
+    """So that `pip install prefkern axolotl` finds versions for both."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    bounds = map(Requirement, (*project["dependencies"], *extras["train"], *extras["trl"]))
+    pins = {}
+    for each in map(Requirement, metadata.requires("axolotl") or ()):
+        (pin,) = [x.version for x in each.specifier if x.operator == "=="] or [None]
+        if pin is not None and each.marker is None:
+            pins[each.name.lower()] = pin
+    assert {"transformers", "trl", "peft", "accelerate", "datasets"} <= pins.keys()
+    for bound in bounds:
+        if bound.name in pins:
+            assert bound.specifier.contains(pins[bound.name]), (bound, pins[bound.name])
 
 
 def cfg(**entries):
@@ -59,7 +79,7 @@ def test_trains_as_our_own_trainer(tmp_path, name):
 def test_the_pages_recipe(tmp_path):
     """What docs/axolotl.md prints is a configuration that axolotl accepts, with this trainer."""
     prepare(tmp_path)
-    page = (Path(__file__).parents[2] / "docs/axolotl.md").read_text()
+    page = (ROOT / "docs/axolotl.md").read_text()
     (printed,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     given = recipe(tmp_path, Case("adadpo"))
     here = ("base_model", "datasets", "output_dir", "bf16", "fp16", "tf32", "device", "use_cpu")
