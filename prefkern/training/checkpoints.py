@@ -286,7 +286,9 @@ class CheckpointTrainer(SavingTrainer):
         model = self.accelerator.unwrap_model(self.model)
         names = getattr(model, "peft_config", {}).keys()
         if "default" in names and any((folder / name).is_dir() for name in names):
-            model.load_adapter(str(folder), "default", is_trainable=True)
+            model.load_adapter(
+                str(folder), "default", is_trainable="default" in model.active_adapters
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

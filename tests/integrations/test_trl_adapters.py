@@ -64,6 +64,21 @@ def test_an_adapter_called_ref_is_the_reference(tmp_path):
         torch.testing.assert_close(sums, wanted)
 
 
+def test_a_resumed_run_has_its_adapter_beside_the_reference(tmp_path):
+    """transformers before 5.23 loads "ref" alone, and would train on the adapter as it was given."""
+    trained(seed=3).save_pretrained(tmp_path / "other")
+    ends = []
+    for given in (None, str(tmp_path / "checkpoint-2")):
+        model = trained()
+        model.load_adapter(tmp_path / "other", "ref")
+        # PEFT before 0.21 has frozen it.
+        model.set_adapter("default")
+        run = build(tmp_path, model=model, save_strategy="steps", save_steps=2, **RUN)
+        run.train(resume_from_checkpoint=given)
+        ends.append(losses(run)[-1])
+    assert ends[0] == ends[1]
+
+
 def test_where_weights_are_sharded_it_is_trls_second_adapter(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("prefkern.integrations.trl.dpo.is_fsdp_enabled", lambda: True)
     model = trained()
