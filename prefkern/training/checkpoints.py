@@ -129,8 +129,9 @@ class CheckpointTrainer(SavingTrainer):
         """Raise CheckpointError if FSDP2 would write or read checkpoints without the adapter."""
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         keeps = resumes or self.args.save_strategy != "no"
-        is_cut = plugin is not None and plugin.fsdp_version == 2 and self.args.world_size > 1
-        if not (is_cut and keeps and is_peft_model(self.model)):
+        if plugin is None or plugin.fsdp_version != 2 or self.args.world_size == 1:
+            return
+        if not keeps or not is_peft_model(self.model):
             return
         problem = fsdp_files.adapter_problem(plugin.state_dict_type.name)
         if problem is not None:

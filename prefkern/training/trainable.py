@@ -31,16 +31,16 @@ def check_trainable(model: Any) -> None:
                 "nothing can be trained: the model's adapter is switched off; call "
                 "model.base_model.enable_adapter_layers() first"
             )
-        message = (
-            "nothing can be trained: the model's adapter is frozen, which is PEFT's default for one "
-            "that is loaded; use PeftModel.from_pretrained(base, folder, is_trainable=True)"
-        )
+        beside = ""
         if len(model.peft_config) > 1:
-            message += (
+            beside = (
                 ". PEFT before 0.21 freezes it also when another is loaded beside it: call "
                 f"model.set_adapter({model.active_adapters[0]!r}) then"
             )
-        raise ValueError(message)
+        raise ValueError(
+            "nothing can be trained: the model's adapter is frozen, which is PEFT's default for one "
+            f"that is loaded; use PeftModel.from_pretrained(base, folder, is_trainable=True){beside}"
+        )
     raise ValueError(
         f"nothing can be trained: no parameter of the {type(model).__name__} requires a gradient; "
         "use model.requires_grad_(True), or give a peft_config"
