@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "kept tokens' part of dW lacks the loss's gradient",
         BACKWARD,
-        "h = (h * factors.policy[tokens].unsqueeze(1)).to(dtype)",
-        "h = h.to(dtype)",
+        "h = (own * r.unsqueeze(1)).to(dtype)",
+        "h = own.to(dtype)",
         "tests/ops/test_kept.py -k hidden_may_be_frozen",
     ),
     Mutation(
@@ -348,8 +348,8 @@ MUTATIONS = (
     Mutation(
         "the reference's part of the divergence's gradient",
         TORCH,
-        "x.sub_(ref_unit.unsqueeze(1)).exp_().mul_(ref_factor.unsqueeze(1))",
-        "x.sub_(ref_unit.unsqueeze(1)).exp_().mul_(factor.unsqueeze(1))",
+        "_exp_(x.sub_(ref_unit.unsqueeze(1))).mul_(ref_factor.unsqueeze(1))",
+        "_exp_(x.sub_(ref_unit.unsqueeze(1))).mul_(factor.unsqueeze(1))",
         "tests/ops/test_kl.py -k 'float32_against_float64 and torch'",
     ),
     Mutation(
@@ -383,8 +383,8 @@ MUTATIONS = (
     Mutation(
         "a reference's probabilities are kept where the policy's are",
         PASSES,
-        "rooms = ref_state[part], ref_buffers, gathered.ref_kept, gathered.kl_derivative",
-        "rooms = ref_state[part], ref_buffers, gathered.kept, gathered.kl_derivative",
+        "rooms = ref_state[part], ref_buffers, gathered.ref_kept, None, gathered.kl_derivative",
+        "rooms = ref_state[part], ref_buffers, gathered.kept, None, gathered.kl_derivative",
         "tests/ops/test_kl.py -k 'kept_probabilities and torch'",
     ),
     Mutation(
@@ -1284,25 +1284,32 @@ MUTATIONS = (
         "tests/ops/test_cpu.py -k reach_every_gradient",
     ),
     Mutation(
-        "torch's setting stays behind",
+        "a library whose products of blocks are rounded is used",
         "prefkern/ops/cpu.py",
-        '_matmul.fp32_precision = "none"',
+        "return torch.equal(out, (a @ b.t()).float())",
+        "return True",
+        "tests/ops/test_cpu_products.py -k otherwise",
+    ),
+    Mutation(
+        "a row of blocks begins where the tile's does not",
+        "prefkern/ops/cpu.py",
+        "to_row = max(out.stride(0), k)",
+        "to_row = k",
+        "tests/ops/test_cpu_products.py -k outside",
+    ),
+    Mutation(
+        "an error leaves while other threads still write",
+        "prefkern/ops/cpu.py",
+        "concurrent.futures.wait(others)",
         "pass",
-        "tests/ops/test_cpu.py -k setting",
+        "tests/ops/test_cpu_products.py -k all_have_ended",
     ),
     Mutation(
-        "the first thread puts the setting back",
-        "prefkern/ops/cpu.py",
-        "if self._users == 0:\n                self._put_back()",
-        "self._put_back()",
-        "tests/ops/test_cpu.py -k last_of_several",
-    ),
-    Mutation(
-        "the user's own setting is overwritten",
-        "prefkern/ops/cpu.py",
-        'self._was_unset = _matmul.fp32_precision == "none"',
-        "self._was_unset = True",
-        "tests/ops/test_cpu.py -k user",
+        "what is kept has the unit of the tile before",
+        PASSES,
+        "yield slice(at, stop), self.kept_factors[tokens, number]",
+        "yield slice(at, stop), self.kept_factors[tokens, max(number - 1, 0)]",
+        "tests/ops/test_cpu_products.py -k factors_of_their_own",
     ),
     Mutation(
         "on a CPU a rounded product adds up all entries",
@@ -1321,7 +1328,7 @@ MUTATIONS = (
     Mutation(
         "on a CPU the sums of a divergence's gradient are rounded",
         "prefkern/ops/operands.py",
-        "return replace(self, rounds=False)",
+        "return replace(self, rounds=False, upcasts=self.upcasts or self.rounds)",
         "return self",
         "tests/ops/test_cpu.py -k near_models",
     ),

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import prefkern.ops.cpu
+
 _aten = torch.ops.aten
 
 # Operator -> the positions of its two factors, which are the same for its overloads (out, dtype).
@@ -63,6 +65,9 @@ _ATTENTION = {
     _aten._flash_attention_forward: (0, 2),
     _aten._flash_attention_backward: (1, 5),
 }
+
+# A CPU's product of the rows of two matrices.
+_OF_ROWS = prefkern.ops.cpu.operator
 
 _BUILT_IN = ("aten", "prim", "prims")
 # The key under which `torch.library.custom_op` registers code for any device, below autograd.
@@ -110,6 +115,8 @@ class Meter(TorchDispatchMode):
             left, right = (args[position] for position in _FACTORS[func.overloadpacket])
             columns = right.shape[-1] if right.dim() > 1 else 1
             self.operations += 2 * left.numel() * columns
+        elif func.overloadpacket == _OF_ROWS:
+            self.operations += 2 * args[0].numel() * args[1].shape[0]
         elif func.overloadpacket in _ATTENTION:
             self.operations += _attention_operations(func, args, kwargs)
         for leaf in tree_leaves(result):

@@ -82,8 +82,8 @@ def _processor() -> str:
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     name = next(names, platform.processor() or platform.machine())
     units = "bfloat16 units" if cpu.has_bfloat16_units() else "no bfloat16 units"
-    if cpu.rounds_when_asked():
-        units += ", also for float32 tensors when asked"
+    if cpu.has_wide_product():
+        units += " with float32 results"
     return f"{name}; {units}; {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 

@@ -179,6 +179,7 @@ def second_pass(
     if plan.tokens == 0:
         return HeadGradients(dweight, dbias, dlora, dstates)
     walk, target, is_direct = token_slices(plan, tiles.token_tile), None, False
+    forward_tile = plan.forward_tiles.vocab_tile
     if gradients.weights:
         # One product whose result is rounded anyway is made where it belongs.
         if operands.rounds and len(walk) == 1 and dlora is None and dweight is not None:
@@ -191,7 +192,7 @@ def second_pass(
     has_scratch = is_pair or has_logits
     buffers = ref_buffers = None
     if has_scratch:
-        buffers = Buffers(tiles, operands, device, True)
+        buffers = Buffers(tiles, operands, device, True, by_entry=operands.by_entry(plan))
     if is_pair and has_logits:
         ref_buffers = Buffers(tiles, operands, device, False)
     # Copies of a tile's weights, if a product for logits or for states needs them in float32.
@@ -219,41 +220,49 @@ def second_pass(
         dbias_tile = torch.zeros(size, dtype=wide, device=device) if gradients.bias else None
         for tokens in walk:
             y, n = labels[tokens], tokens.stop - tokens.start
-            is_kept, h, scale_of_bias = tokens.stop <= plan.kept_tokens, None, None
+            is_kept, h = tokens.stop <= plan.kept_tokens, None
             if is_kept and not is_pair:
-                # Kept rows are not changed: r goes into the rows of hidden.
-                weights, scale_of_bias = gathered.kept[tokens, entries], factors.policy[tokens]
+                own = None if tile_of_weights is None else head.rows(rows, tokens, columns)
+                for part, factor in gathered.kept_parts(tokens, entries, forward_tile):
+                    # Kept rows are not changed: r goes into the rows of hidden.
+                    r = factors.policy[tokens]
+                    r = r if factor is None else r * factor
+                    weights = gathered.kept[tokens, part]
+                    place = slice(part.start - entries.start, part.stop - entries.start)
+                    if tile_of_weights is not None and own is not None:
+                        h = (own * r.unsqueeze(1)).to(dtype)
+                        add = product if tokens.start == 0 else add_product
+                        add(weights.t(), h, tile_of_weights[place])
+                    if dbias_tile is not None:
+                        _add_column_sums(weights, r, dbias_tile[place])
+                continue
+            # r goes into the tile before it is rounded; hidden is not scaled.
+            assert buffers is not None
+            tile, weights = buffers.views(n, size)
+            assert weights is not None
+            pair = {} if reference is None else _reference_of(gathered, factors, tokens)
+            bias = None
+            if is_kept:
+                assert gathered.ref_kept is not None
+                tile = gathered.kept[tokens, entries]
+                pair |= {"ref_tile": gathered.ref_kept[tokens, entries], "is_kept": True}
                 if tile_of_weights is not None:
-                    h = head.rows(rows, tokens, columns)
-                    h = (h * factors.policy[tokens].unsqueeze(1)).to(dtype)
+                    h = head.rows(rows, tokens, columns).to(dtype)
             else:
-                # r goes into the tile before it is rounded; hidden is not scaled.
-                assert buffers is not None
-                tile, weights = buffers.views(n, size)
-                assert weights is not None
-                pair = {} if reference is None else _reference_of(gathered, factors, tokens)
-                bias = None
-                if is_kept:
-                    assert gathered.ref_kept is not None
-                    tile = gathered.kept[tokens, entries]
-                    pair |= {"ref_tile": gathered.ref_kept[tokens, entries], "is_kept": True}
-                    if tile_of_weights is not None:
-                        h = head.rows(rows, tokens, columns).to(dtype)
-                else:
-                    if reference is not None and ref_buffers is not None:
-                        if ref_w is None:
-                            ref_w = ref_raised.of(reference.weight_rows(entries))
-                        ref_tile, _ = ref_buffers.views(n, size)
-                        ref_h = reference.rows_for_logits(rows, tokens)
-                        reference.operands.logits(ref_h, ref_w.t(), ref_tile)
-                        pair |= {"ref_tile": ref_tile, "ref_bias": reference.bias_of(entries)}
-                    assert w is not None
-                    h, bias = head.rows(rows, tokens), head.bias_of(entries)
-                    operands.logits(h.to(operands.of_logits), w.t(), tile)
-                    h = columns.of(h.to(dtype))
-                assert factors.label is not None
-                numbers = (gathered.unit[tokens], factors.policy[tokens], factors.label[tokens])
-                ops.remake_weights(tile, y, bias, *numbers, weights, **pair, **options)
+                if reference is not None and ref_buffers is not None:
+                    if ref_w is None:
+                        ref_w = ref_raised.of(reference.weight_rows(entries))
+                    ref_tile, _ = ref_buffers.views(n, size)
+                    ref_h = reference.rows_for_logits(rows, tokens)
+                    reference.operands.logits(ref_h, ref_w.t(), ref_tile)
+                    pair |= {"ref_tile": ref_tile, "ref_bias": reference.bias_of(entries)}
+                assert w is not None
+                h, bias = head.rows(rows, tokens), head.bias_of(entries)
+                operands.logits(h.to(operands.of_logits), w.t(), tile)
+                h = columns.of(h.to(dtype))
+            assert factors.label is not None
+            numbers = (gathered.unit[tokens], factors.policy[tokens], factors.label[tokens])
+            ops.remake_weights(tile, y, bias, *numbers, weights, **pair, **options)
             # dW_v = sum_t dz_tv h_t,  dh_t = sum_v dz_tv W_v,  db_v = sum_t dz_tv
             if tile_of_weights is not None:
                 assert h is not None
@@ -262,9 +271,7 @@ def second_pass(
             if dstates is not None and w is not None:
                 add = product if entries.start == 0 else add_product
                 add(weights, plan.state_columns.of(w), dstates[tokens])
-            if dbias_tile is not None and scale_of_bias is not None:
-                _add_column_sums(weights, scale_of_bias, dbias_tile)
-            elif dbias_tile is not None:
+            if dbias_tile is not None:
                 dbias_tile += weights.sum(0, dtype=wide)
             del h
         if factors.scale is not None:
@@ -310,8 +317,8 @@ def _add_label_terms(
         out[entries] = sums.add_(out[entries]).to(out.dtype)
 
     def add_products(out: Tensor, states: Tensor) -> None:  # (V, W), (M, W)
-        # As many columns as half a MiB holds.
-        for columns in slices(0, out.shape[1], max(2**17 // len(labels), 1)):
+        # As many columns as two MiB hold.
+        for columns in slices(0, out.shape[1], max(2**19 // len(labels), 1)):
             part = take(states[:, columns], rows, tokens).to(head.operands.compute_dtype)
             add(out[:, columns], part * terms.unsqueeze(1))
 

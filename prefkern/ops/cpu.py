@@ -1,43 +1,61 @@
 """What a CPU is fast at: products of bfloat16 operands.
 
-Processors with bfloat16 units (AVX512-BF16, AMX) multiply bfloat16 operands faster than float32 ones.
-torch uses them through oneDNN in two ways:
+Processors with bfloat16 units (AVX512-BF16, AMX) multiply bfloat16 operands faster than float32
+ones. torch uses them through oneDNN in two ways:
 
-- For bfloat16 tensors. A result is rounded to bfloat16, which is good enough for gradients and not
-  for logits.
-- For float32 tensors, if it is asked to (`torch.backends.mkldnn.matmul.fp32_precision = "bf16"`)
-  and the processor has AMX. Operands are rounded to bfloat16, sums and results are float32. Operands
-  that were bfloat16 lose nothing by it.
+- For whole tensors, `torch.mm`. Its result is rounded to bfloat16, which is good enough for
+  gradients and not for logits.
+- For small blocks, with a float32 result: `at::native::cpublas::brgemm`. Attention on a CPU and the
+  code that torch.compile writes call it. Python has no name for it; torch's library exports it, and
+  here it is called from there. `wide_product` multiplies whole tensors with it, in blocks, on as many
+  threads as torch uses.
 
-That setting is one for the whole process. It is made around a single product, and put back. In that
-moment a float32 product on another thread is rounded as well, and
-`torch.get_float32_matmul_precision()` raises there, since it cannot name the setting.
-`PREFKERN_CPU_BF16=0` switches both ways off, and a setting of the user's own is left as it is.
+`PREFKERN_CPU_BF16=0` switches both off.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import ctypes
 import functools
 import os
+import platform
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SWITCH = "PREFKERN_CPU_BF16"
 
-# torch's types do not know its backends' attributes.
-_matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+# The names in torch's library, whose letters are the types of the arguments: six int64, a bool, two
+# pointers to bfloat16, one to float, a bool.
+_BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
+_RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
+
+# A block of the result: rows of one operand, which are read where they are, by rows of the other
+# one, which are packed and stay in a core's cache. Each shape is compiled once, so there are few.
+_ROWS = 256
+_PACKED, _LEAST_PACKED = 256, 64
+# The widest rows of which so many fit into such a cache.
+_WIDTH = 2048
 
 
-@functools.cache
 def has_bfloat16_units() -> bool:
     """Whether products of bfloat16 tensors are faster than those of float32 ones.
 
     A processor without such units would emulate them, slower than float32.
     `ONEDNN_MAX_CPU_ISA=AVX2` switches them off, as it does for torch itself.
     """
+    return _has_units()
+
+
+@functools.cache
+def _has_units() -> bool:
     if os.environ.get(SWITCH) == "0" or not torch.backends.mkldnn.is_available():
         return False
     # torch has no public name for any of these.
@@ -47,71 +65,177 @@ def has_bfloat16_units() -> bool:
     return any(getattr(of_cpu, name, bool)() for name in names) and bool(asked())
 
 
-class _RoundedOperands:
-    """A context in which float32 products round their operands to bfloat16, for any thread.
+@functools.cache
+def has_wide_product() -> bool:
+    """Whether such products can have a float32 result here, tried on some numbers."""
+    if _brgemm() is None:
+        return False
+    # A thread of its own has neither a caller's default device nor its dispatch modes.
+    with ThreadPoolExecutor(1) as clean:
+        return clean.submit(_multiplies).result()
 
-    The first one to enter makes the setting, and the last one to leave puts it back. A process
-    forked in between has no thread that would leave, so it begins anew.
+
+def _multiplies() -> bool:
+    """Whether the sums are right, with more bits than bfloat16 has, at blocks of several shapes."""
+    n, v, width = _PACKED + 17, _ROWS + 3, 34
+    a = (torch.arange(n * width, device="cpu") * 7 % 31 - 15).view(n, width)
+    b = (torch.arange(v * width, device="cpu") * 5 % 29 - 14).view(v, width)
+    a[:, 0], b[:, 0] = 100, 101
+    out = torch.empty((v, n), dtype=torch.float32, device="cpu").t()
+    _wide_product(a.bfloat16(), b.bfloat16(), out)
+    return torch.equal(out, (a @ b.t()).float())
+
+
+@functools.cache
+def _brgemm() -> tuple[Callable[..., None], Callable[..., None]] | None:
+    """torch's product of blocks, and what frees the units after it; None where torch has none."""
+    # Without the units torch would end the process.
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not _has_units():
+        return None
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        multiply, release = library[_BRGEMM], library[_RELEASE]
+    except (OSError, AttributeError):
+        return None
+    sizes, flag, pointer = [ctypes.c_int64] * 6, ctypes.c_bool, ctypes.c_void_p
+    multiply.argtypes, multiply.restype = [*sizes, flag, *[pointer] * 3, flag], None
+    release.argtypes, release.restype = [flag], None
+    return multiply, release
+
+
+def packed_bytes(width: int) -> int:
+    """Bytes that `wide_product` of such rows takes at a time, on all threads."""
+    return 2 * width * _packed(width) * torch.get_num_threads()
+
+
+def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b.T` in float32, not rounded to bfloat16.
+
+    Args:
+        a: (n, W) bfloat16.
+        b: (v, W) bfloat16.
+        out: (n, v) float32, in memory row by row, or column by column. The operand whose rows are
+            the shorter side of that (b's, or a's) is packed first.
     """
+    operator(a, b, out)
+
+
+def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.numel() == 0:
+        return
+    if out.stride(1) != 1:
+        a, b, out = b, a, out.t()
+    found, width = _brgemm(), a.shape[1]
+    # torch's own switch, and rows that are not made of pairs.
+    if found is None or not torch.backends.mkldnn.enabled or width % 2:
+        _raised_product(a, b, out)
+        return
+    if a.stride(1) != 1 or a.stride(0) < width:
+        a = a.contiguous()
+    if b.stride() != (width, 1) or b.data_ptr() % 4:
+        b = b.contiguous()
+    pairs = b.detach().view(torch.int32)
+    threads = torch.get_num_threads()
+    columns = list(_blocks(slice(0, b.shape[0]), _packed(width)))
+    shares = min(len(columns), threads)
+    # Where there are more threads than packed blocks, each of these has a part of the rows.
+    rows = -(-a.shape[0] // _ROWS)
+    parts = min(threads // shares, rows)
+    size = -(-rows // parts) * _ROWS
+    _run(
+        [
+            functools.partial(_multiply, found, a, pairs, out, part, columns[share::shares])
+            for share in range(shares)
+            for part in _blocks(slice(0, a.shape[0]), size)
+        ]
+    )
+
+
+def _raised_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """The same with float32 operands, in blocks, so that these take no more memory."""
+    for rows in _blocks(slice(0, a.shape[0]), _LEAST_PACKED):
+        raised = a[rows].float()
+        for columns in _blocks(slice(0, b.shape[0]), _LEAST_PACKED):
+            torch.mm(raised, b[columns].float().t(), out=out[rows, columns])
+
+
+def _packed(width: int) -> int:
+    """The number of rows that are packed at a time."""
+    return _PACKED if width <= _WIDTH else _LEAST_PACKED
+
+
+def _blocks(all_of: slice, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, all_of.stop)) for i in range(all_of.start, all_of.stop, size))
+
+
+def _multiply(
+    found: tuple[Callable[..., None], Callable[..., None]],
+    a: Tensor,  # (m, W)
+    pairs: Tensor,  # (k, W/2) int32, each two numbers of b
+    out: Tensor,  # (m, k)
+    rows: slice,
+    columns: list[slice],
+) -> None:
+    """Some rows of some columns of `out`, on this thread."""
+    multiply, release = found
+    width = a.shape[1]
+    from_row = max(a.stride(0), width)
+    room = torch.empty(width // 2 * _packed(width), dtype=torch.int32, device=pairs.device)
+    from_a, from_room, to = a.data_ptr(), room.data_ptr(), out.data_ptr()
+    try:
+        for each in columns:
+            k = each.stop - each.start
+            # The units take a pair of numbers of each row, side by side.
+            room[: width // 2 * k].view(width // 2, k).copy_(pairs[each].t())
+            to_row = max(out.stride(0), k)
+            for part in _blocks(rows, _ROWS):
+                m = part.stop - part.start
+                source = from_a + part.start * from_row * a.itemsize
+                target = to + (part.start * to_row + each.start) * out.itemsize
+                multiply(m, k, width, from_row, k, to_row, False, source, from_room, target, True)
+    finally:
+        release(True)
+
+
+class _Workers:
+    """Threads beside the caller's, started when they are needed; a forked process has its own."""
 
     def __init__(self) -> None:
-        self._was_unset = False
         self._begin()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._begin)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
-        self._put_back()
+        self._pool: ThreadPoolExecutor | None = None
+        self._size = 0
 
-    def _put_back(self) -> None:
-        # What somebody else has set meanwhile stays.
-        if self._was_unset and _matmul.fp32_precision == "bf16":
-            _matmul.fp32_precision = "none"
-        self._was_unset = False
-
-    def __enter__(self) -> None:
+    def of(self, count: int) -> ThreadPoolExecutor:
         with self._lock:
-            if self._users == 0:
-                # "none": nobody set it, nor what it follows, `torch.backends.fp32_precision`.
-                self._was_unset = _matmul.fp32_precision == "none"
-                if self._was_unset:
-                    _matmul.fp32_precision = "bf16"
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._put_back()
+            if self._pool is None or self._size < count:
+                self._pool, self._size = ThreadPoolExecutor(count, "prefkern"), count
+            return self._pool
 
 
-_rounded_operands = _RoundedOperands()
+_workers = _Workers()
 
 
-@functools.cache
-def rounds_when_asked() -> bool:
-    """Whether the setting has an effect here, tried on operands that bfloat16 cannot hold."""
-    if not has_bfloat16_units():
-        return False
-    # A thread of its own has neither autocast, which would round too, nor a caller's default device
-    # and dispatch modes, which would count the product.
-    with ThreadPoolExecutor(1) as clean:
-        return clean.submit(_rounds).result()
+def _run(jobs: list[Callable[[], None]]) -> None:
+    """Do all of them at the same time, the first one on this thread."""
+    others = [_workers.of(len(jobs) - 1).submit(job) for job in jobs[1:]]
+    try:
+        for job in jobs[:1]:
+            job()
+    finally:
+        # They write into memory of the caller's.
+        concurrent.futures.wait(others)
+    for other in others:
+        other.result()
 
 
-def _rounds() -> bool:
-    x = torch.full((128, 128), 1 + 2.0**-12, dtype=torch.float32, device="cpu")
-    with _rounded_operands:
-        rounded = x @ x
-    return bool((rounded == 128.0).all())
-
-
-def product_of_bfloat16(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """`out = a @ b` for float32 tensors of bfloat16 numbers; the result is not rounded to these."""
-    if not rounds_when_asked():
-        torch.mm(a, b, out=out)
-        return
-    with _rounded_operands:
-        torch.mm(a, b, out=out)
+# An operator of torch's library: profilers and counters see it, and fake tensors have no memory.
+_library = torch.library.Library("prefkern", "FRAGMENT")
+_library.define("wide_product(Tensor a, Tensor b, Tensor(a!) out) -> ()")
+_library.impl("wide_product", _wide_product, "CPU")
+torch.library.register_fake("prefkern::wide_product", lambda a, b, out: None, lib=_library)
+operator: Any = torch.ops.prefkern.wide_product

@@ -1,9 +1,9 @@
 """The parts of the passes over tiles: operands, products with a float32 result, tile buffers.
 
 Products of half-precision operands have a float32 result: a GPU's library has such a product
-(`wide_products`), elsewhere the operands of a tile are raised to float32 first. On a CPU with bfloat16
-units (`cpu`) that is only needed for the logits. The products for gradients take bfloat16 operands
-as they are; such a product adds in float32 inside, and its result is rounded to bfloat16.
+(`wide_products`), and so has a CPU with bfloat16 units (`cpu`). Elsewhere the operands of a tile are
+raised to float32 first. On such a CPU the products for gradients are whole products of bfloat16
+tensors: they add in float32 inside, and their result is rounded to bfloat16.
 
 For float64 inputs the same passes compute in float64 wherever the text says float32
 (`Operands.wide`), so that a test can differentiate them numerically.
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from prefkern.ops import cpu
-from prefkern.ops.plan import Columns, HeadSize, Tiles, padding, slices
+from prefkern.ops.plan import Columns, HeadSize, Plan, Tiles, padding, slices
 from prefkern.ops.wide_products import HALVES, has_wide_product
 
 # The most entries of the vocabulary that one rounded product for the gradient of hidden adds up.
 _ENTRIES_OF_A_PRODUCT = 2048
+# With so many tokens the tiles of a CPU's call lie in memory token by token.
+_TOKENS_BY_TOKEN = 384
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Operands:
     `compute_dtype` is the dtype in which a plain linear layer would multiply (autocast's dtype
     under autocast). `upcasts`: the device has no product of such operands with a float32 result, so
     tiles of them are raised to float32 first. `rounds`: but it is fast at such products with a
-    rounded result, and those for gradients, though not those for logits, are made so.
+    rounded result, and those for gradients are made so, though not those for logits.
     """
 
     compute_dtype: torch.dtype
@@ -76,18 +78,27 @@ class Operands:
         """The dtype of tiles, sums and results."""
         return wide_of(self.compute_dtype)
 
+    def by_entry(self, plan: Plan) -> bool:
+        """Whether a call's tiles lie in memory entry by entry.
+
+        Then `cpu.wide_product` packs the tokens and not the entries. That is faster with few tokens;
+        with many of them the fold is faster token by token.
+        """
+        has_choice = self.rounds and not self.upcasts and plan.backend == "torch"
+        return has_choice and plan.tokens < _TOKENS_BY_TOKEN
+
     def unrounded(self) -> Operands:
         """The same, with products for gradients in float32 as well.
 
         A divergence needs them: its gradient is a difference of two sums, which are nearly equal
         where the models are.
         """
-        return replace(self, rounds=False)
+        return replace(self, rounds=False, upcasts=self.upcasts or self.rounds)
 
     def logits(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """`out = a @ b` in float32, without a rounding to the operands' dtype."""
-        if self.upcasts and self.compute_dtype == torch.bfloat16 and a.device.type == "cpu":
-            cpu.product_of_bfloat16(a, b, out)
+        if a.dtype == torch.bfloat16 and a.device.type == "cpu":
+            cpu.wide_product(a, b.t(), out)
         else:
             product(a, b, out)
 
@@ -310,6 +321,7 @@ class Buffers:
     Args:
         second_product: whether there is one.
         scratch: whether some tiles have no place of their own (see `views`).
+        by_entry: whether tiles lie in memory entry by entry, (v, n), and not token by token.
     """
 
     def __init__(
@@ -319,7 +331,9 @@ class Buffers:
         device: torch.device,
         second_product: bool,
         scratch: bool = True,
+        by_entry: bool = False,
     ) -> None:
+        self._by_entry = by_entry
         size = tiles.token_tile * tiles.vocab_tile
         self._in_place = operands.of_gradients == operands.wide
         self._second_product = second_product
@@ -334,7 +348,7 @@ class Buffers:
 
         def part(buffer: Tensor | None) -> Tensor:
             assert buffer is not None
-            return buffer[: n * v].view(n, v)
+            return buffer[: n * v].view(v, n).t() if self._by_entry else buffer[: n * v].view(n, v)
 
         if place is not None:
             return (place if self._in_place else part(self._tile)), place

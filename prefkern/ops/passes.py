@@ -39,7 +39,7 @@ are bitwise equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,9 @@ class Gathered:
     share: Tensor | None = None  # exp(unit - M) / s
     label_value: Tensor | None = None  # u_y
     kept: Tensor | None = None  # (kept tokens, V rounded up), u of the first tokens
+    # (kept tokens, tiles of forward) by which a tile's columns of `kept` are to be multiplied to be
+    # relative to the unit; None: they are.
+    kept_factors: Tensor | None = None
     # The same of a reference, with a divergence from it:
     ref_unit: Tensor | None = None
     ref_share: Tensor | None = None
@@ -101,6 +104,8 @@ class Gathered:
         with_divergence: bool,
         operands: Operands,
         device: torch.device,
+        kept_tiles: int = 0,  # 0: kept columns are brought to one unit
+        by_entry: bool = False,  # `kept` lies in memory as such tiles
     ) -> Gathered:
         """Room for `tokens` tokens, of which `kept` are kept."""
 
@@ -111,13 +116,20 @@ class Gathered:
             return room(is_wanted, tokens), room(is_wanted, tokens), room(is_wanted, tokens)
 
         pairs, row = trains_head and with_divergence, kept_row(vocab_size)
+
+        def of_kept(is_wanted: bool) -> Tensor | None:
+            shape = (row, kept) if by_entry else (kept, row)
+            x = room(is_wanted, *shape, dtype=operands.of_gradients)
+            return x.t() if by_entry and x is not None else x
+
         return Gathered(
             room(state_width > 0, tokens, state_width),
             room(state_width > 0 and with_divergence, tokens, state_width),
             *of_head(trains_head),
-            room(trains_head, kept, row, dtype=operands.of_gradients),
+            of_kept(trains_head),
+            room(trains_head and kept_tiles > 0, kept, kept_tiles),
             *of_head(pairs),
-            room(pairs, kept, row, dtype=operands.of_gradients),
+            of_kept(pairs),
             room(pairs, tokens),
         )
 
@@ -126,13 +138,31 @@ class Gathered:
 
     def first(self, tokens: int, kept: int) -> Gathered:
         """Views of the first tokens' part."""
-        sizes = {"kept": kept, "ref_kept": kept}
+        sizes = {"kept": kept, "kept_factors": kept, "ref_kept": kept}
         return Gathered(
             **{
                 name: None if x is None else x[: sizes.get(name, tokens)]
                 for name, x in vars(self).items()
             }
         )
+
+    def kept_parts(
+        self, tokens: slice, entries: slice, vocab_tile: int
+    ) -> Iterator[tuple[slice, Tensor | None]]:
+        """Some kept tokens' entries, in parts with one factor for each token; None: 1.
+
+        Args:
+            vocab_tile: of the forward pass.
+        """
+        if self.kept_factors is None:
+            yield entries, None
+            return
+        at = entries.start
+        while at < entries.stop:
+            number = at // vocab_tile
+            stop = min((number + 1) * vocab_tile, entries.stop)
+            yield slice(at, stop), self.kept_factors[tokens, number]
+            at = stop
 
     def numbers(self, tokens: slice, of_reference: bool = False) -> _Numbers:
         """unit, share and label_value of some tokens, of the policy or of the reference."""
@@ -164,6 +194,7 @@ class _Side:
     buffers: Buffers
     kept: Tensor | None  # (n, V), u
     maxima: Tensor | None  # (tiles, n); each tile's columns of u are relative to one
+    factors: Tensor | None  # (n, tiles), see `Gathered.kept_factors`
     accumulator: Tensor | None  # (n, width of the plan's state_columns), A
 
     def views(self, entries: slice) -> tuple[Tensor, Tensor | None]:
@@ -211,6 +242,7 @@ def _side(
     state: FoldState,  # (n,)
     buffers: Buffers,
     kept: Tensor | None,  # of all kept tokens
+    factors: Tensor | None,  # of all kept tokens
     accumulator: Tensor | None,  # of all N tokens
 ) -> _Side:
     """The part of a tile of tokens in what a walk over all of them shares."""
@@ -220,6 +252,7 @@ def _side(
     if kept is not None:
         count = -(-plan.vocab_size // plan.forward_tiles.vocab_tile)
         maxima = state.maximum.new_empty((count, tokens.stop - tokens.start))
+    factors = None if factors is None or kept is None else factors[tokens]
     rescale = torch.empty_like(state.maximum)
     accumulator = None if accumulator is None else accumulator[tokens]
     if plan.vocab_size == 0:
@@ -227,7 +260,7 @@ def _side(
         clear(*state.sums(), *state.moments(), state.cross)
         if accumulator is not None:
             accumulator.zero_()
-    return _Side(state, rescale, buffers, kept, maxima, accumulator)
+    return _Side(state, rescale, buffers, kept, maxima, factors, accumulator)
 
 
 def forward(
@@ -253,6 +286,7 @@ def forward(
     N, columns, tiles = labels.shape[0], plan.state_columns, plan.forward_tiles
     logps = head.hidden.new_empty(N, dtype=head.operands.wide)
     ref_logps = torch.empty_like(logps) if reference is not None else None
+    by_entry = head.operands.by_entry(plan) and gathered is None
     kl = torch.empty_like(logps) if plan.has_divergence else None
     if gathered is None:
         gathered = Gathered.empty(
@@ -264,6 +298,9 @@ def forward(
             plan.has_divergence,
             head.operands,
             logps.device,
+            # The rows of hidden that meet a tile are scaled in any case; a tile is rounded once.
+            -(-plan.vocab_size // tiles.vocab_tile) if head.operands.rounds else 0,
+            by_entry,
         )
     operands, wide = head.operands, head.operands.wide
     # A tile of tokens is finished when it is folded. Those of a shard wait for one another, and
@@ -272,13 +309,14 @@ def forward(
     state = FoldState.empty(size, logps.device, with_stats, wide)
     ref_state = FoldState.empty(size, logps.device, dtype=wide, with_cross=plan.has_divergence)
     has_second = gathered.derivative is not None or plan.kept_tokens > 0
-    buffers = Buffers(tiles, operands, logps.device, has_second, plan.kept_tokens < N)
+    has_scratch = plan.kept_tokens < N
+    buffers = Buffers(tiles, operands, logps.device, has_second, has_scratch, by_entry)
     ref_buffers = buffers
     if plan.has_divergence:
         # A fold of pairs does not write it: the slope is the policy's.
         ref_state.label_slope.fill_(1.0)
         # The reference's second product is with the policy's weight, so of the policy's operands.
-        ref_buffers = Buffers(tiles, operands, logps.device, has_second, plan.kept_tokens < N)
+        ref_buffers = Buffers(tiles, operands, logps.device, has_second, has_scratch)
     heads = [each for each in (head, reference) if each is not None]
     raised = Raised(heads, tiles.vocab_tile, logps.device)
     stats, waiting = [], []
@@ -300,11 +338,11 @@ def forward(
     for tokens in token_slices(plan, tiles.token_tile):
         y = labels[tokens]
         part = slice(0, tokens.stop - tokens.start) if shard is None else tokens
-        rooms = state[part], buffers, gathered.kept, gathered.derivative
+        rooms = state[part], buffers, gathered.kept, gathered.kept_factors, gathered.derivative
         policy, hidden = _side(plan, tokens, *rooms), head.rows_for_logits(rows, tokens)
         ref = ref_hidden = None
         if reference is not None:
-            rooms = ref_state[part], ref_buffers, gathered.ref_kept, gathered.kl_derivative
+            rooms = ref_state[part], ref_buffers, gathered.ref_kept, None, gathered.kl_derivative
             ref, ref_hidden = _side(plan, tokens, *rooms), reference.rows_for_logits(rows, tokens)
         for number, entries in enumerate(slices(0, plan.vocab_size, tiles.vocab_tile)):
             options = {"start": entries.start, "first": number == 0, **transform.keywords()}
@@ -383,6 +421,9 @@ def _finish(
     unit, _, label_value = numbers
     if side.kept is not None and side.maxima is not None and side.kept.numel():
         assert unit is not None and label_value is not None
+        if side.factors is not None:
+            side.factors.copy_(torch.exp(side.maxima - unit).t())
+            return
         vocab_tile = plan.forward_tiles.vocab_tile
         if head.operands.rounds:
             # `backward` adds the labels' terms by themselves.

@@ -40,6 +40,8 @@ from typing import Literal
 
 import torch
 
+from prefkern.ops.cpu import packed_bytes
+
 Structure = Literal["forward", "one_pass", "two_pass"]
 
 MIB = 2**20
@@ -67,6 +69,8 @@ _OPERATIONS_A_BYTE_OF_CPU = 20
 # The largest block of memory, in bytes, that glibc's allocator hands out twice. It maps a larger one
 # afresh, page by page, at each allocation.
 _LARGEST_BLOCK_OF_CPU = 31 * MIB
+# A tile of logits, in bytes, that stays in the cache of a CPU from its product to the end of its fold.
+_TILE_OF_CPU = 8 * MIB
 # The share of kept tokens is a multiple of one eighth.
 _EIGHTHS = 8
 
@@ -231,6 +235,16 @@ class HeadSize:
     def rounded_row(self) -> int:
         """Bytes of a row of such a product's result, before it is added to a float32 sum."""
         return self.width * self.compute_dtype.itemsize * self.rounds
+
+    @property
+    def packs(self) -> bool:
+        """Whether logits are products of a CPU's bfloat16 units, which pack an operand."""
+        return self.rounds and not self.upcasts
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of what is packed at a time."""
+        return packed_bytes(self.width) if self.packs else 0
 
     @property
     def wide_size(self) -> int:
@@ -403,6 +417,8 @@ class _Sizes:
 
     def _most_of_a_fold(self, tokens: int) -> int:
         """The widest tile that a fold of so many tokens takes; pairs are read twice at any width."""
+        if self.head.packs:
+            return _TILE_OF_CPU // (self.head.wide_size * tokens)
         reads_once = self.backend == "triton" and self.pairs is None
         if reads_once and tokens >= _LEAST_TOKENS_OF_A_FOLD:
             return FOLD_ENTRIES
@@ -464,6 +480,7 @@ class _Sizes:
             token=token,
             # One head's rows at a time.
             entry=max(head.weight_row, 0 if self.pairs is None else self.pairs.weight_row),
+            fixed=head.packed_bytes,
             # The weight is read once for each token tile, the accumulator read and written once
             # for each vocabulary tile.
             traffic=(2, 8),
@@ -499,6 +516,7 @@ class _Sizes:
             logit=logit,
             token=token,
             entry=entry + (wide * width + head.rounded_row if gradients.weights else 0),
+            fixed=head.packed_bytes if kept < self.tokens else 0,
             # The tile of dW is read and written once for each token tile; hidden is read, scaled
             # and read again once for each vocabulary tile.
             traffic=(8, 6),
@@ -536,14 +554,15 @@ def choose_tiles(
     logit: int,
     token: int,
     entry: int,
+    fixed: int = 0,
     traffic: tuple[int, int] = (2, 8),
     min_vocab_tile: int = MIN_VOCAB_TILE,
     most_entries: Callable[[int], int] | None = None,
 ) -> Tiles:
     """Tile sizes within `budget` bytes, for the least memory traffic.
 
-    A tile of n tokens and v entries of the vocabulary costs `n v logit + n token + v entry` bytes.
-    A walk over all tiles moves `traffic[0]` bytes an element of the weight for each of its N/n
+    A tile of n tokens and v entries of the vocabulary costs `n v logit + n token + v entry + fixed`
+    bytes. A walk over all tiles moves `traffic[0]` bytes an element of the weight for each of its N/n
     token tiles, and `traffic[1]` bytes an element of `[N, H]` for each of its V/v vocabulary tiles.
     Per NHV this is `traffic[0] / n + traffic[1] / v`; n is tried in powers of two. `most_entries`
     bounds the entries of a tile of so many tokens; None: nothing else does.
@@ -553,17 +572,18 @@ def choose_tiles(
         best: Tiles | None = None
         n = smallest
         while True:
-            v = max(budget - n * token, 0) // max(n * logit + entry, 1)
+            v = max(budget - fixed - n * token, 0) // max(n * logit + entry, 1)
             v = v if most_entries is None else min(v, most_entries(n))
             v = vocab_size if v >= vocab_size else v // least * least
             if v > 0:
                 moved = traffic[0] / n + (traffic[1] / v if v < vocab_size else 0)
                 if best is None or moved < best.traffic:
-                    best = Tiles(n, v, n * v * logit + n * token + v * entry, moved)
+                    best = Tiles(n, v, n * v * logit + n * token + v * entry + fixed, moved)
             if n >= tokens:
                 break
             n = min(2 * n, tokens)
         if best is not None:
             return best
     n, v = smallest, min(min_vocab_tile, vocab_size)
-    return Tiles(n, v, n * v * logit + n * token + v * entry, traffic[0] / n + traffic[1] / v)
+    size = n * v * logit + n * token + v * entry + fixed
+    return Tiles(n, v, size, traffic[0] / n + traffic[1] / v)

@@ -16,6 +16,8 @@ from torch import Tensor
 from prefkern.ops import fold_state
 from prefkern.ops.plan import slices
 
+_LOG2_E = 1 / math.log(2)
+
 
 def fold(
     tile: Tensor,  # (n, v) float32, overwritten
@@ -74,12 +76,12 @@ def fold(
         # avoids -inf times 0.
         distance = z.clamp(min=-800.0)
         shifted.add_(moved).mul_(factor)
-        z.exp_()
+        _exp_(z)
         shifted += distance.mul_(z).sum(1)
         if squares is not None:
             squares.mul_(factor).mul_(factor).add_(torch.mul(z, z, out=distance).sum(1))
     else:
-        z.exp_()
+        _exp_(z)
     total.mul_(factor).add_(z.sum(1))
     _write(z, factor, slope, tile, rescale, weights)
     if x is None or difference is None:
@@ -87,7 +89,7 @@ def fold(
     assert ref_maximum is not None and ref_total is not None and ref_label_logit is not None
     assert ref_tile is not None and cross is not None
     _, _, ref_factor = _shift(x, inside, column, ref_maximum, ref_label_logit)
-    x.exp_()
+    _exp_(x)
     ref_total.mul_(ref_factor).add_(x.sum(1))
     # exp(x_v - m_r) is 0 in the label's column, where the difference is finite. It is also 0 at an
     # entry that both models rule out, where the difference is NaN (-inf minus -inf) and counts as
@@ -95,6 +97,14 @@ def fold(
     terms = difference.mul_(x).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     cross.mul_(ref_factor).add_(terms.sum(1))
     _write(x, ref_factor, slope, ref_tile, ref_rescale, ref_weights)
+
+
+def _exp_(z: Tensor) -> Tensor:
+    """The exponential, in place."""
+    if z.dtype == torch.float32 and z.device.type == "cpu":
+        # Of MKL's two functions on processors of AMD this one is three times as fast; of Intel, alike.
+        return z.mul_(_LOG2_E).exp2_()
+    return z.exp_()
 
 
 def _shift(
@@ -171,9 +181,9 @@ def remake_weights(
         x = None
         if ref_tile is not None and ref_unit is not None and ref_factor is not None:
             x = transform_in_place(ref_tile, ref_bias, logit_scale, softcap, temperature)[0]
-            x.sub_(ref_unit.unsqueeze(1)).exp_().mul_(ref_factor.unsqueeze(1))
+            _exp_(x.sub_(ref_unit.unsqueeze(1))).mul_(ref_factor.unsqueeze(1))
         z, slope = transform_in_place(tile, bias, logit_scale, softcap, temperature)
-        z.sub_(unit.unsqueeze(1)).exp_().mul_(factor.unsqueeze(1))
+        _exp_(z.sub_(unit.unsqueeze(1))).mul_(factor.unsqueeze(1))
         if x is not None:
             z.add_(x)
     if slope is not None:

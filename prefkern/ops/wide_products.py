@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from prefkern.ops import cpu
+
 HALVES = (torch.bfloat16, torch.float16)
 _SIZE = 64
 # 64^2 + 1 and twice that: of 13 bits each, and bfloat16 has 8, float16 11.
@@ -26,8 +28,10 @@ _SUM = 4097.0
 
 def has_wide_product(device_type: str, dtype: torch.dtype) -> bool:
     """Whether products of this dtype on such a device have a float32 result."""
-    # A CPU has ways of its own: `cpu`.
-    if dtype not in HALVES or device_type in ("cpu", "meta"):
+    if device_type == "cpu":
+        # It has a way of its own.
+        return dtype == torch.bfloat16 and cpu.has_wide_product()
+    if dtype not in HALVES or device_type == "meta":
         return False
     if not can_try(device_type):
         return device_type == "cuda" and torch.version.hip is None

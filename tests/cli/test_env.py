@@ -53,13 +53,13 @@ def test_backends(interpreted, monkeypatch):
     assert found["backends on cpu"].startswith("torch, triton;" if interpreted else "torch;")
 
 
-@pytest.mark.parametrize(("has", "rounds"), [(False, False), (True, False), (True, True)])
-def test_the_processors_units(has, rounds, monkeypatch):
+@pytest.mark.parametrize(("has", "wide"), [(False, False), (True, False), (True, True)])
+def test_the_processors_units(has, wide, monkeypatch):
     monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: has)
-    monkeypatch.setattr(cpu, "rounds_when_asked", lambda: rounds)
+    monkeypatch.setattr(cpu, "has_wide_product", lambda: wide)
     line = dict(env.facts())["processor"]
     assert ("; no bfloat16 units;" in line) == (not has)
-    assert ("float32 tensors when asked" in line) == rounds
+    assert ("; bfloat16 units with float32 results;" in line) == wide
 
 
 def test_gpus(monkeypatch):

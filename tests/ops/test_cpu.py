@@ -1,4 +1,4 @@
-"""A CPU with bfloat16 units: what is multiplied how, the setting of torch, and the errors that result.
+"""A CPU with bfloat16 units: what is multiplied how, and the errors that result.
 
 `units` makes any CPU do what one with such units does: torch multiplies bfloat16 tensors on all of
 them, though slowly on some.
@@ -6,16 +6,12 @@ them, though slowly on some.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import threading
-import warnings
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import prefkern
 from prefkern import reference
@@ -24,40 +20,17 @@ from support.logprobs import relative
 from support.processes import environment
 
 BF16 = torch.bfloat16
-SETTING = torch.backends.mkldnn.matmul
 
 
-@pytest.fixture
-def units(monkeypatch, device):
+@pytest.fixture(params=["wide", "rounded"])
+def units(request, monkeypatch, device):
+    """bfloat16 units, with products for logits whose result is float32, or without them."""
     if device != "cpu":
         pytest.skip("the products of a CPU")
+    wide = request.param == "wide"
     monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: True)
-
-
-@pytest.fixture
-def asked(units, monkeypatch):
-    """The setting at each product of float32 tensors, on a processor that heeds it."""
-    seen, product = [], torch.mm
-
-    def mm(a: Tensor, b: Tensor, **keywords) -> Tensor:
-        if a.dtype == torch.float32:
-            seen.append(SETTING.fp32_precision)
-        return product(a, b, **keywords)
-
-    monkeypatch.setattr(cpu, "rounds_when_asked", lambda: True)
-    monkeypatch.setattr(torch, "mm", mm)
-    return seen
-
-
-def test_the_trial_is_no_part_of_the_first_call(units):
-    """It does not depend on that call's context, and is not counted there."""
-    trial = cpu.rounds_when_asked.__wrapped__
-    expected = trial()
-    with FlopCounterMode(display=False) as counted, torch.autocast("cpu", BF16):
-        assert trial() == expected
-    assert counted.get_total_flops() == 0
-    with torch.device("meta"):
-        assert trial() == expected
+    monkeypatch.setattr(cpu, "has_wide_product", lambda: wide)
+    return request.param
 
 
 def problem(
@@ -193,7 +166,8 @@ def test_gradients_are_made_by_products_of_bfloat16(units, monkeypatch):
     )
     gradients(prefkern.linear_logprobs, *problem(), backend="torch")
     # Of logits, of hidden's gradient in four parts of the vocabulary, of the weight's.
-    assert dtypes == [(torch.float32,) * 2, *[(BF16,) * 2] * 4, (BF16,) * 2]
+    of_logits = [] if units == "wide" and cpu._brgemm() else [(torch.float32,) * 2]
+    assert dtypes == [*of_logits, *[(BF16,) * 2] * 4, (BF16,) * 2]
     made = prefkern.last_plan()
     assert made.kept_bytes == 2 * made.tokens * plan.kept_row(made.vocab_size)
 
@@ -201,12 +175,17 @@ def test_gradients_are_made_by_products_of_bfloat16(units, monkeypatch):
 @pytest.mark.parametrize("tokens", [8, 64, 512])
 @pytest.mark.parametrize("trains_head", [False, True])
 def test_no_tile_is_a_block_that_the_allocator_maps_afresh(units, trains_head, tokens):
-    """Of logits, or of the weights that are raised: glibc maps what is above 32 MiB each time."""
+    """Of logits, or of the weights that are raised: glibc maps what is above 32 MiB each time.
+
+    Weights that are not raised take no block, and tiles of logits are for a cache.
+    """
     size = {"device": "cpu", "trains_head": trains_head, "workspace_mb": 256}
     made = prefkern.plan_for(tokens, 576, 49152, dtype=BF16, **size)
-    tiles = [made.forward_tiles, *([made.backward_tiles] if trains_head else [])]
-    for each in tiles:
-        assert 4 * each.vocab_tile * max(each.token_tile, 576) < 2**25
+    raised, most = (0, 2**23) if units == "wide" else (576, 2**25)
+    forward = made.forward_tiles
+    assert 4 * forward.vocab_tile * max(forward.token_tile, raised) <= most
+    if trains_head:
+        assert 4 * made.backward_tiles.vocab_tile * max(made.backward_tiles.token_tile, 576) < 2**25
     # Other dtypes have the tiles that they had.
     other = prefkern.plan_for(8, 576, 49152, dtype=torch.float32, device="cpu", workspace_mb=256)
     assert 4 * other.forward_tiles.vocab_tile * 576 > 2**25
@@ -217,118 +196,12 @@ def test_other_dtypes_are_multiplied_as_everywhere(units, dtype):
     assert operands.operands_for(dtype, "cpu") == operands.Operands(dtype, dtype == torch.float16)
 
 
-def test_the_setting_is_made_around_products_of_logits_alone(asked):
-    gradients(prefkern.linear_logprobs, *problem(), backend="torch")
-    assert asked == ["bf16"] and SETTING.fp32_precision == "none"
-    gradients(prefkern.linear_logprobs, *problem(), dtype=torch.float32, backend="torch")
-    assert asked[1:] == ["none"] * 3
-
-
-def test_the_reference_s_pass_gives_the_policy_s_numbers(asked):
+def test_the_reference_s_pass_gives_the_policy_s_numbers(units):
     hidden, weight, labels, grad = problem()
     logps, *_ = gradients(prefkern.linear_logprobs, hidden, weight, labels, grad)
     with torch.no_grad():
         alone = prefkern.linear_logprobs(hidden, weight, labels)
-    assert torch.equal(alone, logps) and asked == ["bf16"] * 2
-
-
-def test_the_setting_is_put_back_after_an_error(asked, monkeypatch):
-    def fail(*_, **__):
-        assert SETTING.fp32_precision == "bf16"
-        raise RuntimeError("DefaultCPUAllocator: no, another error")
-
-    monkeypatch.setattr(torch, "mm", fail)
-    with pytest.raises(RuntimeError, match="another error"):
-        gradients(prefkern.linear_logprobs, *problem(), backend="torch")
-    assert SETTING.fp32_precision == "none"
-
-
-@pytest.mark.parametrize("own", ["ieee", "tf32", "bf16"])
-def test_a_setting_of_the_user_s_is_kept(asked, own):
-    SETTING.fp32_precision = own
-    try:
-        gradients(prefkern.linear_logprobs, *problem(), backend="torch")
-        assert asked == [own] and SETTING.fp32_precision == own
-    finally:
-        SETTING.fp32_precision = "none"
-
-
-def test_the_last_of_several_threads_puts_it_back(units, monkeypatch):
-    """The first one leaves while the second one still multiplies."""
-    monkeypatch.setattr(cpu, "rounds_when_asked", lambda: True)
-    both, first_left = threading.Barrier(2), threading.Event()
-    product, seen = torch.mm, {}
-
-    def mm(a, b, **keywords):
-        both.wait(10)
-        if threading.current_thread().name == "second":
-            first_left.wait(10)
-            seen["second"] = SETTING.fp32_precision
-        return product(a, b, **keywords)
-
-    def run():
-        x = torch.ones(4, 4)
-        cpu.product_of_bfloat16(x, x, torch.empty(4, 4))
-        if threading.current_thread().name == "first":
-            seen["between"] = SETTING.fp32_precision
-            first_left.set()
-
-    monkeypatch.setattr(torch, "mm", mm)
-    threads = [threading.Thread(target=run, name=name) for name in ("first", "second")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert seen == {"between": "bf16", "second": "bf16"}
-    assert SETTING.fp32_precision == "none"
-
-
-def test_what_another_thread_sets_meanwhile_stays(units):
-    try:
-        with cpu._rounded_operands:
-            SETTING.fp32_precision = "ieee"
-        assert SETTING.fp32_precision == "ieee"
-    finally:
-        SETTING.fp32_precision = "none"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked")
-@pytest.mark.parametrize("moment", ["within a product", "while it begins"])
-def test_a_process_forked_meanwhile_begins_anew(units, moment):
-    held = cpu._rounded_operands if moment == "within a product" else cpu._rounded_operands._lock
-    with warnings.catch_warnings():
-        # Other threads of the tests' process may be alive.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with held:
-            child = os.fork()
-            if child == 0:
-                is_unset = SETTING.fp32_precision == "none"
-                is_free = cpu._rounded_operands._lock.acquire(timeout=5)
-                os._exit(0 if is_unset and is_free else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    assert SETTING.fp32_precision == "none"
-
-
-@pytest.mark.parametrize("rounds", [False, True])
-def test_a_processor_that_does_not_heed_the_setting_is_not_asked(units, rounds, monkeypatch):
-    """Operands that bfloat16 cannot hold tell one from the other."""
-    product = torch.Tensor.__matmul__
-
-    def matmul(a: Tensor, b: Tensor) -> Tensor:
-        if rounds and SETTING.fp32_precision == "bf16":
-            a, b = a.bfloat16().float(), b.bfloat16().float()
-        return product(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
-    cpu.rounds_when_asked.cache_clear()
-    try:
-        if not rounds:
-            monkeypatch.setattr(cpu, "_rounded_operands", threading.Lock())
-        assert cpu.rounds_when_asked() is rounds
-    finally:
-        cpu.rounds_when_asked.cache_clear()
-    assert SETTING.fp32_precision == "none"
+    assert torch.equal(alone, logps)
 
 
 RUN = """
@@ -375,9 +248,12 @@ def test_without_units_products_are_float32_s():
 
 
 def test_the_switch_is_a_variable_of_the_environment(monkeypatch):
-    cpu.has_bfloat16_units.cache_clear()
+    caches = (cpu._has_units, cpu._brgemm, cpu.has_wide_product)
+    for each in caches:
+        each.cache_clear()
     monkeypatch.setenv(cpu.SWITCH, "0")
     try:
-        assert cpu.has_bfloat16_units() is False
+        assert not cpu.has_bfloat16_units() and not cpu.has_wide_product()
     finally:
-        cpu.has_bfloat16_units.cache_clear()
+        for each in caches:
+            each.cache_clear()

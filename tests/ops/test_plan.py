@@ -316,7 +316,8 @@ def test_by_default_a_cpu_takes_a_quarter_of_the_memory_of_logits(case, shape):
 
 @pytest.mark.parametrize(("case", "tokens"), [("frozen", 4096), ("trained", 4096)])
 def test_a_large_call_on_a_cpu_has_64_mib(case, tokens):
-    made = prefkern.plan_for(tokens, 64, 32768, device="cpu", trains_head=case == "trained")
+    size = {"dtype": torch.float32, "device": "cpu", "trains_head": case == "trained"}
+    made = prefkern.plan_for(tokens, 64, 32768, **size)
     assert 0.75 * 64 * MIB <= made.workspace_bytes <= 64 * MIB
 
 

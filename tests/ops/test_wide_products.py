@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefkern.cli import env
-from prefkern.ops import operands, plan, wide_products
+from prefkern.ops import cpu, operands, plan, wide_products
 
 HALVES = wide_products.HALVES
 
@@ -111,7 +111,12 @@ def test_a_device_that_is_here_is_tried(kind, found, monkeypatch):
     assert tried == [(kind, torch.bfloat16)]
     # Products of float32 need no trial.
     assert not operands.operands_for(torch.float32, kind).upcasts and len(tried) == 1
-    assert not wide_products.has_wide_product("cpu", torch.bfloat16) and len(tried) == 1
+    # A CPU has a way of its own.
+    for of_cpu in (True, False):
+        monkeypatch.setattr(cpu, "has_wide_product", lambda has=of_cpu: has)
+        assert wide_products.has_wide_product("cpu", torch.bfloat16) == of_cpu
+        assert not wide_products.has_wide_product("cpu", torch.float16)
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(("kind", "hip", "has"), [
