@@ -230,6 +230,7 @@ def second_pass(
                     weights = gathered.kept[tokens, part]
                     place = slice(part.start - entries.start, part.stop - entries.start)
                     if tile_of_weights is not None and own is not None:
+                        h = None  # that of the part before is freed first
                         h = (own * r.unsqueeze(1)).to(dtype)
                         add = product if tokens.start == 0 else add_product
                         add(weights.t(), h, tile_of_weights[place])
@@ -317,8 +318,8 @@ def _add_label_terms(
         out[entries] = sums.add_(out[entries]).to(out.dtype)
 
     def add_products(out: Tensor, states: Tensor) -> None:  # (V, W), (M, W)
-        # As many columns as two MiB hold.
-        for columns in slices(0, out.shape[1], max(2**19 // len(labels), 1)):
+        # As many columns as a MiB holds: there are four such blocks, and the tiles are alive.
+        for columns in slices(0, out.shape[1], max(2**18 // len(labels), 1)):
             part = take(states[:, columns], rows, tokens).to(head.operands.compute_dtype)
             add(out[:, columns], part * terms.unsqueeze(1))
 

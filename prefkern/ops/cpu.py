@@ -43,6 +43,13 @@ _ROWS = 256
 _PACKED, _LEAST_PACKED = 256, 64
 # The widest rows of which so many fit into such a cache.
 _WIDTH = 2048
+# Compiled blocks reach what they read and write by 32-bit distances.
+_MOST_OF_A_BLOCK = 2**31
+# torch keeps what it compiled for a shape, some 0.1 MiB, until the thread ends. So a thread compiles
+# about as many as these, and then another one does.
+_SHAPES_OF_A_THREAD = 256
+# Limits of oneDNN under which it has no blocks of bfloat16 operands: it would end the process.
+_WITHOUT_UNITS = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def has_bfloat16_units() -> bool:
@@ -54,9 +61,16 @@ def has_bfloat16_units() -> bool:
     return _has_units()
 
 
+# torch.compile takes the answer for a constant.
+has_bfloat16_units._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 @functools.cache
 def _has_units() -> bool:
     if os.environ.get(SWITCH) == "0" or not torch.backends.mkldnn.is_available():
+        return False
+    limits = (os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL"))
+    if any(limit.upper() in _WITHOUT_UNITS for limit in limits):
         return False
     # torch has no public name for any of these.
     of_cpu: Any = torch.cpu
@@ -125,16 +139,11 @@ def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         return
     if out.stride(1) != 1:
         a, b, out = b, a, out.t()
-    found, width = _brgemm(), a.shape[1]
-    # torch's own switch, and rows that are not made of pairs.
-    if found is None or not torch.backends.mkldnn.enabled or width % 2:
+    a, b, found, width = a.detach(), b.detach(), _brgemm(), a.shape[1]
+    # A row must be made of pairs.
+    if found is None or width == 0 or width % 2 or _is_far(out):
         _raised_product(a, b, out)
         return
-    if a.stride(1) != 1 or a.stride(0) < width:
-        a = a.contiguous()
-    if b.stride() != (width, 1) or b.data_ptr() % 4:
-        b = b.contiguous()
-    pairs = b.detach().view(torch.int32)
     threads = torch.get_num_threads()
     columns = list(_blocks(slice(0, b.shape[0]), _packed(width)))
     shares = min(len(columns), threads)
@@ -144,11 +153,16 @@ def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     size = -(-rows // parts) * _ROWS
     _run(
         [
-            functools.partial(_multiply, found, a, pairs, out, part, columns[share::shares])
+            functools.partial(_multiply, found, a, b, out, part, columns[share::shares])
             for share in range(shares)
             for part in _blocks(slice(0, a.shape[0]), size)
         ]
     )
+
+
+def _is_far(x: Tensor) -> bool:
+    """Whether a block of such rows is longer than compiled code reaches."""
+    return x.shape[0] > 1 and _ROWS * x.stride(0) * x.itemsize >= _MOST_OF_A_BLOCK
 
 
 def _raised_product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -171,30 +185,55 @@ def _blocks(all_of: slice, size: int) -> Iterator[slice]:
 def _multiply(
     found: tuple[Callable[..., None], Callable[..., None]],
     a: Tensor,  # (m, W)
-    pairs: Tensor,  # (k, W/2) int32, each two numbers of b
+    b: Tensor,  # (k, W)
     out: Tensor,  # (m, k)
     rows: slice,
     columns: list[slice],
 ) -> None:
     """Some rows of some columns of `out`, on this thread."""
     multiply, release = found
-    width = a.shape[1]
-    from_row = max(a.stride(0), width)
-    room = torch.empty(width // 2 * _packed(width), dtype=torch.int32, device=pairs.device)
-    from_a, from_room, to = a.data_ptr(), room.data_ptr(), out.data_ptr()
+    width, compiled = a.shape[1], _shapes_of_this_thread()
+    is_read_in_place = a.stride(1) == 1 and a.stride(0) >= width and not _is_far(a)
+    room = torch.empty(width // 2 * _packed(width), dtype=torch.int32, device=b.device)
     try:
         for each in columns:
             k = each.stop - each.start
             # The units take a pair of numbers of each row, side by side.
-            room[: width // 2 * k].view(width // 2, k).copy_(pairs[each].t())
+            room[: width // 2 * k].view(width // 2, k).copy_(_pairs(b[each]).t())
             to_row = max(out.stride(0), k)
             for part in _blocks(rows, _ROWS):
-                m = part.stop - part.start
-                source = from_a + part.start * from_row * a.itemsize
-                target = to + (part.start * to_row + each.start) * out.itemsize
-                multiply(m, k, width, from_row, k, to_row, False, source, from_room, target, True)
+                # torch's own switch, which another thread may use meanwhile.
+                if not torch.backends.mkldnn.enabled:
+                    _raised_product(a[part], b[each], out[part, each])
+                    continue
+                block = a[part] if is_read_in_place else a[part].contiguous()
+                from_row = max(block.stride(0), width)
+                sizes = part.stop - part.start, k, width, from_row, k, to_row
+                target = out.data_ptr() + (part.start * to_row + each.start) * out.itemsize
+                compiled.add(sizes)
+                multiply(*sizes, False, block.data_ptr(), room.data_ptr(), target, True)
     finally:
         release(True)
+
+
+def _pairs(b: Tensor) -> Tensor:  # (k, W) -> (k, W/2) int32
+    """Each two numbers of a row as one."""
+    numbers = b.contiguous().view(-1)
+    if numbers.data_ptr() % 4:
+        numbers = numbers.clone()
+    return numbers.view(torch.int32).view(b.shape[0], -1)
+
+
+_local = threading.local()
+
+
+def _shapes_of_this_thread() -> set[tuple[int, ...]]:
+    """What was compiled for it."""
+    return vars(_local).setdefault("shapes", set())
+
+
+def _is_full() -> bool:
+    return len(_shapes_of_this_thread()) >= _SHAPES_OF_A_THREAD
 
 
 class _Workers:
@@ -216,21 +255,45 @@ class _Workers:
                 self._pool, self._size = ThreadPoolExecutor(count, "prefkern"), count
             return self._pool
 
+    def leave(self, pool: ThreadPoolExecutor) -> None:
+        """Its threads end when they have done what they were given."""
+        with self._lock:
+            if self._pool is pool:
+                self._pool = None
+
 
 _workers = _Workers()
 
 
 def _run(jobs: list[Callable[[], None]]) -> None:
-    """Do all of them at the same time, the first one on this thread."""
-    others = [_workers.of(len(jobs) - 1).submit(job) for job in jobs[1:]]
+    """Do all of them at the same time, the first one on this thread if it may compile more."""
+    first = 0 if _is_full() else 1
+    here, others = jobs[:first], []
+    pool = _workers.of(len(jobs) - first) if len(jobs) > first else None
     try:
-        for job in jobs[:1]:
+        for job in jobs[first:]:
+            assert pool is not None
+            try:
+                others.append(pool.submit(_then_is_full, job))
+            except RuntimeError:
+                # No thread can be started, or the interpreter ends. The pool may hold this job all
+                # the same, so it must end first.
+                _workers.leave(pool)
+                pool.shutdown()
+                here.append(job)
+        for job in here:
             job()
     finally:
         # They write into memory of the caller's.
         concurrent.futures.wait(others)
-    for other in others:
-        other.result()
+    are_full = [other.result() for other in others]
+    if pool is not None and any(are_full):
+        _workers.leave(pool)
+
+
+def _then_is_full(job: Callable[[], None]) -> bool:
+    job()
+    return _is_full()
 
 
 # An operator of torch's library: profilers and counters see it, and fake tensors have no memory.

@@ -5,7 +5,9 @@ Elsewhere the same calls raise their operands, and only the numbers are held.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
+import gc
 import os
 import threading
 import warnings
@@ -86,8 +88,10 @@ def test_the_result_is_float32s(blocks, n, v, width, by_entry):
         lambda x: x.flip(0)[::2],
         lambda x: x[:1].expand(x.shape),
         lambda x: x[:0],
+        lambda x: x[:, :0],
+        lambda x: x.reshape(-1)[:61].view(1, 61)[:, :60],
     ],
-    ids=["odd", "unaligned", "gaps", "every second", "expanded", "none"],
+    ids=["odd", "unaligned", "gaps", "every second", "expanded", "none", "no width", "odd rows"],
 )
 @pytest.mark.parametrize("which", ["a", "b"])
 def test_operands_may_lie_in_memory_as_they_like(cut, which, by_entry):
@@ -139,6 +143,80 @@ def test_torchs_own_switch_is_heeded(blocks):
     with torch.backends.mkldnn.flags(enabled=False):
         cpu.wide_product(a, b, out)
     assert not blocks and error(a, b, out) < 1e-6
+
+
+def test_torchs_own_switch_may_be_used_meanwhile(blocks):
+    """Torch ends the process where a block is asked for with the switch off."""
+    a, b, out = torch.randn(9, 16).to(BF16), torch.randn(800, 16).to(BF16), room(9, 800)
+    counted, release = cpu._brgemm()
+
+    def multiply(*given):
+        assert torch.backends.mkldnn.enabled
+        counted(*given)
+        torch._C._set_mkldnn_enabled(False)
+
+    with torch.backends.mkldnn.flags(enabled=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_brgemm", lambda: (multiply, release))
+        cpu.wide_product(a, b, out)
+    assert len(blocks) == 1 and error(a, b, out) < 1e-6
+
+
+@pytest.mark.parametrize("which", ["a", "b", "out"])
+def test_rows_that_lie_far_apart_are_not_read_by_compiled_code(blocks, which, monkeypatch):
+    """It ends the process where a block of them is longer than 2 GiB, or reads elsewhere."""
+    monkeypatch.setattr(cpu, "_MOST_OF_A_BLOCK", 256 * 2 * 1000)
+    far, near = torch.randn(300, 1000).to(BF16)[:, :64], torch.randn(300, 64).to(BF16)
+    a, b = (near, far) if which == "b" else (far, near)
+    out = torch.empty(300, 1000)[:, :300] if which == "out" else torch.empty(300, 300)
+    counted, release = cpu._brgemm()
+
+    def multiply(m, k, width, from_row, *others):
+        assert from_row == width
+        counted(m, k, width, from_row, *others)
+
+    monkeypatch.setattr(cpu, "_brgemm", lambda: (multiply, release))
+    cpu.wide_product(a, b, out)
+    assert error(a, b, out) < 1e-6
+    assert bool(blocks) == (which != "out")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_thread_keeps_more_and_more_compiled_shapes(blocks, threads, count, monkeypatch):
+    """A run whose batches differ in length would else take more memory at each step."""
+    monkeypatch.setattr(cpu, "_SHAPES_OF_A_THREAD", 6)
+    monkeypatch.setattr(cpu, "_local", threading.local())
+    threads(count)
+    counted, release = cpu._brgemm()
+    shapes = {}
+
+    def multiply(*given):
+        # Ends with its thread.
+        mine = cpu._shapes_of_this_thread()
+        shapes[id(mine)] = mine
+        counted(*given)
+
+    monkeypatch.setattr(cpu, "_brgemm", lambda: (multiply, release))
+    a, b = torch.randn(20, 16).to(BF16), torch.randn(600, 16).to(BF16)
+    for n in range(600, 640):
+        out = torch.empty(20, n)[:, :600]
+        cpu.wide_product(a, b, out)
+        assert error(a, b, out) < 1e-6
+    # Two shapes a product: whole blocks, and the last one.
+    assert max(map(len, shapes.values())) <= 6 + 2
+    assert len(set.union(*shapes.values())) == 80
+    gc.collect()
+    assert sum(each.name.startswith("prefkern") for each in threading.enumerate()) <= 2 * count
+
+
+def test_without_another_thread_this_one_does_it_all(blocks, threads, monkeypatch):
+    """No more threads are allowed, or the interpreter ends."""
+    threads(4)
+    closed = concurrent.futures.ThreadPoolExecutor(1)
+    closed.shutdown()
+    monkeypatch.setattr(cpu._workers, "of", lambda count: closed)
+    a, b, out = torch.randn(20, 16).to(BF16), torch.randn(1000, 16).to(BF16), room(20, 1000)
+    cpu.wide_product(a, b, out)
+    assert error(a, b, out) < 1e-6 and set(blocks) == {threading.get_ident()}
 
 
 def test_gradients_and_inference_tensors(blocks):
@@ -203,6 +281,15 @@ def test_a_forked_process_has_threads_of_its_own(blocks, threads):
             os._exit(0 if torch.equal(again, out) else 1)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_compiled_call_takes_what_the_processor_has_for_a_constant():
+    """Nothing of the question is traced, here or where there are no units."""
+    hidden, weight, labels, _ = rising(20, 32, 500)
+    expected = prefkern.linear_logprobs(hidden, weight, labels)
+    torch.compiler.reset()
+    compiled = torch.compile(prefkern.linear_logprobs, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden, weight, labels), expected, rtol=0, atol=2e-6)
 
 
 def test_the_trial_does_not_depend_on_the_first_call(blocks):
