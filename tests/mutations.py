@@ -1267,7 +1267,7 @@ MUTATIONS = (
         PASSES,
         "label_value = torch.zeros_like(label_value)",
         "label_value = label_value.clone()",
-        "tests/ops/test_cpu.py -k at_most_those",
+        "tests/ops/test_cpu.py -k sums_that_cancel",
     ),
     Mutation(
         "on a CPU an adapter's gradient lacks the labels' terms",
@@ -1282,6 +1282,27 @@ MUTATIONS = (
         ".index_add_(0, places, values)",
         ".index_copy_(0, places, values)",
         "tests/ops/test_cpu.py -k reach_every_gradient",
+    ),
+    Mutation(
+        "on a CPU the labels' terms of a bias are added elsewhere",
+        BACKWARD,
+        "local = labels - entries.start",
+        "local = labels",
+        "tests/ops/test_cpu.py -k fits_the_labels",
+    ),
+    Mutation(
+        "a thread compiles ever more shapes",
+        "prefkern/ops/cpu.py",
+        "first = 0 if _is_full() else 1",
+        "first = 1",
+        "tests/ops/test_cpu_products.py -k more_and_more",
+    ),
+    Mutation(
+        "threads that compiled enough stay",
+        "prefkern/ops/cpu.py",
+        "if pool is not None and any(are_full):",
+        "if pool is None:",
+        "tests/ops/test_cpu_products.py -k more_and_more",
     ),
     Mutation(
         "a library whose products of blocks are rounded is used",

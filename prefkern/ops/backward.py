@@ -280,6 +280,11 @@ def second_pass(
                 if tile is not None:
                     tile.mul_(factors.scale)
         if dbias is not None and dbias_tile is not None:
+            if label_terms is not None:
+                # Before it is rounded: where a head's bias fits the labels, the two cancel.
+                local = labels - entries.start
+                of_tile = are_own(local, size)
+                dbias_tile.index_add_(0, local[of_tile], label_terms[of_tile])
             dbias[entries] = dbias_tile
         if tile_of_weights is not None and not is_direct:
             if dweight is not None:
@@ -296,13 +301,12 @@ def second_pass(
         labels, label_terms = labels[own], label_terms[own]
         rows = own if rows is None else rows[own]
     if label_terms is not None and len(labels) > 0:
-        _add_label_terms(dweight, dbias, dlora, label_terms, head, rows, labels)
+        _add_label_terms(dweight, dlora, label_terms, head, rows, labels)
     return HeadGradients(dweight, dbias, dlora, dstates)
 
 
 def _add_label_terms(
-    dweight: Tensor | None,  # (V, H), in place, as are the next two
-    dbias: Tensor | None,  # (V,)
+    dweight: Tensor | None,  # (V, H), in place, as is the next one
     dlora: Tensor | None,  # (V, R)
     terms: Tensor,  # (N,) the loss's gradient at each label
     head: Head,
@@ -327,8 +331,6 @@ def _add_label_terms(
         add_products(dweight, head.hidden)
     if dlora is not None and head.low_rank is not None:
         add_products(dlora, head.low_rank.hidden)
-    if dbias is not None:
-        add(dbias.unsqueeze(1), terms.unsqueeze(1))
 
 
 def _reference_of(gathered: Gathered, factors: _Factors, tokens: slice) -> dict[str, Any]:

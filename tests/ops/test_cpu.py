@@ -102,6 +102,25 @@ def test_sums_that_cancel_are_no_worse_than_with_logits_in_memory(units, case, w
 
 
 @pytest.mark.parametrize("workspace_mb", [64, 0.3])
+def test_a_bias_that_fits_the_labels_has_an_exact_gradient(units, workspace_mb):
+    """The labels' terms and the probabilities' cancel, and are rounded once, together."""
+    V = 2000
+    hidden, weight, _, _ = problem(N=512, H=32, V=V, spread=0.2)
+    of_entries = torch.arange(1, V + 1).float() ** -1.1
+    labels = torch.multinomial(of_entries, 512, replacement=True)
+    offset = of_entries.log()
+
+    def gradient(function, dtype, **options):
+        bias = offset.to(BF16).to(dtype, copy=True).requires_grad_()
+        function(hidden.to(dtype), weight.to(dtype), labels, bias, **options).sum().backward()
+        return bias.grad
+
+    truth = gradient(reference.linear_logprobs, torch.float64)
+    mine = gradient(prefkern.linear_logprobs, BF16, workspace_mb=workspace_mb, backend="torch")
+    assert relative(mine, truth) < 1.1 * relative(truth.to(BF16), truth)
+
+
+@pytest.mark.parametrize("workspace_mb", [64, 0.3])
 @pytest.mark.parametrize("trains_head", [False, True])
 def test_a_divergence_between_near_models_has_exact_gradients(units, trains_head, workspace_mb):
     """Its gradient is a small difference of two sums: none of them may be rounded before."""
