@@ -1314,8 +1314,8 @@ MUTATIONS = (
     Mutation(
         "a row of blocks begins where the tile's does not",
         "prefkern/ops/cpu.py",
-        "to_row = max(out.stride(0), k)",
-        "to_row = k",
+        "sizes = m, k, width, from_row, k, max(to_row, k)",
+        "sizes = m, k, width, from_row, k, k",
         "tests/ops/test_cpu_products.py -k outside",
     ),
     Mutation(

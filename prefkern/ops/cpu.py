@@ -194,24 +194,30 @@ def _multiply(
     multiply, release = found
     width, compiled = a.shape[1], _shapes_of_this_thread()
     is_read_in_place = a.stride(1) == 1 and a.stride(0) >= width and not _is_far(a)
+    # One row may have any stride.
+    from_row = a.stride(0) if is_read_in_place and a.shape[0] > 1 else width
     room = torch.empty(width // 2 * _packed(width), dtype=torch.int32, device=b.device)
+    from_a, from_room, to = a.data_ptr(), room.data_ptr(), out.data_ptr()
+    to_row = out.stride(0)
     try:
         for each in columns:
             k = each.stop - each.start
             # The units take a pair of numbers of each row, side by side.
             room[: width // 2 * k].view(width // 2, k).copy_(_pairs(b[each]).t())
-            to_row = max(out.stride(0), k)
             for part in _blocks(rows, _ROWS):
                 # torch's own switch, which another thread may use meanwhile.
                 if not torch.backends.mkldnn.enabled:
                     _raised_product(a[part], b[each], out[part, each])
                     continue
-                block = a[part] if is_read_in_place else a[part].contiguous()
-                from_row = max(block.stride(0), width)
-                sizes = part.stop - part.start, k, width, from_row, k, to_row
-                target = out.data_ptr() + (part.start * to_row + each.start) * out.itemsize
+                source, block = from_a + part.start * from_row * a.itemsize, None
+                if not is_read_in_place:
+                    block = a[part].clone(memory_format=torch.contiguous_format)
+                    source = block.data_ptr()
+                m = part.stop - part.start
+                sizes = m, k, width, from_row, k, max(to_row, k)
                 compiled.add(sizes)
-                multiply(*sizes, False, block.data_ptr(), room.data_ptr(), target, True)
+                target = to + (part.start * to_row + each.start) * out.itemsize
+                multiply(*sizes, False, source, from_room, target, True)
     finally:
         release(True)
 
