@@ -291,8 +291,8 @@ def demo_tables(name: str) -> str:
 def measured() -> str:
     """The page of results."""
     closing = (
-        "On a CPU prefkern makes logits by float32 products, eager and Liger by products in the inputs' "
-        "dtype ([what a CPU does](operator.md#on-a-cpu)), so these times say little about a GPU. "
+        "The processor multiplies bfloat16 operands. Eager, Liger and TRL round the logits to bfloat16; "
+        "prefkern [does not](operator.md#on-a-cpu). Such times say little about a GPU. "
         "Operations carry over to other machines, and memory follows `workspace_mb`. DPO steps, training steps of whole models, other shapes and the bounds of "
         "memory: [benchmarks](../bench/README.md)."
     )

@@ -103,8 +103,11 @@ def _multiplies() -> bool:
 @functools.cache
 def _brgemm() -> tuple[Callable[..., None], Callable[..., None]] | None:
     """torch's product of blocks, and what frees the units after it; None where torch has none."""
-    # Without the units torch would end the process.
     if sys.platform != "linux" or platform.machine() != "x86_64" or not _has_units():
+        return None
+    # Without AVX512-BF16, AMX's units alone would be asked for, and torch would end the process.
+    of_cpu: Any = torch.cpu
+    if not getattr(of_cpu, "_is_avx512_bf16_supported", bool)():
         return None
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

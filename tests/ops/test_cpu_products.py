@@ -325,7 +325,7 @@ def test_a_library_that_multiplies_otherwise_is_not_used(fault, monkeypatch):
     assert cpu.has_wide_product.__wrapped__()
 
 
-@pytest.mark.parametrize("missing", ["library", "name"])
+@pytest.mark.parametrize("missing", ["library", "name", "AVX512-BF16"])
 def test_a_torch_without_it(missing, monkeypatch):
     class Library(dict):
         def __getitem__(self, name):
@@ -334,9 +334,11 @@ def test_a_torch_without_it(missing, monkeypatch):
     def load(path):
         if missing == "library":
             raise OSError(path)
-        return Library()
+        return Library() if missing == "name" else loaded(path)
 
+    loaded = ctypes.CDLL
     monkeypatch.setattr(cpu, "_has_units", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: missing != "AVX512-BF16")
     monkeypatch.setattr(ctypes, "CDLL", load)
     assert cpu._brgemm.__wrapped__() is None
 
