@@ -75,7 +75,9 @@ def test_gradients_are_those_of_one_process(ranks, case):
         worst = errors(case, found, expected)
         # The adapter's first factors have no gradient while the second are 0.
         assert worst["still"] <= 0.5
-        assert max(worst["gradients"], worst["weights"], worst["logs"]) <= tolerance, worst
+        assert max(worst["gradients"], worst["logs"]) <= tolerance, worst
+        # AdamW divides by a gradient's own size, so that the error of a small one weighs more.
+        assert worst["weights"] <= tolerance * (10 if "adamw" in case else 1), worst
         is_equal = any(name in case for name in ("off", "copy", "precomputed", "trained adapter"))
         if is_equal:
             assert found["logs"][0]["loss"] == pytest.approx(LN2, abs=1e-6)
