@@ -324,8 +324,7 @@ def report_loss_step(console: Console, trainer: prefkern.PreferenceTrainer) -> d
     )
     if device.type == "cpu":
         console.print(
-            "On a CPU prefkern makes logits by float32 products, which is slower than bfloat16\n"
-            "where the processor has no AMX. Use `prefkern bench` to measure a GPU.",
+            "Such times say little about a GPU: use `prefkern bench` there.",
             style="dim",
         )
     return {**shape, "rows": rows}

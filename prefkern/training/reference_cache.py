@@ -61,7 +61,7 @@ _PIECE_BYTES = 2**26
 # Entries of a model's configuration without effect on log-probs, or in the key already.
 # Raised when prefkern adds in another order, or rounds elsewhere. Kept sums would then differ from
 # those of an equal policy in their last bits, and the first loss from ln 2.
-_SUMS = 2
+_SUMS = 3
 _SILENT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 _SILENT_PARTS = ("dropout", "pdrop", "layerdrop", "_token_id")
 

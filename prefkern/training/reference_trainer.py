@@ -231,6 +231,7 @@ class ReferenceTrainer(ContextParallelTrainer):
         if picture_column(dataset.column_names) is not None:
             pictures["pictures"] = hash_pictures(dataset, self.processing_class)
         cut = {"cp_size": self._cp_size} if self._cp_size > 1 else {}
+        on_cpu = self.args.device.type == "cpu"
         return open_cache(
             folder,
             self._description(),
@@ -238,7 +239,8 @@ class ReferenceTrainer(ContextParallelTrainer):
             autocast=precision,
             tf32=self.args.tf32,
             device=self.args.device.type,
-            bfloat16_units=self.args.device.type == "cpu" and cpu.has_bfloat16_units(),
+            bfloat16_units=on_cpu and cpu.has_bfloat16_units(),
+            wide_product=on_cpu and cpu.has_wide_product(),
             backend=resolve_backend(self.args.backend, self.args.device),
             layout=self._layout,
             **ld_alpha,

@@ -139,9 +139,10 @@ def test_another_arithmetic_computes_its_own(tmp_path, monkeypatch):
     assert precomputing(tmp_path)[1] == 0
     monkeypatch.setattr(reference_cache, "_SUMS", reference_cache._SUMS + 1)
     assert precomputing(tmp_path)[1] == 2 * PAIRS
-    has_units = cpu.has_bfloat16_units()
-    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: not has_units)
-    assert precomputing(tmp_path)[1] == 2 * PAIRS
+    for name in ("has_bfloat16_units", "has_wide_product"):
+        has = getattr(cpu, name)()
+        monkeypatch.setattr(cpu, name, lambda has=has: not has)
+        assert precomputing(tmp_path)[1] == 2 * PAIRS
 
 
 def test_adapter_of_a_reference_is_part_of_the_key(tmp_path):
