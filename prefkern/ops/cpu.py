@@ -234,6 +234,8 @@ def _pairs(b: Tensor) -> Tensor:  # (k, W) -> (k, W/2) int32
 
 
 _local = threading.local()
+# OpenMP's threads, by the system's name of each: Python's own state of them lasts for a call.
+_of_openmp: dict[int, set[tuple[int, ...]]] = {}
 
 
 def _shapes_of_this_thread() -> set[tuple[int, ...]]:
@@ -245,18 +247,35 @@ def _is_full() -> bool:
     return len(_shapes_of_this_thread()) >= _SHAPES_OF_A_THREAD
 
 
+@functools.cache
+def _parallel() -> Callable[..., None] | None:
+    """OpenMP's own function that runs one on all threads of torch; None where torch has another."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel = library["GOMP_parallel"]
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
+_Body: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class _Workers:
     """Threads beside the caller's, started when they are needed; a forked process has its own."""
 
     def __init__(self) -> None:
         self._begin()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._begin)
+            os.register_at_fork(after_in_child=functools.partial(self._begin, is_forked=True))
 
-    def _begin(self) -> None:
+    def _begin(self, is_forked: bool = False) -> None:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._size = 0
+        self.is_forked = is_forked
 
     def of(self, count: int) -> ThreadPoolExecutor:
         with self._lock:
@@ -275,7 +294,37 @@ _workers = _Workers()
 
 
 def _run(jobs: list[Callable[[], None]]) -> None:
-    """Do all of them at the same time, the first one on this thread if it may compile more."""
+    """Do all of them at the same time.
+
+    On the threads of torch's other operators, which wait for work on their cores; a forked process
+    has lost them.
+    """
+    parallel = None if len(jobs) == 1 or _workers.is_forked else _parallel()
+    are_full = any(len(each) >= _SHAPES_OF_A_THREAD for each in list(_of_openmp.values()))
+    if parallel is None or are_full or _is_full():
+        _run_on_workers(jobs)
+        return
+    waiting, errors, caller = iter(jobs), [], threading.get_native_id()
+
+    @_Body
+    def body(_: int) -> None:
+        thread = threading.get_native_id()
+        if thread != caller:
+            vars(_local)["shapes"] = _of_openmp.setdefault(thread, set())
+        # However many threads there are, each takes the next one.
+        for job in waiting:
+            try:
+                job()
+            except BaseException as error:
+                errors.append(error)
+
+    parallel(body, None, len(jobs), 0)
+    if errors:
+        raise errors[0]
+
+
+def _run_on_workers(jobs: list[Callable[[], None]]) -> None:
+    """The same on threads of our own, the first one on this thread if it may compile more."""
     first = 0 if _is_full() else 1
     here, others = jobs[:first], []
     pool = _workers.of(len(jobs) - first) if len(jobs) > first else None

@@ -39,6 +39,18 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["OpenMP", "own"])
+def way(request, monkeypatch):
+    """Whose threads multiply: those of torch's other operators, or threads of our own."""
+    monkeypatch.setattr(cpu, "_of_openmp", {})
+    monkeypatch.setattr(cpu, "_local", threading.local())
+    if request.param == "own":
+        monkeypatch.setattr(cpu, "_parallel", lambda: None)
+    elif cpu._parallel() is None:
+        pytest.skip("torch was built with other threads")
+    return request.param
+
+
 @pytest.fixture
 def blocks(monkeypatch):
     """The threads that multiplied blocks, in order; the test ends here where the units are not."""
@@ -115,7 +127,7 @@ def test_what_is_outside_a_tile_is_not_written(blocks):
 
 @pytest.mark.parametrize("by_entry", [False, True])
 @pytest.mark.parametrize("shape", [(700, 1500), (40, 2000), (1500, 40)])
-def test_threads_share_the_work_and_change_no_bit(blocks, threads, shape, by_entry):
+def test_threads_share_the_work_and_change_no_bit(blocks, threads, shape, by_entry, way):
     n, v = shape
     a, b = torch.randn(n, 64).to(BF16), torch.randn(v, 64).to(BF16)
     results, used = [], []
@@ -181,10 +193,9 @@ def test_rows_that_lie_far_apart_are_not_read_by_compiled_code(blocks, which, mo
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_no_thread_keeps_more_and_more_compiled_shapes(blocks, threads, count, monkeypatch):
+def test_no_thread_keeps_more_and_more_compiled_shapes(blocks, threads, count, monkeypatch, way):
     """A run whose batches differ in length would else take more memory at each step."""
     monkeypatch.setattr(cpu, "_SHAPES_OF_A_THREAD", 6)
-    monkeypatch.setattr(cpu, "_local", threading.local())
     threads(count)
     counted, release = cpu._brgemm()
     shapes = {}
@@ -213,6 +224,7 @@ def test_without_another_thread_this_one_does_it_all(blocks, threads, monkeypatc
     threads(4)
     closed = concurrent.futures.ThreadPoolExecutor(1)
     closed.shutdown()
+    monkeypatch.setattr(cpu, "_parallel", lambda: None)
     monkeypatch.setattr(cpu._workers, "of", lambda count: closed)
     a, b, out = torch.randn(20, 16).to(BF16), torch.randn(1000, 16).to(BF16), room(20, 1000)
     cpu.wide_product(a, b, out)
@@ -237,7 +249,7 @@ def test_fake_tensors_have_no_memory_to_read(blocks):
     assert not blocks
 
 
-def test_an_error_on_another_thread_is_raised_when_all_have_ended(threads, monkeypatch):
+def test_an_error_on_another_thread_is_raised_when_all_have_ended(threads, monkeypatch, way):
     threads(4)
     ended = threading.Semaphore(0)
 
