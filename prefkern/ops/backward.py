@@ -192,7 +192,8 @@ def second_pass(
     has_scratch = is_pair or has_logits
     buffers = ref_buffers = None
     if has_scratch:
-        buffers = Buffers(tiles, operands, device, True, by_entry=operands.by_entry(plan))
+        by_entry, row = operands.by_entry(plan), operands.row_of_tiles(plan, tiles)
+        buffers = Buffers(tiles, operands, device, True, by_entry=by_entry, row=row)
     if is_pair and has_logits:
         ref_buffers = Buffers(tiles, operands, device, False)
     # Copies of a tile's weights, if a product for logits or for states needs them in float32.

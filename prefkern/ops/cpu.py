@@ -40,14 +40,16 @@ _RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
 # A block of the result: rows of one operand, which are read where they are, by rows of the other
 # one, which are packed and stay in a core's cache. Each shape is compiled once, so there are few.
 _ROWS = 256
+# Of the rows that are left.
+_FEW_ROWS = (64, 16)
 _PACKED, _LEAST_PACKED = 256, 64
 # The widest rows of which so many fit into such a cache.
 _WIDTH = 2048
 # Compiled blocks reach what they read and write by 32-bit distances.
 _MOST_OF_A_BLOCK = 2**31
-# torch keeps what it compiled for a shape, some 0.1 MiB, until the thread ends. So a thread compiles
+# torch keeps what it compiled for a shape, up to 0.3 MiB, until the thread ends. So a thread compiles
 # about as many as these, and then another one does.
-_SHAPES_OF_A_THREAD = 256
+_SHAPES_OF_A_THREAD = 128
 # Limits of oneDNN under which it has no blocks of bfloat16 operands: it would end the process.
 _WITHOUT_UNITS = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
@@ -185,6 +187,17 @@ def _blocks(all_of: slice, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, all_of.stop)) for i in range(all_of.start, all_of.stop, size))
 
 
+def _row_blocks(rows: slice) -> Iterator[slice]:
+    """Blocks of few sizes, whatever the number of rows: the last one begins within the one before."""
+    at = rows.start
+    for size in (_ROWS, *_FEW_ROWS):
+        while rows.stop - at >= size:
+            yield slice(at, at + size)
+            at += size
+    if at < rows.stop:
+        yield slice(max(rows.stop - _FEW_ROWS[-1], rows.start), rows.stop)
+
+
 def _multiply(
     found: tuple[Callable[..., None], Callable[..., None]],
     a: Tensor,  # (m, W)
@@ -207,7 +220,7 @@ def _multiply(
             k = each.stop - each.start
             # The units take a pair of numbers of each row, side by side.
             room[: width // 2 * k].view(width // 2, k).copy_(_pairs(b[each]).t())
-            for part in _blocks(rows, _ROWS):
+            for part in _row_blocks(rows):
                 # torch's own switch, which another thread may use meanwhile.
                 if not torch.backends.mkldnn.enabled:
                     _raised_product(a[part], b[each], out[part, each])
@@ -315,7 +328,8 @@ def _run(jobs: list[Callable[[], None]]) -> None:
         for job in waiting:
             try:
                 job()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001
+                # Raised again by the caller; out of here it would end the process.
                 errors.append(error)
 
     parallel(body, None, len(jobs), 0)

@@ -19,13 +19,19 @@ import torch
 from torch import Tensor
 
 from prefkern.ops import cpu
-from prefkern.ops.plan import Columns, HeadSize, Plan, Tiles, padding, slices
+from prefkern.ops.plan import (
+    TOKENS_BY_TOKEN,
+    Columns,
+    HeadSize,
+    Plan,
+    Tiles,
+    padding,
+    slices,
+)
 from prefkern.ops.wide_products import HALVES, has_wide_product
 
 # The most entries of the vocabulary that one rounded product for the gradient of hidden adds up.
 _ENTRIES_OF_A_PRODUCT = 2048
-# With so many tokens the tiles of a CPU's call lie in memory token by token.
-_TOKENS_BY_TOKEN = 384
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,15 @@ class Operands:
         with many of them the fold is faster token by token.
         """
         has_choice = self.rounds and not self.upcasts and plan.backend == "torch"
-        return has_choice and plan.tokens < _TOKENS_BY_TOKEN
+        return has_choice and plan.tokens < TOKENS_BY_TOKEN
+
+    def row_of_tiles(self, plan: Plan, tiles: Tiles) -> int | None:
+        """The same for the last tile of a walk as for all, where `cpu.wide_product` makes them.
+
+        Its blocks are compiled for each length.
+        """
+        has_choice = self.rounds and not self.upcasts and plan.backend == "torch"
+        return tiles.vocab_tile if has_choice else None
 
     def unrounded(self) -> Operands:
         """The same, with products for gradients in float32 as well.
@@ -322,6 +336,7 @@ class Buffers:
         second_product: whether there is one.
         scratch: whether some tiles have no place of their own (see `views`).
         by_entry: whether tiles lie in memory entry by entry, (v, n), and not token by token.
+        row: elements from one token of a tile to the next; None: as many as it has entries.
     """
 
     def __init__(
@@ -332,8 +347,9 @@ class Buffers:
         second_product: bool,
         scratch: bool = True,
         by_entry: bool = False,
+        row: int | None = None,
     ) -> None:
-        self._by_entry = by_entry
+        self._by_entry, self._row = by_entry, row
         size = tiles.token_tile * tiles.vocab_tile
         self._in_place = operands.of_gradients == operands.wide
         self._second_product = second_product
@@ -348,7 +364,10 @@ class Buffers:
 
         def part(buffer: Tensor | None) -> Tensor:
             assert buffer is not None
-            return buffer[: n * v].view(v, n).t() if self._by_entry else buffer[: n * v].view(n, v)
+            if self._by_entry:
+                return buffer[: n * v].view(v, n).t()
+            row = self._row or v
+            return buffer[: n * row].view(n, row)[:, :v]
 
         if place is not None:
             return (place if self._in_place else part(self._tile)), place

@@ -310,7 +310,8 @@ def forward(
     ref_state = FoldState.empty(size, logps.device, dtype=wide, with_cross=plan.has_divergence)
     has_second = gathered.derivative is not None or plan.kept_tokens > 0
     has_scratch = plan.kept_tokens < N
-    buffers = Buffers(tiles, operands, logps.device, has_second, has_scratch, by_entry)
+    row = operands.row_of_tiles(plan, tiles)
+    buffers = Buffers(tiles, operands, logps.device, has_second, has_scratch, by_entry, row)
     ref_buffers = buffers
     if plan.has_divergence:
         # A fold of pairs does not write it: the slope is the policy's.

@@ -71,6 +71,8 @@ _OPERATIONS_A_BYTE_OF_CPU = 20
 _LARGEST_BLOCK_OF_CPU = 31 * MIB
 # A tile of logits, in bytes, that stays in the cache of a CPU from its product to the end of its fold.
 _TILE_OF_CPU = 8 * MIB
+# With so many tokens the tiles of a CPU's call lie in memory token by token, and not entry by entry.
+TOKENS_BY_TOKEN = 384
 # The share of kept tokens is a multiple of one eighth.
 _EIGHTHS = 8
 
@@ -418,7 +420,9 @@ class _Sizes:
     def _most_of_a_fold(self, tokens: int) -> int:
         """The widest tile that a fold of so many tokens takes; pairs are read twice at any width."""
         if self.head.packs:
-            return _TILE_OF_CPU // (self.head.wide_size * tokens)
+            # In few sizes: for each of them a product's blocks are compiled.
+            entries = _TILE_OF_CPU // (self.head.wide_size * tokens)
+            return entries // _LEAST_KEPT_TILE * _LEAST_KEPT_TILE or entries
         reads_once = self.backend == "triton" and self.pairs is None
         if reads_once and tokens >= _LEAST_TOKENS_OF_A_FOLD:
             return FOLD_ENTRIES

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import os
 import threading
+import time
 import warnings
 
 import pytest
@@ -61,6 +62,8 @@ def blocks(monkeypatch):
 
     def counted(*given):
         ran.append(threading.get_ident())
+        # So that one thread does not take all of it before the others begin.
+        time.sleep(0.001)
         multiply(*given)
 
     monkeypatch.setattr(cpu, "_brgemm", lambda: (counted, found[1]))
@@ -404,7 +407,7 @@ def test_both_orders_of_a_tile_give_the_same_numbers(wide, N, monkeypatch):
         return logps.detach(), *(x.grad for x in leaves)
 
     here = run()
-    monkeypatch.setattr("prefkern.ops.operands._TOKENS_BY_TOKEN", 0 if N < 384 else 1000)
+    monkeypatch.setattr("prefkern.ops.operands.TOKENS_BY_TOKEN", 0 if N < 384 else 1000)
     there = run()
     torch.testing.assert_close(there[0], here[0], rtol=0, atol=2e-6)
     for mine, other in zip(here[1:], there[1:], strict=True):
