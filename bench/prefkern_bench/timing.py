@@ -9,6 +9,8 @@ threads, which other processes of the machine change little.
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -124,5 +126,14 @@ def describe_failure(error: Exception) -> Failure:
     # A first line that ends with a colon says nothing without the second one.
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     failure = Failure(f"{type(error).__name__}: {text}"[:120])
-    failure.traceback = "".join(traceback.format_exception(error))[-KEPT_OF_A_TRACEBACK:]
+    failure.traceback = _without_folders(error)[-KEPT_OF_A_TRACEBACK:]
     return failure
+
+
+def _without_folders(error: Exception) -> str:
+    """The traceback, with files as they are imported: a result says nothing of where it was run."""
+    text = "".join(traceback.format_exception(error))
+    folders = [folder.rstrip("/\\") + os.sep for folder in sys.path if os.path.isabs(folder)]
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(f'"{folder}', '"')
+    return text

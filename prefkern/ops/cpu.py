@@ -111,15 +111,23 @@ def _brgemm() -> tuple[Callable[..., None], Callable[..., None]] | None:
     of_cpu: Any = torch.cpu
     if not getattr(of_cpu, "_is_avx512_bf16_supported", bool)():
         return None
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        multiply, release = library[_BRGEMM], library[_RELEASE]
-    except (OSError, AttributeError):
+    found = _functions(_BRGEMM, _RELEASE)
+    if found is None:
         return None
+    multiply, release = found
     sizes, flag, pointer = [ctypes.c_int64] * 6, ctypes.c_bool, ctypes.c_void_p
     multiply.argtypes, multiply.restype = [*sizes, flag, *[pointer] * 3, flag], None
     release.argtypes, release.restype = [flag], None
     return multiply, release
+
+
+def _functions(*names: str) -> list[Any] | None:
+    """Functions of torch's library, or of those that it needs; None where one is missing."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return [library[name] for name in names]
+    except (OSError, AttributeError):
+        return None
 
 
 def packed_bytes(width: int) -> int:
@@ -133,8 +141,7 @@ def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     Args:
         a: (n, W) bfloat16.
         b: (v, W) bfloat16.
-        out: (n, v) float32, in memory row by row, or column by column. The operand whose rows are
-            the shorter side of that (b's, or a's) is packed first.
+        out: (n, v) float32, in memory row by row, where b is packed, or column by column, where a is.
     """
     operator(a, b, out)
 
@@ -263,11 +270,10 @@ def _is_full() -> bool:
 @functools.cache
 def _parallel() -> Callable[..., None] | None:
     """OpenMP's own function that runs one on all threads of torch; None where torch has another."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        parallel = library["GOMP_parallel"]
-    except (OSError, AttributeError):
+    found = _functions("GOMP_parallel")
+    if found is None:
         return None
+    (parallel,) = found
     parallel.argtypes = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     return parallel

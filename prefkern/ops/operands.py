@@ -90,16 +90,18 @@ class Operands:
         Then `cpu.wide_product` packs the tokens and not the entries. That is faster with few tokens;
         with many of them the fold is faster token by token.
         """
-        has_choice = self.rounds and not self.upcasts and plan.backend == "torch"
-        return has_choice and plan.tokens < TOKENS_BY_TOKEN
+        return self._has_choice(plan) and plan.tokens < TOKENS_BY_TOKEN
 
     def row_of_tiles(self, plan: Plan, tiles: Tiles) -> int | None:
-        """The same for the last tile of a walk as for all, where `cpu.wide_product` makes them.
+        """Elements from one token of a tile to the next: as many in the last tile of a walk as in all.
 
-        Its blocks are compiled for each length.
+        None: as many as the tile has entries. `cpu.wide_product` compiles its blocks for each number.
         """
-        has_choice = self.rounds and not self.upcasts and plan.backend == "torch"
-        return tiles.vocab_tile if has_choice else None
+        return tiles.vocab_tile if self._has_choice(plan) else None
+
+    def _has_choice(self, plan: Plan) -> bool:
+        """Whether `cpu.wide_product` makes the tiles, which torch then folds in any order."""
+        return self.rounds and not self.upcasts and plan.backend == "torch"
 
     def unrounded(self) -> Operands:
         """The same, with products for gradients in float32 as well.

@@ -58,10 +58,10 @@ _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _SHARD_PAIRS = 512
 # Weights are hashed in pieces, so that copies from a GPU need little memory.
 _PIECE_BYTES = 2**26
-# Entries of a model's configuration without effect on log-probs, or in the key already.
 # Raised when prefkern adds in another order, or rounds elsewhere. Kept sums would then differ from
 # those of an equal policy in their last bits, and the first loss from ln 2.
 _SUMS = 3
+# Entries of a model's configuration without effect on log-probs, or in the key already.
 _SILENT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
 _SILENT_PARTS = ("dropout", "pdrop", "layerdrop", "_token_id")
 

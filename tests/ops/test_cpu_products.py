@@ -222,6 +222,18 @@ def test_no_thread_keeps_more_and_more_compiled_shapes(blocks, threads, count, m
     assert sum(each.name.startswith("prefkern") for each in threading.enumerate()) <= 2 * count
 
 
+def test_a_run_of_batches_that_differ_in_length_compiles_little(blocks, wide, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "_local", threading.local())
+    threads(1)
+    weight = torch.randn(9000, 16).to(BF16)
+    for n in range(400, 900, 13):
+        hidden, labels = torch.randn(n, 16).to(BF16), torch.zeros(n).long()
+        prefkern.linear_logprobs(hidden, weight, labels, workspace_mb=64, backend="torch")
+    # Blocks of 256, 64 and 16 tokens, by 256 entries or what is left, in tiles of a few widths. One
+    # for each number of tokens would be more than twice as many.
+    assert 3 <= len(cpu._shapes_of_this_thread()) <= 36
+
+
 def test_without_another_thread_this_one_does_it_all(blocks, threads, monkeypatch):
     """No more threads are allowed, or the interpreter ends."""
     threads(4)
@@ -254,11 +266,14 @@ def test_fake_tensors_have_no_memory_to_read(blocks):
 
 def test_an_error_on_another_thread_is_raised_when_all_have_ended(threads, monkeypatch, way):
     threads(4)
-    ended = threading.Semaphore(0)
+    begun, ended = threading.Semaphore(0), threading.Semaphore(0)
 
     def multiply(*given):
         if threading.current_thread() is threading.main_thread():
+            # Each other thread has its part by then.
+            assert all(begun.acquire(timeout=20) for _ in range(3))
             raise RuntimeError("of the first part")
+        begun.release()
         threading.Event().wait(0.2)
         ended.release()
 
